@@ -1,0 +1,43 @@
+"""From the configuration to a pair of data sets."""
+
+from __future__ import annotations
+
+from data.config import DataConfig
+from data.datasets import Dataset, digits, synthetic
+from data.image_folder import image_folder
+
+_SYNTHETIC_CLASSES = 10  # for objectives without classes, which never look at the labels
+
+
+def build_datasets(
+    config: DataConfig, *, image_size: int | tuple[int, int], channels: int, num_classes: int | None, seed: int
+) -> tuple[Dataset, Dataset]:
+    """The data sets to train on and to evaluate on, of images [channels, height, width].
+
+    `image_size` is in pixels, (height, width) or both at once. `num_classes` is what the model can tell apart; None:
+    the model has no classes. `seed` matters to synthetic images alone: every seed holds out the same real images.
+
+    Raises:
+        ValueError: for images that cannot be found, and for more classes than the model has.
+    """
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    train, held_out = _build(config, (channels, height, width), num_classes or _SYNTHETIC_CLASSES, seed)
+    if num_classes is not None and num_classes < train.num_classes:
+        raise ValueError(
+            f"model.num_classes is {num_classes}, but data.kind={config.kind} has {train.num_classes} classes: "
+            f"set model.num_classes to {train.num_classes} or more"
+        )
+    return train, held_out
+
+
+def _build(
+    config: DataConfig, image_shape: tuple[int, int, int], synthetic_classes: int, seed: int
+) -> tuple[Dataset, Dataset]:
+    match config.kind:
+        case "digits":
+            return digits(image_shape, config.fold)
+        case "synthetic":
+            return synthetic(config.size, image_shape, synthetic_classes, seed)
+        case "image_folder":
+            assert config.path is not None
+            return image_folder(config.path, config.val_path, image_shape, config.fold)

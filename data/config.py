@@ -1,0 +1,111 @@
+"""What the images are, where they lie, and how they are varied during training."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, Literal
+
+FOLDS = 5
+"""Sets without a held-out part of their own are dealt into this many stratified folds, and one of them is held out."""
+
+# Options that have an effect for some kinds only.
+_ONLY_FOR = {
+    "path": ("image_folder",),
+    "val_path": ("image_folder",),
+    "fold": ("digits", "image_folder"),
+    "size": ("synthetic",),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where images come from, how they are normalised, and how they are augmented (by default, not at all).
+
+    Raises:
+        ValueError: for a value out of range, and for an option that would have no effect for the chosen kind.
+    """
+
+    kind: Literal["digits", "synthetic", "image_folder"] = "digits"
+    """Source of images: scikit-learn's handwritten digits, random numbers, or a folder of PATH/CLASS/IMAGE files."""
+
+    path: str | None = None
+    """Folder with one sub-folder of images per class (image_folder only)."""
+
+    val_path: str | None = None
+    """Held-out images, the same classes as in path; absent: a stratified fifth of path is held out."""
+
+    workers: int = 0
+    """Processes that decode and augment ahead of training; 0: in the training process."""
+
+    fold: int = 0
+    """Which of the 5 stratified folds is held out (digits, and image_folder without val_path)."""
+
+    size: int = 256
+    """Training images of the synthetic set; a quarter as many, other ones, are held out."""
+
+    mean: tuple[float, ...] = (0.5,)
+    """Subtracted from pixels in 0..1: one number, or one per channel."""
+
+    std: tuple[float, ...] = (0.5,)
+    """Divides the pixels after the mean is subtracted: one number, or one per channel."""
+
+    rotate: float = 0.0
+    """Augmentation: largest rotation to either side, in degrees."""
+
+    shift: float = 0.0
+    """Augmentation: largest shift along either side, as a fraction of that side."""
+
+    scale: float = 0.0
+    """Augmentation: largest relative zoom, 0.1 zooms by 1/1.1 to 1.1."""
+
+    shear: float = 0.0
+    """Augmentation: largest horizontal shear to either side, in degrees."""
+
+    flip: bool = False
+    """Augmentation: mirror half of the images, chosen at random, left to right."""
+
+    crop_min_area: float = 1.0
+    """Augmentation: random resized crop, smallest part of the largest possible crop's area; 1: off."""
+
+    def __post_init__(self) -> None:
+        self._check_kind()
+        self._check("workers", self.workers >= 0, "0 or more")
+        self._check("fold", 0 <= self.fold < FOLDS, f"from 0 to {FOLDS - 1}")
+        self._check("size", self.size >= 1, "1 or more")
+        self._check("mean", len(self.mean) > 0, "one number, or one per channel")
+        self._check("std", len(self.std) > 0 and all(s > 0 for s in self.std), "one number above 0, or one per channel")
+        self._check("rotate", 0 <= self.rotate <= 180, "from 0 to 180 degrees")
+        self._check("shift", 0 <= self.shift <= 1, "a fraction of the image, from 0 to 1")
+        self._check("scale", 0 <= self.scale < float("inf"), "a relative zoom of 0 or more, such as 0.1")
+        self._check("shear", 0 <= self.shear < 90, "from 0 to below 90 degrees")
+        self._check("crop_min_area", 0 < self.crop_min_area <= 1, "above 0 and at most 1 (1 switches cropping off)")
+
+    @property
+    def warps(self) -> bool:
+        """Whether augmentation turns, shifts, zooms or shears."""
+        return any((self.rotate, self.shift, self.scale, self.shear))
+
+    @property
+    def crops(self) -> bool:
+        """Whether augmentation cuts random crops."""
+        return self.crop_min_area < 1
+
+    def _check(self, name: str, ok: bool, wanted: str) -> None:
+        if not ok:
+            raise ValueError(f"data.{name} is {getattr(self, name)!r}: it must be {wanted}")
+
+    def _check_kind(self) -> None:
+        defaults: dict[str, Any] = {f.name: f.default for f in fields(self) if f.default is not MISSING}
+        for name, kinds in _ONLY_FOR.items():
+            value = getattr(self, name)
+            if self.kind not in kinds and value != defaults[name]:
+                raise ValueError(
+                    f"data.{name} is {value!r}, but has no effect with data.kind={self.kind}: remove it, or "
+                    f"set data.kind to {' or '.join(kinds)}"
+                )
+        if self.kind == "image_folder" and not self.path:
+            raise ValueError("data.kind is image_folder, but data.path is not set: give the folder of PATH/CLASS/IMAGE")
+        if self.val_path is not None and self.fold != 0:
+            raise ValueError(
+                f"data.fold is {self.fold}, but has no effect with data.val_path={self.val_path!r}: remove one of them"
+            )

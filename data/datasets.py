@@ -1,0 +1,116 @@
+"""What every data set offers, and the two that live in memory: handwritten digits and random numbers.
+
+Shapes: N images in the set, B in a micro-batch, C channels, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from data.config import FOLDS
+from data.keyed import Purpose, keyed_uniforms
+
+
+class Dataset(Protocol):
+    """A set of labelled images, all of one shape. Pixels are float32 in 0..1, before normalisation."""
+
+    labels: NDArray[np.int64]  # [N]
+    num_classes: int
+    image_shape: tuple[int, int, int]  # C, H, W
+    crops_when_read: bool
+    """Whether `read` cuts the crops, out of sources larger than image_shape; else they are left to augmentation."""
+
+    def __len__(self) -> int: ...
+
+    def load(self, index: int) -> tuple[NDArray[np.float32], int]:
+        """One image [C, H, W], as evaluation sees it, and its label."""
+        ...
+
+    def read(self, indices: NDArray[np.int64], crop: NDArray[np.float64] | None = None) -> Tensor:
+        """The images [B, C, H, W] at `indices`; `crop` is [B, 4] (see augment.crop_boxes), None: as for evaluation."""
+        ...
+
+
+class ArrayDataset(Dataset):
+    """Images that are held in memory as one tensor [N, C, H, W]."""
+
+    crops_when_read = False
+
+    def __init__(self, images: Tensor, labels: NDArray[np.int64], num_classes: int) -> None:
+        self.images = images
+        self.labels = labels
+        self.num_classes = num_classes
+        self.image_shape = (images.shape[1], images.shape[2], images.shape[3])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def load(self, index: int) -> tuple[NDArray[np.float32], int]:
+        return self.images[index].numpy(), int(self.labels[index])
+
+    def read(self, indices: NDArray[np.int64], crop: NDArray[np.float64] | None = None) -> Tensor:
+        assert crop is None, "crops of images in memory are part of the augmentation's one resampling"
+        return self.images[torch.from_numpy(indices)]
+
+
+class SyntheticDataset(ArrayDataset):
+    """Random images and labels. Image i of the set depends on (seed, first + i) alone."""
+
+    def __init__(self, first: int, size: int, image_shape: tuple[int, int, int], num_classes: int, seed: int) -> None:
+        self._first = first
+        self._seed = seed
+        self.image_shape = image_shape
+        self.num_classes = num_classes
+        uniforms = keyed_uniforms(seed, Purpose.SYNTHETIC_LABELS, first, size, width=1)[:, 0]
+        self.labels = (uniforms.astype(np.float64) * num_classes).astype(np.int64)
+
+    @cached_property
+    def images(self) -> Tensor:  # type: ignore[override]
+        """Made at first use: most pipeline stages never look at an image."""
+        pixels = keyed_uniforms(
+            self._seed, Purpose.SYNTHETIC_IMAGES, self._first, len(self), width=math.prod(self.image_shape)
+        )
+        return torch.from_numpy(pixels.reshape(-1, *self.image_shape))
+
+
+def synthetic(
+    size: int, image_shape: tuple[int, int, int], num_classes: int, seed: int
+) -> tuple[SyntheticDataset, SyntheticDataset]:
+    """`size` random images for training, and a quarter as many, other ones, held out."""
+    train = SyntheticDataset(0, size, image_shape, num_classes, seed)
+    return train, SyntheticDataset(size, math.ceil(size / 4), image_shape, num_classes, seed)
+
+
+def digits(image_shape: tuple[int, int, int], fold: int) -> tuple[ArrayDataset, ArrayDataset]:
+    """scikit-learn's 1797 handwritten digits (8x8, grey), split into (training, held out fold).
+
+    For another image size they are resized bilinearly; for several channels the grey values are repeated.
+    """
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    labels = labels.astype(np.int64)
+    channels, height, width = image_shape
+    images = torch.from_numpy(pixels.astype(np.float32) / 16).reshape(-1, 1, 8, 8)
+    if (height, width) != (8, 8):
+        images = F.interpolate(images, size=(height, width), mode="bilinear", antialias=True)
+    images = images.repeat(1, channels, 1, 1)
+    train, held_out = (ArrayDataset(images[part], labels[part], 10) for part in stratified_split(labels, fold))
+    return train, held_out
+
+
+def stratified_split(labels: NDArray[np.int64], fold: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Indices to train on and to hold out: fold `fold` of a split that is the same in every run, whatever its seed."""
+    from sklearn.model_selection import StratifiedKFold
+
+    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=0)
+    train, held_out = list(folds.split(labels, labels))[fold]
+    return train, held_out

@@ -1,0 +1,41 @@
+"""Random numbers that depend on a key and a row number alone, never on what was drawn before.
+
+Philox (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) is counter-based: any row of numbers is had
+at the cost of that row. So any process can work out the randomness of any image, in whatever order images are read.
+"""
+
+from __future__ import annotations
+
+import math
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+_FLOATS_PER_COUNT = 8  # Philox gives 4 words of 64 bits per count, and a float32 takes half a word
+
+
+class Purpose(IntEnum):
+    """Second half of the key: keeps the uses of one seed apart."""
+
+    ORDER = 1
+    AUGMENT = 2
+    SYNTHETIC_IMAGES = 3
+    SYNTHETIC_LABELS = 4
+
+
+def keyed_uniforms(seed: int, purpose: Purpose, first: int, count: int, width: int) -> NDArray[np.float32]:
+    """Uniform numbers in [0, 1) of shape [count, width]; row i depends on (seed, purpose, first + i, width) alone."""
+    counts_per_row = math.ceil(width / _FLOATS_PER_COUNT)
+    generator = _generator(seed, purpose, counter=first * counts_per_row)
+    return generator.random((count, counts_per_row * _FLOATS_PER_COUNT), dtype=np.float32)[:, :width]
+
+
+def keyed_permutation(seed: int, purpose: Purpose, epoch: int, size: int) -> NDArray[np.int64]:
+    """A permutation of 0 .. size-1 that depends on (seed, purpose, epoch, size) alone."""
+    return _generator(seed, purpose, counter=epoch << 128).permutation(size)
+
+
+def _generator(seed: int, purpose: Purpose, counter: int) -> np.random.Generator:
+    key = np.array([seed, purpose], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))

@@ -1,0 +1,98 @@
+"""The device of this rank: which, how many threads, which matrix library, how fast it could be, how much memory it took."""
+
+from __future__ import annotations
+
+import os
+import resource
+from pathlib import Path
+
+import torch
+
+from engine.config import PrecisionConfig
+from engine.errors import ConfigError
+from parallel.comm import World
+
+# Dense peak of matrix products in TFLOP/s without sparsity, from the vendors' data sheets; fp32 without TF32.
+_PEAK_TFLOPS = {
+    "A100": {"fp32": 19.5, "bf16": 312.0},
+    "H100": {"fp32": 66.9, "bf16": 989.0},
+    "H200": {"fp32": 66.9, "bf16": 989.0},
+    "L40S": {"fp32": 91.6, "bf16": 362.0},
+}
+
+
+def choose_device(wanted: str, world: World) -> torch.device:
+    """The device of this rank; each local rank takes the GPU of its number.
+
+    Raises:
+        ConfigError: CUDA is asked for where there is none, or a host has more ranks than GPUs.
+    """
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("device is cuda, but torch sees no CUDA device here: use device auto or cpu")
+    if world.local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {world.local_rank} has no GPU of its own: this host has {torch.cuda.device_count()}; "
+            "start one rank per GPU, or use device cpu"
+        )
+    device = torch.device("cuda", world.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def set_threads(world: World) -> int:
+    """Share this host's cores among its ranks, unless OMP_NUM_THREADS says otherwise. Returns threads per rank."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
+    return torch.get_num_threads()
+
+
+def set_cpu_matmul(config: PrecisionConfig) -> str:
+    """Choose the library of fp32 matrix products on a CPU; returns its name.
+
+    torch's precision "high" means oneDNN, which on a CPU without TF32 units keeps full fp32 accuracy and is over twice as
+    fast as MKL on AMD processors; "medium" would round to bf16 where the processor can, and is never used.
+    """
+    wanted = config.cpu_matmul
+    if wanted == "auto":
+        wanted = "onednn" if _cpu_vendor() == "AuthenticAMD" else "mkl"
+    torch.set_float32_matmul_precision("high" if wanted == "onednn" else "highest")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return wanted
+
+
+def _cpu_vendor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), "")
+
+
+def peak_tflops(device: torch.device, dtype: str) -> float | None:
+    """The device's peak for matrix products of `dtype`, None where unknown (any CPU)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peaks.get(dtype) for part, peaks in _PEAK_TFLOPS.items() if part in name), None)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory this process has held: of the GPU's allocator, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until all work on the device is done (a CPU has none outstanding)."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def describe(device: torch.device) -> str:
+    """For the start-up report."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, NCCL"
+    return "CPU, gloo"

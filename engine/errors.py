@@ -1,0 +1,16 @@
+"""The ways a run can end early, and their exit codes (part of the interface that batch scripts rely on)."""
+
+from __future__ import annotations
+
+EXIT_DONE = 0
+EXIT_FAULT = 1
+EXIT_USAGE = 2
+EXIT_DIVERGED = 4
+
+
+class ConfigError(ValueError):
+    """What the user asked for cannot be: the message says what was given, why it cannot be, and what would work."""
+
+
+class DivergedError(RuntimeError):
+    """Loss or gradients stayed NaN or Inf although steps were skipped."""

@@ -1,0 +1,225 @@
+"""The run: validate, set up, loop, evaluate, report."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data import Dataset, EvalStream, TrainStream, build_datasets
+from engine.assemble import assemble
+from engine.config import Config
+from engine.device import (
+    choose_device,
+    peak_memory_bytes,
+    peak_tflops,
+    set_cpu_matmul,
+    set_threads,
+    synchronise,
+)
+from engine.errors import ConfigError, DivergedError
+from engine.metrics import MetricsWriter
+from engine.report import startup_report
+from engine.schedules import check_schedule, factor
+from engine.step import StepResult, Stepper
+from model import build_layers, training_flops
+from parallel import comm
+from parallel.comm import World
+from parallel.grid import make_grid
+
+
+def pretrain(config: Config, world: World) -> None:
+    """Train as `config` says. Everything that can be refused is refused before ranks talk to each other.
+
+    Raises:
+        ConfigError: what is asked for cannot be. DivergedError: NaN or Inf that skipping did not cure.
+        parallel.comm.PeerLostError: another rank is gone.
+    """
+    config = config.resolve(world.size)
+    run_dir = prepare_run_dir(config.run_dir)
+    train_set, eval_set = _datasets(config)
+    steps = total_steps(config, len(train_set))
+    check_schedule(config.schedule, steps)
+    device = choose_device(config.device, world)
+    threads, matmul = set_threads(world), set_cpu_matmul(config.precision)
+    layers = build_layers(config.model)
+
+    comm.start(world, device, config.parallel.timeout)
+    try:
+        grid = make_grid(config.grid_shape(world.size), world, device)
+        assembly = assemble(config, grid, device, layers)
+        report = startup_report(
+            assembly, threads=threads, matmul=matmul, train_images=len(train_set), eval_images=len(eval_set)
+        )
+        writer = None
+        if world.rank == 0:
+            (run_dir / "config.yaml").write_text(config.to_yaml())
+            writer = MetricsWriter(
+                run_dir,
+                steps=steps,
+                global_batch_size=config.train.global_batch_size,
+                tensorboard=config.log.tensorboard,
+            )
+            for line in report:
+                writer.say(line)
+        Loop(Stepper(assembly), train_set, eval_set, steps=steps, writer=writer).run()
+        if writer is not None:
+            writer.close()
+            print(f"config      {run_dir / 'config.yaml'}\nmetrics     {writer.path}")
+            if config.log.tensorboard:
+                print(f"TensorBoard {run_dir} (tensorboard --logdir {run_dir})")
+    finally:
+        comm.stop()
+
+
+def prepare_run_dir(run_dir: str | None) -> Path:
+    """Make the folder and see that it can be written to. Raises ConfigError if not."""
+    if run_dir is None:
+        raise ConfigError("run_dir is not set: give the folder for metrics and config, e.g. --run_dir runs/demo")
+    path = Path(run_dir)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"run_dir {run_dir} cannot be written to ({error.strerror}): choose a folder that can be"
+        ) from error
+    return path
+
+
+def total_steps(config: Config, train_images: int) -> int:
+    """Optimizer steps of the run."""
+    if config.train.steps is not None:
+        return config.train.steps
+    assert config.train.epochs is not None
+    return max(1, math.ceil(config.train.epochs * train_images / config.train.global_batch_size))
+
+
+def _datasets(config: Config) -> tuple[Dataset, Dataset]:
+    sizes = config.model.sizes
+    try:
+        return build_datasets(
+            config.data,
+            image_size=sizes.image,
+            channels=sizes.channels,
+            num_classes=sizes.classes,
+            seed=config.train.seed,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+@dataclass
+class _Interval:
+    """What happened since the last line."""
+
+    started: float
+    steps: int = 0
+
+
+class Loop:
+    """Steps, evaluations and their reports.
+
+    Args:
+        stepper: runs steps. train_set, eval_set: images. steps: of the whole run.
+        writer: on rank 0 alone. before_step: called with the step's number before each step.
+    """
+
+    def __init__(
+        self,
+        stepper: Stepper,
+        train_set: Dataset,
+        eval_set: Dataset,
+        *,
+        steps: int,
+        writer: MetricsWriter | None,
+        before_step: Callable[[int], None] | None = None,
+    ) -> None:
+        self.stepper, self.steps, self.writer, self.before_step = stepper, steps, writer, before_step
+        a = stepper.assembly
+        self.config = a.config
+        micro = a.config.train.micro_batch_size
+        assert micro is not None
+        place: dict[str, Any] = {
+            "config": a.config.data,
+            "micro_batch_size": micro,
+            "data_rank": a.grid.data.index,
+            "data_size": a.grid.data.size,
+            "with_images": a.holds_images,
+        }
+        self.train_stream = TrainStream(
+            train_set, global_batch_size=a.config.train.global_batch_size, seed=a.config.train.seed, **place
+        )
+        self.eval_stream = EvalStream(eval_set, **place)
+        self.flops_per_image = training_flops(a.layers)
+        self.skipped = self.bad_in_a_row = 0
+
+    def run(self) -> None:
+        """All steps of the run, with evaluations between and after them."""
+        interval = _Interval(time.perf_counter())
+        for step, batches in zip(range(self.steps), self.train_stream.steps(0), strict=False):
+            if self.before_step is not None:
+                self.before_step(step)
+            lr = self.config.optimizer.lr * factor(self.config.schedule, step, self.steps)
+            result = self.stepper.train_step(batches, lr)
+            self._count_bad(result, step)
+            interval.steps += 1
+            last = step + 1 == self.steps
+            if self.writer is not None:
+                self.writer.advance()
+            if last or (step + 1) % self.config.log.interval == 0:
+                self._report(step + 1, result, lr, interval)
+                interval = _Interval(time.perf_counter())
+            every = self.config.train.eval_interval
+            if last or (every and (step + 1) % every == 0):
+                self._evaluate(step + 1)
+                interval = _Interval(time.perf_counter())
+
+    def _count_bad(self, result: StepResult, step: int) -> None:
+        self.skipped += result.skipped
+        self.bad_in_a_row = self.bad_in_a_row + 1 if result.skipped else 0
+        if self.bad_in_a_row >= self.config.train.max_bad_steps:
+            raise DivergedError(
+                f"step {step + 1}: loss {result.loss}, gradient norm {result.grad_norm}; {self.bad_in_a_row} steps in a row "
+                f"had to be skipped (train.max_bad_steps). Lower optimizer.lr, warm up longer, or look at the data"
+            )
+
+    def _report(self, step: int, result: StepResult, lr: float, interval: _Interval) -> None:
+        a, batch = self.stepper.assembly, self.config.train.global_batch_size
+        synchronise(a.device)
+        step_time = (time.perf_counter() - interval.started) / max(1, interval.steps)
+        memory = torch.tensor([float(peak_memory_bytes(a.device))], dtype=torch.float64, device=a.device)
+        memory = comm.all_reduce(memory, a.grid.world, "max")
+        images_per_second = batch / step_time
+        tflops = self.flops_per_image * images_per_second / a.grid.shape.world_size / 1e12
+        peak = peak_tflops(a.device, self.config.precision.dtype)
+        values = {
+            "samples": step * batch,
+            "loss": result.loss,
+            "lr": lr,
+            "grad_norm": result.grad_norm,
+            "loss_scale": 1.0,
+            "skipped_steps": self.skipped,
+            "step_time": step_time,
+            "images_per_second": images_per_second,
+            "tokens_per_second": images_per_second * self.config.model.sizes.tokens,
+            "tflops_per_device": tflops,
+            "mfu": tflops / peak if peak else None,
+            "peak_memory": int(memory.item()),
+        }
+        if self.writer is not None:
+            self.writer.train(step, values)
+
+    def _evaluate(self, step: int) -> None:
+        result = self.stepper.evaluate(self.eval_stream)
+        if self.writer is not None:
+            values = {"loss": result.loss, "accuracy": result.accuracy, "images": result.images}
+            self.writer.evaluation(step, values)
+

@@ -1,0 +1,21 @@
+"""What a Vision Transformer is. Sees ranks only through the layers that `parallel` gives it."""
+
+from model.build import Build, check_tensor_parallel
+from model.config import ModelConfig
+from model.inputs import MicroBatch
+from model.layers import LayerSpec, build_layers, training_flops
+from model.presets import PRESETS
+from model.vit import Stage, VisionTransformer
+
+__all__ = [
+    "PRESETS",
+    "Build",
+    "LayerSpec",
+    "MicroBatch",
+    "ModelConfig",
+    "Stage",
+    "VisionTransformer",
+    "build_layers",
+    "check_tensor_parallel",
+    "training_flops",
+]

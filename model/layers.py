@@ -1,0 +1,85 @@
+"""A model is an ordered list of named layers; the pipeline cuts this list.
+
+Shapes between layers and the cost of each layer are worked out by running it on the meta device, so nothing here repeats what
+a layer computes. Legend: B images, S tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from model.blocks import BLOCKS
+from model.build import Build
+from model.config import ModelConfig
+from model.embed import Embedding
+from model.heads import Head
+from model.inputs import MicroBatch
+from parallel.tensor import TensorParallel, no_tensor_parallel
+
+Factory = Callable[[Build], nn.Module]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSpec:
+    """One layer of the list.
+
+    Attributes:
+        name: global, e.g. `blocks.17`; the prefix of its parameters' names in every layout.
+        factory: makes the module, its parameters on the meta device.
+        flops: of the forward matrix products per image, 2 per multiply-add.
+        parameters: of the logical layer.
+        output: rows per image and width of what it gives to the next layer.
+    """
+
+    name: str
+    factory: Factory
+    flops: int = 0
+    parameters: int = 0
+    output: tuple[int, int] = (0, 0)
+
+    def boundary(self, batch_size: int, tp: TensorParallel) -> tuple[int, int]:
+        """Shape of its output for B images on one tensor rank."""
+        rows, width = self.output
+        return tp.local_rows(batch_size * rows), width
+
+
+def build_layers(config: ModelConfig) -> list[LayerSpec]:
+    """The layers of a resolved configuration, in order: `embed`, `blocks.0` ..., `head`."""
+    depth = config.sizes.depth
+    block = BLOCKS[config.block or "sequential"]
+    layers = [LayerSpec(name="embed", factory=Embedding)]
+    for i in range(depth):
+        rate = config.drop_path * i / max(1, depth - 1)
+        layers.append(LayerSpec(name=f"blocks.{i}", factory=partial(block, f"blocks.{i}", rate)))
+    layers.append(LayerSpec(name="head", factory=Head))
+    return _measure(layers, config)
+
+
+def _measure(layers: Sequence[LayerSpec], config: ModelConfig) -> list[LayerSpec]:
+    """Fill in costs and shapes by one image's forward on the meta device; layers of one class and input are alike."""
+    sizes = config.sizes
+    batch = MicroBatch.of_images(torch.empty(1, sizes.channels, sizes.image, sizes.image, device="meta"))
+    known: dict[object, tuple[int, int, Tensor]] = {}
+    x = torch.empty(0, device="meta")
+    out = []
+    for spec in layers:
+        kind = (getattr(spec.factory, "func", spec.factory), x.shape)
+        if kind not in known:
+            layer = spec.factory(Build(config=config, tp=no_tensor_parallel()))
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                y = layer(x, batch)
+            known[kind] = (counter.get_total_flops(), sum(p.numel() for p in layer.parameters()), y)
+        flops, parameters, x = known[kind]
+        out.append(replace(spec, flops=flops, parameters=parameters, output=(x.shape[0], x.shape[1])))
+    return out
+
+
+def training_flops(layers: Sequence[LayerSpec]) -> int:
+    """FLOPs per image of forward and backward, matrix products alone: what MFU counts (Chowdhery et al. 2022)."""
+    return 3 * sum(layer.flops for layer in layers)

@@ -1,0 +1,68 @@
+"""Layers put together: a pipeline stage, and the whole model on one process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from model.build import Build
+from model.config import ModelConfig
+from model.inputs import MicroBatch
+from model.layers import LayerSpec, build_layers
+from parallel.layout import attach_info, info_of
+from parallel.random import initialise
+
+
+class Stage(nn.Module):
+    """Consecutive layers of the list, their parameters on the meta device; names are those of the whole model."""
+
+    def __init__(self, specs: Sequence[LayerSpec], build: Build) -> None:
+        super().__init__()
+        self.specs = tuple(specs)
+        for spec in specs:
+            parent: nn.Module = self
+            *path, leaf = spec.name.split(".")
+            for part in path:
+                if part not in parent._modules:
+                    parent.add_module(part, nn.ModuleDict())
+                parent = parent.get_submodule(part)
+            parent.add_module(leaf, spec.factory(build))
+
+    def forward(self, inputs: tuple[Tensor, ...], batch: MicroBatch) -> tuple[Tensor, ...]:
+        """Rows of the boundary before (nothing for the first stage) -> those of the boundary after, or logits."""
+        x = inputs[0] if inputs else None
+        for spec in self.specs:
+            x = self.get_submodule(spec.name)(x, batch)
+        assert x is not None
+        return (x,)
+
+
+class VisionTransformer(Stage):
+    """The whole model on one process, with its initial weights, for use outside the engine.
+
+    Args:
+        config: resolved or not. seed: of the weights and of drop-path. device: where it lives.
+
+    Example:
+        >>> model = VisionTransformer(ModelConfig(preset="vit_ti16"))
+        >>> model.logits(torch.randn(2, 3, 224, 224)).shape
+        torch.Size([2, 1000])
+    """
+
+    def __init__(self, config: ModelConfig, *, seed: int = 0, device: torch.device | str = "cpu") -> None:
+        config = config.resolve()
+        super().__init__(build_layers(config), Build(config=config, seed=seed))
+        for name, meta in list(self.named_parameters()):
+            owner, _, leaf = name.rpartition(".")
+            parameter = nn.Parameter(torch.empty(meta.shape, device=device))
+            attach_info(parameter, info_of(meta))
+            setattr(self.get_submodule(owner), leaf, parameter)
+        initialise(self, seed)
+        self.to(device)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, classes]."""
+        batch = MicroBatch.of_images(images, training=self.training)
+        return self((), batch)[0]  # type: ignore[no-any-return]

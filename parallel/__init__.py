@@ -1,0 +1,1 @@
+"""How tensors are split over ranks and moved between them; knows nothing of Vision Transformers or of training."""

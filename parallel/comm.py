@@ -1,0 +1,327 @@
+"""The one door to torch.distributed: starting and ending the process group, and collectives on plain tensors.
+
+Everything the rest of the engine wants moved between ranks goes through here, so backends (gloo on a CPU, NCCL on GPUs),
+API names that differ between torch versions, and the pitfalls of each backend are met in one place:
+
+- gloo silently corrupts the neighbours of a strided view: every tensor is made contiguous first;
+- gloo's reduce-scatter is an all-reduce and a slice: here it is an all-to-all and a local sum, half the traffic;
+- a collective that fails because a peer is gone raises `PeerLostError`, so the entry script can tell the rank that
+  failed from the ranks that merely noticed.
+
+An `Axis` is the set of ranks along one or more axes of the grid. Along an axis of size 1 every call is free: it returns
+its input and touches no group. Legend: T = axis size, rows = dim 0.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# torch 2.13 renamed these two; 2.11 and 2.12 have the older names only.
+_all_gather_single: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_single: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+
+
+class PeerLostError(RuntimeError):
+    """A collective failed because another rank died, raised, or never came."""
+
+
+@dataclass
+class CommMeter:
+    """Counts calls, bytes handed over and seconds spent waiting, per kind of operation, on this rank.
+
+    Seconds are wall-clock time blocked in this process; on CUDA, where calls return before the work is done, they are
+    launch times only.
+    """
+
+    calls: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    bytes: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    def reset(self) -> None:
+        """Forget everything counted so far."""
+        for table in (self.calls, self.bytes, self.seconds):
+            table.clear()
+
+    @property
+    def total_seconds(self) -> float:
+        """Seconds blocked in communication since the last reset."""
+        return sum(self.seconds.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    """The ranks that differ from this one only along one axis (or several, flattened) of the grid.
+
+    Attributes:
+        name: the axis, e.g. `tensor`, or joined names such as `data+context`.
+        ranks: global ranks, in order of their index along the axis.
+        index: this rank's place in `ranks`.
+        group: the process group; None where the axis has one rank.
+        meter: where calls along this axis are counted.
+    """
+
+    name: str
+    ranks: tuple[int, ...]
+    index: int
+    group: dist.ProcessGroup | None = None
+    meter: CommMeter = field(default_factory=CommMeter, compare=False)
+
+    @property
+    def size(self) -> int:
+        """Number of ranks along the axis."""
+        return len(self.ranks)
+
+    def __post_init__(self) -> None:
+        assert (self.group is None) == (self.size == 1), (self.name, self.ranks)
+
+
+def single_axis(name: str) -> Axis:
+    """An axis of one rank, for models built without any process group."""
+    return Axis(name=name, ranks=(0,), index=0)
+
+
+class Pending:
+    """A started operation; `wait()` blocks until its result can be used and returns the result."""
+
+    def __init__(self, result: Tensor, work: Any = None, *, axis: Axis | None = None, kind: str = "") -> None:
+        self._result, self._work, self._axis, self._kind = result, work, axis, kind
+        self._finish: Callable[[Tensor], Tensor] | None = None
+
+    def then(self, finish: Callable[[Tensor], Tensor]) -> Pending:
+        """Apply `finish` to the result when it has arrived."""
+        self._finish = finish
+        return self
+
+    def is_done(self) -> bool:
+        """Whether `wait` would return at once."""
+        return self._work is None or bool(self._work.is_completed())
+
+    def wait(self) -> Tensor:
+        """Block until done; later calls return at once."""
+        if self._work is not None:
+            assert self._axis is not None
+            with _watched(self._axis, self._kind):
+                self._work.wait()
+            self._work = None
+        if self._finish is not None:
+            self._result, self._finish = self._finish(self._result), None
+        return self._result
+
+
+@contextmanager
+def _watched(axis: Axis, kind: str, tensor: Tensor | None = None) -> Iterator[None]:
+    """Meter a call, and turn a backend's complaint about a vanished peer into PeerLostError."""
+    start = time.perf_counter()
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerLostError(f"{kind} along the {axis.name} axis {axis.ranks} failed: {error}") from error
+    axis.meter.seconds[kind] += time.perf_counter() - start
+    if tensor is not None:
+        axis.meter.calls[kind] += 1
+        axis.meter.bytes[kind] += tensor.numel() * tensor.element_size()
+
+
+def _call(axis: Axis, kind: str, tensor: Tensor, result: Tensor, run: Callable[[], Any]) -> Pending:
+    with _watched(axis, kind, tensor):
+        work = run()
+    return Pending(result, work, axis=axis, kind=kind)
+
+
+# -- collectives -------------------------------------------------------------------------------------------------------
+
+
+def all_reduce_start(x: Tensor, axis: Axis, op: str = "sum") -> Pending:
+    """Start reducing `x` over the axis, in place where `x` is contiguous.
+
+    Args:
+        x: any shape. op: `sum`, `max` or `min`.
+    """
+    if axis.size == 1:
+        return Pending(x)
+    x = x.contiguous()
+    return _call(axis, "all_reduce", x, x, lambda: dist.all_reduce(x, _OPS[op], group=axis.group, async_op=True))
+
+
+def all_reduce(x: Tensor, axis: Axis, op: str = "sum") -> Tensor:
+    """Reduce `x` over the axis; every rank gets the result."""
+    return all_reduce_start(x, axis, op).wait()
+
+
+def all_gather_rows_start(x: Tensor, axis: Axis) -> Pending:
+    """Start gathering [R, ...] from each of T ranks into [T * R, ...], in order of index."""
+    if axis.size == 1:
+        return Pending(x)
+    x = x.contiguous()
+    out = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
+    return _call(axis, "all_gather", x, out, lambda: _all_gather_single(out, x, group=axis.group, async_op=True))
+
+
+def all_gather_rows(x: Tensor, axis: Axis) -> Tensor:
+    """Gather [R, ...] from each of T ranks into [T * R, ...]."""
+    return all_gather_rows_start(x, axis).wait()
+
+
+def reduce_scatter_rows_start(x: Tensor, axis: Axis) -> Pending:
+    """Start summing [T * R, ...] over the axis, of which this rank gets rows [index * R, (index + 1) * R)."""
+    if axis.size == 1:
+        return Pending(x)
+    x = x.contiguous()
+    rows, rest = divmod(x.shape[0], axis.size)
+    assert rest == 0, (x.shape, axis.size)
+    if x.device.type != "cpu":
+        out = x.new_empty(rows, *x.shape[1:])
+        run = lambda: _reduce_scatter_single(out, x, group=axis.group, async_op=True)  # noqa: E731
+        return _call(axis, "reduce_scatter", x, out, run)
+    parts = torch.empty_like(x)
+    run = lambda: dist.all_to_all_single(parts, x, group=axis.group, async_op=True)  # noqa: E731
+    pending = _call(axis, "reduce_scatter", x, parts, run)
+    return pending.then(lambda p: p.view(axis.size, rows, *x.shape[1:]).sum(0))
+
+
+def reduce_scatter_rows(x: Tensor, axis: Axis) -> Tensor:
+    """Sum [T * R, ...] over the axis; this rank gets its [R, ...]."""
+    return reduce_scatter_rows_start(x, axis).wait()
+
+
+def broadcast(x: Tensor, axis: Axis, source: int = 0) -> Tensor:
+    """Overwrite `x` (contiguous) with that of the rank at index `source` of the axis."""
+    if axis.size == 1:
+        return x
+    assert x.is_contiguous()
+    run = lambda: dist.broadcast(x, axis.ranks[source], group=axis.group, async_op=True)  # noqa: E731
+    return _call(axis, "broadcast", x, x, run).wait()
+
+
+def gather_objects(value: object, axis: Axis) -> list[Any]:
+    """Every rank's (picklable, small) `value` along the axis, in order of index. For reports, not for hot paths."""
+    values: list[Any] = [None] * axis.size
+    if axis.size == 1:
+        return [value]
+    with _watched(axis, "gather_objects"):
+        dist.all_gather_object(values, value, group=axis.group)
+    return values
+
+
+def barrier(axis: Axis) -> None:
+    """Return when every rank of the axis has come here."""
+    all_reduce(torch.zeros(1, device=_device_of(axis)), axis)
+
+
+def send_start(x: Tensor, axis: Axis, to: int) -> Pending:
+    """Start sending `x` (contiguous; unchanged until waited for) to index `to`.
+
+    Unbatched, so that NCCL uses a communicator of the two ranks alone; sends and receives between two ranks must be
+    posted in one order on both (parallel.pipeline.validation checks it).
+    """
+    x = x.contiguous()
+    return _call(axis, "send", x, x, lambda: dist.isend(x, axis.ranks[to], group=axis.group))
+
+
+def recv_start(x: Tensor, axis: Axis, source: int) -> Pending:
+    """Start receiving into `x` (contiguous) from index `source`; `wait()` returns it filled."""
+    assert x.is_contiguous()
+    return _call(axis, "recv", x, x, lambda: dist.irecv(x, axis.ranks[source], group=axis.group))
+
+
+# -- the process group -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """Who this process is, before any group exists. Made by `read_world`."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+
+def read_world(environ: dict[str, str] | None = None) -> World:
+    """Rank and world size from torchrun's variables, else SLURM's (`srun`), else one process.
+
+    Raises:
+        ValueError: a launcher's variable is not a number, or only some of them are set.
+    """
+    env = os.environ if environ is None else environ
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    if "RANK" not in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
+        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")
+    if names[0] not in env:
+        return World()
+    try:
+        rank, size, local_rank = (int(env[name]) for name in names[:3])
+        local_size = int(env.get(names[3], "1").split("(")[0])
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"the launcher's variables {', '.join(names[:3])} must all be integers: {error}") from error
+    return World(rank=rank, size=size, local_rank=local_rank, local_size=local_size)
+
+
+def start(world: World, device: torch.device, timeout_seconds: float) -> None:
+    """Make the process group: NCCL for CUDA, gloo for the CPU. One process makes none.
+
+    Under srun, MASTER_ADDR and MASTER_PORT default to the first host of the job and a port from the job's number.
+    """
+    if world.size == 1:
+        return
+    os.environ.setdefault("MASTER_ADDR", _first_slurm_host())
+    os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000))
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        rank=world.rank,
+        world_size=world.size,
+        timeout=timedelta(seconds=timeout_seconds),
+        device_id=device if device.type == "cuda" else None,
+    )
+
+
+def stop() -> None:
+    """End the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def first_to_report(kind: str, rank: int) -> bool:
+    """Whether this rank is the first to report a `kind` of failure; so that one message, not one per rank, reaches the user.
+
+    Works through the key-value store of the launcher. Where that cannot be reached (the rank that held it is gone), every
+    rank reports for itself.
+    """
+    if not dist.is_initialized():
+        return rank == 0
+    try:
+        return bool(dist.distributed_c10d._get_default_store().add(f"vitruvius/{kind}", 1) == 1)
+    except Exception:  # whatever is wrong with the store must not hide the failure itself
+        return True
+
+
+def _first_slurm_host() -> str:
+    """`SLURM_LAUNCH_NODE_IPADDR` if set, else the first of e.g. `node[3-7,9]` or `a1,b2`; localhost outside SLURM."""
+    hosts = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST") or "127.0.0.1"
+    address = os.environ.get("SLURM_LAUNCH_NODE_IPADDR")
+    if address and int(os.environ.get("SLURM_NNODES", "1")) == 1:
+        return address
+    prefix, bracket, rest = hosts.partition("[")
+    if not bracket or "," in prefix:
+        return hosts.split(",")[0]
+    return prefix + rest.split("]")[0].split(",")[0].split("-")[0]
+
+
+def _device_of(axis: Axis) -> torch.device:
+    if axis.group is not None and "nccl" in dist.get_backend(axis.group):
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")

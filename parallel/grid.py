@@ -1,0 +1,148 @@
+"""The grid of ranks: axes (pipeline, data, context, tensor), tensor innermost. One explicit object, made once.
+
+Ranks that talk most sit closest: the tensor axis varies fastest, so it lies inside one host; the pipeline axis varies
+slowest. This is the order of Megatron-LM's `tp-cp-dp-pp`, read from the outside in. Built on
+`torch.distributed.device_mesh` with the axes that have more than one rank only: the others make no groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import prod
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from parallel.comm import Axis, CommMeter, World
+
+AXES = ("pipeline", "data", "context", "tensor")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridShape:
+    """How many ranks along each axis."""
+
+    pipeline: int = 1
+    data: int = 1
+    context: int = 1
+    tensor: int = 1
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Sizes in the order of AXES."""
+        return self.pipeline, self.data, self.context, self.tensor
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return prod(self.sizes)
+
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """Index of `rank` along each axis."""
+        out = {}
+        for name, size in reversed(list(zip(AXES, self.sizes, strict=True))):
+            rank, out[name] = divmod(rank, size)
+        return {name: out[name] for name in AXES}
+
+    def ranks_along(self, names: tuple[str, ...], rank: int) -> tuple[int, ...]:
+        """The ranks that differ from `rank` only along `names`, in grid order."""
+        own = self.coordinates(rank)
+        fixed = [name for name in AXES if name not in names]
+        others = ((r, self.coordinates(r)) for r in range(self.world_size))
+        return tuple(r for r, place in others if all(place[name] == own[name] for name in fixed))
+
+
+def shape_for_world(world_size: int, *, tensor: int, pipeline: int, context: int = 1) -> GridShape:
+    """The grid of `world_size` ranks, data parallel taking what the other axes leave.
+
+    Raises:
+        ValueError: a size below 1, or a world that is not a multiple of their product.
+    """
+    given = {"tensor": tensor, "pipeline": pipeline, "context": context}
+    for name, size in given.items():
+        if size < 1:
+            raise ValueError(f"parallel.{name}_parallel_size is {size}: it must be at least 1")
+    model = tensor * pipeline * context
+    if world_size % model:
+        fits = [n for n in (world_size // model * model, (world_size // model + 1) * model) if n]
+        context_text = f" x context {context}" if context > 1 else ""
+        raise ValueError(
+            f"{world_size} ranks cannot be arranged as tensor {tensor} x pipeline {pipeline}{context_text} = {model} times a "
+            f"whole number of data-parallel replicas: start {' or '.join(map(str, fits))} ranks, or change "
+            f"parallel.tensor_parallel_size or parallel.pipeline_parallel_size"
+        )
+    return GridShape(pipeline=pipeline, data=world_size // model, context=context, tensor=tensor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """This rank's place on the grid, and the groups along its axes. Made by `make_grid`, passed explicitly."""
+
+    shape: GridShape
+    rank: int
+    meter: CommMeter = field(default_factory=CommMeter)
+    mesh: DeviceMesh | None = None
+    axes: dict[tuple[str, ...], Axis] = field(default_factory=dict)
+
+    @property
+    def pipeline(self) -> Axis:
+        """Ranks that hold the other stages of this model replica."""
+        return self.along("pipeline")
+
+    @property
+    def data(self) -> Axis:
+        """Ranks that hold the same parameters and see other images."""
+        return self.along("data")
+
+    @property
+    def context(self) -> Axis:
+        """Ranks that hold other tokens of the same images."""
+        return self.along("context")
+
+    @property
+    def tensor(self) -> Axis:
+        """Ranks that hold the other parts of the same layers."""
+        return self.along("tensor")
+
+    @property
+    def world(self) -> Axis:
+        """All ranks."""
+        return self.along(*AXES)
+
+    def along(self, *names: str) -> Axis:
+        """The ranks along one axis, or several flattened into one. Collective when it first makes a combination."""
+        wanted = tuple(name for name in AXES if name in names)
+        if wanted not in self.axes:
+            self.axes[wanted] = self._make(wanted)
+        return self.axes[wanted]
+
+    def _make(self, names: tuple[str, ...]) -> Axis:
+        ranks = self.shape.ranks_along(names, self.rank)
+        group = None
+        if len(ranks) == self.shape.world_size > 1:
+            group = torch.distributed.group.WORLD
+        elif len(ranks) > 1:
+            assert self.mesh is not None
+            large = tuple(name for name in names if self.shape.sizes[AXES.index(name)] > 1)
+            submesh = self.mesh[large] if len(large) == 1 else self.mesh[large]._flatten("+".join(large))
+            group = submesh.get_group()
+        return Axis(name="+".join(names), ranks=ranks, index=ranks.index(self.rank), group=group, meter=self.meter)
+
+
+def make_grid(shape: GridShape, world: World | None = None, device: torch.device | None = None) -> Grid:
+    """Make the groups of the grid. Collective; `comm.start` must have been called where there is more than one rank.
+
+    Args:
+        shape: sizes of the axes. world: this process (default: a single one). device: decides the backend (default CPU).
+    """
+    world = world or World()
+    assert shape.world_size == world.size, (shape, world)
+    large = [(name, size) for name, size in zip(AXES, shape.sizes, strict=True) if size > 1]
+    mesh = None
+    if large:
+        names, sizes = zip(*large, strict=True)
+        mesh = init_device_mesh((device or torch.device("cpu")).type, sizes, mesh_dim_names=names)
+    grid = Grid(shape=shape, rank=world.rank, mesh=mesh)
+    for name in AXES:
+        grid.along(name)
+    return grid

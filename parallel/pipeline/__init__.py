@@ -1,0 +1,27 @@
+"""Pipeline parallelism: schedules as data, their generators, validator and simulator, and the cut of the layers."""
+
+from parallel.pipeline.actions import Action, ActionKind, Schedule, ScheduleError
+from parallel.pipeline.communication import insert_communication
+from parallel.pipeline.partition import partition
+from parallel.pipeline.schedules import SCHEDULES, build_schedule, forward_only, gpipe, one_f_one_b
+from parallel.pipeline.simulation import Costs, Interval, Timeline, simulate
+from parallel.pipeline.validation import validate
+
+__all__ = [
+    "SCHEDULES",
+    "Action",
+    "ActionKind",
+    "Costs",
+    "Interval",
+    "Schedule",
+    "ScheduleError",
+    "Timeline",
+    "build_schedule",
+    "forward_only",
+    "gpipe",
+    "insert_communication",
+    "one_f_one_b",
+    "partition",
+    "simulate",
+    "validate",
+]

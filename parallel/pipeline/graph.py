@@ -1,0 +1,122 @@
+"""What waits for what in a schedule: the one graph that is validated, timed, and used to place communication.
+
+A node is the place of an action, or the arrival of a message. An action waits for the one before it on its rank and
+for the data it reads. A message arrives once both its ends are posted and the message before it between the same two
+ranks has arrived: sends are rendezvous, and two ranks share one ordered channel, as NCCL's point-to-point calls do
+when they are not batched. A schedule can run exactly when this graph has no cycle.
+"""
+
+from __future__ import annotations
+
+import graphlib
+from typing import NamedTuple
+
+from parallel.pipeline.actions import Action, ActionKind, Place, Schedule, ScheduleError
+
+
+class Arrival(NamedTuple):
+    """The moment when the message of a receive has come in."""
+
+    receive: Action
+
+
+Node = Place | Arrival
+Graph = dict[Node, list[Node]]
+"""Each node with the nodes it waits for. Lists, not sets: their order must be the same in every process."""
+
+
+def data_dependencies(action: Action, schedule: Schedule) -> list[Action]:
+    """The compute actions whose result an action reads, on whichever rank (none for receives: see `input_receive`)."""
+    micro_batch = action.micro_batch
+
+    def compute(kind: ActionKind, stage: int) -> Action:
+        return Action(kind, stage, micro_batch)
+
+    def input_gradient(stage: int) -> Action:
+        split = compute(ActionKind.BACKWARD_INPUT, stage)
+        return split if split in schedule.places else compute(ActionKind.BACKWARD, stage)
+
+    stage = action.stage
+    match action.kind:
+        case ActionKind.FORWARD:
+            return [compute(ActionKind.FORWARD, stage - 1)] if stage > 0 else []
+        case ActionKind.BACKWARD | ActionKind.BACKWARD_INPUT:
+            recompute = compute(ActionKind.RECOMPUTE, stage)
+            activations = recompute if recompute in schedule.places else compute(ActionKind.FORWARD, stage)
+            return [activations, input_gradient(stage + 1)] if stage + 1 < schedule.num_stages else [activations]
+        case ActionKind.BACKWARD_WEIGHT:
+            return [compute(ActionKind.BACKWARD_INPUT, stage)]
+        case ActionKind.RECOMPUTE | ActionKind.SEND_FORWARD:
+            return [compute(ActionKind.FORWARD, stage)]
+        case ActionKind.SEND_BACKWARD:
+            return [input_gradient(stage)]
+        case _:
+            return []
+
+
+def input_receive(action: Action, schedule: Schedule) -> Action | None:
+    """The receive that brings the input of a compute action, None where the input is local."""
+    match action.kind:
+        case ActionKind.FORWARD if schedule.crosses_ranks(action.stage, action.stage - 1):
+            return Action(ActionKind.RECV_FORWARD, action.stage, action.micro_batch)
+        case ActionKind.BACKWARD | ActionKind.BACKWARD_INPUT if schedule.crosses_ranks(action.stage, action.stage + 1):
+            return Action(ActionKind.RECV_BACKWARD, action.stage, action.micro_batch)
+        case _:
+            return None
+
+
+def dependency_graph(schedule: Schedule) -> Graph:
+    """Every node of a schedule with the nodes it waits for.
+
+    Where a remote input has no receive, as in a compute order, its message takes the way of an ideal link: it arrives
+    when the remote action is done, and queues behind no other.
+
+    Raises:
+        ScheduleError: an action reads what no rank computes.
+    """
+    graph: Graph = {}
+    for rank, program in enumerate(schedule.ranks):
+        last_arrival: dict[int, Arrival] = {}  # per peer rank
+        for position, action in enumerate(program):
+            place = Place(rank, position)
+            waits_for = graph.setdefault(place, [])
+            if position > 0:
+                waits_for.append(Place(rank, position - 1))
+            for dependency in data_dependencies(action, schedule):
+                if dependency not in schedule.places:
+                    raise ScheduleError(f"rank {rank}: {action} needs {dependency}, which no rank computes")
+                source = schedule.places[dependency]
+                receive = input_receive(action, schedule)
+                if source.rank == rank or receive is None:
+                    waits_for.append(source)
+                    continue
+                waits_for.append(Arrival(receive))
+                if receive not in schedule.places:
+                    graph[Arrival(receive)] = [source]
+            if action.kind.is_message:
+                arrival = Arrival(action.counterpart if action.kind.is_send else action)
+                graph.setdefault(arrival, []).append(place)
+                peer = schedule.peer(action)
+                if peer in last_arrival:
+                    graph[arrival].append(last_arrival[peer])
+                last_arrival[peer] = arrival
+    return graph
+
+
+def execution_order(schedule: Schedule, graph: Graph) -> list[Node]:
+    """All nodes of all ranks in an order in which they can happen.
+
+    Raises:
+        ScheduleError: there is none; the message shows the circle of actions that wait for each other.
+    """
+    try:
+        return list(graphlib.TopologicalSorter(graph).static_order())
+    except graphlib.CycleError as error:
+        circle = " before ".join(_describe(schedule, node) for node in error.args[1])
+        raise ScheduleError(f"schedule {schedule.name!r} can make no progress (deadlock): {circle}") from None
+
+
+def _describe(schedule: Schedule, node: Node) -> str:
+    if isinstance(node, Arrival):
+        return f"arrival of {node.receive}"
+    return f"{schedule.ranks[node.rank][node.position]} (rank {node.rank})"

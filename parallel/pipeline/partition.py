@@ -1,0 +1,93 @@
+"""Which layers go to which stage: contiguous pieces whose largest cost is as small as it can be."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from fractions import Fraction
+from itertools import accumulate
+
+
+def partition(costs: Sequence[float], num_stages: int) -> tuple[range, ...]:
+    """Cut a list of layers into contiguous, non-empty stages with the least possible largest cost.
+
+    Among all such cuts the one with the least sum of squared stage costs (the most even one) is taken, and among
+    those the one with the shortest first stages, since in 1F1B the first ranks keep the most activations. Sums are
+    exact, so the result does not hang on rounding.
+
+    Args:
+        costs: cost of each layer in any unit, finite and not negative.
+        num_stages: pieces to cut, 1 to ``len(costs)``.
+
+    Returns:
+        The layer indices of each stage.
+
+    Raises:
+        ValueError: no layers, a cost that is negative or not finite, or a number of stages that cannot be.
+    """
+    _check(costs, num_stages)
+    totals = [0, *accumulate(_exact(costs))]
+    return _most_even(totals, num_stages, _least_largest(totals, num_stages))
+
+
+def _check(costs: Sequence[float], num_stages: int) -> None:
+    if len(costs) == 0:
+        raise ValueError("no layers to cut into stages: costs is empty, give one cost per layer")
+    for layer, cost in enumerate(costs):
+        if not (math.isfinite(cost) and cost >= 0):
+            raise ValueError(f"layer {layer} has cost {cost}: costs must be finite and not negative")
+    if not 1 <= num_stages <= len(costs):
+        raise ValueError(
+            f"cannot cut {len(costs)} layers into {num_stages} stages, since each needs a layer: choose 1 to "
+            f"{len(costs)} stages (pipeline size times virtual stages per rank), or a deeper model"
+        )
+
+
+def _exact(costs: Sequence[float]) -> list[int]:
+    """The costs times a common factor, as integers without rounding (floats are fractions over powers of two)."""
+    fractions = [Fraction(cost) for cost in costs]
+    scale = math.lcm(*(fraction.denominator for fraction in fractions))
+    return [int(fraction * scale) for fraction in fractions]
+
+
+def _least_largest(totals: list[int], num_stages: int) -> int:
+    """The least possible largest stage cost, by bisection; ``totals[i]`` is the cost of the first i layers."""
+
+    def fits(limit: int) -> bool:
+        # Stages filled greedily; fewer than num_stages will do, as a stage can be cut further without costing more.
+        start = 0
+        for _ in range(num_stages):
+            start = bisect_right(totals, totals[start] + limit) - 1
+        return start == len(totals) - 1
+
+    low, high = -1, totals[-1]  # low does not fit, high does
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high
+
+
+def _most_even(totals: list[int], num_stages: int, limit: int) -> tuple[range, ...]:
+    """The cut with the least sum of squares among those whose stages cost at most ``limit``: dynamic programming."""
+    num_layers = len(totals) - 1
+    infeasible = totals[-1] ** 2 + 1
+    least = [infeasible] * num_layers + [0]  # least[i]: sum of squares of layers i.. in the stages considered so far
+    first_cuts = []  # per number of stages, per first layer i: where the first of these stages ends
+    for stages in range(1, num_stages + 1):
+        before, least = least, [infeasible] * (num_layers + 1)
+        cuts = [num_layers] * (num_layers + 1)
+        for start in range(num_stages - stages, num_layers - stages + 1):
+            for end in range(start + 1, num_layers - stages + 2):
+                cost = totals[end] - totals[start]
+                if cost > limit:
+                    break
+                squares = cost * cost + before[end]
+                if squares < least[start]:
+                    least[start], cuts[start] = squares, end
+        first_cuts.append(cuts)
+    ranges, start = [], 0
+    for cuts in reversed(first_cuts):
+        ranges.append(range(start, cuts[start]))
+        start = cuts[start]
+    return tuple(ranges)

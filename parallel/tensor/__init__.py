@@ -1,0 +1,25 @@
+"""Tensor and sequence parallelism: layers whose matrices are split over ranks."""
+
+from parallel.tensor.linear import ColumnParallelLinear, RowParallelLinear, linear, xavier_uniform
+from parallel.tensor.loss import LOSSES, sigmoid_cross_entropy, softmax_cross_entropy, top_class
+from parallel.tensor.rows import TensorParallel, copy_in, gather_rows, no_tensor_parallel, slice_rows
+from parallel.tensor.weight_grad import GradientSink, attach_sink, weight_gradient
+
+__all__ = [
+    "LOSSES",
+    "ColumnParallelLinear",
+    "GradientSink",
+    "RowParallelLinear",
+    "TensorParallel",
+    "attach_sink",
+    "copy_in",
+    "gather_rows",
+    "linear",
+    "no_tensor_parallel",
+    "sigmoid_cross_entropy",
+    "slice_rows",
+    "softmax_cross_entropy",
+    "top_class",
+    "weight_gradient",
+    "xavier_uniform",
+]

@@ -1,0 +1,192 @@
+"""Column- and row-parallel linears (Shoeybi et al. 2019, Megatron-LM), on plain tensors with explicit collectives.
+
+Legend: R rows (B * S tokens), D input width, F output width, T tensor-parallel size. Weights are [F, D] as in torch.
+
+A column-parallel linear followed by a row-parallel one costs, per direction, one all-gather and one reduce-scatter
+with sequence parallelism, one all-reduce without. In backward the sum of input gradients travels while the weight
+gradient is computed. On one tensor rank both are ordinary linears.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from parallel import comm
+from parallel.layout import Init, ParameterInfo, TensorLayout, make_parameter
+from parallel.tensor.rows import TensorParallel, finish_input_gradient, no_tensor_parallel, pad_rows
+from parallel.tensor.weight_grad import weight_gradient
+
+
+def xavier_uniform(fan_in: int, *fan_outs: int) -> Init:
+    """Glorot and Bengio 2010, with the fans of each logical matrix that is fused into one."""
+    return Init(kind="uniform", scales=tuple(math.sqrt(6 / (fan_in + fan_out)) for fan_out in fan_outs))
+
+
+class _ColumnParallel(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel, rows: int, split: bool
+    ) -> Tensor:
+        full = comm.all_gather_rows(x, tp.axis)[:rows] if split else x
+        ctx.save_for_backward(full, weight)
+        ctx.tp, ctx.split, ctx.has_bias = tp, split, bias is not None
+        return F.linear(full, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        full, weight = ctx.saved_tensors
+        (grad,) = grads
+        pending = None
+        if ctx.needs_input_grad[0]:
+            pending = finish_input_gradient(grad @ weight, ctx.tp, ctx.split)
+        grad_weight = weight_gradient(weight, grad, full) if ctx.needs_input_grad[1] else None
+        grad_bias = grad.sum(0) if ctx.has_bias else None
+        return pending.wait() if pending else None, grad_weight, grad_bias, None, None, None
+
+
+class _RowParallel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel, split: bool) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.tp, ctx.split, ctx.has_bias = tp, split, bias is not None
+        if tp.size == 1:
+            return F.linear(x, weight, bias)
+        partial = F.linear(x, weight)
+        if split:
+            out = comm.reduce_scatter_rows(pad_rows(partial, tp.local_rows(x.shape[0]) * tp.size), tp.axis)
+        else:
+            out = comm.all_reduce(partial, tp.axis)
+        return out if bias is None else out.add_(bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        (grad,) = grads
+        full = comm.all_gather_rows(grad, ctx.tp.axis)[: x.shape[0]] if ctx.split else grad
+        grad_x = full @ weight if ctx.needs_input_grad[0] else None
+        grad_weight = weight_gradient(weight, full, x) if ctx.needs_input_grad[1] else None
+        # With split rows each rank sums its own rows only: the bias is marked partial_over_tensor.
+        grad_bias = grad.sum(0) if ctx.has_bias else None
+        return grad_x, grad_weight, grad_bias, None, None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """y = x W' + b on one rank, its weight gradient taken by `weight_gradient`. [R, D] -> [R, F]."""
+    y: Tensor = _ColumnParallel.apply(x, weight, bias, no_tensor_parallel(), x.shape[0], False)
+    return y
+
+
+def sharded_bias(segments: Sequence[int], tp: TensorParallel, value: float = 0.0) -> nn.Parameter:
+    """A bias [F/T] of features that are split over the tensor axis segment by segment."""
+    layout = TensorLayout(
+        shape=(sum(segments),), dim=0, segments=tuple(segments), parts=tp.size, index=tp.axis.index
+    )  # fmt: skip
+    return make_parameter(ParameterInfo(layout=layout, init=Init(kind="constant", scales=(value,))))
+
+
+class ColumnParallelLinear(nn.Module):
+    """y = x W' + b with the output features split over the tensor axis, segment by segment.
+
+    Args:
+        in_features: D.
+        segments: logical output features of each matrix fused into one, e.g. (D, D, D, M) for q, k, v and fc1; each is
+            split by itself. Segments that must be split in units (heads) are checked by the caller.
+        tp: the tensor axis. init: initial weights (default Xavier uniform per segment).
+        bias: whether there is one. bias_init: its initial value.
+        split_input: whether x comes in row parts (the default under sequence parallelism) or whole.
+        decay: weight-decay group of the weight.
+
+    Raises:
+        ValueError: a segment has fewer features than there are ranks.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        segments: Sequence[int],
+        *,
+        tp: TensorParallel,
+        bias: bool = True,
+        init: Init | None = None,
+        bias_init: float = 0.0,
+        split_input: bool | None = None,
+        decay: str = "body",
+    ) -> None:
+        super().__init__()
+        if min(segments) < tp.size:
+            raise ValueError(f"{min(segments)} output features cannot be split over {tp.size} tensor-parallel ranks")
+        self.tp = tp
+        self.split_input = tp.splits_rows if split_input is None else split_input and tp.splits_rows
+        layout = TensorLayout(
+            shape=(sum(segments), in_features),
+            dim=0,
+            segments=tuple(segments),
+            parts=tp.size,
+            index=tp.axis.index,
+        )
+        init = init or xavier_uniform(in_features, *segments)
+        self.weight = make_parameter(ParameterInfo(layout=layout, init=init, decay=decay))
+        self.bias = sharded_bias(segments, tp, bias_init) if bias else None
+
+    def forward(self, x: Tensor, rows: int | None = None) -> Tensor:
+        """[ceil(R/T), D] (row parts) or [R, D] -> [R, F/T].
+
+        Args:
+            rows: R; needed where x comes in row parts.
+        """
+        rows = x.shape[0] if rows is None else rows
+        y: Tensor = _ColumnParallel.apply(x, self.weight, self.bias, self.tp, rows, self.split_input)
+        return y
+
+
+class RowParallelLinear(nn.Module):
+    """y = x W' + b with the input features split over the tensor axis, segment by segment.
+
+    Args:
+        segments: logical input features of each part of x, e.g. (D, M) for [attention, mlp] beside each other.
+        out_features: F.
+        split_output: whether y goes out in row parts (the default under sequence parallelism) or whole.
+        Others as in ColumnParallelLinear.
+    """
+
+    def __init__(
+        self,
+        segments: Sequence[int],
+        out_features: int,
+        *,
+        tp: TensorParallel,
+        bias: bool = True,
+        init: Init | None = None,
+        split_output: bool | None = None,
+        decay: str = "body",
+    ) -> None:
+        super().__init__()
+        if min(segments) < tp.size:
+            raise ValueError(f"{min(segments)} input features cannot be split over {tp.size} tensor-parallel ranks")
+        self.tp = tp
+        self.split_output = tp.splits_rows if split_output is None else split_output and tp.splits_rows
+        layout = TensorLayout(
+            shape=(out_features, sum(segments)), dim=1, segments=tuple(segments), parts=tp.size, index=tp.axis.index
+        )
+        scales = tuple(math.sqrt(6 / (segment + out_features)) for segment in segments)
+        init = init or Init(kind="uniform", scales=scales)
+        self.weight = make_parameter(ParameterInfo(layout=layout, init=init, decay=decay))
+        self.bias: nn.Parameter | None = None
+        if bias:
+            info = ParameterInfo(
+                layout=TensorLayout(shape=(out_features,)),
+                init=Init(kind="constant", scales=(0.0,)),
+                partial_over_tensor=self.split_output,
+            )
+            self.bias = make_parameter(info)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[R, D/T] -> [ceil(R/T), F] (row parts) or [R, F]."""
+        y: Tensor = _RowParallel.apply(x, self.weight, self.bias, self.tp, self.split_output)
+        return y

@@ -1,0 +1,28 @@
+"""Train a Vision Transformer: `torchrun`, `srun` or plain `python` with this file. `--help` lists every option."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from collections.abc import Sequence
+
+from engine.cli import parse
+from engine.launch import run_rank
+from engine.trainer import pretrain
+from parallel.comm import World
+
+
+def main(argv: Sequence[str], world: World) -> None:
+    """Parse the command line and train, or print the resolved configuration."""
+    quiet = contextlib.nullcontext() if world.rank == 0 else contextlib.redirect_stdout(io.StringIO())
+    with quiet:  # --help on rank 0 alone
+        config, only_print = parse(argv)
+    if not only_print:
+        pretrain(config, world)
+    elif world.rank == 0:
+        print(config.resolve(world.size).to_yaml(), end="")
+
+
+if __name__ == "__main__":
+    sys.exit(run_rank(main, sys.argv[1:], "pretrain_vit.py"))

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data import DataConfig
+from data.augment import Augmentation, augment, crop_boxes, draw_augmentation
+
+EVERYTHING = DataConfig(rotate=15, shift=0.1, scale=0.2, shear=10, flip=True, crop_min_area=0.5)
+WARPS = DataConfig(rotate=1)  # switches resampling on; what is done is given by hand below
+
+
+def by_hand(**values: Any) -> Augmentation:
+    """An augmentation of one image: nothing but what is given."""
+    nothing = Augmentation(
+        rotation=np.zeros(1),
+        shift=np.zeros((1, 2)),
+        zoom=np.ones(1),
+        shear=np.zeros(1),
+        mirror=np.zeros(1, dtype=bool),
+        crop=np.array([[1.0, 1.0, 0.5, 0.5]]),
+    )
+    return replace(nothing, **{name: np.array([value]) for name, value in values.items()})
+
+
+@pytest.fixture
+def image() -> torch.Tensor:
+    return torch.rand(1, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def test_nothing_configured_changes_nothing(image: torch.Tensor) -> None:
+    config = DataConfig()
+    assert augment(image, draw_augmentation(config, 0, 0, 1), config, crop=False) is image
+
+
+def test_identity_resamples_to_itself(image: torch.Tensor) -> None:
+    torch.testing.assert_close(augment(image, by_hand(), WARPS, crop=False), image)
+
+
+def test_quarter_turn_is_counter_clockwise(image: torch.Tensor) -> None:
+    turned = augment(image, by_hand(rotation=np.pi / 2), WARPS, crop=False)
+    torch.testing.assert_close(turned, torch.rot90(image, 1, dims=(2, 3)))
+
+
+def test_shift_by_whole_pixels_fills_with_zeros(image: torch.Tensor) -> None:
+    shifted = augment(image, by_hand(shift=[2 / 8, -1 / 8]), WARPS, crop=False)  # right by 2, up by 1
+    expected = torch.zeros_like(image)
+    expected[:, :, :-1, 2:] = image[:, :, 1:, :-2]
+    torch.testing.assert_close(shifted, expected)
+
+
+def test_arbitrary_warp_against_scipy() -> None:
+    from scipy import ndimage
+
+    image = np.random.default_rng(0).random((12, 16))
+    image[[0, -1]], image[:, [0, -1]] = 0, 0  # the two treat the border differently
+    angle, shift, zoom, shear = 0.4, np.array([0.05, -0.1]), 1.3, 0.2
+    rotate = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+    forward = rotate @ np.array([[1, shear], [0, 1]]) * zoom  # of (x, y), y down
+    swapped = np.linalg.inv(forward)[::-1, ::-1]  # scipy speaks of (row, column), and of result -> source
+    centre = np.array([5.5, 7.5])
+    offset = centre - swapped @ (centre + shift[::-1] * image.shape)
+    expected = ndimage.affine_transform(image, swapped, offset, order=1)
+    done = by_hand(rotation=angle, shift=shift, zoom=zoom, shear=shear)
+    result = augment(torch.tensor(image, dtype=torch.float32)[None, None], done, WARPS, crop=False)
+    np.testing.assert_allclose(result[0, 0].numpy(), expected, atol=1e-5)
+
+
+def test_mirror_alone_is_exact_and_in_a_warp_the_same(image: torch.Tensor) -> None:
+    mirrored = augment(image, by_hand(mirror=True), DataConfig(flip=True), crop=False)
+    assert torch.equal(mirrored, image.flip(-1))
+    torch.testing.assert_close(augment(image, by_hand(mirror=True), WARPS, crop=False), mirrored)
+
+
+def test_crop_in_the_matrix(image: torch.Tensor) -> None:
+    done = by_hand(
+        crop=[0.25, 1.0, 1.0, 0.0]
+    )  # a quarter of the area: the 4 x 4 pixels at the top right, enlarged twice
+    cropped = augment(image, done, DataConfig(crop_min_area=0.2), crop=True)
+    expected = torch.nn.functional.interpolate(image, scale_factor=2, mode="bilinear")[:, :, :8, 8:]
+    torch.testing.assert_close(cropped[..., 1:, :-1], expected[..., 1:, :-1])  # at the image's border it fades to 0
+
+
+def test_crop_boxes_lie_inside_and_have_the_area() -> None:
+    crop = draw_augmentation(DataConfig(crop_min_area=0.1), 0, 0, 500).crop
+    left, top, width, height = crop_boxes(crop, height=40, width=100, aspect=2.0).T
+    assert (left >= 0).all() and (top >= 0).all()
+    assert (left + width <= 100 + 1e-9).all() and (top + height <= 40 + 1e-9).all()
+    np.testing.assert_allclose(width / height, 2.0 * crop[:, 1])
+    assert 0.1 <= crop[:, 0].min() < 0.15 < 0.95 < crop[:, 0].max() <= 1
+
+
+def test_draws_fill_their_ranges_and_depend_on_seed_and_draw_alone() -> None:
+    drawn = draw_augmentation(EVERYTHING, 5, 0, 1000)
+    assert 0.24 < drawn.rotation.max() <= np.radians(15) and drawn.rotation.min() < -0.24
+    assert 0.09 < drawn.shift.max() <= 0.1
+    assert 1.19 < drawn.zoom.max() <= 1.2 and drawn.zoom.min() >= 1 / 1.2
+    assert 0.45 < drawn.mirror.mean() < 0.55
+    later = draw_augmentation(EVERYTHING, 5, 640, 3)
+    other = draw_augmentation(EVERYTHING, 6, 640, 3)
+    for field in fields(Augmentation):
+        np.testing.assert_array_equal(getattr(later, field.name), getattr(drawn, field.name)[640:643])
+    assert not np.array_equal(later.rotation, other.rotation)
+
+
+def test_pixels_do_not_depend_on_the_micro_batch() -> None:
+    images = torch.rand(48, 3, 9, 13, generator=torch.Generator().manual_seed(0))
+    together = augment(images, draw_augmentation(EVERYTHING, 0, 0, 48), EVERYTHING, crop=True)
+    assert not torch.equal(together, images)
+    for size in (1, 3, 16):
+        pieces = [
+            augment(images[i : i + size], draw_augmentation(EVERYTHING, 0, i, size), EVERYTHING, crop=True)
+            for i in range(0, 48, size)
+        ]
+        assert torch.equal(torch.cat(pieces), together)

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import docstring_parser
+import pytest
+
+from data import DataConfig
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"workers": -1}, r"data\.workers is -1: it must be 0 or more"),
+        ({"fold": 5}, r"data\.fold is 5: it must be from 0 to 4"),
+        ({"kind": "synthetic", "size": 0}, r"data\.size is 0: it must be 1 or more"),
+        ({"mean": ()}, r"data\.mean is \(\)"),
+        ({"std": (0.0,)}, r"data\.std is \(0\.0,\).* above 0"),
+        ({"rotate": -3.0}, r"data\.rotate is -3\.0.* 0 to 180"),
+        ({"rotate": float("nan")}, r"data\.rotate is nan"),
+        ({"shift": 1.5}, r"data\.shift is 1\.5"),
+        ({"scale": -0.1}, r"data\.scale is -0\.1"),
+        ({"shear": 90.0}, r"data\.shear is 90\.0"),
+        ({"crop_min_area": 0.0}, r"data\.crop_min_area is 0\.0.* .1 switches cropping off"),
+        (
+            {"path": "x"},
+            r"data\.path is 'x', but has no effect with data\.kind=digits.* set data\.kind to image_folder",
+        ),
+        ({"kind": "synthetic", "val_path": "x"}, r"data\.val_path is 'x', but has no effect"),
+        ({"kind": "synthetic", "fold": 1}, r"data\.fold is 1, but has no effect .*digits or image_folder"),
+        ({"size": 10}, r"data\.size is 10, but has no effect with data\.kind=digits"),
+        ({"kind": "image_folder"}, r"data\.path is not set"),
+        ({"kind": "image_folder", "path": "x", "val_path": "y", "fold": 1}, r"data\.fold is 1.* data\.val_path='y'"),
+    ],
+)
+def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DataConfig(**options)
+
+
+def test_every_field_has_a_line_of_help() -> None:
+    described = {p.arg_name for p in docstring_parser.parse_from_object(DataConfig).params if p.description}
+    assert described == {field.name for field in fields(DataConfig)}

@@ -1,0 +1,123 @@
+"""The simulator against the closed forms of the literature."""
+
+import pytest
+
+from parallel.pipeline import SCHEDULES, Costs, Schedule, ScheduleError, build_schedule, insert_communication, simulate
+
+SIZES = [(p, m) for p in (1, 2, 3, 4, 8) for m in (1, 2, 3, 5, 8, 16)]
+TIMES = [(1.0, 1.0, 1.0), (1.0, 1.5, 0.5), (3.0, 1.0, 0.25)]
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize(("p", "m"), SIZES)
+@pytest.mark.parametrize(("f", "b", "w"), TIMES)
+def test_bubble_of_gpipe_and_1f1b(name: str, p: int, m: int, f: float, b: float, w: float) -> None:
+    timeline = simulate(build_schedule(name, p, m), Costs(forward=f, backward_input=b, backward_weight=w))
+    assert timeline.makespan == pytest.approx((m + p - 1) * (f + b + w))
+    assert timeline.bubble == pytest.approx([(p - 1) * (f + b + w)] * p)
+    assert timeline.bubble_fraction == pytest.approx((p - 1) / (m + p - 1))
+
+
+@pytest.mark.parametrize(("p", "m"), SIZES)
+def test_peak_activations(p: int, m: int) -> None:
+    assert simulate(build_schedule("gpipe", p, m), Costs()).peak_activations == (m,) * p
+    expected = tuple(min(m, p - rank) for rank in range(p))
+    assert simulate(build_schedule("1f1b", p, m), Costs()).peak_activations == expected
+
+
+@pytest.mark.parametrize(("p", "m"), SIZES)
+@pytest.mark.parametrize("latency", [0.125, 0.5, 1.0])
+def test_latency(p: int, m: int, latency: float) -> None:
+    """Messages no longer than a forward cost what the schedule itself makes them cost: they never queue or come late.
+
+    In GPipe those are the first and last ones; in 1F1B on two ranks also a round trip for every two micro-batches.
+    """
+    costs = Costs(latency=latency)
+    ends = 3 * (m + p - 1) + 2 * (p - 1) * latency
+    assert simulate(build_schedule("gpipe", p, m), costs).makespan == pytest.approx(ends)
+    one_f_one_b = simulate(build_schedule("1f1b", p, m), costs).makespan
+    assert one_f_one_b == pytest.approx(simulate(SCHEDULES["1f1b"](p, m), costs).makespan)
+    if p == 2:
+        assert one_f_one_b == pytest.approx(ends + 2 * ((m - 1) // 2) * latency)
+
+
+def test_zero_bubble_by_hand() -> None:
+    """ZB-H1 of two ranks and micro-batches: bubble (p-1)(F+B-W), peak p on rank 0."""
+    order = Schedule.from_text("0F0 0F1 0I0 0W0 0I1 0W1\n1F0 1I0 1F1 1I1 1W0 1W1")
+    timeline = simulate(insert_communication(order), Costs())
+    assert timeline.makespan == 7
+    assert timeline.bubble == (1, 1)
+    assert timeline.peak_activations == (2, 2)
+
+
+def test_interleaved_by_hand() -> None:
+    """p = v = m = 2: bubble of 1F1B over v, peak min(mv, (v-1)p + 2(p-r-1) + 1)/v."""
+    text = "0F0 0F1 2F0 2F1 2B0 2B1 0B0 0B1\n1F0 1F1 3F0 3B0 3F1 3B1 1B0 1B1"
+    schedule = insert_communication(Schedule.from_text(text, stage_to_rank=(0, 1, 0, 1)))
+    timeline = simulate(schedule, Costs(forward=0.5, backward_input=0.5, backward_weight=0.5))
+    assert timeline.bubble == (1.5, 1.5)
+    assert timeline.peak_activations == (2.0, 1.5)
+
+
+def test_costs_per_stage_and_recompute() -> None:
+    order = Schedule.from_text("0F0 0R0 0B0\n1F0 1B0")
+    costs = Costs(forward=(1.0, 10.0), backward_input=(2.0, 20.0), backward_weight=3.0, recompute=5.0, latency=0.5)
+    timeline = simulate(insert_communication(order), costs)
+    times = [[(str(i.action), i.start, i.end) for i in intervals] for intervals in timeline.ranks]
+    # The recompute fills the wait for the gradient, which comes 0.5 after 34.5.
+    assert times == [
+        [("0F0", 0, 1), ("0R0", 1, 6), ("0B0", 35, 40)],
+        [("1F0", 1.5, 11.5), ("1B0", 11.5, 34.5)],
+    ]
+
+
+def test_messages_between_two_ranks_queue() -> None:
+    schedule = Schedule.from_text("0F0 0SEND_F0 0F1 0SEND_F1\n1RECV_F0 1RECV_F1 1F0 1F1")
+    ends = [i.end for i in simulate(schedule, Costs(latency=10.0)).ranks[1]]
+    assert ends == [12, 22]
+
+
+def test_a_late_receive_costs_time() -> None:
+    early = Schedule.from_text("0F0 0SEND_F0 0F1 0SEND_F1\n1RECV_F0 1RECV_F1 1F0 1F1")
+    late = Schedule.from_text("0F0 0SEND_F0 0F1 0SEND_F1\n1RECV_F0 1F0 1RECV_F1 1F1")
+    costs = Costs(latency=1.0)
+    assert simulate(late, costs).makespan == simulate(early, costs).makespan + 1
+
+
+def test_compute_order_alone_has_ideal_links() -> None:
+    order = Schedule.from_text("0F0 0F1\n1F0 1F1")
+    assert [interval.end for interval in simulate(order, Costs(latency=10.0)).ranks[1]] == [12, 13]
+
+
+def test_deadlock_is_reported() -> None:
+    with pytest.raises(ScheduleError, match="no progress"):
+        simulate(Schedule.from_text("0F0 0B0 0F1 0B1\n1F0 1F1 1B0 1B1"), Costs())
+
+
+def test_picture() -> None:
+    timeline = simulate(build_schedule("1f1b", 2, 2), Costs())
+    assert timeline.render() == "rank 0 |F0 F1 ......B0--- ...B1--- |\nrank 1 |...F0 B0--- F1 B1--- ......|"
+    assert "bubble 33.3%, peak activations per rank 2 1" in str(timeline)
+
+
+def test_picture_names_stages_where_needed_and_keeps_its_width() -> None:
+    text = "0F0 1F0 1B0 0B0"
+    timeline = simulate(Schedule.from_text(text, stage_to_rank=(0, 0)), Costs())
+    assert timeline.render() == "rank 0 |0F0 1F0 1B0---- 0B0---- |"
+    for columns in (1, 5, 60):
+        assert len(timeline.render(columns)) == len("rank 0 ||") + columns
+
+
+def test_costs_that_cannot_be() -> None:
+    with pytest.raises(ValueError, match="forward is -1"):
+        Costs(forward=-1.0)
+    with pytest.raises(ValueError, match="recompute"):
+        Costs(recompute=(1.0, float("nan")))
+    with pytest.raises(ValueError, match="forward has 3 times for 2 stages"):
+        simulate(build_schedule("gpipe", 2, 2), Costs(forward=(1.0, 1.0, 1.0)))
+
+
+def test_picture_shows_every_label_when_times_fall_between_columns() -> None:
+    rows = simulate(build_schedule("gpipe", 3, 4), Costs(latency=0.5)).render().splitlines()
+    for row in rows:
+        assert all(f"F{m} " in row and f"B{m}--- " in row for m in range(4))
