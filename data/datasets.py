@@ -5,8 +5,10 @@ Shapes: N images in the set, B in a micro-batch, C channels, H x W pixels.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from functools import cached_property
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -16,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data.config import FOLDS
-from data.keyed import Purpose, keyed_uniforms
+from data.keyed import Purpose, keyed_permutation, keyed_uniforms
 
 
 class Dataset(Protocol):
@@ -94,10 +96,8 @@ def digits(image_shape: tuple[int, int, int], fold: int) -> tuple[ArrayDataset, 
 
     For another image size they are resized bilinearly; for several channels the grey values are repeated.
     """
-    from sklearn.datasets import load_digits
-
-    pixels, labels = load_digits(return_X_y=True)
-    labels = labels.astype(np.int64)
+    table = np.loadtxt(_sklearn_file("digits.csv.gz"), delimiter=",", dtype=np.int64)  # 64 pixels, then the label
+    pixels, labels = table[:, :-1], table[:, -1].copy()
     channels, height, width = image_shape
     images = torch.from_numpy(pixels.astype(np.float32) / 16).reshape(-1, 1, 8, 8)
     if (height, width) != (8, 8):
@@ -107,10 +107,22 @@ def digits(image_shape: tuple[int, int, int], fold: int) -> tuple[ArrayDataset, 
     return train, held_out
 
 
-def stratified_split(labels: NDArray[np.int64], fold: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Indices to train on and to hold out: fold `fold` of a split that is the same in every run, whatever its seed."""
-    from sklearn.model_selection import StratifiedKFold
+def _sklearn_file(name: str) -> Path:
+    """A data file of scikit-learn, found without importing it: that takes seconds, on each of many ranks."""
+    package = importlib.util.find_spec("sklearn")
+    if package is None or not package.submodule_search_locations:
+        raise ValueError("data.kind digits needs scikit-learn, which is not installed: pip install scikit-learn")
+    return Path(package.submodule_search_locations[0]) / "datasets" / "data" / name
 
-    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=0)
-    train, held_out = list(folds.split(labels, labels))[fold]
-    return train, held_out
+
+def stratified_split(labels: NDArray[np.int64], fold: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Indices to train on and to hold out: fold `fold` of a split that is the same in every run, whatever its seed.
+
+    The images of each class, in an order drawn once, are dealt to the folds in turn; each class goes on where the one
+    before it stopped, so that folds are of one size give or take one image.
+    """
+    order = keyed_permutation(0, Purpose.SPLIT, 0, len(labels))
+    by_class = order[np.argsort(labels[order], kind="stable")]
+    held_out = np.zeros(len(labels), dtype=bool)
+    held_out[by_class[fold::FOLDS]] = True
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)

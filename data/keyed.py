@@ -22,6 +22,7 @@ class Purpose(IntEnum):
     AUGMENT = 2
     SYNTHETIC_IMAGES = 3
     SYNTHETIC_LABELS = 4
+    SPLIT = 5
 
 
 def keyed_uniforms(seed: int, purpose: Purpose, first: int, count: int, width: int) -> NDArray[np.float32]:

@@ -14,6 +14,7 @@ from data import Batch
 from engine.config import Config
 from engine.optimizer import make_optimizer
 from model import Build, LayerSpec, MicroBatch, Stage, build_layers
+from model.kernels import Kernels
 from parallel.grid import Grid
 from parallel.pipeline import Schedule, build_schedule, partition, validate
 from parallel.pipeline.execution import PipelineExecutor, TensorSpec
@@ -53,7 +54,7 @@ class Assembly:
         before = [self.layers[r.start - 1].boundary(batch, self.tp) if r.start else None for r in self.stages]
         return PipelineExecutor(
             schedule,
-            {stage: self.module for stage in schedule.stages_of(self.grid.pipeline.index)},
+            dict.fromkeys(schedule.stages_of(self.grid.pipeline.index), self.module),
             [(TensorSpec(shape),) if shape else () for shape in before],
             axis=self.grid.pipeline,
             device=self.device,
@@ -88,7 +89,8 @@ def assemble(config: Config, grid: Grid, device: torch.device, layers: Sequence[
     tp = TensorParallel(axis=grid.tensor, sequence_parallel=config.parallel.sequence_parallel)
     stages = cut_into_stages(layers, grid.pipeline.size)
     own = stages[grid.pipeline.index]
-    module = Stage(layers[own.start : own.stop], Build(config=config.model, tp=tp, seed=config.train.seed))
+    build = Build(config=config.model, tp=tp, seed=config.train.seed, kernels=Kernels(config.kernels))
+    module = Stage(layers[own.start : own.stop], build)
     gradients = GradientBuffer(module, grid=grid, device=device, seed=config.train.seed)
     module.to(device)
     schedule = build_schedule(config.parallel.schedule, grid.pipeline.size, config.num_micro_batches(grid.shape))
@@ -105,5 +107,3 @@ def assemble(config: Config, grid: Grid, device: torch.device, layers: Sequence[
         schedule=schedule,
         optimizer=make_optimizer(config.optimizer, gradients),
     )
-
-

@@ -20,7 +20,7 @@ def make_parser(program: str = "pretrain_vit.py") -> ArgumentParser:
     """A parser whose flags are the fields of Config."""
     parser = ArgumentParser(
         prog=program,
-        description="Train a Vision Transformer. Any key of the YAML file is a flag of the same dotted name; the flag wins.",
+        description="Train a Vision Transformer. Keys of the YAML file are flags of the same name; flags win.",
         exit_on_error=False,
         print_config=None,
     )
@@ -34,8 +34,8 @@ def parse(argv: Sequence[str], program: str = "pretrain_vit.py") -> tuple[Config
     """(the configuration as given, whether it is only to be printed).
 
     Raises:
-        ConfigError: an unknown key (the nearest valid one is named), a wrong type, a value out of range, a file that cannot
-            be read.
+        ConfigError: an unknown key (the nearest valid one is named), a wrong type, a value out of range, a file that
+            cannot be read.
         SystemExit: after --help.
     """
     parser = make_parser(program)

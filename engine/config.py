@@ -25,7 +25,9 @@ class TrainConfig:
     """Images per optimizer step, over all ranks."""
 
     micro_batch_size: int | None = None
-    """Images that pass through the model at once on one data-parallel rank; null: one micro-batch per pipeline stage."""
+    """Images that pass through the model at once on one data-parallel rank; null: one micro-batch per pipeline
+    stage.
+    """
 
     steps: int | None = None
     """Optimizer steps; give this or epochs."""
@@ -82,7 +84,13 @@ class OptimizerConfig:
     """Largest global norm of the gradient, over all axes; 0: no clipping."""
 
     def __post_init__(self) -> None:
-        for name, low in (("lr", 0.0), ("eps", 0.0), ("weight_decay", 0.0), ("clip_grad", 0.0), ("head_weight_decay", 0.0)):
+        for name, low in (
+            ("lr", 0.0),
+            ("eps", 0.0),
+            ("weight_decay", 0.0),
+            ("clip_grad", 0.0),
+            ("head_weight_decay", 0.0),
+        ):
             value = getattr(self, name)
             if value is not None and not value >= low:
                 raise ValueError(f"optimizer.{name} is {value}: it must be {low} or more")
@@ -167,6 +175,9 @@ class Config:
 
     run_dir: str | None = None
     """Folder for config.yaml, metrics.jsonl and TensorBoard events; made if missing."""
+
+    kernels: Literal["auto", "native", "reference"] = "auto"
+    """Compiled kernels, plain PyTorch, or (auto) compiled where they can run."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA with NCCL where there is a GPU, else the CPU with gloo."""

@@ -1,4 +1,6 @@
-"""The device of this rank: which, how many threads, which matrix library, how fast it could be, how much memory it took."""
+"""The device of this rank: which, how many threads, which matrix library, how fast it could be, how much memory it
+took.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ import torch
 
 from engine.config import PrecisionConfig
 from engine.errors import ConfigError
+from model.kernels import tune_allocator
 from parallel.comm import World
 
 # Dense peak of matrix products in TFLOP/s without sparsity, from the vendors' data sheets; fp32 without TF32.
@@ -41,8 +44,12 @@ def choose_device(wanted: str, world: World) -> torch.device:
     return device
 
 
-def set_threads(world: World) -> int:
-    """Share this host's cores among its ranks, unless OMP_NUM_THREADS says otherwise. Returns threads per rank."""
+def prepare_cpu(world: World) -> int:
+    """Share this host's cores among its ranks, unless OMP_NUM_THREADS says otherwise, and keep freed memory at hand.
+
+    Returns threads per rank.
+    """
+    tune_allocator()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
     return torch.get_num_threads()
@@ -51,8 +58,8 @@ def set_threads(world: World) -> int:
 def set_cpu_matmul(config: PrecisionConfig) -> str:
     """Choose the library of fp32 matrix products on a CPU; returns its name.
 
-    torch's precision "high" means oneDNN, which on a CPU without TF32 units keeps full fp32 accuracy and is over twice as
-    fast as MKL on AMD processors; "medium" would round to bf16 where the processor can, and is never used.
+    torch's precision "high" means oneDNN, which on a CPU without TF32 units keeps full fp32 accuracy and is over twice
+    as fast as MKL on AMD processors; "medium" would round to bf16 where the processor can, and is never used.
     """
     wanted = config.cpu_matmul
     if wanted == "auto":

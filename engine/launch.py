@@ -1,7 +1,8 @@
 """Runs a rank's main function so that every way of failing ends in one readable message and the right exit code.
 
-Eight ranks that meet the same mistake say so once (rank 0). A rank that fails alone tells what happened to it; those that
-merely lose contact with it keep quiet. Nobody waits: a failing rank leaves at once, without a farewell to the others.
+Eight ranks that meet the same mistake say so once (rank 0). A rank that fails alone tells what happened to it; those
+that merely lose contact with it keep quiet. Nobody waits: a failing rank leaves at once, without a farewell to the
+others.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from parallel.comm import PeerLostError, World, read_world
 
 
 def run_rank(main: Callable[[Sequence[str], World], None], argv: Sequence[str], program: str) -> int:
-    """Call `main(argv, world)`; returns the exit code of this rank, or leaves the process where others may be waiting."""
+    """Call `main(argv, world)`; returns the exit code of this rank, or leaves the process where others may be
+    waiting.
+    """
     world = World()
     try:
         world = read_world()

@@ -67,7 +67,8 @@ class MetricsWriter:
         """An evaluation line."""
         self.write("eval", step, values)
         self.say(
-            f" evaluation at iteration {step:8d} | loss: {values['loss']:.6E} | accuracy: {100 * values['accuracy']:.2f} % |"
+            f" evaluation at iteration {step:8d} | loss: {values['loss']:.6E} |"
+            f" accuracy: {100 * values['accuracy']:.2f} % |"
             f" images: {values['images']:8d} |"
         )
 

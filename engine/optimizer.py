@@ -17,7 +17,7 @@ def make_optimizer(config: OptimizerConfig, gradients: GradientBuffer) -> torch.
             "params": [b.parameters for b in gradients.buckets if b.kind.decay == name],
             "weight_decay": decay,
             "name": name,
-        }  # fmt: skip
+        }
         for name, decay in decays.items()
     ]
     return torch.optim.AdamW(

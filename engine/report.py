@@ -3,51 +3,91 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 from engine.assemble import Assembly
 from engine.device import describe
 from model import training_flops
+from model.kernels import Kernels
 from parallel import comm
+
+# fp32 weights, gradients, and the two moments of AdamW
+_BYTES_PER_PARAMETER = 16
 
 
 def startup_report(assembly: Assembly, *, threads: int, matmul: str, train_images: int, eval_images: int) -> list[str]:
-    """Lines for the console. Collective: stages report their own buckets."""
-    a, config = assembly, assembly.config
-    shape, sizes = a.grid.shape, config.model.sizes
-    own = {"parameters": sum(p.numel() for p in a.module.parameters()), "buckets": len(a.gradients.buckets)}
-    all_ranks = comm.gather_objects(own, a.grid.pipeline)
-    parameters = sum(layer.parameters for layer in a.layers)
-    flops = training_flops(a.layers)
-    micro, count = config.train.micro_batch_size, config.num_micro_batches(shape)
+    """Lines for the console. Collective: stages report their own buckets.
+
+    Args:
+        threads: per rank. matmul: library of fp32 matrix products on a CPU. train_images, eval_images: how many.
+    """
+    own = {
+        "parameters": sum(p.numel() for p in assembly.module.parameters()),
+        "buckets": len(assembly.gradients.buckets),
+    }
+    stages = comm.gather_objects(own, assembly.grid.pipeline)
+    on_cpu = f", fp32 matrix products by {matmul}" if assembly.device.type == "cpu" else ""
+    images = f"{train_images} training and {eval_images} held-out images"
+    return [
+        f"Vitruvius: torch {torch.__version__}, Python {platform.python_version()}, {describe(assembly.device)}, "
+        f"{threads} thread(s) per rank{on_cpu}",
+        _grid_line(assembly),
+        *_model_lines(assembly),
+        f"data: {assembly.config.data.kind}, {images}",
+        *_batch_lines(assembly),
+        *Kernels(assembly.config.kernels).describe(assembly.device),
+        *_stage_lines(assembly, stages),
+        _memory_line(assembly, stages),
+    ]
+
+
+def _grid_line(a: Assembly) -> str:
+    shape = a.grid.shape
     rows = "split by rows" if a.tp.splits_rows else "whole"
-    lines = [
-        f"Vitruvius: torch {torch.__version__}, Python {platform.python_version()}, {describe(a.device)}, "
-        f"{threads} thread(s) per rank"
-        + (f", fp32 matrix products by {matmul}" if a.device.type == "cpu" else ""),
+    return (
         f"grid: pipeline {shape.pipeline} x data {shape.data} x context {shape.context} x tensor {shape.tensor} "
-        f"= {shape.world_size} rank(s); activations between linears {rows}",
-        f"model: {config.model.block} blocks, width {sizes.width}, depth {sizes.depth}, heads {sizes.heads}, mlp {sizes.mlp}, "
-        f"{sizes.tokens} tokens, position {config.model.position}, pool {config.model.pool}; "
-        f"{parameters:,} parameters, {flops / 1e9:.3f} GFLOP per image and step",
-        f"data: {config.data.kind}, {train_images} training and {eval_images} held-out images of "
-        f"{sizes.channels} x {sizes.image} x {sizes.image}",
-        f"batch: {config.train.global_batch_size} images = {shape.data} data rank(s) x {count} micro-batch(es) x {micro}; "
-        f"schedule {a.schedule.name}",
-    ]  # fmt: skip
-    total = sum(layer.flops for layer in a.layers)
-    for index, (stage, report) in enumerate(zip(a.stages, all_ranks, strict=True)):
-        names = [a.layers[i].name for i in (stage.start, stage.stop - 1)]
-        share = sum(a.layers[i].flops for i in stage) / total
-        span = names[0] if len(stage) == 1 else f"{names[0]} .. {names[1]}"
-        lines.append(
-            f"stage {index}: {len(stage)} layer(s), {span}, {100 * share:.1f} % of the FLOPs; "
-            f"{report['parameters']:,} parameters per rank in {report['buckets']} bucket(s)"
-        )
-    predicted = max(report["parameters"] for report in all_ranks) * 16
-    lines.append(
-        f"precision: {config.precision.dtype}; optimizer {config.optimizer.name}, fused: weights, gradients and two moments "
-        f"{predicted / 2**20:.1f} MiB on the largest rank, activations apart"
+        f"= {shape.world_size} rank(s); activations between linears {rows}"
     )
-    return lines
+
+
+def _model_lines(a: Assembly) -> Iterator[str]:
+    model, sizes = a.config.model, a.config.model.sizes
+    yield (
+        f"model: {model.block} blocks, width {sizes.width}, depth {sizes.depth}, heads {sizes.heads}, mlp {sizes.mlp}; "
+        f"{sizes.tokens} tokens, position {model.position}, pool {model.pool}; "
+        f"images {sizes.channels} x {sizes.image} x {sizes.image}"
+    )
+    parameters = sum(layer.parameters for layer in a.layers)
+    yield f"size: {parameters:,} parameters, {training_flops(a.layers) / 1e9:.3f} GFLOP per image, forward and backward"
+
+
+def _batch_lines(a: Assembly) -> Iterator[str]:
+    train, data = a.config.train, a.grid.shape.data
+    count = a.config.num_micro_batches(a.grid.shape)
+    yield (
+        f"batch: {train.global_batch_size} images = {data} data rank(s) x {count} micro-batch(es) "
+        f"x {train.micro_batch_size}; pipeline schedule {a.schedule.name}"
+    )
+
+
+def _stage_lines(a: Assembly, reports: list[dict[str, Any]]) -> Iterator[str]:
+    total = sum(layer.flops for layer in a.layers)
+    for index, (stage, report) in enumerate(zip(a.stages, reports, strict=True)):
+        first, last = (a.layers[i].name for i in (stage.start, stage.stop - 1))
+        share = sum(a.layers[i].flops for i in stage) / total
+        yield (
+            f"stage {index}: {len(stage)} layer(s), {first if len(stage) == 1 else f'{first} to {last}'}, "
+            f"{100 * share:.1f} % of the FLOPs; {report['parameters']:,} parameters per rank "
+            f"in {report['buckets']} bucket(s)"
+        )
+
+
+def _memory_line(a: Assembly, reports: list[dict[str, Any]]) -> str:
+    largest = max(report["parameters"] for report in reports) * _BYTES_PER_PARAMETER
+    return (
+        f"precision: {a.config.precision.dtype}; optimizer {a.config.optimizer.name}, fused; weights, gradients and "
+        f"moments take {largest / 2**20:.1f} MiB on the largest rank, activations apart"
+    )

@@ -1,7 +1,7 @@
 """Learning-rate schedules as plain functions of the step.
 
-Sources: rsqrt with warm-up and linear cool-down, Zhai et al. 2022 (Scaling Vision Transformers); cosine, Loshchilov and Hutter
-2017 (SGDR); warm-up-stable-decay, Hu et al. 2024 (MiniCPM).
+Sources: rsqrt with warm-up and linear cool-down, Zhai et al. 2022 (Scaling Vision Transformers); cosine, Loshchilov
+and Hutter 2017 (SGDR); warm-up-stable-decay, Hu et al. 2024 (MiniCPM).
 """
 
 from __future__ import annotations

@@ -114,8 +114,8 @@ class Stepper:
     def _global_loss_and_norm(self, losses: Sequence[Tensor]) -> tuple[float, float]:
         """(mean loss over the global batch, global gradient norm), in one small all-reduce over the world.
 
-        The norm counts each logical gradient element once: on the first data-parallel replica, and of copies over tensor
-        ranks the first.
+        The norm counts each logical gradient element once: on the first data-parallel replica, and of copies over
+        tensor ranks the first.
         """
         a = self.assembly
         stats = torch.zeros(2, dtype=torch.float64, device=a.device)

@@ -19,15 +19,15 @@ from engine.device import (
     choose_device,
     peak_memory_bytes,
     peak_tflops,
+    prepare_cpu,
     set_cpu_matmul,
-    set_threads,
     synchronise,
 )
 from engine.errors import ConfigError, DivergedError
 from engine.metrics import MetricsWriter
 from engine.report import startup_report
 from engine.schedules import check_schedule, factor
-from engine.step import StepResult, Stepper
+from engine.step import Stepper, StepResult
 from model import build_layers, training_flops
 from parallel import comm
 from parallel.comm import World
@@ -47,7 +47,7 @@ def pretrain(config: Config, world: World) -> None:
     steps = total_steps(config, len(train_set))
     check_schedule(config.schedule, steps)
     device = choose_device(config.device, world)
-    threads, matmul = set_threads(world), set_cpu_matmul(config.precision)
+    threads, matmul = prepare_cpu(world), set_cpu_matmul(config.precision)
     layers = build_layers(config.model)
 
     comm.start(world, device, config.parallel.timeout)
@@ -187,8 +187,8 @@ class Loop:
         self.bad_in_a_row = self.bad_in_a_row + 1 if result.skipped else 0
         if self.bad_in_a_row >= self.config.train.max_bad_steps:
             raise DivergedError(
-                f"step {step + 1}: loss {result.loss}, gradient norm {result.grad_norm}; {self.bad_in_a_row} steps in a row "
-                f"had to be skipped (train.max_bad_steps). Lower optimizer.lr, warm up longer, or look at the data"
+                f"step {step + 1}: loss {result.loss}, gradient norm {result.grad_norm}; {self.bad_in_a_row} steps in "
+                f"a row had to be skipped (train.max_bad_steps). Lower optimizer.lr, warm up longer, or check the data"
             )
 
     def _report(self, step: int, result: StepResult, lr: float, interval: _Interval) -> None:
@@ -222,4 +222,3 @@ class Loop:
         if self.writer is not None:
             values = {"loss": result.loss, "accuracy": result.accuracy, "images": result.images}
             self.writer.evaluation(step, values)
-

@@ -26,8 +26,8 @@ class Attention(nn.Module):
         self.q_norm: LayerNorm | None = None
         self.k_norm: LayerNorm | None = None
         if build.config.qk_norm:  # each tensor rank sees its own heads only: partial
-            self.q_norm = LayerNorm(self.head_dim, bias=False, partial=True)
-            self.k_norm = LayerNorm(self.head_dim, bias=False, partial=True)
+            self.q_norm = LayerNorm(self.head_dim, bias=False, partial=True, kernels=build.kernels)
+            self.k_norm = LayerNorm(self.head_dim, bias=False, partial=True, kernels=build.kernels)
 
     def forward(self, qkv: Tensor) -> Tensor:
         """[R, 3 * h * K], this rank's heads of q, then of k, then of v -> [R, h * K]."""

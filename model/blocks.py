@@ -2,11 +2,13 @@
 
 Legend: R = B * S rows, D width, M MLP width, T tensor-parallel size.
 
-Under tensor parallelism a parallel block moves activations once in and once out per direction, a sequential block twice:
-one all-gather and one reduce-scatter each with sequence parallelism, one all-reduce without.
+Under tensor parallelism a parallel block moves activations once in and once out per direction, a sequential block
+twice: one all-gather and one reduce-scatter each with sequence parallelism, one all-reduce without.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -82,10 +84,16 @@ class SequentialBlock(nn.Module):
     def __init__(self, name: str, drop_rate: float, build: Build) -> None:
         super().__init__()
         self.tokens = build.sizes.tokens
-        norm = {"bias": bool(build.config.bias), "partial": build.tp.splits_rows}
-        self.norm1 = LayerNorm(build.sizes.width, **norm)
+        norm = partial(
+            LayerNorm,
+            build.sizes.width,
+            bias=bool(build.config.bias),
+            partial=build.tp.splits_rows,
+            kernels=build.kernels,
+        )
+        self.norm1 = norm()
         self.attn = SelfAttention(build)
-        self.norm2 = LayerNorm(build.sizes.width, **norm)
+        self.norm2 = norm()
         self.mlp = Mlp(build)
         self.drop1 = DropPath(f"{name}.attn", drop_rate, build)
         self.drop2 = DropPath(f"{name}.mlp", drop_rate, build)
@@ -100,8 +108,8 @@ class SequentialBlock(nn.Module):
 class ParallelBlock(nn.Module):
     """y = Norm(x); x + Attention(y) + Mlp(y), as in ViT-22B (Dehghani et al. 2023, after Wang and Komatsuzaki 2021).
 
-    q, k, v and fc1 are one matrix [3D + M, D]; the attention's output projection and fc2 another, [D, D + M], whose one bias
-    is the sum of theirs. Without `bias`, only fc1 and the output have one, as in the paper.
+    q, k, v and fc1 are one matrix [3D + M, D]; the attention's output projection and fc2 another, [D, D + M], whose
+    one bias is the sum of theirs. Without `bias`, only fc1 and the output have one, as in the paper.
     """
 
     def __init__(self, name: str, drop_rate: float, build: Build) -> None:
@@ -110,7 +118,7 @@ class ParallelBlock(nn.Module):
         self.tokens = sizes.tokens
         self.split = (3 * sizes.width // tp.size, sizes.mlp // tp.size)
         self.gelu = "none" if build.config.gelu == "erf" else "tanh"
-        self.norm = LayerNorm(sizes.width, bias=bias, partial=tp.splits_rows)
+        self.norm = LayerNorm(sizes.width, bias=bias, partial=tp.splits_rows, kernels=build.kernels)
         segments = (*[sizes.width] * 3, sizes.mlp)
         self.in_proj = ColumnParallelLinear(sizes.width, segments, tp=tp, bias=bias)
         self.core = Attention(build)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from model.config import ModelConfig, Sizes
+from model.kernels import Kernels
 from parallel.tensor import TensorParallel, no_tensor_parallel
 
 
@@ -13,12 +14,13 @@ class Build:
     """Handed to the factory of every layer.
 
     Attributes:
-        config: resolved. tp: how layers are split. seed: that of drop-path.
+        config: resolved. tp: how layers are split. seed: that of drop-path. kernels: which forms of the kernels run.
     """
 
     config: ModelConfig
     tp: TensorParallel = field(default_factory=no_tensor_parallel)
     seed: int = 0
+    kernels: Kernels = field(default_factory=Kernels)
 
     @property
     def sizes(self) -> Sizes:

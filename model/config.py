@@ -85,7 +85,8 @@ class ModelConfig:
         """Every key filled in, from the preset and the usual values.
 
         Raises:
-            ValueError: an unknown preset, a needed key that is missing, or values that contradict each other; the message
+            ValueError: an unknown preset, a needed key that is missing, or values that contradict each other; the
+            message
                 names the key, the value and what would work.
         """
         if self.preset is not None and self.preset not in PRESETS:
@@ -103,7 +104,16 @@ class ModelConfig:
         return resolved
 
     def _check(self) -> None:
-        for name in ("image_size", "patch_size", "in_channels", "width", "depth", "num_heads", "mlp_dim", "num_classes"):
+        for name in (
+            "image_size",
+            "patch_size",
+            "in_channels",
+            "width",
+            "depth",
+            "num_heads",
+            "mlp_dim",
+            "num_classes",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} is {getattr(self, name)}: it must be at least 1")
         sizes = self.sizes

@@ -3,7 +3,8 @@
 Legend: B images, P patch side, N patches, S = prefix + N tokens, D width, R = B * S rows.
 
 The embedding of a patch is one linear over its unfolded pixels. Everything that depends on the place alone (position,
-bias, class token, registers) is one table [S, D] added to it, so that a tensor rank that holds only some rows computes just those.
+bias, class token, registers) is one table [S, D] added to it, so that a tensor rank that holds only some rows computes
+just those.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ def unfold(images: Tensor, patch: int) -> Tensor:
 
 
 def sincos_table(grid: int, width: int) -> Tensor:
-    """Fixed 2D positions [grid * grid, D]: sines and cosines of x and y at D/4 frequencies (Chen et al. 2021, MoCo v3)."""
+    """Fixed 2D positions [grid * grid, D]: sines and cosines of x and y at D/4 frequencies (Chen et al. 2021,
+    MoCo v3).
+    """
     omega = 10_000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angle = torch.arange(grid, dtype=torch.float64)[:, None] * omega  # [grid, D/4]
     y, x = angle.repeat_interleave(grid, 0), angle.repeat(grid, 1)
@@ -70,7 +73,7 @@ class Embedding(nn.Module):
         """Images of the micro-batch -> [R, D], or this rank's rows of it."""
         assert batch.images is not None
         patches = unfold(batch.images, self.sizes.patch)
-        b, n, features = patches.shape
+        b, _, features = patches.shape
         if self.sizes.prefix:
             patches = torch.cat([patches.new_zeros(b, self.sizes.prefix, features), patches], 1)
         rows = patches.shape[1] * b

@@ -2,7 +2,8 @@
 
 Legend: B images, S tokens, R = B * S rows, D width, H heads, K head dim, C classes, T tensor-parallel size, h = H/T.
 
-From the pooling on every tensor rank holds whole vectors [B, D]; the matrices are still split over ranks, and so are the
+From the pooling on every tensor rank holds whole vectors [B, D]; the matrices are still split over ranks, and so are
+the
 classes.
 """
 
@@ -34,7 +35,7 @@ class AttentionPool(nn.Module):
         self.q = ColumnParallelLinear(width, (width,), tp=tp, split_input=False)
         self.kv = ColumnParallelLinear(width, (width, width), tp=tp)
         self.proj = RowParallelLinear((width,), width, tp=tp, split_output=False)
-        self.norm = LayerNorm(width, bias=True, partial=False)
+        self.norm = LayerNorm(width, bias=True, partial=False, kernels=build.kernels)
         self.mlp = Mlp(build, split=False)
 
     def forward(self, x: Tensor, batch: MicroBatch) -> Tensor:
@@ -55,7 +56,8 @@ class Head(nn.Module):
         super().__init__()
         sizes, self.tp, self.kind = build.sizes, build.tp, build.config.pool
         self.tokens = sizes.tokens
-        self.norm = LayerNorm(sizes.width, bias=bool(build.config.bias), partial=build.tp.splits_rows)
+        bias, partial = bool(build.config.bias), build.tp.splits_rows
+        self.norm = LayerNorm(sizes.width, bias=bias, partial=partial, kernels=build.kernels)
         self.pool = AttentionPool(build) if self.kind == "map" else None
         self.fc = ColumnParallelLinear(
             sizes.width,

@@ -15,7 +15,8 @@ class MicroBatch:
     Attributes:
         images: [B, C, H, W]; None on ranks that do not hold the embedding.
         labels: int64 [B].
-        sample_ids: int64 [B]; what drop-path is drawn from: the same image at the same place of the data order has the same
+        sample_ids: int64 [B]; what drop-path is drawn from: the same image at the same place of the data order has the
+        same
             id in every layout.
         weights: fp32 [B], 1 for an image, 0 for padding.
         training: whether drop-path is active.

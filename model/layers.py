@@ -1,7 +1,7 @@
 """A model is an ordered list of named layers; the pipeline cuts this list.
 
-Shapes between layers and the cost of each layer are worked out by running it on the meta device, so nothing here repeats what
-a layer computes. Legend: B images, S tokens, D width.
+Shapes between layers and the cost of each layer are worked out by running it on the meta device, so nothing here
+repeats what a layer computes. Legend: B images, S tokens, D width.
 """
 
 from __future__ import annotations

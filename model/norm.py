@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from model.kernels import Kernels
 from parallel.layout import Init, ParameterInfo, TensorLayout, make_parameter
 
 EPS = 1e-6
@@ -16,10 +16,12 @@ class LayerNorm(nn.Module):
     Args:
         width: of the last dim. bias: whether there is one (ViT-22B has none).
         partial: whether each tensor rank sees only part of the rows or heads, so that gradients must be summed.
+        kernels: which form of the kernel runs.
     """
 
-    def __init__(self, width: int, *, bias: bool, partial: bool) -> None:
+    def __init__(self, width: int, *, bias: bool, partial: bool, kernels: Kernels) -> None:
         super().__init__()
+        self.kernels = kernels
         layout = TensorLayout(shape=(width,))
         ones, zeros = (Init(kind="constant", scales=(value,)) for value in (1.0, 0.0))
         self.weight = make_parameter(ParameterInfo(layout=layout, init=ones, partial_over_tensor=partial))
@@ -29,4 +31,4 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, EPS)
+        return self.kernels.layer_norm(x, self.weight, self.bias, EPS)

@@ -1,7 +1,8 @@
 """Published architectures, as values of ModelConfig's keys.
 
-Shapes: Ti, S, B, L, H from Touvron et al. 2021 (DeiT) and Dosovitskiy et al. 2021; g, G from Zhai et al. 2022 (Scaling Vision
-Transformers); e from Chen et al. 2022 (PaLI); 22B from Dehghani et al. 2023. A number after the name is the patch size.
+Shapes: Ti, S, B, L, H from Touvron et al. 2021 (DeiT) and Dosovitskiy et al. 2021; g, G from Zhai et al. 2022 (Scaling
+Vision Transformers); e from Chen et al. 2022 (PaLI); 22B from Dehghani et al. 2023. A number after the name is the
+patch size.
 """
 
 from __future__ import annotations

@@ -65,4 +65,4 @@ class VisionTransformer(Stage):
     def logits(self, images: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, classes]."""
         batch = MicroBatch.of_images(images, training=self.training)
-        return self((), batch)[0]  # type: ignore[no-any-return]
+        return self((), batch)[0]

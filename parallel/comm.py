@@ -1,7 +1,7 @@
 """The one door to torch.distributed: starting and ending the process group, and collectives on plain tensors.
 
-Everything the rest of the engine wants moved between ranks goes through here, so backends (gloo on a CPU, NCCL on GPUs),
-API names that differ between torch versions, and the pitfalls of each backend are met in one place:
+Everything the rest of the engine wants moved between ranks goes through here, so backends (gloo on a CPU, NCCL on
+GPUs), API names that differ between torch versions, and the pitfalls of each backend are met in one place:
 
 - gloo silently corrupts the neighbours of a strided view: every tensor is made contiguous first;
 - gloo's reduce-scatter is an all-reduce and a slice: here it is an all-to-all and a local sum, half the traffic;
@@ -289,6 +289,12 @@ def start(world: World, device: torch.device, timeout_seconds: float) -> None:
     )
 
 
+def release(axis: Axis) -> None:
+    """Destroy the axis's group unless it is the whole world's."""
+    if axis.group is not None and axis.group is not dist.group.WORLD:
+        dist.destroy_process_group(axis.group)
+
+
 def stop() -> None:
     """End the process group, if there is one."""
     if dist.is_initialized():
@@ -296,10 +302,11 @@ def stop() -> None:
 
 
 def first_to_report(kind: str, rank: int) -> bool:
-    """Whether this rank is the first to report a `kind` of failure; so that one message, not one per rank, reaches the user.
+    """Whether this rank is the first to report a `kind` of failure; so that one message, not one per rank, reaches the
+    user.
 
-    Works through the key-value store of the launcher. Where that cannot be reached (the rank that held it is gone), every
-    rank reports for itself.
+    Works through the key-value store of the launcher. Where that cannot be reached (the rank that held it is gone),
+    every rank reports for itself.
     """
     if not dist.is_initialized():
         return rank == 0

@@ -13,6 +13,7 @@ from math import prod
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from parallel import comm
 from parallel.comm import Axis, CommMeter, World
 
 AXES = ("pipeline", "data", "context", "tensor")
@@ -67,8 +68,8 @@ def shape_for_world(world_size: int, *, tensor: int, pipeline: int, context: int
         fits = [n for n in (world_size // model * model, (world_size // model + 1) * model) if n]
         context_text = f" x context {context}" if context > 1 else ""
         raise ValueError(
-            f"{world_size} ranks cannot be arranged as tensor {tensor} x pipeline {pipeline}{context_text} = {model} times a "
-            f"whole number of data-parallel replicas: start {' or '.join(map(str, fits))} ranks, or change "
+            f"{world_size} ranks cannot be arranged as tensor {tensor} x pipeline {pipeline}{context_text} = {model} "
+            f"times a whole number of data-parallel replicas: start {' or '.join(map(str, fits))} ranks, or change "
             f"parallel.tensor_parallel_size or parallel.pipeline_parallel_size"
         )
     return GridShape(pipeline=pipeline, data=world_size // model, context=context, tensor=tensor)
@@ -116,6 +117,12 @@ class Grid:
             self.axes[wanted] = self._make(wanted)
         return self.axes[wanted]
 
+    def close(self) -> None:
+        """Give back the groups (and their threads) of this grid; the world's stays. Collective."""
+        for axis in {id(axis.group): axis for axis in self.axes.values()}.values():
+            comm.release(axis)
+        self.axes.clear()
+
     def _make(self, names: tuple[str, ...]) -> Axis:
         ranks = self.shape.ranks_along(names, self.rank)
         group = None
@@ -133,7 +140,8 @@ def make_grid(shape: GridShape, world: World | None = None, device: torch.device
     """Make the groups of the grid. Collective; `comm.start` must have been called where there is more than one rank.
 
     Args:
-        shape: sizes of the axes. world: this process (default: a single one). device: decides the backend (default CPU).
+        shape: sizes of the axes. world: this process (default: a single one). device: decides the backend (default
+        CPU).
     """
     world = world or World()
     assert shape.world_size == world.size, (shape, world)

@@ -2,8 +2,8 @@
 
 Initial values, optimizer groups, gradient reduction, checkpoints and comparisons between layouts need nothing else.
 
-A fused tensor (q, k, v and fc1 in one matrix) is split segment by segment, so that each rank holds its heads of q, of k,
-of v, and its part of the MLP. A segment that does not divide gives its first ranks one element more.
+A fused tensor (q, k, v and fc1 in one matrix) is split segment by segment, so that each rank holds its heads of q, of
+k, of v, and its part of the MLP. A segment that does not divide gives its first ranks one element more.
 """
 
 from __future__ import annotations

@@ -75,7 +75,9 @@ def fill(local: Tensor, layout: TensorLayout, init: Init, stream: int) -> None:
             _fill_piece(target, layout.shape, dim, piece.global_start, init.kind, scale, stream)
 
 
-def _fill_piece(target: Tensor, shape: tuple[int, ...], dim: int, offset: int, kind: str, scale: float, stream: int) -> None:
+def _fill_piece(
+    target: Tensor, shape: tuple[int, ...], dim: int, offset: int, kind: str, scale: float, stream: int
+) -> None:
     """Fill one box of the logical tensor, a chunk of rows at a time."""
     if target.numel() == 0:
         return

@@ -1,8 +1,8 @@
 """Runs any valid schedule: walks this rank's program, one method per kind of action.
 
-Knows neither what a stage computes nor which generator made the schedule. Shapes at stage boundaries are static, so receives
-are posted without asking; what flows is a tuple of tensors. A stage is called as `stage(inputs, micro_batch)`, the first
-one with no inputs; what the last one returns is turned into a loss by the caller's function.
+Knows neither what a stage computes nor which generator made the schedule. Shapes at stage boundaries are static, so
+receives are posted without asking; what flows is a tuple of tensors. A stage is called as `stage(inputs,
+micro_batch)`, the first one with no inputs; what the last one returns is turned into a loss by the caller's function.
 
 What is kept per micro-batch between forward and backward: the stage's inputs, and the edge of the autograd graph at its
 outputs. The outputs themselves are freed once they are sent.
@@ -55,7 +55,7 @@ class _Kept:
     """What one micro-batch keeps on one stage between forward and backward."""
 
     inputs: Tensors = ()
-    roots: list[Tensor | GradientEdge] = field(default_factory=list)
+    roots: list[GradientEdge] = field(default_factory=list)
     root_mask: list[bool] = field(default_factory=list)  # which outputs carry a gradient
     products: Products = field(default_factory=list)
 
@@ -149,7 +149,7 @@ class PipelineExecutor:
         if keep:
             mask = [x.requires_grad for x in roots]
             edges = [get_gradient_edge(x) for x, used in zip(roots, mask, strict=True) if used]
-            self._kept[stage, m] = _Kept(inputs, list(edges), mask)
+            self._kept[stage, m] = _Kept(inputs, edges, mask)
 
     def _backward(self, stage: int, m: int) -> None:
         self._differentiate(stage, m, self._kept.pop((stage, m)))
@@ -181,7 +181,7 @@ class PipelineExecutor:
     def _hand_over(self, arrival: ActionKind, stage: int, m: int, tensors: Tensors) -> None:
         """Lay tensors out for the neighbour `stage`: as arrived if it is on this rank, else for the send to come."""
         here = self.schedule.stage_to_rank[stage] == self.axis.index
-        (self._arriving if here else self._leaving)[arrival, stage, m] = tensors  # type: ignore[index]
+        (self._arriving if here else self._leaving)[arrival, stage, m] = tensors
 
     def _take(self, arrival: ActionKind, stage: int, m: int) -> Tensors:
         arrived = self._arriving.pop((arrival, stage, m))

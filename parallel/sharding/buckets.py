@@ -1,10 +1,11 @@
 """Flat buckets: parameters and fp32 gradients of a stage in a few contiguous tensors, reduced while backward runs.
 
-Parameters become views of flat tensors, in the order in which backward finishes them; so do their gradients. A bucket holds
+Parameters become views of flat tensors, in the order in which backward finishes them; so do their gradients. A bucket
+holds
 parameters that are treated alike: summed over the same axes, counted alike in the global norm, decayed alike; so the
 optimizer works on a handful of long tensors. Gradients of all micro-batches accumulate in place; the contribution
-that completes a bucket starts its one reduction per step (Li et al. 2020, "PyTorch Distributed"), always in the order of
-the buckets, so that all ranks of a group issue the same collectives in the same order.
+that completes a bucket starts its one reduction per step (Li et al. 2020, "PyTorch Distributed"), always in the order
+of the buckets, so that all ranks of a group issue the same collectives in the same order.
 """
 
 from __future__ import annotations
@@ -72,7 +73,9 @@ class Bucket:
         axis: ranks over which gradients are summed.
     """
 
-    def __init__(self, kind: BucketKind, axis: Axis, members: list[tuple[str, ParameterInfo]], device: torch.device) -> None:
+    def __init__(
+        self, kind: BucketKind, axis: Axis, members: list[tuple[str, ParameterInfo]], device: torch.device
+    ) -> None:
         self.kind, self.axis = kind, axis
         self.members = members
         sizes = [_aligned(torch.Size(info.layout.local_shape).numel()) for _, info in members]
@@ -158,7 +161,8 @@ class GradientBuffer:
     @contextmanager
     def deferring(self) -> Iterator[list[Callable[[], None]]]:
         """Put off the matrix products of weight gradients; the list that is given must be called, one by one, later."""
-        self._deferred = products = []
+        products: list[Callable[[], None]] = []
+        self._deferred = products
         try:
             yield products
         finally:
@@ -212,7 +216,9 @@ class GradientBuffer:
 
 
 def _make_buckets(module: nn.Module, grid: Grid, device: torch.device, bucket_bytes: int) -> list[Bucket]:
-    """Group parameters by kind in backward order, close buckets at `bucket_bytes`; sorted by when they will be complete."""
+    """Group parameters by kind in backward order, close buckets at `bucket_bytes`; sorted by when they will be
+    complete.
+    """
     open_buckets: dict[BucketKind, list[tuple[str, ParameterInfo]]] = {}
     closed: list[tuple[int, BucketKind, list[tuple[str, ParameterInfo]]]] = []
     filled: dict[BucketKind, int] = {}

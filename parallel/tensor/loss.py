@@ -1,8 +1,8 @@
 """Classification losses on logits whose classes are split over the tensor axis; logits are never gathered.
 
-Each rank holds [B, C/T] logits of consecutive classes; what travels is a few numbers per image. The softmax form is that of
-Megatron-LM's vocabulary-parallel cross entropy; the sigmoid form is the one ViT-22B was trained with (Beyer et al. 2020,
-"Are we done with ImageNet?"): the sum over classes of binary cross-entropies.
+Each rank holds [B, C/T] logits of consecutive classes; what travels is a few numbers per image. The softmax form is
+that of Megatron-LM's vocabulary-parallel cross entropy; the sigmoid form is the one ViT-22B was trained with (Beyer et
+al. 2020, "Are we done with ImageNet?"): the sum over classes of binary cross-entropies.
 
 Legend: B images, C classes, T tensor-parallel size.
 """
@@ -78,7 +78,7 @@ def sigmoid_cross_entropy(logits: Tensor, labels: Tensor, classes: int, axis: Ax
     index, mine = _own_classes(labels, classes, axis)
     target = logits.gather(1, index[:, None])[:, 0] * mine
     local = F.softplus(logits).sum(1) - target
-    return local if axis.size == 1 else _SumOver.apply(local, axis)  # type: ignore[no-any-return]
+    return local if axis.size == 1 else _SumOver.apply(local, axis)
 
 
 @torch.no_grad()

@@ -101,7 +101,7 @@ class _GatherRows(torch.autograd.Function):
 
 def copy_in(x: Tensor, axis: Axis) -> Tensor:
     """Enter a tensor-parallel region with an input that all ranks hold: identity forward, all-reduce backward."""
-    return x if axis.size == 1 else _CopyIn.apply(x, axis)  # type: ignore[no-any-return]
+    return x if axis.size == 1 else _CopyIn.apply(x, axis)
 
 
 def gather_rows(x: Tensor, tp: TensorParallel, rows: int) -> Tensor:
@@ -109,7 +109,7 @@ def gather_rows(x: Tensor, tp: TensorParallel, rows: int) -> Tensor:
 
     Backward takes this rank's slice of the gradient, which is complete on every rank.
     """
-    return _GatherRows.apply(x, tp, rows) if tp.splits_rows else x  # type: ignore[no-any-return]
+    return _GatherRows.apply(x, tp, rows) if tp.splits_rows else x
 
 
 def finish_input_gradient(grad: Tensor, tp: TensorParallel, rows_are_split: bool) -> comm.Pending:
@@ -122,5 +122,3 @@ def finish_input_gradient(grad: Tensor, tp: TensorParallel, rows_are_split: bool
         padded = pad_rows(grad, tp.local_rows(grad.shape[0]) * tp.size)
         return comm.reduce_scatter_rows_start(padded, tp.axis)
     return comm.all_reduce_start(grad, tp.axis)
-
-

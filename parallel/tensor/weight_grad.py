@@ -17,7 +17,9 @@ class GradientSink(Protocol):
     """Where a parameter's gradient is accumulated."""
 
     def add_product(self, parameter: nn.Parameter, grad_output: Tensor, x: Tensor) -> None:
-        """Add grad_output' x to the gradient of `parameter`, now or when the schedule says. [R, F], [R, D] -> [F, D]."""
+        """Add grad_output' x to the gradient of `parameter`, now or when the schedule says. [R, F], [R, D] ->
+        [F, D].
+        """
 
 
 def attach_sink(parameter: nn.Parameter, sink: GradientSink) -> None:

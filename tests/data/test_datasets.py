@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
 
 from data import DataConfig, Dataset, build_datasets
 
@@ -49,3 +50,10 @@ def test_synthetic_images_depend_on_seed_and_index_alone() -> None:
 def test_too_few_classes_in_the_model() -> None:
     with pytest.raises(ValueError, match=r"model\.num_classes is 9, but data\.kind=digits has 10 classes"):
         build_datasets(DataConfig(), image_size=8, channels=1, num_classes=9, seed=0)
+
+
+def test_digits_are_scikit_learns(digits: tuple[Dataset, Dataset]) -> None:
+    pixels, labels = load_digits(return_X_y=True)
+    images = (part.load(index) for part in digits for index in range(len(part)))
+    ours = {(bytes((image * 16).astype(np.uint8)), label) for image, label in images}
+    assert ours == {(bytes(image.astype(np.uint8)), int(label)) for image, label in zip(pixels, labels, strict=True)}

@@ -1,0 +1,110 @@
+// pybind11 binding of the CPU kernels. Pointers arrive as integers (Tensor.data_ptr()), element types as DType numbers. Shapes,
+// strides and types were checked by the Python face; nothing here knows a tensor. The GIL is released while a kernel runs.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
+#include <array>
+#include <cstdint>
+
+#include "linear_attention.h"
+#include "norm.h"
+#include "parallel.h"
+#include "table.h"
+
+namespace py = pybind11;
+using namespace vit;
+
+namespace {
+
+using Address = std::uintptr_t;
+
+template <class T = void>
+T* ptr(Address a) {
+  return reinterpret_cast<T*>(a);
+}
+
+void layer_norm_forward(Address x, Address residual, Address sum, Address y, Address weight, int weight_type, Address bias,
+                        int bias_type, Address mean, Address rstd, int64_t rows, int64_t dim, int64_t x_stride, int x_type,
+                        int y_type, float eps, int threads) {
+  NormForward a{};
+  a.x = ptr(x), a.residual = ptr(residual), a.sum = ptr(sum), a.y = ptr(y);
+  a.mean = ptr<float>(mean), a.rstd = ptr<float>(rstd);
+  a.rows = rows, a.dim = dim, a.eps = eps;
+  a.x_rows = {x_stride}, a.y_rows = {dim};
+  norm_forward(a, DType(x_type), DType(y_type), {ptr(weight), DType(weight_type)}, {ptr(bias), DType(bias_type)}, threads);
+}
+
+void layer_norm_backward(Address grad, Address saved, Address grad_sum, Address grad_input, Address weight, int weight_type,
+                         Address bias, int bias_type, Address mean, Address rstd, Address grad_weight, int grad_weight_type,
+                         Address grad_bias, int grad_bias_type, int64_t rows, int64_t dim, int64_t saved_stride, int x_type,
+                         int y_type, bool from_output, int threads) {
+  NormBackward a{};
+  a.grad = ptr(grad), a.saved = ptr(saved), a.grad_sum = ptr(grad_sum), a.grad_input = ptr(grad_input);
+  a.mean = ptr<float>(mean), a.rstd = ptr<float>(rstd);
+  a.rows = rows, a.dim = dim;
+  a.saved_rows = {saved_stride}, a.out_rows = {dim};
+  norm_backward(a, DType(x_type), DType(y_type), from_output, {ptr(weight), DType(weight_type)}, {ptr(bias), DType(bias_type)},
+                {ptr(grad_weight), DType(grad_weight_type)}, {ptr(grad_bias), DType(grad_bias_type)}, threads);
+}
+
+using Strides = std::array<int64_t, 3>;
+
+Heads heads(Address data, const Strides& s) { return {ptr(data), s[0], s[1], s[2]}; }
+
+LinearAttention linear_attention_args(const std::array<int64_t, 5>& sizes, int feature, int power, float eps) {
+  LinearAttention a{};
+  a.batch = sizes[0], a.heads = sizes[1], a.tokens = sizes[2], a.dim = sizes[3], a.value_dim = sizes[4];
+  a.feature = Feature(feature), a.power = power, a.eps = eps;
+  return a;
+}
+
+void attention_forward(Address q, const Strides& q_strides, Address k, const Strides& k_strides, Address v, const Strides& v_strides,
+                       Address out, Address s, Address z, Address den, const std::array<int64_t, 5>& sizes, int type, int feature,
+                       int power, float eps, int threads) {
+  auto a = linear_attention_args(sizes, feature, power, eps);
+  a.q = heads(q, q_strides), a.k = heads(k, k_strides), a.v = heads(v, v_strides);
+  a.out = ptr(out), a.den = ptr<float>(den);
+  linear_attention_forward(a, DType(type), ptr<float>(s), ptr<float>(z), threads);
+}
+
+void attention_backward(Address grad, const Strides& grad_strides, Address q, const Strides& q_strides, Address k,
+                        const Strides& k_strides, Address v, const Strides& v_strides, Address s, Address z, Address den,
+                        Address grad_q, Address grad_k, Address grad_v, const std::array<int64_t, 5>& sizes, int type, int feature,
+                        int power, int threads) {
+  auto a = linear_attention_args(sizes, feature, power, 0.0f);
+  a.grad = heads(grad, grad_strides), a.q = heads(q, q_strides), a.k = heads(k, k_strides), a.v = heads(v, v_strides);
+  a.grad_q = ptr(grad_q), a.grad_k = ptr(grad_k), a.grad_v = ptr(grad_v), a.den = ptr<float>(den);
+  linear_attention_backward(a, DType(type), ptr<float>(s), ptr<float>(z), threads);
+}
+
+bool tune_allocator() {
+#if defined(__GLIBC__)
+  return mallopt(M_MMAP_MAX, 0) == 1 && mallopt(M_TRIM_THRESHOLD, -1) == 1;
+#else
+  return false;
+#endif
+}
+
+py::list instruction_sets() {
+  py::list names;
+  for (const char* name : {"baseline", "avx2", "avx512", "avx512bf16"})
+    if (find_table(name)) names.append(name);
+  return names;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "Vitruvius CPU kernels";
+  using release = py::call_guard<py::gil_scoped_release>;
+  m.def("instruction_set", [] { return table().name; });
+  m.def("instruction_sets", &instruction_sets, "Those that this processor runs.");
+  m.def("threading", [] { return threading(); });
+  m.def("tune_allocator", &tune_allocator);
+  m.def("layer_norm_forward", &layer_norm_forward, release());
+  m.def("layer_norm_backward", &layer_norm_backward, release());
+  m.def("linear_attention_forward", &attention_forward, release());
+  m.def("linear_attention_backward", &attention_backward, release());
+}

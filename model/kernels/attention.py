@@ -1,0 +1,106 @@
+"""Native linear attention as torch operators. Kept for the backward pass: q, k, v, and S, z, den in fp32; features are
+recomputed."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import native
+from .registry import LIBRARY
+
+FEATURE_CODE = {"elu": 0, "relu": 1, "focused": 2}  # the numbers are those of csrc/cpu/linear_attention_args.h
+
+LIBRARY.define(
+    "linear_attention(Tensor q, Tensor k, Tensor v, str feature_map, int power, float eps)"
+    " -> (Tensor out, Tensor s, Tensor z, Tensor den)"
+)
+LIBRARY.define(
+    "linear_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor s, Tensor z, Tensor den,"
+    " str feature_map, int power) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)"
+)
+
+
+def _outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, heads, tokens, dim = q.shape
+    value_dim = v.shape[-1]
+    wide = {"dtype": torch.float32, "device": q.device}
+    return (
+        torch.empty(batch, heads, tokens, value_dim, dtype=q.dtype, device=q.device),
+        torch.empty(batch, heads, dim, value_dim, **wide),
+        torch.empty(batch, heads, dim, **wide),
+        torch.empty(batch, heads, tokens, **wide),
+    )
+
+
+def _channels_contiguous(t: Tensor) -> Tensor:
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _place(t: Tensor) -> tuple[int, tuple[int, ...]]:
+    return native.address(t), t.stride()[:3]
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, feature_map: str, power: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, k, v = map(_channels_contiguous, (q, k, v))
+    out, s, z, den = outputs = _outputs(q, v)
+    module, where = native.target(q)
+    module.linear_attention_forward(
+        *_place(q), *_place(k), *_place(v),
+        native.address(out), native.address(s), native.address(z), native.address(den),
+        (*q.shape, v.shape[-1]), native.DTYPE_CODE[q.dtype], FEATURE_CODE[feature_map], power, eps, where,
+    )  # fmt: skip
+    return outputs
+
+
+def _backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, s: Tensor, z: Tensor, den: Tensor, feature_map: str, power: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = _fake_backward(grad, q, k, v, s, z, den, feature_map, power)
+    grad, q, k, v = map(_channels_contiguous, (grad, q, k, v))
+    module, where = native.target(q)
+    module.linear_attention_backward(
+        *_place(grad), *_place(q), *_place(k), *_place(v),
+        native.address(s.contiguous()), native.address(z.contiguous()), native.address(den.contiguous()),
+        *(native.address(t) for t in grads),
+        (*q.shape, v.shape[-1]), native.DTYPE_CODE[q.dtype], FEATURE_CODE[feature_map], power, where,
+    )  # fmt: skip
+    return grads
+
+
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, feature_map: str, power: int, eps: float) -> tuple[Tensor, ...]:
+    return _outputs(q, v)
+
+
+def _fake_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, s: Tensor, z: Tensor, den: Tensor, feature_map: str, power: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v)]
+    return grads[0], grads[1], grads[2]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, ctx.feature_map, ctx.power, _eps = inputs
+    _out, s, z, den = output
+    ctx.save_for_backward(q, k, v, s, z, den)
+    ctx.mark_non_differentiable(s, z, den)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad: Tensor | None, *_rest: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return None, None, None, None, None, None
+    grads = torch.ops.vitruvius.linear_attention_backward(grad, *ctx.saved_tensors, ctx.feature_map, ctx.power)
+    return *grads, None, None, None
+
+
+for _key in ("CPU", "CUDA"):
+    LIBRARY.impl("linear_attention", _forward, _key)
+    LIBRARY.impl("linear_attention_backward", _backward, _key)
+torch.library.register_fake("vitruvius::linear_attention", _fake_forward, lib=LIBRARY)
+torch.library.register_fake("vitruvius::linear_attention_backward", _fake_backward, lib=LIBRARY)
+torch.library.register_autograd(
+    "vitruvius::linear_attention", _differentiate, setup_context=_setup_context, lib=LIBRARY
+)

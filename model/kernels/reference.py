@@ -1,0 +1,79 @@
+"""Plain PyTorch forms of the kernels: what they mean, what runs where nothing was compiled, and what the tests compare
+with.
+
+Where torch has the operation, it is torch's; half precision with parameters of another type is computed in fp32.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _common(*tensors: Tensor | None) -> torch.dtype | None:
+    """The element type that all share, or None."""
+    dtypes = {t.dtype for t in tensors if t is not None}
+    return dtypes.pop() if len(dtypes) == 1 else None
+
+
+def _wide(t: Tensor | None) -> Tensor | None:
+    return t if t is None or t.dtype == torch.float64 else t.float()
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out_dtype: torch.dtype) -> Tensor:
+    """y = (x - mean) / sqrt(var + eps) * weight + bias over the last dimension; var divides by D."""
+    if _common(x, weight, bias) == out_dtype:
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    wide = _wide(x)
+    assert wide is not None
+    weight, bias = (None if p is None else p.to(wide.dtype) for p in (weight, bias))
+    return F.layer_norm(wide, x.shape[-1:], weight, bias, eps).to(out_dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out_dtype: torch.dtype) -> Tensor:
+    """y = x / sqrt(mean(x^2) + eps) * weight + bias over the last dimension."""
+    if bias is None and _common(x, weight) == out_dtype:
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+    wide = _wide(x)
+    assert wide is not None
+    weight, bias = (None if p is None else p.to(wide.dtype) for p in (weight, bias))
+    y = F.rms_norm(wide, x.shape[-1:], weight, eps)
+    return (y if bias is None else y + bias).to(out_dtype)
+
+
+def feature(x: Tensor, feature_map: str, power: int) -> Tensor:
+    """The feature maps of linear attention, over the last dimension; all give numbers >= 0.
+
+    elu: elu(x) + 1 (Katharopoulos et al. 2020). relu: u = max(0, x). focused: |u| u^p / |u^p| (Han et al. 2023, FLatten
+    Transformer): u with its direction sharpened and its length kept.
+    """
+    if feature_map == "elu":
+        return F.elu(x) + 1
+    u = F.relu(x)
+    if feature_map == "relu":
+        return u
+    norm = torch.linalg.vector_norm(u, dim=-1, keepdim=True)
+    sharp = (u / torch.where(norm == 0, 1, norm)) ** power
+    length = torch.linalg.vector_norm(sharp, dim=-1, keepdim=True)
+    return norm * sharp / torch.where(length == 0, 1, length)
+
+
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, feature_map: str, power: int, eps: float) -> Tensor:
+    """phi(q) (phi(k)' v) / (phi(q) . sum of phi(k) + eps), the sums over tokens in fp32 (fp16 overflows at once)."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    a, b, wide = feature(q.to(dtype), feature_map, power), feature(k.to(dtype), feature_map, power), v.to(dtype)
+    state = torch.einsum("bhnk,bhnm->bhkm", b, wide)
+    den = torch.einsum("bhnk,bhk->bhn", a, b.sum(2)) + eps
+    return (torch.einsum("bhnk,bhkm->bhnm", a, state) / den[..., None]).to(q.dtype)
+
+
+def depthwise_conv(v: Tensor, weight: Tensor, bias: Tensor | None, grid: tuple[int, int]) -> Tensor:
+    """Each channel of v convolved over the token grid, zero-padded. The tokens before the grid ("prefix") get zero.
+
+    v: [B, H, P + h*w, K]; weight: [K, s, s], s odd, shared by heads; bias: [K] or None; grid: (h, w) -> like v.
+    """
+    batch, heads, tokens, dim = v.shape
+    prefix = tokens - grid[0] * grid[1]
+    image = v[:, :, prefix:].reshape(batch * heads, *grid, dim).permute(0, 3, 1, 2)
+    out = F.conv2d(image, weight[:, None].to(v.dtype), None if bias is None else bias.to(v.dtype), 1, "same", 1, dim)
+    out = out.permute(0, 2, 3, 1).reshape(batch, heads, tokens - prefix, dim)
+    return F.pad(out, (0, 0, prefix, 0))

@@ -1,0 +1,87 @@
+"""Runs a function on several ranks, each a fresh process, with a time limit for all of them.
+
+Processes are forked from a server that has imported torch once, so starting eight costs a fraction of a second and
+not eight imports. One rank that fails or a time limit that passes ends all of them.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import pickle  # plain: the pipe's own pickler would hand tensors over as files of a process that is gone
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from parallel import comm
+from parallel.comm import World
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "engine.trainer", "tests.warm"])
+
+RankFunction = Callable[..., Any]
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def _rank_main(function: RankFunction, world: World, port: int, timeout: float, pipe: Connection, args: tuple) -> None:
+    try:
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        torch.set_num_threads(1)
+        comm.start(world, torch.device("cpu"), timeout)
+        pipe.send_bytes(pickle.dumps(("result", function(world, *args))))
+        comm.stop()
+    except BaseException:
+        pipe.send_bytes(pickle.dumps(("error", traceback.format_exc())))
+        os._exit(1)
+
+
+def run_ranks(size: int, function: RankFunction, *args: Any, timeout: float = 60.0) -> list[Any]:
+    """`function(world, *args)` on `size` ranks with a gloo process group; returns each rank's (picklable) result.
+
+    Raises:
+        AssertionError: a rank failed (its traceback is in the message) or the time limit (seconds) passed.
+    """
+    port, ranks = free_port(), []
+    for rank in range(size):
+        ours, theirs = _CONTEXT.Pipe(duplex=False)
+        world = World(rank=rank, size=size, local_rank=rank, local_size=size)
+        process = _CONTEXT.Process(target=_rank_main, args=(function, world, port, timeout, theirs, args), daemon=True)
+        process.start()
+        theirs.close()
+        ranks.append((process, ours))
+    try:
+        return _collect(ranks, time.monotonic() + timeout)
+    finally:
+        for process, pipe in ranks:
+            process.kill()
+            process.join()
+            pipe.close()
+
+
+def _collect(ranks: list[tuple[Any, Connection]], deadline: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    while len(results) < len(ranks):
+        missing = [rank for rank in range(len(ranks)) if rank not in results]
+        waiting = multiprocessing.connection.wait([ranks[r][1] for r in missing], deadline - time.monotonic())
+        assert waiting, f"ranks {missing} did not finish in time"
+        for rank in missing:
+            if ranks[rank][1] in waiting:
+                try:
+                    kind, value = pickle.loads(ranks[rank][1].recv_bytes())
+                except EOFError:
+                    kind, value = "error", "the process ended without a word"
+                assert kind == "result", f"rank {rank} of {len(ranks)}:\n{value}"
+                results[rank] = value
+    return [results[rank] for rank in range(len(ranks))]

@@ -1,0 +1,114 @@
+"""Trains one case and reports its numbers in logical (unsharded) form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data import Dataset, EvalStream, TrainStream, build_datasets
+from data.datasets import ArrayDataset
+from engine.assemble import Assembly, assemble
+from engine.config import Config
+from engine.schedules import factor
+from engine.step import Stepper
+from model import ModelConfig, build_layers
+from parallel import comm
+from parallel.comm import World
+from parallel.grid import make_grid
+from parallel.layout import info_of
+from tests.parity.cases import STEPS, Case
+
+EVAL_IMAGES = 37  # which no number of ranks or micro-batches divides
+
+_layers = cache(build_layers)
+
+
+@cache
+def digits(model: ModelConfig) -> tuple[Dataset, Dataset]:
+    """The training set, and a few held-out images."""
+    config = Case("parallel").config().data
+    sizes = model.sizes
+    train, held_out = build_datasets(config, image_size=sizes.image, channels=1, num_classes=10, seed=0)
+    assert isinstance(held_out, ArrayDataset)
+    return train, ArrayDataset(held_out.images[:EVAL_IMAGES], held_out.labels[:EVAL_IMAGES], 10)
+
+
+@dataclass
+class Climb:
+    """What is compared between layouts."""
+
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    first_grads: dict[str, Tensor] = field(default_factory=dict)
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+    evaluation: tuple[float, float, int] = (0.0, 0.0, 0)
+
+
+def logical(assembly: Assembly, value: Callable[[Any], Tensor]) -> dict[str, Tensor]:
+    """`value(slot)` of every parameter of the whole model, put together from all ranks. Collective."""
+    own = {}
+    if assembly.grid.data.index == 0:
+        own = {s.name: (info_of(s.parameter).layout, value(s).detach().clone()) for s in assembly.gradients.slots}
+    full: dict[str, Tensor] = {}
+    for part in comm.gather_objects(own, assembly.grid.world):
+        for name, (layout, local) in part.items():
+            layout.place(full.setdefault(name, torch.full(layout.shape, float("nan"))), local)
+    return full
+
+
+def climb(world: World, config: Config, before_training: Callable[[Stepper], None] | None = None) -> Climb:
+    """Train for STEPS steps and evaluate; the same result on every rank."""
+    grid = make_grid(config.grid_shape(world.size), world)
+    assembly = assemble(config, grid, torch.device("cpu"), _layers(config.model))
+    stepper = Stepper(assembly)
+    if before_training is not None:
+        before_training(stepper)
+    train_set, eval_set = digits(config.model)
+    place: dict[str, Any] = {
+        "config": config.data,
+        "micro_batch_size": config.train.micro_batch_size,
+        "data_rank": grid.data.index,
+        "data_size": grid.data.size,
+        "with_images": assembly.holds_images,
+    }
+    stream = TrainStream(train_set, global_batch_size=config.train.global_batch_size, seed=config.train.seed, **place)
+    out = Climb()
+    for step, batches in enumerate(islice(stream.steps(0), STEPS)):
+        result = stepper.train_step(batches, config.optimizer.lr * factor(config.schedule, step, STEPS))
+        out.losses.append(result.loss)
+        out.grad_norms.append(result.grad_norm)
+        if step == 0:
+            out.first_grads = logical(assembly, lambda slot: slot.grad)
+    out.parameters = logical(assembly, lambda slot: slot.parameter)
+    evaluation = stepper.evaluate(EvalStream(eval_set, **place))
+    out.evaluation = (evaluation.loss, evaluation.accuracy, evaluation.images)
+    grid.close()
+    return out
+
+
+def first_batches(config: Config) -> list[tuple[Tensor, Tensor]]:
+    """(images, labels) of each whole global batch of a run with one data-parallel rank."""
+    train = config.train
+    stream = TrainStream(
+        digits(config.model)[0],
+        config=config.data,
+        global_batch_size=train.global_batch_size,
+        micro_batch_size=train.global_batch_size,
+        data_rank=0,
+        data_size=1,
+        seed=train.seed,
+    )
+    batches = [step[0] for step in islice(stream.steps(0), STEPS)]
+    return [(b.images, b.labels) for b in batches if b.images is not None]
+
+
+def climb_all(world: World, cases: Iterable[Case]) -> dict[Case, Climb] | None:
+    """Every case one after the other on the same processes; rank 0 returns the results."""
+    results = {case: climb(world, case.config()) for case in cases}
+    return results if world.rank == 0 else None

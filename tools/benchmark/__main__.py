@@ -1,0 +1,28 @@
+"""`python -m tools.benchmark step | peers | kernels [options]`; each explains itself with --help."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from engine.launch import run_rank
+from parallel.comm import World
+
+BENCHMARKS = {
+    "step": "a training step of a configuration in a layout: time, communication, memory, utilisation",
+    "peers": "the same step against plain eager PyTorch and torch's DistributedDataParallel",
+    "kernels": "each native kernel against torch, and against the memory limit",
+}
+
+
+def main(argv: Sequence[str], world: World) -> None:
+    """Hand over to the benchmark named first."""
+    if not argv or argv[0] not in BENCHMARKS:
+        lines = [f"  {name:8} {what}" for name, what in BENCHMARKS.items()]
+        raise SystemExit("\n".join(["usage: python -m tools.benchmark NAME [options]", *lines]))
+    importlib.import_module(f"tools.benchmark.{argv[0]}").main(argv[1:], world)
+
+
+if __name__ == "__main__":
+    sys.exit(run_rank(main, sys.argv[1:], "tools.benchmark"))

@@ -1,0 +1,98 @@
+"""What every training benchmark does first: parse, start ranks, assemble the engine."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import islice
+
+import torch
+
+from data import Batch, DataConfig, TrainStream, build_datasets
+from engine.assemble import Assembly, assemble
+from engine.cli import parse
+from engine.config import Config
+from engine.device import choose_device, prepare_cpu, set_cpu_matmul, synchronise
+from parallel import comm
+from parallel.comm import World
+from parallel.grid import make_grid
+
+_GEMM = 2048
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A configuration on this rank, ready to step."""
+
+    config: Config
+    world: World
+    assembly: Assembly
+    batches: list[list[Batch]]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.assembly.device
+
+
+def read_config(flags: Sequence[str]) -> Config:
+    """The configuration from --config and dotted flags; random images unless data.kind is set by hand."""
+    config, _ = parse([*flags, "--train.steps", "1"] if "--train.steps" not in flags else flags, "tools.benchmark")
+    return replace(config, train=replace(config.train, epochs=None))
+
+
+@contextmanager
+def started(config: Config, world: World, distinct_batches: int = 2) -> Iterator[Bench]:
+    """The engine on all ranks, and a few batches of random images of the model's shape."""
+    config = replace(config, data=DataConfig(kind="synthetic", size=config.train.global_batch_size))
+    config = config.resolve(world.size)
+    device = choose_device(config.device, world)
+    prepare_cpu(world)
+    set_cpu_matmul(config.precision)
+    comm.start(world, device, config.parallel.timeout)
+    try:
+        assembly = assemble(config, make_grid(config.grid_shape(world.size), world, device), device)
+        yield Bench(config, world, assembly, list(islice(_stream(assembly).steps(0), distinct_batches)))
+    finally:
+        comm.stop()
+
+
+def _stream(a: Assembly) -> TrainStream:
+    sizes, train = a.config.model.sizes, a.config.train
+    assert train.micro_batch_size is not None
+    images, _ = build_datasets(
+        a.config.data,
+        image_size=sizes.image,
+        channels=sizes.channels,
+        num_classes=sizes.classes,
+        seed=train.seed,
+    )
+    return TrainStream(
+        images,
+        config=a.config.data,
+        global_batch_size=train.global_batch_size,
+        micro_batch_size=train.micro_batch_size,
+        data_rank=a.grid.data.index,
+        data_size=a.grid.data.size,
+        seed=train.seed,
+        with_images=a.holds_images,
+    )
+
+
+def seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Wall-clock seconds of one call, work on the device included."""
+    synchronise(device)
+    start = time.perf_counter()
+    run()
+    synchronise(device)
+    return time.perf_counter() - start
+
+
+def gemm_tflops(device: torch.device, rounds: int = 7) -> float:
+    """This rank's measured rate of fp32 matrix products of 2048 x 2048, all ranks at it at once; the median."""
+    a, b = torch.randn(2, _GEMM, _GEMM, device=device)
+    times = [seconds(lambda: a @ b, device) for _ in range(rounds)]
+    return 2 * _GEMM**3 / statistics.median(times[1:]) / 1e12
