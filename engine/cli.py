@@ -1,30 +1,39 @@
-"""From the command line and a YAML file to a Config; every mistake is one readable ConfigError."""
+"""From the command line and YAML files to a Config; every mistake is one readable ConfigError."""
 
 from __future__ import annotations
 
-import difflib
+import argparse
+import math
 import re
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import jsonargparse
-from jsonargparse import ActionConfigFile, ArgumentParser
+import yaml
+from jsonargparse import ArgumentParser, Namespace
 
 from engine.config import Config
 from engine.errors import ConfigError
+from engine.keys import OPTIONS, allows_null, groups, key_types, nearest, wanted
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
+_FAILURES = (jsonargparse.ArgumentError, ValueError, TypeError, KeyError)
 
+
+@cache  # a third of a second: it reads the docstrings of all fields
 def make_parser(program: str = "pretrain_vit.py") -> ArgumentParser:
     """A parser whose flags are the fields of Config."""
     parser = ArgumentParser(
         prog=program,
         description="Train a Vision Transformer. Keys of the YAML file are flags of the same name; flags win.",
         exit_on_error=False,
+        allow_abbrev=False,
         print_config=None,
     )
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file; flags after it win over it.")
+    parser.add_argument("--config", help="YAML file; of several, the later ones win, and flags win over all.")
     parser.add_argument("--print_config", action="store_true", help="Print the resolved configuration and exit.")
     parser.add_class_arguments(Config, None)
     return parser
@@ -39,52 +48,153 @@ def parse(argv: Sequence[str], program: str = "pretrain_vit.py") -> tuple[Config
         SystemExit: after --help.
     """
     parser = make_parser(program)
+    files, flags = _split(argv)
+    given: Namespace | None = None
+    for file in files:
+        values = _read_yaml(file)
+        given = _translated(lambda v=values, g=given: parser.parse_object(v, g), f"{file}: ")
+    given = _translated(lambda: parser.parse_args(flags, namespace=given))
+    only_print = bool(given.pop("print_config"))
+    given.pop("config", None)
+    _check_values(given)
+    return _translated(lambda: Config(**vars(parser.instantiate(given)))), only_print
+
+
+def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Files after --config, and everything else: so that flags win wherever they stand."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config", action="append", default=[])
+    known, rest = _translated(lambda: parser.parse_known_args(list(argv)))
+    return known.config, rest
+
+
+def _read_yaml(file: str) -> dict[str, Any]:
+    """The keys of a YAML file; a group without keys counts as absent."""
     try:
-        namespace = parser.parse_args(list(argv))
-        only_print = bool(namespace.pop("print_config"))
-        namespace.pop("config", None)
-        values: dict[str, Any] = vars(parser.instantiate(namespace))
-        return Config(**values), only_print
-    except (jsonargparse.ArgumentError, ValueError, TypeError, KeyError, OSError) as error:
-        raise ConfigError(_readable(str(error), parser)) from error
+        text = Path(file).read_text()
+        node = yaml.compose(text, yaml.SafeLoader)
+        values = jsonargparse.get_loader("yaml")(text)  # reads 1e-3 as a number, where plain YAML has a text
+    except OSError as error:
+        raise ConfigError(f"--config {file} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--config {file} is not a text file") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {file} is not valid YAML: {_yaml_problem(error)}") from error
+    if (repeated := _repeated_key(node)) is not None:
+        raise ConfigError(f"{file}: key {repeated} is given twice: merge them into one")
+    if isinstance(node, yaml.MappingNode) and not isinstance(values, dict):
+        values = yaml.safe_load(text)  # that loader takes a lone `train:` for a text
+    if not isinstance(values, dict | None):
+        raise ConfigError(f"--config {file} holds no `key: value` lines")
+    values = {name: value for name, value in (values or {}).items() if value is not None or name not in groups()}
+    for name, value in values.items():
+        if str(name).partition(".")[0] not in (*groups(), *key_types()):
+            raise ConfigError(f"{file}: {_unknown(str(name))}")
+        if name in groups() and not isinstance(value, dict):
+            raise ConfigError(f"{file}: {_not_a_group(name, value)}")
+    return values
 
 
-def known_keys(parser: ArgumentParser) -> list[str]:
-    """Every dotted key that can be set."""
-    return [a.dest for a in parser._actions if a.dest not in ("help", "config", "print_config")]
+def _repeated_key(node: yaml.Node | None) -> str | None:
+    if not isinstance(node, yaml.MappingNode):
+        return None
+    names = [key.value for key, _ in node.value]
+    here = (str(name) for i, name in enumerate(names) if name in names[:i])
+    below = (f"{key.value}.{found}" for key, value in node.value if (found := _repeated_key(value)))
+    return next(here, None) or next(below, None)
 
 
-def _readable(message: str, parser: ArgumentParser) -> str:
-    """The parser's message on one line, with the nearest valid key where a key is unknown."""
-    message = re.sub(r"\s*\n\s*", " ", message).strip()
-    unknown = _unknown_key(message)
-    if unknown is None:
-        return message
-    near = _nearest(unknown, known_keys(parser))
-    hint = f"did you mean {near}?" if near else "--help lists all keys"
-    return f"unknown key {unknown}: {hint}"
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
+    if problem is None or mark is None:
+        return _one_line(str(error))
+    return f"{problem}, line {mark.line + 1}, column {mark.column + 1}"
+
+
+def _check_values(given: Namespace) -> None:
+    """What the parser lets pass: null for any key, and numbers that are none."""
+    for name in groups():
+        if not isinstance(given[name], Namespace):
+            raise ConfigError(_not_a_group(name, given[name]))
+    for key in key_types():
+        if given[key] is None and not allows_null(key):
+            raise ConfigError(f"{key} is null: it must be {wanted(key)}")
+        if isinstance(given[key], float) and not math.isfinite(given[key]):
+            raise ConfigError(f"{key} is {given[key]}: it must be a finite number")
+
+
+def _not_a_group(name: str, value: object) -> str:
+    example = next(key for key in key_types() if key.startswith(f"{name}."))
+    return f"{name} is {_shown(value)}: it must be a group of keys, such as {example}"
+
+
+# -- the parser's messages, in our words -------------------------------------------------------------------------------
+
+
+def _translated(run: Any, place: str = "") -> Any:
+    """The result of `run()`; its failure as one line, with the file it comes from."""
+    try:
+        return run()
+    except _FAILURES as error:
+        raise ConfigError(place + readable(str(error))) from error
+
+
+def readable(message: str) -> str:
+    """A message of the parsing library as one line: what was given, why it cannot be, what would work."""
+    message = _one_line(message)
+    if (unknown := _unknown_key(message)) is not None:
+        return _unknown(unknown)
+    if found := re.search(r"unrecognized arguments: (.*)", message):
+        return f"unexpected argument {found[1]}: options are --key value, and --help lists all keys"
+    if found := re.search(r"argument --([\w.]+): expected one argument", message):
+        return f"--{found[1]} has no value: it must be " + (wanted(found[1]) if found[1] in key_types() else "a file")
+    found = re.search(r'[Pp]arser key "([\w.]+)": .*?(?:Given value|Got value): ?(.*)$', message)
+    if found and found[1] in key_types():
+        is_part = wanted(found[1]).startswith("a list") and re.search(r"Expected a <class '(int|float|str)'>", message)
+        value = found[2] if "type: <class 'str'>" in message else _PYTHON_WORDS.get(found[2], found[2])
+        return f"{found[1]} {'holds' if is_part else 'is'} {_shown(value)}: it must be {wanted(found[1])}"
+    if (found := re.search(r'[Pp]arser key "(\w+)": Unable to load config \'(.*?)\'', message)) and found[
+        1
+    ] in groups():
+        return _not_a_group(found[1], found[2])
+    return message
+
+
+def _unknown(key: str) -> str:
+    if key in OPTIONS:
+        return f"{key} is an option of the command line, not a key of a file"
+    near = nearest(key)
+    return f"unknown key {key}: " + (f"did you mean {near}?" if near else "--help lists all keys")
+
+
+_PYTHON_WORDS = {"None": "null", "True": "true", "False": "false"}
+
+_UNKNOWN = {
+    r"unrecognized arguments: --([\w.-]+)": "{0}",
+    r"Group '([\w.]+)' does not accept option '([^']+)'": "{0}.{1}",
+    r"Option '([^']+)' is not accepted": "{0}",
+    r"Key '([\w.]+)' is not expected": "{0}",
+    r"does not accept (?:nested )?key '([^']+)'": "{0}",
+}
 
 
 def _unknown_key(message: str) -> str | None:
-    patterns = {
-        r"unrecognized arguments: --([\w.]+)": "{0}",
-        r"Group '([\w.]+)' does not accept option '([\w.]+)'": "{0}.{1}",
-        r"Key '([\w.]+)' is not expected": "{0}",
-        r"does not accept (?:nested )?key '([\w.]+)'": "{0}",
-        r"(?:[Uu]nexpected|[Uu]nknown) (?:key|option)s?:? '?([\w.]+)": "{0}",
-    }
-    for pattern, form in patterns.items():
-        match = re.search(pattern, message)
-        if match:
-            return form.format(*match.groups())
+    for pattern, form in _UNKNOWN.items():
+        if found := re.search(pattern, message):
+            return form.format(*found.groups())
     return None
 
 
-def _nearest(key: str, keys: list[str]) -> str | None:
-    """The closest valid key: by the whole dotted name, else by its last part."""
-    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
-    if close:
-        return close[0]
-    leaves = {k.rpartition(".")[2]: k for k in keys}
-    close = difflib.get_close_matches(key.rpartition(".")[2], list(leaves), n=1, cutoff=0.6)
-    return leaves[close[0]] if close else None
+def _shown(value: object) -> str:
+    """A value as it would stand in YAML, text in quotes."""
+    if not isinstance(value, str):
+        return _PYTHON_WORDS.get(str(value), str(value))
+    try:
+        is_text = not value or isinstance(yaml.safe_load(value), str)
+    except yaml.YAMLError:
+        is_text = True
+    return repr(value) if is_text else value
+
+
+def _one_line(message: str) -> str:
+    return re.sub(r"\s+", " ", message).strip()

@@ -1,20 +1,26 @@
 """Runs a rank's main function so that every way of failing ends in one readable message and the right exit code.
 
-Eight ranks that meet the same mistake say so once (rank 0). A rank that fails alone tells what happened to it; those
-that merely lose contact with it keep quiet. Nobody waits: a failing rank leaves at once, without a farewell to the
-others.
+Eight ranks that meet the same mistake say so once, whichever comes first. A rank that fails alone tells what happened
+to it, and those that merely lose contact with it keep quiet. Nobody waits for a farewell: a failing rank leaves at
+once.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 
 from engine.errors import EXIT_DIVERGED, EXIT_DONE, EXIT_FAULT, EXIT_USAGE, ConfigError, DivergedError
 from parallel import comm
 from parallel.comm import PeerLostError, World, read_world
+
+# What a rank that lost contact waits for the cause to be told: by the rank that failed, or by the launcher, which ends
+# the others as soon as one is gone.
+_GRACE_SECONDS = 3.0
 
 
 def run_rank(main: Callable[[Sequence[str], World], None], argv: Sequence[str], program: str) -> int:
@@ -23,40 +29,43 @@ def run_rank(main: Callable[[Sequence[str], World], None], argv: Sequence[str], 
     """
     world = World()
     try:
-        world = read_world()
+        world = _read_world()
         main(argv, world)
         return EXIT_DONE
     except SystemExit as error:  # --help
         return error.code if isinstance(error.code, int) else EXIT_FAULT
     except ConfigError as error:
-        if world.rank == 0:
-            _tell(f"{program}: error: {error}")
-        return _leave(EXIT_USAGE, world)
+        return _leave(EXIT_USAGE, world, f"{program}: error: {error}")
     except DivergedError as error:
-        if world.rank == 0:
-            _tell(f"{program}: training diverged: {error}")
-        return _leave(EXIT_DIVERGED, world)
+        return _leave(EXIT_DIVERGED, world, f"{program}: training diverged: {error}")
     except PeerLostError as error:
-        if comm.first_to_report("lost_peer", world.rank):
-            _tell(f"{program}: rank {world.rank} lost contact with another rank and stops. {error}")
-        return _leave(EXIT_FAULT, world)
+        time.sleep(_GRACE_SECONDS)
+        cause = re.sub(r"\[[^]]*\.cc:\d+\] ", "", str(error)).partition("\n")[0]
+        return _leave(EXIT_FAULT, world, f"{program}: rank {world.rank} lost contact with another rank: {cause}")
     except KeyboardInterrupt:
-        return _leave(130, world)
-    except Exception as error:
-        if comm.first_to_report("fault", world.rank):
-            _tell(f"{program}: rank {world.rank} of {world.size} failed:\n{traceback.format_exc()}")
-        else:
-            _tell(f"{program}: rank {world.rank} failed too: {type(error).__name__}: {error}".partition("\n")[0])
-        return _leave(EXIT_FAULT, world)
+        return _leave(130, world, f"{program}: interrupted")
+    except Exception:
+        return _leave(EXIT_FAULT, world, f"{program}: rank {world.rank} of {world.size} failed:\n{_traceback()}")
 
 
-def _tell(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+def _read_world() -> World:
+    try:
+        return read_world()
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
-def _leave(code: int, world: World) -> int:
-    """With peers that may be inside a collective, skip the orderly shutdown that could wait for them."""
+def _traceback() -> str:
+    return traceback.format_exc().rstrip()
+
+
+def _leave(code: int, world: World, message: str) -> int:
+    """Tell why, unless another rank did. With peers that may be inside a collective, skip the orderly shutdown that
+    could wait for them.
+    """
+    sys.stdout.flush()
+    if comm.first_to_report("end", world.rank):
+        print(message, file=sys.stderr, flush=True)
     if world.size > 1:
-        sys.stdout.flush()
         os._exit(code)
     return code

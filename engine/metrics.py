@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -38,13 +39,15 @@ class MetricsWriter:
         self._bar.update(steps)
 
     def write(self, event: str, step: int, values: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, and a point in each TensorBoard curve."""
-        self._file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
+        """One line of metrics.jsonl (null for NaN and Inf, which JSON lacks), and a point in each TensorBoard curve."""
+        line = {"event": event, "step": step, **{name: _json_value(value) for name, value in values.items()}}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
         if self._board is not None:
             for name, value in values.items():
                 if isinstance(value, int | float):
                     self._board.add_scalar(f"{event}/{name}", value, step)
+            self._board.flush()  # a rank that fails later leaves without closing files
 
     def train(self, step: int, values: dict[str, Any]) -> None:
         """A training line."""
@@ -83,3 +86,7 @@ class MetricsWriter:
         self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+def _json_value(value: object) -> object:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -51,31 +51,29 @@ def pretrain(config: Config, world: World) -> None:
     layers = build_layers(config.model)
 
     comm.start(world, device, config.parallel.timeout)
-    try:
-        grid = make_grid(config.grid_shape(world.size), world, device)
-        assembly = assemble(config, grid, device, layers)
-        report = startup_report(
-            assembly, threads=threads, matmul=matmul, train_images=len(train_set), eval_images=len(eval_set)
+    grid = make_grid(config.grid_shape(world.size), world, device)
+    assembly = assemble(config, grid, device, layers)
+    report = startup_report(
+        assembly, threads=threads, matmul=matmul, train_images=len(train_set), eval_images=len(eval_set)
+    )
+    writer = None
+    if world.rank == 0:
+        (run_dir / "config.yaml").write_text(config.to_yaml())
+        writer = MetricsWriter(
+            run_dir,
+            steps=steps,
+            global_batch_size=config.train.global_batch_size,
+            tensorboard=config.log.tensorboard,
         )
-        writer = None
-        if world.rank == 0:
-            (run_dir / "config.yaml").write_text(config.to_yaml())
-            writer = MetricsWriter(
-                run_dir,
-                steps=steps,
-                global_batch_size=config.train.global_batch_size,
-                tensorboard=config.log.tensorboard,
-            )
-            for line in report:
-                writer.say(line)
-        Loop(Stepper(assembly), train_set, eval_set, steps=steps, writer=writer).run()
-        if writer is not None:
-            writer.close()
-            print(f"config      {run_dir / 'config.yaml'}\nmetrics     {writer.path}")
-            if config.log.tensorboard:
-                print(f"TensorBoard {run_dir} (tensorboard --logdir {run_dir})")
-    finally:
-        comm.stop()
+        for line in report:
+            writer.say(line)
+    Loop(Stepper(assembly), train_set, eval_set, steps=steps, writer=writer).run()
+    if writer is not None:
+        writer.close()
+        print(f"config      {run_dir / 'config.yaml'}\nmetrics     {writer.path}")
+        if config.log.tensorboard:
+            print(f"TensorBoard {run_dir} (tensorboard --logdir {run_dir})")
+    comm.stop()  # not after a failure: the others may be gone, or waiting
 
 
 def prepare_run_dir(run_dir: str | None) -> Path:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.build import Build
-from model.norm import LayerNorm
+from model.norm import EPS, LayerNorm
 
 
 class Attention(nn.Module):
@@ -23,6 +23,7 @@ class Attention(nn.Module):
         super().__init__()
         sizes = build.sizes
         self.heads, self.head_dim, self.tokens = sizes.heads // build.tp.size, sizes.head_dim, sizes.tokens
+        self.kernels = build.kernels
         self.q_norm: LayerNorm | None = None
         self.k_norm: LayerNorm | None = None
         if build.config.qk_norm:  # each tensor rank sees its own heads only: partial
@@ -31,9 +32,10 @@ class Attention(nn.Module):
 
     def forward(self, qkv: Tensor) -> Tensor:
         """[R, 3 * h * K], this rank's heads of q, then of k, then of v -> [R, h * K]."""
-        packed = qkv.unflatten(1, (3, self.heads, self.head_dim)).unflatten(0, (-1, self.tokens))  # [B, S, 3, h, K]
-        q, k, v = packed.unbind(2)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # [B, h, S, K]
+            parts = self.kernels.qk_norm(qkv, self.heads, self.q_norm.weight, self.k_norm.weight, EPS)
+        else:
+            parts = qkv.unflatten(1, (3, self.heads, self.head_dim)).unbind(1)
+        q, k, v = (part.unflatten(0, (-1, self.tokens)).transpose(1, 2) for part in parts)  # [B, h, S, K] each
+        out = F.scaled_dot_product_attention(q, k, v)
         return out.transpose(1, 2).reshape(-1, self.heads * self.head_dim)

@@ -12,7 +12,6 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from model.attention import Attention
 from model.build import Build
@@ -44,6 +43,18 @@ class DropPath(nn.Module):
         return branch * slice_rows(scale.repeat_interleave(self.tokens), self.tp)[:, None]
 
 
+class Gelu(nn.Module):
+    """gelu(x + bias), in one pass."""
+
+    def __init__(self, build: Build) -> None:
+        super().__init__()
+        self.kernels, self.approximate = build.kernels, "none" if build.config.gelu == "erf" else "tanh"
+
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """[R, M], [M] -> [R, M]."""
+        return self.kernels.bias_gelu(x, bias, approximate=self.approximate)
+
+
 class Mlp(nn.Module):
     """fc1, GELU, fc2 (Dosovitskiy et al. 2021).
 
@@ -54,13 +65,13 @@ class Mlp(nn.Module):
     def __init__(self, build: Build, *, split: bool = True) -> None:
         super().__init__()
         sizes, tp = build.sizes, build.tp
-        self.gelu = "none" if build.config.gelu == "erf" else "tanh"
+        self.gelu = Gelu(build)
         self.fc1 = ColumnParallelLinear(sizes.width, (sizes.mlp,), tp=tp, split_input=split)
         self.fc2 = RowParallelLinear((sizes.mlp,), sizes.width, tp=tp, split_output=split)
 
     def forward(self, x: Tensor, rows: int) -> Tensor:
         """[R, D] (or row parts) -> the same shape."""
-        return self.fc2(F.gelu(self.fc1(x, rows), approximate=self.gelu))
+        return self.fc2(self.gelu(self.fc1(x, rows, add_bias=False), self.fc1.bias))
 
 
 class SelfAttention(nn.Module):
@@ -101,8 +112,8 @@ class SequentialBlock(nn.Module):
     def forward(self, x: Tensor, batch: MicroBatch) -> Tensor:
         """[R, D] (or this rank's rows) -> the same shape."""
         rows = batch.size * self.tokens
-        x = x + self.drop1(self.attn(self.norm1(x), rows), batch)
-        return x + self.drop2(self.mlp(self.norm2(x), rows), batch)
+        y, x = self.norm2.add(self.drop1(self.attn(self.norm1(x), rows), batch), x)
+        return x + self.drop2(self.mlp(y, rows), batch)
 
 
 class ParallelBlock(nn.Module):
@@ -117,7 +128,7 @@ class ParallelBlock(nn.Module):
         sizes, tp, bias = build.sizes, build.tp, bool(build.config.bias)
         self.tokens = sizes.tokens
         self.split = (3 * sizes.width // tp.size, sizes.mlp // tp.size)
-        self.gelu = "none" if build.config.gelu == "erf" else "tanh"
+        self.gelu = Gelu(build)
         self.norm = LayerNorm(sizes.width, bias=bias, partial=tp.splits_rows, kernels=build.kernels)
         segments = (*[sizes.width] * 3, sizes.mlp)
         self.in_proj = ColumnParallelLinear(sizes.width, segments, tp=tp, bias=bias)
@@ -130,9 +141,7 @@ class ParallelBlock(nn.Module):
         """[R, D] (or this rank's rows) -> the same shape."""
         y = self.in_proj(self.norm(x), batch.size * self.tokens)
         qkv, hidden = y.split(self.split, 1)
-        if self.fc1_bias is not None:
-            hidden = hidden + self.fc1_bias
-        branch = torch.cat([self.core(qkv), F.gelu(hidden, approximate=self.gelu)], 1)
+        branch = torch.cat([self.core(qkv), self.gelu(hidden, self.fc1_bias)], 1)
         return x + self.drop(self.out_proj(branch), batch)
 
 

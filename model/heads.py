@@ -55,7 +55,7 @@ class Head(nn.Module):
     def __init__(self, build: Build) -> None:
         super().__init__()
         sizes, self.tp, self.kind = build.sizes, build.tp, build.config.pool
-        self.tokens = sizes.tokens
+        self.tokens, self.prefix = sizes.tokens, sizes.prefix
         bias, partial = bool(build.config.bias), build.tp.splits_rows
         self.norm = LayerNorm(sizes.width, bias=bias, partial=partial, kernels=build.kernels)
         self.pool = AttentionPool(build) if self.kind == "map" else None
@@ -78,4 +78,4 @@ class Head(nn.Module):
         if self.pool is not None:
             return self.pool(x, batch)
         tokens = gather_rows(x, self.tp, batch.size * self.tokens).unflatten(0, (batch.size, self.tokens))
-        return tokens[:, 0] if self.kind == "cls" else tokens.mean(1)
+        return tokens[:, 0] if self.kind == "cls" else tokens[:, self.prefix :].mean(1)  # registers have no output

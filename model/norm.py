@@ -32,3 +32,7 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
         return self.kernels.layer_norm(x, self.weight, self.bias, EPS)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(norm of x + residual, x + residual) in one pass: [..., D] each."""
+        return self.kernels.add_layer_norm(x, residual, self.weight, self.bias, EPS)

@@ -41,13 +41,14 @@ def _shift(z: Tensor, bits: int) -> Tensor:
 def uniform(stream: int, index: Tensor) -> Tensor:
     """Uniform numbers in (0, 1), fp32, at each int64 `index` of the stream with key `stream`; shape of `index`.
 
-    24 bits each, at the centre of their interval, so neither 0 nor 1 occurs.
+    23 bits each, at the centre of their interval: with the half added, the most that fp32 holds exactly, so neither 0
+    nor 1 occurs.
     """
     z = index * _signed(_GOLDEN) + _signed(stream)
     z = (z ^ _shift(z, 30)) * _signed(_MIX_1)
     z = (z ^ _shift(z, 27)) * _signed(_MIX_2)
     z = z ^ _shift(z, 31)
-    return (_shift(z, 40).to(torch.float32) + 0.5) * 2.0**-24
+    return (_shift(z, 41).to(torch.float32) + 0.5) * 2.0**-23
 
 
 def _draw(kind: str, scale: float, u: Tensor) -> Tensor:

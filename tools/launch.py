@@ -1,17 +1,19 @@
 """torchrun with the exit code of the program it runs, and without its own tracebacks: `python -m tools.launch ARGS`.
 
-Takes torchrun's arguments. torchrun itself ends with code 1 whatever its ranks said, and prints a page of its own
-about each; a batch script that must tell "wrong option" from "training diverged" starts ranks with this (or with
-srun).
+Takes torchrun's arguments. torchrun itself ends with code 1 whatever its ranks said, prints a page of its own about
+each, and gives every rank one thread; a batch script that must tell "wrong option" from "training diverged" starts
+ranks with this (or with srun).
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
 from torch.distributed import run as torchrun
+from torch.distributed.elastic.agent.server.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 
@@ -20,15 +22,27 @@ def main(argv: Sequence[str]) -> int:
     failed.
     """
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    arguments = torchrun.parse_args(list(argv))
     try:
-        torchrun.run(torchrun.parse_args(list(argv)))
+        share_cores(torchrun.determine_local_world_size(arguments.nproc_per_node))
+        torchrun.run(arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         code: int = failure.exitcode
         if code < 0:
-            print(f"rank {rank} was killed by signal {-code}", file=sys.stderr)
+            print(f"tools.launch: rank {rank} was killed by signal {-code} ({failure.signal_name()})", file=sys.stderr)
         return code if code >= 0 else 128 - code
+    except SignalException as error:
+        return 128 + int(error.sigval)
+    except ValueError as error:
+        print(f"tools.launch: error: {error}", file=sys.stderr)
+        return 2
     return 0
+
+
+def share_cores(ranks: int) -> None:
+    """Give each of this host's ranks its share of the cores this process may use, unless OMP_NUM_THREADS is set."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
 
 
 if __name__ == "__main__":

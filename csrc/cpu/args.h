@@ -68,7 +68,7 @@ struct AdamW {
   void* model_weight;  // the same weights in the model's type, or null
   float decay;         // 1 - lr * weight_decay
   float step_size;     // lr / (1 - beta1^step)
-  float beta1, beta2, eps;
+  float beta1, beta2, rest1, rest2, eps;  // rest = 1 - beta, rounded once
   float root_correction;  // 1 / sqrt(1 - beta2^step)
   float grad_scale;       // what the gradient is multiplied by first
 };

@@ -8,9 +8,12 @@
 #include <array>
 #include <cstdint>
 
+#include "elementwise.h"
 #include "linear_attention.h"
 #include "norm.h"
 #include "parallel.h"
+#include "patch_merge.h"
+#include "qk_norm.h"
 #include "table.h"
 
 namespace py = pybind11;
@@ -79,6 +82,78 @@ void attention_backward(Address grad, const Strides& grad_strides, Address q, co
   linear_attention_backward(a, DType(type), ptr<float>(s), ptr<float>(z), threads);
 }
 
+Param param(Address data, int type) { return {ptr(data), DType(type)}; }
+Output output(Address data, int type) { return {ptr(data), DType(type)}; }
+
+void bias_gelu_forward(Address x, Address bias, int bias_type, Address y, int64_t rows, int64_t dim, int type, bool tanh, int threads) {
+  Gelu a{};
+  a.x = ptr(x), a.y = ptr(y), a.rows = rows, a.dim = dim, a.tanh = tanh;
+  gelu_forward(a, DType(type), param(bias, bias_type), threads);
+}
+
+void bias_gelu_backward(Address grad, Address x, Address bias, int bias_type, Address grad_input, Address grad_bias,
+                        int grad_bias_type, int64_t rows, int64_t dim, int type, bool tanh, int threads) {
+  Gelu a{};
+  a.grad = ptr(grad), a.x = ptr(x), a.grad_input = ptr(grad_input), a.rows = rows, a.dim = dim, a.tanh = tanh;
+  gelu_backward(a, DType(type), param(bias, bias_type), output(grad_bias, grad_bias_type), threads);
+}
+
+using Sizes = std::array<int64_t, 4>;
+
+QkNorm qk_args(Address packed, Address mean, Address rstd, const Sizes& sizes) {
+  QkNorm a{};
+  a.packed = ptr(packed), a.mean = ptr<float>(mean), a.rstd = ptr<float>(rstd);
+  a.tokens = sizes[0], a.heads = sizes[1], a.dim = sizes[2], a.token_stride = sizes[3];
+  return a;
+}
+
+void qk_forward(Address packed, Address q, Address k, Address v, Address q_weight, int q_weight_type, Address k_weight,
+                int k_weight_type, Address mean, Address rstd, const Sizes& sizes, int type, float eps, int threads) {
+  QkNorm a = qk_args(packed, mean, rstd, sizes);
+  a.q = ptr(q), a.k = ptr(k), a.v = ptr(v), a.eps = eps;
+  qk_norm_forward(a, DType(type), param(q_weight, q_weight_type), param(k_weight, k_weight_type), threads);
+}
+
+void qk_backward(Address grad_q, Address grad_k, Address grad_v, Address packed, Address grad_packed, Address q_weight,
+                 int q_weight_type, Address k_weight, int k_weight_type, Address mean, Address rstd, Address grad_q_weight,
+                 int grad_q_weight_type, Address grad_k_weight, int grad_k_weight_type, const Sizes& sizes, int type, int threads) {
+  QkNorm a = qk_args(packed, mean, rstd, sizes);
+  a.grad_q = ptr(grad_q), a.grad_k = ptr(grad_k), a.grad_v = ptr(grad_v), a.grad_packed = ptr(grad_packed);
+  qk_norm_backward(a, DType(type), param(q_weight, q_weight_type), param(k_weight, k_weight_type),
+                   output(grad_q_weight, grad_q_weight_type), output(grad_k_weight, grad_k_weight_type), threads);
+}
+
+PatchMerge merge_args(Address mean, Address rstd, const Sizes& sizes) {
+  PatchMerge a{};
+  a.mean = ptr<float>(mean), a.rstd = ptr<float>(rstd);
+  a.batch = sizes[0], a.height = sizes[1], a.width = sizes[2], a.channels = sizes[3];
+  return a;
+}
+
+void merge_forward(Address x, Address y, Address weight, int weight_type, Address bias, int bias_type, Address mean, Address rstd,
+                   const Sizes& sizes, int type, float eps, int threads) {
+  PatchMerge a = merge_args(mean, rstd, sizes);
+  a.x = ptr(x), a.y = ptr(y), a.eps = eps;
+  patch_merge_forward(a, DType(type), param(weight, weight_type), param(bias, bias_type), threads);
+}
+
+void merge_backward(Address grad, Address x, Address grad_input, Address weight, int weight_type, Address mean, Address rstd,
+                    Address grad_weight, int grad_weight_type, Address grad_bias, int grad_bias_type, const Sizes& sizes, int type,
+                    int threads) {
+  PatchMerge a = merge_args(mean, rstd, sizes);
+  a.grad = ptr(grad), a.x = ptr(x), a.grad_input = ptr(grad_input);
+  patch_merge_backward(a, DType(type), param(weight, weight_type), output(grad_weight, grad_weight_type),
+                       output(grad_bias, grad_bias_type), threads);
+}
+
+void adamw_step(Address weight, Address grad, int grad_type, Address moment, Address square, Address model_weight, int model_type,
+                int64_t size, float decay, float step_size, double beta1, double beta2, float eps, float root_correction,
+                float grad_scale, int threads) {
+  const AdamW a{ptr<float>(weight), ptr<float>(moment), ptr<float>(square), ptr(grad), ptr(model_weight), decay, step_size, float(beta1),
+                float(beta2), float(1 - beta1), float(1 - beta2), eps, root_correction, grad_scale};
+  adamw(a, size, DType(grad_type), DType(model_type), threads);
+}
+
 bool tune_allocator() {
 #if defined(__GLIBC__)
   return mallopt(M_MMAP_MAX, 0) == 1 && mallopt(M_TRIM_THRESHOLD, -1) == 1;
@@ -105,6 +180,13 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("tune_allocator", &tune_allocator);
   m.def("layer_norm_forward", &layer_norm_forward, release());
   m.def("layer_norm_backward", &layer_norm_backward, release());
+  m.def("bias_gelu_forward", &bias_gelu_forward, release());
+  m.def("bias_gelu_backward", &bias_gelu_backward, release());
+  m.def("qk_norm_forward", &qk_forward, release());
+  m.def("qk_norm_backward", &qk_backward, release());
+  m.def("patch_merge_forward", &merge_forward, release());
+  m.def("patch_merge_backward", &merge_backward, release());
+  m.def("adamw", &adamw_step, release());
   m.def("linear_attention_forward", &attention_forward, release());
   m.def("linear_attention_backward", &attention_backward, release());
 }

@@ -5,22 +5,33 @@ choice.
 """
 
 from .allocator import tune_allocator
-from .select import Backend, Kernels
+from .api import Kernels
+from .optimizers import AdamWStep
+from .select import Backend
 
 _auto = Kernels("auto")
 layer_norm = _auto.layer_norm
 rms_norm = _auto.rms_norm
 add_layer_norm = _auto.add_layer_norm
 add_rms_norm = _auto.add_rms_norm
+qk_norm = _auto.qk_norm
+bias_gelu = _auto.bias_gelu
 linear_attention = _auto.linear_attention
+patch_merge = _auto.patch_merge
+adamw = _auto.adamw
 
 __all__ = [
+    "AdamWStep",
     "Backend",
     "Kernels",
+    "adamw",
     "add_layer_norm",
     "add_rms_norm",
+    "bias_gelu",
     "layer_norm",
     "linear_attention",
+    "patch_merge",
+    "qk_norm",
     "rms_norm",
     "tune_allocator",
 ]

@@ -24,12 +24,11 @@ LIBRARY.define(
 def _outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, heads, tokens, dim = q.shape
     value_dim = v.shape[-1]
-    wide = {"dtype": torch.float32, "device": q.device}
     return (
-        torch.empty(batch, heads, tokens, value_dim, dtype=q.dtype, device=q.device),
-        torch.empty(batch, heads, dim, value_dim, **wide),
-        torch.empty(batch, heads, dim, **wide),
-        torch.empty(batch, heads, tokens, **wide),
+        torch.empty((batch, heads, tokens, value_dim), dtype=q.dtype, device=q.device),
+        torch.empty((batch, heads, dim, value_dim), dtype=torch.float32, device=q.device),
+        torch.empty((batch, heads, dim), dtype=torch.float32, device=q.device),
+        torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device),
     )
 
 

@@ -110,3 +110,53 @@ def conv(v: Tensor, weight: Tensor, bias: Tensor | None, grid: tuple[int, int] |
     if grid[0] * grid[1] > v.shape[2] or min(grid) < 1:
         raise ValueError(f"grid: {grid[0]} x {grid[1]} does not fit into the {v.shape[2]} tokens of v")
     return grid
+
+
+def _vector(name: str, value: Tensor | None, size: int, x: Tensor) -> None:
+    if value is None:
+        return
+    tensor(name, value)
+    floating(name, value)
+    if list(value.shape) != [size]:
+        raise ValueError(f"{name}: expected shape [{size}], got {list(value.shape)}")
+    same_device(name, value, "x", x)
+
+
+def _positive_eps(eps: float) -> None:
+    if eps < 0:
+        raise ValueError(f"eps: must not be negative, got {eps}")
+
+
+def qk_input(packed: object, heads: int, q_weight: Tensor | None, k_weight: Tensor | None, eps: float) -> None:
+    """packed: [..., 3 * heads * K]."""
+    checked = tensor("packed", packed)
+    floating("packed", checked)
+    if heads < 1:
+        raise ValueError(f"num_heads: must be at least 1, got {heads}")
+    if checked.dim() == 0 or checked.shape[-1] == 0 or checked.shape[-1] % (3 * heads):
+        raise ValueError(f"packed: the last dimension must be 3 * {heads} heads * K, got shape {list(checked.shape)}")
+    _vector("q_weight", q_weight, checked.shape[-1] // (3 * heads), checked)
+    _vector("k_weight", k_weight, checked.shape[-1] // (3 * heads), checked)
+    _positive_eps(eps)
+
+
+def gelu_input(x: object, bias: Tensor | None, approximate: str) -> None:
+    """x: [..., D], bias: [D]."""
+    checked = tensor("x", x)
+    floating("x", checked)
+    if checked.dim() == 0 or checked.shape[-1] == 0:
+        raise ValueError(f"x: expected [..., D] with D > 0, got shape {list(checked.shape)}")
+    _vector("bias", bias, checked.shape[-1], checked)
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f"approximate: '{approximate}' is not one of none, tanh")
+
+
+def merge_input(x: object, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
+    """x: [B, H, W, C] with even H and W."""
+    checked = tensor("x", x)
+    floating("x", checked)
+    if checked.dim() != 4 or checked.shape[1] % 2 or checked.shape[2] % 2 or checked.shape[3] == 0:
+        raise ValueError(f"x: expected [B, H, W, C] with H and W even and C > 0, got {list(checked.shape)}")
+    _vector("weight", weight, 4 * checked.shape[3], checked)
+    _vector("bias", bias, 4 * checked.shape[3], checked)
+    _positive_eps(eps)

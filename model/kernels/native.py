@@ -44,6 +44,9 @@ def target(x: Tensor) -> tuple[ModuleType, int]:
     if module is None:
         raise RuntimeError(f"x: {why_missing(x.device)}")
     if x.is_cuda:
+        if x.device.index != torch.cuda.current_device():
+            current = torch.cuda.current_device()
+            raise RuntimeError(f"x: on {x.device}, but the current device is cuda:{current}; use torch.cuda.set_device")
         return module, torch.cuda.current_stream(x.device).cuda_stream
     return module, torch.get_num_threads()
 

@@ -77,3 +77,29 @@ def depthwise_conv(v: Tensor, weight: Tensor, bias: Tensor | None, grid: tuple[i
     out = F.conv2d(image, weight[:, None].to(v.dtype), None if bias is None else bias.to(v.dtype), 1, "same", 1, dim)
     out = out.permute(0, 2, 3, 1).reshape(batch, heads, tokens - prefix, dim)
     return F.pad(out, (0, 0, prefix, 0))
+
+
+def bias_gelu(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
+    """gelu(x + bias), the sum kept in fp32 where the types differ."""
+    if bias is not None:
+        x = (x + bias.to(x.dtype)) if bias.dtype == x.dtype else _gelu_wide(x, bias)
+    return F.gelu(x, approximate="tanh" if tanh else "none")
+
+
+def _gelu_wide(x: Tensor, bias: Tensor) -> Tensor:
+    return (x.to(torch.promote_types(x.dtype, bias.dtype)) + bias).to(x.dtype)
+
+
+def qk_norm(
+    packed: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, heads: int, eps: float, rms: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Norm over the channels of each head of q and k. packed: [..., 3 * H * K] -> q, k, v of [..., H, K]."""
+    q, k, v = packed.unflatten(-1, (3, heads, packed.shape[-1] // (3 * heads))).unbind(-3)
+    norm = rms_norm if rms else layer_norm
+    return norm(q, q_weight, None, eps, q.dtype), norm(k, k_weight, None, eps, k.dtype), v
+
+
+def patch_merge(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """[B, H, W, C] -> [B, H/2, W/2, 4C]: parts (0,0), (1,0), (0,1), (1,1) of each 2x2 side by side, then LayerNorm."""
+    parts = [x[:, i::2, j::2] for i, j in ((0, 0), (1, 0), (0, 1), (1, 1))]
+    return layer_norm(torch.cat(parts, dim=-1), weight, bias, eps, x.dtype)

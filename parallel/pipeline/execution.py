@@ -27,6 +27,10 @@ from parallel.pipeline.actions import Action, ActionKind, Schedule
 Tensors = tuple[Tensor, ...]
 Products = list[Callable[[], None]]
 
+# Messages whose end is not waited for. A message is freed at the latest when this many others have been posted after
+# it: gloo does not tell that a send is done before somebody waits for it. A valid schedule does not block on that.
+_SENDS_IN_FLIGHT = 4
+
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -118,13 +122,13 @@ class PipelineExecutor:
         self._arriving: dict[tuple[ActionKind, int, int], list[Pending] | Tensors] = {}
         self._leaving: dict[tuple[ActionKind, int, int], Tensors] = {}
         self._kept: dict[tuple[int, int], _Kept] = {}
-        self._sent: deque[Pending] = deque()
+        self._sent: deque[list[Pending]] = deque()
         with torch.set_grad_enabled(not self.schedule.is_forward_only):
             for action in self.schedule.ranks[self.axis.index]:
                 self._do(action)
-        while self._sent:
-            self._sent.popleft().wait()
+        self._free_sent(0)
         assert not (self._kept or self._arriving or self._leaving), "the schedule left tensors behind"
+        self._micro_batches = ()
         return self._results
 
     def _do(self, action: Action) -> None:
@@ -188,10 +192,15 @@ class PipelineExecutor:
         return tuple(x.wait() if isinstance(x, Pending) else x for x in arrived)
 
     def _send(self, arrival: ActionKind, stage: int, m: int) -> None:
-        while self._sent and self._sent[0].is_done():
-            self._sent.popleft()
+        self._free_sent(_SENDS_IN_FLIGHT - 1)
         to = self.schedule.stage_to_rank[stage]
-        self._sent += [comm.send_start(x, self.axis, to) for x in self._leaving.pop((arrival, stage, m))]
+        self._sent.append([comm.send_start(x, self.axis, to) for x in self._leaving.pop((arrival, stage, m))])
+
+    def _free_sent(self, keep: int) -> None:
+        """Let go of messages that are done, and wait for the oldest until at most `keep` are left."""
+        while self._sent and (len(self._sent) > keep or all(x.is_done() for x in self._sent[0])):
+            for pending in self._sent.popleft():
+                pending.wait()
 
     def _recv(self, arrival: ActionKind, stage: int, m: int, source: int, boundary: int) -> None:
         rank = self.schedule.stage_to_rank[source]

@@ -134,14 +134,16 @@ class ColumnParallelLinear(nn.Module):
         self.weight = make_parameter(ParameterInfo(layout=layout, init=init, decay=decay))
         self.bias = sharded_bias(segments, tp, bias_init) if bias else None
 
-    def forward(self, x: Tensor, rows: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, rows: int | None = None, *, add_bias: bool = True) -> Tensor:
         """[ceil(R/T), D] (row parts) or [R, D] -> [R, F/T].
 
         Args:
             rows: R; needed where x comes in row parts.
+            add_bias: False leaves the bias to the caller, who fuses it with what comes next.
         """
         rows = x.shape[0] if rows is None else rows
-        y: Tensor = _ColumnParallel.apply(x, self.weight, self.bias, self.tp, rows, self.split_input)
+        bias = self.bias if add_bias else None
+        y: Tensor = _ColumnParallel.apply(x, self.weight, bias, self.tp, rows, self.split_input)
         return y
 
 

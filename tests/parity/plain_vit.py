@@ -131,9 +131,12 @@ def logits(w: Weights, images: Tensor, shape: Shape) -> Tensor:
         prefix = f"blocks.{i}."
         x = block({name.removeprefix(prefix): value for name, value in w.items() if name.startswith(prefix)}, x, shape)
     x = norm(x, w["head.norm.weight"], w.get("head.norm.bias"))
-    pooled = {"map": lambda: attention_pool(w, x, shape), "cls": lambda: x[:, 0], "gap": lambda: x.mean(1)}[
-        shape.pool
-    ]()
+    if shape.pool == "map":
+        pooled = attention_pool(w, x, shape)
+    elif shape.pool == "cls":
+        pooled = x[:, 0]
+    else:  # patches only
+        pooled = x[:, w["embed.registers"].shape[0] if "embed.registers" in w else 0 :].mean(1)
     return F.linear(pooled, w["head.fc.weight"], w["head.fc.bias"])
 
 

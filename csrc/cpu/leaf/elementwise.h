@@ -74,7 +74,7 @@ void adamw(const vit::AdamW& a, int64_t begin, int64_t end) {
   const TG* grad = (const TG*)a.grad + begin;
   TM* model = a.model_weight ? (TM*)a.model_weight + begin : nullptr;
   float *weight = a.weight + begin, *moment = a.moment + begin, *square = a.square + begin;
-  const F beta1 = set1(a.beta1), rest1 = set1(1.0f - a.beta1), beta2 = set1(a.beta2), rest2 = set1(1.0f - a.beta2);
+  const F beta1 = set1(a.beta1), rest1 = set1(a.rest1), beta2 = set1(a.beta2), rest2 = set1(a.rest2);
   const F root = set1(a.root_correction), eps = set1(a.eps), size = set1(a.step_size), decay = set1(a.decay);
   const F scale = set1(a.grad_scale);
   columns(end - begin, [&](int64_t i, auto kind) VIT_INLINE {

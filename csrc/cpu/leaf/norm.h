@@ -93,7 +93,7 @@ inline VIT_INLINE void norm_backward_rows(const vit::NormBackward& a, int64_t ro
     c1[r] = set1(a.mean ? reduce_add(sum_g[r]) / float(n) : 0.0f);
     c2[r] = set1(reduce_add(sum_gx[r]) / float(n));
   }
-  const TX* extra = (const TX*)a.grad_sum + row * n;
+  const TX* extra = a.grad_sum ? (const TX*)a.grad_sum + row * n : nullptr;
   columns(n, [&](int64_t i, auto kind) VIT_INLINE {
     const F w = load(a.weight + i, kind);
     F dw = load(dweight + i, kind), db = load(dbias + i, kind);
@@ -103,7 +103,7 @@ inline VIT_INLINE void norm_backward_rows(const vit::NormBackward& a, int64_t ro
       dw = fma(dy, xh, dw);
       db = db + dy;
       F dx = scale[r] * (fma(dy, w, F{} - c1[r]) - xh * c2[r]);
-      if (a.grad_sum) dx = dx + load(extra + r * n + i, kind);
+      if (extra) dx = dx + load(extra + r * n + i, kind);
       store(out[r] + i, dx, kind);
     }
     store(dweight + i, dw, kind);

@@ -98,4 +98,4 @@ def test_bad_residual_is_named() -> None:
     x = torch.ones(2, 4)
     for bad in (torch.ones(4), torch.ones(2, 4).half(), torch.ones(2, 4, device="meta"), None):
         with pytest.raises(ValueError, match="residual: "):
-            add_layer_norm(x, bad)  # type: ignore[arg-type]
+            add_layer_norm(x, bad)

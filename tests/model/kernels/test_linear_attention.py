@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.kernels import linear_attention
+from model.kernels import Kernels, linear_attention
 from model.kernels.reference import depthwise_conv
 from tests.model.kernels.kernel_cases import (
     NATIVE,
@@ -155,12 +155,11 @@ def test_compiles_without_graph_break() -> None:
 
 
 @pytest.mark.parametrize("kernels", [NATIVE, REFERENCE], ids=["native", "reference"])
-def test_convolution_leaves_prefix_tokens_alone(kernels: object) -> None:
+def test_convolution_leaves_prefix_tokens_alone(kernels: Kernels) -> None:
     q, k, v = qkv(2, 2, 3 + 4 * 5, 8)
     weight, bias = randn(8, 3, 3, seed=5), randn(8, seed=6)
-    plain = kernels.linear_attention(q, k, v)  # type: ignore[attr-defined]
-    out = kernels.linear_attention(q, k, v, conv_weight=weight, conv_bias=bias, grid=(4, 5))  # type:
-    ignore[attr-defined]
+    plain = kernels.linear_attention(q, k, v)
+    out = kernels.linear_attention(q, k, v, conv_weight=weight, conv_bias=bias, grid=(4, 5))
     assert torch.equal(out[:, :, :3], plain[:, :, :3])
     expected = torch.zeros(8, 4, 5)
     image = torch.nn.functional.pad(v[1, 1, 3:].reshape(4, 5, 8).permute(2, 0, 1), (1, 1, 1, 1))
@@ -193,4 +192,4 @@ def test_convolution_leaves_prefix_tokens_alone(kernels: object) -> None:
 def test_bad_arguments_are_named(change: dict[str, object], message: str) -> None:
     good: dict[str, object] = {name: torch.ones(1, 1, 4, 8) for name in "qkv"}
     with pytest.raises(ValueError, match=message):
-        linear_attention(**(good | change))  # type: ignore[arg-type]
+        linear_attention(**(good | change))

@@ -204,7 +204,7 @@ def test_types_without_a_kernel() -> None:
 
 def test_unknown_backend() -> None:
     with pytest.raises(ValueError, match="kernels: 'fast' is not one of auto, native, reference"):
-        Kernels("fast")  # type: ignore[arg-type]
+        Kernels("fast")
 
 
 def test_without_the_module(monkeypatch: pytest.MonkeyPatch) -> None:

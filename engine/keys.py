@@ -1,0 +1,92 @@
+"""Every key of the configuration by its dotted name, its type in words, and the valid key nearest to a wrong one."""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from functools import cache
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from engine.config import Config
+
+OPTIONS = ("config", "print_config", "help")
+"""Flags that are no keys."""
+
+_WORDS = {int: "an integer", float: "a number", str: "a text", type(None): "null"}
+
+
+@cache
+def key_types() -> dict[str, Any]:
+    """The type of each key that can be set, in the order of --help, e.g. `train.steps: int | None`."""
+    return dict(_walk(Config, ""))
+
+
+@cache
+def groups() -> tuple[str, ...]:
+    """Names of the groups of keys."""
+    return tuple(dict.fromkeys(key.partition(".")[0] for key in key_types() if "." in key))
+
+
+def default_of(key: str) -> Any:
+    """The value of a key that is not set."""
+    value: Any = Config()
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def allows_null(key: str) -> bool:
+    """Whether null is among the values of a key."""
+    return type(None) in get_args(key_types()[key])
+
+
+def wanted(key: str) -> str:
+    """What a key takes, in words: `an integer or null`, `1f1b or gpipe`, `a list of 2 numbers, such as [0.9, 0.99]`."""
+    words = _words(key_types()[key])
+    default = default_of(key)
+    example = f", such as {list(default)}" if isinstance(default, tuple) else ""
+    return _either(words) + example
+
+
+def nearest(key: str) -> str | None:
+    """The valid key closest to a wrong one: with the same last part, else by the whole name, else by the last part."""
+    key = key.replace("-", "_")
+    leaves: dict[str, str] = {name.rpartition(".")[2]: name for name in reversed(key_types())}
+    leaf = key.rpartition(".")[2]
+    if key in key_types() or leaf in leaves:
+        return key if key in key_types() else leaves[leaf]
+    group = key.partition(".")[0]
+    siblings = [name for name in key_types() if name.startswith(f"{group}.")] if "." in key else groups() + OPTIONS
+    for candidates in (siblings, list(key_types())):
+        if close := difflib.get_close_matches(key, candidates, n=1, cutoff=0.75):
+            return close[0]
+    close = difflib.get_close_matches(leaf, list(leaves), n=1, cutoff=0.75)
+    return leaves[close[0]] if close else None
+
+
+def _walk(cls: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    hints = get_type_hints(cls)
+    for field in fields(cls):
+        hint, name = hints[field.name], prefix + field.name
+        if is_dataclass(hint):
+            yield from _walk(hint, f"{name}.")
+        else:
+            yield name, hint
+
+
+def _words(hint: Any) -> list[str]:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return [word for arg in args for word in _words(arg)]
+    if origin is Literal:
+        return [str(arg) for arg in args]
+    if origin in (tuple, list):
+        count = "" if origin is list or Ellipsis in args else f"{len(args)} "
+        return [f"a list of {count}{_WORDS[args[0]].split()[-1]}s"]
+    return ["true", "false"] if hint is bool else [_WORDS[hint]]
+
+
+def _either(words: Sequence[str]) -> str:
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

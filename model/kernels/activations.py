@@ -1,0 +1,70 @@
+"""Native bias + GELU as torch operators. Kept for the backward pass: x and the bias."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import native
+from .registry import LIBRARY
+
+LIBRARY.define("bias_gelu(Tensor x, Tensor? bias, bool tanh) -> Tensor")
+LIBRARY.define(
+    "bias_gelu_backward(Tensor grad, Tensor x, Tensor? bias, bool tanh) -> (Tensor grad_input, Tensor grad_bias)"
+)
+
+
+def _empty(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _rows(x: Tensor) -> tuple[int, int]:
+    return x.numel() // x.shape[-1], x.shape[-1]
+
+
+def _forward(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
+    y = _empty(x)
+    x, bias = x.contiguous(), None if bias is None else bias.contiguous()
+    module, where = native.target(x)
+    module.bias_gelu_forward(
+        native.address(x), *native.pointer(bias), native.address(y), *_rows(x), native.DTYPE_CODE[x.dtype], tanh, where
+    )
+    return y
+
+
+def _backward(grad: Tensor, x: Tensor, bias: Tensor | None, tanh: bool) -> tuple[Tensor, Tensor]:
+    grad_input, grad_bias = grads = _fake_backward(grad, x, bias, tanh)
+    grad, x, bias = grad.contiguous(), x.contiguous(), None if bias is None else bias.contiguous()
+    module, where = native.target(x)
+    module.bias_gelu_backward(
+        native.address(grad), native.address(x), *native.pointer(bias), native.address(grad_input),
+        *native.pointer(grad_bias), *_rows(x), native.DTYPE_CODE[x.dtype], tanh, where,
+    )  # fmt: skip
+    return grads
+
+
+def _fake_forward(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
+    return _empty(x)
+
+
+def _fake_backward(grad: Tensor, x: Tensor, bias: Tensor | None, tanh: bool) -> tuple[Tensor, Tensor]:
+    return _empty(x), torch.empty(0, dtype=x.dtype, device=x.device) if bias is None else torch.empty_like(bias)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, bias, ctx.tanh = inputs
+    ctx.save_for_backward(x, bias)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, bias = ctx.saved_tensors
+    grad_input, grad_bias = torch.ops.vitruvius.bias_gelu_backward(grad, x, bias, ctx.tanh)
+    return grad_input, None if bias is None else grad_bias, None
+
+
+for _key in ("CPU", "CUDA"):
+    LIBRARY.impl("bias_gelu", _forward, _key)
+    LIBRARY.impl("bias_gelu_backward", _backward, _key)
+torch.library.register_fake("vitruvius::bias_gelu", _fake_forward, lib=LIBRARY)
+torch.library.register_fake("vitruvius::bias_gelu_backward", _fake_backward, lib=LIBRARY)
+torch.library.register_autograd("vitruvius::bias_gelu", _differentiate, setup_context=_setup_context, lib=LIBRARY)

@@ -1,0 +1,215 @@
+"""The operations, each in the form that the chosen backend gives it."""
+
+import torch
+from torch import Tensor
+
+# The first four define the torch operators.
+from . import activations, attention, checks, merge, norms, optimizers, qk, reference  # noqa: F401
+from .optimizers import AdamWStep
+from .select import Selection
+
+
+class Kernels(Selection):
+    """The kernels under one choice of backend: made once from the configuration and handed down.
+
+    `native` is the compiled form, an error where it cannot run; `reference` is plain PyTorch; `auto` is native where it
+    can run
+    (module built for the tensor's device, element type fp32, bf16 or fp16) and the reference elsewhere. Wrong arguments
+    are a
+    ValueError that names the argument.
+    """
+
+    def layer_norm(
+        self,
+        x: Tensor,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-6,
+        *,
+        out_dtype: torch.dtype | None = None,
+        memory_efficient: bool = False,
+    ) -> Tensor:
+        """LayerNorm over the last dimension. x: [..., D]; weight, bias: [D] or None -> [..., D] of out_dtype (default:
+        x's).
+
+        memory_efficient keeps the output, which the next layer keeps anyway, instead of the input for the backward pass
+        (native only;
+        weights must not be close to zero). Raises ValueError naming the argument.
+        """
+        checks.norm_input(x, weight, bias, eps)
+        dtype = checks.out_dtype(x, out_dtype)
+        if self._native("layer_norm_forward", x, weight, bias, out=dtype):
+            return torch.ops.vitruvius.norm(x, None, weight, bias, eps, False, dtype, memory_efficient)[0]
+        return reference.layer_norm(x, weight, bias, eps, dtype)
+
+    def rms_norm(
+        self,
+        x: Tensor,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-6,
+        *,
+        out_dtype: torch.dtype | None = None,
+        memory_efficient: bool = False,
+    ) -> Tensor:
+        """RMSNorm over the last dimension; arguments as for layer_norm."""
+        checks.norm_input(x, weight, bias, eps)
+        dtype = checks.out_dtype(x, out_dtype)
+        if self._native("layer_norm_forward", x, weight, bias, out=dtype):
+            return torch.ops.vitruvius.norm(x, None, weight, bias, eps, True, dtype, memory_efficient)[0]
+        return reference.rms_norm(x, weight, bias, eps, dtype)
+
+    def add_layer_norm(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-6,
+        *,
+        out_dtype: torch.dtype | None = None,
+        memory_efficient: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """s = x + residual and LayerNorm(s) in one pass: returns (norm, s). x, residual: [..., D] of one dtype."""
+        return self._add_norm(x, residual, weight, bias, eps, False, out_dtype, memory_efficient)
+
+    def add_rms_norm(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-6,
+        *,
+        out_dtype: torch.dtype | None = None,
+        memory_efficient: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """s = x + residual and RMSNorm(s) in one pass: returns (norm, s). x, residual: [..., D] of one dtype."""
+        return self._add_norm(x, residual, weight, bias, eps, True, out_dtype, memory_efficient)
+
+    def _add_norm(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        rms: bool,
+        out_dtype: torch.dtype | None,
+        memory_efficient: bool,
+    ) -> tuple[Tensor, Tensor]:
+        checks.norm_input(x, weight, bias, eps)
+        checks.like("residual", residual, "x", x)
+        dtype = checks.out_dtype(x, out_dtype)
+        if self._native("layer_norm_forward", x, residual, weight, bias, out=dtype):
+            return torch.ops.vitruvius.norm(x, residual, weight, bias, eps, rms, dtype, memory_efficient)[:2]
+        total = x + residual
+        return (reference.rms_norm if rms else reference.layer_norm)(total, weight, bias, eps, dtype), total
+
+    def linear_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        feature_map: str = "elu",
+        eps: float = 1e-6,
+        *,
+        power: int = 3,
+        conv_weight: Tensor | None = None,
+        conv_bias: Tensor | None = None,
+        grid: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """Attention without softmax or mask, in time and memory linear in N. q, k: [B, H, N, K]; v: [B, H, N, M] -> [B,
+        H, N, M].
+
+        feature_map: `elu` (elu + 1), `relu` or `focused` (with `power`). With conv_weight [M, s, s] (s odd) a
+        depth-wise convolution
+        of v over the token grid (h, w) is added, which touches only the last h*w tokens: prefix tokens are unchanged by
+        it.
+        """
+        checks.attention_input(q, k, v, feature_map, power)
+        if self._native("linear_attention_forward", q, k, v):
+            out = torch.ops.vitruvius.linear_attention(q, k, v, feature_map, power, eps)[0]
+        else:
+            out = reference.linear_attention(q, k, v, feature_map, power, eps)
+        if conv_weight is None:
+            return out
+        return out + reference.depthwise_conv(v, conv_weight, conv_bias, checks.conv(v, conv_weight, conv_bias, grid))
+
+    def qk_norm(
+        self,
+        packed: Tensor,
+        num_heads: int,
+        q_weight: Tensor | None = None,
+        k_weight: Tensor | None = None,
+        eps: float = 1e-6,
+        *,
+        rms: bool = False,
+        inplace: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Norm over the channels of each head of q and k (Dehghani et al. 2023). packed: [..., 3 * H * K], q, k, v in
+        this order;
+        weights: [K] or None -> q, k, v, each [..., H, K].
+
+        One pass: the gradient of the whole projection is written at once, with no slices to add up. inplace overwrites
+        packed and
+        returns views of it; autograd needs the old values, so this is for inference only.
+        """
+        checks.qk_input(packed, num_heads, q_weight, k_weight, eps)
+        needs_grad = torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in (packed, q_weight, k_weight)
+        )
+        if inplace and needs_grad:
+            raise ValueError(
+                "packed: inplace=True would overwrite what the gradient needs; use torch.no_grad() or inplace=False"
+            )
+        if not self._native("qk_norm_forward", packed, q_weight, k_weight):
+            q, k, v = reference.qk_norm(packed, q_weight, k_weight, num_heads, eps, rms)
+            if not inplace:
+                return q, k, v
+            views = packed.unflatten(-1, (3, num_heads, -1)).unbind(-3)
+            return views[0].copy_(q), views[1].copy_(k), views[2]
+        if inplace:
+            torch.ops.vitruvius.qk_norm_(packed, q_weight, k_weight, num_heads, eps, rms)
+            return packed.unflatten(-1, (3, num_heads, -1)).unbind(-3)
+        return torch.ops.vitruvius.qk_norm(packed, q_weight, k_weight, num_heads, eps, rms)[:3]
+
+    def bias_gelu(self, x: Tensor, bias: Tensor | None = None, *, approximate: str = "none") -> Tensor:
+        """gelu(x + bias). x: [..., D]; bias: [D] or None; approximate: `none` (erf) or `tanh`."""
+        checks.gelu_input(x, bias, approximate)
+        if self._native("bias_gelu_forward", x, bias):
+            return torch.ops.vitruvius.bias_gelu(x, bias, approximate == "tanh")
+        return reference.bias_gelu(x, bias, approximate == "tanh")
+
+    def patch_merge(
+        self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-6
+    ) -> Tensor:
+        """Input of the projection of a pyramid's patch merge: four neighbouring tokens side by side, and LayerNorm over
+        them.
+
+        x: [B, H, W, C], H and W even; weight, bias: [4C] or None -> [B, H/2, W/2, 4C], the parts ordered (row, column)
+        = (0, 0), (1, 0),
+        (0, 1), (1, 1) as in the Swin Transformer (Liu et al. 2021).
+        """
+        checks.merge_input(x, weight, bias, eps)
+        if self._native("patch_merge_forward", x, weight, bias):
+            return torch.ops.vitruvius.patch_merge(x, weight, bias, eps)[0]
+        return reference.patch_merge(x, weight, bias, eps)
+
+    def adamw(
+        self,
+        weight: Tensor,
+        grad: Tensor,
+        moment: Tensor,
+        square: Tensor,
+        model_weight: Tensor | None,
+        step: AdamWStep,
+    ) -> None:
+        """One AdamW step in place over flat arrays [n]: fp32 master weights, gradient of any type, fp32 moments; writes
+        the new weights
+        in the model's type to model_weight in the same pass, if that is given."""
+        optimizers.check(weight, grad, moment, square, model_weight, step.step)
+        form = (
+            optimizers.native_step if self._native("adamw", weight, grad, model_weight) else optimizers.reference_step
+        )
+        form(weight, grad, moment, square, model_weight, step)

@@ -1,0 +1,83 @@
+"""Native 2x2 patch merge + LayerNorm as torch operators. Kept for the backward pass: x and two fp32 numbers per merged
+token."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import native
+from .registry import LIBRARY
+
+LIBRARY.define("patch_merge(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)")
+LIBRARY.define(
+    "patch_merge_backward(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd)"
+    " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)"
+)
+
+
+def _merged_sizes(x: Tensor) -> tuple[int, int, int, int]:
+    return x.shape[0], x.shape[1] // 2, x.shape[2] // 2, x.shape[3]
+
+
+def _forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    y, mean, rstd = outputs = _fake_forward(x, weight, bias, eps)
+    x = x.contiguous()
+    weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
+    module, where = native.target(x)
+    module.patch_merge_forward(
+        native.address(x), native.address(y), *native.pointer(weight), *native.pointer(bias),
+        native.address(mean), native.address(rstd), _merged_sizes(x), native.DTYPE_CODE[x.dtype], eps, where,
+    )  # fmt: skip
+    return outputs
+
+
+def _backward(
+    grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_input, grad_weight, grad_bias = grads = _fake_backward(grad, x, weight, bias, mean, rstd)
+    grad, x = grad.contiguous(), x.contiguous()
+    weight = None if weight is None else weight.contiguous()
+    module, where = native.target(x)
+    module.patch_merge_backward(
+        native.address(grad), native.address(x), native.address(grad_input), *native.pointer(weight),
+        native.address(mean), native.address(rstd), *native.pointer(grad_weight), *native.pointer(grad_bias),
+        _merged_sizes(x), native.DTYPE_CODE[x.dtype], where,
+    )  # fmt: skip
+    return grads
+
+
+def _fake_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    batch, height, width, channels = _merged_sizes(x)
+    y = torch.empty(batch, height, width, 4 * channels, dtype=x.dtype, device=x.device)
+    mean = torch.empty(batch, height, width, dtype=torch.float32, device=x.device)
+    return y, mean, torch.empty_like(mean)
+
+
+def _fake_backward(
+    grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    def like(p: Tensor | None) -> Tensor:
+        return torch.empty(0, dtype=x.dtype, device=x.device) if p is None else torch.empty_like(p)
+
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device), like(weight), like(bias)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, _eps = inputs
+    ctx.save_for_backward(x, weight, bias, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _differentiate(ctx: Any, grad: Tensor, *_rest: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias, mean, rstd = ctx.saved_tensors
+    grads = torch.ops.vitruvius.patch_merge_backward(grad, x, weight, bias, mean, rstd)
+    return grads[0], None if weight is None else grads[1], None if bias is None else grads[2], None
+
+
+for _key in ("CPU", "CUDA"):
+    LIBRARY.impl("patch_merge", _forward, _key)
+    LIBRARY.impl("patch_merge_backward", _backward, _key)
+torch.library.register_fake("vitruvius::patch_merge", _fake_forward, lib=LIBRARY)
+torch.library.register_fake("vitruvius::patch_merge_backward", _fake_backward, lib=LIBRARY)
+torch.library.register_autograd("vitruvius::patch_merge", _differentiate, setup_context=_setup_context, lib=LIBRARY)

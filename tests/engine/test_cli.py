@@ -1,0 +1,196 @@
+"""The command line and YAML files: what wins, what is printed, and one clean line for each mistake."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+import pretrain_vit
+from engine.cli import make_parser, parse
+from engine.config import Config
+from engine.errors import ConfigError
+from engine.keys import key_types, nearest, wanted
+from parallel.comm import World
+from tests.engine.small import flags, small
+
+
+def message(*argv: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse(argv)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def write(folder: Path, text: str) -> str:
+    file = folder / "given.yaml"
+    file.write_text(text)
+    return str(file)
+
+
+def test_nothing_given_is_the_default() -> None:
+    assert parse([]) == (Config(), False)
+
+
+def test_flags_are_keys() -> None:
+    assert parse(flags()) == (small(), False)
+    config, _ = parse(["--optimizer.betas", "[0.8, 0.9]", "--model.qk_norm=true", "--optimizer.lr", "1e-5"])
+    assert config.optimizer.betas == (0.8, 0.9) and config.model.qk_norm is True and config.optimizer.lr == 1e-5
+
+
+@pytest.mark.parametrize("flag_first", [False, True])
+def test_flags_win_over_files_and_later_files_over_earlier(tmp_path: Path, flag_first: bool) -> None:
+    (tmp_path / "first.yaml").write_text("train: {steps: 1, seed: 1, epochs: 1}\nmodel: {width: 8}\n")
+    (tmp_path / "second.yaml").write_text("train: {steps: 2, seed: 2}\n")
+    files = [f"--config={tmp_path / 'first.yaml'}", "--config", str(tmp_path / "second.yaml")]
+    flag = ["--train.steps", "3"]
+    config, _ = parse(flag + files if flag_first else files + flag)
+    assert (config.train.steps, config.train.seed, config.train.epochs, config.model.width) == (3, 2, 1, 8)
+
+
+@pytest.mark.parametrize("text", ["", "train:\n", "train:\n\nmodel: null\n", "# nothing\n"])
+def test_groups_without_keys_are_absent(tmp_path: Path, text: str) -> None:
+    assert parse(["--config", write(tmp_path, text)])[0] == Config()
+
+
+def test_numbers_as_people_write_them(tmp_path: Path) -> None:
+    config, _ = parse(["--config", write(tmp_path, "optimizer: {lr: 1e-3, eps: 1E-8}\nrun_dir: 2024-01-01\n")])
+    assert (config.optimizer.lr, config.optimizer.eps, config.run_dir) == (1e-3, 1e-8, "2024-01-01")
+
+
+def test_the_shipped_recipes_are_valid() -> None:
+    recipes = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+    assert recipes
+    for recipe in recipes:
+        folder = ["--data.path", "photos"] if "image_folder" in recipe.read_text() else []
+        parse(["--config", str(recipe), *folder])[0].resolve(1)
+
+
+UNKNOWN = [
+    ("--train.stesp", "train.stesp: did you mean train.steps?"),
+    ("--trian.steps", "trian.steps: did you mean train.steps?"),
+    ("--runs_dir", "runs_dir: did you mean run_dir?"),
+    ("--confg", "confg: did you mean config?"),
+    ("--steps", "steps: did you mean train.steps?"),
+    ("--train.lr", "train.lr: did you mean optimizer.lr?"),
+    ("--tensor_parallel_size", "tensor_parallel_size: did you mean parallel.tensor_parallel_size?"),
+    ("--train.global-batch-size", "train.global-batch-size: did you mean train.global_batch_size?"),
+    ("--train.step", "train.step: did you mean train.steps?"),  # no abbreviations: a new key must not break scripts
+    ("--zzz", "zzz: --help lists all keys"),
+]
+
+
+@pytest.mark.parametrize(("flag", "expected"), UNKNOWN)
+def test_an_unknown_flag_names_the_nearest(flag: str, expected: str) -> None:
+    assert message(flag, "3") == message(f"{flag}=3") == f"unknown key {expected}"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("train:\n  stesp: 3\n", "unknown key train.stesp: did you mean train.steps?"),
+        ("model: {preset: vit_b16, wdith: 3}\n", "unknown key model.wdith: did you mean model.width?"),
+        ("trian:\n  steps: 3\n", "unknown key trian: did you mean train?"),
+        ("runs_dir: x\n", "unknown key runs_dir: did you mean run_dir?"),
+        ("steps: 3\n", "unknown key steps: did you mean train.steps?"),
+        ("zzz: 3\n", "unknown key zzz: --help lists all keys"),
+        ("3: 4\n", "unknown key 3: --help lists all keys"),
+        ("config: other.yaml\n", "config is an option of the command line, not a key of a file"),
+        ("print_config: true\n", "print_config is an option of the command line, not a key of a file"),
+        ("train: 3\n", "train is 3: it must be a group of keys, such as train.global_batch_size"),
+        ("train: [1, 2]\n", "train is [1, 2]: it must be a group of keys, such as train.global_batch_size"),
+        ("train: {steps: 1}\ntrain: {steps: 2}\n", "key train is given twice: merge them into one"),
+        ("train:\n  steps: 1\n  steps: 2\n", "key train.steps is given twice: merge them into one"),
+        ("train:\n  steps: many\n", "train.steps is 'many': it must be an integer or null"),
+        ("train:\n  steps: {}\n", "train.steps is {}: it must be an integer or null"),
+        ("model: {width: 3.5}\n", "model.width is 3.5: it must be an integer or null"),
+        ("data: {mean: [0.5, a]}\n", "data.mean holds 'a': it must be a list of numbers, such as [0.5]"),
+    ],
+)
+def test_a_mistake_in_a_file_names_the_file(tmp_path: Path, text: str, expected: str) -> None:
+    file = write(tmp_path, text)
+    assert message("--config", file) == f"{file}: {expected}"
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ("--model.width abc", "model.width is 'abc': it must be an integer or null"),
+        ("--train.seed 1.5", "train.seed is 1.5: it must be an integer"),
+        ("--train.seed null", "train.seed is null: it must be an integer"),
+        ("--model.width None", "model.width is 'None': it must be an integer or null"),
+        ("--optimizer.lr fast", "optimizer.lr is 'fast': it must be a number"),
+        ("--data.flip maybe", "data.flip is 'maybe': it must be true or false"),
+        ("--model.qk_norm 2", "model.qk_norm is 2: it must be true, false or null"),
+        ("--model.block serial", "model.block is 'serial': it must be parallel, sequential or null"),
+        ("--device tpu", "device is 'tpu': it must be auto, cpu or cuda"),
+        ("--precision.dtype fp12", "precision.dtype is 'fp12': it must be"),
+        ("--optimizer.betas 0.9", "optimizer.betas is 0.9: it must be a list of 2 numbers, such as [0.9, 0.999]"),
+        ("--optimizer.betas [0.9,x]", "optimizer.betas holds 'x': it must be a list of 2 numbers, such as"),
+        ("--optimizer.betas [1,2,3]", "optimizer.betas is [1, 2, 3]: it must be a list of 2 numbers, such as"),
+        ("--train 3", "train is 3: it must be a group of keys, such as train.global_batch_size"),
+        ("--train.seed", "--train.seed has no value: it must be an integer"),
+        ("--train.steps", "--train.steps has no value: it must be an integer or null"),
+        ("--config", "--config has no value: it must be a file"),
+        ("--model.width 64 128", "unexpected argument 128: options are --key value, and --help lists all keys"),
+        ("-x", "unexpected argument -x: options are --key value, and --help lists all keys"),
+        ("--train.seed -1", "train.seed is -1: it must be 0 or more"),
+    ],
+)
+def test_wrong_types_say_what_was_given_and_what_would_work(argv: str, expected: str) -> None:
+    assert message(*argv.split()).startswith(expected)
+
+
+def test_numbers_must_be_finite(tmp_path: Path) -> None:
+    file = write(tmp_path, "optimizer: {lr: .inf}\n")
+    assert message("--config", file) == "optimizer.lr is inf: it must be a finite number"
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    missing = str(tmp_path / "missing.yaml")
+    assert message("--config", missing) == f"--config {missing} cannot be read: No such file or directory"
+    assert message("--config", str(tmp_path)) == f"--config {tmp_path} cannot be read: Is a directory"
+    (tmp_path / "image.png").write_bytes(b"\x89PNG\xff\xfe")
+    assert message("--config", str(tmp_path / "image.png")) == f"--config {tmp_path / 'image.png'} is not a text file"
+    for text, problem in (
+        ("train: {steps: [1\n", "expected ',' or ']'"),
+        ("train:\n\tsteps: 1\n", "found character '\\t' that cannot start any token, line 2, column 1"),
+        ("train: !!python/object:os.system 3\n", "could not determine a constructor"),
+    ):
+        file = write(tmp_path, text)
+        assert message("--config", file).startswith(f"--config {file} is not valid YAML: {problem}")
+    for text in ("- 1\n", "hello\n", "3\n"):
+        file = write(tmp_path, text)
+        assert message("--config", file) == f"--config {file} holds no `key: value` lines"
+
+
+def test_help_has_a_line_for_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(["--help"])
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    described = {action.dest: action.help for action in make_parser()._actions}
+    for key in (*key_types(), "config", "print_config"):
+        assert re.search(rf"^ +--{re.escape(key)}\b", shown, re.MULTILINE), key
+        text = (described[key] or "").strip()
+        assert len(text) > 10 and "\n\n" not in text, f"{key} has no line of help: document its field"
+
+
+def test_every_key_has_its_type_in_words() -> None:
+    for key in key_types():
+        assert re.fullmatch(r"[\w ,\[\].-]+", wanted(key)) and "class" not in wanted(key), key
+        assert nearest(key) == key
+
+
+def test_print_config_prints_the_resolved_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    pretrain_vit.main([*flags(), "--print_config"], World(size=2))
+    shown = capsys.readouterr().out
+    values = yaml.safe_load(shown)
+    assert values["train"]["micro_batch_size"] == 4 and values["model"]["mlp_dim"] == 64
+    assert shown == small().resolve(2).to_yaml()
+    pretrain_vit.main([*flags(), "--print_config"], World(rank=1, size=2))
+    with pytest.raises(SystemExit):
+        pretrain_vit.main(["--help"], World(rank=1, size=2))
+    assert capsys.readouterr().out == ""  # rank 0 speaks for all

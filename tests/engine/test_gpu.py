@@ -1,0 +1,42 @@
+"""The engine on a CUDA device: the same numbers as on a CPU."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Any
+
+import pytest
+import torch
+
+from data import TrainStream, build_datasets
+from engine.assemble import assemble
+from engine.device import choose_device
+from engine.step import Stepper
+from parallel.comm import World
+from parallel.grid import make_grid
+from tests.parity.cases import MODELS, Case
+
+
+def train(model: str, device: str) -> tuple[list[float], list[float]]:
+    """Losses and gradient norms of three steps."""
+    case = Case(model, micro_batches=2)
+    config = case.config()
+    assembly = assemble(config, make_grid(config.grid_shape(1)), choose_device(device, World()))
+    stepper = Stepper(assembly)
+    place: dict[str, Any] = {"micro_batch_size": config.train.micro_batch_size, "data_rank": 0, "data_size": 1}
+    images, _ = build_datasets(config.data, image_size=8, channels=1, num_classes=10, seed=0)
+    stream = TrainStream(images, config=config.data, global_batch_size=16, seed=0, **place)
+    results = [stepper.train_step(batches, 1e-3) for batches in islice(stream.steps(0), 3)]
+    return [r.loss for r in results], [r.grad_norm for r in results]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model", MODELS)
+def test_a_gpu_trains_to_the_numbers_of_a_cpu(model: str) -> None:
+    gpu, cpu = train(model, "cuda"), train(model, "cpu")
+    assert gpu[0] == pytest.approx(cpu[0], rel=1e-5)
+    assert gpu[1] == pytest.approx(cpu[1], rel=1e-4)
+
+
+def test_auto_takes_the_gpu_where_there_is_one() -> None:
+    assert choose_device("auto", World()).type == ("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,212 @@
+"""Collectives against plain arithmetic, what the meter counts, lost peers, and how launchers name ranks."""
+
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel import comm
+from parallel.comm import Axis, CommMeter, PeerLostError, World, read_world, single_axis
+from parallel.grid import GridShape, make_grid
+from tests.distributed import run_ranks
+
+
+def _numbers(rank: int, rows: int, dtype: torch.dtype) -> Tensor:
+    """Small integers, whose sums are exact in every dtype."""
+    return torch.randint(-9, 10, (rows, 3), generator=torch.Generator().manual_seed(rank)).to(dtype)
+
+
+def _check_reductions(axis: Axis, parts: list[Tensor], strided: bool) -> None:
+    mine = parts[axis.index]
+    neighbours = torch.full_like(mine, 77)
+    wide = torch.stack([mine, neighbours], 1)
+    x = wide[:, 0] if strided else mine.clone()
+    assert x.is_contiguous() is not strided
+    stacked, rows = torch.stack(parts), mine.shape[0] // axis.size
+    own = slice(axis.index * rows, (axis.index + 1) * rows)
+    assert torch.equal(comm.all_gather_rows(x, axis), torch.cat(parts))
+    assert torch.equal(comm.reduce_scatter_rows(x, axis), stacked.sum(0)[own])
+    assert torch.equal(x, mine)
+    for op, expected in {"max": stacked.amax(0), "min": stacked.amin(0), "sum": stacked.sum(0)}.items():
+        source = x if strided else x.clone()
+        result = comm.all_reduce(source, axis, op)
+        assert torch.equal(result, expected), op
+        assert (result.data_ptr() == source.data_ptr()) is not strided  # in place where it is safe
+    assert torch.equal(wide, torch.stack([mine, neighbours], 1))
+
+
+def _check_messages(axis: Axis, parts: list[Tensor]) -> None:
+    """Two messages at once to the next rank of a ring, one of them a transposed view."""
+    before, after = (axis.index - 1) % axis.size, (axis.index + 1) % axis.size
+    mine, theirs = parts[axis.index], parts[before]
+    arriving = [comm.recv_start(torch.empty_like(t), axis, before) for t in (theirs, theirs.t().contiguous())]
+    leaving = [comm.send_start(t, axis, after) for t in (mine, mine.t())]
+    assert torch.equal(arriving[0].wait(), theirs)
+    assert torch.equal(arriving[1].wait(), theirs.t())
+    for pending in leaving:
+        pending.wait()
+
+
+def _collectives(world: World) -> None:
+    grid = make_grid(GridShape(tensor=world.size), world)
+    axis = grid.tensor
+    for dtype in (torch.float32, torch.bfloat16, torch.int64):
+        parts = [_numbers(rank, 2 * world.size, dtype) for rank in range(world.size)]
+        for strided in (False, True):
+            _check_reductions(axis, parts, strided)
+        _check_messages(axis, parts)
+        last = world.size - 1
+        assert torch.equal(comm.broadcast(parts[world.rank].clone(), axis, last), parts[last])
+    assert comm.gather_objects({"rank": world.rank}, axis) == [{"rank": rank} for rank in range(world.size)]
+    comm.barrier(axis)
+
+
+def _metering(world: World) -> None:
+    grid = make_grid(GridShape(tensor=world.size), world)
+    axis, meter = grid.tensor, grid.meter
+    x = torch.ones(2 * world.size, 3)
+    pending = comm.reduce_scatter_rows_start(x, axis)
+    result = pending.wait()
+    assert pending.wait() is result and pending.is_done()  # the sum after the exchange is taken once
+    for _ in range(3):
+        comm.all_reduce(x.clone(), axis)
+    comm.all_gather_rows(x.bfloat16(), axis)
+    assert dict(meter.calls) == {"reduce_scatter": 1, "all_reduce": 3, "all_gather": 1}
+    assert dict(meter.bytes) == {
+        "reduce_scatter": 4 * x.numel(),
+        "all_reduce": 12 * x.numel(),
+        "all_gather": 2 * x.numel(),
+    }
+    assert set(meter.seconds) == set(meter.calls) and meter.total_seconds > 0
+    meter.reset()
+    assert not meter.calls and not meter.bytes and meter.total_seconds == 0
+
+
+def _all_of_it(world: World) -> list[bool]:
+    _collectives(world)
+    _metering(world)
+    return [comm.first_to_report(kind, world.rank) for kind in ("nan", "peer")]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_collectives(ranks: int) -> None:
+    reports = run_ranks(ranks, _all_of_it)
+    assert [sum(column) for column in zip(*reports, strict=True)] == [1, 1]  # one rank speaks for all, per kind
+
+
+def test_an_axis_of_one_rank_is_free() -> None:
+    axis, x = single_axis("tensor"), torch.ones(4, 2).t()
+    assert comm.all_reduce(x, axis) is x
+    assert comm.all_gather_rows(x, axis) is x
+    assert comm.reduce_scatter_rows(x, axis) is x
+    assert comm.broadcast(x, axis) is x
+    assert comm.all_reduce_start(x, axis).is_done()
+    assert comm.gather_objects("a", axis) == ["a"]
+    comm.barrier(axis)
+    assert axis.meter == CommMeter()
+    assert not dist.is_initialized()
+
+
+def _wait_for_nobody(world: World) -> float:
+    """Rank 1 never comes; rank 0 allows it one second."""
+    ranks = (0, 1)
+    group = dist.new_group(list(ranks), timeout=timedelta(seconds=1))
+    dist.barrier()
+    if world.rank == 1:
+        time.sleep(2)
+        return 0.0
+    axis, start = Axis(name="data", ranks=ranks, index=0, group=group), time.monotonic()
+    with pytest.raises(PeerLostError, match=r"all_reduce along the data axis \(0, 1\) failed"):
+        comm.all_reduce(torch.ones(2), axis)
+    with pytest.raises(PeerLostError, match=r"recv along the data axis"):
+        comm.recv_start(torch.ones(2), axis, 1).wait()
+    return time.monotonic() - start
+
+
+def test_a_peer_that_never_comes_is_an_error_in_time() -> None:
+    assert run_ranks(2, _wait_for_nobody, timeout=60)[0] < 20
+
+
+def _wait_for_the_departed(world: World) -> None:
+    axis = make_grid(GridShape(data=2), world).data
+    comm.barrier(axis)
+    if world.rank == 0:
+        with pytest.raises(PeerLostError, match="data axis"):
+            comm.all_reduce(torch.ones(2), axis)
+
+
+def test_a_peer_that_left_is_an_error_at_once() -> None:
+    start = time.monotonic()
+    run_ranks(2, _wait_for_the_departed, timeout=60)
+    assert time.monotonic() - start < 50  # long before the group's own time-out
+
+
+TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+SLURM = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}
+
+
+@pytest.mark.parametrize("environ", [TORCHRUN, SLURM, SLURM | {"SLURM_STEP_TASKS_PER_NODE": "4,3,1"}], ids=str)
+def test_world_from_a_launcher(environ: dict[str, str]) -> None:
+    assert read_world(environ) == World(rank=5, size=8, local_rank=1, local_size=4)
+
+
+def test_which_launcher_wins() -> None:
+    assert read_world({}) == World()
+    other = TORCHRUN | {"RANK": "2"}
+    assert read_world(SLURM | other).rank == 2  # torchrun inside srun
+    assert read_world(SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}) == World()  # a batch script's own step
+    assert read_world(SLURM | {"WORLD_SIZE": "8"}).rank == 5  # what job scripts export beside srun
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        TORCHRUN | {"RANK": "first"},
+        TORCHRUN | {"LOCAL_WORLD_SIZE": ""},
+        {"RANK": "0", "WORLD_SIZE": "2"},
+        {"WORLD_SIZE": "2"},
+        SLURM | {"SLURM_NTASKS": "many"},
+        {"SLURM_PROCID": "0", "SLURM_NTASKS": "2"},
+    ],
+    ids=str,
+)
+def test_variables_that_make_no_sense(environ: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=r"launcher's variables (RANK|SLURM_PROCID), .* must all be integers"):
+        read_world(environ)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("node3", "node3"),
+        ("a1,b2", "a1"),
+        ("node[3-7,9]", "node3"),
+        ("node[003-007]", "node003"),
+        ("node[9,11],other[1-2]", "node9"),
+        ("a1,b[2-3]", "a1"),
+        ("ip-10-0-1-[5-6]", "ip-10-0-1-5"),
+        ("gpu[1-2].example.org,x", "gpu1.example.org"),
+        ("r[1-2]n[3-4]", "r1n3"),
+    ],
+)
+def test_first_slurm_host(nodes: str, first: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLURM_STEP_NODELIST", "SLURM_LAUNCH_NODE_IPADDR", "SLURM_NNODES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(comm, "_resolves", lambda _: True)
+    monkeypatch.setenv("SLURM_JOB_NODELIST", nodes)
+    assert comm._first_slurm_host() == first
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "step1")  # the step may have fewer hosts than the job
+    assert comm._first_slurm_host() == "step1"
+    monkeypatch.setenv("SLURM_LAUNCH_NODE_IPADDR", "10.0.0.7")
+    assert comm._first_slurm_host() == "10.0.0.7"
+    monkeypatch.setenv("SLURM_NNODES", "2")  # then srun may have been called elsewhere
+    assert comm._first_slurm_host() == "step1"
+
+
+def test_host_outside_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_LAUNCH_NODE_IPADDR"):
+        monkeypatch.delenv(name, raising=False)
+    assert comm._first_slurm_host() == "127.0.0.1"

@@ -1,0 +1,35 @@
+"""Timing on a machine that others also use: alternatives are interleaved, and compared by medians of ratios."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+Fn = Callable[[], object]
+
+
+def interleaved(alternatives: dict[str, Fn], repeats: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each call, alternatives taking turns, after two warm-up rounds. CUDA work is waited for."""
+
+    def timed(fn: Fn) -> float:
+        start = time.perf_counter()
+        fn()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    for _ in range(2):
+        for fn in alternatives.values():
+            timed(fn)
+    rounds = [{name: timed(fn) for name, fn in alternatives.items()} for _ in range(repeats)]
+    return {name: [r[name] for r in rounds] for name in alternatives}
+
+
+def ratio(times: dict[str, list[float]], a: str, b: str) -> float:
+    """Median over rounds of time(a) / time(b): how many times faster b is than a."""
+    return statistics.median(x / y for x, y in zip(times[a], times[b], strict=True))
+
+
+def milliseconds(times: dict[str, list[float]], name: str) -> float:
+    return 1e3 * statistics.median(times[name])

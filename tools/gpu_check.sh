@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one call of under ten minutes: builds the CUDA kernels, runs the `gpu` tests, times kernels
+# and a ViT-L training step with its MFU. Results go to the folder given (default gpu_check), to be copied into
+# docs/performance.md with this command.
+#   PYTHON=python3 tools/gpu_check.sh [FOLDER]
+# PYTHON must have torch with CUDA, pybind11, cmake, ninja, pytest, pytest-timeout and jsonargparse.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=${1:-gpu_check}
+py=${PYTHON:-python3}
+mkdir -p "$out"
+failed=0
+
+step() { # step NAME SECONDS COMMAND...: run with a time limit, keep the log, go on after a failure
+  local name=$1 limit=$2 start=$SECONDS code=0
+  shift 2
+  timeout "$limit" "$@" > "$out/$name.log" 2>&1 || code=$?
+  echo "$name: exit $code after $((SECONDS - start)) s"
+  [ "$code" = 0 ] || { failed=1; tail -n 15 "$out/$name.log"; }
+}
+
+"$py" - <<'PY' || exit 2
+import sys, torch
+if not torch.cuda.is_available():
+    sys.exit("gpu_check: torch sees no CUDA device here; run this on a machine with a GPU")
+print(torch.__version__, torch.version.cuda, torch.cuda.get_device_name())
+PY
+
+step build 200 env VITRUVIUS_CUDA=1 "$py" setup.py build_ext --inplace
+step tests 180 "$py" -m pytest -m gpu
+step kernels 60 "$py" -m tools.benchmark kernels --json "$out/kernels.json"
+step vit_l 90 "$py" -m tools.benchmark step --config configs/vit_l16.yaml --data.kind synthetic \
+  --train.global_batch_size 64 --train.micro_batch_size 64 --json "$out/vit_l.json"
+cat "$out/kernels.log" "$out/vit_l.log"
+exit $failed
