@@ -5,6 +5,7 @@ from __future__ import annotations
 from data.config import DataConfig
 from data.datasets import Dataset, digits, synthetic
 from data.image_folder import image_folder
+from data.loader import Normalise
 
 _SYNTHETIC_CLASSES = 10  # for objectives without classes, which never look at the labels
 
@@ -18,9 +19,11 @@ def build_datasets(
     the model has no classes. `seed` matters to synthetic images alone: every seed holds out the same real images.
 
     Raises:
-        ValueError: for images that cannot be found, and for more classes than the model has.
+        ValueError: for images that cannot be found, for more classes than the model has, and for means and deviations
+            of another number of channels.
     """
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    Normalise(config, channels)  # raises
     train, held_out = _build(config, (channels, height, width), num_classes or _SYNTHETIC_CLASSES, seed)
     if num_classes is not None and num_classes < train.num_classes:
         raise ValueError(

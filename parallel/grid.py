@@ -66,10 +66,11 @@ def shape_for_world(world_size: int, *, tensor: int, pipeline: int, context: int
     model = tensor * pipeline * context
     if world_size % model:
         fits = [n for n in (world_size // model * model, (world_size // model + 1) * model) if n]
+        ranks = "rank" if world_size == 1 else "ranks"
         context_text = f" x context {context}" if context > 1 else ""
         raise ValueError(
-            f"{world_size} ranks cannot be arranged as tensor {tensor} x pipeline {pipeline}{context_text} = {model} "
-            f"times a whole number of data-parallel replicas: start {' or '.join(map(str, fits))} ranks, or change "
+            f"{world_size} {ranks} cannot be shared among model replicas of tensor {tensor} x pipeline "
+            f"{pipeline}{context_text} = {model} ranks each: start {' or '.join(map(str, fits))} ranks, or change "
             f"parallel.tensor_parallel_size or parallel.pipeline_parallel_size"
         )
     return GridShape(pipeline=pipeline, data=world_size // model, context=context, tensor=tensor)

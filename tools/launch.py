@@ -21,7 +21,7 @@ def main(argv: Sequence[str]) -> int:
     """Run torchrun; returns the exit code of the rank that failed first, 128 + signal if it was killed, 0 if none
     failed.
     """
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    _silence("torch.distributed.elastic")
     arguments = torchrun.parse_args(list(argv))
     try:
         share_cores(torchrun.determine_local_world_size(arguments.nproc_per_node))
@@ -43,6 +43,13 @@ def main(argv: Sequence[str]) -> int:
 def share_cores(ranks: int) -> None:
     """Give each of this host's ranks its share of the cores this process may use, unless OMP_NUM_THREADS is set."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
+
+
+def _silence(package: str) -> None:
+    """Keep loggers below `package` quiet, also those that torch gave a level of their own."""
+    for name in (package, *logging.Logger.manager.loggerDict):
+        if f"{name}.".startswith(f"{package}."):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,8 @@ def test_the_shipped_recipes_are_valid() -> None:
     assert recipes
     for recipe in recipes:
         folder = ["--data.path", "photos"] if "image_folder" in recipe.read_text() else []
-        parse(["--config", str(recipe), *folder])[0].resolve(1)
+        config, _ = parse(["--config", str(recipe), *folder])
+        config.resolve(config.parallel.tensor_parallel_size * config.parallel.pipeline_parallel_size)
 
 
 UNKNOWN = [

@@ -56,7 +56,11 @@ def test_resolving_fills_in_what_follows() -> None:
 
 REFUSED = [
     # configuration, world, what the message must name: the value, the cause and the cure
-    (layout(tensor=2), 3, ["3 ranks", "tensor 2 x pipeline 1", "start 2 or 4 ranks", "parallel.tensor_parallel_size"]),
+    (
+        layout(tensor=2),
+        3,
+        ["3 ranks", "tensor 2 x pipeline 1", "start 2 or 4 ranks", "parallel.tensor_parallel_size"],
+    ),
     (layout(tensor=2, pipeline=2), 2, ["2 ranks", "tensor 2 x pipeline 2 = 4", "start 4 ranks"]),
     (layout(tensor=0), 1, ["parallel.tensor_parallel_size is 0", "at least 1"]),
     (layout(pipeline=-1), 1, ["parallel.pipeline_parallel_size is -1", "at least 1"]),

@@ -51,7 +51,7 @@ BAD_INPUT = [
     ("train.stesp=1", "unknown key train.stesp: did you mean train.steps?"),
     ("train.steps=few", "train.steps is 'few': it must be an integer or null"),
     ("config=none.yaml", "--config none.yaml cannot be read: No such file or directory"),
-    ("parallel.tensor_parallel_size=3", "2 ranks cannot be arranged as tensor 3 x pipeline 1 = 3 times"),
+    ("parallel.tensor_parallel_size=3", "2 ranks cannot be shared among model replicas of tensor 3"),
     ("model.width=18", "model.num_heads 4 does not divide model.width 18"),
     ("model.num_heads=1 parallel.tensor_parallel_size=2", "model.num_heads 1 cannot be split over"),
     ("model.mlp_dim=33 parallel.tensor_parallel_size=2", "model.mlp_dim 33 cannot be split over"),
@@ -252,7 +252,7 @@ def test_torchrun_itself_adds_its_report_to_our_one_message(tmp_path: Path) -> N
     argv = flags(run_dir=str(tmp_path), parallel__tensor_parallel_size="4")
     ended = two_ranks("torch.distributed.run", "pretrain_vit.py", argv)
     assert ended.code == 1  # torchrun's, whatever the ranks said
-    assert ended.error.count("pretrain_vit.py: error: 2 ranks cannot be arranged as tensor 4") == 1
+    assert ended.error.count("pretrain_vit.py: error: 2 ranks cannot be shared among") == 1
     assert "exitcode  : 2" in ended.error and ended.error.count("Traceback") == 1  # torchrun's own
 
 

@@ -1,4 +1,4 @@
-"""The launcher: exit codes of the ranks it runs, quietly. The ranks are scripts without torch, so they start at once."""
+"""The launcher: exit codes of the ranks it runs, quietly. The scripts here do without torch, so they start at once."""
 
 from __future__ import annotations
 

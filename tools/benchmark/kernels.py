@@ -223,9 +223,12 @@ def main(argv: Sequence[str] | None = None, world: object = None) -> int:
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     parser.add_argument("--repeats", type=int, default=21, help="rounds per measurement")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, help="CPU threads; with 1, CPU seconds are measured (for busy machines)")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which is slow to build")
     options = parser.parse_args(argv)
     device = torch.device(options.device)
+    if options.threads:
+        torch.set_num_threads(options.threads)
     print("\n".join(NATIVE.describe(device)))
     rows = run(options.repeats, device, not options.no_compile)
     if options.json:

@@ -7,17 +7,22 @@ from collections.abc import Callable
 import torch
 
 Fn = Callable[[], object]
+Times = dict[str, list[float]]
 
 
-def interleaved(alternatives: dict[str, Fn], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each call, alternatives taking turns, after two warm-up rounds. CUDA work is waited for."""
+def interleaved(alternatives: dict[str, Fn], repeats: int, device: torch.device) -> Times:
+    """Seconds of each call, alternatives taking turns, after two warm-up rounds. CUDA work is waited for.
+
+    With one thread on a CPU these are CPU seconds, which other programs on the same cores disturb less.
+    """
+    clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
     def timed(fn: Fn) -> float:
-        start = time.perf_counter()
+        start = clock()
         fn()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return time.perf_counter() - start
+        return clock() - start
 
     for _ in range(2):
         for fn in alternatives.values():
@@ -26,10 +31,10 @@ def interleaved(alternatives: dict[str, Fn], repeats: int, device: torch.device)
     return {name: [r[name] for r in rounds] for name in alternatives}
 
 
-def ratio(times: dict[str, list[float]], a: str, b: str) -> float:
+def ratio(times: Times, a: str, b: str) -> float:
     """Median over rounds of time(a) / time(b): how many times faster b is than a."""
     return statistics.median(x / y for x, y in zip(times[a], times[b], strict=True))
 
 
-def milliseconds(times: dict[str, list[float]], name: str) -> float:
+def milliseconds(times: Times, name: str) -> float:
     return 1e3 * statistics.median(times[name])
