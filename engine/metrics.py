@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sys
@@ -15,18 +16,29 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
 
 
+def set_aside(path: Path) -> Path | None:
+    """Rename what an earlier run left at `path`: `metrics.jsonl` to `metrics.1.jsonl` and so on. Returns the new name."""
+    if not path.exists():
+        return None
+    names = (path.with_suffix(f".{number}{path.suffix}") for number in itertools.count(1))
+    free = next(name for name in names if not name.exists())
+    return path.rename(free)
+
+
 class MetricsWriter:
     """Writes one JSON object per line, the same numbers to TensorBoard, and a console line in Megatron-LM's order.
 
     Args:
-        run_dir: where `metrics.jsonl` and the TensorBoard events go. steps: of the whole run.
+        run_dir: where `metrics.jsonl` and the TensorBoard events go; an earlier run's lines are set aside.
+        steps: of the whole run.
         tensorboard: whether events are written.
     """
 
     def __init__(self, run_dir: Path, *, steps: int, global_batch_size: int, tensorboard: bool) -> None:
         self._steps, self._global_batch_size = steps, global_batch_size
         self.path = run_dir / "metrics.jsonl"
-        self._file: IO[str] = self.path.open("a")
+        set_aside(self.path)
+        self._file: IO[str] = self.path.open("x")
         self._board: SummaryWriter | None = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # a second of imports, on rank 0 alone

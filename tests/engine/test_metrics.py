@@ -49,12 +49,13 @@ def test_each_line_is_one_json_object_with_everything_given(tmp_path: Path) -> N
     assert not list(tmp_path.glob("events*"))
 
 
-def test_a_run_that_starts_again_appends(tmp_path: Path) -> None:
-    for step in (10, 20):
+def test_a_run_that_starts_again_sets_the_lines_of_the_earlier_ones_aside(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
         w = writer(tmp_path, tensorboard=False)
-        w.train(step, TRAIN)
+        w.write("train", step, {})
         w.close()
-    assert [line["step"] for line in lines(tmp_path)] == [10, 20]
+    found = {path.name: json.loads(path.read_text())["step"] for path in tmp_path.glob("metrics*")}
+    assert found == {"metrics.1.jsonl": 1, "metrics.2.jsonl": 2, "metrics.jsonl": 3}
 
 
 def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
