@@ -176,8 +176,8 @@ class Config:
     run_dir: str | None = None
     """Folder for config.yaml, metrics.jsonl and TensorBoard events; made if missing."""
 
-    kernels: Literal["auto", "native", "reference"] = "auto"
-    """Compiled kernels, plain PyTorch, or (auto) compiled where they can run."""
+    kernels: Literal["auto", "native", "reference"] = "reference"
+    """Plain PyTorch, compiled kernels, or (auto) compiled where they can run; docs/performance.md says what each costs."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA with NCCL where there is a GPU, else the CPU with gloo."""

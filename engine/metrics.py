@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def set_aside(path: Path) -> Path | None:
-    """Rename what an earlier run left at `path`: `metrics.jsonl` to `metrics.1.jsonl` and so on. Returns the new name."""
+    """Rename what an earlier run left at `path`: `metrics.jsonl` to `metrics.1.jsonl` and so on; gives the new name."""
     if not path.exists():
         return None
     names = (path.with_suffix(f".{number}{path.suffix}") for number in itertools.count(1))

@@ -28,6 +28,12 @@ def xavier_uniform(fan_in: int, *fan_outs: int) -> Init:
     return Init(kind="uniform", scales=tuple(math.sqrt(6 / (fan_in + fan_out)) for fan_out in fan_outs))
 
 
+def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W' + b, the bias added afterwards: MKL's product that starts from a bias takes up to a third longer."""
+    y = F.linear(x, weight)
+    return y if bias is None else y.add_(bias)
+
+
 class _ColumnParallel(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -36,7 +42,7 @@ class _ColumnParallel(torch.autograd.Function):
         full = comm.all_gather_rows(x, tp.axis)[:rows] if split else x
         ctx.save_for_backward(full, weight)
         ctx.tp, ctx.split, ctx.has_bias = tp, split, bias is not None
-        return F.linear(full, weight, bias)
+        return _affine(full, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -56,7 +62,7 @@ class _RowParallel(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.tp, ctx.split, ctx.has_bias = tp, split, bias is not None
         if tp.size == 1:
-            return F.linear(x, weight, bias)
+            return _affine(x, weight, bias)
         partial = F.linear(x, weight)
         if split:
             out = comm.reduce_scatter_rows(pad_rows(partial, tp.local_rows(x.shape[0]) * tp.size), tp.axis)

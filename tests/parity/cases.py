@@ -27,6 +27,7 @@ MODELS = {
     "mixed": replace(_SMALL, block="parallel", bias=True, position="sincos_2d", pool="gap", registers=1),
 }
 LOSSES = {"parallel": "softmax", "sequential": "softmax", "mixed": "sigmoid"}
+KERNELS = {"parallel": "auto", "sequential": "reference", "mixed": "auto"}
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class Case:
             # blow the rounding up into a full step in a random direction; see docs/numerics.md.
             optimizer=OptimizerConfig(lr=1e-3, eps=1e-5, weight_decay=0.1, head_weight_decay=0.3, clip_grad=1.0),
             schedule=ScheduleConfig(name="cosine", warmup_steps=3),
+            kernels=KERNELS[self.model],  # type: ignore[arg-type]
         )
         return config.resolve(self.ranks)
 
