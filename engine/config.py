@@ -177,7 +177,7 @@ class Config:
     """Folder for config.yaml, metrics.jsonl and TensorBoard events; made if missing."""
 
     kernels: Literal["auto", "native", "reference"] = "reference"
-    """Plain PyTorch, compiled kernels, or (auto) compiled where they can run; docs/performance.md says what each costs."""
+    """Plain PyTorch, compiled kernels, or (auto) compiled where they can run; see docs/performance.md."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA with NCCL where there is a GPU, else the CPU with gloo."""
