@@ -147,7 +147,14 @@ class LogConfig:
     tensorboard: bool = True
     """Whether TensorBoard events are written."""
 
+    profile_steps: tuple[int, int] | None = None
+    """First and last step to record with torch's profiler, one trace per rank in run_dir/profile; null: none."""
+
     def __post_init__(self) -> None:
+        if self.profile_steps is not None and not 1 <= self.profile_steps[0] <= self.profile_steps[1]:
+            raise ValueError(
+                f"log.profile_steps is {list(self.profile_steps)}: give the first and last step, from 1 on"
+            )
         if self.interval < 1:
             raise ValueError(f"log.interval is {self.interval}: it must be at least 1")
 
@@ -250,4 +257,6 @@ class Config:
         """As a YAML file that can be given as --config."""
         values = asdict(self)
         values["optimizer"]["betas"] = list(self.optimizer.betas)
+        if self.log.profile_steps is not None:
+            values["log"]["profile_steps"] = list(self.log.profile_steps)
         return yaml.safe_dump(values, sort_keys=False)

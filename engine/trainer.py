@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from engine.device import (
 )
 from engine.errors import ConfigError, DivergedError
 from engine.metrics import MetricsWriter
+from engine.profile import StepProfiler
 from engine.report import startup_report
 from engine.schedules import check_schedule, factor
 from engine.step import Stepper, StepResult
@@ -46,6 +46,7 @@ def pretrain(config: Config, world: World) -> None:
     train_set, eval_set = _datasets(config)
     steps = total_steps(config, len(train_set))
     check_schedule(config.schedule, steps)
+    check_profile(config, steps)
     device = choose_device(config.device, world)
     threads, matmul = prepare_cpu(world), set_cpu_matmul(config.precision)
     layers = build_layers(config.model)
@@ -67,12 +68,16 @@ def pretrain(config: Config, world: World) -> None:
         )
         for line in report:
             writer.say(line)
-    Loop(Stepper(assembly), train_set, eval_set, steps=steps, writer=writer).run()
+    traced = config.log.profile_steps
+    profiler = StepProfiler(traced, run_dir / "profile", world.rank) if traced else None
+    Loop(Stepper(assembly), train_set, eval_set, steps=steps, writer=writer, profiler=profiler).run()
     if writer is not None:
         writer.close()
         print(f"config      {run_dir / 'config.yaml'}\nmetrics     {writer.path}")
         if config.log.tensorboard:
             print(f"TensorBoard {run_dir} (tensorboard --logdir {run_dir})")
+        if profiler is not None:
+            print(f"traces      {profiler.path.parent}")
     comm.stop()  # not after a failure: the others may be gone, or waiting
 
 
@@ -90,6 +95,13 @@ def prepare_run_dir(run_dir: str | None) -> Path:
             f"run_dir {run_dir} cannot be written to ({error.strerror}): choose a folder that can be"
         ) from error
     return path
+
+
+def check_profile(config: Config, steps: int) -> None:
+    """Raise ConfigError where steps to be traced are not part of the run."""
+    traced = config.log.profile_steps
+    if traced is not None and traced[1] > steps:
+        raise ConfigError(f"log.profile_steps {list(traced)} reaches beyond the {steps} steps of the run: lower it")
 
 
 def total_steps(config: Config, train_images: int) -> int:
@@ -127,7 +139,7 @@ class Loop:
 
     Args:
         stepper: runs steps. train_set, eval_set: images. steps: of the whole run.
-        writer: on rank 0 alone. before_step: called with the step's number before each step.
+        writer: on rank 0 alone. profiler: traces some of the steps.
     """
 
     def __init__(
@@ -138,9 +150,9 @@ class Loop:
         *,
         steps: int,
         writer: MetricsWriter | None,
-        before_step: Callable[[int], None] | None = None,
+        profiler: StepProfiler | None = None,
     ) -> None:
-        self.stepper, self.steps, self.writer, self.before_step = stepper, steps, writer, before_step
+        self.stepper, self.steps, self.writer, self.profiler = stepper, steps, writer, profiler
         a = stepper.assembly
         self.config = a.config
         micro = a.config.train.micro_batch_size
@@ -163,10 +175,12 @@ class Loop:
         """All steps of the run, with evaluations between and after them."""
         interval = _Interval(time.perf_counter())
         for step, batches in zip(range(self.steps), self.train_stream.steps(0), strict=False):
-            if self.before_step is not None:
-                self.before_step(step)
+            if self.profiler is not None:
+                self.profiler.before(step + 1)
             lr = self.config.optimizer.lr * factor(self.config.schedule, step, self.steps)
             result = self.stepper.train_step(batches, lr)
+            if self.profiler is not None:
+                self.profiler.after(step + 1)
             self._count_bad(result, step)
             interval.steps += 1
             last = step + 1 == self.steps

@@ -18,7 +18,7 @@ from data import Batch
 from data.datasets import SyntheticDataset
 from engine.assemble import assemble
 from engine.config import Config, LogConfig, TrainConfig
-from engine.errors import EXIT_DIVERGED, EXIT_DONE, DivergedError
+from engine.errors import EXIT_DIVERGED, EXIT_DONE, ConfigError, DivergedError
 from engine.launch import run_rank
 from engine.step import Stepper
 from engine.trainer import Loop, pretrain
@@ -200,12 +200,22 @@ def test_divergence_has_an_exit_code_of_its_own(tmp_path: Path, capsys: pytest.C
     assert written[-1]["loss"] is None and written[-1]["skipped_steps"] >= 1
 
 
-def test_before_step_is_called_before_each_step() -> None:
-    called: list[int] = []
-    watched = loop([False] * 3)
-    watched.before_step = called.append
-    watched.run()
-    assert called == [0, 1, 2]
+def test_chosen_steps_are_traced(tmp_path: Path) -> None:
+    config = small(
+        run_dir=str(tmp_path),
+        train=TrainConfig(steps=3, global_batch_size=8),
+        log=LogConfig(tensorboard=False, profile_steps=(2, 3)),
+    )
+    pretrain(config, World())
+    events = json.loads((tmp_path / "profile" / "rank0.json").read_text())["traceEvents"]
+    updates = [event for event in events if event.get("name") == "aten::_fused_adamw_"]
+    assert len(updates) == 2 * 3  # two steps, three groups of weight decay
+
+
+def test_steps_beyond_the_run_cannot_be_traced(tmp_path: Path) -> None:
+    config = small(run_dir=str(tmp_path), log=LogConfig(tensorboard=False, profile_steps=(1, 2)))
+    with pytest.raises(ConfigError, match=r"log.profile_steps \[1, 2\] reaches beyond the 1 steps"):
+        pretrain(config, World())
 
 
 def test_the_schedule_reaches_the_optimizer(tmp_path: Path) -> None:
