@@ -21,12 +21,12 @@ ROOT = Path(__file__).resolve().parent
 
 
 def tool(name: str) -> str:
-    """`name` from PATH, or from the PyPI package of that name, whose programs are on no PATH when the environment is
-    not active."""
-    found = shutil.which(name)
-    if found:
-        return found
-    package = __import__(name)
+    """The program `name` of the PyPI package of that name, the pinned one, which is on no PATH when the environment is
+    not active; else that from PATH."""
+    try:
+        package = __import__(name)
+    except ImportError:
+        return shutil.which(name) or name
     return str(Path(package.CMAKE_BIN_DIR if name == "cmake" else package.BIN_DIR) / name)
 
 
