@@ -30,7 +30,16 @@ def clip_factor(norm: float, limit: float) -> float:
     return min(1.0, limit / (norm + 1e-6)) if limit else 1.0
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """The same rate for every group."""
+def update(optimizer: torch.optim.Optimizer, *, lr: float, grad_factor: float) -> None:
+    """One optimizer step at learning rate `lr`, gradients multiplied by `grad_factor` on the way.
+
+    torch's fused optimizers divide gradients by their `grad_scale` in the same pass (it is how torch.amp unscales), which
+    saves clipping a pass of its own.
+    """
     for group in optimizer.param_groups:
         group["lr"] = lr
+    scale = None
+    if grad_factor != 1:
+        scale = torch.full((), 1 / grad_factor, device=optimizer.param_groups[0]["params"][0].device)
+    optimizer.grad_scale = scale  # type: ignore[attr-defined]
+    optimizer.step()

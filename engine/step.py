@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data import Batch
 from engine.assemble import Assembly
-from engine.optimizer import clip_factor, set_learning_rate
+from engine.optimizer import clip_factor, update
 from model import MicroBatch
 from parallel import comm
 from parallel.pipeline import forward_only, insert_communication
@@ -67,11 +67,7 @@ class Stepper:
         loss, norm = self._global_loss_and_norm(losses)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return StepResult(loss, norm, skipped=True)
-        factor = clip_factor(norm, a.config.optimizer.clip_grad)
-        if factor < 1:
-            a.gradients.scale_(factor)
-        set_learning_rate(a.optimizer, lr)
-        a.optimizer.step()
+        update(a.optimizer, lr=lr, grad_factor=clip_factor(norm, a.config.optimizer.clip_grad))
         return StepResult(loss, norm, skipped=False)
 
     def evaluate(self, batches: Iterable[Batch]) -> EvalResult:

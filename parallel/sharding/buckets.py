@@ -209,11 +209,6 @@ class GradientBuffer:
         norms = torch._foreach_norm(counted)
         return torch.stack(norms).square().sum()
 
-    def scale_(self, factor: float) -> None:
-        """Multiply every gradient by `factor`."""
-        for bucket in self.buckets:
-            bucket.grads.mul_(factor)
-
 
 def _make_buckets(module: nn.Module, grid: Grid, device: torch.device, bucket_bytes: int) -> list[Bucket]:
     """Group parameters by kind in backward order, close buckets at `bucket_bytes`; sorted by when they will be
