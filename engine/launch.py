@@ -31,7 +31,7 @@ def run_rank(main: Callable[[Sequence[str], World], None], argv: Sequence[str], 
     try:
         world = _read_world()
         main(argv, world)
-        return EXIT_DONE
+        return _exit(EXIT_DONE, world)
     except SystemExit as error:  # --help
         return error.code if isinstance(error.code, int) else EXIT_FAULT
     except ConfigError as error:
@@ -66,6 +66,17 @@ def _leave(code: int, world: World, message: str) -> int:
     sys.stdout.flush()
     if comm.first_to_report("end", world.rank):
         print(message, file=sys.stderr, flush=True)
+    return _exit(code, world)
+
+
+def _exit(code: int, world: World) -> int:
+    """Return the code, or, where there were process groups, end here.
+
+    gloo's threads, still held by objects that only the interpreter's shutdown frees, now and then abort a process that
+    has done all its work.
+    """
     if world.size > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
     return code

@@ -33,8 +33,8 @@ def clip_factor(norm: float, limit: float) -> float:
 def update(optimizer: torch.optim.Optimizer, *, lr: float, grad_factor: float) -> None:
     """One optimizer step at learning rate `lr`, gradients multiplied by `grad_factor` on the way.
 
-    torch's fused optimizers divide gradients by their `grad_scale` in the same pass (it is how torch.amp unscales), which
-    saves clipping a pass of its own.
+    torch's fused optimizers divide gradients by their `grad_scale` in the same pass (it is how torch.amp unscales),
+    which saves clipping a pass of its own.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
