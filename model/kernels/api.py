@@ -13,10 +13,8 @@ class Kernels(Selection):
     """The kernels under one choice of backend: made once from the configuration and handed down.
 
     `native` is the compiled form, an error where it cannot run; `reference` is plain PyTorch; `auto` is native where it
-    can run
-    (module built for the tensor's device, element type fp32, bf16 or fp16) and the reference elsewhere. Wrong arguments
-    are a
-    ValueError that names the argument.
+    can run (module built for the tensor's device, element type fp32, bf16 or fp16) and the reference elsewhere. Wrong
+    arguments are a ValueError that names the argument.
     """
 
     def layer_norm(
@@ -29,12 +27,11 @@ class Kernels(Selection):
         out_dtype: torch.dtype | None = None,
         memory_efficient: bool = False,
     ) -> Tensor:
-        """LayerNorm over the last dimension. x: [..., D]; weight, bias: [D] or None -> [..., D] of out_dtype (default:
-        x's).
+        """LayerNorm over the last dimension.
 
-        memory_efficient keeps the output, which the next layer keeps anyway, instead of the input for the backward pass
-        (native only;
-        weights must not be close to zero). Raises ValueError naming the argument.
+        x: [..., D]; weight, bias: [D] or None -> [..., D] of out_dtype (default: that of x). memory_efficient keeps the
+        output, which the next layer keeps anyway, instead of the input for the backward pass (native only; weights must
+        not be close to zero). Raises ValueError naming the argument.
         """
         checks.norm_input(x, weight, bias, eps)
         dtype = checks.out_dtype(x, out_dtype)
