@@ -183,7 +183,7 @@ class Config:
     run_dir: str | None = None
     """Folder for config.yaml, metrics.jsonl and TensorBoard events; made if missing."""
 
-    kernels: Literal["auto", "native", "reference"] = "reference"
+    kernels: Literal["auto", "native", "reference"] = "auto"
     """Plain PyTorch, compiled kernels, or (auto) compiled where they can run; see docs/performance.md."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -30,6 +30,7 @@ struct NormForward {
   int64_t rows, dim, scratch_stride;
   Rows x_rows, y_rows;  // x_rows for x alone: residual and sum are dense
   float eps;
+  bool stream;  // write y and sum past the caches
 };
 
 // One task of the backward pass is a fixed block of rows ("chunk"), whatever the number of threads: the partial sums, and so the
@@ -47,6 +48,7 @@ struct NormBackward {
   float* partial;             // [chunks, 2, dim]: sums for the weight and for the bias
   int64_t rows, dim, chunk_rows;
   Rows saved_rows, out_rows;  // out_rows for grad_input; grad and grad_sum are dense
+  bool stream;                // write grad_input past the caches
 };
 
 // y = gelu(x + bias) over [rows, dim], dense; backward like a norm's, with partial sums [chunks, dim] for the bias.
@@ -59,6 +61,7 @@ struct Gelu {
   float* partial;     // backward
   int64_t rows, dim, chunk_rows;
   bool tanh;
+  bool stream;  // write y or grad_input past the caches
 };
 
 // One AdamW step (Loshchilov & Hutter 2019) over flat arrays; master weights and moments in fp32.
@@ -71,6 +74,7 @@ struct AdamW {
   float beta1, beta2, rest1, rest2, eps;  // rest = 1 - beta, rounded once
   float root_correction;  // 1 / sqrt(1 - beta2^step)
   float grad_scale;       // what the gradient is multiplied by first
+  bool stream;            // write model_weight past the caches
 };
 
 // out[i] = sum over parts of partial[part * stride + i], i in [begin, end)

@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 #include <memory>
+#include <new>
 #include <stdexcept>
 #include <vector>
 
@@ -21,6 +22,7 @@ struct Output {  // where a gradient goes, or null for nowhere
 };
 
 inline constexpr int64_t kMinWork = 16384;  // elements per thread below which a parallel region costs more than it saves
+inline constexpr int64_t kPage = 4096;
 inline constexpr int64_t kMinChunkRows = 64, kMaxChunks = 256;
 
 inline int useful_threads(int threads, int64_t elements) {
@@ -53,7 +55,29 @@ inline int64_t chunk_rows(int64_t rows, int64_t step) {
 }
 inline int64_t chunk_count(int64_t rows, int64_t per_chunk) { return std::max<int64_t>(1, (rows + per_chunk - 1) / per_chunk); }
 
-using FloatBuffer = std::unique_ptr<float[]>;
-inline FloatBuffer floats(int64_t n) { return FloatBuffer(new float[size_t(n)]); }  // left uninitialised
+struct Free {
+  void operator()(float* p) const { ::operator delete[](p, std::align_val_t(kPage)); }
+};
+using Floats = std::unique_ptr<float[], Free>;
+inline Floats floats(int64_t n) {  // on a page boundary, left uninitialised
+  return Floats(static_cast<float*>(::operator new[](size_t(n) * sizeof(float), std::align_val_t(kPage))));
+}
+
+// Scratch memory of each thread, on pages of its own: two threads that write to neighbouring lines slow each other down, and the
+// prefetcher, which stops at pages, reads ahead into what the other one writes.
+struct Scratch {
+  int64_t stride;
+  Floats data;
+  Scratch(int threads, int64_t size) : stride((size + kPage / 4) / (kPage / 4) * (kPage / 4)), data(floats(threads * stride)) {}
+  float* of(int thread) const { return data.get() + thread * stride; }
+};
+
+// Whether an output of `elements` outgrows the caches, so that reading its lines in before writing them is wasted; rows of `dim` must
+// begin on vector boundaries.
+inline bool past_caches(const void* out, int64_t elements, int64_t dim, DType type) {
+  constexpr int64_t line = 64, large = 32 << 20;
+  const bool aligned = reinterpret_cast<uintptr_t>(out) % line == 0 && dim * size_of(type) % line == 0;
+  return aligned && elements * size_of(type) >= large;
+}
 
 }  // namespace vit

@@ -6,6 +6,6 @@ namespace vit {
 
 void gelu_forward(Gelu a, DType type, Param bias, int threads);
 void gelu_backward(Gelu a, DType type, Param bias, Output grad_bias, int threads);
-void adamw(const AdamW& a, int64_t size, DType grad_type, DType model_type, int threads);
+void adamw(AdamW a, int64_t size, DType grad_type, DType model_type, int threads);
 
 }  // namespace vit

@@ -2,24 +2,14 @@
 // same bits for any number of threads, and one long sequence keeps all threads busy.
 #include "linear_attention.h"
 
-#include <algorithm>
 #include <cstring>
-#include <memory>
-#include <new>
 
-#include "parallel.h"
-#include "table.h"
+#include "driver.h"
 
 namespace vit {
 namespace {
 
 constexpr int64_t kChunk = 42 * kLinearAttentionRows;  // about a thousand tokens: the sums are a few per cent of what they sum over
-
-struct Free {
-  void operator()(float* p) const { ::operator delete[](p, std::align_val_t(64)); }
-};
-using Buffer = std::unique_ptr<float[], Free>;
-Buffer allocate(int64_t n) { return Buffer(static_cast<float*>(::operator new[](size_t(n) * sizeof(float), std::align_val_t(64)))); }
 
 // Sums [tasks, dim_pad * value_pad + dim_pad], and what is needed to run the tasks.
 struct Plan {
@@ -38,13 +28,13 @@ struct Plan {
 
   // fn(task) for each chunk of each head; S, S' and z are the head's, from `whole` ([groups, 2 * s_size + dim_pad]), may be null.
   void run(Table::LinearAttentionFn fn, const float* whole, float* sums) const {
-    const Buffer scratch = allocate(scratch_size * threads);
+    const Scratch scratch(threads, scratch_size);
     parallel_for(threads, groups * chunks, [&](int64_t begin, int64_t end, int thread) {
       for (int64_t i = begin; i < end; ++i) {
         LinearAttentionTask t{};
         t.head = i / chunks;
         t.begin = i % chunks * kChunk, t.end = std::min(a.tokens, t.begin + kChunk);
-        t.scratch = scratch.get() + thread * scratch_size;
+        t.scratch = scratch.of(thread);
         if (whole) t.s = whole + t.head * (2 * s_size + a.dim_pad), t.s_transposed = t.s + s_size, t.z = t.s + 2 * s_size;
         if (sums) {
           t.s_sum = sums + i * size, t.z_sum = t.s_sum + s_size;
@@ -56,8 +46,8 @@ struct Plan {
   }
 
   // Adds up the chunks of each head into `whole`, with S' beside S.
-  Buffer gather(const float* sums) const {
-    Buffer whole = allocate(groups * (2 * s_size + a.dim_pad));
+  Floats gather(const float* sums) const {
+    Floats whole = floats(groups * (2 * s_size + a.dim_pad));
     parallel_for(threads, groups, [&](int64_t begin, int64_t end, int) {
       for (int64_t head = begin; head < end; ++head) {
         float* s = whole.get() + head * (2 * s_size + a.dim_pad);
@@ -85,8 +75,8 @@ struct Plan {
       std::copy_n(from + 2 * s_size, a.dim, z + head * a.dim);
     }
   }
-  Buffer restore(const float* s, const float* z) const {
-    Buffer whole = allocate(groups * (2 * s_size + a.dim_pad));
+  Floats restore(const float* s, const float* z) const {
+    Floats whole = floats(groups * (2 * s_size + a.dim_pad));
     std::memset(whole.get(), 0, size_t(groups * (2 * s_size + a.dim_pad)) * sizeof(float));
     for (int64_t head = 0; head < groups; ++head) {
       float* to = whole.get() + head * (2 * s_size + a.dim_pad);
@@ -103,9 +93,9 @@ struct Plan {
 void linear_attention_forward(LinearAttention args, DType type, float* s, float* z, int threads) {
   const Plan plan(args, threads);
   const auto& fn = table().linear_attention[int(type)];
-  const Buffer sums = allocate(plan.groups * plan.chunks * plan.size);
+  const Floats sums = floats(plan.groups * plan.chunks * plan.size);
   plan.run(fn.state, nullptr, sums.get());
-  const Buffer whole = plan.gather(sums.get());
+  const Floats whole = plan.gather(sums.get());
   plan.run(fn.output, whole.get(), nullptr);
   plan.keep(whole.get(), s, z);
 }
@@ -113,7 +103,7 @@ void linear_attention_forward(LinearAttention args, DType type, float* s, float*
 void linear_attention_backward(LinearAttention args, DType type, const float* s, const float* z, int threads) {
   const Plan plan(args, threads);
   const auto& fn = table().linear_attention[int(type)];
-  const Buffer sums = allocate(plan.groups * plan.chunks * plan.size);
+  const Floats sums = floats(plan.groups * plan.chunks * plan.size);
   plan.run(fn.backward_q, plan.restore(s, z).get(), sums.get());
   plan.run(fn.backward_kv, plan.gather(sums.get()).get(), nullptr);
 }

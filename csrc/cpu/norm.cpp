@@ -1,6 +1,5 @@
 #include "norm.h"
 
-
 namespace vit {
 
 void norm_forward(NormForward a, DType x_type, DType y_type, Param weight, Param bias, int threads) {
@@ -10,10 +9,9 @@ void norm_forward(NormForward a, DType x_type, DType y_type, Param weight, Param
   a.weight = as_float(weight, a.dim, 1.0f, weight_storage);
   a.bias = as_float(bias, a.dim, 0.0f, bias_storage);
   threads = useful_threads(threads, a.rows * a.dim);
-  a.scratch_stride = (a.dim + 31) / 16 * 16;  // a cache line apart, so that threads do not share one
-  std::vector<float> scratch;
-  if (x_type != DType::f32 || a.residual) scratch.resize(size_t(a.scratch_stride * threads));
-  a.scratch = scratch.data();
+  const Scratch scratch(threads, a.dim);
+  a.scratch = scratch.data.get(), a.scratch_stride = scratch.stride;
+  a.stream = past_caches(a.y, a.rows * a.dim, a.dim, y_type) && past_caches(a.sum, a.rows * a.dim, a.dim, x_type);
   parallel_for(threads, a.rows, [&](int64_t begin, int64_t end, int thread) { leaf(a, begin, end, thread); });
 }
 
@@ -31,8 +29,9 @@ void norm_backward(NormBackward a, DType x_type, DType y_type, bool from_output,
     a.inv_weight = inverse.data();
   }
   a.chunk_rows = chunk_rows(a.rows, 4);
+  a.stream = past_caches(a.grad_input, a.rows * a.dim, a.dim, x_type);
   const int64_t chunks = chunk_count(a.rows, a.chunk_rows);
-  const FloatBuffer partial = floats(chunks * 2 * a.dim);
+  const Floats partial = floats(chunks * 2 * a.dim);
   a.partial = partial.get();
   parallel_for(useful_threads(threads, a.rows * a.dim), chunks, [&](int64_t begin, int64_t end, int) {
     for (int64_t chunk = begin; chunk < end; ++chunk) leaf(a, chunk);

@@ -44,14 +44,13 @@ void patch_merge_forward(const PatchMerge& a, DType type, Param weight, Param bi
   n.weight = as_float(weight, dim, 1.0f, weight_storage);
   n.bias = as_float(bias, dim, 0.0f, bias_storage);
   n.dim = dim, n.eps = a.eps, n.x_rows = {dim}, n.y_rows = {dim};
-  n.scratch_stride = (dim + 31) / 16 * 16;
   threads = useful_threads(threads, rows * dim);
-  std::vector<float> scratch(size_t(threads * n.scratch_stride));
-  n.scratch = scratch.data();
-  std::vector<char> gathered(size_t(threads * block * dim * size_of(type)));
+  const Scratch scratch(threads, dim);
+  n.scratch = scratch.data.get(), n.scratch_stride = scratch.stride;
+  const Scratch gathered(threads, block * dim);
   const auto leaf = table().norm_forward[int(type)][int(type)];
   parallel_for(threads, rows, [&](int64_t begin, int64_t end, int thread) {
-    char* mine = gathered.data() + thread * block * dim * size_of(type);
+    char* mine = reinterpret_cast<char*>(gathered.of(thread));
     for (int64_t first = begin; first < end; first += block) {
       const int64_t count = std::min(block, end - first);
       gather(a, type, first, first + count, mine);
@@ -66,18 +65,18 @@ void patch_merge_forward(const PatchMerge& a, DType type, Param weight, Param bi
 void patch_merge_backward(const PatchMerge& a, DType type, Param weight, Output grad_weight, Output grad_bias, int threads) {
   const int64_t rows = a.batch * a.height * a.width, dim = 4 * a.channels;
   const int64_t per_chunk = chunk_rows(rows, 4), chunks = chunk_count(rows, per_chunk), block = 64;
-  const FloatBuffer partial = floats(chunks * 2 * dim), block_sum = floats(std::max(threads, 1) * 2 * dim);
+  const Floats partial = floats(chunks * 2 * dim);
   std::vector<float> weight_storage;
   NormBackward n{};
   n.weight = as_float(weight, dim, 1.0f, weight_storage);
   n.dim = dim, n.saved_rows = {dim}, n.out_rows = {dim}, n.chunk_rows = block;
   threads = useful_threads(threads, rows * dim);
-  std::vector<char> buffers(size_t(threads * 2 * block * dim * size_of(type)));
+  const Scratch block_sum(threads, 2 * dim), merged(threads, block * dim), grads(threads, block * dim);
   const auto leaf = table().norm_backward[int(type)][int(type)];
   parallel_for(threads, chunks, [&](int64_t begin, int64_t end, int thread) {
-    char* in = buffers.data() + thread * 2 * block * dim * size_of(type);
-    char* out = in + block * dim * size_of(type);
-    float* sum = block_sum.get() + thread * 2 * dim;
+    char* in = reinterpret_cast<char*>(merged.of(thread));
+    char* out = reinterpret_cast<char*>(grads.of(thread));
+    float* sum = block_sum.of(thread);
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       float* total = partial.get() + chunk * 2 * dim;
       std::fill_n(total, 2 * dim, 0.0f);

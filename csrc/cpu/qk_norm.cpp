@@ -17,8 +17,7 @@ void qk_norm_forward(const QkNorm& a, DType type, Param q_weight, Param k_weight
   std::vector<float> storage[2], no_bias(size_t(a.dim), 0.0f);
   NormForward norms[2]{};
   threads = useful_threads(threads, rows * a.dim);
-  const int64_t scratch_stride = (a.dim + 31) / 16 * 16;
-  std::vector<float> scratch(size_t(threads * scratch_stride));
+  const Scratch scratch(threads, a.dim);
   for (int64_t i = 0; i < 2; ++i) {
     NormForward& n = norms[i];
     n.x = at(a.packed, i * width, type);
@@ -30,7 +29,7 @@ void qk_norm_forward(const QkNorm& a, DType type, Param q_weight, Param k_weight
     n.mean = a.mean ? a.mean + i * rows : nullptr;
     n.rstd = a.rstd + i * rows;
     n.rows = rows, n.dim = a.dim, n.eps = a.eps;
-    n.scratch = scratch.data(), n.scratch_stride = scratch_stride;
+    n.scratch = scratch.data.get(), n.scratch_stride = scratch.stride;
   }
   const auto leaf = table().norm_forward[int(type)][int(type)];
   parallel_for(threads, a.tokens, [&](int64_t begin, int64_t end, int thread) {
@@ -50,7 +49,7 @@ void qk_norm_backward(const QkNorm& a, DType type, Param q_weight, Param k_weigh
   const int64_t width = a.heads * a.dim, rows = a.tokens * a.heads;
   const int64_t tokens_per_chunk = (chunk_rows(rows, 4) + a.heads - 1) / a.heads;
   const int64_t chunks = chunk_count(a.tokens, tokens_per_chunk);
-  const FloatBuffer partial = floats(2 * chunks * 2 * a.dim);
+  const Floats partial = floats(2 * chunks * 2 * a.dim);
   std::vector<float> storage[2];
   NormBackward norms[2]{};
   for (int64_t i = 0; i < 2; ++i) {

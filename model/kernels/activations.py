@@ -1,12 +1,13 @@
 """Native bias + GELU as torch operators. Kept for the backward pass: x and the bias."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import native
-from .registry import LIBRARY
+from .registry import LIBRARY, differentiable
 
 LIBRARY.define("bias_gelu(Tensor x, Tensor? bias, bool tanh) -> Tensor")
 LIBRARY.define(
@@ -56,15 +57,18 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x, bias)
 
 
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(backward: Callable[..., Any], ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, bias = ctx.saved_tensors
-    grad_input, grad_bias = torch.ops.vitruvius.bias_gelu_backward(grad, x, bias, ctx.tanh)
+    grad_input, grad_bias = backward(grad, x, bias, ctx.tanh)
     return grad_input, None if bias is None else grad_bias, None
 
 
-for _key in ("CPU", "CUDA"):
-    LIBRARY.impl("bias_gelu", _forward, _key)
-    LIBRARY.impl("bias_gelu_backward", _backward, _key)
-torch.library.register_fake("vitruvius::bias_gelu", _fake_forward, lib=LIBRARY)
-torch.library.register_fake("vitruvius::bias_gelu_backward", _fake_backward, lib=LIBRARY)
-torch.library.register_autograd("vitruvius::bias_gelu", _differentiate, setup_context=_setup_context, lib=LIBRARY)
+bias_gelu = differentiable(
+    "bias_gelu",
+    forward=_forward,
+    backward=_backward,
+    fake_forward=_fake_forward,
+    fake_backward=_fake_backward,
+    setup_context=_setup_context,
+    differentiate=_differentiate,
+)

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-# The first four define the torch operators.
-from . import activations, attention, checks, merge, norms, optimizers, qk, reference  # noqa: F401
+from . import activations, attention, checks, merge, norms, optimizers, qk, reference
 from .optimizers import AdamWStep
 from .select import Selection
 
@@ -36,7 +35,7 @@ class Kernels(Selection):
         checks.norm_input(x, weight, bias, eps)
         dtype = checks.out_dtype(x, out_dtype)
         if self._native("layer_norm_forward", x, weight, bias, out=dtype):
-            return torch.ops.vitruvius.norm(x, None, weight, bias, eps, False, dtype, memory_efficient)[0]
+            return norms.norm(x, None, weight, bias, eps, False, dtype, memory_efficient)[0]
         return reference.layer_norm(x, weight, bias, eps, dtype)
 
     def rms_norm(
@@ -53,7 +52,7 @@ class Kernels(Selection):
         checks.norm_input(x, weight, bias, eps)
         dtype = checks.out_dtype(x, out_dtype)
         if self._native("layer_norm_forward", x, weight, bias, out=dtype):
-            return torch.ops.vitruvius.norm(x, None, weight, bias, eps, True, dtype, memory_efficient)[0]
+            return norms.norm(x, None, weight, bias, eps, True, dtype, memory_efficient)[0]
         return reference.rms_norm(x, weight, bias, eps, dtype)
 
     def add_layer_norm(
@@ -99,7 +98,7 @@ class Kernels(Selection):
         checks.like("residual", residual, "x", x)
         dtype = checks.out_dtype(x, out_dtype)
         if self._native("layer_norm_forward", x, residual, weight, bias, out=dtype):
-            return torch.ops.vitruvius.norm(x, residual, weight, bias, eps, rms, dtype, memory_efficient)[:2]
+            return norms.norm(x, residual, weight, bias, eps, rms, dtype, memory_efficient)[:2]
         total = x + residual
         return (reference.rms_norm if rms else reference.layer_norm)(total, weight, bias, eps, dtype), total
 
@@ -126,7 +125,7 @@ class Kernels(Selection):
         """
         checks.attention_input(q, k, v, feature_map, power)
         if self._native("linear_attention_forward", q, k, v):
-            out = torch.ops.vitruvius.linear_attention(q, k, v, feature_map, power, eps)[0]
+            out = attention.linear_attention(q, k, v, feature_map, power, eps)[0]
         else:
             out = reference.linear_attention(q, k, v, feature_map, power, eps)
         if conv_weight is None:
@@ -169,13 +168,13 @@ class Kernels(Selection):
         if inplace:
             torch.ops.vitruvius.qk_norm_(packed, q_weight, k_weight, num_heads, eps, rms)
             return packed.unflatten(-1, (3, num_heads, -1)).unbind(-3)
-        return torch.ops.vitruvius.qk_norm(packed, q_weight, k_weight, num_heads, eps, rms)[:3]
+        return qk.qk_norm(packed, q_weight, k_weight, num_heads, eps, rms)[:3]
 
     def bias_gelu(self, x: Tensor, bias: Tensor | None = None, *, approximate: str = "none") -> Tensor:
         """gelu(x + bias). x: [..., D]; bias: [D] or None; approximate: `none` (erf) or `tanh`."""
         checks.gelu_input(x, bias, approximate)
         if self._native("bias_gelu_forward", x, bias):
-            return torch.ops.vitruvius.bias_gelu(x, bias, approximate == "tanh")
+            return activations.bias_gelu(x, bias, approximate == "tanh")
         return reference.bias_gelu(x, bias, approximate == "tanh")
 
     def patch_merge(
@@ -190,7 +189,7 @@ class Kernels(Selection):
         """
         checks.merge_input(x, weight, bias, eps)
         if self._native("patch_merge_forward", x, weight, bias):
-            return torch.ops.vitruvius.patch_merge(x, weight, bias, eps)[0]
+            return merge.patch_merge(x, weight, bias, eps)[0]
         return reference.patch_merge(x, weight, bias, eps)
 
     def adamw(

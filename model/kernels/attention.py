@@ -1,13 +1,14 @@
 """Native linear attention as torch operators. Kept for the backward pass: q, k, v, and S, z, den in fp32; features are
 recomputed."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import native
-from .registry import LIBRARY
+from .registry import LIBRARY, differentiable
 
 FEATURE_CODE = {"elu": 0, "relu": 1, "focused": 2}  # the numbers are those of csrc/cpu/linear_attention_args.h
 
@@ -88,18 +89,21 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, grad: Tensor | None, *_rest: None) -> tuple[Tensor | None, ...]:
+def _differentiate(
+    backward: Callable[..., Any], ctx: Any, grad: Tensor | None, *_rest: None
+) -> tuple[Tensor | None, ...]:
     if grad is None:
         return None, None, None, None, None, None
-    grads = torch.ops.vitruvius.linear_attention_backward(grad, *ctx.saved_tensors, ctx.feature_map, ctx.power)
+    grads = backward(grad, *ctx.saved_tensors, ctx.feature_map, ctx.power)
     return *grads, None, None, None
 
 
-for _key in ("CPU", "CUDA"):
-    LIBRARY.impl("linear_attention", _forward, _key)
-    LIBRARY.impl("linear_attention_backward", _backward, _key)
-torch.library.register_fake("vitruvius::linear_attention", _fake_forward, lib=LIBRARY)
-torch.library.register_fake("vitruvius::linear_attention_backward", _fake_backward, lib=LIBRARY)
-torch.library.register_autograd(
-    "vitruvius::linear_attention", _differentiate, setup_context=_setup_context, lib=LIBRARY
+linear_attention = differentiable(
+    "linear_attention",
+    forward=_forward,
+    backward=_backward,
+    fake_forward=_fake_forward,
+    fake_backward=_fake_backward,
+    setup_context=_setup_context,
+    differentiate=_differentiate,
 )

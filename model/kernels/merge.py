@@ -1,13 +1,14 @@
 """Native 2x2 patch merge + LayerNorm as torch operators. Kept for the backward pass: x and two fp32 numbers per merged
 token."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import native
-from .registry import LIBRARY
+from .registry import LIBRARY, differentiable
 
 LIBRARY.define("patch_merge(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)")
 LIBRARY.define(
@@ -69,15 +70,18 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _differentiate(ctx: Any, grad: Tensor, *_rest: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(backward: Callable[..., Any], ctx: Any, grad: Tensor, *_rest: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, mean, rstd = ctx.saved_tensors
-    grads = torch.ops.vitruvius.patch_merge_backward(grad, x, weight, bias, mean, rstd)
+    grads = backward(grad, x, weight, bias, mean, rstd)
     return grads[0], None if weight is None else grads[1], None if bias is None else grads[2], None
 
 
-for _key in ("CPU", "CUDA"):
-    LIBRARY.impl("patch_merge", _forward, _key)
-    LIBRARY.impl("patch_merge_backward", _backward, _key)
-torch.library.register_fake("vitruvius::patch_merge", _fake_forward, lib=LIBRARY)
-torch.library.register_fake("vitruvius::patch_merge_backward", _fake_backward, lib=LIBRARY)
-torch.library.register_autograd("vitruvius::patch_merge", _differentiate, setup_context=_setup_context, lib=LIBRARY)
+patch_merge = differentiable(
+    "patch_merge",
+    forward=_forward,
+    backward=_backward,
+    fake_forward=_fake_forward,
+    fake_backward=_fake_backward,
+    setup_context=_setup_context,
+    differentiate=_differentiate,
+)

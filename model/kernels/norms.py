@@ -6,13 +6,14 @@ memory-efficient, y in the
 place of s, from which the normalised input is recovered as (y - bias) / weight.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import native
-from .registry import LIBRARY
+from .registry import LIBRARY, differentiable
 
 LIBRARY.define(
     "norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, bool rms, ScalarType out_dtype,"
@@ -104,14 +105,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _differentiate(
-    ctx: Any, grad: Tensor | None, grad_sum: Tensor | None, _mean: None, _rstd: None
+    backward: Callable[..., Any], ctx: Any, grad: Tensor | None, grad_sum: Tensor | None, _mean: None, _rstd: None
 ) -> tuple[Tensor | None, ...]:
     saved, weight, bias, mean, rstd = ctx.saved_tensors
     if not ctx.has_residual:
         grad_sum = None
     if grad is None:  # only the sum was used
         return grad_sum, grad_sum, None, None, None, None, None, None
-    grad_input, grad_weight, grad_bias = torch.ops.vitruvius.norm_backward(
+    grad_input, grad_weight, grad_bias = backward(
         grad, saved, grad_sum, weight, bias, mean, rstd, ctx.x_dtype, ctx.memory_efficient
     )
     return (
@@ -150,9 +151,12 @@ def _fake_backward(
     return _backward_outputs(saved, weight, bias, x_dtype)
 
 
-for _key in ("CPU", "CUDA"):
-    LIBRARY.impl("norm", _forward, _key)
-    LIBRARY.impl("norm_backward", _backward, _key)
-torch.library.register_fake("vitruvius::norm", _fake_forward, lib=LIBRARY)
-torch.library.register_fake("vitruvius::norm_backward", _fake_backward, lib=LIBRARY)
-torch.library.register_autograd("vitruvius::norm", _differentiate, setup_context=_setup_context, lib=LIBRARY)
+norm = differentiable(
+    "norm",
+    forward=_forward,
+    backward=_backward,
+    fake_forward=_fake_forward,
+    fake_backward=_fake_backward,
+    setup_context=_setup_context,
+    differentiate=_differentiate,
+)

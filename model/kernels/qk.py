@@ -5,13 +5,14 @@ is also written
 in one pass. Kept for the backward pass: the projection and two or four fp32 numbers per head and token.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import native
-from .registry import LIBRARY
+from .registry import LIBRARY, differentiable
 
 LIBRARY.define(
     "qk_norm(Tensor packed, Tensor? q_weight, Tensor? k_weight, int heads, float eps, bool rms)"
@@ -118,11 +119,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.mark_non_differentiable(*output[3:])
 
 
-def _differentiate(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(backward: Callable[..., Any], ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     packed, q_weight, k_weight, mean, rstd = ctx.saved_tensors
-    grad_packed, grad_q_weight, grad_k_weight = torch.ops.vitruvius.qk_norm_backward(
-        *grads[:3], packed, q_weight, k_weight, mean, rstd, ctx.heads
-    )
+    grad_packed, grad_q_weight, grad_k_weight = backward(*grads[:3], packed, q_weight, k_weight, mean, rstd, ctx.heads)
     return (
         grad_packed,
         None if q_weight is None else grad_q_weight,
@@ -131,11 +130,15 @@ def _differentiate(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     )  # fmt: skip
 
 
+qk_norm = differentiable(
+    "qk_norm",
+    forward=_forward,
+    backward=_backward,
+    fake_forward=_fake_forward,
+    fake_backward=_fake_backward,
+    setup_context=_setup_context,
+    differentiate=_differentiate,
+)
 for _key in ("CPU", "CUDA"):
-    LIBRARY.impl("qk_norm", _forward, _key)
     LIBRARY.impl("qk_norm_", _forward_in_place, _key)
-    LIBRARY.impl("qk_norm_backward", _backward, _key)
-torch.library.register_fake("vitruvius::qk_norm", _fake_forward, lib=LIBRARY)
 torch.library.register_fake("vitruvius::qk_norm_", _fake_in_place, lib=LIBRARY)
-torch.library.register_fake("vitruvius::qk_norm_backward", _fake_backward, lib=LIBRARY)
-torch.library.register_autograd("vitruvius::qk_norm", _differentiate, setup_context=_setup_context, lib=LIBRARY)

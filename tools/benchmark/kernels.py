@@ -8,8 +8,11 @@ allocator is tuned first, for every alternative alike, or page faults are what i
 import argparse
 import json
 import math
+import resource
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -138,6 +141,24 @@ def scaling_row(repeats: int, device: torch.device) -> Row:
     return {"kernel": "linear_attention, 1k to 64k tokens", "dtype": "float32", "exponent_of_time": exponent}
 
 
+def _peak_memory(tokens: int) -> float:
+    """Growth of this process over forward and backward, over the bytes of inputs, output and gradients."""
+    NATIVE.linear_attention(*(torch.randn(1, 1, 64, 64) for _ in range(3)))  # what is loaded once
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    q, k, v, grad = (_leaf(1, 8, tokens, 64, dtype=torch.float32, device=torch.device("cpu")) for _ in range(4))
+    out = NATIVE.linear_attention(q, k, v)
+    grads = torch.autograd.grad(out, [q, k, v], grad.detach())
+    grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    return grown / sum(t.nbytes for t in (q, k, v, grad, out, *grads))
+
+
+def memory_row() -> Row:
+    """Peak memory of linear attention at 64k tokens, in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        share = pool.submit(_peak_memory, 65536).result()
+    return {"kernel": "linear_attention, 64k tokens", "dtype": "float32", "peak_memory_over_arrays": share}
+
+
 def gelu_row(dtype: torch.dtype, repeats: int, device: torch.device) -> Row:
     shape = (4096, 1536)
     x, bias = _leaf(*shape, dtype=dtype, device=device), _leaf(shape[1], dtype=dtype, device=device)
@@ -207,6 +228,8 @@ def run(repeats: int = 21, device: torch.device | None = None, compiled: bool = 
     for dtype in (single, half):
         add(attention_row(4096, dtype, repeats, device, compiled))
     add(scaling_row(max(3, repeats // 5), device))
+    if device.type == "cpu":
+        add(memory_row())
     for model_dtype in (None, half):
         add(adamw_row(model_dtype, repeats, device))
     return rows

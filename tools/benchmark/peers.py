@@ -1,4 +1,4 @@
-r"""`python -m tools.benchmark peers`: our training step against plain eager PyTorch, or against torch's DDP.
+r"""`python -m tools.benchmark peers`: our step against eager PyTorch, torch's DDP, or our own without native kernels.
 
 The same model mathematics, images, dtype, threads, matrix library and allocator settings, in the same processes, taking
 turns: A B A B. What counts is the median of the ratios of neighbours. Both do all of a step: forward, backward,
@@ -9,6 +9,8 @@ One process, against eager:
 Two ranks, against DDP:
     python -m tools.launch --nproc-per-node 2 -m tools.benchmark peers --model.preset vit_s16 \
         --train.global_batch_size 32
+Native kernels against plain PyTorch ones, in any layout:
+    python -m tools.benchmark peers --against reference --model.preset vit_s16 --train.global_batch_size 8
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -23,6 +26,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from data import Batch
+from engine.assemble import Assembly, assemble
 from engine.device import set_cpu_matmul
 from engine.errors import ConfigError
 from engine.step import Stepper
@@ -37,26 +41,31 @@ def main(argv: Sequence[str], world: World) -> None:
     """Measure and print. Options that are not the benchmark's own are those of pretrain_vit.py."""
     parser = argparse.ArgumentParser(prog="tools.benchmark peers", description=__doc__)
     parser.add_argument("--rounds", type=int, default=11, help="measured pairs of steps (default 11)")
+    parser.add_argument(
+        "--against",
+        choices=("torch", "reference"),
+        default="torch",
+        help="eager PyTorch or DDP (default), or this engine: native kernels against reference ones",
+    )
     parser.add_argument("--json", help="also write the rows to this file")
     options, flags = parser.parse_known_args(argv)
     config = read_config(flags)
+    if options.against == "reference":
+        config = replace(config, kernels="native")
     with started(config, world) as bench:
-        model = bench.config.model
-        if (model.block, model.position, model.pool, model.bias, model.qk_norm) != (
-            "sequential", "learned_1d", "cls", True, False
-        ):  # fmt: skip
-            raise ConfigError(
-                "peers compares models as the presets vit_ti16 to vit_gg14 have them: choose one of those"
+        if options.against == "reference":
+            name, peer = (
+                "reference",
+                _ours(bench, assemble(replace(bench.config, kernels="reference"), bench.assembly.grid, bench.device)),
             )
-        if bench.assembly.grid.shape.data != world.size or len(bench.batches[0]) != 1:
-            raise ConfigError("peers compares data parallelism with one micro-batch: leave the parallel group alone")
-        ours, theirs = _interleave(_ours(bench), _peer(bench), bench, options.rounds)
+        else:
+            name, peer = "DDP" if world.size > 1 else "eager", _peer(bench)
+        ours, theirs = _interleave(_ours(bench, bench.assembly), peer, bench, options.rounds)
         if world.rank == 0:
-            name = "DDP" if world.size > 1 else "eager"
             ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
             images = bench.config.train.global_batch_size
             common = {
-                "model": model.preset,
+                "model": bench.config.model.preset,
                 "ranks": world.size,
                 "threads_per_rank": torch.get_num_threads(),
                 "global_batch": images,
@@ -75,13 +84,20 @@ def main(argv: Sequence[str], world: World) -> None:
             show(rows, options.json)
 
 
-def _ours(bench: Bench) -> Callable[[int], object]:
-    stepper = Stepper(bench.assembly)
+def _ours(bench: Bench, assembly: Assembly) -> Callable[[int], object]:
+    stepper = Stepper(assembly)
     return lambda step: stepper.train_step(bench.batches[step % len(bench.batches)], 1e-4)
 
 
 def _peer(bench: Bench) -> Callable[[int], object]:
     """A step of the plain model, wrapped in DDP where there are several ranks."""
+    shape = bench.config.model
+    if (shape.block, shape.position, shape.pool, shape.bias, shape.qk_norm) != (
+        "sequential", "learned_1d", "cls", True, False
+    ):  # fmt: skip
+        raise ConfigError("peers compares models as the presets vit_ti16 to vit_gg14 have them: choose one of those")
+    if bench.assembly.grid.shape.data != bench.world.size or len(bench.batches[0]) != 1:
+        raise ConfigError("peers compares data parallelism with one micro-batch: leave the parallel group alone")
     device, config = bench.device, bench.config.optimizer
     model: nn.Module = EagerViT(bench.config.model.sizes).to(device)
     if bench.world.size > 1:

@@ -34,10 +34,11 @@ void gelu_forward_rows(const vit::Gelu& a, int64_t begin, int64_t end) {
     T* y = (T*)a.y + row * a.dim;
     columns(a.dim, [&](int64_t i, auto kind) VIT_INLINE {
       F value, slope;
-      gelu<TANH>(load(x + i, kind) + load(a.bias + i, kind), value, slope);
-      store(y + i, value, kind);
+      gelu<TANH>(take(x + i, kind) + load(a.bias + i, kind), value, slope);
+      put(y + i, value, kind, a.stream);
     });
   }
+  if (a.stream) stream_fence();
 }
 
 template <class T, bool TANH>
@@ -47,12 +48,13 @@ void gelu_backward_rows(const vit::Gelu& a, int64_t begin, int64_t end, float* d
     T* out = (T*)a.grad_input + row * a.dim;
     columns(a.dim, [&](int64_t i, auto kind) VIT_INLINE {
       F value, slope;
-      gelu<TANH>(load(x + i, kind) + load(a.bias + i, kind), value, slope);
-      const F d = load(grad + i, kind) * slope;
-      store(out + i, d, kind);
+      gelu<TANH>(take(x + i, kind) + load(a.bias + i, kind), value, slope);
+      const F d = take(grad + i, kind) * slope;
+      put(out + i, d, kind, a.stream);
       if (dbias) store(dbias + i, load(dbias + i, kind) + d, kind);
     });
   }
+  if (a.stream) stream_fence();
 }
 
 template <class T>
@@ -78,15 +80,17 @@ void adamw(const vit::AdamW& a, int64_t begin, int64_t end) {
   const F root = set1(a.root_correction), eps = set1(a.eps), size = set1(a.step_size), decay = set1(a.decay);
   const F scale = set1(a.grad_scale);
   columns(end - begin, [&](int64_t i, auto kind) VIT_INLINE {
-    const F g = load(grad + i, kind) * scale;
-    const F m = fma(load(moment + i, kind), beta1, g * rest1);
-    const F v = fma(load(square + i, kind), beta2, g * g * rest2);
-    const F w = load(weight + i, kind) * decay - size * m / fma(sqrt(v), root, eps);
+    const F g = take(grad + i, kind) * scale;
+    const F m = fma(take(moment + i, kind), beta1, g * rest1);
+    const F v = fma(take(square + i, kind), beta2, g * g * rest2);
+    const F divisor = min(set1(1e30f), fma(sqrt(v), root, eps));  // infinite where g^2 overflows: the step is 0 then
+    const F w = take(weight + i, kind) * decay - size * m * reciprocal(divisor);
     store(moment + i, m, kind);
     store(square + i, v, kind);
     store(weight + i, w, kind);
-    if (model) store(model + i, w, kind);
+    if (model) put(model + i, w, kind, a.stream);
   });
+  if (a.stream) stream_fence();
 }
 
 }  // namespace

@@ -36,6 +36,7 @@ void gemm_columns(int64_t rows, int64_t depth, const float* x, int64_t xi, int64
                   int64_t ldc) {
   int64_t i = 0;
   for (; i + 6 <= rows; i += 6) gemm_tile<6, VECTORS>(depth, x + i * xi, xi, xl, y, ldy, c + i * ldc, ldc);
+  for (; i + 4 <= rows; i += 4) gemm_tile<4, VECTORS>(depth, x + i * xi, xi, xl, y, ldy, c + i * ldc, ldc);
   for (; i + 2 <= rows; i += 2) gemm_tile<2, VECTORS>(depth, x + i * xi, xi, xl, y, ldy, c + i * ldc, ldc);
   for (; i < rows; ++i) gemm_tile<1, VECTORS>(depth, x + i * xi, xi, xl, y, ldy, c + i * ldc, ldc);
 }

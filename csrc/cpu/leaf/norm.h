@@ -1,4 +1,3 @@
-#include <type_traits>  // compile-time only: it emits no code
 // LayerNorm and RMSNorm over the last dimension. RMSNorm is LayerNorm whose mean is 0, forward and backward.
 //
 // Forward keeps a row in the first-level cache: one pass for the mean, one for the variance about it (no cancellation, however far
@@ -23,17 +22,17 @@ void norm_forward(const vit::NormForward& a, int64_t row_begin, int64_t row_end,
       const TX* residual = (const TX*)a.residual + row * n;
       TX* sum = (TX*)a.sum + row * n;
       mean = reduce_columns(n, [&](F acc, int64_t i, auto kind) VIT_INLINE {
-        const F v = round_to<TX>(load(x + i, kind) + load(residual + i, kind));
-        store(sum + i, v, kind);
+        const F v = round_to<TX>(take(x + i, kind) + take(residual + i, kind));
+        put(sum + i, v, kind, a.stream);
         store(scratch + i, v, kind);
         return acc + v;
       });
     } else if constexpr (sizeof(TX) == 4) {
       in = x;
-      if (a.mean) mean = reduce_columns(n, [&](F acc, int64_t i, auto kind) VIT_INLINE { return acc + load(x + i, kind); });
+      if (a.mean) mean = reduce_columns(n, [&](F acc, int64_t i, auto kind) VIT_INLINE { return acc + take(x + i, kind); });
     } else {
       mean = reduce_columns(n, [&](F acc, int64_t i, auto kind) VIT_INLINE {
-        const F v = load(x + i, kind);
+        const F v = take(x + i, kind);
         store(scratch + i, v, kind);
         return acc + v;
       });
@@ -50,9 +49,10 @@ void norm_forward(const vit::NormForward& a, int64_t row_begin, int64_t row_end,
     const F scale = set1(rstd);
     columns(n, [&](int64_t i, auto kind) VIT_INLINE {
       const F xh = (load(in + i, kind) - centre) * scale;
-      store(y + i, fma(xh, load(a.weight + i, kind), load(a.bias + i, kind)), kind);
+      put(y + i, fma(xh, load(a.weight + i, kind), load(a.bias + i, kind)), kind, a.stream);
     });
   }
+  if (a.stream) stream_fence();
 }
 
 // R rows at once. TS is the type of the saved tensor, TG of the incoming gradient, TX of the outgoing one.
@@ -72,6 +72,7 @@ inline VIT_INLINE void norm_backward_rows(const vit::NormBackward& a, int64_t ro
     scale[r] = set1(a.rstd[row + r]);
     sum_g[r] = sum_gx[r] = set1(0);
   }
+  const int64_t next_rows = a.saved_rows.offset(row + R) - a.saved_rows.offset(row);
   auto normalised = [&](int r, int64_t i, auto kind) VIT_INLINE {
     const F s = load(saved[r] + i, kind);
     if constexpr (FROM_OUTPUT)
@@ -83,6 +84,8 @@ inline VIT_INLINE void norm_backward_rows(const vit::NormBackward& a, int64_t ro
     const F w = load(a.weight + i, kind);  // 0 beyond a tail, and so is g
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
+      __builtin_prefetch(grad[r] + R * n + i);  // the next rows
+      __builtin_prefetch(saved[r] + next_rows + i);
       const F g = load(grad[r] + i, kind) * w;
       sum_g[r] = sum_g[r] + g;
       sum_gx[r] = fma(g, keep(normalised(r, i, kind), kind), sum_gx[r]);
@@ -104,7 +107,7 @@ inline VIT_INLINE void norm_backward_rows(const vit::NormBackward& a, int64_t ro
       db = db + dy;
       F dx = scale[r] * (fma(dy, w, F{} - c1[r]) - xh * c2[r]);
       if (extra) dx = dx + load(extra + r * n + i, kind);
-      store(out[r] + i, dx, kind);
+      put(out[r] + i, dx, kind, a.stream);
     }
     store(dweight + i, dw, kind);
     store(dbias + i, db, kind);
@@ -120,6 +123,7 @@ void norm_backward(const vit::NormBackward& a, int64_t chunk) {
   const int64_t end = row + a.chunk_rows < a.rows ? row + a.chunk_rows : a.rows;
   for (; row + 4 <= end; row += 4) norm_backward_rows<TX, TG, FROM_OUTPUT, 4>(a, row, dweight, dbias);
   for (; row < end; ++row) norm_backward_rows<TX, TG, FROM_OUTPUT, 1>(a, row, dweight, dbias);
+  if (a.stream) stream_fence();
 }
 
 }  // namespace

@@ -30,6 +30,7 @@ inline float reduce_add(F a) {
 }
 inline F max(F a, F b) { return _mm256_max_ps(a, b); }
 inline F min(F a, F b) { return _mm256_min_ps(a, b); }
+inline F reciprocal(F a) { return _mm256_div_ps(_mm256_set1_ps(1.0f), a); }
 inline F sqrt(F a) { return _mm256_sqrt_ps(a); }
 inline F blend_gt(F a, F b, F yes, F no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_GT_OQ)); }
 inline F abs(F a) { return _mm256_and_ps(a, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff))); }
@@ -79,6 +80,13 @@ inline void store(T* p, F v, Tail t) {
   _mm_store_si128((__m128i*)buffer, narrow(v, T{}));
   for (int i = 0; i < t.n; ++i) p[i] = buffer[i];
 }
+// Past the caches, for what is not read again soon and lies on a vector boundary; stream_fence() ends a run of these.
+inline void stream(float* p, F v, Full) { _mm256_stream_ps(p, v); }
+template <class T>
+inline void stream(T* p, F v, Full) {
+  _mm_stream_si128((__m128i*)p, narrow(v, T{}));
+}
+inline void stream_fence() { _mm_sfence(); }
 inline F keep(F v, Full) { return v; }
 inline F keep(F v, Tail t) { return _mm256_and_ps(v, _mm256_castsi256_ps(lane_mask(t))); }
 template <class T>

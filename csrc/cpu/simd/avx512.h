@@ -24,6 +24,11 @@ inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 inline float reduce_add(F a) { return _mm512_reduce_add_ps(a); }
 inline F max(F a, F b) { return _mm512_max_ps(a, b); }
 inline F min(F a, F b) { return _mm512_min_ps(a, b); }
+// 1 / a for a in [2^-126, 2^126], to one unit in the last place: an estimate and a Newton step are faster than a division.
+inline F reciprocal(F a) {
+  const F r = _mm512_rcp14_ps(a);
+  return _mm512_fmadd_ps(_mm512_fnmadd_ps(a, r, _mm512_set1_ps(1.0f)), r, r);
+}
 inline F sqrt(F a) { return _mm512_sqrt_ps(a); }
 inline F blend_gt(F a, F b, F yes, F no) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), no, yes); }
 inline F abs(F a) { return _mm512_abs_ps(a); }
@@ -73,6 +78,13 @@ template <class T>
 inline void store(T* p, F v, Tail t) {
   _mm256_mask_storeu_epi16(p, lane_mask(t), narrow(v, T{}));
 }
+// Past the caches, for what is not read again soon and lies on a vector boundary; stream_fence() ends a run of these.
+inline void stream(float* p, F v, Full) { _mm512_stream_ps(p, v); }
+template <class T>
+inline void stream(T* p, F v, Full) {
+  _mm256_stream_si256((__m256i*)p, narrow(v, T{}));
+}
+inline void stream_fence() { _mm_sfence(); }
 inline F keep(F v, Full) { return v; }
 inline F keep(F v, Tail t) { return _mm512_maskz_mov_ps(lane_mask(t), v); }
 template <class T>

@@ -25,6 +25,7 @@ inline F fma(F a, F b, F c) { return a * b + c; }
 inline float reduce_add(F a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 inline F max(F a, F b) { return a > b ? a : b; }
 inline F min(F a, F b) { return a < b ? a : b; }
+inline F reciprocal(F a) { return set1(1.0f) / a; }
 inline F sqrt(F a) { return F{sqrtf(a[0]), sqrtf(a[1]), sqrtf(a[2]), sqrtf(a[3])}; }
 inline F blend_gt(F a, F b, F yes, F no) { return a > b ? yes : no; }
 inline F abs(F a) {
@@ -112,6 +113,11 @@ template <class T>
 inline void store(T* p, F v, Tail t) {
   for (int i = 0; i < t.n; ++i) from_float(v[i], p + i);
 }
+template <class T>
+inline void stream(T* p, F v, Full) {  // an ordinary store
+  store(p, v);
+}
+inline void stream_fence() {}
 inline F keep(F v, Full) { return v; }
 inline F keep(F v, Tail t) {
   for (int i = t.n; i < W; ++i) v[i] = 0;
