@@ -8,7 +8,6 @@ allocator is tuned first, for every alternative alike, or page faults are what i
 import argparse
 import json
 import math
-import resource
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -19,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.device import peak_memory_bytes
 from model.kernels import AdamWStep, Kernels, reference, tune_allocator
 from tools.benchmark.timing import Fn, interleaved, milliseconds, ratio
 
@@ -143,13 +143,14 @@ def scaling_row(repeats: int, device: torch.device) -> Row:
 
 def _peak_memory(tokens: int) -> float:
     """Growth of this process over forward and backward, over the bytes of inputs, output and gradients."""
-    NATIVE.linear_attention(*(torch.randn(1, 1, 64, 64) for _ in range(3)))  # what is loaded once
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    q, k, v, grad = (_leaf(1, 8, tokens, 64, dtype=torch.float32, device=torch.device("cpu")) for _ in range(4))
+    small = torch.randn(1, 1, 64, 64)
+    NATIVE.linear_attention(small, small, small)  # what is loaded once
+    cpu = torch.device("cpu")
+    before = peak_memory_bytes(cpu)
+    q, k, v, grad = (_leaf(1, 8, tokens, 64, dtype=torch.float32, device=cpu) for _ in range(4))
     out = NATIVE.linear_attention(q, k, v)
     grads = torch.autograd.grad(out, [q, k, v], grad.detach())
-    grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-    return grown / sum(t.nbytes for t in (q, k, v, grad, out, *grads))
+    return (peak_memory_bytes(cpu) - before) / sum(t.nbytes for t in (q, k, v, grad, out, *grads))
 
 
 def memory_row() -> Row:
