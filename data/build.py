@@ -6,6 +6,7 @@ from data.config import DataConfig
 from data.datasets import Dataset, digits, synthetic
 from data.image_folder import image_folder
 from data.loader import Normalise
+from data.textures import textures
 
 _SYNTHETIC_CLASSES = 10  # for objectives without classes, which never look at the labels
 
@@ -16,7 +17,8 @@ def build_datasets(
     """The data sets to train on and to evaluate on, of images [channels, height, width].
 
     `image_size` is in pixels, (height, width) or both at once. `num_classes` is what the model can tell apart; None:
-    the model has no classes. `seed` matters to synthetic images alone: every seed holds out the same real images.
+    the model has no classes. `seed` decides synthetic images and the places of texture crops to train on: every
+    seed holds out the same real images.
 
     Raises:
         ValueError: for images that cannot be found, for more classes than the model has, and for means and deviations
@@ -44,3 +46,5 @@ def _build(
         case "image_folder":
             assert config.path is not None
             return image_folder(config.path, config.val_path, image_shape, config.fold)
+        case "textures":
+            return textures(image_shape, config.crops_per_class, seed)

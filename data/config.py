@@ -14,6 +14,7 @@ _ONLY_FOR = {
     "val_path": ("image_folder",),
     "fold": ("digits", "image_folder"),
     "size": ("synthetic",),
+    "crops_per_class": ("textures",),
 }
 
 
@@ -25,8 +26,9 @@ class DataConfig:
         ValueError: for a value out of range, and for an option that would have no effect for the chosen kind.
     """
 
-    kind: Literal["digits", "synthetic", "image_folder"] = "digits"
-    """Source of images: scikit-learn's handwritten digits, random numbers, or a folder of PATH/CLASS/IMAGE files."""
+    kind: Literal["digits", "synthetic", "image_folder", "textures"] = "digits"
+    """Source of images: scikit-learn's handwritten digits, random numbers, a folder of PATH/CLASS/IMAGE files, or
+    crops of the photographs in scikit-image."""
 
     path: str | None = None
     """Folder with one sub-folder of images per class (image_folder only)."""
@@ -42,6 +44,9 @@ class DataConfig:
 
     size: int = 256
     """Training images of the synthetic set; a quarter as many, other ones, are held out."""
+
+    crops_per_class: int = 64
+    """Training crops of each photograph (textures only)."""
 
     mean: tuple[float, ...] = (0.5,)
     """Subtracted from pixels in 0..1: one number, or one per channel."""
@@ -72,6 +77,7 @@ class DataConfig:
         self._check("workers", self.workers >= 0, "0 or more")
         self._check("fold", 0 <= self.fold < FOLDS, f"from 0 to {FOLDS - 1}")
         self._check("size", self.size >= 1, "1 or more")
+        self._check("crops_per_class", self.crops_per_class >= 1, "1 or more")
         self._check("mean", len(self.mean) > 0, "one number, or one per channel")
         self._check("std", len(self.std) > 0 and all(s > 0 for s in self.std), "one number above 0, or one per channel")
         self._check("rotate", 0 <= self.rotate <= 180, "from 0 to 180 degrees")

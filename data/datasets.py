@@ -96,7 +96,8 @@ def digits(image_shape: tuple[int, int, int], fold: int) -> tuple[ArrayDataset, 
 
     For another image size they are resized bilinearly; for several channels the grey values are repeated.
     """
-    table = np.loadtxt(_sklearn_file("digits.csv.gz"), delimiter=",", dtype=np.int64)  # 64 pixels, then the label
+    folder = installed_folder("sklearn", "datasets/data", kind="digits", package="scikit-learn")
+    table = np.loadtxt(folder / "digits.csv.gz", delimiter=",", dtype=np.int64)  # 64 pixels, then the label
     pixels, labels = table[:, :-1], table[:, -1].copy()
     channels, height, width = image_shape
     images = torch.from_numpy(pixels.astype(np.float32) / 16).reshape(-1, 1, 8, 8)
@@ -107,12 +108,12 @@ def digits(image_shape: tuple[int, int, int], fold: int) -> tuple[ArrayDataset, 
     return train, held_out
 
 
-def _sklearn_file(name: str) -> Path:
-    """A data file of scikit-learn, found without importing it: that takes seconds, on each of many ranks."""
-    package = importlib.util.find_spec("sklearn")
-    if package is None or not package.submodule_search_locations:
-        raise ValueError("data.kind digits needs scikit-learn, which is not installed: pip install scikit-learn")
-    return Path(package.submodule_search_locations[0]) / "datasets" / "data" / name
+def installed_folder(module: str, folder: str, *, kind: str, package: str) -> Path:
+    """A folder of an installed package, found without importing it: that takes seconds, on each of many ranks."""
+    found = importlib.util.find_spec(module)
+    if found is None or not found.submodule_search_locations:
+        raise ValueError(f"data.kind {kind} needs {package}, which is not installed: pip install {package}")
+    return Path(found.submodule_search_locations[0]) / folder
 
 
 def stratified_split(labels: NDArray[np.int64], fold: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

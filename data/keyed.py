@@ -23,6 +23,7 @@ class Purpose(IntEnum):
     SYNTHETIC_IMAGES = 3
     SYNTHETIC_LABELS = 4
     SPLIT = 5
+    TEXTURE_PLACES = 6
 
 
 def keyed_uniforms(seed: int, purpose: Purpose, first: int, count: int, width: int) -> NDArray[np.float32]:

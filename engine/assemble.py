@@ -31,7 +31,7 @@ class Assembly:
     device: torch.device
     layers: tuple[LayerSpec, ...]
     stages: tuple[range, ...]
-    tp: TensorParallel
+    build: Build
     module: Stage
     gradients: GradientBuffer
     schedule: Schedule
@@ -51,7 +51,7 @@ class Assembly:
         """Runs `schedule` over this rank's stage."""
         batch = self.config.train.micro_batch_size
         assert batch is not None
-        before = [self.layers[r.start - 1].boundary(batch, self.tp) if r.start else None for r in self.stages]
+        before = [self.layers[r.start - 1].boundary(batch, self.build) if r.start else None for r in self.stages]
         return PipelineExecutor(
             schedule,
             dict.fromkeys(schedule.stages_of(self.grid.pipeline.index), self.module),
@@ -89,7 +89,9 @@ def assemble(config: Config, grid: Grid, device: torch.device, layers: Sequence[
     tp = TensorParallel(axis=grid.tensor, sequence_parallel=config.parallel.sequence_parallel)
     stages = cut_into_stages(layers, grid.pipeline.size)
     own = stages[grid.pipeline.index]
-    build = Build(config=config.model, tp=tp, seed=config.train.seed, kernels=Kernels(config.kernels))
+    build = Build(
+        config=config.model, tp=tp, context=grid.context, seed=config.train.seed, kernels=Kernels(config.kernels)
+    )  # fmt: skip
     module = Stage(layers[own.start : own.stop], build)
     gradients = GradientBuffer(module, grid=grid, device=device, seed=config.train.seed)
     module.to(device)
@@ -101,7 +103,7 @@ def assemble(config: Config, grid: Grid, device: torch.device, layers: Sequence[
         device=device,
         layers=layers,
         stages=stages,
-        tp=tp,
+        build=build,
         module=module,
         gradients=gradients,
         schedule=schedule,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from engine.config import Config
 from engine.errors import ConfigError
-from engine.keys import OPTIONS, allows_null, groups, key_types, nearest, wanted
+from engine.keys import OPTIONS, allows_null, entries_of, fits, groups, in_words, key_types, nearest, wanted
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -53,6 +54,7 @@ def parse(argv: Sequence[str], program: str = "pretrain_vit.py") -> tuple[Config
     for file in files:
         values = _read_yaml(file)
         given = _translated(lambda v=values, g=given: parser.parse_object(v, g), f"{file}: ")
+    _check_entries(_lists_of_groups(flags))
     given = _translated(lambda: parser.parse_args(flags, namespace=given))
     only_print = bool(given.pop("print_config"))
     given.pop("config", None)
@@ -92,15 +94,21 @@ def _read_yaml(file: str) -> dict[str, Any]:
             raise ConfigError(f"{file}: {_unknown(str(name))}")
         if name in groups() and not isinstance(value, dict):
             raise ConfigError(f"{file}: {_not_a_group(name, value)}")
+        below = [(f"{name}.{key}", part) for key, part in value.items()] if name in groups() else [(str(name), value)]
+        _check_entries(below, f"{file}: ")
     return values
 
 
-def _repeated_key(node: yaml.Node | None) -> str | None:
-    if not isinstance(node, yaml.MappingNode):
+def _repeated_key(node: yaml.Node | None, place: str = "") -> str | None:
+    """The first key that a group, or one in a list, has twice."""
+    if isinstance(node, yaml.SequenceNode):
+        parts = [(f"{place}[{i}]", value) for i, value in enumerate(node.value)]
+    elif isinstance(node, yaml.MappingNode):
+        parts = [(f"{place}.{key.value}".removeprefix("."), value) for key, value in node.value]
+    else:
         return None
-    names = [key.value for key, _ in node.value]
-    here = (str(name) for i, name in enumerate(names) if name in names[:i])
-    below = (f"{key.value}.{found}" for key, value in node.value if (found := _repeated_key(value)))
+    here = (name for i, (name, _) in enumerate(parts) if name in [other for other, _ in parts[:i]])
+    below = (found for name, value in parts if (found := _repeated_key(value, name)))
     return next(here, None) or next(below, None)
 
 
@@ -121,6 +129,57 @@ def _check_values(given: Namespace) -> None:
             raise ConfigError(f"{key} is null: it must be {wanted(key)}")
         if isinstance(given[key], float) and not math.isfinite(given[key]):
             raise ConfigError(f"{key} is {given[key]}: it must be a finite number")
+
+
+def _lists_of_groups(flags: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """(key, value) of the flags that take a list of groups."""
+    for i, flag in enumerate(flags):
+        key, given, text = flag.removeprefix("--").partition("=")
+        if not given:
+            text = next(iter(flags[i + 1 :]), "--")
+        if not flag.startswith("--") or text.startswith("--") or not (entries_of(key) or entries_of(_above(key))):
+            continue  # another key, or no value, of which the parser says so
+        try:
+            yield key, jsonargparse.get_loader("yaml")(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{key} is not valid YAML: {_yaml_problem(error)}") from error
+
+
+def _above(key: str) -> str:
+    return key.rpartition(".")[0]
+
+
+def _check_entries(values: Iterable[tuple[str, Any]], place: str = "") -> None:
+    """Lists of groups, of which the parser's messages do not say where in the list the mistake is."""
+    for key, value in values:
+        if entries_of(_above(key)) is not None:
+            raise ConfigError(place + _unknown(key))
+        known = entries_of(key)
+        if known is None or value is None:
+            continue
+        if not isinstance(value, list):
+            shown = repr(value) if isinstance(value, str) else _shown(value)
+            raise ConfigError(f"{place}{key} is {shown}: it must be {wanted(key)}")
+        for i, entry in enumerate(value):
+            if (wrong := _wrong_entry(f"{key}[{i}]", entry, known)) is not None:
+                raise ConfigError(place + wrong)
+
+
+def _wrong_entry(where: str, entry: Any, known: Mapping[str, tuple[Any, bool]]) -> str | None:
+    """What is wrong with a group in a list."""
+    if not isinstance(entry, dict):
+        return f"{where} is {_shown(entry)}: it must be a group of keys, of {', '.join(known)}"
+    for name, value in entry.items():
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            cure = f"did you mean {where}.{near[0]}?" if near else f"choose among {', '.join(known)}"
+            return f"unknown key {where}.{name}: {cure}"
+        if not fits(value, known[name][0]):
+            shown = repr(value) if isinstance(value, str) else _shown(value)
+            return f"{where}.{name} is {shown}: it must be {in_words(known[name][0])}"
+    missing = (name for name, (_, is_needed) in known.items() if is_needed and name not in entry)
+    name = next(missing, None)
+    return None if name is None else f"{where}.{name} is not set: it must be {in_words(known[name][0])}"
 
 
 def _not_a_group(name: str, value: object) -> str:
@@ -148,11 +207,11 @@ def readable(message: str) -> str:
         return f"unexpected argument {found[1]}: options are --key value, and --help lists all keys"
     if found := re.search(r"argument --([\w.]+): expected one argument", message):
         return f"--{found[1]} has no value: it must be " + (wanted(found[1]) if found[1] in key_types() else "a file")
-    found = re.search(r'[Pp]arser key "([\w.]+)": .*?(?:Given value|Got value): ?(.*)$', message)
-    if found and found[1] in key_types():
-        is_part = wanted(found[1]).startswith("a list") and re.search(r"Expected a <class '(int|float|str)'>", message)
-        value = found[2] if "type: <class 'str'>" in message else _PYTHON_WORDS.get(found[2], found[2])
-        return f"{found[1]} {'holds' if is_part else 'is'} {_shown(value)}: it must be {wanted(found[1])}"
+    found = re.search(r'[Pp]arser key "([\w.]+)": (.*)$', message)
+    if found and found[1] in key_types() and (wrong := _wrong_value(found[2])) is not None:
+        is_part, value = wrong
+        holds = "holds" if is_part and "a list" in wanted(found[1]) else "is"
+        return f"{found[1]} {holds} {_shown(value)}: it must be {wanted(found[1])}"
     if (found := re.search(r'[Pp]arser key "(\w+)": Unable to load config \'(.*?)\'', message)) and found[
         1
     ] in groups():
@@ -168,6 +227,19 @@ def _unknown(key: str) -> str:
 
 
 _PYTHON_WORDS = {"None": "null", "True": "true", "False": "false"}
+
+
+def _wrong_value(message: str) -> tuple[bool, str] | None:
+    """(whether it may be a part of a list, the value) that the parser refuses, in YAML's words."""
+    part = re.search(r"Expected a <class '(?:int|float|str)'>\. Got value: ?(.*?)(?: - Expected a .*)?$", message)
+    if whole := re.search(r"Given value type: <class '(\w+)'> Given value: ?(.*)$", message):  # one of several types
+        if part is None or whole[1] != "list":
+            return False, whole[2] if whole[1] == "str" else _PYTHON_WORDS.get(whole[2], whole[2])
+    elif part is None:
+        found = re.search(r"Got value: ?(.*)$", message)
+        return None if found is None else (False, _PYTHON_WORDS.get(found[1], found[1]))
+    return True, _PYTHON_WORDS.get(part[1], part[1])
+
 
 _UNKNOWN = {
     r"unrecognized arguments: --([\w.-]+)": "{0}",

@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
 from data import DataConfig
 from engine.errors import ConfigError
-from model import ModelConfig, check_tensor_parallel
+from model import ModelConfig, check_parallel
 from parallel.config import ParallelConfig
 from parallel.grid import GridShape, shape_for_world
 
@@ -196,6 +196,7 @@ class Config:
                 world_size,
                 tensor=self.parallel.tensor_parallel_size,
                 pipeline=self.parallel.pipeline_parallel_size,
+                context=self.parallel.context_parallel_size,
             )
         except ValueError as error:
             raise ConfigError(str(error)) from error
@@ -209,16 +210,18 @@ class Config:
         shape = self.grid_shape(world_size)
         try:
             model = self.model.resolve()
-            check_tensor_parallel(model, shape.tensor)
+            check_parallel(model, shape.tensor, shape.context)
         except ValueError as error:
             raise ConfigError(str(error)) from error
         if model.head_bias is None:
             model = replace(model, head_bias=-10.0 if self.train.loss == "sigmoid" else 0.0)
-        layers = model.sizes.depth + 2
+        layers = model.sizes.depth + len(model.sizes.stages) + 1
+        count = len(model.sizes.stages) - 1
+        merges = f"{count} patch merge{'s' * (count > 1)}, " if count else ""
         if shape.pipeline > layers:
             raise ConfigError(
                 f"parallel.pipeline_parallel_size {shape.pipeline} is more than the {layers} layers of the model "
-                f"(embedding, {layers - 2} blocks, head): use at most {layers} stages, or a deeper model"
+                f"(embedding, {model.sizes.depth} blocks, {merges}head): use at most {layers} stages, or a deeper model"
             )
         if (self.train.steps is None) == (self.train.epochs is None):
             given = "neither is" if self.train.steps is None else "both are"
@@ -255,8 +258,11 @@ class Config:
 
     def to_yaml(self) -> str:
         """As a YAML file that can be given as --config."""
-        values = asdict(self)
-        values["optimizer"]["betas"] = list(self.optimizer.betas)
-        if self.log.profile_steps is not None:
-            values["log"]["profile_steps"] = list(self.log.profile_steps)
-        return yaml.safe_dump(values, sort_keys=False)
+        return yaml.safe_dump(_plain(asdict(self)), sort_keys=False)
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, which is what YAML has."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, tuple | list) else value

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import types
-from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Iterator
+from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -42,12 +42,43 @@ def allows_null(key: str) -> bool:
     return type(None) in get_args(key_types()[key])
 
 
+def entries_of(key: str) -> dict[str, tuple[Any, bool]] | None:
+    """Of a key that takes a list of groups (model.stages): (type, whether it must be given) of each key of a group;
+    None for any other."""
+    for arg in get_args(key_types().get(key)):
+        if get_origin(arg) is tuple and is_dataclass(get_args(arg)[0]):
+            cls: Any = get_args(arg)[0]
+            hints = get_type_hints(cls)
+            return {field.name: (hints[field.name], field.default is MISSING) for field in fields(cls)}
+    return None
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value read from YAML is of a type."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(fits(value, arg) for arg in args)
+    if origin is Literal:
+        return value in args
+    if origin is tuple:
+        length = isinstance(value, list) and (Ellipsis in args or len(value) == len(args))
+        return length and all(fits(part, args[0]) for part in value)
+    if isinstance(value, bool) or hint is bool:
+        return isinstance(value, bool) and hint is bool
+    return isinstance(value, int | float if hint is float else hint)
+
+
 def wanted(key: str) -> str:
     """What a key takes, in words: `an integer or null`, `1f1b or gpipe`, `a list of 2 numbers, such as [0.9, 0.99]`."""
-    words = _words(key_types()[key])
     default = default_of(key)
     example = f", such as {list(default)}" if isinstance(default, tuple) else ""
-    return _either(words) + example
+    return in_words(key_types()[key]) + example
+
+
+def in_words(hint: Any) -> str:
+    """A type, e.g. `an integer or null`."""
+    words = _words(hint)
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def nearest(key: str) -> str | None:
@@ -83,10 +114,8 @@ def _words(hint: Any) -> list[str]:
     if origin is Literal:
         return [str(arg) for arg in args]
     if origin in (tuple, list):
+        if is_dataclass(args[0]):
+            return ["a list of groups of keys"]
         count = "" if origin is list or Ellipsis in args else f"{len(args)} "
         return [f"a list of {count}{_WORDS[args[0]].split()[-1]}s"]
     return ["true", "false"] if hint is bool else [_WORDS[hint]]
-
-
-def _either(words: Sequence[str]) -> str:
-    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def startup_report(assembly: Assembly, *, threads: int, matmul: str, train_image
 
 def _grid_line(a: Assembly) -> str:
     shape = a.grid.shape
-    rows = "split by rows" if a.tp.splits_rows else "whole"
+    rows = "split by rows" if a.build.tp.splits_rows else "whole"
     return (
         f"grid: pipeline {shape.pipeline} x data {shape.data} x context {shape.context} x tensor {shape.tensor} "
         f"= {shape.world_size} rank(s); activations between linears {rows}"
@@ -56,10 +57,16 @@ def _grid_line(a: Assembly) -> str:
 def _model_lines(a: Assembly) -> Iterator[str]:
     model, sizes = a.config.model, a.config.model.sizes
     yield (
-        f"model: {model.block} blocks, width {sizes.width}, depth {sizes.depth}, heads {sizes.heads}, mlp {sizes.mlp}; "
-        f"{sizes.tokens} tokens, position {model.position}, pool {model.pool}; "
-        f"images {sizes.channels} x {sizes.image} x {sizes.image}"
+        f"model: {model.block} blocks, {model.norm}, {model.mlp}, position {model.position}, pool {model.pool}; "
+        f"images {sizes.channels} x {sizes.image[0]} x {sizes.image[1]}, {sizes.prefix} prefix token(s)"
     )
+    for stage in sizes.stages:
+        name = f"  stage {stage.index} of the pyramid" if model.stages else "  blocks"
+        kinds = ", ".join(f"{kind} x {len(list(run))}" for kind, run in groupby(stage.kinds))
+        yield (
+            f"{name}: depth {stage.depth}, width {stage.width}, heads {stage.heads}, mlp {stage.mlp}; "
+            f"{stage.rows} x {stage.cols} patches; attention {kinds}"
+        )
     parameters = sum(layer.parameters for layer in a.layers)
     yield f"size: {parameters:,} parameters, {training_flops(a.layers) / 1e9:.3f} GFLOP per image, forward and backward"
 

@@ -79,7 +79,7 @@ class Stepper:
             micro_batches = [a.to_device(batch, training=False) for batch in group]
             for counts in self._eval(len(group)).run(micro_batches, self._counts):
                 total += counts
-        if not self._reports:
+        if not self._reports or a.grid.context.index:
             total.zero_()
         loss, correct, images = comm.all_reduce(total, a.grid.world).tolist()
         return EvalResult(loss / images, correct / images, int(images))
@@ -90,17 +90,18 @@ class Stepper:
 
     @property
     def _reports(self) -> bool:
-        """Whether this rank's losses count: one rank for each part of the batch."""
+        """Whether this rank's losses count: one tensor rank; each context rank has its share of the loss."""
         a = self.assembly
-        return a.is_last_stage and a.grid.tensor.index == 0 and a.grid.context.index == 0
+        return a.is_last_stage and a.grid.tensor.index == 0
 
     def _losses(self, outputs: tuple[Tensor, ...], batch: MicroBatch) -> Tensor:
         """Loss of each image, 0 for padding: [B]."""
         return self._loss(outputs[0], batch.labels, self._classes, self.assembly.grid.tensor) * batch.weights
 
     def _loss_share(self, outputs: tuple[Tensor, ...], batch: MicroBatch) -> Tensor:
-        """This micro-batch's share of the global mean."""
-        return self._losses(outputs, batch).sum() / self.assembly.config.train.global_batch_size
+        """This micro-batch's share of the global mean, in equal parts on the context ranks, which all compute it."""
+        a = self.assembly
+        return self._losses(outputs, batch).sum() / (a.config.train.global_batch_size * a.grid.context.size)
 
     def _counts(self, outputs: tuple[Tensor, ...], batch: MicroBatch) -> Tensor:
         """(sum of losses, images classified right, images) of a micro-batch."""

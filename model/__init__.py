@@ -1,7 +1,7 @@
 """What a Vision Transformer is. Sees ranks only through the layers that `parallel` gives it."""
 
-from model.build import Build, check_tensor_parallel
-from model.config import ModelConfig
+from model.build import Build, check_parallel
+from model.config import ModelConfig, StageConfig
 from model.inputs import MicroBatch
 from model.layers import LayerSpec, build_layers, training_flops
 from model.presets import PRESETS
@@ -14,8 +14,9 @@ __all__ = [
     "MicroBatch",
     "ModelConfig",
     "Stage",
+    "StageConfig",
     "VisionTransformer",
     "build_layers",
-    "check_tensor_parallel",
+    "check_parallel",
     "training_flops",
 ]

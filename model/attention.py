@@ -1,41 +1,221 @@
-"""Multi-head self-attention on packed rows of q, k and v.
+"""Multi-head self-attention on packed rows of q, k and v, of every kind.
 
-Legend: B images, S tokens, H heads, K head dim, T tensor-parallel size, h = H/T heads on this rank.
+Legend: B images, S tokens that this rank holds of each, P of them prefix tokens, H heads, K head dim, h heads on this
+tensor rank.
+
+Which tokens see which, with class token, registers and global tokens together called the prefix:
+- full, linear: all see all;
+- window, shifted_window, grid: patches see the patches of their group; prefix tokens see all;
+- global_tokens: patches see their window and the prefix; prefix tokens see all.
 """
 
 from __future__ import annotations
 
+import math
+from typing import Protocol
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.build import Build
-from model.norm import EPS, LayerNorm
+from model.groups import GroupPlan, grid, windows
+from model.kernels.reference import depthwise_conv
+from model.norm import EPS, Norm
+from model.sizes import Tokens
+from parallel import comm
+from parallel.context import attend_everywhere, heads_to_tokens, share_first, sum_over, tokens_to_heads
+from parallel.layout import Init, ParameterInfo, TensorLayout, make_parameter
+
+
+class Mixer(Protocol):
+    """Mixes tokens."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """[B, S, h, K] each -> [B, S, h, K]."""
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Fused attention with heads after tokens: [B, S, h, K] each -> [B, S, h, K]."""
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+    return out.transpose(1, 2)
+
+
+class FullAttention(nn.Module):
+    """Softmax attention of all tokens to all tokens; over a context axis each rank takes a share of the heads."""
+
+    def __init__(self, build: Build, kind: str) -> None:
+        super().__init__()
+        self.tokens = build.tokens
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """As Mixer."""
+        axis, heads = self.tokens.context, q.shape[2]
+        if axis.size == 1:
+            return softmax_attention(q, k, v)
+        q, k, v = tokens_to_heads(torch.stack([q, k, v]), self.tokens.counts, axis).unbind(0)
+        return heads_to_tokens(softmax_attention(q, k, v), heads, self.tokens.counts, axis)
+
+
+class GroupedAttention(nn.Module):
+    """Softmax attention inside groups of patches, the groups folded into the batch."""
+
+    mask: Tensor | None
+
+    def __init__(self, build: Build, kind: str) -> None:
+        super().__init__()
+        here, self.tokens, self.sees_prefix = build.here, build.tokens, kind == "global_tokens"
+        if kind == "grid":
+            groups = grid(here.rows, here.cols, here.grid)
+        else:
+            groups = windows(here.rows, here.cols, here.window, here.window // 2 if kind == "shifted_window" else 0)
+        self.plan = GroupPlan(groups, build.tokens)
+        self.register_buffer("mask", self.plan.mask, persistent=False)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """As Mixer."""
+        own, prefix, axis = self.tokens.own_prefix, self.tokens.prefix, self.tokens.context
+        queries, keys, values = (self._group(x[:, own:]) for x in (q, k, v))
+        mask = self.mask
+        if self.sees_prefix:
+            keys, values = (
+                self._with_prefix(share_first(x, own, prefix, axis), grouped) for x, grouped in ((k, keys), (v, values))
+            )
+            mask = None if mask is None else F.pad(mask, (prefix, 0), value=True)
+        if mask is not None:
+            mask = mask.to(q.device)[:, None].repeat(q.shape[0], 1, 1, 1)
+        out = softmax_attention(queries, keys, values, mask)
+        patches = self.plan.scatter(out.reshape(q.shape[0], -1, q.shape[2] * q.shape[3]))
+        patches = patches.unflatten(2, q.shape[2:])
+        if not prefix:
+            return patches
+        first = share_first(q, own, prefix, axis).transpose(1, 2)
+        seen = attend_everywhere(first, k.transpose(1, 2), v.transpose(1, 2), axis).transpose(1, 2)
+        return torch.cat([seen[:, :own], patches], 1)
+
+    def _group(self, x: Tensor) -> Tensor:
+        """[B, N, h, K] -> [B * G, L, h, K]."""
+        b, _, h, k = x.shape
+        return self.plan.gather(x.flatten(2)).view(b * self.plan.count, self.plan.length, h, k)
+
+    def _with_prefix(self, prefix: Tensor, grouped: Tensor) -> Tensor:
+        """[B, P, h, K] before each group of the image: [B * G, P + L, h, K]."""
+        each = prefix[:, None].expand(-1, self.plan.count, -1, -1, -1).flatten(0, 1)
+        return torch.cat([each, grouped], 1)
+
+
+class LinearAttention(nn.Module):
+    """Attention through feature maps (model.kernels), with an optional depth-wise convolution of v over the map.
+
+    Over a context axis only the sums of keys and values travel, and, with a convolution, v.
+    """
+
+    def __init__(self, build: Build, kind: str) -> None:
+        super().__init__()
+        config, self.tokens, self.kernels = build.config, build.tokens, build.kernels
+        self.feature_map, size, k = config.feature_map or "elu", config.linear_conv or 0, build.here.head_dim
+        self.conv_weight: nn.Parameter | None = None
+        self.conv_bias: nn.Parameter | None = None
+        if size:  # shared by the heads, of which each tensor rank has its own: partial
+            std, zeros = Init(kind="normal", scales=(1 / size,)), Init(kind="constant", scales=(0.0,))
+            weight = TensorLayout(shape=(k, size, size))
+            self.conv_weight = make_parameter(ParameterInfo(layout=weight, init=std, partial_over_tensor=True))
+            bias = TensorLayout(shape=(k,))
+            self.conv_bias = make_parameter(ParameterInfo(layout=bias, init=zeros, partial_over_tensor=True))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """As Mixer."""
+        axis = self.tokens.context
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+
+        def reduce(sums: Tensor) -> None:
+            comm.all_reduce(sums, axis)
+
+        over_ranks = reduce if axis.size > 1 else None
+        out = self.kernels.linear_attention(q, k, v, self.feature_map, EPS, reduce=over_ranks)
+        if self.conv_weight is not None:
+            out = out + self._conv(v)
+        return out.transpose(1, 2)
+
+    def _conv(self, v: Tensor) -> Tensor:
+        """[B, h, S, K] -> the same: zero for prefix tokens."""
+        t = self.tokens
+        assert self.conv_weight is not None
+        patches = v[:, :, t.own_prefix :]
+        if t.context.size > 1:  # every rank's rows, in their place
+            patches = sum_over(F.pad(patches, (0, 0, t.first * t.cols, (t.rows - t.stop) * t.cols)), t.context)
+        y = depthwise_conv(patches, self.conv_weight, self.conv_bias, (t.rows, t.cols))
+        return F.pad(y[:, :, t.first * t.cols : t.stop * t.cols], (0, 0, t.own_prefix, 0))
+
+
+MIXERS: dict[str, type[FullAttention] | type[GroupedAttention] | type[LinearAttention]] = {
+    "full": FullAttention,
+    "window": GroupedAttention,
+    "shifted_window": GroupedAttention,
+    "grid": GroupedAttention,
+    "global_tokens": GroupedAttention,
+    "linear": LinearAttention,
+}
+
+
+def rotary_table(tokens: Tokens, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [S, K] of this rank's tokens (Su et al. 2021; two axes as in DINOv3, Siméoni et al. 2025).
+
+    Coordinates run from -1 to 1 over the map, whatever its size: a larger image has its positions rescaled. A quarter
+    of the features turns with the row, the next with the column, each at K/4 periods up to `base`; then again, as the
+    other half of each rotated pair. Prefix tokens are not rotated.
+    """
+    periods = base ** (torch.arange(head_dim // 4, dtype=torch.float64) * 4 / head_dim)
+    rows = 2 * (torch.arange(tokens.first, tokens.stop, dtype=torch.float64) + 0.5) / tokens.rows - 1
+    cols = 2 * (torch.arange(tokens.cols, dtype=torch.float64) + 0.5) / tokens.cols - 1
+    by_row, by_col = (2 * math.pi * place[:, None] / periods for place in (rows, cols))
+    angles = torch.cat([by_row.repeat_interleave(tokens.cols, 0), by_col.repeat(len(rows), 1)], 1).repeat(1, 2)
+    angles = F.pad(angles, (0, 0, tokens.own_prefix, 0))
+    return angles.cos().float(), angles.sin().float()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """[B, S, h, K] by the table [S, K]."""
+    first, second = x.chunk(2, -1)
+    turned = torch.cat([-second, first], -1)
+    return (x * cos[:, None] + turned * sin[:, None]).to(x.dtype)
 
 
 class Attention(nn.Module):
-    """Softmax attention of all tokens to all tokens, with optional QK normalisation, on this rank's heads.
+    """Attention of one kind on this rank's heads, with optional QK normalisation and rotary positions.
 
-    QK normalisation (Dehghani et al. 2023) is a LayerNorm over each head's features, its scale shared by the heads, no
+    QK normalisation (Dehghani et al. 2023) is a norm over each head's features, its scale shared by the heads, no
     bias: it keeps attention logits from growing without bound at scale.
     """
 
-    def __init__(self, build: Build) -> None:
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, build: Build, kind: str) -> None:
         super().__init__()
-        sizes = build.sizes
-        self.heads, self.head_dim, self.tokens = sizes.heads // build.tp.size, sizes.head_dim, sizes.tokens
-        self.kernels = build.kernels
-        self.q_norm: LayerNorm | None = None
-        self.k_norm: LayerNorm | None = None
+        here, self.tokens, self.kernels = build.here, build.tokens.count, build.kernels
+        self.heads, self.head_dim = build.part(here.heads), here.head_dim
+        self.mixer: Mixer = MIXERS[kind](build, kind)
+        self.rotates = build.config.position == "rope_2d"
+        if self.rotates:
+            cos, sin = rotary_table(build.tokens, self.head_dim, build.config.rope_base or 100.0)
+            self.register_buffer("cos", cos, persistent=False)
+            self.register_buffer("sin", sin, persistent=False)
+        self.q_norm: Norm | None = None
+        self.k_norm: Norm | None = None
         if build.config.qk_norm:  # each tensor rank sees its own heads only: partial
-            self.q_norm = LayerNorm(self.head_dim, bias=False, partial=True, kernels=build.kernels)
-            self.k_norm = LayerNorm(self.head_dim, bias=False, partial=True, kernels=build.kernels)
+            self.q_norm = Norm.of(build, self.head_dim, bias=False, partial=True)
+            self.k_norm = Norm.of(build, self.head_dim, bias=False, partial=True)
 
     def forward(self, qkv: Tensor) -> Tensor:
         """[R, 3 * h * K], this rank's heads of q, then of k, then of v -> [R, h * K]."""
         if self.q_norm is not None and self.k_norm is not None:
-            parts = self.kernels.qk_norm(qkv, self.heads, self.q_norm.weight, self.k_norm.weight, EPS)
+            rms = self.q_norm.rms
+            parts = self.kernels.qk_norm(qkv, self.heads, self.q_norm.weight, self.k_norm.weight, EPS, rms=rms)
         else:
             parts = qkv.unflatten(1, (3, self.heads, self.head_dim)).unbind(1)
-        q, k, v = (part.unflatten(0, (-1, self.tokens)).transpose(1, 2) for part in parts)  # [B, h, S, K] each
-        out = F.scaled_dot_product_attention(q, k, v)
-        return out.transpose(1, 2).reshape(-1, self.heads * self.head_dim)
+        q, k, v = (part.unflatten(0, (-1, self.tokens)) for part in parts)  # [B, S, h, K] each
+        if self.rotates:
+            cos, sin = self.cos.to(q.device), self.sin.to(q.device)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        return self.mixer(q, k, v).reshape(-1, self.heads * self.head_dim)

@@ -8,16 +8,16 @@ twice: one all-gather and one reduce-scatter each with sequence parallelism, one
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from model.attention import Attention
 from model.build import Build
 from model.inputs import MicroBatch
-from model.norm import LayerNorm
+from model.norm import Norm
 from parallel import random
+from parallel.layout import Init, ParameterInfo, TensorLayout, make_parameter
 from parallel.tensor import ColumnParallelLinear, RowParallelLinear, slice_rows
 from parallel.tensor.linear import sharded_bias
 
@@ -31,7 +31,7 @@ class DropPath(nn.Module):
 
     def __init__(self, name: str, rate: float, build: Build) -> None:
         super().__init__()
-        self.rate, self.tp, self.tokens = rate, build.tp, build.sizes.tokens
+        self.rate, self.tp, self.tokens = rate, build.tp, build.tokens.count
         self.stream = random.key(build.seed, f"{name}.drop_path")
 
     def forward(self, branch: Tensor, batch: MicroBatch) -> Tensor:
@@ -43,46 +43,70 @@ class DropPath(nn.Module):
         return branch * slice_rows(scale.repeat_interleave(self.tokens), self.tp)[:, None]
 
 
-class Gelu(nn.Module):
-    """gelu(x + bias), in one pass."""
+def layer_scale(build: Build) -> nn.Parameter | None:
+    """A factor per feature of a branch [D] (Touvron et al. 2021, CaiT); None where the model has none."""
+    if not build.config.layer_scale:
+        return None
+    init = Init(kind="constant", scales=(build.config.layer_scale,))
+    layout = TensorLayout(shape=(build.here.width,))
+    return make_parameter(ParameterInfo(layout=layout, init=init, partial_over_tensor=build.tp.splits_rows))
 
-    def __init__(self, build: Build) -> None:
+
+def _scaled(branch: Tensor, gamma: Tensor | None) -> Tensor:
+    return branch if gamma is None else branch * gamma
+
+
+class Activation(nn.Module):
+    """gelu(x + bias) in one pass, or silu(gate) * value of [gate, value] = x + bias (Shazeer 2020)."""
+
+    def __init__(self, build: Build, kind: str) -> None:
         super().__init__()
-        self.kernels, self.approximate = build.kernels, "none" if build.config.gelu == "erf" else "tanh"
+        self.kernels, self.kind = build.kernels, kind
+        self.approximate = "none" if build.config.gelu == "erf" else "tanh"
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """[R, M], [M] -> [R, M]."""
-        return self.kernels.bias_gelu(x, bias, approximate=self.approximate)
+        """[R, M], [M] -> [R, M]; gated: [R, 2 M], [2 M] -> [R, M]."""
+        if self.kind == "gelu":
+            return self.kernels.bias_gelu(x, bias, approximate=self.approximate)
+        gate, value = (x if bias is None else x + bias).chunk(2, -1)
+        return F.silu(gate) * value
+
+
+def hidden_segments(mlp: int, kind: str) -> tuple[int, ...]:
+    """Of fc1's output: (M,), or gate and value."""
+    return (mlp,) if kind == "gelu" else (mlp, mlp)
 
 
 class Mlp(nn.Module):
-    """fc1, GELU, fc2 (Dosovitskiy et al. 2021).
+    """fc1, activation, fc2 (Dosovitskiy et al. 2021).
 
     Args:
+        kind: `gelu` or `swiglu` (default: the model's).
         split: whether rows come and go in parts under sequence parallelism.
     """
 
-    def __init__(self, build: Build, *, split: bool = True) -> None:
+    def __init__(self, build: Build, *, kind: str | None = None, split: bool = True) -> None:
         super().__init__()
-        sizes, tp = build.sizes, build.tp
-        self.gelu = Gelu(build)
-        self.fc1 = ColumnParallelLinear(sizes.width, (sizes.mlp,), tp=tp, split_input=split)
-        self.fc2 = RowParallelLinear((sizes.mlp,), sizes.width, tp=tp, split_output=split)
+        here, tp, kind = build.here, build.tp, kind or build.config.mlp or "gelu"
+        self.activation = Activation(build, kind)
+        self.fc1 = ColumnParallelLinear(here.width, hidden_segments(here.mlp, kind), tp=tp, split_input=split)
+        self.fc2 = RowParallelLinear((here.mlp,), here.width, tp=tp, split_output=split)
 
     def forward(self, x: Tensor, rows: int) -> Tensor:
         """[R, D] (or row parts) -> the same shape."""
-        return self.fc2(self.gelu(self.fc1(x, rows, add_bias=False), self.fc1.bias))
+        return self.fc2(self.activation(self.fc1(x, rows, add_bias=False), self.fc1.bias))
 
 
 class SelfAttention(nn.Module):
     """The sequential block's attention: qkv, attention, proj."""
 
-    def __init__(self, build: Build) -> None:
+    def __init__(self, build: Build, kind: str) -> None:
         super().__init__()
-        width, tp = build.sizes.width, build.tp
-        self.qkv = ColumnParallelLinear(width, (width,) * 3, tp=tp, bias=bool(build.config.bias))
-        self.core = Attention(build)
-        self.proj = RowParallelLinear((width,), width, tp=tp)
+        width, tp, head = build.here.width, build.tp, build.here.head_dim
+        bias = bool(build.config.bias)
+        self.qkv = ColumnParallelLinear(width, (width,) * 3, tp=tp, units=(head,) * 3, bias=bias)
+        self.core = Attention(build, kind)
+        self.proj = RowParallelLinear((width,), width, tp=tp, units=(head,))
 
     def forward(self, x: Tensor, rows: int) -> Tensor:
         """[R, D] (or row parts) -> the same shape."""
@@ -90,30 +114,27 @@ class SelfAttention(nn.Module):
 
 
 class SequentialBlock(nn.Module):
-    """x + Attention(Norm(x)), then x + Mlp(Norm(x)): the pre-norm block of ViT-B and the like."""
+    """x + Attention(Norm(x)), then x + Mlp(Norm(x)): the pre-norm block of ViT-B and the like.
 
-    def __init__(self, name: str, drop_rate: float, build: Build) -> None:
+    Args:
+        name: of the layer. drop_rate: of drop-path. kind: of attention.
+    """
+
+    def __init__(self, name: str, drop_rate: float, kind: str, build: Build) -> None:
         super().__init__()
-        self.tokens = build.sizes.tokens
-        norm = partial(
-            LayerNorm,
-            build.sizes.width,
-            bias=bool(build.config.bias),
-            partial=build.tp.splits_rows,
-            kernels=build.kernels,
-        )
-        self.norm1 = norm()
-        self.attn = SelfAttention(build)
-        self.norm2 = norm()
+        self.tokens = build.tokens.count
+        self.norm1, self.norm2 = (Norm.of(build, build.here.width) for _ in range(2))
+        self.attn = SelfAttention(build, kind)
         self.mlp = Mlp(build)
+        self.scale1, self.scale2 = (layer_scale(build) for _ in range(2))
         self.drop1 = DropPath(f"{name}.attn", drop_rate, build)
         self.drop2 = DropPath(f"{name}.mlp", drop_rate, build)
 
     def forward(self, x: Tensor, batch: MicroBatch) -> Tensor:
         """[R, D] (or this rank's rows) -> the same shape."""
         rows = batch.size * self.tokens
-        y, x = self.norm2.add(self.drop1(self.attn(self.norm1(x), rows), batch), x)
-        return x + self.drop2(self.mlp(y, rows), batch)
+        y, x = self.norm2.add(self.drop1(_scaled(self.attn(self.norm1(x), rows), self.scale1), batch), x)
+        return x + self.drop2(_scaled(self.mlp(y, rows), self.scale2), batch)
 
 
 class ParallelBlock(nn.Module):
@@ -123,26 +144,28 @@ class ParallelBlock(nn.Module):
     one bias is the sum of theirs. Without `bias`, only fc1 and the output have one, as in the paper.
     """
 
-    def __init__(self, name: str, drop_rate: float, build: Build) -> None:
+    def __init__(self, name: str, drop_rate: float, kind: str, build: Build) -> None:
         super().__init__()
-        sizes, tp, bias = build.sizes, build.tp, bool(build.config.bias)
-        self.tokens = sizes.tokens
-        self.split = (3 * sizes.width // tp.size, sizes.mlp // tp.size)
-        self.gelu = Gelu(build)
-        self.norm = LayerNorm(sizes.width, bias=bias, partial=tp.splits_rows, kernels=build.kernels)
-        segments = (*[sizes.width] * 3, sizes.mlp)
-        self.in_proj = ColumnParallelLinear(sizes.width, segments, tp=tp, bias=bias)
-        self.core = Attention(build)
-        self.fc1_bias = None if bias else sharded_bias((sizes.mlp,), tp)
-        self.out_proj = RowParallelLinear((sizes.width, sizes.mlp), sizes.width, tp=tp)
+        here, tp, bias = build.here, build.tp, bool(build.config.bias)
+        hidden = hidden_segments(here.mlp, build.config.mlp or "gelu")
+        self.tokens = build.tokens.count
+        self.split = (3 * build.part(here.heads) * here.head_dim, len(hidden) * build.part(here.mlp))
+        self.activation = Activation(build, build.config.mlp or "gelu")
+        self.norm = Norm.of(build, here.width)
+        segments, units = (*[here.width] * 3, *hidden), (*[here.head_dim] * 3, *[1] * len(hidden))
+        self.in_proj = ColumnParallelLinear(here.width, segments, tp=tp, units=units, bias=bias)
+        self.core = Attention(build, kind)
+        self.fc1_bias = None if bias else sharded_bias(hidden, tp)
+        self.out_proj = RowParallelLinear((here.width, here.mlp), here.width, tp=tp, units=(here.head_dim, 1))
+        self.scale = layer_scale(build)
         self.drop = DropPath(name, drop_rate, build)
 
     def forward(self, x: Tensor, batch: MicroBatch) -> Tensor:
         """[R, D] (or this rank's rows) -> the same shape."""
         y = self.in_proj(self.norm(x), batch.size * self.tokens)
         qkv, hidden = y.split(self.split, 1)
-        branch = torch.cat([self.core(qkv), self.gelu(hidden, self.fc1_bias)], 1)
-        return x + self.drop(self.out_proj(branch), batch)
+        branch = torch.cat([self.core(qkv), self.activation(hidden, self.fc1_bias)], 1)
+        return x + self.drop(_scaled(self.out_proj(branch), self.scale), batch)
 
 
 BLOCKS: dict[str, type[SequentialBlock] | type[ParallelBlock]] = {

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
-from model.config import ModelConfig, Sizes
+from model.config import ModelConfig
 from model.kernels import Kernels
+from model.sizes import Sizes, StageSizes, Tokens
+from parallel.comm import Axis, single_axis
+from parallel.layout import split_range
 from parallel.tensor import TensorParallel, no_tensor_parallel
 
 
@@ -14,32 +18,66 @@ class Build:
     """Handed to the factory of every layer.
 
     Attributes:
-        config: resolved. tp: how layers are split. seed: that of drop-path. kernels: which forms of the kernels run.
+        config: resolved. tp: how layers are split. context: ranks that share the tokens of an image. seed: that of
+            drop-path. kernels: which forms of the kernels run. stage: of the pyramid, whose tokens the layer gives out.
     """
 
     config: ModelConfig
     tp: TensorParallel = field(default_factory=no_tensor_parallel)
+    context: Axis = field(default_factory=lambda: single_axis("context"))
     seed: int = 0
     kernels: Kernels = field(default_factory=Kernels)
+    stage: int = 0
 
-    @property
+    def at(self, stage: int) -> Build:
+        """The same for a layer of another stage."""
+        return self if stage == self.stage else replace(self, stage=stage)
+
+    @cached_property
     def sizes(self) -> Sizes:
         """The model's numbers."""
         return self.config.sizes
 
+    @property
+    def here(self) -> StageSizes:
+        """The numbers of this stage."""
+        return self.sizes.stages[self.stage]
 
-def check_tensor_parallel(config: ModelConfig, tensor_size: int) -> None:
-    """Raise ValueError where the model's matrices cannot be split over `tensor_size` ranks."""
+    @cached_property
+    def tokens(self) -> Tokens:
+        """Which tokens of an image this rank holds in this stage."""
+        return Tokens.of(self.sizes, self.stage, self.context)
+
+    def part(self, length: int) -> int:
+        """This tensor rank's share of `length` heads or features."""
+        start, stop = split_range(length, self.tp.size, self.tp.axis.index)
+        return stop - start
+
+
+def check_parallel(config: ModelConfig, tensor_size: int, context_size: int = 1) -> None:
+    """Raise ValueError where the model cannot be split over this many tensor- and context-parallel ranks."""
     sizes = config.sizes
-    for name, value in (("num_heads", sizes.heads), ("mlp_dim", sizes.mlp)):
-        if value % tensor_size:
-            fits = [t for t in range(1, value + 1) if sizes.heads % t == 0 and sizes.mlp % t == 0]
+    heads, mlp = min((s.heads, s.index) for s in sizes.stages), min((s.mlp, s.index) for s in sizes.stages)
+    bounds = [
+        (f"model.stages[{heads[1]}].num_heads" if config.stages else "model.num_heads", heads[0]),
+        (f"model.stages[{mlp[1]}].mlp_dim" if config.stages else "model.mlp_dim", mlp[0]),
+        ("model.num_classes", sizes.classes),
+    ]
+    for name, value in bounds:
+        if value < tensor_size:
             raise ValueError(
-                f"model.{name} {value} cannot be split over parallel.tensor_parallel_size {tensor_size}: "
-                f"use a size among {', '.join(map(str, fits[:8]))}"
+                f"{name} {value} cannot be split over parallel.tensor_parallel_size {tensor_size}: "
+                f"use a size of at most {min(value for _, value in bounds)}"
             )
-    if sizes.classes < tensor_size:
+    if context_size > sizes.last.rows:
         raise ValueError(
-            f"model.num_classes {sizes.classes} cannot be split over parallel.tensor_parallel_size {tensor_size}: "
-            f"use a size of at most {sizes.classes}"
+            f"parallel.context_parallel_size {context_size} is more than the {sizes.last.rows} rows of patches of the "
+            f"last stage, which it deals out: use at most {sizes.last.rows}, or larger images"
         )
+    for stage in sizes.stages:
+        if context_size > 1 and "full" in stage.kinds and stage.heads // tensor_size < context_size:
+            raise ValueError(
+                f"parallel.context_parallel_size {context_size} cannot deal out the {stage.heads} heads, over "
+                f"tensor_parallel_size {tensor_size}, of layers with full attention: use at most "
+                f"{stage.heads // tensor_size}, or another kind of attention"
+            )

@@ -2,24 +2,63 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
+from model.kinds import KINDS, parse_kinds
 from model.presets import PRESETS
+from model.sizes import Sizes, StageSizes
 
 _DEFAULTS: dict[str, Any] = {
     "image_size": 224,
     "patch_size": 16,
     "in_channels": 3,
     "block": "sequential",
+    "norm": "layernorm",
+    "mlp": "gelu",
+    "layer_scale": 0.0,
     "qk_norm": False,
     "bias": True,
     "gelu": "erf",
     "position": "learned_2d",
+    "rope_base": 100.0,
     "pool": "map",
     "registers": 0,
+    "global_tokens": 0,
+    "attention": "full",
+    "window_size": 7,
+    "feature_map": "elu",
+    "linear_conv": 0,
     "num_classes": 1000,
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """One stage of a pyramid."""
+
+    depth: int
+    """Number of blocks."""
+
+    width: int
+    """Features of a token."""
+
+    num_heads: int
+    """Attention heads."""
+
+    mlp_dim: int | None = None
+    """Hidden features of the MLP (usually 4 x width)."""
+
+    attention: str | tuple[str, ...] | None = None
+    """As model.attention, for the blocks of this stage; null takes model.attention."""
+
+    window_size: int | None = None
+    """Side of a window in patches; null takes model.window_size."""
+
+    grid_size: int | None = None
+    """Side of the spread-out grid in patches; null takes model.grid_size, or this stage's window_size where that is
+    null."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,10 +67,11 @@ class ModelConfig:
 
     preset: str | None = None
     """Published architecture to start from (vit_ti16, vit_s16, vit_b16, vit_l16, vit_h14, vit_g14, vit_gg14, vit_e14,
-    vit_22b); keys given beside it override it."""
+    vit_22b, siglip2_gopt16, internvit_6b, dinov3_7b, swin_t, hiera_b); keys given beside it override it."""
 
-    image_size: int | None = None
-    """Side of the square image, in pixels (usually 224)."""
+    image_size: int | tuple[int, int] | None = None
+    """Side of a square image, or [rows, columns], in pixels (usually 224). What does not fill a patch is padded with
+    zeros at the bottom and the right."""
 
     patch_size: int | None = None
     """Side of a patch, in pixels (usually 16)."""
@@ -51,11 +91,24 @@ class ModelConfig:
     mlp_dim: int | None = None
     """Hidden features of the MLP (usually 4 x width)."""
 
+    stages: tuple[StageConfig, ...] | None = None
+    """A pyramid, in the place of width, depth, num_heads and mlp_dim: between two stages four neighbouring patches are
+    merged into one."""
+
     block: Literal["parallel", "sequential"] | None = None
     """Attention and MLP beside each other (ViT-22B), or one after the other with a norm before each (ViT-B)."""
 
+    norm: Literal["layernorm", "rmsnorm"] | None = None
+    """LayerNorm, or RMSNorm, which has no mean and no bias."""
+
+    mlp: Literal["gelu", "swiglu"] | None = None
+    """fc1, GELU, fc2; or gated: silu(gate) * value between them (Shazeer 2020)."""
+
+    layer_scale: float | None = None
+    """Initial factor of each branch, learned per feature (Touvron et al. 2021, CaiT); 0: none."""
+
     qk_norm: bool | None = None
-    """LayerNorm of queries and keys per head (ViT-22B)."""
+    """Norm of queries and keys per head (ViT-22B)."""
 
     bias: bool | None = None
     """Biases on q, k, v and the LayerNorms; the MLP, the output projections and the head always have theirs."""
@@ -63,14 +116,37 @@ class ModelConfig:
     gelu: Literal["erf", "tanh"] | None = None
     """The exact GELU, or its tanh approximation."""
 
-    position: Literal["learned_2d", "learned_1d", "sincos_2d"] | None = None
-    """Position embedding: a learned row table plus a learned column table, one learned table, or fixed sines."""
+    position: Literal["learned_2d", "learned_1d", "sincos_2d", "rope_2d"] | None = None
+    """Position: a learned row table plus a learned column table, one learned table, fixed sines, or queries and keys
+    rotated by row and column."""
+
+    rope_base: float | None = None
+    """Longest period of rope_2d, in units of half the image (usually 100)."""
+
+    attention: str | tuple[str, ...] | None = None
+    """Kind of attention of all layers, or of each: a list, or a pattern such as '[window, window, full] * 4'. Kinds:
+    full, window, shifted_window, grid, global_tokens, linear."""
+
+    window_size: int | None = None
+    """Side of a window in patches (usually 7)."""
+
+    grid_size: int | None = None
+    """Side of the spread-out grid of attention kind grid, in patches; null takes window_size."""
+
+    feature_map: Literal["elu", "relu", "focused"] | None = None
+    """Of linear attention: elu + 1, relu, or relu cubed at its length (Han et al. 2023)."""
+
+    linear_conv: int | None = None
+    """Side of the depth-wise convolution of v that linear attention adds, odd; 0: none."""
 
     pool: Literal["map", "cls", "gap"] | None = None
     """From tokens to one vector: attention pooling with a learned probe, a class token, or the mean."""
 
     registers: int | None = None
     """Extra learned tokens without an output of their own (Darcet et al. 2023)."""
+
+    global_tokens: int | None = None
+    """Extra learned tokens that the layers of kind global_tokens attend to."""
 
     drop_path: float = 0.0
     """Largest rate of stochastic depth, that of the last block; rates grow linearly from 0."""
@@ -86,119 +162,162 @@ class ModelConfig:
 
         Raises:
             ValueError: an unknown preset, a needed key that is missing, or values that contradict each other; the
-            message
-                names the key, the value and what would work.
+                message names the key, the value and what would work.
         """
         if self.preset is not None and self.preset not in PRESETS:
             raise ValueError(f"model.preset {self.preset!r} is unknown: choose one of {', '.join(PRESETS)}")
         base = _DEFAULTS | (PRESETS[self.preset] if self.preset else {})
         given = {f.name: getattr(self, f.name) for f in fields(self)}
+        if self.stages is not None or (base.get("stages") and not any(given[k] for k in _ISOTROPIC)):
+            base = {k: v for k, v in base.items() if k not in _ISOTROPIC}
+        elif base.get("stages"):
+            raise ValueError(f"model.preset {self.preset} is a pyramid: change model.stages, not {_named(given)}")
         merged = given | {k: v for k, v in base.items() if given[k] is None}
-        for name in ("width", "depth", "num_heads"):
-            if merged[name] is None:
-                raise ValueError(f"model.{name} is not set: give it, or a model.preset")
-        if merged["mlp_dim"] is None:
-            merged["mlp_dim"] = 4 * merged["width"]
+        if merged["stages"] is None:
+            for name in _ISOTROPIC[:3]:
+                if merged[name] is None:
+                    raise ValueError(f"model.{name} is not set: give it, or a model.preset, or model.stages")
+            if merged["mlp_dim"] is None:
+                merged["mlp_dim"] = 4 * merged["width"]
+        elif _named(given):
+            raise ValueError(f"model.stages stands in the place of {_named(given)}: give them per stage")
+        else:
+            stages = [s if isinstance(s, StageConfig) else StageConfig(**s) for s in merged["stages"]]
+            if not stages:
+                raise ValueError("model.stages is empty: give at least one stage, or null")
+            merged["stages"] = tuple(
+                replace(
+                    s,
+                    mlp_dim=_first(s.mlp_dim, 4 * s.width),
+                    window_size=_first(s.window_size, merged["window_size"]),
+                    grid_size=_first(s.grid_size, merged["grid_size"], s.window_size, merged["window_size"]),
+                )
+                for s in stages
+            )
+        if merged["grid_size"] is None:
+            merged["grid_size"] = merged["window_size"]
         resolved = replace(self, **merged)
         resolved._check()
         return resolved
 
     def _check(self) -> None:
-        for name in (
-            "image_size",
-            "patch_size",
-            "in_channels",
-            "width",
-            "depth",
-            "num_heads",
-            "mlp_dim",
-            "num_classes",
-        ):
-            if getattr(self, name) < 1:
+        rows, cols = self._image
+        positive = {
+            "image_size": min(rows, cols),
+            **{name: getattr(self, name) for name in ("patch_size", "in_channels", "num_classes")},
+        }
+        for name, value in positive.items():
+            if value < 1:
                 raise ValueError(f"model.{name} is {getattr(self, name)}: it must be at least 1")
-        sizes = self.sizes
-        if sizes.image % sizes.patch:
-            near = sizes.image // sizes.patch * sizes.patch
-            fits = [size for size in (near, near + sizes.patch) if size]
-            divisors = [p for p in range(2, sizes.image + 1) if sizes.image % p == 0][:8]
-            raise ValueError(
-                f"model.patch_size {sizes.patch} does not divide model.image_size {sizes.image}: use an image_size of "
-                f"{' or '.join(map(str, fits))}, or a patch_size among {', '.join(map(str, divisors))}"
-            )
-        if sizes.width % sizes.heads:
-            fits = [h for h in range(1, sizes.width + 1) if sizes.width % h == 0]
-            near_heads = sorted(sorted(fits, key=lambda h: abs(h - sizes.heads))[:3])
-            raise ValueError(
-                f"model.num_heads {sizes.heads} does not divide model.width {sizes.width}: use {near_heads} heads, "
-                f"or a width that is a multiple of {sizes.heads}"
-            )
-        if self.position == "sincos_2d" and sizes.width % 4:
-            raise ValueError(f"model.width {sizes.width} must be a multiple of 4 for model.position sincos_2d")
+        for name in ("registers", "global_tokens", "layer_scale", "linear_conv"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"model.{name} is {getattr(self, name)}: it must be 0 or more")
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"model.drop_path is {self.drop_path}: it must be at least 0 and below 1")
-        if sizes.registers < 0:
-            raise ValueError(f"model.registers is {sizes.registers}: it must be 0 or more")
+        if not self.rope_base or self.rope_base < 0:
+            raise ValueError(f"model.rope_base is {self.rope_base}: it must be positive")
+        if self.linear_conv and self.linear_conv % 2 == 0:
+            raise ValueError(f"model.linear_conv is {self.linear_conv}: the side of the convolution must be odd, or 0")
+        sizes = self.sizes
+        for stage in sizes.stages:
+            self._check_stage(stage, f"model.stages[{stage.index}]." if self.stages else "model.")
+        kinds = {kind for stage in sizes.stages for kind in stage.kinds}
+        if "global_tokens" in kinds and not sizes.prefix:
+            raise ValueError(
+                "model.attention global_tokens needs model.global_tokens (or registers, or pool cls): set it"
+            )
+        if self.global_tokens and "global_tokens" not in kinds:
+            raise ValueError(
+                f"model.global_tokens is {self.global_tokens}, but no layer attends to them: add kind global_tokens "
+                "to model.attention, or use model.registers"
+            )
+        if self.linear_conv and "linear" not in kinds:
+            raise ValueError(f"model.linear_conv is {self.linear_conv}, but no layer of model.attention is linear")
+
+    def _check_stage(self, stage: StageSizes, prefix: str) -> None:
+        for name, value in (
+            ("depth", stage.depth),
+            ("width", stage.width),
+            ("num_heads", stage.heads),
+            ("mlp_dim", stage.mlp),
+            ("window_size", stage.window),
+            ("grid_size", stage.grid),
+        ):
+            if value < 1:
+                raise ValueError(f"{prefix}{name} is {value}: it must be at least 1")
+        if stage.width % stage.heads:
+            fits = [h for h in range(1, stage.width + 1) if stage.width % h == 0]
+            near_heads = sorted(sorted(fits, key=lambda h: abs(h - stage.heads))[:3])
+            raise ValueError(
+                f"{prefix}num_heads {stage.heads} does not divide {prefix}width {stage.width}: use {near_heads} heads, "
+                f"or a width that is a multiple of {stage.heads}"
+            )
+        if self.position == "sincos_2d" and stage.index == 0 and stage.width % 4:
+            raise ValueError(f"{prefix}width {stage.width} must be a multiple of 4 for model.position sincos_2d")
+        if self.position == "rope_2d" and stage.head_dim % 4:
+            raise ValueError(
+                f"{prefix}width {stage.width} over {stage.heads} heads gives {stage.head_dim} features each: "
+                "model.position rope_2d needs a multiple of 4"
+            )
+
+    @property
+    def _image(self) -> tuple[int, int]:
+        assert self.image_size is not None, "not resolved"
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
 
     @property
     def sizes(self) -> Sizes:
-        """The numbers of a resolved configuration."""
-        return Sizes.of(self)
+        """The numbers of a resolved configuration. Raises ValueError where model.attention does not fit its depth."""
+        assert self.patch_size and self.in_channels and self.num_classes and self.attention, "not resolved"
+        assert self.registers is not None and self.global_tokens is not None
+        return Sizes(
+            image=self._image,
+            patch=self.patch_size,
+            channels=self.in_channels,
+            classes=self.num_classes,
+            class_tokens=int(self.pool == "cls"),
+            registers=self.registers,
+            global_tokens=self.global_tokens,
+            stages=tuple(self._stages()),
+        )
+
+    def _stages(self) -> list[StageSizes]:
+        assert self.patch_size and self.attention and self.window_size is not None and self.grid_size is not None
+        rows, cols = (math.ceil(side / self.patch_size) for side in self._image)
+        stages, key = self.stages, "model.stages[{}].attention"
+        if stages is None:
+            assert self.width is not None and self.depth is not None and self.num_heads is not None
+            stages = (StageConfig(depth=self.depth, width=self.width, num_heads=self.num_heads, mlp_dim=self.mlp_dim),)
+        whole = None  # model.attention written for all blocks of a pyramid
+        if not isinstance(self.attention, str) or self.attention.strip() not in KINDS:
+            whole = list(parse_kinds(self.attention, sum(s.depth for s in stages if s.attention is None)))
+        out = []
+        for i, s in enumerate(stages):
+            if s.attention is not None:
+                kinds = parse_kinds(s.attention, s.depth, key.format(i))
+            elif whole is not None:
+                kinds, whole = tuple(whole[: s.depth]), whole[s.depth :]
+            else:
+                kinds = parse_kinds(self.attention, s.depth)
+            window, grid = _first(s.window_size, self.window_size), _first(s.grid_size, self.grid_size)
+            assert s.mlp_dim is not None
+            out.append(
+                StageSizes(
+                    index=i, depth=s.depth, width=s.width, heads=s.num_heads, mlp=s.mlp_dim, kinds=kinds, window=window,
+                    grid=grid, rows=rows, cols=cols, stride=self.patch_size * 2**i,
+                )
+            )  # fmt: skip
+            rows, cols = -(-rows // 2), -(-cols // 2)
+        return out
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """The numbers of a resolved model, none of them missing."""
+def _first(*values: int | None) -> int:
+    """The first that is given."""
+    return next(value for value in values if value is not None)
 
-    image: int
-    patch: int
-    channels: int
-    width: int
-    depth: int
-    heads: int
-    mlp: int
-    registers: int
-    classes: int
-    has_class_token: bool
 
-    @staticmethod
-    def of(config: ModelConfig) -> Sizes:
-        """From a resolved configuration."""
-        values = {
-            "image": config.image_size,
-            "patch": config.patch_size,
-            "channels": config.in_channels,
-            "width": config.width,
-            "depth": config.depth,
-            "heads": config.num_heads,
-            "mlp": config.mlp_dim,
-            "registers": config.registers,
-            "classes": config.num_classes,
-        }
-        numbers = {name: value for name, value in values.items() if value is not None}
-        assert len(numbers) == len(values), f"not resolved: {set(values) - set(numbers)}"
-        return Sizes(**numbers, has_class_token=config.pool == "cls")
+_ISOTROPIC = ("width", "depth", "num_heads", "mlp_dim")
 
-    @property
-    def head_dim(self) -> int:
-        """Features per head."""
-        return self.width // self.heads
 
-    @property
-    def grid(self) -> int:
-        """Patches along a side of the image."""
-        return self.image // self.patch
-
-    @property
-    def patch_features(self) -> int:
-        """Numbers in a patch."""
-        return self.channels * self.patch**2
-
-    @property
-    def prefix(self) -> int:
-        """Tokens before the patches: class token and registers."""
-        return self.has_class_token + self.registers
-
-    @property
-    def tokens(self) -> int:
-        """Tokens per image."""
-        return self.prefix + self.grid**2
+def _named(given: dict[str, Any]) -> str:
+    return ", ".join(f"model.{k}" for k in _ISOTROPIC if given[k] is not None)

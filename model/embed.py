@@ -1,6 +1,6 @@
 """From images to rows of tokens: patches, class token, registers, positions.
 
-Legend: B images, P patch side, N patches, S = prefix + N tokens, D width, R = B * S rows.
+Legend: B images, P patch side, N patches, S = prefix + N tokens (on this rank), D width, R = B * S rows.
 
 The embedding of a patch is one linear over its unfolded pixels. Everything that depends on the place alone (position,
 bias, class token, registers) is one table [S, D] added to it, so that a tensor rank that holds only some rows computes
@@ -13,6 +13,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from model.build import Build
 from model.inputs import MicroBatch
@@ -23,19 +24,25 @@ _TABLE_STD = 0.02
 
 
 def unfold(images: Tensor, patch: int) -> Tensor:
-    """[B, C, H, W] -> [B, N, C * P * P], patches in row-major order, each flattened as a convolution kernel is."""
+    """[B, C, H, W] -> [B, N, C * P * P], patches in row-major order, each flattened as a convolution kernel is.
+
+    What does not fill a patch at the bottom or the right is filled up with zeros.
+    """
+    missing = [-side % patch for side in images.shape[2:]]
+    if any(missing):
+        images = F.pad(images, (0, missing[1], 0, missing[0]))
     b, c, h, w = images.shape
     tiles = images.view(b, c, h // patch, patch, w // patch, patch)
     return tiles.permute(0, 2, 4, 1, 3, 5).reshape(b, (h // patch) * (w // patch), c * patch * patch)
 
 
-def sincos_table(grid: int, width: int) -> Tensor:
-    """Fixed 2D positions [grid * grid, D]: sines and cosines of x and y at D/4 frequencies (Chen et al. 2021,
+def sincos_table(rows: int, cols: int, width: int) -> Tensor:
+    """Fixed 2D positions [rows * cols, D]: sines and cosines of x and y at D/4 frequencies (Chen et al. 2021,
     MoCo v3).
     """
     omega = 10_000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    angle = torch.arange(grid, dtype=torch.float64)[:, None] * omega  # [grid, D/4]
-    y, x = angle.repeat_interleave(grid, 0), angle.repeat(grid, 1)
+    by_row, by_col = (torch.arange(side, dtype=torch.float64)[:, None] * omega for side in (rows, cols))
+    y, x = by_row.repeat_interleave(cols, 0), by_col.repeat(rows, 1)
     return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], 1).float()
 
 
@@ -46,10 +53,10 @@ class Embedding(nn.Module):
 
     def __init__(self, build: Build) -> None:
         super().__init__()
-        sizes, self.tp = build.sizes, build.tp
-        self.sizes, self.position = sizes, build.config.position
+        sizes, self.tp, self.tokens = build.sizes, build.tp, build.tokens
+        self.patch, self.position = sizes.patch, build.config.position
         partial = build.tp.splits_rows
-        width = sizes.width
+        width, rows, cols = build.here.width, build.here.rows, build.here.cols
 
         def table(*shape: int, std: float = _TABLE_STD, decay: str = "none") -> nn.Parameter:
             init = Init(kind="normal", scales=(std,)) if std else Init(kind="constant", scales=(0.0,))
@@ -59,23 +66,25 @@ class Embedding(nn.Module):
 
         self.weight = table(width, sizes.patch_features, std=1 / math.sqrt(sizes.patch_features), decay="body")
         self.bias = table(width, std=0.0)
-        self.cls = table(1, width) if sizes.has_class_token else None
+        self.cls = table(1, width) if sizes.class_tokens else None
         self.registers = table(sizes.registers, width) if sizes.registers else None
+        self.global_tokens = table(sizes.global_tokens, width) if sizes.global_tokens else None
         if self.position == "learned_2d":
-            self.pos_row = table(sizes.grid, width, std=_TABLE_STD / math.sqrt(2))
-            self.pos_col = table(sizes.grid, width, std=_TABLE_STD / math.sqrt(2))
+            self.pos_row = table(rows, width, std=_TABLE_STD / math.sqrt(2))
+            self.pos_col = table(cols, width, std=_TABLE_STD / math.sqrt(2))
         elif self.position == "learned_1d":
-            self.pos = table(sizes.has_class_token + sizes.grid**2, width)
-        else:
-            self.register_buffer("pos_fixed", sincos_table(sizes.grid, width), persistent=False)
+            self.pos = table(sizes.class_tokens + rows * cols, width)
+        elif self.position == "sincos_2d":
+            self.register_buffer("pos_fixed", sincos_table(rows, cols, width), persistent=False)
 
     def forward(self, x: Tensor | None, batch: MicroBatch) -> Tensor:
         """Images of the micro-batch -> [R, D], or this rank's rows of it."""
         assert batch.images is not None
-        patches = unfold(batch.images, self.sizes.patch)
+        t = self.tokens
+        patches = unfold(batch.images, self.patch)[:, t.first * t.cols : t.stop * t.cols]
         b, _, features = patches.shape
-        if self.sizes.prefix:
-            patches = torch.cat([patches.new_zeros(b, self.sizes.prefix, features), patches], 1)
+        if t.own_prefix:
+            patches = torch.cat([patches.new_zeros(b, t.own_prefix, features), patches], 1)
         rows = patches.shape[1] * b
         local = slice_rows(patches.reshape(rows, features), self.tp)
         y = linear(local, self.weight, None)
@@ -83,19 +92,25 @@ class Embedding(nn.Module):
         if not self.tp.splits_rows:
             return (y.view(b, -1, y.shape[1]) + table).flatten(0, 1)
         start, stop = self.tp.row_range(rows)
-        return y + table[torch.arange(start, stop, device=y.device) % self.sizes.tokens]
+        return y + table[torch.arange(start, stop, device=y.device) % t.count]
 
     def _table(self, device: torch.device) -> Tensor:
-        """[S, D]: prefix tokens, then position + bias of each patch."""
-        prefix = []
+        """[S, D] of this rank's tokens: prefix tokens, then position + bias of each patch.
+
+        Every parameter takes part, if only with none of its rows: a step expects a gradient of each on every rank.
+        """
+        t = self.tokens
+        own, here = bool(t.own_prefix), slice(t.first * t.cols, t.stop * t.cols)
+        prefix = [x[: len(x) * own] for x in (self.cls, self.registers, self.global_tokens) if x is not None]
         if self.position == "learned_2d":
-            pos = (self.pos_row[:, None] + self.pos_col).flatten(0, 1)
+            pos = (self.pos_row[t.first : t.stop, None] + self.pos_col).flatten(0, 1)
         elif self.position == "learned_1d":
-            pos = self.pos[self.sizes.has_class_token :]
+            count = 0 if self.cls is None else 1
+            pos = self.pos[count:][here]
+            if self.cls is not None:
+                prefix[0] = prefix[0] + self.pos[: count * own]
+        elif self.position == "sincos_2d":
+            pos = self.pos_fixed.to(device)[here]
         else:
-            pos = self.pos_fixed.to(device)
-        if self.cls is not None:
-            prefix.append(self.cls + self.pos[:1] if self.position == "learned_1d" else self.cls)
-        if self.registers is not None:
-            prefix.append(self.registers)
+            pos = self.bias.new_zeros(t.patches, 1)  # rope_2d: queries and keys are rotated in each block
         return torch.cat([*prefix, pos + self.bias])

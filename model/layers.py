@@ -20,7 +20,7 @@ from model.config import ModelConfig
 from model.embed import Embedding
 from model.heads import Head
 from model.inputs import MicroBatch
-from parallel.tensor import TensorParallel, no_tensor_parallel
+from model.merge import PatchMerge
 
 Factory = Callable[[Build], nn.Module]
 
@@ -34,44 +34,50 @@ class LayerSpec:
         factory: makes the module, its parameters on the meta device.
         flops: of the forward matrix products per image, 2 per multiply-add.
         parameters: of the logical layer.
-        output: rows per image and width of what it gives to the next layer.
+        stage: of the pyramid, whose tokens it gives out.
+        output: rows per image (on all context ranks together) and width of what it gives to the next layer.
     """
 
     name: str
     factory: Factory
     flops: int = 0
     parameters: int = 0
+    stage: int = 0
     output: tuple[int, int] = (0, 0)
 
-    def boundary(self, batch_size: int, tp: TensorParallel) -> tuple[int, int]:
-        """Shape of its output for B images on one tensor rank."""
-        rows, width = self.output
-        return tp.local_rows(batch_size * rows), width
+    def boundary(self, batch_size: int, build: Build) -> tuple[int, int]:
+        """Shape of its output for B images on this rank (of any layer but the head)."""
+        return build.tp.local_rows(batch_size * build.at(self.stage).tokens.count), self.output[1]
 
 
 def build_layers(config: ModelConfig) -> list[LayerSpec]:
-    """The layers of a resolved configuration, in order: `embed`, `blocks.0` ..., `head`."""
-    depth = config.sizes.depth
-    block = BLOCKS[config.block or "sequential"]
+    """The layers of a resolved configuration, in order: `embed`, `blocks.0` ..., `merges.0` between stages, `head`."""
+    sizes, block = config.sizes, BLOCKS[config.block or "sequential"]
     layers = [LayerSpec(name="embed", factory=Embedding)]
-    for i in range(depth):
-        rate = config.drop_path * i / max(1, depth - 1)
-        layers.append(LayerSpec(name=f"blocks.{i}", factory=partial(block, f"blocks.{i}", rate)))
-    layers.append(LayerSpec(name="head", factory=Head))
+    done = 0
+    for stage in sizes.stages:
+        if stage.index:
+            layers.append(LayerSpec(name=f"merges.{stage.index - 1}", factory=PatchMerge, stage=stage.index))
+        for i, kind in enumerate(stage.kinds, start=done):
+            rate = config.drop_path * i / max(1, sizes.depth - 1)
+            factory = partial(block, f"blocks.{i}", rate, kind)
+            layers.append(LayerSpec(name=f"blocks.{i}", factory=factory, stage=stage.index))
+        done += stage.depth
+    layers.append(LayerSpec(name="head", factory=Head, stage=sizes.last.index))
     return _measure(layers, config)
 
 
 def _measure(layers: Sequence[LayerSpec], config: ModelConfig) -> list[LayerSpec]:
-    """Fill in costs and shapes by one image's forward on the meta device; layers of one class and input are alike."""
+    """Fill in costs and shapes by one image's forward on the meta device, once per class, kind and stage of layers."""
     sizes = config.sizes
-    batch = MicroBatch.of_images(torch.empty(1, sizes.channels, sizes.image, sizes.image, device="meta"))
+    batch = MicroBatch.of_images(torch.empty(1, sizes.channels, *sizes.image, device="meta"))
     known: dict[object, tuple[int, int, Tensor]] = {}
     x = torch.empty(0, device="meta")
     out = []
     for spec in layers:
-        kind = (getattr(spec.factory, "func", spec.factory), x.shape)
+        kind = (getattr(spec.factory, "func", spec.factory), getattr(spec.factory, "args", ())[2:], spec.stage)
         if kind not in known:
-            layer = spec.factory(Build(config=config, tp=no_tensor_parallel()))
+            layer = spec.factory(Build(config=config, stage=spec.stage))
             with FlopCounterMode(display=False) as counter, torch.no_grad():
                 y = layer(x, batch)
             known[kind] = (counter.get_total_flops(), sum(p.numel() for p in layer.parameters()), y)

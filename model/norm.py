@@ -1,38 +1,56 @@
-"""LayerNorm over the last dim, as a layer whose parameters know how their gradients are to be summed."""
+"""LayerNorm and RMSNorm over the last dim, as a layer whose parameters know how their gradients are to be summed."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from model.kernels import Kernels
 from parallel.layout import Init, ParameterInfo, TensorLayout, make_parameter
 
+if TYPE_CHECKING:
+    from model.build import Build
+
 EPS = 1e-6
 
 
-class LayerNorm(nn.Module):
-    """y = (x - mean) / sqrt(var + eps) * weight + bias (Ba et al. 2016).
+class Norm(nn.Module):
+    """y = (x - mean) / sqrt(var + eps) * weight + bias (Ba et al. 2016), or without mean and bias (Zhang et al. 2019).
 
     Args:
         width: of the last dim. bias: whether there is one (ViT-22B has none).
         partial: whether each tensor rank sees only part of the rows or heads, so that gradients must be summed.
-        kernels: which form of the kernel runs.
+        kernels: which form of the kernel runs. rms: RMSNorm.
     """
 
-    def __init__(self, width: int, *, bias: bool, partial: bool, kernels: Kernels) -> None:
+    def __init__(self, width: int, *, bias: bool, partial: bool, kernels: Kernels, rms: bool = False) -> None:
         super().__init__()
-        self.kernels = kernels
+        self.kernels, self.rms = kernels, rms
         layout = TensorLayout(shape=(width,))
         ones, zeros = (Init(kind="constant", scales=(value,)) for value in (1.0, 0.0))
         self.weight = make_parameter(ParameterInfo(layout=layout, init=ones, partial_over_tensor=partial))
         self.bias: nn.Parameter | None = None
-        if bias:
+        if bias and not rms:
             self.bias = make_parameter(ParameterInfo(layout=layout, init=zeros, partial_over_tensor=partial))
+
+    @staticmethod
+    def of(build: Build, width: int, *, bias: bool | None = None, partial: bool | None = None) -> Norm:
+        """Of the kind that the model has; by default with its bias, over rows that sequence parallelism may split."""
+        return Norm(
+            width,
+            bias=bool(build.config.bias) if bias is None else bias,
+            partial=build.tp.splits_rows if partial is None else partial,
+            kernels=build.kernels,
+            rms=build.config.norm == "rmsnorm",
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        return self.kernels.layer_norm(x, self.weight, self.bias, EPS)
+        norm = self.kernels.rms_norm if self.rms else self.kernels.layer_norm
+        return norm(x, self.weight, self.bias, EPS)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """(norm of x + residual, x + residual) in one pass: [..., D] each."""
-        return self.kernels.add_layer_norm(x, residual, self.weight, self.bias, EPS)
+        norm = self.kernels.add_rms_norm if self.rms else self.kernels.add_layer_norm
+        return norm(x, residual, self.weight, self.bias, EPS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ class Stage(nn.Module):
                 if part not in parent._modules:
                     parent.add_module(part, nn.ModuleDict())
                 parent = parent.get_submodule(part)
-            parent.add_module(leaf, spec.factory(build))
+            parent.add_module(leaf, spec.factory(build.at(spec.stage)))
 
     def forward(self, inputs: tuple[Tensor, ...], batch: MicroBatch) -> tuple[Tensor, ...]:
         """Rows of the boundary before (nothing for the first stage) -> those of the boundary after, or logits."""
@@ -54,6 +55,7 @@ class VisionTransformer(Stage):
     def __init__(self, config: ModelConfig, *, seed: int = 0, device: torch.device | str = "cpu") -> None:
         config = config.resolve()
         super().__init__(build_layers(config), Build(config=config, seed=seed))
+        self.sizes = config.sizes
         for name, meta in list(self.named_parameters()):
             owner, _, leaf = name.rpartition(".")
             parameter = nn.Parameter(torch.empty(meta.shape, device=device))
@@ -66,3 +68,22 @@ class VisionTransformer(Stage):
         """[B, C, H, W] -> [B, classes]."""
         batch = MicroBatch.of_images(images, training=self.training)
         return self((), batch)[0]
+
+    def features(self, images: Tensor) -> list[tuple[Tensor, int]]:
+        """The map of each stage of the pyramid (one, without a pyramid), after its last block, for dense tasks.
+
+        Args:
+            images: [B, C, H, W].
+
+        Returns:
+            ([B, D, rows, cols], stride in pixels) of each stage, from fine to coarse; prefix tokens are left out.
+        """
+        batch, stages = MicroBatch.of_images(images, training=self.training), self.sizes.stages
+        maps, x = [], None
+        for spec, following in pairwise(self.specs):
+            x = self.get_submodule(spec.name)(x, batch)
+            here = stages[spec.stage]
+            if following.name == "head" or following.stage != spec.stage:
+                patches = x.unflatten(0, (batch.size, -1))[:, self.sizes.prefix :]
+                maps.append((patches.transpose(1, 2).unflatten(2, (here.rows, here.cols)), here.stride))
+        return maps

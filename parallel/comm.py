@@ -20,7 +20,7 @@ import socket
 import subprocess
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -198,6 +198,20 @@ def reduce_scatter_rows_start(x: Tensor, axis: Axis) -> Pending:
 def reduce_scatter_rows(x: Tensor, axis: Axis) -> Tensor:
     """Sum [T * R, ...] over the axis; this rank gets its [R, ...]."""
     return reduce_scatter_rows_start(x, axis).wait()
+
+
+def all_to_all_rows(x: Tensor, send: Sequence[int], receive: Sequence[int], axis: Axis) -> Tensor:
+    """Send rows of [sum(send), ...], in order of destination; get [sum(receive), ...], in order of source.
+
+    Args:
+        send, receive: rows for and from each rank of the axis.
+    """
+    if axis.size == 1:
+        return x
+    x = x.contiguous()
+    out = x.new_empty(sum(receive), *x.shape[1:])
+    run = lambda: dist.all_to_all_single(out, x, list(receive), list(send), group=axis.group, async_op=True)  # noqa: E731
+    return _call(axis, "all_to_all", x, out, run).wait()
 
 
 def broadcast(x: Tensor, axis: Axis, source: int = 0) -> Tensor:

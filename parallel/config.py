@@ -19,6 +19,9 @@ class ParallelConfig:
     pipeline_parallel_size: int = 1
     """Stages that the list of layers is cut into."""
 
+    context_parallel_size: int = 1
+    """Ranks that the tokens of one image are split over, for high resolution."""
+
     schedule: Literal["1f1b", "gpipe"] = "1f1b"
     """Order of forwards and backwards in the pipeline."""
 

@@ -38,12 +38,15 @@ class TensorLayout:
         shape: of the logical (unsharded) tensor.
         dim: along which it is split over the tensor axis; None if each rank holds all of it.
         segments: lengths along `dim` that are split one by one; they sum to shape[dim].
+        units: per segment, the length that is never cut (a head), 1 if not given. Where units do not divide, some ranks
+            hold one more.
         parts, index: number of ranks it is split over, and this one.
     """
 
     shape: tuple[int, ...]
     dim: int | None = None
     segments: tuple[int, ...] = ()
+    units: tuple[int, ...] = ()
     parts: int = 1
     index: int = 0
 
@@ -61,8 +64,8 @@ class TensorLayout:
         if self.dim is None:
             return (Piece(0, 0, self.shape[0] if self.shape else 1),)
         out, offset, local = [], 0, 0
-        for segment in self.segments:
-            start, stop = split_range(segment, self.parts, self.index)
+        for segment, unit in zip(self.segments, self.units or (1,) * len(self.segments), strict=True):
+            start, stop = (unit * i for i in split_range(segment // unit, self.parts, self.index))
             out.append(Piece(offset + start, local, stop - start))
             offset, local = offset + segment, local + stop - start
         return tuple(out)

@@ -82,6 +82,36 @@ void attention_backward(Address grad, const Strides& grad_strides, Address q, co
   linear_attention_backward(a, DType(type), ptr<float>(s), ptr<float>(z), threads);
 }
 
+void attention_state(Address k, const Strides& k_strides, Address v, const Strides& v_strides, Address s, Address z,
+                     const std::array<int64_t, 5>& sizes, int type, int feature, int power, int threads) {
+  auto a = linear_attention_args(sizes, feature, power, 0.0f);
+  a.k = heads(k, k_strides), a.v = heads(v, v_strides);
+  linear_attention_state(a, DType(type), ptr<float>(s), ptr<float>(z), threads);
+}
+
+void attention_output(Address q, const Strides& q_strides, Address s, Address z, Address out, Address den,
+                      const std::array<int64_t, 5>& sizes, int type, int feature, int power, float eps, int threads) {
+  auto a = linear_attention_args(sizes, feature, power, eps);
+  a.q = heads(q, q_strides), a.out = ptr(out), a.den = ptr<float>(den);
+  linear_attention_output(a, DType(type), ptr<float>(s), ptr<float>(z), threads);
+}
+
+void attention_backward_q(Address grad, const Strides& grad_strides, Address q, const Strides& q_strides, Address s, Address z,
+                          Address den, Address grad_q, Address ds, Address dz, const std::array<int64_t, 5>& sizes, int type,
+                          int feature, int power, int threads) {
+  auto a = linear_attention_args(sizes, feature, power, 0.0f);
+  a.grad = heads(grad, grad_strides), a.q = heads(q, q_strides), a.grad_q = ptr(grad_q), a.den = ptr<float>(den);
+  linear_attention_backward_q(a, DType(type), ptr<float>(s), ptr<float>(z), ptr<float>(ds), ptr<float>(dz), threads);
+}
+
+void attention_backward_kv(Address k, const Strides& k_strides, Address v, const Strides& v_strides, Address ds, Address dz,
+                           Address grad_k, Address grad_v, const std::array<int64_t, 5>& sizes, int type, int feature, int power,
+                           int threads) {
+  auto a = linear_attention_args(sizes, feature, power, 0.0f);
+  a.k = heads(k, k_strides), a.v = heads(v, v_strides), a.grad_k = ptr(grad_k), a.grad_v = ptr(grad_v);
+  linear_attention_backward_kv(a, DType(type), ptr<float>(ds), ptr<float>(dz), threads);
+}
+
 Param param(Address data, int type) { return {ptr(data), DType(type)}; }
 Output output(Address data, int type) { return {ptr(data), DType(type)}; }
 
@@ -189,4 +219,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("adamw", &adamw_step, release());
   m.def("linear_attention_forward", &attention_forward, release());
   m.def("linear_attention_backward", &attention_backward, release());
+  m.def("linear_attention_state", &attention_state, release());
+  m.def("linear_attention_output", &attention_output, release());
+  m.def("linear_attention_backward_q", &attention_backward_q, release());
+  m.def("linear_attention_backward_kv", &attention_backward_kv, release());
 }

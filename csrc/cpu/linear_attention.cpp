@@ -61,6 +61,13 @@ struct Plan {
     return whole;
   }
 
+  // The sums of fn over all tokens, in the form that run() takes.
+  Floats total(Table::LinearAttentionFn fn, const float* whole) const {
+    const Floats sums = floats(groups * chunks * size);
+    run(fn, whole, sums.get());
+    return gather(sums.get());
+  }
+
   void transpose(float* s) const {
     float* t = s + s_size;
     for (int64_t i = 0; i < a.dim_pad; ++i)
@@ -93,9 +100,7 @@ struct Plan {
 void linear_attention_forward(LinearAttention args, DType type, float* s, float* z, int threads) {
   const Plan plan(args, threads);
   const auto& fn = table().linear_attention[int(type)];
-  const Floats sums = floats(plan.groups * plan.chunks * plan.size);
-  plan.run(fn.state, nullptr, sums.get());
-  const Floats whole = plan.gather(sums.get());
+  const Floats whole = plan.total(fn.state, nullptr);
   plan.run(fn.output, whole.get(), nullptr);
   plan.keep(whole.get(), s, z);
 }
@@ -103,9 +108,27 @@ void linear_attention_forward(LinearAttention args, DType type, float* s, float*
 void linear_attention_backward(LinearAttention args, DType type, const float* s, const float* z, int threads) {
   const Plan plan(args, threads);
   const auto& fn = table().linear_attention[int(type)];
-  const Floats sums = floats(plan.groups * plan.chunks * plan.size);
-  plan.run(fn.backward_q, plan.restore(s, z).get(), sums.get());
-  plan.run(fn.backward_kv, plan.gather(sums.get()).get(), nullptr);
+  plan.run(fn.backward_kv, plan.total(fn.backward_q, plan.restore(s, z).get()).get(), nullptr);
+}
+
+void linear_attention_state(LinearAttention args, DType type, float* s, float* z, int threads) {
+  const Plan plan(args, threads);
+  plan.keep(plan.total(table().linear_attention[int(type)].state, nullptr).get(), s, z);
+}
+
+void linear_attention_output(LinearAttention args, DType type, const float* s, const float* z, int threads) {
+  const Plan plan(args, threads);
+  plan.run(table().linear_attention[int(type)].output, plan.restore(s, z).get(), nullptr);
+}
+
+void linear_attention_backward_q(LinearAttention args, DType type, const float* s, const float* z, float* ds, float* dz, int threads) {
+  const Plan plan(args, threads);
+  plan.keep(plan.total(table().linear_attention[int(type)].backward_q, plan.restore(s, z).get()).get(), ds, dz);
+}
+
+void linear_attention_backward_kv(LinearAttention args, DType type, const float* ds, const float* dz, int threads) {
+  const Plan plan(args, threads);
+  plan.run(table().linear_attention[int(type)].backward_kv, plan.restore(ds, dz).get(), nullptr);
 }
 
 }  // namespace vit

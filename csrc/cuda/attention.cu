@@ -42,22 +42,21 @@ struct Runner {
   cudaStream_t stream;
   int64_t groups = a.batch * a.heads, rows = groups * a.tokens;
   int chunks = int(a.tokens ? ceil_div(a.tokens, kChunk) : 1);
-  Scratch aux_q{a.feature == 2 ? 2 * rows : 0, stream}, aux_k{a.feature == 2 ? 2 * rows : 0, stream};
 
-  Features<T> view(const Heads& h, int64_t dim, const Scratch* aux = nullptr) const {
-    return {static_cast<const T*>(h.data), a.heads,  h.batch_stride, h.head_stride, h.token_stride, a.tokens, dim,
-            a.feature,                     a.power, aux ? aux->get() : nullptr};
+  Features<T> view(const Heads& h, int64_t dim) const {
+    return {static_cast<const T*>(h.data), a.heads, h.batch_stride, h.head_stride, h.token_stride, a.tokens, dim, a.feature, a.power, nullptr};
   }
-  Features<T> q() const { return view(a.q, a.dim, &aux_q); }
-  Features<T> k() const { return view(a.k, a.dim, &aux_k); }
+  // q or k; what the focused map needs of each token is computed into `aux`, which must outlive the launches that read it
+  Features<T> features(const Heads& h, const Scratch& aux) const {
+    Features<T> f = view(h, a.dim);
+    if (a.feature != 2) return f;
+    focus_kernel<<<warps(), 256, 0, stream>>>(f, rows, aux.get());
+    f.aux = aux.get();
+    return f;
+  }
+  int64_t aux_size() const { return a.feature == 2 ? 2 * rows : 0; }
   Values<T> v() const { return {view(a.v, a.value_dim)}; }
   unsigned warps() const { return ceil_div(rows * 32, 256); }
-
-  void prepare() {
-    if (a.feature != 2) return;
-    focus_kernel<<<warps(), 256, 0, stream>>>(q(), rows, aux_q.get());
-    focus_kernel<<<warps(), 256, 0, stream>>>(k(), rows, aux_k.get());
-  }
 
   template <class X, class Y, class Emit>
   void product(X x, Y y, Emit emit, int64_t m, int64_t n, int64_t depth, int64_t length, int parts) const {
@@ -82,26 +81,35 @@ struct Runner {
     check_launch("linear_attention");
   }
 
-  void forward(float* s, float* z) {
-    prepare();
-    sums(k(), v(), nullptr, s, z);
-    row_dot_kernel<<<warps(), 256, 0, stream>>>(q(), z, false, a.eps, nullptr, a.den, rows);
-    tokens_product(q(), Matrix{s, a.dim, a.value_dim}, static_cast<T*>(a.out), a.den, a.value_dim, a.dim);
+  void state(float* s, float* z) const {
+    const Scratch aux(aux_size(), stream);
+    sums(features(a.k, aux), v(), nullptr, s, z);
   }
 
-  void backward(const float* s, const float* z) {
-    prepare();
+  void output(const float* s, const float* z) const {
+    const Scratch aux(aux_size(), stream);
+    const Features<T> q = features(a.q, aux);
+    row_dot_kernel<<<warps(), 256, 0, stream>>>(q, z, false, a.eps, nullptr, a.den, rows);
+    tokens_product(q, Matrix{s, a.dim, a.value_dim}, static_cast<T*>(a.out), a.den, a.value_dim, a.dim);
+  }
+
+  void backward_q(const float* s, const float* z, float* ds, float* dz) const {
+    const Scratch aux(aux_size(), stream), da(rows * a.dim, stream), w(rows, stream);
+    const Features<T> q = features(a.q, aux);
     const ScaledGrad<T> u{view(a.grad, a.value_dim), a.den};
-    const Scratch da(rows * a.dim, stream), w(rows, stream), ds(groups * a.dim * a.value_dim, stream), dz(groups * a.dim, stream);
     tokens_product(u, Transposed<Matrix>{{s, a.dim, a.value_dim}}, da.get(), nullptr, a.dim, a.value_dim);
-    row_dot_kernel<<<warps(), 256, 0, stream>>>(q(), da.get(), true, 0.0f, a.den, w.get(), rows);
-    feature_grad_kernel<<<warps(), 256, 0, stream>>>(q(), da.get(), w.get(), z, static_cast<T*>(a.grad_q), rows);
-    sums(q(), u, w.get(), ds.get(), dz.get());
-    const Matrix state{ds.get(), a.dim, a.value_dim};
-    tokens_product(v(), Transposed<Matrix>{state}, da.get(), nullptr, a.dim, a.value_dim);
-    feature_grad_kernel<<<warps(), 256, 0, stream>>>(k(), da.get(), nullptr, dz.get(), static_cast<T*>(a.grad_k), rows);
-    tokens_product(k(), state, static_cast<T*>(a.grad_v), nullptr, a.value_dim, a.dim);
-    check_launch("linear_attention");
+    row_dot_kernel<<<warps(), 256, 0, stream>>>(q, da.get(), true, 0.0f, a.den, w.get(), rows);
+    feature_grad_kernel<<<warps(), 256, 0, stream>>>(q, da.get(), w.get(), z, static_cast<T*>(a.grad_q), rows);
+    sums(q, u, w.get(), ds, dz);
+  }
+
+  void backward_kv(const float* ds, const float* dz) const {
+    const Scratch aux(aux_size(), stream), db(rows * a.dim, stream);
+    const Features<T> k = features(a.k, aux);
+    const Matrix state{ds, a.dim, a.value_dim};
+    tokens_product(v(), Transposed<Matrix>{state}, db.get(), nullptr, a.dim, a.value_dim);
+    feature_grad_kernel<<<warps(), 256, 0, stream>>>(k, db.get(), nullptr, dz, static_cast<T*>(a.grad_k), rows);
+    tokens_product(k, state, static_cast<T*>(a.grad_v), nullptr, a.value_dim, a.dim);
   }
 };
 
@@ -118,24 +126,54 @@ void check_size(const LinearAttention& a) {
     throw std::runtime_error("linear_attention: more than 65535 heads times chunks of 512 tokens; split the batch");
 }
 
+// fn(runner), if there are any tokens
+template <class Fn>
+void run(const LinearAttention& a, DType type, cudaStream_t stream, Fn fn) {
+  if (a.batch * a.heads * a.tokens == 0) return;
+  check_size(a);
+  dispatch(type, [&](auto t) { fn(Runner<decltype(t)>{a, stream}); });
+}
+
+// The same for a phase that sums over tokens: without any, the sums are zero.
+template <class Fn>
+void run_sums(const LinearAttention& a, DType type, float* s, float* z, cudaStream_t stream, Fn fn) {
+  const int64_t groups = a.batch * a.heads;
+  if (groups && a.tokens == 0) {
+    check(cudaMemsetAsync(s, 0, size_t(groups * a.dim * a.value_dim) * sizeof(float), stream), "linear_attention");
+    check(cudaMemsetAsync(z, 0, size_t(groups * a.dim) * sizeof(float), stream), "linear_attention");
+  }
+  run(a, type, stream, fn);
+}
+
 }  // namespace
 
 void linear_attention_forward(const LinearAttention& a, DType type, float* s, float* z, cudaStream_t stream) {
-  const int64_t groups = a.batch * a.heads;
-  if (groups * a.tokens == 0) {
-    if (groups == 0) return;
-    check(cudaMemsetAsync(s, 0, size_t(groups * a.dim * a.value_dim) * sizeof(float), stream), "linear_attention");
-    check(cudaMemsetAsync(z, 0, size_t(groups * a.dim) * sizeof(float), stream), "linear_attention");
-    return;
-  }
-  check_size(a);
-  dispatch(type, [&](auto t) { Runner<decltype(t)>{a, stream}.forward(s, z); });
+  linear_attention_state(a, type, s, z, stream);
+  linear_attention_output(a, type, s, z, stream);
 }
 
 void linear_attention_backward(const LinearAttention& a, DType type, const float* s, const float* z, cudaStream_t stream) {
-  if (a.batch * a.heads * a.tokens == 0) return;
-  check_size(a);
-  dispatch(type, [&](auto t) { Runner<decltype(t)>{a, stream}.backward(s, z); });
+  const int64_t groups = a.batch * a.heads;
+  const Scratch ds(groups * a.dim * a.value_dim, stream), dz(groups * a.dim, stream);
+  linear_attention_backward_q(a, type, s, z, ds.get(), dz.get(), stream);
+  linear_attention_backward_kv(a, type, ds.get(), dz.get(), stream);
+}
+
+void linear_attention_state(const LinearAttention& a, DType type, float* s, float* z, cudaStream_t stream) {
+  run_sums(a, type, s, z, stream, [&](auto runner) { runner.state(s, z); });
+}
+
+void linear_attention_output(const LinearAttention& a, DType type, const float* s, const float* z, cudaStream_t stream) {
+  run(a, type, stream, [&](auto runner) { runner.output(s, z); });
+}
+
+void linear_attention_backward_q(const LinearAttention& a, DType type, const float* s, const float* z, float* ds, float* dz,
+                                 cudaStream_t stream) {
+  run_sums(a, type, ds, dz, stream, [&](auto runner) { runner.backward_q(s, z, ds, dz); });
+}
+
+void linear_attention_backward_kv(const LinearAttention& a, DType type, const float* ds, const float* dz, cudaStream_t stream) {
+  run(a, type, stream, [&](auto runner) { runner.backward_kv(ds, dz); });
 }
 
 }  // namespace vit::cuda

@@ -128,6 +128,41 @@ void attention_backward(Address grad, const Strides& grad_strides, Address q, co
   linear_attention_backward(a, DType(type), ptr<float>(s), ptr<float>(z), stream_of(stream));
 }
 
+LinearAttention attention_args(const AttentionSizes& n, int feature, int power) {
+  LinearAttention a{};
+  a.batch = n[0], a.heads = n[1], a.tokens = n[2], a.dim = n[3], a.value_dim = n[4], a.feature = feature, a.power = power;
+  return a;
+}
+
+void attention_state(Address k, const Strides& k_strides, Address v, const Strides& v_strides, Address s, Address z,
+                     const AttentionSizes& n, int type, int feature, int power, Address stream) {
+  LinearAttention a = attention_args(n, feature, power);
+  a.k = heads(k, k_strides), a.v = heads(v, v_strides);
+  linear_attention_state(a, DType(type), ptr<float>(s), ptr<float>(z), stream_of(stream));
+}
+
+void attention_output(Address q, const Strides& q_strides, Address s, Address z, Address out, Address den, const AttentionSizes& n,
+                      int type, int feature, int power, float eps, Address stream) {
+  LinearAttention a = attention_args(n, feature, power);
+  a.q = heads(q, q_strides), a.out = ptr(out), a.den = ptr<float>(den), a.eps = eps;
+  linear_attention_output(a, DType(type), ptr<float>(s), ptr<float>(z), stream_of(stream));
+}
+
+void attention_backward_q(Address grad, const Strides& grad_strides, Address q, const Strides& q_strides, Address s, Address z,
+                          Address den, Address grad_q, Address ds, Address dz, const AttentionSizes& n, int type, int feature,
+                          int power, Address stream) {
+  LinearAttention a = attention_args(n, feature, power);
+  a.grad = heads(grad, grad_strides), a.q = heads(q, q_strides), a.grad_q = ptr(grad_q), a.den = ptr<float>(den);
+  linear_attention_backward_q(a, DType(type), ptr<float>(s), ptr<float>(z), ptr<float>(ds), ptr<float>(dz), stream_of(stream));
+}
+
+void attention_backward_kv(Address k, const Strides& k_strides, Address v, const Strides& v_strides, Address ds, Address dz,
+                           Address grad_k, Address grad_v, const AttentionSizes& n, int type, int feature, int power, Address stream) {
+  LinearAttention a = attention_args(n, feature, power);
+  a.k = heads(k, k_strides), a.v = heads(v, v_strides), a.grad_k = ptr(grad_k), a.grad_v = ptr(grad_v);
+  linear_attention_backward_kv(a, DType(type), ptr<float>(ds), ptr<float>(dz), stream_of(stream));
+}
+
 void adamw_step(Address weight, Address grad, int grad_type, Address moment, Address square, Address model_weight, int model_type,
                 int64_t size, float decay, float step_size, double beta1, double beta2, float eps, float root_correction,
                 float grad_scale, Address stream) {
@@ -152,5 +187,9 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("patch_merge_backward", &merge_backward);
   m.def("linear_attention_forward", &attention_forward);
   m.def("linear_attention_backward", &attention_backward);
+  m.def("linear_attention_state", &attention_state);
+  m.def("linear_attention_output", &attention_output);
+  m.def("linear_attention_backward_q", &attention_backward_q);
+  m.def("linear_attention_backward_kv", &attention_backward_kv);
   m.def("adamw", &adamw_step);
 }

@@ -77,6 +77,12 @@ struct LinearAttention {
 
 void linear_attention_forward(const LinearAttention& a, DType type, float* s, float* z, cudaStream_t stream);
 void linear_attention_backward(const LinearAttention& a, DType type, const float* s, const float* z, cudaStream_t stream);
+// The same in four phases, as in csrc/cpu/linear_attention.h.
+void linear_attention_state(const LinearAttention& a, DType type, float* s, float* z, cudaStream_t stream);
+void linear_attention_output(const LinearAttention& a, DType type, const float* s, const float* z, cudaStream_t stream);
+void linear_attention_backward_q(const LinearAttention& a, DType type, const float* s, const float* z, float* ds, float* dz,
+                                 cudaStream_t stream);
+void linear_attention_backward_kv(const LinearAttention& a, DType type, const float* ds, const float* dz, cudaStream_t stream);
 void norm_forward(const NormForward& a, DType x_type, DType y_type, cudaStream_t stream);
 void norm_backward(const NormBackward& a, DType x_type, DType y_type, Output grad_weight, Output grad_bias, cudaStream_t stream);
 void gelu_forward(const Gelu& a, DType type, cudaStream_t stream);

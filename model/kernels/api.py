@@ -1,5 +1,7 @@
 """The operations, each in the form that the chosen backend gives it."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -114,6 +116,7 @@ class Kernels(Selection):
         conv_weight: Tensor | None = None,
         conv_bias: Tensor | None = None,
         grid: tuple[int, int] | None = None,
+        reduce: Callable[[Tensor], object] | None = None,
     ) -> Tensor:
         """Attention without softmax or mask, in time and memory linear in N. q, k: [B, H, N, K]; v: [B, H, N, M] -> [B,
         H, N, M].
@@ -122,8 +125,21 @@ class Kernels(Selection):
         depth-wise convolution
         of v over the token grid (h, w) is added, which touches only the last h*w tokens: prefix tokens are unchanged by
         it.
+
+        reduce is for tokens split over ranks: it sums a contiguous fp32 tensor (float64 for float64 inputs) over ranks
+        in place, and each rank's queries attend to the tokens of all. N may differ between ranks, and be 0. Every rank
+        calls it once here, with S = phi(k)'v and z = the sum of phi(k) in one flat tensor, and once in backward, with
+        their gradients, on the thread and stream of the pass; so every rank must run backward if one does. Gradients
+        are those of the sum over ranks of what each computes. The convolution needs neighbouring tokens, which may be
+        on other ranks: with reduce, the caller adds it, and conv_weight is a ValueError.
         """
         checks.attention_input(q, k, v, feature_map, power)
+        if reduce is not None:
+            if conv_weight is not None:
+                raise ValueError("conv_weight: cannot be combined with reduce; add the convolution to the result")
+            if self._native("linear_attention_state", q, k, v):
+                return attention.linear_attention_over_ranks(q, k, v, feature_map, power, eps, reduce)
+            return reference.linear_attention(q, k, v, feature_map, power, eps, reduce)
         if self._native("linear_attention_forward", q, k, v):
             out = attention.linear_attention(q, k, v, feature_map, power, eps)[0]
         else:

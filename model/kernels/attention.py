@@ -1,11 +1,15 @@
 """Native linear attention as torch operators. Kept for the backward pass: q, k, v, and S, z, den in fp32; features are
-recomputed."""
+recomputed.
+
+Where tokens are split over ranks, S and z (in backward dS and dz) are added up between the phases of the kernel. That
+is a plain autograd.Function: no compiler sees through a Python callable that communicates."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import native
 from .registry import LIBRARY, differentiable
@@ -107,3 +111,72 @@ linear_attention = differentiable(
     setup_context=_setup_context,
     differentiate=_differentiate,
 )
+
+
+def _packed_sums(q: Tensor, v: Tensor) -> tuple[Tensor, int, int]:
+    """One flat fp32 buffer for S [B, H, K, M] and z [B, H, K], and where the two lie in it."""
+    keys = q.shape[0] * q.shape[1] * q.shape[3]
+    packed = torch.empty(keys * (v.shape[-1] + 1), dtype=torch.float32, device=q.device)
+    return packed, *_addresses(packed, v)
+
+
+def _addresses(packed: Tensor, v: Tensor) -> tuple[int, int]:
+    size = packed.numel() // (v.shape[-1] + 1) * v.shape[-1]
+    return native.address(packed[:size]), native.address(packed[size:])
+
+
+class _OverRanks(torch.autograd.Function):
+    """The four phases, with the sum over ranks between them. `reduce` is called once forward and once backward, also
+    without local tokens and whoever wants a gradient: the other ranks wait for it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        feature_map: str,
+        power: int,
+        eps: float,
+        reduce: Callable[[Tensor], object],
+    ) -> Tensor:
+        ctx.what = (*q.shape, v.shape[-1]), native.DTYPE_CODE[q.dtype], FEATURE_CODE[feature_map], power
+        ctx.reduce = reduce
+        out = torch.empty(v.shape, dtype=q.dtype, device=q.device)
+        den = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
+        packed, s, z = _packed_sums(q, v)
+        ctx.save_for_backward(q, k, v, packed, den)
+        q, k, v = map(_channels_contiguous, (q, k, v))
+        module, where = native.target(q)
+        module.linear_attention_state(*_place(k), *_place(v), s, z, *ctx.what, where)
+        reduce(packed)
+        module.linear_attention_output(
+            *_place(q), s, z, native.address(out), native.address(den), *ctx.what, eps, where
+        )
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, packed, den = ctx.saved_tensors
+        grad_q, grad_k, grad_v = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+        grad, q, k, v = map(_channels_contiguous, (grads[0], q, k, v))
+        packed_grad, ds, dz = _packed_sums(q, v)
+        module, where = native.target(q)
+        module.linear_attention_backward_q(
+            *_place(grad), *_place(q), *_addresses(packed, v), native.address(den), native.address(grad_q), ds, dz,
+            *ctx.what, where,
+        )  # fmt: skip
+        ctx.reduce(packed_grad)
+        module.linear_attention_backward_kv(
+            *_place(k), *_place(v), ds, dz, native.address(grad_k), native.address(grad_v), *ctx.what, where
+        )
+        return grad_q, grad_k, grad_v, None, None, None, None
+
+
+@torch.compiler.disable
+def linear_attention_over_ranks(
+    q: Tensor, k: Tensor, v: Tensor, feature_map: str, power: int, eps: float, reduce: Callable[[Tensor], object]
+) -> Tensor:
+    """Attention of the local queries to the tokens of all ranks; reduce sums a flat fp32 tensor over ranks in place."""
+    return _OverRanks.apply(q, k, v, feature_map, power, eps, reduce)

@@ -4,6 +4,9 @@ with.
 Where torch has the operation, it is torch's; half precision with parameters of another type is computed in fp32.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -57,12 +60,46 @@ def feature(x: Tensor, feature_map: str, power: int) -> Tensor:
     return norm * sharp / torch.where(length == 0, 1, length)
 
 
-def linear_attention(q: Tensor, k: Tensor, v: Tensor, feature_map: str, power: int, eps: float) -> Tensor:
-    """phi(q) (phi(k)' v) / (phi(q) . sum of phi(k) + eps), the sums over tokens in fp32 (fp16 overflows at once)."""
+class _SumOverRanks(torch.autograd.Function):
+    """The sum of x over ranks, which is its own adjoint where the objective is the sum of what each rank computes.
+
+    `_anchor` is not used: where it wants a gradient, backward takes part in the sum even if x wants none, as it must,
+    since the other ranks wait for it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, reduce: Callable[[Tensor], object], _anchor: Tensor) -> Tensor:
+        ctx.reduce = reduce
+        total = x.clone(memory_format=torch.contiguous_format)
+        reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return _SumOverRanks.apply(grads[0], ctx.reduce, grads[0]), None, None
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    feature_map: str,
+    power: int,
+    eps: float,
+    reduce: Callable[[Tensor], object] | None = None,
+) -> Tensor:
+    """phi(q) (phi(k)' v) / (phi(q) . sum of phi(k) + eps), the sums over tokens in fp32 (fp16 overflows at once).
+
+    reduce adds up over ranks the sums over tokens, packed into one flat tensor, and in backward their gradients.
+    """
     dtype = torch.promote_types(q.dtype, torch.float32)
     a, b, wide = feature(q.to(dtype), feature_map, power), feature(k.to(dtype), feature_map, power), v.to(dtype)
     state = torch.einsum("bhnk,bhnm->bhkm", b, wide)
-    den = torch.einsum("bhnk,bhk->bhn", a, b.sum(2)) + eps
+    keys = b.sum(2)
+    if reduce is not None:
+        packed = _SumOverRanks.apply(torch.cat([state.flatten(), keys.flatten()]), reduce, q)
+        state, keys = packed[: state.numel()].view_as(state), packed[state.numel() :].view_as(keys)
+    den = torch.einsum("bhnk,bhk->bhn", a, keys) + eps
     return (torch.einsum("bhnk,bhkm->bhnm", a, state) / den[..., None]).to(q.dtype)
 
 

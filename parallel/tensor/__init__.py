@@ -2,7 +2,15 @@
 
 from parallel.tensor.linear import ColumnParallelLinear, RowParallelLinear, linear, xavier_uniform
 from parallel.tensor.loss import LOSSES, sigmoid_cross_entropy, softmax_cross_entropy, top_class
-from parallel.tensor.rows import TensorParallel, copy_in, gather_rows, no_tensor_parallel, slice_rows
+from parallel.tensor.rows import (
+    TensorParallel,
+    copy_in,
+    enter,
+    gather_rows,
+    leave,
+    no_tensor_parallel,
+    slice_rows,
+)
 from parallel.tensor.weight_grad import GradientSink, attach_sink, weight_gradient
 
 __all__ = [
@@ -13,7 +21,9 @@ __all__ = [
     "TensorParallel",
     "attach_sink",
     "copy_in",
+    "enter",
     "gather_rows",
+    "leave",
     "linear",
     "no_tensor_parallel",
     "sigmoid_cross_entropy",

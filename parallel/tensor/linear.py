@@ -88,11 +88,23 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
-def sharded_bias(segments: Sequence[int], tp: TensorParallel, value: float = 0.0) -> nn.Parameter:
-    """A bias [F/T] of features that are split over the tensor axis segment by segment."""
-    layout = TensorLayout(
-        shape=(sum(segments),), dim=0, segments=tuple(segments), parts=tp.size, index=tp.axis.index
+def _split(
+    shape: tuple[int, ...], dim: int, segments: Sequence[int], units: Sequence[int], tp: TensorParallel
+) -> TensorLayout:
+    units = tuple(units) or (1,) * len(segments)
+    fewest = min(segment // unit for segment, unit in zip(segments, units, strict=True))
+    if fewest < tp.size:
+        raise ValueError(f"{fewest} features or heads cannot be split over {tp.size} tensor-parallel ranks")
+    return TensorLayout(
+        shape=shape, dim=dim, segments=tuple(segments), units=units, parts=tp.size, index=tp.axis.index
     )  # fmt: skip
+
+
+def sharded_bias(
+    segments: Sequence[int], tp: TensorParallel, value: float = 0.0, units: Sequence[int] = ()
+) -> nn.Parameter:
+    """A bias [F/T] of features that are split over the tensor axis segment by segment."""
+    layout = _split((sum(segments),), 0, segments, units, tp)
     return make_parameter(ParameterInfo(layout=layout, init=Init(kind="constant", scales=(value,))))
 
 
@@ -102,7 +114,8 @@ class ColumnParallelLinear(nn.Module):
     Args:
         in_features: D.
         segments: logical output features of each matrix fused into one, e.g. (D, D, D, M) for q, k, v and fc1; each is
-            split by itself. Segments that must be split in units (heads) are checked by the caller.
+            split by itself.
+        units: per segment, what is never cut, e.g. the features of a head (default 1).
         tp: the tensor axis. init: initial weights (default Xavier uniform per segment).
         bias: whether there is one. bias_init: its initial value.
         split_input: whether x comes in row parts (the default under sequence parallelism) or whole.
@@ -118,6 +131,7 @@ class ColumnParallelLinear(nn.Module):
         segments: Sequence[int],
         *,
         tp: TensorParallel,
+        units: Sequence[int] = (),
         bias: bool = True,
         init: Init | None = None,
         bias_init: float = 0.0,
@@ -125,20 +139,12 @@ class ColumnParallelLinear(nn.Module):
         decay: str = "body",
     ) -> None:
         super().__init__()
-        if min(segments) < tp.size:
-            raise ValueError(f"{min(segments)} output features cannot be split over {tp.size} tensor-parallel ranks")
         self.tp = tp
         self.split_input = tp.splits_rows if split_input is None else split_input and tp.splits_rows
-        layout = TensorLayout(
-            shape=(sum(segments), in_features),
-            dim=0,
-            segments=tuple(segments),
-            parts=tp.size,
-            index=tp.axis.index,
-        )
+        layout = _split((sum(segments), in_features), 0, segments, units, tp)
         init = init or xavier_uniform(in_features, *segments)
         self.weight = make_parameter(ParameterInfo(layout=layout, init=init, decay=decay))
-        self.bias = sharded_bias(segments, tp, bias_init) if bias else None
+        self.bias = sharded_bias(segments, tp, bias_init, units) if bias else None
 
     def forward(self, x: Tensor, rows: int | None = None, *, add_bias: bool = True) -> Tensor:
         """[ceil(R/T), D] (row parts) or [R, D] -> [R, F/T].
@@ -169,19 +175,16 @@ class RowParallelLinear(nn.Module):
         out_features: int,
         *,
         tp: TensorParallel,
+        units: Sequence[int] = (),
         bias: bool = True,
         init: Init | None = None,
         split_output: bool | None = None,
         decay: str = "body",
     ) -> None:
         super().__init__()
-        if min(segments) < tp.size:
-            raise ValueError(f"{min(segments)} input features cannot be split over {tp.size} tensor-parallel ranks")
         self.tp = tp
         self.split_output = tp.splits_rows if split_output is None else split_output and tp.splits_rows
-        layout = TensorLayout(
-            shape=(out_features, sum(segments)), dim=1, segments=tuple(segments), parts=tp.size, index=tp.axis.index
-        )
+        layout = _split((out_features, sum(segments)), 1, segments, units, tp)
         scales = tuple(math.sqrt(6 / (segment + out_features)) for segment in segments)
         init = init or Init(kind="uniform", scales=scales)
         self.weight = make_parameter(ParameterInfo(layout=layout, init=init, decay=decay))

@@ -112,6 +112,47 @@ def gather_rows(x: Tensor, tp: TensorParallel, rows: int) -> Tensor:
     return _GatherRows.apply(x, tp, rows) if tp.splits_rows else x
 
 
+class _GatherIn(torch.autograd.Function):
+    """All rows from each rank's part, for a region in which ranks do different things: gradients are summed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tp: TensorParallel, rows: int) -> Tensor:
+        ctx.tp = tp
+        return comm.all_gather_rows(x, tp.axis)[:rows]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        padded = pad_rows(grads[0], ctx.tp.local_rows(grads[0].shape[0]) * ctx.tp.size)
+        return comm.reduce_scatter_rows(padded, ctx.tp.axis), None, None
+
+
+class _SumOut(torch.autograd.Function):
+    """Each rank's share summed, to row parts or whole."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
+        ctx.tp, ctx.rows = tp, x.shape[0]
+        if tp.splits_rows:
+            return comm.reduce_scatter_rows(pad_rows(x, tp.local_rows(ctx.rows) * tp.size), tp.axis)
+        return comm.all_reduce(x.clone(), tp.axis)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        if ctx.tp.splits_rows:
+            return comm.all_gather_rows(grads[0], ctx.tp.axis)[: ctx.rows], None
+        return grads[0], None
+
+
+def enter(x: Tensor, tp: TensorParallel, rows: int) -> Tensor:
+    """All rows [R, D], for a region in which each tensor rank computes a share of a sum; `leave` ends it."""
+    return _GatherIn.apply(x, tp, rows) if tp.splits_rows else copy_in(x, tp.axis)
+
+
+def leave(x: Tensor, tp: TensorParallel) -> Tensor:
+    """The sum of every tensor rank's [R, D]: this rank's rows of it under sequence parallelism, else all."""
+    return x if tp.size == 1 else _SumOut.apply(x, tp)
+
+
 def finish_input_gradient(grad: Tensor, tp: TensorParallel, rows_are_split: bool) -> comm.Pending:
     """Start summing a partial input gradient over the axis: to row parts, or whole.
 

@@ -9,31 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model import PRESETS, Build, MicroBatch, ModelConfig, Stage, VisionTransformer, build_layers, check_tensor_parallel
+from model import PRESETS, Build, MicroBatch, ModelConfig, Stage, VisionTransformer, build_layers, check_parallel
 from model.attention import Attention
 from model.blocks import BLOCKS, DropPath
 from model.embed import Embedding, sincos_table, unfold
 from parallel.layout import attach_info, info_of
 from parallel.random import initialise
-
-TINY = ModelConfig(width=16, depth=2, num_heads=4, image_size=8, patch_size=2, num_classes=5)
-
-
-def _real(module: nn.Module, seed: int = 0) -> Any:
-    """`module` with its meta parameters made real and initialised."""
-    for name, meta in list(module.named_parameters()):
-        owner, _, leaf = name.rpartition(".")
-        parameter = nn.Parameter(torch.empty(meta.shape))
-        attach_info(parameter, info_of(meta))
-        setattr(module.get_submodule(owner), leaf, parameter)
-    initialise(module, seed)
-    return module
-
-
-def _batch(ids: list[int], *, training: bool = True, images: Tensor | None = None) -> MicroBatch:
-    sample_ids = torch.tensor(ids)
-    weights = torch.ones(len(ids))
-    return MicroBatch(images=images, labels=sample_ids * 0, sample_ids=sample_ids, weights=weights, training=training)
 
 
 # -- the whole model ---------------------------------------------------------------------------------------------------
@@ -66,7 +47,7 @@ def test_initial_weights_do_not_depend_on_the_cut() -> None:
     for cut in ([0, 6], [0, 1, 4, 6], [0, 3, 5, 6]):
         seen = {}
         for start, stop in pairwise(cut):
-            seen |= dict(_real(Stage(layers[start:stop], build), seed=5).named_parameters())
+            seen |= dict(real(Stage(layers[start:stop], build), seed=5).named_parameters())
         assert seen.keys() == whole.keys()
         assert all(torch.equal(seen[name], whole[name]) for name in whole)
     other = dict(VisionTransformer(config, seed=6).named_parameters())
@@ -78,10 +59,10 @@ def test_initial_weights_do_not_depend_on_the_cut() -> None:
 def test_stages_in_a_row_are_the_model() -> None:
     config = replace(TINY, depth=3, drop_path=0.3).resolve()
     layers, build = build_layers(config), Build(config=config)
-    batch = _batch([7, 8, 9], images=torch.randn(3, 3, 8, 8))
+    batch = batch_of([7, 8, 9], images=torch.randn(3, 3, 8, 8))
     flowing: tuple[Tensor, ...] = ()
     for start, stop in ((0, 2), (2, 4), (4, 5)):
-        flowing = _real(Stage(layers[start:stop], build))(flowing, batch)
+        flowing = real(Stage(layers[start:stop], build))(flowing, batch)
     assert torch.equal(flowing[0], VisionTransformer(config)((), batch)[0])
 
 
@@ -96,7 +77,7 @@ def test_head_bias() -> None:
 
 def _mask(drop: DropPath, ids: list[int], *, training: bool = True) -> Tensor:
     """Which images are kept, and that the rows of an image share its fate: [B]."""
-    rows = drop(torch.ones(len(ids) * drop.tokens, 2), _batch(ids, training=training)).view(len(ids), -1)
+    rows = drop(torch.ones(len(ids) * drop.tokens, 2), batch_of(ids, training=training)).view(len(ids), -1)
     assert (rows == rows[:, :1]).all()
     return rows[:, 0]
 
@@ -136,10 +117,10 @@ def test_drop_path_rates_grow_with_depth(block: Any) -> None:
 @pytest.mark.parametrize("block", BLOCKS)
 def test_a_dropped_image_skips_the_whole_block(block: str) -> None:
     config = TINY.resolve()
-    module = _real(BLOCKS[block]("b", 1 - 1e-6, Build(config=config)))
+    module = real(BLOCKS[block]("b", 1 - 1e-6, "full", Build(config=config)))
     x = torch.randn(3 * 16, 16)
-    assert torch.equal(module(x, _batch([0, 1, 2])), x)
-    assert not torch.allclose(module(x, _batch([0, 1, 2], training=False)), x, atol=1e-2)
+    assert torch.equal(module(x, batch_of([0, 1, 2])), x)
+    assert not torch.allclose(module(x, batch_of([0, 1, 2], training=False)), x, atol=1e-2)
 
 
 # -- embedding ---------------------------------------------------------------------------------------------------------
@@ -155,9 +136,9 @@ def test_unfold_and_a_matrix_are_a_convolution() -> None:
 def _table(**changes: Any) -> tuple[Embedding, Tensor]:
     """An embedding, and what it gives for black images: [S, D]."""
     config = replace(TINY, **changes).resolve()
-    embedding = _real(Embedding(Build(config=config)))
+    embedding = real(Embedding(Build(config=config)))
     nn.init.normal_(embedding.bias)
-    rows = embedding(None, _batch([0, 1], images=torch.zeros(2, 3, 8, 8))).view(2, config.sizes.tokens, 16)
+    rows = embedding(None, batch_of([0, 1], images=torch.zeros(2, 3, 8, 8))).view(2, config.sizes.tokens, 16)
     assert torch.equal(rows[0], rows[1])
     return embedding, rows[0]
 
@@ -185,7 +166,7 @@ def test_learned_1d_positions() -> None:
 def test_sincos_positions() -> None:
     embedding, table = _table(position="sincos_2d", pool="gap")
     assert {name for name, _ in embedding.named_parameters()} == {"weight", "bias"}
-    fixed = sincos_table(4, 16)
+    fixed = sincos_table(4, 4, 16)
     torch.testing.assert_close(table, fixed + embedding.bias)
     omega = torch.tensor([1.0, 10_000**-0.25, 10_000**-0.5, 10_000**-0.75])
     for row, column in ((0, 0), (1, 3), (3, 2)):
@@ -201,7 +182,7 @@ def test_sincos_positions() -> None:
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_attention_is_an_explicit_softmax(qk_norm: bool) -> None:
     config = replace(TINY, width=12, num_heads=3, qk_norm=qk_norm).resolve()
-    attention = _real(Attention(Build(config=config))).double()
+    attention = real(Attention(Build(config=config), "full")).double()
     for parameter in attention.parameters():
         nn.init.normal_(parameter)
     qkv = torch.randn(2 * 16, 36, dtype=torch.float64) * 3
@@ -215,53 +196,3 @@ def test_attention_is_an_explicit_softmax(qk_norm: bool) -> None:
         scores = torch.exp(q @ k.t() / 2)  # sqrt of head dim 4
         expected = scores / scores.sum(1, keepdim=True) @ v
         torch.testing.assert_close(ours[16 * image : 16 * (image + 1), 4 * head : 4 * head + 4], expected)
-
-
-# -- configuration -----------------------------------------------------------------------------------------------------
-
-
-def test_resolve_fills_in() -> None:
-    resolved = ModelConfig(preset="vit_b16", image_size=384, depth=3).resolve()
-    assert (resolved.width, resolved.depth, resolved.image_size, resolved.pool) == (768, 3, 384, "cls")
-    assert TINY.resolve().mlp_dim == 64
-    assert resolved.resolve() == resolved
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"preset": "vit_xxl"}, rf"model\.preset 'vit_xxl' is unknown: choose one of {', '.join(PRESETS)}"),
-        ({"width": None}, r"model\.width is not set: give it, or a model\.preset"),
-        ({"depth": 0}, r"model\.depth is 0: it must be at least 1"),
-        ({"num_classes": -3}, r"model\.num_classes is -3: it must be at least 1"),
-        (
-            {"patch_size": 3},
-            r"model\.patch_size 3 .* model\.image_size 8: use an image_size of 6 or 9, .* among 2, 4, 8",
-        ),
-        ({"patch_size": 9}, r"model\.patch_size 9 .* use an image_size of 9, or a patch_size among 2, 4, 8"),
-        (
-            {"num_heads": 3},
-            r"model\.num_heads 3 does not divide model\.width 16: use \[1, 2, 4\] heads, .* multiple of 3",
-        ),
-        (
-            {"width": 18, "num_heads": 2, "position": "sincos_2d"},
-            r"model\.width 18 must be a multiple of 4 .* sincos_2d",
-        ),
-        ({"drop_path": 1.0}, r"model\.drop_path is 1\.0: it must be at least 0 and below 1"),
-        ({"registers": -1}, r"model\.registers is -1: it must be 0 or more"),
-    ],
-    ids=str,
-)
-def test_errors_name_key_value_and_cure(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        replace(TINY, **changes).resolve()
-
-
-def test_what_tensor_parallelism_cannot_split() -> None:
-    check_tensor_parallel(TINY.resolve(), 4)
-    with pytest.raises(ValueError, match=r"model\.num_heads 4 .* parallel\.tensor_parallel_size 3: use .* 1, 2, 4"):
-        check_tensor_parallel(TINY.resolve(), 3)
-    with pytest.raises(ValueError, match=r"model\.mlp_dim 30 .* parallel\.tensor_parallel_size 4: use .* 1, 2$"):
-        check_tensor_parallel(replace(TINY, mlp_dim=30).resolve(), 4)
-    with pytest.raises(ValueError, match=r"model\.num_classes 1 .* parallel\.tensor_parallel_size 2: .* at most 1"):
-        check_tensor_parallel(replace(TINY, num_classes=1).resolve(), 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
@@ -9,7 +10,7 @@ from typing import Any
 
 from data import DataConfig
 from engine.config import Config, OptimizerConfig, ScheduleConfig, TrainConfig
-from model import ModelConfig
+from model import ModelConfig, StageConfig
 from parallel.config import ParallelConfig
 
 STEPS = 10
@@ -20,14 +21,38 @@ GLOBAL_BATCH = 16
 _SMALL = ModelConfig(
     image_size=8, patch_size=2, in_channels=1, num_classes=10, width=32, depth=3, num_heads=8, mlp_dim=64, drop_path=0.1
 )
+# Maps of 5 x 6 patches, which no window or grid here divides, and which a patch merge must fill up; images that do not
+# fill their last patches; 5 heads, which no tensor-parallel size divides.
+_FAMILY = ModelConfig(
+    image_size=(9, 12), patch_size=2, in_channels=1, num_classes=10, width=32, depth=6, num_heads=8, mlp_dim=48,
+    drop_path=0.1, window_size=3, grid_size=2, registers=1,
+)  # fmt: skip
 _DEEP = 6  # blocks for 8 stages: with embedding and head one layer each
 MODELS = {
     "parallel": replace(_SMALL, block="parallel", qk_norm=True, bias=False, gelu="tanh", pool="map", registers=1),
     "sequential": replace(_SMALL, block="sequential", bias=True, position="learned_1d", pool="cls"),
     "mixed": replace(_SMALL, block="parallel", bias=True, position="sincos_2d", pool="gap", registers=1),
-}
-LOSSES = {"parallel": "softmax", "sequential": "softmax", "mixed": "sigmoid"}
-KERNELS = {"parallel": "auto", "sequential": "reference", "mixed": "auto"}
+    "kinds": replace(
+        _FAMILY, block="sequential", attention="window, shifted_window, grid, linear, global_tokens, full",
+        global_tokens=2, position="rope_2d", norm="rmsnorm", mlp="swiglu", layer_scale=0.5, linear_conv=3, qk_norm=True,
+        pool="gap",
+    ),
+    "pyramid": replace(
+        _FAMILY, width=None, depth=None, num_heads=None, mlp_dim=None, block="parallel", pool="map", bias=False,
+        position="learned_2d", attention="[shifted_window, grid] * 2, full, linear", mlp="swiglu", layer_scale=0.5,
+        stages=(
+            StageConfig(depth=2, width=16, num_heads=4), StageConfig(depth=3, width=32, num_heads=4),
+            StageConfig(depth=1, width=48, num_heads=4, mlp_dim=64),
+        ),
+    ),
+    "heads": replace(
+        _FAMILY, width=40, depth=3, num_heads=5, block="parallel", pool="cls", position="learned_1d", qk_norm=True,
+        attention="linear, global_tokens, full", feature_map="focused", registers=0, global_tokens=1,
+    ),
+}  # fmt: skip
+FAMILY = ("kinds", "pyramid", "heads")
+LOSSES = defaultdict(lambda: "softmax", mixed="sigmoid")
+KERNELS = defaultdict(lambda: "auto", sequential="reference", heads="reference")
 
 
 @dataclass(frozen=True)
@@ -39,18 +64,20 @@ class Case:
     sequence_parallel: bool = False
     pipeline: int = 1
     data: int = 1
+    context: int = 1
     schedule: str = "1f1b"
     micro_batches: int = 1
-    depth: int = 3
+    depth: int | None = None  # blocks; None: the model's own
 
     def __str__(self) -> str:
         sp = "sp" if self.sequence_parallel else ""
-        return f"{self.model}-t{self.tensor}{sp}-p{self.pipeline}{self.schedule}-d{self.data}-m{self.micro_batches}"
+        cp = f"-c{self.context}" if self.context > 1 else ""
+        return f"{self.model}-t{self.tensor}{sp}-p{self.pipeline}{self.schedule}-d{self.data}{cp}-m{self.micro_batches}"
 
     @property
     def ranks(self) -> int:
         """World size."""
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.pipeline * self.data * self.context
 
     @property
     def one_process(self) -> Case:
@@ -60,12 +87,13 @@ class Case:
     def config(self, **train: Any) -> Config:
         """The resolved configuration of the case; keyword arguments override the `train` group."""
         config = Config(
-            model=replace(MODELS[self.model], depth=self.depth),
+            model=MODELS[self.model] if self.depth is None else replace(MODELS[self.model], depth=self.depth),
             data=DataConfig(rotate=10.0, shift=0.1),
             parallel=ParallelConfig(
                 tensor_parallel_size=self.tensor,
                 sequence_parallel=self.sequence_parallel,
                 pipeline_parallel_size=self.pipeline,
+                context_parallel_size=self.context,
                 schedule=self.schedule,  # type: ignore[arg-type]
             ),
             train=TrainConfig(
@@ -85,22 +113,39 @@ class Case:
 
 
 def cases(ranks: int) -> list[Case]:
-    """Every layout of this many ranks, for every model (the mixed one on at most two ranks)."""
-    return list(_cases(ranks))
+    """Every layout of this many ranks, for every model (the mixed one on at most two ranks, the family of attention kinds
+    and pyramids in every way to combine two axes, and a few of three).
+    """
+    return [*_isotropic(ranks), *_family(ranks)]
 
 
-def _cases(ranks: int) -> Iterator[Case]:
+def _family(ranks: int) -> Iterator[Case]:
+    yield from (Case(model, micro_batches=2) for model in FAMILY if ranks == 1)
+    for tensor, pipeline, data, context in product((1, 2, 4), (1, 2, 4), (1, 2), (1, 2, 4)):
+        axes = sum(size > 1 for size in (tensor, pipeline, data, context))
+        if tensor * pipeline * data * context != ranks or ranks == 1 or (ranks == 8 and axes < 3):
+            continue
+        for model in FAMILY:
+            if context > (2 if model == "pyramid" else 5) // (2 if model == "heads" and tensor > 2 else 1):
+                continue
+            if model == "heads" and context * tensor > 5 or tensor * context > 8:
+                continue
+            for sequence_parallel in (True, False) if tensor > 1 and ranks < 8 else (tensor > 1,):
+                yield Case(model, tensor, sequence_parallel, pipeline, data, context, micro_batches=pipeline)
+
+
+def _isotropic(ranks: int) -> Iterator[Case]:
     powers = [1, 2, 4, 8]
     for tensor, pipeline, data in product(powers, powers, powers):
         if tensor * pipeline * data != ranks:
             continue
         several = min(4, GLOBAL_BATCH // data)
         options = product(
-            MODELS if ranks <= 2 else ("parallel", "sequential"),
+            ("parallel", "sequential", "mixed") if ranks <= 2 else ("parallel", "sequential"),
             (True, False) if tensor > 1 else (False,),
             ("1f1b", "gpipe") if pipeline > 1 else ("1f1b",),
             (1, several),
         )
         for model, sequence_parallel, schedule, micro_batches in options:
-            depth = _DEEP if pipeline == 8 else 3
-            yield Case(model, tensor, sequence_parallel, pipeline, data, schedule, micro_batches, depth)
+            depth = _DEEP if pipeline == 8 else None
+            yield Case(model, tensor, sequence_parallel, pipeline, data, 1, schedule, micro_batches, depth)

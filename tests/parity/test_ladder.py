@@ -84,10 +84,13 @@ def test_one_process_equals_a_plain_vit(model: str) -> None:
             decays[slot.name] = by_group[info_of(slot.parameter).decay]
 
     ours = climb(World(), config, before_training=keep)
-    m = config.model
-    assert m.patch_size and m.num_heads and m.depth and m.block and m.position and m.pool
-    gelu = "none" if m.gelu == "erf" else "tanh"
-    shape = plain_vit.Shape(m.patch_size, m.num_heads, m.depth, m.block, m.position, m.pool, gelu)
+    m, sizes = config.model, config.model.sizes
+    shape = plain_vit.Shape(
+        patch=sizes.patch, heads=sizes.last.heads, depth=sizes.depth, block=m.block, position=m.position, pool=m.pool,
+        gelu="none" if m.gelu == "erf" else "tanh", image=sizes.image, norm=m.norm, mlp=m.mlp, rope_base=m.rope_base,
+        feature_map=m.feature_map,
+        stages=tuple(plain_vit.StageShape(s.depth, s.heads, s.kinds, s.window, s.grid) for s in sizes.stages),
+    )  # fmt: skip
     rates = [config.optimizer.lr * factor(config.schedule, step, STEPS) for step in range(STEPS)]
     losses, norms, first = plain_vit.train(
         weights,

@@ -1,4 +1,4 @@
-"""`python -m tools.benchmark step | peers | kernels [options]`; each explains itself with --help."""
+"""`python -m tools.benchmark step | peers | kernels | attention [options]`; each explains itself with --help."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from engine.launch import run_rank
 from parallel.comm import World
 
 BENCHMARKS = {
+    "attention": "each kind of attention against the number of tokens; memory at high resolution; pyramids",
     "step": "a training step of a configuration in a layout: time, communication, memory, utilisation",
     "peers": "the same step against plain eager PyTorch and torch's DistributedDataParallel",
     "kernels": "each native kernel against torch, and against the memory limit",
@@ -19,7 +20,7 @@ BENCHMARKS = {
 def main(argv: Sequence[str], world: World) -> None:
     """Hand over to the benchmark named first."""
     if not argv or argv[0] not in BENCHMARKS:
-        lines = [f"  {name:8} {what}" for name, what in BENCHMARKS.items()]
+        lines = [f"  {name:9} {what}" for name, what in BENCHMARKS.items()]
         raise SystemExit("\n".join(["usage: python -m tools.benchmark NAME [options]", *lines]))
     importlib.import_module(f"tools.benchmark.{argv[0]}").main(argv[1:], world)
 

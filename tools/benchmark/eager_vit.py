@@ -52,11 +52,12 @@ class EagerViT(nn.Module):
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
-        d = sizes.width
+        here = sizes.last
+        d = here.width
         self.patch = nn.Conv2d(sizes.channels, d, sizes.patch, sizes.patch)
         self.cls = nn.Parameter(torch.randn(1, 1, d) * 0.02)
         self.pos = nn.Parameter(torch.randn(1, sizes.tokens, d) * 0.02)
-        self.blocks = nn.Sequential(*(Block(d, sizes.heads, sizes.mlp) for _ in range(sizes.depth)))
+        self.blocks = nn.Sequential(*(Block(d, here.heads, here.mlp) for _ in range(sizes.depth)))
         self.norm = nn.LayerNorm(d, eps=1e-6)
         self.head = nn.Linear(d, sizes.classes)
 

@@ -1,14 +1,19 @@
 """Linear attention against float64."""
 
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import Tensor
 
-from model.kernels import Kernels, linear_attention
+from model.kernels import Kernels, linear_attention, native
 from model.kernels.reference import depthwise_conv
 from tests.model.kernels.kernel_cases import (
     NATIVE,
     REFERENCE,
+    assert_close,
     assert_same,
     check_against_float64,
     each_dtype,
@@ -171,6 +176,121 @@ def test_convolution_leaves_prefix_tokens_alone(kernels: Kernels) -> None:
     assert torch.equal(depthwise_conv(v, weight, bias, (4, 5))[:, :, :3], torch.zeros(2, 2, 3, 8))
 
 
+class Ranks:
+    """A sum over threads that stand for ranks. Every thread sees the same bits; `calls` counts them all."""
+
+    def __init__(self, count: int) -> None:
+        self.barrier = threading.Barrier(count, timeout=30)
+        self.shares: dict[int, Tensor] = {}
+        self.calls = 0
+
+    def reduce(self, rank: int, x: Tensor) -> None:
+        assert x.is_contiguous()
+        assert x.dtype == torch.float32
+        self.shares[rank] = x
+        self.barrier.wait()
+        total = torch.stack([self.shares[i] for i in sorted(self.shares)]).sum(0)
+        if self.barrier.wait() == 0:
+            self.calls += len(self.shares)
+        x.copy_(total)
+
+    def run(
+        self, kernels: Kernels, feature_map: str, inputs: Sequence[Sequence[Tensor]], grads: Sequence[Tensor]
+    ) -> list[tuple[Tensor, list[Tensor]]]:
+        """Output and gradients of each rank; inputs[rank]: q, k, v."""
+
+        def one(rank: int) -> tuple[Tensor, list[Tensor]]:
+            op = method("linear_attention", feature_map=feature_map, reduce=lambda x: self.reduce(rank, x))(kernels)
+            try:
+                return gradients(op, inputs[rank], grads[rank])
+            except BaseException:
+                self.barrier.abort()
+                raise
+
+        with ThreadPoolExecutor(len(inputs)) as pool:
+            return list(pool.map(one, range(len(inputs))))
+
+
+def positive_qkv(tokens: int, dtype: torch.dtype, feature_map: str) -> list[Tensor]:
+    """q, k: [2, 3, tokens, 24], v: [2, 3, tokens, 40]; away from a normaliser near zero."""
+    q, k, v = (randn(2, 3, tokens, 40 if i == 2 else 24, dtype=dtype, seed=i) for i in range(3))
+    return [q, k, v] if feature_map == "elu" else [q.abs() + 0.1, k.abs() + 0.1, v]
+
+
+each_form = pytest.mark.parametrize("kernels", [NATIVE, REFERENCE], ids=["native", "reference"])
+
+
+@each_form
+@each_feature
+@each_dtype
+@pytest.mark.parametrize("counts", [(60, 61), (130, 1), (0, 50), (40, 0, 7), (0, 0)])
+def test_tokens_split_over_ranks(
+    kernels: Kernels, feature_map: str, dtype: torch.dtype, counts: tuple[int, ...]
+) -> None:
+    """Output and gradients are those of the whole sequence; one sum forward and one backward on every rank."""
+    whole = positive_qkv(sum(counts), dtype, feature_map)
+    grad = randn(2, 3, sum(counts), 40, dtype=dtype, seed=9)
+    exact, exact_grads = gradients(
+        method("linear_attention", feature_map=feature_map)(REFERENCE), [t.double() for t in whole], grad.double()
+    )
+    ranks = Ranks(len(counts))
+    parts = list(zip(*(t.split(counts, dim=2) for t in whole), strict=True))
+    results = ranks.run(kernels, feature_map, parts, grad.split(counts, dim=2))
+    assert ranks.calls == 2 * len(counts)
+    assert [out.shape[2] for out, _ in results] == list(counts)
+    assert_close("output", torch.cat([out for out, _ in results], 2), exact, ulps=16)
+    for i, name in enumerate("qkv"):
+        got = torch.cat([grads[i] for _, grads in results], 2)
+        assert_close(f"gradient of {name}", got, exact_grads[i], 64 if dtype == torch.float32 else 1, 1e-6)
+
+
+@each_feature
+@each_dtype
+def test_one_rank_gives_the_bits_of_the_plain_call(feature_map: str, dtype: torch.dtype) -> None:
+    """Strided inputs, more than one chunk of tokens."""
+    packed, grad = randn(1, 2100, 3, 2, 16, dtype=dtype), randn(1, 2, 2100, 16, seed=8)
+    views = [packed[:, :, i].transpose(1, 2) for i in range(3)]
+    plain, plain_grads = gradients(method("linear_attention", feature_map=feature_map)(NATIVE), views, grad)
+    op = method("linear_attention", feature_map=feature_map, reduce=lambda x: None)(NATIVE)
+    out, grads = gradients(op, views, grad)
+    assert_same([out, *grads], [plain, *plain_grads])
+
+
+@each_form
+def test_every_rank_takes_part_in_backward(kernels: Kernels) -> None:
+    """Also where only one of its tensors wants a gradient, of q even, whose own needs no sum."""
+    calls: list[int] = []
+    q, k, v = qkv(1, 2, 5, 8)
+    for wanted in (q, k, v):
+        calls.clear()
+        wanted.requires_grad_()
+        kernels.linear_attention(q, k, v, reduce=lambda x: calls.append(x.numel())).sum().backward()
+        wanted.requires_grad_(False)
+        assert calls == [2 * 8 * 8 + 2 * 8] * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(native.cuda is None, reason=f"native CUDA module not built: {native.cuda_error}")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@each_feature
+@each_dtype
+@pytest.mark.parametrize("tokens", [0, 700])
+def test_two_equal_ranks_on_gpu(feature_map: str, dtype: torch.dtype, tokens: int) -> None:
+    """The sum over two ranks with the same tokens is twice either's: no second rank is needed."""
+    inputs = positive_qkv(tokens, dtype, feature_map)
+    grad = randn(2, 3, tokens, 40, dtype=dtype, seed=9)
+    twice = [torch.cat([t.double()] * 2, 2) for t in (*inputs, grad)]
+    exact, exact_grads = gradients(method("linear_attention", feature_map=feature_map)(REFERENCE), twice[:3], twice[3])
+    op = method("linear_attention", feature_map=feature_map, reduce=lambda x: x.mul_(2))(NATIVE)
+    out, grads = gradients(op, [t.cuda() for t in inputs], grad.cuda())
+    assert_close("output", out.cpu(), exact[:, :, :tokens], ulps=16)
+    for i, name in enumerate("qkv"):
+        got = grads[i].cpu()
+        assert_close(
+            f"gradient of {name}", got, exact_grads[i][:, :, :tokens], 64 if dtype == torch.float32 else 1.5, 1e-6
+        )
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -184,6 +304,7 @@ def test_convolution_leaves_prefix_tokens_alone(kernels: Kernels) -> None:
         ({"feature_map": "gelu"}, "feature_map: 'gelu'"),
         ({"power": 0}, "power: "),
         ({"conv_weight": torch.ones(8, 2, 2), "grid": (2, 2)}, "conv_weight: "),
+        ({"conv_weight": torch.ones(8, 3, 3), "grid": (2, 2), "reduce": torch.Tensor.zero_}, "conv_weight: .* reduce"),
         ({"conv_weight": torch.ones(8, 3, 3)}, "grid: "),
         ({"conv_weight": torch.ones(8, 3, 3), "grid": (3, 3)}, "grid: 3 x 3"),
         ({"conv_weight": torch.ones(8, 3, 3), "conv_bias": torch.ones(7), "grid": (2, 2)}, "conv_bias: "),

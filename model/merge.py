@@ -1,0 +1,66 @@
+"""Between two stages of a pyramid: four neighbouring patches become one of another width (Liu et al. 2021, Swin).
+
+Legend: B images, S tokens that this rank holds, C width before, D after, T tensor-parallel size, R = B * S rows.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model.build import Build
+from model.inputs import MicroBatch
+from model.norm import EPS, Norm
+from parallel.layout import Init, ParameterInfo, TensorLayout, make_parameter, split_range
+from parallel.tensor import enter, leave, linear
+
+
+class SharedLinear(nn.Module):
+    """This tensor rank's share of y = x W': whole rows x come in, a term of the sum over ranks goes out."""
+
+    def __init__(self, in_features: int, out_features: int, build: Build) -> None:
+        super().__init__()
+        axis = build.tp.axis
+        shape, segments = (out_features, in_features), (in_features,)
+        layout = TensorLayout(shape=shape, dim=1, segments=segments, parts=axis.size, index=axis.index)
+        init = Init(kind="uniform", scales=(math.sqrt(6 / (in_features + out_features)),))
+        self.weight = make_parameter(ParameterInfo(layout=layout, init=init, decay="body"))
+        self.share = slice(*split_range(in_features, axis.size, axis.index))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, S, C] -> [B, S, D]."""
+        return linear(x[..., self.share].flatten(0, 1), self.weight, None).unflatten(0, x.shape[:2])
+
+
+class PatchMerge(nn.Module):
+    """2 x 2 patches side by side, LayerNorm, projection [D, 4C]; prefix tokens have a projection [D, C] of their own.
+
+    A map with an odd side is filled up with zeros at the bottom or the right. Each tensor rank projects a share of the
+    normalised features, whose sums make the output.
+    """
+
+    def __init__(self, build: Build) -> None:
+        super().__init__()
+        before = build.at(build.stage - 1)
+        self.tp, self.tokens, self.kernels = build.tp, before.tokens, build.kernels
+        c, d = before.here.width, build.here.width
+        self.norm = Norm(4 * c, bias=True, partial=build.tp.size > 1, kernels=build.kernels)
+        self.proj = SharedLinear(4 * c, d, build)
+        self.prefix = SharedLinear(c, d, build) if self.tokens.prefix else None
+
+    def forward(self, x: Tensor, batch: MicroBatch) -> Tensor:
+        """[B * S, C] (or this rank's rows) -> [B * S', D] (or this rank's)."""
+        t, b = self.tokens, batch.size
+        own, rows = t.own_prefix, t.stop - t.first
+        x = enter(x, self.tp, b * t.count).unflatten(0, (b, t.count))
+        maps = x[:, own:].reshape(b, rows, t.cols, -1)
+        if rows % 2 or t.cols % 2:
+            maps = F.pad(maps, (0, 0, 0, t.cols % 2, 0, rows % 2))
+        merged = self.kernels.patch_merge(maps, self.norm.weight, self.norm.bias, EPS)
+        y = self.proj(merged.flatten(1, 2))
+        if self.prefix is not None:
+            y = torch.cat([self.prefix(x[:, :own]), y], 1)
+        return leave(y.flatten(0, 1), self.tp)

@@ -1,0 +1,32 @@
+"""A small model, real parameters for modules that are made on the meta device, and micro-batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model import MicroBatch, ModelConfig
+from parallel.layout import attach_info, info_of
+from parallel.random import initialise
+
+TINY = ModelConfig(width=16, depth=2, num_heads=4, image_size=8, patch_size=2, num_classes=5)
+
+
+def real(module: nn.Module, seed: int = 0) -> Any:
+    """`module` with its meta parameters made real and initialised."""
+    for name, meta in list(module.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        parameter = nn.Parameter(torch.empty(meta.shape))
+        attach_info(parameter, info_of(meta))
+        setattr(module.get_submodule(owner), leaf, parameter)
+    initialise(module, seed)
+    return module
+
+
+def batch_of(ids: list[int], *, training: bool = True, images: Tensor | None = None) -> MicroBatch:
+    """A micro-batch of images with these sample ids, all of class 0."""
+    sample_ids = torch.tensor(ids)
+    weights = torch.ones(len(ids))
+    return MicroBatch(images=images, labels=sample_ids * 0, sample_ids=sample_ids, weights=weights, training=training)
