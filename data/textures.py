@@ -26,13 +26,11 @@ from data.keyed import Purpose, keyed_uniforms
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# The photographs whose right quarter looks like the rest, and what of each is used: left, top, right, bottom; None: all
-# of it. Around the retina there is a black frame.
+# What is used of each photograph: left, top, right, bottom; None: all of it. Around the retina there is a black frame.
+# Left out are those whose right quarter shows something else than the rest (astronaut, camera, cell, chelsea, coffee),
+# and what is no photograph, or too small or too blurred to have a texture.
 _PHOTOGRAPHS: dict[str, tuple[int, int, int, int] | None] = {
     "brick.png": None,
-    "camera.png": None,
-    "cell.png": None,
-    "coffee.png": None,
     "coins.png": None,
     "grass.png": None,
     "gravel.png": None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -12,6 +12,7 @@ from model.build import Build
 from model.config import ModelConfig
 from model.inputs import MicroBatch
 from model.layers import LayerSpec, build_layers
+from model.resize import resize_weights
 from parallel.layout import attach_info, info_of
 from parallel.random import initialise
 
@@ -68,6 +69,38 @@ class VisionTransformer(Stage):
         """[B, C, H, W] -> [B, classes]."""
         batch = MicroBatch.of_images(images, training=self.training)
         return self((), batch)[0]
+
+    def load(self, weights: Mapping[str, Tensor], source: ModelConfig | None = None) -> None:
+        """Take over logical weights, resized where `source` had another image size, aspect ratio or patch size.
+
+        Args:
+            weights: whole tensors by their names in the model. source: the configuration that they were trained with
+                (default: that of this model).
+
+        Raises:
+            ValueError: names or shapes that do not fit this model.
+        """
+        if source is not None:
+            before, now = source.resolve().sizes, self.sizes
+            weights = resize_weights(
+                weights,
+                position=str(source.resolve().position),
+                source_grid=(before.stages[0].rows, before.stages[0].cols),
+                target_grid=(now.stages[0].rows, now.stages[0].cols),
+                channels=now.channels,
+                source_patch=before.patch,
+                target_patch=now.patch,
+                class_token=bool(before.class_tokens),
+            )
+        own = dict(self.named_parameters())
+        if strange := sorted(own.keys() ^ weights.keys()):
+            raise ValueError(f"weights: {', '.join(strange[:5])} are not in both the weights and the model")
+        for name, parameter in own.items():
+            if weights[name].shape != parameter.shape:
+                raise ValueError(
+                    f"weights: {name} has shape {list(weights[name].shape)}, the model wants {list(parameter.shape)}"
+                )
+            parameter.data.copy_(weights[name])
 
     def features(self, images: Tensor) -> list[tuple[Tensor, int]]:
         """The map of each stage of the pyramid (one, without a pyramid), after its last block, for dense tasks.

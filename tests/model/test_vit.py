@@ -1,4 +1,4 @@
-"""The model on one process: shapes, drop-path, patches, positions, attention, configuration errors, initial weights."""
+"""The model on one process: shapes, drop-path, patches, positions, blocks, initial weights."""
 
 from dataclasses import replace
 from itertools import pairwise, product
@@ -9,20 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model import PRESETS, Build, MicroBatch, ModelConfig, Stage, VisionTransformer, build_layers, check_parallel
-from model.attention import Attention
-from model.blocks import BLOCKS, DropPath
+from model import Build, Stage, VisionTransformer, build_layers
+from model.blocks import BLOCKS, DropPath, Mlp
 from model.embed import Embedding, sincos_table, unfold
-from parallel.layout import attach_info, info_of
-from parallel.random import initialise
-
+from tests.model.small import TINY, batch_of, real
 
 # -- the whole model ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("pool", "position", "block"),
-    list(product(("map", "cls", "gap"), ("learned_2d", "learned_1d", "sincos_2d"), BLOCKS)),
+    list(product(("map", "cls", "gap"), ("learned_2d", "learned_1d", "sincos_2d", "rope_2d"), BLOCKS)),
 )
 def test_shapes(pool: Any, position: Any, block: Any) -> None:
     registers = 2 if position == "sincos_2d" else 0
@@ -38,6 +35,34 @@ def test_shapes(pool: Any, position: Any, block: Any) -> None:
     assert config.sizes.tokens == tokens
     assert [layer.output for layer in model.specs] == [(tokens, 16)] * 3 + [(1, 5)]
     assert sum(layer.parameters for layer in model.specs) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_shapes_with_everything_else_there_is(block: Any) -> None:
+    """Each kind of attention, RMSNorm, gated MLP, layer scale, all prefix tokens, and images that are not square."""
+    config = replace(
+        TINY, image_size=(9, 12), in_channels=1, depth=6, block=block, norm="rmsnorm", mlp="swiglu", layer_scale=0.5,
+        qk_norm=True, position="rope_2d", pool="cls", registers=2, global_tokens=3, linear_conv=3, window_size=3,
+        grid_size=2, attention="linear, window, shifted_window, grid, global_tokens, full",
+    ).resolve()  # fmt: skip
+    model = VisionTransformer(config)
+    images = torch.randn(3, 1, 9, 12)
+    logits = model.logits(images)
+    assert logits.shape == (3, 5)
+    logits.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
+    torch.testing.assert_close(model.logits(images[1:2]), logits[1:2])  # images do not mix
+    tokens = 5 * 6 + 1 + 2 + 3
+    assert config.sizes.tokens == tokens
+    assert [layer.output for layer in model.specs] == [(tokens, 16)] * 7 + [(1, 5)]
+    assert sum(layer.parameters for layer in model.specs) == sum(p.numel() for p in model.parameters())
+
+
+def test_images_that_do_not_fill_their_patches_are_padded_with_zeros() -> None:
+    odd, even = (VisionTransformer(replace(TINY, image_size=size)) for size in ((7, 9), (8, 10)))
+    images = torch.randn(2, 3, 7, 9)
+    assert torch.equal(odd.logits(images), even.logits(F.pad(images, (0, 1, 0, 1))))
+    assert odd.sizes.tokens == 4 * 5
 
 
 def test_initial_weights_do_not_depend_on_the_cut() -> None:
@@ -131,6 +156,9 @@ def test_unfold_and_a_matrix_are_a_convolution() -> None:
     kernel = torch.randn(5, 3, 4, 4, dtype=torch.float64)
     expected = F.conv2d(images, kernel, stride=4).flatten(2).transpose(1, 2)
     torch.testing.assert_close(unfold(images, 4) @ kernel.flatten(1).t(), expected)
+    cut = images[:, :, :9, :10]  # what does not fill a patch is filled up, at the bottom and the right
+    expected = F.conv2d(F.pad(cut, (0, 2, 0, 3)), kernel, stride=4).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(unfold(cut, 4) @ kernel.flatten(1).t(), expected)
 
 
 def _table(**changes: Any) -> tuple[Embedding, Tensor]:
@@ -138,19 +166,23 @@ def _table(**changes: Any) -> tuple[Embedding, Tensor]:
     config = replace(TINY, **changes).resolve()
     embedding = real(Embedding(Build(config=config)))
     nn.init.normal_(embedding.bias)
-    rows = embedding(None, batch_of([0, 1], images=torch.zeros(2, 3, 8, 8))).view(2, config.sizes.tokens, 16)
+    rows = embedding(None, batch_of([0, 1], images=torch.zeros(2, 3, *config.sizes.image))).view(2, -1, 16)
+    assert rows.shape[1] == config.sizes.tokens
     assert torch.equal(rows[0], rows[1])
     return embedding, rows[0]
 
 
 def test_learned_2d_positions() -> None:
-    embedding, table = _table(position="learned_2d", pool="cls", registers=2)
-    assert embedding.cls is not None and embedding.registers is not None
+    embedding, table = _table(
+        position="learned_2d", pool="cls", registers=2, global_tokens=1, attention="global_tokens", image_size=(4, 8)
+    )  # fmt: skip
+    assert embedding.cls is not None and embedding.registers is not None and embedding.global_tokens is not None
     assert torch.equal(table[0], embedding.cls[0])
     assert torch.equal(table[1:3], embedding.registers)
-    for row, column in product(range(4), range(4)):
+    assert torch.equal(table[3:4], embedding.global_tokens)
+    for row, column in product(range(2), range(4)):
         expected = embedding.pos_row[row] + embedding.pos_col[column] + embedding.bias
-        torch.testing.assert_close(table[3 + 4 * row + column], expected)
+        torch.testing.assert_close(table[4 + 4 * row + column], expected)
 
 
 def test_learned_1d_positions() -> None:
@@ -174,25 +206,51 @@ def test_sincos_positions() -> None:
         torch.testing.assert_close(fixed[4 * row + column], expected)
     products = fixed @ fixed.t()  # depends on the distance alone
     torch.testing.assert_close(products[0, 5], products[10, 15])
+    assert torch.equal(sincos_table(3, 5, 8), sincos_table(5, 5, 8)[:15])  # rows first
+    assert torch.equal(sincos_table(3, 4, 8).view(3, 4, 8), sincos_table(3, 5, 8).view(3, 5, 8)[:, :4])
 
 
-# -- attention ---------------------------------------------------------------------------------------------------------
+def test_rotary_positions_are_not_in_the_embedding() -> None:
+    embedding, table = _table(position="rope_2d", pool="gap", registers=1)
+    assert {name for name, _ in embedding.named_parameters()} == {"weight", "bias", "registers"}
+    assert torch.equal(table, torch.cat([embedding.registers, embedding.bias.expand(16, -1)]))
 
 
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_attention_is_an_explicit_softmax(qk_norm: bool) -> None:
-    config = replace(TINY, width=12, num_heads=3, qk_norm=qk_norm).resolve()
-    attention = real(Attention(Build(config=config), "full")).double()
-    for parameter in attention.parameters():
+# -- blocks ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_gated_mlp() -> None:
+    mlp = real(Mlp(Build(config=replace(TINY, mlp="swiglu", mlp_dim=6).resolve())))
+    for parameter in mlp.parameters():
         nn.init.normal_(parameter)
-    qkv = torch.randn(2 * 16, 36, dtype=torch.float64) * 3
-    ours = attention(qkv)
-    for image, head in product(range(2), range(3)):
-        rows = qkv[16 * image : 16 * (image + 1)]
-        q, k, v = (rows[:, 12 * i + 4 * head :][:, :4] for i in range(3))
-        if qk_norm:
-            q = F.layer_norm(q, (4,), attention.q_norm.weight, None, 1e-6)
-            k = F.layer_norm(k, (4,), attention.k_norm.weight, None, 1e-6)
-        scores = torch.exp(q @ k.t() / 2)  # sqrt of head dim 4
-        expected = scores / scores.sum(1, keepdim=True) @ v
-        torch.testing.assert_close(ours[16 * image : 16 * (image + 1), 4 * head : 4 * head + 4], expected)
+    x = torch.randn(7, 16)
+    gate, value = F.linear(x, mlp.fc1.weight, mlp.fc1.bias).split(6, 1)
+    expected = F.linear(gate * gate.sigmoid() * value, mlp.fc2.weight, mlp.fc2.bias)
+    torch.testing.assert_close(mlp(x, 7), expected)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_layer_scale(block: Any) -> None:
+    """Each branch times a factor per feature, which starts at the given value; at 0 the block is no more."""
+    module = real(BLOCKS[block]("b", 0.0, "full", Build(config=replace(TINY, layer_scale=0.25).resolve())))
+    plain = real(BLOCKS[block]("b", 0.0, "full", Build(config=TINY.resolve())))
+    scales = {name: p for name, p in module.named_parameters() if name.startswith("scale")}
+    assert len(scales) == (1 if block == "parallel" else 2)
+    assert all((p == 0.25).all() and p.shape == (16,) for p in scales.values())
+    assert {name for name, _ in module.named_parameters()} - set(scales) == {n for n, _ in plain.named_parameters()}
+    x = torch.randn(2 * 16, 16)
+    for p in scales.values():
+        nn.init.ones_(p)
+    assert torch.equal(module(x, batch_of([0, 1])), plain(x, batch_of([0, 1])))
+    for p in scales.values():
+        nn.init.zeros_(p)
+    assert torch.equal(module(x, batch_of([0, 1])), x)
+    factors = torch.randn(16)
+    with torch.no_grad():
+        list(scales.values())[-1].copy_(factors)  # of the last branch
+    ours = module(x, batch_of([0, 1])) - x
+    other = real(BLOCKS[block]("b", 0.0, "full", Build(config=TINY.resolve())))
+    if block == "sequential":  # without the branch before it
+        for p in other.attn.proj.parameters():
+            nn.init.zeros_(p)
+    torch.testing.assert_close(ours, (other(x, batch_of([0, 1])) - x) * factors, atol=1e-5, rtol=1e-5)

@@ -113,25 +113,30 @@ class Case:
 
 
 def cases(ranks: int) -> list[Case]:
-    """Every layout of this many ranks, for every model (the mixed one on at most two ranks, the family of attention kinds
-    and pyramids in every way to combine two axes, and a few of three).
+    """Every layout of this many ranks, for every isotropic model (the mixed one on at most two ranks), and those of
+    _FAMILY_LAYOUTS for the attention kinds, pyramids and uneven heads.
     """
     return [*_isotropic(ranks), *_family(ranks)]
 
 
+# (tensor, sequence parallel, pipeline, data, context) of the family: every axis alone, every pair, and all that share
+# an image together. The pyramid's last map has two rows for context ranks; five heads serve five ranks.
+_FAMILY_LAYOUTS = {
+    1: [(1, False, 1, 1, 1)],
+    2: [(2, True, 1, 1, 1), (2, False, 1, 1, 1), (1, False, 2, 1, 1), (1, False, 1, 2, 1), (1, False, 1, 1, 2)],
+    4: [
+        (2, True, 2, 1, 1), (2, False, 1, 2, 1), (2, True, 1, 1, 2), (2, False, 1, 1, 2), (1, False, 2, 1, 2),
+        (1, False, 1, 2, 2), (4, True, 1, 1, 1), (1, False, 4, 1, 1), (1, False, 1, 1, 4),
+    ],
+    8: [(2, True, 2, 1, 2)],
+}  # fmt: skip
+
+
 def _family(ranks: int) -> Iterator[Case]:
-    yield from (Case(model, micro_batches=2) for model in FAMILY if ranks == 1)
-    for tensor, pipeline, data, context in product((1, 2, 4), (1, 2, 4), (1, 2), (1, 2, 4)):
-        axes = sum(size > 1 for size in (tensor, pipeline, data, context))
-        if tensor * pipeline * data * context != ranks or ranks == 1 or (ranks == 8 and axes < 3):
-            continue
-        for model in FAMILY:
-            if context > (2 if model == "pyramid" else 5) // (2 if model == "heads" and tensor > 2 else 1):
-                continue
-            if model == "heads" and context * tensor > 5 or tensor * context > 8:
-                continue
-            for sequence_parallel in (True, False) if tensor > 1 and ranks < 8 else (tensor > 1,):
-                yield Case(model, tensor, sequence_parallel, pipeline, data, context, micro_batches=pipeline)
+    for model, layout in product(FAMILY, _FAMILY_LAYOUTS[ranks]):
+        tensor, sequence_parallel, pipeline, data, context = layout
+        if context <= 2 or model != "pyramid":
+            yield Case(model, tensor, sequence_parallel, pipeline, data, context, micro_batches=max(pipeline, 2))
 
 
 def _isotropic(ranks: int) -> Iterator[Case]:

@@ -1,0 +1,69 @@
+r"""`python -m tools.benchmark textures`: the texture recipes trained alike, accuracy and cost of each kind of attention.
+
+Every variant runs `pretrain_vit.py` on its recipe for each seed, in a process of its own, on all cores; accuracy is the
+mean over seeds of the last evaluation, time the median step, memory what autograd keeps per image.
+
+    python -m tools.benchmark textures --seeds 0 1 2 --json textures.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from engine.cli import parse
+from model import MicroBatch, VisionTransformer
+from parallel.comm import World
+from tools.benchmark.attention import kept_bytes
+from tools.benchmark.table import Row, show
+
+_ROOT = Path(__file__).resolve().parents[2]
+VARIANTS = ("full", "window_grid", "linear", "mixed")
+
+
+def main(argv: Sequence[str], world: World) -> None:
+    """Train, and print a row per variant."""
+    parser = argparse.ArgumentParser(prog="tools.benchmark textures", description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--json", help="also write the rows to this file")
+    options, flags = parser.parse_known_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [_row(variant, options.seeds, flags, Path(folder)) for variant in options.variants]
+    for row in rows:
+        row["accuracy_over_full"] = row["accuracy"] / rows[0]["accuracy"] if options.variants[0] == "full" else None
+    show(rows, options.json)
+
+
+def _row(variant: str, seeds: Sequence[int], flags: Sequence[str], folder: Path) -> Row:
+    recipe = f"configs/textures_{variant}.yaml"
+    accuracies, times = [], []
+    for seed in seeds:
+        run = folder / f"{variant}-{seed}"
+        command = [sys.executable, "pretrain_vit.py", "--config", recipe, "--run_dir", str(run), *flags]
+        subprocess.run([*command, "--train.seed", str(seed)], cwd=_ROOT, check=True, stdout=subprocess.DEVNULL)
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        accuracies.append([line["accuracy"] for line in lines if line["event"] == "eval"][-1])
+        times += [line["step_time"] for line in lines if line["event"] == "train"]
+    return {
+        "recipe": recipe,
+        "attention": str(parse(["--config", recipe])[0].model.attention or "full"),
+        "accuracy": statistics.mean(accuracies),
+        "accuracy_of_seeds": "  ".join(f"{a:.4f}" for a in accuracies),
+        "step_time_ms": 1000 * statistics.median(times),
+        "kept_MiB_per_image": _kept(recipe) / 2**20,
+    }
+
+
+def _kept(recipe: str) -> float:
+    model = VisionTransformer(parse(["--config", recipe])[0].model)
+    batch = MicroBatch.of_images(torch.randn(4, model.sizes.channels, *model.sizes.image), training=True)
+    return kept_bytes(lambda: model((), batch), list(model.parameters())) / 4
