@@ -1,4 +1,4 @@
-"""`python -m tools.benchmark step | peers | kernels | attention | textures [options]`; each explains itself with --help."""
+"""`python -m tools.benchmark NAME [options]`, NAME one of BENCHMARKS; each explains itself with --help."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from engine.launch import run_rank
 from parallel.comm import World
 
 BENCHMARKS = {
+    "context": "full attention over ranks that share an image: all-to-all against a ring",
     "textures": "recipes with full, windowed, linear and mixed attention, trained alike",
     "attention": "each kind of attention against the number of tokens; memory at high resolution; pyramids",
     "step": "a training step of a configuration in a layout: time, communication, memory, utilisation",

@@ -1,4 +1,4 @@
-r"""`python -m tools.benchmark textures`: the texture recipes trained alike, accuracy and cost of each kind of attention.
+r"""`python -m tools.benchmark textures`: the texture recipes trained alike: accuracy and cost of each kind.
 
 Every variant runs `pretrain_vit.py` on its recipe for each seed, in a process of its own, on all cores; accuracy is the
 mean over seeds of the last evaluation, time the median step, memory what autograd keeps per image.

@@ -1,0 +1,233 @@
+"""What a model's configuration resolves to, and each mistake in one line that names key, value and cure."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from model import PRESETS, ModelConfig, StageConfig, check_parallel
+from tests.model.small import TINY
+
+STAGES = (
+    StageConfig(depth=2, width=16, num_heads=4),
+    StageConfig(depth=1, width=24, num_heads=2, window_size=3),
+    StageConfig(depth=1, width=24, num_heads=3, window_size=3, grid_size=5, mlp_dim=10),
+)
+PYRAMID = ModelConfig(stages=STAGES, image_size=32, patch_size=2, num_classes=5)
+
+
+def with_stage(index: int, **changes: Any) -> dict[str, Any]:
+    """The pyramid with a stage changed, as changes of TINY."""
+    stages = [replace(s, **changes) if i == index else s for i, s in enumerate(STAGES)]
+    return {"width": None, "depth": None, "num_heads": None, "stages": tuple(stages)}
+
+
+def test_resolve_fills_in() -> None:
+    resolved = ModelConfig(preset="vit_b16", image_size=384, depth=3).resolve()
+    assert (resolved.width, resolved.depth, resolved.image_size, resolved.pool) == (768, 3, 384, "cls")
+    assert TINY.resolve().mlp_dim == 64
+    assert (TINY.resolve().window_size, TINY.resolve().grid_size) == (7, 7)
+    assert replace(TINY, window_size=4).resolve().grid_size == 4
+    for config in (resolved, TINY.resolve(), PYRAMID.resolve(), replace(PYRAMID, grid_size=2).resolve()):
+        assert config.resolve() == config
+
+
+def test_what_stages_take_from_the_model() -> None:
+    def sides(**changes: Any) -> list[tuple[int, int]]:
+        return [(stage.window, stage.grid) for stage in replace(PYRAMID, **changes).resolve().sizes.stages]
+
+    assert sides() == [(7, 7), (3, 3), (3, 5)]  # a grid goes by the window, unless one is given
+    assert sides(window_size=4) == [(4, 4), (3, 3), (3, 5)]
+    assert sides(grid_size=2) == [(7, 2), (3, 2), (3, 5)]
+    resolved = PYRAMID.resolve()
+    assert resolved.width is resolved.depth is resolved.num_heads is resolved.mlp_dim is None
+    assert [stage.mlp for stage in resolved.sizes.stages] == [64, 96, 10]
+
+
+def test_kinds_of_attention() -> None:
+    def kinds(base: ModelConfig, **changes: Any) -> list[tuple[str, ...]]:
+        return [stage.kinds for stage in replace(base, **changes).resolve().sizes.stages]
+
+    assert kinds(TINY) == [("full", "full")]
+    assert kinds(TINY, attention="window, linear") == kinds(TINY, attention=("window", "linear")) == [
+        ("window", "linear")
+    ]  # fmt: skip
+    assert kinds(PYRAMID, attention="grid") == [("grid", "grid"), ("grid",), ("grid",)]
+    assert kinds(PYRAMID, attention="[window, full] * 2") == [("window", "full"), ("window",), ("full",)]
+    own = with_stage(0, attention="linear, full") | {"attention": "[window, grid]"}
+    assert kinds(PYRAMID, stages=own["stages"], attention="window, grid") == [
+        ("linear", "full"),
+        ("window",),
+        ("grid",),
+    ]
+    assert kinds(PYRAMID, stages=own["stages"], attention="grid") == [("linear", "full"), ("grid",), ("grid",)]
+
+
+def test_images_that_are_not_square_or_do_not_fill_their_patches() -> None:
+    sizes = replace(TINY, image_size=(9, 12), patch_size=4).resolve().sizes
+    assert (sizes.image, sizes.last.rows, sizes.last.cols, sizes.tokens) == ((9, 12), 3, 3, 9)
+    assert replace(TINY, patch_size=9).resolve().sizes.tokens == 1
+
+
+@pytest.mark.parametrize("given", [{"pool": "cls"}, {"registers": 1}, {"global_tokens": 1}])
+def test_what_layers_of_kind_global_tokens_attend_to(given: dict[str, Any]) -> None:
+    assert replace(TINY, attention="global_tokens", **given).resolve().sizes.prefix == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"preset": "vit_xxl"}, rf"model\.preset 'vit_xxl' is unknown: choose one of {', '.join(PRESETS)}"),
+        ({"width": None}, r"model\.width is not set: give it, or a model\.preset, or model\.stages"),
+        ({"depth": 0}, r"model\.depth is 0: it must be at least 1"),
+        ({"num_classes": -3}, r"model\.num_classes is -3: it must be at least 1"),
+        ({"patch_size": 0}, r"model\.patch_size is 0: it must be at least 1"),
+        ({"image_size": 0}, r"model\.image_size is 0: it must be at least 1"),
+        ({"image_size": (8, -8)}, r"model\.image_size is \(8, -8\): it must be at least 1"),
+        (
+            {"num_heads": 3},
+            r"model\.num_heads 3 does not divide model\.width 16: use \[1, 2, 4\] heads, .* multiple of 3",
+        ),
+        (
+            {"width": 18, "num_heads": 2, "position": "sincos_2d"},
+            r"model\.width 18 must be a multiple of 4 .* sincos_2d",
+        ),
+        (
+            {"num_heads": 8, "position": "rope_2d"},
+            r"model\.width 16 over 8 heads gives 2 features each: model\.position rope_2d needs a multiple of 4",
+        ),
+        ({"rope_base": 0.0}, r"model\.rope_base is 0\.0: it must be positive"),
+        ({"drop_path": 1.0}, r"model\.drop_path is 1\.0: it must be at least 0 and below 1"),
+        ({"registers": -1}, r"model\.registers is -1: it must be 0 or more"),
+        ({"layer_scale": -0.1}, r"model\.layer_scale is -0\.1: it must be 0 or more"),
+        ({"window_size": 0}, r"model\.window_size is 0: it must be at least 1"),
+        ({"grid_size": -1}, r"model\.grid_size is -1: it must be at least 1"),
+        # kinds of attention
+        ({"attention": "dense"}, r"model\.attention: 'dense' is no kind of attention: choose among full, window, .*"),
+        ({"attention": "window, full, full"}, r"model\.attention names 3 layers, but there are 2: .*"),
+        ({"attention": ("window",)}, r"model\.attention names 1 layer, but there are 2: .*"),
+        (
+            {"attention": "global_tokens", "pool": "gap"},
+            r"model\.attention global_tokens needs model\.global_tokens \(or registers, or pool cls\): set it",
+        ),
+        (
+            {"global_tokens": 3, "attention": "window"},
+            r"model\.global_tokens is 3, but no layer attends to them: add kind global_tokens to model\.attention, "
+            r"or use model\.registers",
+        ),
+        ({"linear_conv": 3}, r"model\.linear_conv is 3, but no layer of model\.attention is linear"),
+        ({"linear_conv": 4, "attention": "linear"}, r"model\.linear_conv is 4: the side .* must be odd, or 0"),
+        ({"linear_conv": -1}, r"model\.linear_conv is -1: it must be 0 or more"),
+        # pyramids
+        ({"stages": STAGES}, r"model\.stages stands in the place of model\.width, model\.depth, model\.num_heads: .*"),
+        (with_stage(0) | {"mlp_dim": 8}, r"model\.stages stands in the place of model\.mlp_dim: give them per stage"),
+        (with_stage(0) | {"stages": ()}, r"model\.stages is empty: give at least one stage, or null"),
+        (
+            with_stage(1, num_heads=5),
+            r"model\.stages\[1\]\.num_heads 5 does not divide model\.stages\[1\]\.width 24: use \[4, 6, 3\] heads, or .*",
+        ),
+        (with_stage(2, depth=0), r"model\.stages\[2\]\.depth is 0: it must be at least 1"),
+        (with_stage(0, mlp_dim=-1), r"model\.stages\[0\]\.mlp_dim is -1: it must be at least 1"),
+        (with_stage(1, window_size=0), r"model\.stages\[1\]\.window_size is 0: it must be at least 1"),
+        (with_stage(0, attention="full"), None),
+        (with_stage(0, attention=("full",)), r"model\.stages\[0\]\.attention names 1 layer, but there are 2: .*"),
+        (with_stage(1, attention="dense"), r"model\.stages\[1\]\.attention: 'dense' is no kind of attention: .*"),
+        (with_stage(0, attention="full") | {"attention": "[full] * 4"}, r"model\.attention names 4 .* there are 2: .*"),
+        (with_stage(1) | {"attention": "[full] * 3"}, r"model\.attention names 3 layers, but there are 4: .*"),
+        (
+            with_stage(2, width=18, num_heads=3) | {"position": "rope_2d"},
+            r"model\.stages\[2\]\.width 18 over 3 heads gives 6 features each: .* a multiple of 4",
+        ),
+        (
+            with_stage(0, width=6, num_heads=3) | {"position": "sincos_2d"},
+            r"model\.stages\[0\]\.width 6 must be a multiple of 4 for model\.position sincos_2d",
+        ),
+        (with_stage(1, width=6) | {"position": "sincos_2d"}, None),  # positions are added in the first stage
+    ],
+    ids=str,
+)  # fmt: skip
+def test_errors_name_key_value_and_cure(changes: dict[str, Any], message: str | None) -> None:
+    config = replace(TINY, image_size=changes.pop("image_size", 32), **changes)
+    if message is None:
+        config.resolve()
+        return
+    with pytest.raises(ValueError, match=rf"^{message}$"):
+        config.resolve()
+
+
+@pytest.mark.parametrize("preset", [name for name, values in PRESETS.items() if "stages" in values])
+def test_the_preset_of_a_pyramid(preset: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"^model\.preset {preset} is a pyramid: change model\.stages, not model\.wid"
+    ):
+        ModelConfig(preset=preset, width=8).resolve()
+    config = ModelConfig(preset=preset, stages=STAGES).resolve()
+    assert [stage.width for stage in config.sizes.stages] == [16, 24, 24]
+    assert ModelConfig(preset="vit_b16", stages=STAGES).resolve().depth is None  # the stages win over its shape
+
+
+# -- over ranks --------------------------------------------------------------------------------------------------------
+
+
+def _refused(config: ModelConfig, message: str, *sizes: int) -> None:
+    with pytest.raises(ValueError, match=rf"^{message}$"):
+        check_parallel(config.resolve(), *sizes)
+
+
+def test_what_tensor_parallelism_cannot_split() -> None:
+    for size in (1, 2, 3, 4):  # heads that do not divide are split unevenly
+        check_parallel(TINY.resolve(), size)
+    check_parallel(replace(TINY, width=50, num_heads=25, num_classes=8).resolve(), 8)
+    check_parallel(replace(TINY, mlp_dim=30).resolve(), 4)
+    _refused(
+        TINY, r"model\.num_heads 4 cannot be split over parallel\.tensor_parallel_size 5: use a size of at most 4", 5
+    )
+    _refused(
+        replace(TINY, mlp_dim=3), r"model\.mlp_dim 3 .* parallel\.tensor_parallel_size 4: use a size of at most 3", 4
+    )
+    _refused(
+        replace(TINY, num_classes=1), r"model\.num_classes 1 .* parallel\.tensor_parallel_size 2: .* of at most 1", 2
+    )
+    _refused(replace(TINY, num_classes=3), r"model\.num_heads 4 .* parallel\.tensor_parallel_size 5: .* at most 3", 5)
+
+
+def test_the_narrowest_stage_bounds_tensor_parallelism() -> None:
+    check_parallel(PYRAMID.resolve(), 2)
+    _refused(
+        PYRAMID, r"model\.stages\[1\]\.num_heads 2 .* parallel\.tensor_parallel_size 3: use a size of at most 2", 3
+    )
+    narrow = replace(PYRAMID, stages=with_stage(2, mlp_dim=1)["stages"])
+    _refused(narrow, r"model\.stages\[2\]\.mlp_dim 1 .* parallel\.tensor_parallel_size 2: .* at most 1", 2)
+
+
+def test_rows_bound_context_parallelism() -> None:
+    windows = replace(TINY, image_size=(6, 32), attention="window")  # 3 rows of patches
+    check_parallel(windows.resolve(), 1, 3)
+    check_parallel(windows.resolve(), 4, 3)  # no head is dealt out
+    _refused(
+        windows,
+        r"parallel\.context_parallel_size 4 is more than the 3 rows of patches of the last stage, which it deals out: "
+        r"use at most 3, or larger images",
+        1, 4,
+    )  # fmt: skip
+    pyramid = replace(PYRAMID, attention="linear")  # 16, 8, 4 rows
+    check_parallel(pyramid.resolve(), 1, 4)
+    _refused(pyramid, r"parallel\.context_parallel_size 5 is more than the 4 rows .* at most 4, .*", 1, 5)
+
+
+def test_heads_bound_context_parallelism_where_attention_is_full() -> None:
+    config = replace(TINY, image_size=32, attention="window, full")
+    check_parallel(config.resolve(), 1, 4)
+    check_parallel(config.resolve(), 2, 2)
+    check_parallel(config.resolve(), 4, 1)
+    _refused(
+        config,
+        r"parallel\.context_parallel_size 3 cannot deal out the 4 heads, over tensor_parallel_size 2, of layers with "
+        r"full attention: use at most 2, or another kind of attention",
+        2, 3,
+    )  # fmt: skip
+    _refused(replace(config, width=20, num_heads=5), r".* 3 cannot deal out the 5 heads, .* use at most 2, .*", 2, 3)
+    for kind in ("window", "grid", "linear"):
+        check_parallel(replace(config, attention=kind).resolve(), 4, 8)
