@@ -60,8 +60,6 @@ class FullAttention(nn.Module):
 class GroupedAttention(nn.Module):
     """Softmax attention inside groups of patches, the groups folded into the batch."""
 
-    mask: Tensor | None
-
     def __init__(self, build: Build, kind: str) -> None:
         super().__init__()
         here, self.tokens, self.sees_prefix = build.here, build.tokens, kind == "global_tokens"
@@ -70,13 +68,12 @@ class GroupedAttention(nn.Module):
         else:
             groups = windows(here.rows, here.cols, here.window, here.window // 2 if kind == "shifted_window" else 0)
         self.plan = GroupPlan(groups, build.tokens)
-        self.register_buffer("mask", self.plan.mask, persistent=False)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """As Mixer."""
         own, prefix, axis = self.tokens.own_prefix, self.tokens.prefix, self.tokens.context
         queries, keys, values = (self._group(x[:, own:]) for x in (q, k, v))
-        mask = self.mask
+        mask = self.plan.mask
         if self.sees_prefix:
             keys, values = (
                 self._with_prefix(share_first(x, own, prefix, axis), grouped) for x, grouped in ((k, keys), (v, values))

@@ -69,10 +69,11 @@ def check_parallel(config: ModelConfig, tensor_size: int, context_size: int = 1)
                 f"{name} {value} cannot be split over parallel.tensor_parallel_size {tensor_size}: "
                 f"use a size of at most {min(value for _, value in bounds)}"
             )
-    if context_size > sizes.last.rows:
+    rows = sizes.last.rows
+    if context_size > rows:
         raise ValueError(
-            f"parallel.context_parallel_size {context_size} is more than the {sizes.last.rows} rows of patches of the "
-            f"last stage, which it deals out: use at most {sizes.last.rows}, or larger images"
+            f"parallel.context_parallel_size {context_size} is more than the {rows} row{'s' * (rows > 1)} of patches "
+            f"of the last stage, which it deals out: use at most {rows}, or larger images"
         )
     for stage in sizes.stages:
         if context_size > 1 and "full" in stage.kinds and stage.heads // tensor_size < context_size:

@@ -170,6 +170,8 @@ class ModelConfig:
         given = {f.name: getattr(self, f.name) for f in fields(self)}
         if self.stages is not None or (base.get("stages") and not any(given[k] for k in _ISOTROPIC)):
             base = {k: v for k, v in base.items() if k not in _ISOTROPIC}
+            if self.stages is None and self.attention is not None:  # the user's, not the preset's
+                base["stages"] = tuple({**stage, "attention": None} for stage in base["stages"])
         elif base.get("stages"):
             raise ValueError(f"model.preset {self.preset} is a pyramid: change model.stages, not {_named(given)}")
         merged = given | {k: v for k, v in base.items() if given[k] is None}

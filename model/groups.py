@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.sizes import Tokens
 from parallel.context import exchange
@@ -87,7 +87,7 @@ class _Rearrange(torch.autograd.Function):
         return grads[0].index_select(1, inverse), None, None
 
 
-class GroupPlan:
+class GroupPlan(nn.Module):
     """How this rank's patches come into groups and back; each rank of the context axis works on a share of the groups.
 
     A patch travels only if its group is worked on elsewhere: windows that lie within a rank's rows cost nothing.
@@ -99,13 +99,19 @@ class GroupPlan:
         count, length: groups on this rank, and their slots. mask: bool [count, L, L], or None.
     """
 
+    depart: Tensor
+    home: Tensor
+    fill: Tensor
+    filled: Tensor
+    mask: Tensor | None
+
     def __init__(self, groups: Groups, tokens: Tokens) -> None:
+        super().__init__()
         axis = self.axis = tokens.context
         shares = [split_range(len(groups.patches), axis.size, i) for i in range(axis.size)]
         own = slice(*shares[axis.index])
         mine = Groups(groups.patches[own], groups.region[own])
         self.count, self.length = mine.patches.shape
-        self.mask = mine.mask()
         held = [(a * tokens.cols, b * tokens.cols) for a, b in tokens.rows_of_ranks]  # (first, stop) patch of each rank
         home = torch.zeros(tokens.rows * tokens.cols, dtype=torch.int64)  # the rank that works on each patch's group
         for i, (start, stop) in enumerate(shares):
@@ -121,8 +127,13 @@ class GroupPlan:
         place[arrived] = torch.arange(len(arrived))
         slot = torch.zeros(len(home), dtype=torch.int64)
         slot[flat[flat >= 0]] = torch.nonzero(flat >= 0).flatten()
-        self.depart, self.home = order, torch.argsort(order)  # own patches <-> by destination
-        self.fill, self.filled = place[flat.clamp(min=0)], slot[arrived]  # arrived <-> slots
+        tables = {
+            "depart": order, "home": torch.argsort(order),  # own patches <-> by destination
+            "fill": place[flat.clamp(min=0)], "filled": slot[arrived],  # arrived <-> slots
+            "mask": mine.mask(),
+        }  # fmt: skip
+        for name, table in tables.items():
+            self.register_buffer(name, table, persistent=False)
 
     def gather(self, x: Tensor) -> Tensor:
         """This rank's patches [B, N_c, F] -> slots [B, G * L, F]; an empty slot holds some patch's values."""

@@ -1,10 +1,11 @@
 """Published architectures, as values of ModelConfig's keys.
 
 Shapes: Ti, S, B, L, H from Touvron et al. 2021 (DeiT) and Dosovitskiy et al. 2021; g, G from Zhai et al. 2022 (Scaling
-Vision Transformers); e from Chen et al. 2022 (PaLI); 22B from Dehghani et al. 2023; SigLIP 2 g-opt from Tschannen et al.
-2025; InternViT-6B from Chen et al. 2023 (its QK norm spans all heads, ours is per head); DINOv3-7B from Siméoni et al.
-2025. A number after the name is the patch size. swin_t and hiera_b have the shapes of Liu et al. 2021 and Ryali et al.
-2023, with rotary and learned positions in the place of relative ones, and patch merges in the place of pooled queries.
+Vision Transformers); e from Chen et al. 2022 (PaLI); 22B from Dehghani et al. 2023; SigLIP 2 g-opt from Tschannen et
+al. 2025; InternViT-6B from Chen et al. 2023 (its QK norm spans all heads, ours is per head); DINOv3-7B from Siméoni et
+al. 2025 (with biases on q, k and v). A number after the name is the patch size. swin_t and hiera_b have the shapes of
+Liu et al. 2021 and Ryali et al. 2023, with rotary and learned positions in the place of relative ones, and patch merges
+in the place of pooled queries.
 """
 
 from __future__ import annotations

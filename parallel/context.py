@@ -4,7 +4,7 @@ Every move is one autograd node whose backward pass is its exact transpose, so g
 of what each rank computes. A part that all ranks compute alike (the head after pooling) is therefore counted once
 per rank: its loss is divided by the number of ranks.
 
-Legend: C ranks of the context axis, B images, S tokens on this rank, N tokens of an image, h heads, K features per head.
+Legend: C ranks of the context axis, B images, S tokens on this rank, N tokens of an image, h heads, K head dim.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ def shape_for_world(world_size: int, *, tensor: int, pipeline: int, context: int
         raise ValueError(
             f"{world_size} {ranks} cannot be shared among model replicas of tensor {tensor} x pipeline "
             f"{pipeline}{context_text} = {model} ranks each: start {' or '.join(map(str, fits))} ranks, or change "
-            f"parallel.tensor_parallel_size or parallel.pipeline_parallel_size"
+            f"parallel.tensor_parallel_size{', context_parallel_size' if context > 1 else ''} or pipeline_parallel_size"
         )
     return GridShape(pipeline=pipeline, data=world_size // model, context=context, tensor=tensor)
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -151,3 +152,17 @@ def test_scikit_image_is_not_imported() -> None:
     before = set(sys.modules)
     build(32)[0].load(0)
     assert not any(name.split(".")[0] == "skimage" for name in set(sys.modules) - before)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "textures", "crops_per_class": 0}, r"data\.crops_per_class is 0: it must be 1 or more"),
+        ({"crops_per_class": 9}, r"data\.crops_per_class is 9, but has no effect .* set data\.kind to textures"),
+        ({"kind": "textures", "size": 9}, r"data\.size is 9, but has no effect with data\.kind=textures"),
+        ({"kind": "textures", "fold": 1}, r"data\.fold is 1, but has no effect with data\.kind=textures"),
+    ],
+)
+def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DataConfig(**options)

@@ -13,8 +13,12 @@ from engine.cli import make_parser, parse
 from engine.config import Config
 from engine.errors import ConfigError
 from engine.keys import key_types, nearest, wanted
+from model import StageConfig
 from parallel.comm import World
 from tests.engine.small import flags, small
+
+A_PAIR = "it must be an integer, a list of 2 integers or null"
+A_PATTERN = "it must be a text, a list of texts or null"
 
 
 def message(*argv: str) -> str:
@@ -66,7 +70,116 @@ def test_the_shipped_recipes_are_valid() -> None:
     for recipe in recipes:
         folder = ["--data.path", "photos"] if "image_folder" in recipe.read_text() else []
         config, _ = parse(["--config", str(recipe), *folder])
-        config.resolve(config.parallel.tensor_parallel_size * config.parallel.pipeline_parallel_size)
+        p = config.parallel
+        config.resolve(p.tensor_parallel_size * p.pipeline_parallel_size * p.context_parallel_size)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("full", "full"),
+        ("'[window, full] * 2'", "[window, full] * 2"),
+        ("window * 3, full", "window * 3, full"),
+        ("[window, full]", ("window", "full")),
+        ("[window * 3, full]", ("window * 3", "full")),
+        ("['[window, full] * 2', linear]", ("[window, full] * 2", "linear")),
+        ("null", None),
+    ],
+)
+def test_kinds_of_attention_as_a_text_or_a_list(tmp_path: Path, text: str, expected: object) -> None:
+    flag = text.strip("'")
+    for argv in (["--config", "given.yaml"], ["--model.attention", flag], [f"--model.attention={flag}"]):
+        file = write(tmp_path, f"model:\n  attention: {text}\n")
+        config, _ = parse([file if part == "given.yaml" else part for part in argv])
+        assert config.model.attention == expected
+        assert parse(["--config", write(tmp_path, config.to_yaml())])[0] == config
+
+
+@pytest.mark.parametrize(("text", "expected"), [("96", 96), ("[96, 128]", (96, 128)), ("[96,128]", (96, 128))])
+def test_the_size_of_an_image_as_a_number_or_a_pair(tmp_path: Path, text: str, expected: object) -> None:
+    for argv in (["--config", write(tmp_path, f"model:\n  image_size: {text}\n")], ["--model.image_size", text]):
+        config, _ = parse(argv)
+        assert config.model.image_size == expected
+        assert parse(["--config", write(tmp_path, config.to_yaml())])[0] == config
+
+
+PYRAMID = """
+model:
+  stages:
+    - {depth: 2, width: 16, num_heads: 4}
+    - depth: 1
+      width: 32
+      num_heads: 4
+      mlp_dim: 48
+      attention: '[window, full] * 1'
+      window_size: 3
+      grid_size: null
+    - {depth: 2, width: 32, num_heads: 4, attention: [window, full]}
+"""
+STAGES = (
+    StageConfig(depth=2, width=16, num_heads=4),
+    StageConfig(depth=1, width=32, num_heads=4, mlp_dim=48, attention="[window, full] * 1", window_size=3),
+    StageConfig(depth=2, width=32, num_heads=4, attention=("window", "full")),
+)
+
+
+def test_stages_as_a_list_of_groups(tmp_path: Path) -> None:
+    file = write(tmp_path, PYRAMID)
+    config, _ = parse(["--config", file])
+    assert config.model.stages == STAGES
+    assert parse(["--config", write(tmp_path, config.to_yaml())])[0] == config
+    flag = "[{depth: 3, width: 8, num_heads: 2}]"
+    one = (StageConfig(depth=3, width=8, num_heads=2),)
+    file = write(tmp_path, PYRAMID)
+    for argv in (["--model.stages", flag], [f"--model.stages={flag}"], ["--model.stages", flag, "--config", file]):
+        assert parse(argv)[0].model.stages == one  # a list replaces another whole
+    assert parse(["--config", file, "--model.stages", "null"])[0].model.stages is None
+    (tmp_path / "other.yaml").write_text(f"model: {{stages: {flag}}}\n")
+    assert parse(["--config", file, "--config", str(tmp_path / "other.yaml")])[0].model.stages == one
+    assert parse(["--config", str(tmp_path / "other.yaml"), "--config", file])[0].model.stages == STAGES
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("3", "model.stages is 3: it must be a list of groups of keys or null"),
+        ("many", "model.stages is 'many': it must be a list of groups of keys or null"),
+        ("{depth: 1}", "model.stages is {'depth': 1}: it must be a list of groups of keys or null"),
+        ("[3]", "model.stages[0] is 3: it must be a group of keys, of depth, width, num_heads, mlp_dim, attention, "),
+        ("[{depth: 1, width: 8, num_heads: 2}, null]", "model.stages[1] is null: it must be a group of keys, of "),
+        ("[{depth: 1, width: 8}]", "model.stages[0].num_heads is not set: it must be an integer"),
+        ("[{}]", "model.stages[0].depth is not set: it must be an integer"),
+        ("[{dpeth: 1}]", "unknown key model.stages[0].dpeth: did you mean model.stages[0].depth?"),
+        ("[{zzz: 1}]", "unknown key model.stages[0].zzz: choose among depth, width, num_heads, mlp_dim, attention, "),
+        ("[{class_path: os.system}]", "unknown key model.stages[0].class_path: choose among depth, width, num_heads, "),
+        ("[{depth: x, width: 8, num_heads: 2}]", "model.stages[0].depth is 'x': it must be an integer"),
+        ("[{depth: 1.5}]", "model.stages[0].depth is 1.5: it must be an integer"),
+        ("[{depth: '1'}]", "model.stages[0].depth is '1': it must be an integer"),
+        ("[{depth: true}]", "model.stages[0].depth is true: it must be an integer"),
+        ("[{depth: null}]", "model.stages[0].depth is null: it must be an integer"),
+        ("[{mlp_dim: [1]}]", "model.stages[0].mlp_dim is [1]: it must be an integer or null"),
+        ("[{attention: 3}]", f"model.stages[0].attention is 3: {A_PATTERN}"),
+        ("[{attention: [full, 3]}]", f"model.stages[0].attention is ['full', 3]: {A_PATTERN}"),
+        ("[{depth: 1, depth: 2}]", "key model.stages[0].depth is given twice: merge them into one"),
+    ],
+)
+def test_a_mistake_in_a_stage_says_where(tmp_path: Path, given: str, expected: str) -> None:
+    file = write(tmp_path, f"model:\n  stages: {given}\n")
+    assert message("--config", file).startswith(f"{file}: {expected}")
+    if "given twice" not in expected:
+        assert message("--model.stages", given) == message(f"--model.stages={given}")
+        assert message("--model.stages", given).startswith(expected)
+
+
+def test_stages_are_not_a_group_of_their_own(tmp_path: Path) -> None:
+    expected = "unknown key model.stages.depth: did you mean model.depth?"
+    assert message("--model.stages.depth", "3") == message("--model.stages.depth=3") == expected
+    for text in ("model: {stages.depth: 3}\n", "model.stages.depth: 3\n"):
+        file = write(tmp_path, text)
+        assert message("--config", file) == f"{file}: {expected}"
+    assert message("--model.stages") == "--model.stages has no value: it must be a list of groups of keys or null"
+    assert message("--model.stages", "--model.width", "3").startswith("--model.stages has no value: ")
+    assert message("--model.stages", "[{").startswith("model.stages is not valid YAML: did not find expected node")
 
 
 UNKNOWN = [
@@ -108,6 +221,12 @@ def test_an_unknown_flag_names_the_nearest(flag: str, expected: str) -> None:
         ("train:\n  steps: {}\n", "train.steps is {}: it must be an integer or null"),
         ("model: {width: 3.5}\n", "model.width is 3.5: it must be an integer or null"),
         ("data: {mean: [0.5, a]}\n", "data.mean holds 'a': it must be a list of numbers, such as [0.5]"),
+        ("model: {image_size: [8, x]}\n", f"model.image_size holds 'x': {A_PAIR}"),
+        ("model: {attention: 3}\n", f"model.attention is 3: {A_PATTERN}"),
+        ("model: {attention: [3]}\n", f"model.attention holds 3: {A_PATTERN}"),
+        ("model: {attention: [full, null]}\n", f"model.attention holds null: {A_PATTERN}"),
+        ("model: {attention: true}\n", f"model.attention is true: {A_PATTERN}"),
+        ("model: {attention: {full: 3}}\n", f"model.attention is {{'full': 3}}: {A_PATTERN}"),
     ],
 )
 def test_a_mistake_in_a_file_names_the_file(tmp_path: Path, text: str, expected: str) -> None:
@@ -128,6 +247,16 @@ def test_a_mistake_in_a_file_names_the_file(tmp_path: Path, text: str, expected:
         ("--model.block serial", "model.block is 'serial': it must be parallel, sequential or null"),
         ("--device tpu", "device is 'tpu': it must be auto, cpu or cuda"),
         ("--precision.dtype fp12", "precision.dtype is 'fp12': it must be"),
+        ("--model.image_size big", f"model.image_size is 'big': {A_PAIR}"),
+        ("--model.image_size 1.5", f"model.image_size is 1.5: {A_PAIR}"),
+        ("--model.image_size true", f"model.image_size is true: {A_PAIR}"),
+        ("--model.image_size [96]", f"model.image_size is [96]: {A_PAIR}"),
+        ("--model.image_size [1,2,3]", f"model.image_size is [1, 2, 3]: {A_PAIR}"),
+        ("--model.image_size [1.5,2]", f"model.image_size holds 1.5: {A_PAIR}"),
+        ("--model.image_size 96,128", f"model.image_size is '96,128': {A_PAIR}"),
+        ("--model.window_size wide", "model.window_size is 'wide': it must be an integer or null"),
+        ("--model.norm batch", "model.norm is 'batch': it must be layernorm, rmsnorm or null"),
+        ("--parallel.context_parallel_size 1.5", "parallel.context_parallel_size is 1.5: it must be an integer"),
         ("--optimizer.betas 0.9", "optimizer.betas is 0.9: it must be a list of 2 numbers, such as [0.9, 0.999]"),
         ("--optimizer.betas [0.9,x]", "optimizer.betas holds 'x': it must be a list of 2 numbers, such as"),
         ("--optimizer.betas [1,2,3]", "optimizer.betas is [1, 2, 3]: it must be a list of 2 numbers, such as"),

@@ -15,32 +15,48 @@ from engine.config import Config, LogConfig, OptimizerConfig, ScheduleConfig, Tr
 from engine.errors import ConfigError
 from engine.schedules import check_schedule
 from engine.trainer import prepare_run_dir, total_steps
-from model import ModelConfig
+from model import ModelConfig, StageConfig
 from parallel.config import ParallelConfig
 from tests.engine.small import small
 
+STAGES = (
+    StageConfig(depth=2, width=16, num_heads=4),
+    StageConfig(depth=2, width=24, num_heads=2, attention=("window", "full"), window_size=3),
+)
 
-def layout(tensor: int = 1, pipeline: int = 1, **train: Any) -> Config:
-    parallel = ParallelConfig(tensor_parallel_size=tensor, pipeline_parallel_size=pipeline)
+
+def layout(tensor: int = 1, pipeline: int = 1, context: int = 1, **train: Any) -> Config:
+    parallel = ParallelConfig(
+        tensor_parallel_size=tensor, pipeline_parallel_size=pipeline, context_parallel_size=context
+    )
     return small(parallel=parallel, train=TrainConfig(**{"steps": 1, "global_batch_size": 16, **train}))
 
 
+def pyramid(**changes: Any) -> Config:
+    return small(**{"width": None, "depth": None, "num_heads": None, "stages": STAGES} | changes)
+
+
 @pytest.mark.parametrize(
-    ("tensor", "pipeline", "world", "given", "size", "count"),
+    ("tensor", "pipeline", "context", "world", "given", "size", "count"),
     [
-        (1, 1, 1, None, 16, 1),
-        (1, 1, 4, None, 4, 1),  # the data-parallel size is what remains of the world
-        (2, 2, 8, None, 4, 2),  # one micro-batch per stage
-        (1, 4, 4, None, 4, 4),
-        (1, 1, 2, 2, 2, 4),
-        (2, 1, 2, 16, 16, 1),
+        (1, 1, 1, 1, None, 16, 1),
+        (1, 1, 1, 4, None, 4, 1),  # the data-parallel size is what remains of the world
+        (2, 2, 1, 8, None, 4, 2),  # one micro-batch per stage
+        (1, 4, 1, 4, None, 4, 4),
+        (1, 1, 1, 2, 2, 2, 4),
+        (2, 1, 1, 2, 16, 16, 1),
+        (3, 1, 1, 3, None, 16, 1),  # of 4 heads, 2 on the first rank
+        (1, 1, 2, 4, None, 8, 1),
+        (2, 2, 2, 16, 2, 2, 4),
     ],
 )
-def test_micro_batches(tensor: int, pipeline: int, world: int, given: int | None, size: int, count: int) -> None:
-    config = layout(tensor, pipeline, micro_batch_size=given).resolve(world)
+def test_micro_batches(
+    tensor: int, pipeline: int, context: int, world: int, given: int | None, size: int, count: int
+) -> None:
+    config = layout(tensor, pipeline, context, micro_batch_size=given).resolve(world)
     assert config.train.micro_batch_size == size
     assert config.num_micro_batches(config.grid_shape(world)) == count
-    assert config.grid_shape(world).data == world // tensor // pipeline
+    assert config.grid_shape(world).data == world // tensor // pipeline // context
 
 
 def test_resolving_fills_in_what_follows() -> None:
@@ -64,7 +80,27 @@ REFUSED = [
     (layout(tensor=2, pipeline=2), 2, ["2 ranks", "tensor 2 x pipeline 2 = 4", "start 4 ranks"]),
     (layout(tensor=0), 1, ["parallel.tensor_parallel_size is 0", "at least 1"]),
     (layout(pipeline=-1), 1, ["parallel.pipeline_parallel_size is -1", "at least 1"]),
-    (layout(tensor=3), 3, ["model.num_heads 4", "parallel.tensor_parallel_size 3", "1, 2, 4"]),
+    (layout(tensor=5), 5, ["model.num_heads 4", "parallel.tensor_parallel_size 5", "at most 4"]),
+    (layout(tensor=2, context=2), 6, ["6 ranks", "tensor 2 x pipeline 1 x context 2 = 4", "start 4 or 8 ranks"]),
+    (layout(context=0), 1, ["parallel.context_parallel_size is 0", "at least 1"]),
+    (layout(context=3), 3, ["parallel.context_parallel_size 3", "2 rows", "at most 2", "larger images"]),
+    (layout(tensor=3, context=2), 6, ["context_parallel_size 2", "4 heads", "tensor_parallel_size 3", "at most 1"]),
+    (
+        pyramid(parallel=ParallelConfig(tensor_parallel_size=3)),
+        3,
+        ["model.stages[1].num_heads 2", "parallel.tensor_parallel_size 3", "at most 2"],
+    ),
+    (
+        pyramid(parallel=ParallelConfig(pipeline_parallel_size=8)),
+        8,
+        ["8 is more than the 7 layers", "(embedding, 4 blocks, 1 patch merge, head)", "at most 7 stages"],
+    ),
+    (pyramid(width=16), 1, ["model.stages stands in the place of model.width"]),
+    (
+        small(attention="[window, full] * 3"),
+        1,
+        ["model.attention names 6 layers", "there are 4", "'[window, full] * 2'"],
+    ),
     (layout(pipeline=8), 8, ["pipeline_parallel_size 8", "6 layers", "at most 6 stages", "deeper model"]),
     (layout(), 3, ["global_batch_size 16", "3 data-parallel ranks", "15 or 18"]),
     (layout(micro_batch_size=3), 1, ["global_batch_size 16", "micro-batches of 3", "15 or 18", "1, 2, 4, 8, 16"]),
@@ -73,7 +109,6 @@ REFUSED = [
     (small(train=TrainConfig()), 1, ["train.steps or train.epochs", "neither is set"]),
     (small(train=TrainConfig(steps=1, epochs=1.0)), 1, ["train.steps or train.epochs", "both are set"]),
     (small(width=18), 1, ["model.num_heads 4", "model.width 18", "[2, 3, 6] heads", "multiple of 4"]),
-    (small(patch_size=3), 1, ["model.patch_size 3", "image_size 8", "6 or 9", "2, 4, 8"]),
     (small(image_size=0), 1, ["model.image_size is 0", "at least 1"]),
     (small(drop_path=1.0), 1, ["model.drop_path is 1.0", "below 1"]),
     (small(registers=-1), 1, ["model.registers is -1", "0 or more"]),
@@ -161,6 +196,41 @@ def test_a_written_configuration_reads_back_the_same(tmp_path: Path, resolved: b
     file.write_text(config.to_yaml())
     assert parse(["--config", str(file)]) == (config, False)
     assert set(yaml.safe_load(config.to_yaml())) >= {"model", "data", "parallel", "train", "optimizer", "schedule"}
+
+
+@pytest.mark.parametrize("resolved", [False, True])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attention": "linear"},
+        {"attention": "[window, full] * 2"},
+        {"attention": "window * 3, full"},
+        {"attention": ("window", "grid", "linear", "full")},
+        {"attention": ("window * 3", "full")},
+        {"attention": ("[window, full] * 2",)},
+        {"image_size": (8, 12)},
+        {"stages": STAGES},
+        {
+            "stages": (replace(STAGES[0], attention="window * 2", grid_size=2, mlp_dim=3), *STAGES[1:]),
+            "layer_scale": 1e-5,
+        },
+        {"preset": "swin_t", "image_size": 224, "patch_size": 4},
+        {"preset": "dinov3_7b"},
+    ],
+    ids=str,
+)
+def test_shapes_and_kinds_of_attention_read_back_the_same(
+    tmp_path: Path, changes: dict[str, Any], resolved: bool
+) -> None:
+    if "stages" in changes or "preset" in changes:
+        changes = {"width": None, "depth": None, "num_heads": None} | changes
+    config = small(**changes)
+    config = config.resolve(1) if resolved else config
+    file = tmp_path / "config.yaml"
+    file.write_text(config.to_yaml())
+    again = parse(["--config", str(file)])[0]
+    assert again == config
+    assert again.resolve(1) == config.resolve(1)
 
 
 def test_a_preset_needs_nothing_else() -> None:

@@ -1,4 +1,4 @@
-"""A small model, real parameters for modules that are made on the meta device, and micro-batches."""
+"""A small model, real parameters for modules that are made on the meta device, micro-batches, and places on an axis."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from model import MicroBatch, ModelConfig
+from parallel.comm import Axis, single_axis
 from parallel.layout import attach_info, info_of
 from parallel.random import initialise
 
@@ -23,6 +24,13 @@ def real(module: nn.Module, seed: int = 0) -> Any:
         setattr(module.get_submodule(owner), leaf, parameter)
     initialise(module, seed)
     return module
+
+
+def context_axis(ranks: int, index: int) -> Axis:
+    """Of one rank among some, none of which talk to each other."""
+    if ranks == 1:
+        return single_axis("context")
+    return Axis(name="context", ranks=tuple(range(ranks)), index=index, group=object())  # type: ignore[arg-type]
 
 
 def batch_of(ids: list[int], *, training: bool = True, images: Tensor | None = None) -> MicroBatch:

@@ -22,7 +22,7 @@ from parallel.comm import Axis, World, single_axis
 from parallel.grid import GridShape, make_grid
 from parallel.layout import split_range
 from tests.distributed import run_ranks
-from tests.model.small import TINY, real
+from tests.model.small import context_axis, real
 from tests.model.test_groups import expected as patches_that_see
 
 HEADS, HEAD_DIM, IMAGES = 3, 4, 2
@@ -156,10 +156,9 @@ def test_nothing_is_as_large_as_all_pairs_of_patches(kind: str, fits: bool) -> N
 # -- rotary positions --------------------------------------------------------------------------------------------------
 
 
-def _tokens(rows: int, cols: int, prefix: int = 0, axis: Axis | None = None) -> Tokens:
-    axis = axis or single_axis("context")
-    shares = tuple(split_range(rows, axis.size, i) for i in range(axis.size))
-    return Tokens(rows=rows, cols=cols, prefix=prefix, rows_of_ranks=shares, context=axis)
+def _tokens(rows: int, cols: int, prefix: int = 0, ranks: int = 1, index: int = 0) -> Tokens:
+    shares = tuple(split_range(rows, ranks, i) for i in range(ranks))
+    return Tokens(rows=rows, cols=cols, prefix=prefix, rows_of_ranks=shares, context=context_axis(ranks, index))
 
 
 def test_scores_depend_on_the_distance_alone() -> None:
@@ -199,10 +198,7 @@ def test_coordinates_span_the_map_whatever_its_size() -> None:
 
 def test_each_rank_turns_by_the_places_of_its_own_rows() -> None:
     whole = torch.stack(rotary_table(_tokens(5, 3, prefix=2), 8, 50.0))
-    parts = []
-    for index in range(3):
-        axis = Axis(name="context", ranks=(0, 1, 2), index=index, group=object())  # type: ignore[arg-type]
-        parts.append(torch.stack(rotary_table(_tokens(5, 3, prefix=2, axis=axis), 8, 50.0)))
+    parts = [torch.stack(rotary_table(_tokens(5, 3, 2, ranks=3, index=i), 8, 50.0)) for i in range(3)]
     assert torch.equal(torch.cat(parts, 1), whole)
 
 
@@ -247,8 +243,3 @@ def _all_kinds(world: World) -> None:
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_over_ranks_it_is_as_on_one(ranks: int) -> None:
     run_ranks(ranks, _all_kinds)
-
-
-def test_a_head_dim_that_rotary_positions_cannot_split() -> None:
-    with pytest.raises(ValueError, match=r"model\.width 16 over 8 heads gives 2 features each: .* a multiple of 4"):
-        replace(TINY, num_heads=8, position="rope_2d").resolve()

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from model.groups import GroupPlan, Groups, grid, windows
 from model.sizes import Tokens
-from parallel.comm import Axis, single_axis
 from parallel.layout import split_range
+from tests.model.small import context_axis
 
 GROUPED = ("window", "shifted_window", "grid")
 SIZES = [  # rows, cols, side: maps that fill whole windows, and maps that do not
@@ -108,11 +108,8 @@ def test_a_grid_spreads_over_the_map() -> None:
 
 def tokens(rows: int, cols: int, ranks: int = 1, index: int = 0) -> Tokens:
     """Of a rank that is given the rows of a map with the others; nothing is sent."""
-    axis = single_axis("context")
-    if ranks > 1:
-        axis = Axis(name="context", ranks=tuple(range(ranks)), index=index, group=object())  # type: ignore[arg-type]
     shares = tuple(split_range(rows, ranks, i) for i in range(ranks))
-    return Tokens(rows=rows, cols=cols, prefix=0, rows_of_ranks=shares, context=axis)
+    return Tokens(rows=rows, cols=cols, prefix=0, rows_of_ranks=shares, context=context_axis(ranks, index))
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)

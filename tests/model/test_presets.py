@@ -74,14 +74,45 @@ def test_training_flops() -> None:
     assert forward == pytest.approx(17.56, rel=0.01)
 
 
+def test_internvit_6b() -> None:
+    """Chen et al. 2023: 5903 M parameters at 224 pixels, without a head; its QK norm spans all 25 heads."""
+    config = ModelConfig(preset="internvit_6b", image_size=224).resolve()
+    layers = build_layers(config)[:-1]
+    assert round((sum(layer.parameters for layer in layers) + 48 * 2 * (3200 - 128)) / 1e6) == 5903
+    assert {stage.heads for stage in config.sizes.stages} == {25}
+
+
+def test_dinov3_7b() -> None:
+    """Siméoni et al. 2025: 6716 M parameters without a head; 40 blocks, gated MLP, 4 registers."""
+    layers = _layers("dinov3_7b")
+    assert round(sum(layer.parameters for layer in layers[:-1]) / 1e6) in (6716, 6717)  # with biases of q, k, v
+    assert layers[0].output == (1 + 4 + 16 * 16, 4096)
+
+
+def test_swin_t() -> None:
+    """Liu et al. 2021: the published 28 288 354, less the tables of relative positions and the norm of patches."""
+    tables = 13**2 * (2 * 3 + 2 * 6 + 6 * 12 + 2 * 24)
+    assert _parameters("swin_t") == 28_288_354 - tables - 2 * 96
+    forward = sum(layer.flops for layer in _layers("swin_t")) / 2e9
+    assert forward == pytest.approx(4.5, rel=0.01)
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_list_of_layers(preset: str) -> None:
-    config = ModelConfig(preset=preset).resolve()
-    layers = _layers(preset)
-    assert [layer.name for layer in layers] == ["embed", *(f"blocks.{i}" for i in range(config.sizes.depth)), "head"]
-    assert config.width == PRESETS[preset]["width"]
-    assert config.qk_norm is (preset == "vit_22b") and config.bias is (preset != "vit_22b")
-    tokens = config.sizes.tokens
-    assert tokens == (224 // config.sizes.patch) ** 2 + (config.pool == "cls")
-    assert {layer.output for layer in layers[:-1]} == {(tokens, config.width)}
+    """Names, and shapes after each layer, from the preset's own numbers."""
+    values, config, layers = PRESETS[preset], ModelConfig(preset=preset).resolve(), _layers(preset)
+    stages = values.get("stages", [{key: values.get(key) for key in ("depth", "width", "num_heads")}])
+    prefix = (config.pool == "cls") + values.get("registers", 0)
+    side, names, shapes, done = values["image_size"] // values["patch_size"], ["embed"], [], 0
+    for i, stage in enumerate(stages):
+        names += [f"merges.{i - 1}"] * (i > 0) + [f"blocks.{done + j}" for j in range(stage["depth"])]
+        shapes += [(prefix + side**2, stage["width"])] * (1 + stage["depth"])
+        side, done = side // 2, done + stage["depth"]
+        assert stage["width"] % stage["num_heads"] == 0
+    assert [layer.name for layer in layers] == [*names, "head"]
+    assert [layer.output for layer in layers] == [*shapes, (1, 1000)]
+    for key, value in values.items():
+        assert key == "stages" or getattr(config, key) == value
+    assert config.qk_norm is (preset in ("vit_22b", "internvit_6b"))
+    assert config.bias is (preset not in ("vit_22b", "internvit_6b"))
     assert all(p.device == torch.device("meta") for p in layers[0].factory(Build(config=config)).parameters())

@@ -15,8 +15,7 @@ from model import Build, MicroBatch, ModelConfig, StageConfig, VisionTransformer
 from model.blocks import BLOCKS, DropPath
 from model.merge import PatchMerge
 from model.sizes import Tokens
-from parallel.comm import Axis
-from tests.model.small import TINY, real
+from tests.model.small import TINY, context_axis, real
 
 STAGES = (
     StageConfig(depth=2, width=8, num_heads=2, attention="window, shifted_window"),
@@ -146,8 +145,7 @@ def test_a_patch_merge(size: tuple[int, int], registers: int) -> None:
 def test_which_tokens_a_rank_holds(ranks: int) -> None:
     sizes = PYRAMID.resolve().sizes
     for index in range(ranks):
-        axis = Axis(name="context", ranks=tuple(range(ranks)), index=index, group=object())  # type: ignore[arg-type]
-        places = [Tokens.of(sizes, stage, axis) for stage in range(3)]
+        places = [Tokens.of(sizes, stage, context_axis(ranks, index)) for stage in range(3)]
         for stage, place in enumerate(places):
             edges = [edge for share in place.rows_of_ranks for edge in share]
             assert edges[0] == 0 and edges[-1] == place.rows == MAPS[stage][0]

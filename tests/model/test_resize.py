@@ -1,5 +1,6 @@
 """Resized position tables and patch kernels: what interpolation must keep, and what is refused."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from model import ModelConfig, VisionTransformer
 from model.embed import unfold
 from model.resize import resize_grid, resize_line, resize_patch_kernel, resize_weights
 
@@ -250,3 +252,44 @@ def test_refusals(position: str, tables: dict[str, Any], change: dict[str, Any],
     weights = _weights(**{name: torch.randn(shape) for name, shape in tables.items()})
     with pytest.raises(ValueError, match=message):
         resize_weights(weights, position=position, **SAME | change)
+
+
+# -- a whole model -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("position", ["learned_1d", "learned_2d", "rope_2d"])
+def test_a_model_loads_weights_of_another_size(position: str) -> None:
+    """Patches twice as large: the same tokens from patches that are enlarged one by one, so the same logits."""
+    small = ModelConfig(
+        width=32, depth=2, num_heads=4, image_size=(8, 12), patch_size=2, num_classes=5, pool="cls", position=position
+    )  # type: ignore[arg-type]
+    large = replace(small, image_size=(16, 24), patch_size=4)
+    trained, loaded = VisionTransformer(small), VisionTransformer(large, seed=1)
+    loaded.load(dict(trained.state_dict()), small)
+    images = torch.randn(3, 3, 8, 12)
+    tiles = images.view(3, 3, 4, 2, 6, 2).transpose(3, 4).reshape(-1, 3 * 4 * 6, 2, 2)
+    tiles = F.interpolate(tiles, scale_factor=2, mode="bilinear").view(3, 3, 4, 6, 4, 4)
+    enlarged = tiles.transpose(3, 4).reshape(3, 3, 16, 24)
+    torch.testing.assert_close(loaded.logits(enlarged), trained.logits(images), rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_resizes_positions_for_a_larger_image() -> None:
+    small = ModelConfig(width=32, depth=1, num_heads=4, image_size=8, patch_size=2, num_classes=5, pool="gap")
+    model = VisionTransformer(replace(small, image_size=(12, 20)))
+    weights = dict(VisionTransformer(small).state_dict())
+    model.load(weights, small)
+    own = dict(model.named_parameters())
+    assert own["embed.pos_row"].shape == (6, 32) and own["embed.pos_col"].shape == (10, 32)
+    assert torch.equal(own["embed.pos_col"], resize_line(weights["embed.pos_col"], 10))
+    assert torch.equal(own["blocks.0.attn.qkv.weight"], weights["blocks.0.attn.qkv.weight"])
+
+
+def test_weights_that_do_not_fit_a_model() -> None:
+    config = ModelConfig(width=32, depth=1, num_heads=4, image_size=8, patch_size=2, num_classes=5, pool="gap")
+    model = VisionTransformer(config)
+    weights = dict(VisionTransformer(replace(config, num_classes=6)).state_dict())
+    with pytest.raises(ValueError, match=r"head\.fc\.\w+ has shape \[6.*\], the model wants \[5"):
+        model.load(weights, config)
+    del weights["embed.bias"]
+    with pytest.raises(ValueError, match=r"embed\.bias are not in both"):
+        model.load(weights, config)

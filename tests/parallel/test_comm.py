@@ -103,6 +103,7 @@ def test_an_axis_of_one_rank_is_free() -> None:
     assert comm.all_gather_rows(x, axis) is x
     assert comm.reduce_scatter_rows(x, axis) is x
     assert comm.broadcast(x, axis) is x
+    assert comm.all_to_all_rows(x, [2], [2], axis) is x
     assert comm.all_reduce_start(x, axis).is_done()
     assert comm.gather_objects("a", axis) == ["a"]
     comm.barrier(axis)

@@ -52,6 +52,54 @@ def test_each_segment_is_split_by_itself() -> None:
     assert [tuple(piece) for piece in layout.pieces] == [(1, 0, 1), (3, 1, 1), (5, 2, 1), (8, 3, 2)]
 
 
+HEADS = [  # lengths of segments, and what of each is never cut
+    ((20, 20, 20, 13), (4, 4, 4, 1)),
+    ((25 * 8,), (8,)),
+    ((12, 9), (3, 3)),
+    ((10, 20), (2, 4)),
+]
+
+
+@pytest.mark.parametrize(("segments", "units"), HEADS, ids=str)
+@pytest.mark.parametrize("parts", [1, 2, 3, 5, 8])
+def test_units_stay_whole(segments: tuple[int, ...], units: tuple[int, ...], parts: int) -> None:
+    """Heads that do not divide: every rank holds whole ones, the first ones one more, and together all of them."""
+    total = sum(segments)
+    made = [
+        TensorLayout(shape=(2, total), dim=1, segments=segments, units=units, parts=parts, index=i)
+        for i in range(parts)
+    ]
+    full, seen = torch.arange(2 * total).view(2, total), []
+    back = torch.full_like(full, -1)
+    for layout in made:
+        local = 0
+        assert len(layout.pieces) == len(segments)
+        for piece, segment, unit, start in zip(
+            layout.pieces, segments, units, [sum(segments[:i]) for i in range(len(segments))], strict=True
+        ):
+            assert (piece.global_start - start) % unit == piece.length % unit == 0
+            assert piece.length // unit in (segment // unit // parts, segment // unit // parts + 1)
+            assert piece.local_start == local
+            local += piece.length
+            seen += range(piece.global_start, piece.global_start + piece.length)
+        assert layout.local_shape == (2, local) == layout.local(full).shape
+        layout.place(back, layout.local(full))
+    assert sorted(seen) == list(range(total))
+    assert torch.equal(back, full)
+    for segment in range(len(segments)):
+        lengths = [layout.pieces[segment].length for layout in made]
+        assert lengths == sorted(lengths, reverse=True)
+
+
+def test_q_k_and_v_of_a_rank_are_of_the_same_heads() -> None:
+    """5 heads of 2 on 3 ranks: 2, 2 and 1 of each."""
+    layouts = [
+        TensorLayout(shape=(30,), dim=0, segments=(10, 10, 10), units=(2, 2, 2), parts=3, index=i) for i in range(3)
+    ]
+    heads = [(layout.local(torch.arange(30)).view(3, -1) % 10).tolist() for layout in layouts]
+    assert heads == [[[0, 1, 2, 3]] * 3, [[4, 5, 6, 7]] * 3, [[8, 9]] * 3]
+
+
 def test_a_copy_is_the_whole() -> None:
     layout = TensorLayout(shape=(3, 2), parts=4, index=2)
     full, out = torch.arange(6).view(3, 2), torch.zeros(3, 2, dtype=torch.int64)

@@ -1,6 +1,6 @@
 """Column- and row-parallel linears against nn.Linear in float64, weight-gradient sinks, and collectives per block."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import product
 
 import pytest
@@ -25,6 +25,10 @@ from parallel.tensor import (
 from tests.distributed import run_ranks
 
 SEGMENTS = (4, 8, 9)  # one of which neither 2 nor 4 ranks share evenly
+HEADS = (
+    (15, 15, 15, 9),
+    (3, 3, 3, 1),
+)  # lengths, and what is never cut: 5 heads, which no number of ranks shares evenly
 WIDTH = 6
 
 
@@ -67,13 +71,20 @@ def _check_grads(ours: nn.Module, theirs: nn.Linear, tp: TensorParallel, what: o
         _close(grad, info.layout.local(expected), (what, name))
 
 
-def _check_column(tp: TensorParallel, rows: int, bias: bool, split_input: bool | None) -> None:
-    what = ("column", tp.size, tp.sequence_parallel, rows, bias, split_input)
-    theirs = _reference(WIDTH, sum(SEGMENTS), bias)
-    ours = ColumnParallelLinear(WIDTH, SEGMENTS, tp=tp, bias=bias, split_input=split_input)
+def _check_column(
+    tp: TensorParallel,
+    rows: int,
+    bias: bool,
+    split_input: bool | None,
+    segments: Sequence[int] = SEGMENTS,
+    units: Sequence[int] = (),
+) -> None:
+    what = ("column", tp.size, tp.sequence_parallel, rows, bias, split_input, segments, units)
+    theirs = _reference(WIDTH, sum(segments), bias)
+    ours = ColumnParallelLinear(WIDTH, segments, tp=tp, units=units, bias=bias, split_input=split_input)
     _materialise(ours, lambda name, _: theirs.get_parameter(name).detach())
     local = info_of(ours.weight).layout.local
-    x, weights = _random(rows, WIDTH).requires_grad_(), _random(rows, sum(SEGMENTS), seed=1)
+    x, weights = _random(rows, WIDTH).requires_grad_(), _random(rows, sum(segments), seed=1)
     y = theirs(x)
     y.backward(weights)
 
@@ -91,13 +102,20 @@ def _check_column(tp: TensorParallel, rows: int, bias: bool, split_input: bool |
     _check_grads(ours, theirs, tp, what)
 
 
-def _check_row(tp: TensorParallel, rows: int, bias: bool, split_output: bool | None) -> None:
-    what = ("row", tp.size, tp.sequence_parallel, rows, bias, split_output)
-    theirs = _reference(sum(SEGMENTS), WIDTH, bias)
-    ours = RowParallelLinear(SEGMENTS, WIDTH, tp=tp, bias=bias, split_output=split_output)
+def _check_row(
+    tp: TensorParallel,
+    rows: int,
+    bias: bool,
+    split_output: bool | None,
+    segments: Sequence[int] = SEGMENTS,
+    units: Sequence[int] = (),
+) -> None:
+    what = ("row", tp.size, tp.sequence_parallel, rows, bias, split_output, segments, units)
+    theirs = _reference(sum(segments), WIDTH, bias)
+    ours = RowParallelLinear(segments, WIDTH, tp=tp, units=units, bias=bias, split_output=split_output)
     _materialise(ours, lambda name, _: theirs.get_parameter(name).detach())
     local = info_of(ours.weight).layout.local
-    x, weights = _random(rows, sum(SEGMENTS)).requires_grad_(), _random(rows, WIDTH, seed=1)
+    x, weights = _random(rows, sum(segments)).requires_grad_(), _random(rows, WIDTH, seed=1)
     y = theirs(x)
     y.backward(weights)
     x_local = local(x.detach()).requires_grad_()
@@ -122,6 +140,8 @@ def _check_linears(world: World) -> None:
         for split in (None, False):
             _check_column(tp, rows, bias, split)
             _check_row(tp, rows, bias, split)
+        _check_column(tp, rows, bias, None, *HEADS)
+        _check_row(tp, rows, bias, None, *HEADS)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -141,10 +161,12 @@ class _TwoRanks(TensorParallel):
 
 
 def test_too_few_features_to_split() -> None:
-    with pytest.raises(ValueError, match="1 output features cannot be split over 2 tensor-parallel ranks"):
+    with pytest.raises(ValueError, match="1 features or heads cannot be split over 2 tensor-parallel ranks"):
         ColumnParallelLinear(4, (8, 1), tp=_TwoRanks(axis=no_tensor_parallel().axis))
-    with pytest.raises(ValueError, match="1 input features cannot be split over 2 tensor-parallel ranks"):
+    with pytest.raises(ValueError, match="1 features or heads cannot be split over 2 tensor-parallel ranks"):
         RowParallelLinear((1, 8), 4, tp=_TwoRanks(axis=no_tensor_parallel().axis))
+    with pytest.raises(ValueError, match="1 features or heads cannot be split over 2 tensor-parallel ranks"):
+        ColumnParallelLinear(4, (8, 8), units=(8, 2), tp=_TwoRanks(axis=no_tensor_parallel().axis))
 
 
 # -- weight-gradient sinks ---------------------------------------------------------------------------------------------
@@ -209,7 +231,7 @@ def _traffic_of_blocks(world: World) -> dict[tuple[str, bool], list[tuple[dict[s
     images = torch.zeros(3, 3, 6, 6)
     for kind, sequence_parallel in product(BLOCKS, (True, False)):
         tp = TensorParallel(axis=grid.tensor, sequence_parallel=sequence_parallel)
-        block = BLOCKS[kind]("block", 0.0, Build(config=config, tp=tp))
+        block = BLOCKS[kind]("block", 0.0, "full", Build(config=config, tp=tp))
         _materialise(block, lambda _, shape: torch.ones(shape))
         x = slice_rows(torch.randn(27, 8), tp).requires_grad_()
         grid.meter.reset()

@@ -7,7 +7,7 @@ from torch import Tensor
 from parallel import comm
 from parallel.comm import Axis, World, single_axis
 from parallel.grid import GridShape, make_grid
-from parallel.tensor import TensorParallel, copy_in, gather_rows, no_tensor_parallel, slice_rows
+from parallel.tensor import TensorParallel, copy_in, enter, gather_rows, leave, no_tensor_parallel, slice_rows
 from parallel.tensor.rows import finish_input_gradient, pad_rows
 from tests.distributed import run_ranks
 
@@ -48,6 +48,7 @@ def test_one_rank_moves_nothing() -> None:
     x, alone = torch.ones(3, 2), TensorParallel(axis=single_axis("tensor"), sequence_parallel=True)
     assert not alone.splits_rows
     assert slice_rows(x, alone) is gather_rows(x, alone, 3) is copy_in(x, alone.axis) is x
+    assert enter(x, alone, 3) is leave(x, alone) is x
     assert no_tensor_parallel().size == 1
     assert alone.axis.meter.calls == {}
 
@@ -87,7 +88,29 @@ def _moves(world: World) -> None:
             finish_input_gradient(own.clone(), split, True).wait(), slice_rows(weights * ranks, split)
         )
         torch.testing.assert_close(finish_input_gradient(own.clone(), split, False).wait(), weights * ranks)
+        for tp in (split, whole):
+            _check_enter_and_leave(tp, rows)
     comm.barrier(axis)
+
+
+def _check_enter_and_leave(tp: TensorParallel, rows: int) -> None:
+    """y = sum over ranks of tanh(x W_rank), against all of it on one process; padding is never used."""
+    matrices = [_random(3, 2, seed=10 + i) for i in range(tp.size)]
+    x, weights = _random(rows, 3).requires_grad_(), _random(rows, 2, seed=1)
+    y = torch.stack([(x @ w).tanh() for w in matrices]).sum(0)
+    y.backward(weights)
+    start, stop = (min(edge, rows) for edge in tp.row_range(rows))
+    local = slice_rows(x.detach(), tp).clone()
+    local[stop - start :] = float("nan")
+    local.requires_grad_()
+    entered = enter(local, tp, rows)
+    assert torch.equal(entered, x)
+    left = leave((entered @ matrices[tp.axis.index]).tanh(), tp)
+    assert left.shape == (tp.local_rows(rows), 2)
+    torch.testing.assert_close(left[: stop - start], y[start:stop])
+    left.backward(slice_rows(weights, tp))
+    assert local.grad is not None and x.grad is not None
+    torch.testing.assert_close(local.grad, slice_rows(x.grad, tp))
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
