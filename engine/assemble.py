@@ -12,7 +12,7 @@ import torch
 
 from data import Batch
 from engine.config import Config
-from engine.optimizer import make_optimizer
+from engine.optimizer import AdamW, make_optimizer
 from model import Build, LayerSpec, MicroBatch, Stage, build_layers
 from model.kernels import Kernels
 from parallel.grid import Grid
@@ -35,7 +35,7 @@ class Assembly:
     module: Stage
     gradients: GradientBuffer
     schedule: Schedule
-    optimizer: torch.optim.Optimizer
+    optimizer: AdamW
 
     @property
     def holds_images(self) -> bool:
@@ -93,7 +93,8 @@ def assemble(config: Config, grid: Grid, device: torch.device, layers: Sequence[
         config=config.model, tp=tp, context=grid.context, seed=config.train.seed, kernels=Kernels(config.kernels)
     )  # fmt: skip
     module = Stage(layers[own.start : own.stop], build)
-    gradients = GradientBuffer(module, grid=grid, device=device, seed=config.train.seed)
+    stage = config.parallel.zero_stage
+    gradients = GradientBuffer(module, grid=grid, device=device, seed=config.train.seed, zero_stage=stage)
     module.to(device)
     schedule = build_schedule(config.parallel.schedule, grid.pipeline.size, config.num_micro_batches(grid.shape))
     validate(schedule)
@@ -107,5 +108,5 @@ def assemble(config: Config, grid: Grid, device: torch.device, layers: Sequence[
         module=module,
         gradients=gradients,
         schedule=schedule,
-        optimizer=make_optimizer(config.optimizer, gradients),
+        optimizer=make_optimizer(config.optimizer, gradients, build.kernels),
     )

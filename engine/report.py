@@ -16,7 +16,6 @@ from model.kernels import Kernels
 from parallel import comm
 
 # fp32 weights, gradients, and the two moments of AdamW
-_BYTES_PER_PARAMETER = 16
 
 
 def startup_report(assembly: Assembly, *, threads: int, matmul: str, train_images: int, eval_images: int) -> list[str]:
@@ -28,6 +27,7 @@ def startup_report(assembly: Assembly, *, threads: int, matmul: str, train_image
     own = {
         "parameters": sum(p.numel() for p in assembly.module.parameters()),
         "buckets": len(assembly.gradients.buckets),
+        "bytes": sum(8 * b.parameters.numel() + 8 * b.trained.numel() for b in assembly.gradients.buckets),
     }
     stages = comm.gather_objects(own, assembly.grid.pipeline)
     on_cpu = f", fp32 matrix products by {matmul}" if assembly.device.type == "cpu" else ""
@@ -93,8 +93,8 @@ def _stage_lines(a: Assembly, reports: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _memory_line(a: Assembly, reports: list[dict[str, Any]]) -> str:
-    largest = max(report["parameters"] for report in reports) * _BYTES_PER_PARAMETER
+    largest = max(report["bytes"] for report in reports)
     return (
-        f"precision: {a.config.precision.dtype}; optimizer {a.config.optimizer.name}, fused; weights, gradients and "
-        f"moments take {largest / 2**20:.1f} MiB on the largest rank, activations apart"
+        f"precision: {a.config.precision.dtype}; optimizer {a.config.optimizer.name}, fused, ZeRO stage "
+        f"{a.config.parallel.zero_stage}; weights, gradients and moments take {largest / 2**20:.1f} MiB on the largest rank, activations apart"
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data import Batch
 from engine.assemble import Assembly
-from engine.optimizer import clip_factor, update
+from engine.optimizer import clip_factor
 from model import MicroBatch
 from parallel import comm
 from parallel.pipeline import forward_only, insert_communication
@@ -67,7 +67,8 @@ class Stepper:
         loss, norm = self._global_loss_and_norm(losses)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return StepResult(loss, norm, skipped=True)
-        update(a.optimizer, lr=lr, grad_factor=clip_factor(norm, a.config.optimizer.clip_grad))
+        a.optimizer.update(lr=lr, grad_factor=clip_factor(norm, a.config.optimizer.clip_grad))
+        a.gradients.gather_parameters()
         return StepResult(loss, norm, skipped=False)
 
     def evaluate(self, batches: Iterable[Batch]) -> EvalResult:
@@ -111,14 +112,13 @@ class Stepper:
     def _global_loss_and_norm(self, losses: Sequence[Tensor]) -> tuple[float, float]:
         """(mean loss over the global batch, global gradient norm), in one small all-reduce over the world.
 
-        The norm counts each logical gradient element once: on the first data-parallel replica, and of copies over
-        tensor ranks the first.
+        The norm counts each logical gradient element once: on the rank whose shard it is in, and of copies over tensor
+        ranks on the first.
         """
         a = self.assembly
         stats = torch.zeros(2, dtype=torch.float64, device=a.device)
         if self._reports:
             stats[0] = torch.stack(list(losses)).sum()
-        if a.grid.data.index == 0 and a.grid.context.index == 0:
-            stats[1] = a.gradients.squared_norm(count_copies=a.grid.tensor.index == 0)
+        stats[1] = a.gradients.squared_norm(count_copies=a.grid.tensor.index == 0)
         loss, squared = comm.all_reduce(stats, a.grid.world).tolist()
         return loss, math.sqrt(squared)

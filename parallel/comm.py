@@ -178,6 +178,15 @@ def all_gather_rows(x: Tensor, axis: Axis) -> Tensor:
     return all_gather_rows_start(x, axis).wait()
 
 
+def all_gather_into_start(out: Tensor, x: Tensor, axis: Axis) -> Pending:
+    """Start gathering [R, ...] from each of T ranks into `out` [T * R, ...], contiguous, which `x` must not be part of."""
+    if axis.size == 1:
+        out.copy_(x)
+        return Pending(out)
+    assert out.is_contiguous() and x.is_contiguous()
+    return _call(axis, "all_gather", x, out, lambda: _all_gather_single(out, x, group=axis.group, async_op=True))
+
+
 def reduce_scatter_rows_start(x: Tensor, axis: Axis) -> Pending:
     """Start summing [T * R, ...] over the axis, of which this rank gets rows [index * R, (index + 1) * R)."""
     if axis.size == 1:

@@ -22,6 +22,10 @@ class ParallelConfig:
     context_parallel_size: int = 1
     """Ranks that the tokens of one image are split over, for high resolution."""
 
+    zero_stage: Literal[0, 1] = 0
+    """What data-parallel (and context-parallel) ranks share out instead of copying: 0: nothing; 1: optimizer state
+    (ZeRO, Rajbhandari et al. 2020)."""
+
     schedule: Literal["1f1b", "gpipe"] = "1f1b"
     """Order of forwards and backwards in the pipeline."""
 

@@ -44,6 +44,10 @@ class Selection:
             raise ValueError(f"{problem}; kernels 'auto' or 'reference' run it in plain PyTorch")
         return problem is None
 
+    def is_native(self, op: str, device: torch.device) -> bool:
+        """Whether `op` (a key of NATIVE_OPS) has a compiled form in use for fp32, bf16 and fp16 tensors on `device`."""
+        return self.backend != "reference" and hasattr(native.module_for(device), NATIVE_OPS[op])
+
     @staticmethod
     def _obstacle(function: str, x: Tensor, *others: Tensor | None, out: torch.dtype | None) -> str | None:
         module = native.module_for(x.device)

@@ -67,20 +67,33 @@ class Slot:
 class Bucket:
     """Parameters that lie beside each other in one flat tensor, and their gradients in another.
 
+    All ranks of `axis` hold the same parameters. Each has a shard of them, 1/size of the bucket, which it alone updates
+    from ZeRO stage 1 on (Rajbhandari et al. 2020), and whose gradient norm it alone takes at every stage.
+
     Attributes:
-        parameters: flat nn.Parameter [P]; its `.grad` is the flat gradient [P], fp32. What an optimizer is given.
+        parameters: flat nn.Parameter [P], P a multiple of the ranks; its `.grad` is the flat gradient [P], fp32.
+        shard: the elements of this rank.
+        trained: what an optimizer is given: `parameters`, or this rank's shard of them.
         slots: the parameters, in order.
         axis: ranks over which gradients are summed.
     """
 
     def __init__(
-        self, kind: BucketKind, axis: Axis, members: list[tuple[str, ParameterInfo]], device: torch.device
+        self,
+        kind: BucketKind,
+        axis: Axis,
+        members: list[tuple[str, ParameterInfo]],
+        device: torch.device,
+        zero_stage: int = 0,
     ) -> None:
         self.kind, self.axis = kind, axis
         self.members = members
         sizes = [_aligned(torch.Size(info.layout.local_shape).numel()) for _, info in members]
-        self.parameters = nn.Parameter(torch.zeros(sum(sizes), device=device))
+        share = -(-sum(sizes) // (axis.size * _ALIGN)) * _ALIGN
+        self.parameters = nn.Parameter(torch.zeros(share * axis.size, device=device))
         self.grads = torch.zeros_like(self.parameters)
+        self.shard = slice(axis.index * share, (axis.index + 1) * share)
+        self.trained = nn.Parameter(self.parameters.data[self.shard]) if zero_stage else self.parameters
         self.slots: list[Slot] = []
         offset = 0
         for (name, info), size in zip(members, sizes, strict=True):
@@ -109,12 +122,21 @@ class GradientBuffer:
             buckets, and initialised from `seed`.
         grid: decides over which axes gradients are summed. device: where they live.
         bucket_bytes: size at which a bucket is closed.
+        zero_stage: 0: every rank updates everything; 1: each updates its shard of every bucket, and gathers the rest.
     """
 
     def __init__(
-        self, module: nn.Module, *, grid: Grid, device: torch.device, seed: int, bucket_bytes: int = BUCKET_BYTES
+        self,
+        module: nn.Module,
+        *,
+        grid: Grid,
+        device: torch.device,
+        seed: int,
+        bucket_bytes: int = BUCKET_BYTES,
+        zero_stage: int = 0,
     ) -> None:
-        self.buckets = _make_buckets(module, grid, device, bucket_bytes)
+        self.zero_stage = zero_stage
+        self.buckets = _make_buckets(module, grid, device, bucket_bytes, zero_stage)
         self._slot = {slot.parameter: (slot, bucket) for bucket in self.buckets for slot in bucket.slots}
         self._deferred: list[Callable[[], None]] | None = None
         self._next = 0
@@ -134,12 +156,14 @@ class GradientBuffer:
         self._next = 0
         for bucket in self.buckets:
             bucket.parameters.grad = bucket.grads
+            if self.zero_stage:
+                bucket.trained.grad = bucket.grads[bucket.shard]
             bucket.missing, bucket.pending = len(bucket.slots), None
             for slot in bucket.slots:
                 slot.missing, slot.fresh = num_micro_batches, True
 
     def finish_grad_sync(self) -> None:
-        """Wait until every bucket holds the sum over its axis.
+        """Wait until every bucket holds the sum over its axis: all of it, or from stage 1 on this rank's shard.
 
         Raises:
             RuntimeError: a parameter did not get its contributions, so that a reduction could not start.
@@ -149,7 +173,29 @@ class GradientBuffer:
             raise RuntimeError(f"no complete gradient for {', '.join(late[:5])}{' ...' if len(late) > 5 else ''}")
         for bucket in self.buckets:
             assert bucket.pending is not None
-            bucket.pending.wait()
+            if bucket.axis.size > 1:
+                bucket.grads[bucket.shard].copy_(bucket.pending.wait())
+        if self.zero_stage == 0:
+            self.gather_gradients()
+
+    def gather_gradients(self) -> None:
+        """Give every rank all of every bucket's gradient. Collective."""
+        self._gather([(bucket.grads, bucket) for bucket in self.buckets])
+
+    def gather_parameters(self) -> None:
+        """Give every rank the parameters that the others have updated. Collective, from stage 1 on."""
+        if self.zero_stage:
+            self._gather([(bucket.parameters.data, bucket) for bucket in self.buckets])
+
+    @staticmethod
+    def _gather(flats: list[tuple[Tensor, Bucket]]) -> None:
+        started = [
+            comm.all_gather_into_start(flat, flat[bucket.shard].clone(), bucket.axis)
+            for flat, bucket in flats
+            if bucket.axis.size > 1
+        ]
+        for pending in started:
+            pending.wait()
 
     def add_product(self, parameter: nn.Parameter, grad_output: Tensor, x: Tensor) -> None:
         """Add grad_output' x to the parameter's gradient, now or, inside `deferring`, when the products are run."""
@@ -198,19 +244,30 @@ class GradientBuffer:
         bucket.missing -= slot.missing == 0
         while self._next < len(self.buckets) and self.buckets[self._next].missing == 0:
             ready = self.buckets[self._next]
-            ready.pending = comm.all_reduce_start(ready.grads, ready.axis)
+            # the sum is taken shard by shard at every stage, so that all stages add up in the same order
+            ready.pending = comm.reduce_scatter_rows_start(ready.grads, ready.axis)
             self._next += 1
 
     def squared_norm(self, count_copies: bool) -> Tensor:
-        """Sum of squares of this rank's gradients, fp32 scalar; copies over tensor ranks only where `count_copies`."""
-        counted = [bucket.grads for bucket in self.buckets if bucket.kind.sharded or count_copies]
+        """Sum of squares of this rank's shards of the gradients, fp32 scalar; over all ranks each element counts once.
+
+        Args:
+            count_copies: whether this tensor rank counts those of which every tensor rank holds the same.
+        """
+        counted = [
+            bucket.grads[bucket.shard]
+            for bucket in self.buckets
+            if bucket.kind.sharded or bucket.kind.partial or count_copies
+        ]
         if not counted:
             return torch.zeros((), device=self.buckets[0].grads.device)
         norms = torch._foreach_norm(counted)
         return torch.stack(norms).square().sum()
 
 
-def _make_buckets(module: nn.Module, grid: Grid, device: torch.device, bucket_bytes: int) -> list[Bucket]:
+def _make_buckets(
+    module: nn.Module, grid: Grid, device: torch.device, bucket_bytes: int, zero_stage: int
+) -> list[Bucket]:
     """Group parameters by kind in backward order, close buckets at `bucket_bytes`; sorted by when they will be
     complete.
     """
@@ -230,7 +287,7 @@ def _make_buckets(module: nn.Module, grid: Grid, device: torch.device, bucket_by
     closed += [(last[kind], kind, members) for kind, members in open_buckets.items()]
     replicas = ("data", "context")
     return [
-        Bucket(kind, grid.along(*replicas, *(["tensor"] if kind.partial else [])), members, device)
+        Bucket(kind, grid.along(*replicas, *(["tensor"] if kind.partial else [])), members, device, zero_stage)
         for _, kind, members in sorted(closed, key=lambda entry: entry[0])
     ]
 

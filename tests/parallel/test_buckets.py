@@ -122,12 +122,12 @@ def test_each_bucket_is_reduced_once_and_early(monkeypatch: pytest.MonkeyPatch) 
     names = {bucket.grads.data_ptr(): bucket.slots[0].name for bucket in buffer.buckets}
     log: list[tuple[str, list[str]]] = []  # reduced, and what was still missing then
 
-    def start(x: Tensor, axis: Axis, op: str = "sum") -> Pending:
+    def start(x: Tensor, axis: Axis) -> Pending:
         if axis.name != "tensor":  # the linears' own, on one rank
             log.append((names[x.data_ptr()], [slot.name for slot in buffer.slots if slot.missing]))
         return Pending(x)
 
-    monkeypatch.setattr(comm, "all_reduce_start", start)
+    monkeypatch.setattr(comm, "reduce_scatter_rows_start", start)
     for _ in range(2):
         log.clear()
         buffer.start_grad_sync(2)
@@ -147,7 +147,9 @@ def test_order_of_reductions_is_that_of_the_buckets(monkeypatch: pytest.MonkeyPa
     _, buffer = _buffer(bucket_bytes=1)
     reduced: list[int] = []
     order = {bucket.grads.data_ptr(): i for i, bucket in enumerate(buffer.buckets)}
-    monkeypatch.setattr(comm, "all_reduce_start", lambda x, axis: reduced.append(order[x.data_ptr()]) or Pending(x))
+    monkeypatch.setattr(
+        comm, "reduce_scatter_rows_start", lambda x, axis: reduced.append(order[x.data_ptr()]) or Pending(x)
+    )
     buffer.start_grad_sync(1)
     slots = {slot.name: slot for slot in buffer.slots}
     for name in reversed(BACKWARD_ORDER):
@@ -231,7 +233,7 @@ def _reduce(world: World) -> tuple[dict[str, Tensor], dict[str, BucketKind], flo
         torch.stack([(value * module.get_parameter(name)).sum() for name, value in own.items()]).sum().backward()
     buffer.finish_grad_sync()
     calls = dict(grid.meter.calls)
-    squares = comm.all_reduce(buffer.squared_norm(count_copies=grid.tensor.index == 0), grid.tensor)
+    squares = comm.all_reduce(buffer.squared_norm(count_copies=grid.tensor.index == 0), grid.world)
     gradients = {slot.name: slot.grad.clone() for slot in buffer.slots}
     return gradients, {b.slots[0].name: b.kind for b in buffer.buckets}, squares.item(), calls
 
@@ -247,6 +249,6 @@ def test_sums_over_the_right_ranks() -> None:
         assert kinds["sharded"] == BucketKind(decay="body", sharded=True, partial=False)
         assert kinds["copy"] == BucketKind(decay="none", sharded=False, partial=False)
         assert kinds["partial"] == BucketKind(decay="none", sharded=False, partial=True)
-        assert calls == {"all_reduce": 3}
+        assert calls == {"reduce_scatter": 3, "all_gather": 3}
         logical = 4 * 2 * 10.0**2 + 3 * 2 * 20.0**2 + 5 * 22.0**2 + 5 * 30.0**2  # each element once
         assert squares == pytest.approx(logical)

@@ -68,10 +68,11 @@ class Case:
     schedule: str = "1f1b"
     micro_batches: int = 1
     depth: int | None = None  # blocks; None: the model's own
+    zero: int = 0
 
     def __str__(self) -> str:
         sp = "sp" if self.sequence_parallel else ""
-        cp = f"-c{self.context}" if self.context > 1 else ""
+        cp = (f"-c{self.context}" if self.context > 1 else "") + (f"-z{self.zero}" if self.zero else "")
         return f"{self.model}-t{self.tensor}{sp}-p{self.pipeline}{self.schedule}-d{self.data}{cp}-m{self.micro_batches}"
 
     @property
@@ -95,6 +96,7 @@ class Case:
                 pipeline_parallel_size=self.pipeline,
                 context_parallel_size=self.context,
                 schedule=self.schedule,  # type: ignore[arg-type]
+                zero_stage=self.zero,  # type: ignore[arg-type]
             ),
             train=TrainConfig(
                 global_batch_size=GLOBAL_BATCH,

@@ -84,6 +84,7 @@ def climb(world: World, config: Config, before_training: Callable[[Stepper], Non
         out.losses.append(result.loss)
         out.grad_norms.append(result.grad_norm)
         if step == 0:
+            assembly.gradients.gather_gradients()
             out.first_grads = logical(assembly, lambda slot: slot.grad)
     out.parameters = logical(assembly, lambda slot: slot.parameter)
     evaluation = stepper.evaluate(EvalStream(eval_set, **place))
