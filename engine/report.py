@@ -96,5 +96,6 @@ def _memory_line(a: Assembly, reports: list[dict[str, Any]]) -> str:
     largest = max(report["bytes"] for report in reports)
     return (
         f"precision: {a.config.precision.dtype}; optimizer {a.config.optimizer.name}, fused, ZeRO stage "
-        f"{a.config.parallel.zero_stage}; weights, gradients and moments take {largest / 2**20:.1f} MiB on the largest rank, activations apart"
+        f"{a.config.parallel.zero_stage}; weights, gradients and moments take {largest / 2**20:.1f} MiB on the largest "
+        "rank, activations apart"
     )
