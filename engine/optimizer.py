@@ -20,7 +20,7 @@ class AdamW(torch.optim.AdamW):
         self.kernels = kernels
 
     def update(self, *, lr: float, grad_factor: float) -> None:
-        """One step at learning rate `lr`, gradients multiplied by `grad_factor` on the way, which saves clipping a pass."""
+        """One step at learning rate `lr`; gradients are multiplied by `grad_factor` on the way."""
         device = self.param_groups[0]["params"][0].device
         for group in self.param_groups:
             group["lr"] = lr

@@ -179,7 +179,7 @@ def all_gather_rows(x: Tensor, axis: Axis) -> Tensor:
 
 
 def all_gather_into_start(out: Tensor, x: Tensor, axis: Axis) -> Pending:
-    """Start gathering [R, ...] from each of T ranks into `out` [T * R, ...], contiguous, which `x` must not be part of."""
+    """Start gathering [R, ...] from each of T ranks into `out` [T * R, ...], contiguous; `x` must not be part of it."""
     if axis.size == 1:
         out.copy_(x)
         return Pending(out)
