@@ -26,6 +26,7 @@ from engine.config import Config
 from engine.step import Stepper
 from model import Build, MicroBatch, ModelConfig, StageConfig, VisionTransformer, build_layers
 from model.attention import Attention
+from model.kernels import tune_allocator
 from model.kinds import KINDS
 from parallel.comm import World
 from tools.benchmark.bench import seconds, started
@@ -93,6 +94,7 @@ def _explicit(qkv: Tensor, heads: int) -> Tensor:
 
 def cost_rows(tokens: Sequence[int], width: int, heads: int, rounds: int, device: torch.device) -> list[Row]:
     """A row per kind: milliseconds and MiB kept at each number of tokens, and the exponent of time over all of them."""
+    tune_allocator()  # or page faults of large temporaries are what is measured
     times: dict[tuple[str, int], list[float]] = {}
     memory: dict[tuple[str, int], float] = {}
     for n in tokens:
@@ -159,16 +161,18 @@ def pyramid_rows(world: World, rounds: int) -> list[Row]:
     """
     common = {"image_size": 224, "in_channels": 3, "num_classes": 1000, "pool": "gap", "window_size": 7}
     single = ModelConfig(**common, width=384, depth=12, num_heads=6, patch_size=16)  # type: ignore[arg-type]
-    stages = (
-        StageConfig(depth=7, width=192, num_heads=3, attention="window"),
-        StageConfig(depth=5, width=384, num_heads=6),
-    )
-    pyramid = ModelConfig(**common, stages=stages, patch_size=8)  # type: ignore[arg-type]
+    models = {"single scale": single}
+    for kind in ("window", "linear"):
+        fine, coarse = (
+            StageConfig(depth=7, width=192, num_heads=3, attention=kind),
+            StageConfig(depth=5, width=384, num_heads=6),
+        )
+        models[f"pyramid, {kind} first"] = ModelConfig(**common, stages=(fine, coarse), patch_size=8)  # type: ignore[arg-type]
     config = Config(model=single)
     config = replace(config, train=replace(config.train, global_batch_size=8, steps=1))
     steppers = {}
     with started(config, world) as bench:
-        for name, model in (("single scale", single), ("pyramid", pyramid)):
+        for name, model in models.items():
             own = replace(bench.config, model=replace(model.resolve(), head_bias=0.0))
             steppers[name] = Stepper(assemble(own, bench.assembly.grid, bench.device))
         times: dict[str, list[float]] = {name: [] for name in steppers}
