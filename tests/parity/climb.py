@@ -79,13 +79,20 @@ def climb(world: World, config: Config, before_training: Callable[[Stepper], Non
     }
     stream = TrainStream(train_set, global_batch_size=config.train.global_batch_size, seed=config.train.seed, **place)
     out = Climb()
+    update = assembly.optimizer.update
+
+    def recording(*, lr: float, grad_factor: float) -> None:
+        """Keeps the first gradients as they are before clipping, which some forms of the optimizer do in place."""
+        if not out.first_grads:
+            assembly.gradients.gather_gradients()
+            out.first_grads = logical(assembly, lambda slot: slot.grad)
+        update(lr=lr, grad_factor=grad_factor)
+
+    assembly.optimizer.update = recording  # type: ignore[method-assign]
     for step, batches in enumerate(islice(stream.steps(0), STEPS)):
         result = stepper.train_step(batches, config.optimizer.lr * factor(config.schedule, step, STEPS))
         out.losses.append(result.loss)
         out.grad_norms.append(result.grad_norm)
-        if step == 0:
-            assembly.gradients.gather_gradients()
-            out.first_grads = logical(assembly, lambda slot: slot.grad)
     out.parameters = logical(assembly, lambda slot: slot.parameter)
     evaluation = stepper.evaluate(EvalStream(eval_set, **place))
     out.evaluation = (evaluation.loss, evaluation.accuracy, evaluation.images)
