@@ -11,14 +11,22 @@ from dataclasses import dataclass
 import torch
 
 from data import Batch
-from engine.config import Config
-from engine.optimizer import AdamW, make_optimizer
-from model import Build, LayerSpec, MicroBatch, Stage, build_layers
+from engine.config import Config, PrecisionConfig
+from engine.device import memory_bytes
+from engine.ema import WeightAverage
+from engine.errors import ConfigError
+from engine.optimizers import Optimizer, make_optimizer
+from engine.precision import precision_of
+from engine.scaler import LossScaler
+from model import Build, LayerSpec, MicroBatch, Precision, Stage, build_layers
 from model.kernels import Kernels
-from parallel.grid import Grid
+from parallel.comm import World
+from parallel.fp8 import Fp8Recipe, Fp8Registry, enable_fp8
+from parallel.grid import Grid, make_grid
+from parallel.layout import ParameterInfo
 from parallel.pipeline import Schedule, build_schedule, partition, validate
 from parallel.pipeline.execution import PipelineExecutor, TensorSpec
-from parallel.sharding import GradientBuffer
+from parallel.sharding import Group, ParameterStore, ShardingPolicy
 from parallel.tensor import TensorParallel
 
 
@@ -33,9 +41,12 @@ class Assembly:
     stages: tuple[range, ...]
     build: Build
     module: Stage
-    gradients: GradientBuffer
+    store: ParameterStore
     schedule: Schedule
-    optimizer: AdamW
+    optimizer: Optimizer
+    scaler: LossScaler | None
+    average: WeightAverage | None
+    fp8: Fp8Registry | None
 
     @property
     def holds_images(self) -> bool:
@@ -47,18 +58,25 @@ class Assembly:
         """Whether this rank computes the loss."""
         return self.grid.pipeline.index == self.grid.pipeline.size - 1
 
+    @property
+    def boundaries(self) -> list[tuple[TensorSpec, ...]]:
+        """Inputs of every stage (none of the first)."""
+        batch, precision = self.config.train.micro_batch_size, self.build.precision
+        assert batch is not None
+        before = [self.layers[r.start - 1] for r in self.stages[1:]]
+        specs = [TensorSpec(layer.boundary(batch, self.build), precision.of_layer(layer.name)) for layer in before]
+        return [(), *((spec,) for spec in specs)]
+
     def executor(self, schedule: Schedule) -> PipelineExecutor:
         """Runs `schedule` over this rank's stage."""
-        batch = self.config.train.micro_batch_size
-        assert batch is not None
-        before = [self.layers[r.start - 1].boundary(batch, self.build) if r.start else None for r in self.stages]
         return PipelineExecutor(
             schedule,
             dict.fromkeys(schedule.stages_of(self.grid.pipeline.index), self.module),
-            [(TensorSpec(shape),) if shape else () for shape in before],
+            self.boundaries,
             axis=self.grid.pipeline,
             device=self.device,
-            deferrer=self.gradients,
+            deferrer=self.store.gradients,
+            before_run=self.store.plan,
         )
 
     def to_device(self, batch: Batch, *, training: bool) -> MicroBatch:
@@ -78,23 +96,88 @@ def cut_into_stages(layers: Sequence[LayerSpec], num_stages: int) -> tuple[range
     return partition([float(layer.flops) for layer in layers], num_stages)
 
 
-def assemble(config: Config, grid: Grid, device: torch.device, layers: Sequence[LayerSpec] | None = None) -> Assembly:
+def grid_of(config: Config, world: World, device: torch.device) -> Grid:
+    """The grid that a resolved configuration asks for. Collective."""
+    p = config.parallel
+    shape = config.grid_shape(world.size)
+    return make_grid(shape, world, device, shared_memory=p.shared_memory, timeout=p.timeout)
+
+
+def sharding_policy(config: Config, memory: float) -> ShardingPolicy:
+    """What the `parallel` group says of sharding, on a rank with `memory` bytes."""
+    p = config.parallel
+    reduce = p.reduce_gradients
+    if reduce == "auto":
+        reduce = "micro_batch" if p.zero_stage >= 2 else "step"
+    budget = memory / 10 if p.gather_memory is None else p.gather_memory * 2.0**20
+    return ShardingPolicy(
+        stage=p.zero_stage,
+        reduce=reduce,
+        gradient_dtype=torch.float32 if p.gradient_dtype == "fp32" else None,
+        gather={"auto": budget, "always": 0.0, "never": float("inf")}[p.reshard_after_forward],
+        unit_bytes=int(p.bucket_mib * 2**20),
+    )
+
+
+def _enable_fp8(
+    config: PrecisionConfig, module: Stage, precision: Precision, device: torch.device
+) -> Fp8Registry | None:
+    """Give the linears of the layers that are to be in fp8 their products."""
+    if not precision.fp8:
+        return None
+    recipe = Fp8Recipe(
+        scaling=config.fp8_recipe, format=config.fp8_format, history=config.fp8_history, margin=config.fp8_margin
+    )
+    try:
+        return enable_fp8(
+            module, recipe=recipe, device=device, backend=config.fp8_backend,
+            skip=lambda name: layer_of(f"{name}.weight") not in precision.fp8,
+        )  # fmt: skip
+    except ValueError as error:
+        raise ConfigError(f"precision.{error}") from error
+
+
+def layer_of(name: str) -> str:
+    """The layer of a parameter: `blocks.3` of `blocks.3.attn.qkv.weight`, `head` of `head.fc.bias`."""
+    first, second, *_ = name.split(".")
+    return f"{first}.{second}" if second.isdigit() else first
+
+
+def assemble(
+    config: Config,
+    grid: Grid,
+    device: torch.device,
+    layers: Sequence[LayerSpec] | None = None,
+    device_memory: float | None = None,
+) -> Assembly:
     """Build this rank's share.
 
     Args:
         config: resolved for this world. grid: its groups made. device: of this rank.
-        layers: of the model, if they were built already.
+        layers: of the model, if they were built already. device_memory: bytes of this rank's device, or of its share of
+            the host (default: all of it).
     """
     layers = tuple(layers or build_layers(config.model))
     tp = TensorParallel(axis=grid.tensor, sequence_parallel=config.parallel.sequence_parallel)
     stages = cut_into_stages(layers, grid.pipeline.size)
     own = stages[grid.pipeline.index]
+    precision = precision_of(config.precision, layers)
     build = Build(
-        config=config.model, tp=tp, context=grid.context, seed=config.train.seed, kernels=Kernels(config.kernels)
+        config=config.model, tp=tp, context=grid.context, seed=config.train.seed, kernels=Kernels(config.kernels),
+        precision=precision,
     )  # fmt: skip
     module = Stage(layers[own.start : own.stop], build)
-    stage = config.parallel.zero_stage
-    gradients = GradientBuffer(module, grid=grid, device=device, seed=config.train.seed, zero_stage=stage)
+    policy = sharding_policy(config, memory_bytes(device) if device_memory is None else device_memory)
+    depths = {layer.name: depth for depth, layer in enumerate(layers)}
+    by_layer = config.optimizer.layer_decay != 1
+
+    def group_of(name: str, info: ParameterInfo) -> Group:
+        return Group(info.decay, depths[layer_of(name)] if by_layer else 0)
+
+    store = ParameterStore(
+        [module.layers], grid=grid, device=device, seed=config.train.seed, policy=policy, group_of=group_of,
+        dtype_of=precision.of_weight,
+    )  # fmt: skip
     module.to(device)
     schedule = build_schedule(config.parallel.schedule, grid.pipeline.size, config.num_micro_batches(grid.shape))
     validate(schedule)
@@ -106,7 +189,12 @@ def assemble(config: Config, grid: Grid, device: torch.device, layers: Sequence[
         stages=stages,
         build=build,
         module=module,
-        gradients=gradients,
+        store=store,
         schedule=schedule,
-        optimizer=make_optimizer(config.optimizer, gradients, build.kernels),
+        optimizer=make_optimizer(
+            config.optimizer, store.fragments(), build.kernels, depth=len(layers) - 1 if by_layer else 0
+        ),
+        scaler=config.precision.loss_scaler() if config.precision.dtype == "fp16" else None,
+        average=None if config.optimizer.ema_decay is None else WeightAverage(store, config.optimizer.ema_decay),
+        fp8=_enable_fp8(config.precision, module, precision, device),
     )

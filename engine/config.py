@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 import yaml
 
 from data import DataConfig
 from engine.errors import ConfigError
+from engine.scaler import LossScaler
 from model import ModelConfig, check_parallel
 from parallel.config import ParallelConfig
 from parallel.grid import GridShape, shape_for_world
@@ -62,8 +63,9 @@ class TrainConfig:
 class OptimizerConfig:
     """How parameters are updated."""
 
-    name: Literal["adamw"] = "adamw"
-    """AdamW (Loshchilov and Hutter 2019): decay is multiplied by the learning rate."""
+    name: Literal["adamw", "adafactor", "lamb", "muon"] = "adamw"
+    """AdamW (Loshchilov and Hutter 2019); Adafactor as Zhai et al. 2022 train ViTs; LAMB (You et al. 2020) for large
+    batches; Muon (Jordan et al. 2024) for the matrices of the body, with AdamW for the rest."""
 
     lr: float = 1e-3
     """Peak learning rate."""
@@ -80,6 +82,19 @@ class OptimizerConfig:
     head_weight_decay: float | None = None
     """Decay of the classifier's matrix (ViT-22B: 3.0 beside 0.03); null: that of the body."""
 
+    decay_by: Literal["lr", "schedule"] = "lr"
+    """What weight decay is multiplied by: the learning rate, or the schedule's factor of it alone, as in big_vision,
+    where a decay of 1e-4 with schedule is one of 0.1 with a learning rate of 1e-3."""
+
+    layer_decay: float = 1.0
+    """Factor of the learning rate from each layer to the one before it, for fine-tuning (BEiT, Bao et al. 2022)."""
+
+    momentum: float | None = None
+    """Of adafactor (kept in bf16; null: 0.9) and muon (null: 0.95)."""
+
+    ema_decay: float | None = None
+    """Decay per step of an exponential moving average of the weights, evaluated beside them; null: none is kept."""
+
     clip_grad: float = 1.0
     """Largest global norm of the gradient, over all axes; 0: no clipping."""
 
@@ -94,8 +109,22 @@ class OptimizerConfig:
             value = getattr(self, name)
             if value is not None and not value >= low:
                 raise ValueError(f"optimizer.{name} is {value}: it must be {low} or more")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"optimizer.layer_decay is {self.layer_decay}: it must be above 0 and at most 1")
+        for name in ("momentum", "ema_decay"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise ValueError(f"optimizer.{name} is {value}: it must be at least 0 and below 1")
+        if self.momentum is not None and self.name not in ("adafactor", "muon"):
+            raise ValueError(
+                f"optimizer.momentum {self.momentum} has no effect with optimizer.name {self.name}: use betas, or "
+                "leave it out"
+            )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer.betas is {self.betas}: each must be at least 0 and below 1")
+
+
+_MOMENTUM = {"adafactor": 0.9, "muon": 0.95}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,11 +159,79 @@ class ScheduleConfig:
 class PrecisionConfig:
     """Number formats."""
 
-    dtype: Literal["fp32"] = "fp32"
-    """Of weights, activations and gradients."""
+    dtype: Literal["fp32", "bf16", "fp16", "fp8"] = "fp32"
+    """Of weights, activations and matrix products; what the optimizer updates is fp32. fp16 scales the loss; fp8 is
+    for the linears of the blocks, the rest in bf16."""
+
+    high_layers: tuple[Literal["embed", "norms", "head"], ...] = ()
+    """Kept in fp32 under the other types: patch embedding, weights of all norms, final norm and head."""
+
+    high_first_blocks: int = 0
+    """First blocks kept in higher precision: fp32 under bf16 and fp16, bf16 under fp8."""
+
+    high_last_blocks: int = 0
+    """Last blocks kept in higher precision."""
+
+    initial_loss_scale: float = 2.0**16
+    """fp16: factor of the loss at the first step."""
+
+    min_loss_scale: float = 1.0
+    """fp16: the loss scale falls no further; steps that overflow there count as bad."""
+
+    loss_scale_window: int = 1000
+    """fp16: steps without overflow after which the loss scale doubles."""
+
+    hysteresis: int = 2
+    """fp16: overflows until the loss scale halves; given back when it grows, as in Megatron-LM."""
+
+    fp8_recipe: Literal["delayed", "current"] = "delayed"
+    """fp8: scales from the largest values of the last steps, or of the tensor itself."""
+
+    fp8_format: Literal["hybrid", "e4m3"] = "hybrid"
+    """fp8: e4m3 forward and e5m2 for gradients, or e4m3 throughout."""
+
+    fp8_history: int = 1024
+    """fp8, delayed: steps whose largest values count."""
+
+    fp8_margin: int = 0
+    """fp8: scales are smaller than they could be by this power of two."""
+
+    fp8_backend: Literal["auto", "native", "transformer_engine"] = "auto"
+    """fp8: our own products or NVIDIA Transformer Engine's; auto: Transformer Engine's where it is installed and can
+    run."""
 
     cpu_matmul: Literal["auto", "mkl", "onednn"] = "auto"
     """Library for fp32 matrix products on a CPU: auto takes oneDNN on AMD processors, where MKL is slow, else MKL."""
+
+    def __post_init__(self) -> None:
+        for name in ("high_first_blocks", "high_last_blocks", "fp8_margin"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"precision.{name} is {getattr(self, name)}: it must be 0 or more")
+        if self.fp8_history < 1:
+            raise ValueError(f"precision.fp8_history is {self.fp8_history}: it must be 1 or more")
+        self.loss_scaler()
+        default = {f.name: f.default for f in fields(self)}
+        for dtype, prefixes in _ONLY_UNDER.items():
+            for name in (n for n in default if n.startswith(prefixes) and getattr(self, n) != default[n]):
+                if self.dtype != dtype:
+                    raise ValueError(
+                        f"precision.{name} {getattr(self, name)} has no effect with precision.dtype {self.dtype}: "
+                        f"use dtype {dtype}, or leave it out"
+                    )
+        if self.dtype == "fp32" and (self.high_layers or self.high_first_blocks or self.high_last_blocks):
+            raise ValueError("precision.high_* has no effect with precision.dtype fp32, which is the highest")
+
+    def loss_scaler(self) -> LossScaler:
+        """A new one, as configured (for fp16). Raises ValueError for numbers that cannot be."""
+        return LossScaler(
+            initial_loss_scale=self.initial_loss_scale,
+            min_loss_scale=self.min_loss_scale,
+            loss_scale_window=self.loss_scale_window,
+            hysteresis=self.hysteresis,
+        )
+
+
+_ONLY_UNDER = {"fp16": ("initial_loss", "min_loss", "loss_scale", "hysteresis"), "fp8": ("fp8_",)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,8 +280,9 @@ class Config:
     run_dir: str | None = None
     """Folder for config.yaml, metrics.jsonl and TensorBoard events; made if missing."""
 
-    kernels: Literal["auto", "native", "reference"] = "auto"
-    """Plain PyTorch, compiled kernels, or (auto) compiled where they can run; see docs/performance.md."""
+    kernels: Literal["auto", "native", "reference", "apex"] = "auto"
+    """Plain PyTorch, compiled kernels, or (auto) compiled where they can run; apex: auto, but NVIDIA apex's LayerNorm
+    and AdamW, on CUDA; see docs/kernels.md."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA with NCCL where there is a GPU, else the CPU with gloo."""
@@ -228,9 +326,18 @@ class Config:
             raise ConfigError(f"give either train.steps or train.epochs: {given} set")
         train = replace(self.train, micro_batch_size=self._micro_batch_size(shape))
         decay = self.optimizer.head_weight_decay
+        momentum = self.optimizer.momentum
         optimizer = replace(
-            self.optimizer, head_weight_decay=self.optimizer.weight_decay if decay is None else decay
-        )  # fmt: skip
+            self.optimizer,
+            head_weight_decay=self.optimizer.weight_decay if decay is None else decay,
+            momentum=_MOMENTUM.get(self.optimizer.name) if momentum is None else momentum,
+        )
+        blocks = self.precision.high_first_blocks + self.precision.high_last_blocks
+        if blocks > model.sizes.depth:
+            raise ConfigError(
+                f"precision.high_first_blocks and high_last_blocks are {blocks} together, more than the "
+                f"{model.sizes.depth} blocks of the model: use fewer"
+            )
         return replace(self, model=model, train=train, optimizer=optimizer)
 
     def _micro_batch_size(self, shape: GridShape) -> int:

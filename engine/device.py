@@ -96,6 +96,18 @@ def peak_memory_bytes(device: torch.device) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def memory_bytes(device: torch.device) -> int:
+    """All memory of the GPU, or of this host."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def memory_share(device: torch.device, world: World) -> float:
+    """Bytes that this rank may count on: its GPU's, or its share of the host's."""
+    return memory_bytes(device) / (1 if device.type == "cuda" else world.local_size)
+
+
 def synchronise(device: torch.device) -> None:
     """Wait until all work on the device is done (a CPU has none outstanding)."""
     if device.type == "cuda":

@@ -71,7 +71,7 @@ def fits(value: Any, hint: Any) -> bool:
 def wanted(key: str) -> str:
     """What a key takes, in words: `an integer or null`, `1f1b or gpipe`, `a list of 2 numbers, such as [0.9, 0.99]`."""
     default = default_of(key)
-    example = f", such as {list(default)}" if isinstance(default, tuple) else ""
+    example = f", such as {list(default)}" if isinstance(default, tuple) and default else ""
     return in_words(key_types()[key]) + example
 
 
@@ -116,6 +116,8 @@ def _words(hint: Any) -> list[str]:
     if origin in (tuple, list):
         if is_dataclass(args[0]):
             return ["a list of groups of keys"]
+        if get_origin(args[0]) is Literal:
+            return [f"a list of names among {in_words(args[0])}"]
         count = "" if origin is list or Ellipsis in args else f"{len(args)} "
         return [f"a list of {count}{_WORDS[args[0]].split()[-1]}s"]
     return ["true", "false"] if hint is bool else [_WORDS[hint]]

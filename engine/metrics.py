@@ -85,6 +85,8 @@ class MetricsWriter:
             f" evaluation at iteration {step:8d} | loss: {values['loss']:.6E} |"
             f" accuracy: {100 * values['accuracy']:.2f} % |"
             f" images: {values['images']:8d} |"
+            + (f" EMA loss: {values['ema_loss']:.6E} |" if "ema_loss" in values else "")
+            + (f" EMA accuracy: {100 * values['ema_accuracy']:.2f} % |" if "ema_accuracy" in values else "")
         )
 
     def say(self, line: str) -> None:

@@ -11,11 +11,10 @@ import torch
 
 from engine.assemble import Assembly
 from engine.device import describe
+from engine.plan import states
 from model import training_flops
 from model.kernels import Kernels
 from parallel import comm
-
-# fp32 weights, gradients, and the two moments of AdamW
 
 
 def startup_report(assembly: Assembly, *, threads: int, matmul: str, train_images: int, eval_images: int) -> list[str]:
@@ -25,9 +24,9 @@ def startup_report(assembly: Assembly, *, threads: int, matmul: str, train_image
         threads: per rank. matmul: library of fp32 matrix products on a CPU. train_images, eval_images: how many.
     """
     own = {
-        "parameters": sum(p.numel() for p in assembly.module.parameters()),
-        "buckets": len(assembly.gradients.buckets),
-        "bytes": sum(8 * b.parameters.numel() + 8 * b.trained.numel() for b in assembly.gradients.buckets),
+        "parameters": sum(slot.numel for slot in assembly.store.slots),
+        "buckets": len(assembly.store.buckets),
+        "memory": states(assembly),
     }
     stages = comm.gather_objects(own, assembly.grid.pipeline)
     on_cpu = f", fp32 matrix products by {matmul}" if assembly.device.type == "cpu" else ""
@@ -41,7 +40,10 @@ def startup_report(assembly: Assembly, *, threads: int, matmul: str, train_image
         *_batch_lines(assembly),
         *Kernels(assembly.config.kernels).describe(assembly.device),
         *_stage_lines(assembly, stages),
-        _memory_line(assembly, stages),
+        *_precision_lines(assembly),
+        _optimizer_line(assembly),
+        _sharding_line(assembly),
+        _memory_line(stages),
     ]
 
 
@@ -92,10 +94,38 @@ def _stage_lines(a: Assembly, reports: list[dict[str, Any]]) -> Iterator[str]:
         )
 
 
-def _memory_line(a: Assembly, reports: list[dict[str, Any]]) -> str:
-    largest = max(report["bytes"] for report in reports)
-    return (
-        f"precision: {a.config.precision.dtype}; optimizer {a.config.optimizer.name}, fused, ZeRO stage "
-        f"{a.config.parallel.zero_stage}; weights, gradients and moments take {largest / 2**20:.1f} MiB on the largest "
-        "rank, activations apart"
-    )
+def _precision_lines(a: Assembly) -> Iterator[str]:
+    p, kept = a.config.precision, a.build.precision
+    high = sorted(kept.high) + ["all norms"] * kept.norms_in_fp32
+    yield f"precision: {p.dtype}" + (f"; in fp32: {', '.join(high)}" if high else "") + "; losses and sums in fp32"
+    if a.scaler is not None:
+        yield (
+            f"  loss scale {a.scaler.scale:g}, at least {a.scaler.minimum:g}, doubled after {a.scaler.window} steps, "
+            f"halved from overflow {a.scaler.hysteresis} on"
+        )
+    if a.fp8 is not None:
+        yield f"  fp8: {a.fp8.describe()}; {len(kept.fp8)} of {a.config.model.sizes.depth} blocks"
+
+
+def _optimizer_line(a: Assembly) -> str:
+    o = a.config.optimizer
+    by_layer = f", learning rate by layer x {o.layer_decay:g}" if o.layer_decay != 1 else ""
+    average = f"; average of the weights, decay {o.ema_decay:g}" if o.ema_decay is not None else ""
+    return f"optimizer: {o.name}{by_layer}{average}"
+
+
+def _sharding_line(a: Assembly) -> str:
+    policy, units = a.store.policy, len(a.store.units)
+    when = {"step": "once per step", "micro_batch": "after each micro-batch"}[policy.reduce]
+    line = f"sharding: ZeRO stage {policy.stage} over {a.grid.along('data', 'context').size} rank(s); {units} unit(s)"
+    line += f", gradients summed {when}"
+    if a.store.gatherer.buffers:
+        kept = "all kept until the update" if a.store.gatherer.keeps_all else f"{len(a.store.gatherer.buffers)} at once"
+        line += f", weights gathered {kept}"
+    return line
+
+
+def _memory_line(reports: list[dict[str, Any]]) -> str:
+    largest: dict[str, int] = max((report["memory"] for report in reports), key=lambda held: sum(held.values()))
+    parts = ", ".join(f"{what} {size / 2**20:.1f}" for what, size in largest.items() if size)
+    return f"memory on the largest rank, activations apart: {sum(largest.values()) / 2**20:.1f} MiB ({parts})"

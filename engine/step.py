@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data import Batch
 from engine.assemble import Assembly
-from engine.optimizer import clip_factor
+from engine.diagnose import LossFunction, first_culprit, watch
 from model import MicroBatch
 from parallel import comm
 from parallel.pipeline import forward_only, insert_communication
@@ -28,11 +28,16 @@ class StepResult:
     Attributes:
         loss: mean over the global batch. grad_norm: global, before clipping.
         skipped: whether nothing was updated because loss or gradient was not finite.
+        loss_scale: that this step was taken with.
+        bad: skipped for a reason that a smaller loss scale does not cure. culprit: what was not finite first, if bad.
     """
 
     loss: float
     grad_norm: float
     skipped: bool
+    loss_scale: float = 1.0
+    bad: bool = False
+    culprit: str | None = None
 
 
 @dataclass(frozen=True)
@@ -54,22 +59,61 @@ class Stepper:
         self._classes = assembly.config.model.sizes.classes
         self._eval = cache(self._eval_executor)
 
-    def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
-        """Forward and backward of every micro-batch, reduction, check, clipping, update.
+    def train_step(self, batches: Sequence[Batch], lr: float, lr_factor: float = 1.0) -> StepResult:
+        """Forward and backward of every micro-batch, reduction, unscaling and check, clipping, update.
 
         Args:
-            batches: this data rank's micro-batches. lr: learning rate of this step.
+            batches: this data rank's micro-batches. lr: learning rate of this step. lr_factor: the schedule's part of
+            it, for decay that does not depend on the peak rate.
         """
         a = self.assembly
-        a.gradients.start_grad_sync(len(batches))
-        losses = self._train.run([a.to_device(batch, training=True) for batch in batches], self._loss_share)
-        a.gradients.finish_grad_sync()
-        loss, norm = self._global_loss_and_norm(losses)
+        scale = a.scaler.scale if a.scaler else 1.0
+        micro_batches = [a.to_device(batch, training=True) for batch in batches]
+        loss, norm = self._forward_backward(micro_batches, self._loss_share)
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            return StepResult(loss, norm, skipped=True)
-        a.optimizer.update(lr=lr, grad_factor=clip_factor(norm, a.config.optimizer.clip_grad))
-        a.gradients.gather_parameters()
-        return StepResult(loss, norm, skipped=False)
+            return self._skip(micro_batches, loss, norm)
+        o = a.config.optimizer
+        factor = clip_factor(norm, o.clip_grad) / scale
+        a.optimizer.update(
+            lr=lr, grad_factor=factor, decay_factor=lr_factor if o.decay_by == "schedule" else None
+        )  # fmt: skip
+        a.store.updated()
+        if a.average is not None:
+            a.average.update()
+        self._finish_precision(overflow=False)
+        return StepResult(loss, norm, skipped=False, loss_scale=scale)
+
+    def _forward_backward(self, micro_batches: Sequence[MicroBatch], loss: LossFunction) -> tuple[float, float]:
+        """(loss, gradient norm) of the whole step, both unscaled; the sums of the gradients are left in the store."""
+        gradients = self.assembly.store.gradients
+        gradients.start(len(micro_batches))
+        losses = self._train.run(micro_batches, loss)
+        gradients.finish()
+        return self._global_loss_and_norm(losses)
+
+    def _skip(self, micro_batches: Sequence[MicroBatch], loss: float, norm: float) -> StepResult:
+        """Change nothing but the loss scale; if that cannot be what is wrong, find out what is."""
+        a = self.assembly
+        scale, bad = (1.0, True) if a.scaler is None else (a.scaler.scale, a.scaler.at_minimum)
+        culprit = self._diagnose(micro_batches) if bad else None
+        self._finish_precision(overflow=True)
+        return StepResult(loss, norm, skipped=True, loss_scale=scale, bad=bad, culprit=culprit)
+
+    def _diagnose(self, micro_batches: Sequence[MicroBatch]) -> str:
+        """What was not finite first, found by running the step's micro-batches again. Collective."""
+        a = self.assembly
+        with watch(a.module, a.layers, micro_batches, a.grid.data.index) as watching:
+            self._forward_backward(micro_batches, watching.loss(self._loss_share))
+        culprit = first_culprit(watching.found, a.grid.world)
+        return culprit.describe() if culprit else "the sum of the gradients, each of them finite"
+
+    def _finish_precision(self, overflow: bool) -> None:
+        """Let loss scale and fp8 scales follow what this step has shown. Collective."""
+        a = self.assembly
+        if a.scaler is not None:
+            a.scaler.update(overflow)
+        if a.fp8 is not None:
+            a.fp8.finish_step(a.store.axis)
 
     def evaluate(self, batches: Iterable[Batch]) -> EvalResult:
         """Loss and accuracy over all batches of all data ranks; images of weight 0 do not count."""
@@ -84,6 +128,21 @@ class Stepper:
             total.zero_()
         loss, correct, images = comm.all_reduce(total, a.grid.world).tolist()
         return EvalResult(loss / images, correct / images, int(images))
+
+    def evaluate_average(self, batches: Iterable[Batch]) -> EvalResult:
+        """The same with the moving average of the weights, which must be kept (`optimizer.ema_decay`)."""
+        a = self.assembly
+        assert a.average is not None
+        with a.average.applied():
+            self._forget_rounded()
+            result = self.evaluate(batches)
+        self._forget_rounded()
+        return result
+
+    def _forget_rounded(self) -> None:
+        """The weights are others now: no copy in 8 bits holds."""
+        if self.assembly.fp8 is not None:
+            self.assembly.fp8.forget_weights()
 
     def _eval_executor(self, num_micro_batches: int) -> PipelineExecutor:
         order = forward_only(self.assembly.grid.pipeline.size, num_micro_batches)
@@ -100,9 +159,12 @@ class Stepper:
         return self._loss(outputs[0], batch.labels, self._classes, self.assembly.grid.tensor) * batch.weights
 
     def _loss_share(self, outputs: tuple[Tensor, ...], batch: MicroBatch) -> Tensor:
-        """This micro-batch's share of the global mean, in equal parts on the context ranks, which all compute it."""
+        """This micro-batch's share of the global mean, in equal parts on the context ranks, which all compute it; times
+        the loss scale.
+        """
         a = self.assembly
-        return self._losses(outputs, batch).sum() / (a.config.train.global_batch_size * a.grid.context.size)
+        scale = a.scaler.scale if a.scaler else 1.0
+        return self._losses(outputs, batch).sum() * (scale / (a.config.train.global_batch_size * a.grid.context.size))
 
     def _counts(self, outputs: tuple[Tensor, ...], batch: MicroBatch) -> Tensor:
         """(sum of losses, images classified right, images) of a micro-batch."""
@@ -119,6 +181,12 @@ class Stepper:
         stats = torch.zeros(2, dtype=torch.float64, device=a.device)
         if self._reports:
             stats[0] = torch.stack(list(losses)).sum()
-        stats[1] = a.gradients.squared_norm(count_copies=a.grid.tensor.index == 0)
+        stats[1] = a.store.gradients.squared_norm()
         loss, squared = comm.all_reduce(stats, a.grid.world).tolist()
-        return loss, math.sqrt(squared)
+        scale = a.scaler.scale if a.scaler else 1.0
+        return loss / scale, math.sqrt(squared) / scale
+
+
+def clip_factor(norm: float, limit: float) -> float:
+    """What gradients of global norm `norm` are multiplied by so that it is at most `limit` (0: no limit)."""
+    return min(1.0, limit / (norm + 1e-6)) if limit else 1.0

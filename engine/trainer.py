@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from data import Dataset, EvalStream, TrainStream, build_datasets
-from engine.assemble import assemble
+from engine.assemble import assemble, grid_of
 from engine.config import Config
 from engine.device import (
     choose_device,
+    memory_share,
     peak_memory_bytes,
     peak_tflops,
     prepare_cpu,
@@ -24,14 +25,15 @@ from engine.device import (
 )
 from engine.errors import ConfigError, DivergedError
 from engine.metrics import MetricsWriter
+from engine.precision import check_kernels, check_precision
 from engine.profile import StepProfiler
 from engine.report import startup_report
 from engine.schedules import check_schedule, factor
 from engine.step import Stepper, StepResult
 from model import build_layers, training_flops
+from model.kernels import Kernels
 from parallel import comm
 from parallel.comm import World
-from parallel.grid import make_grid
 
 
 def pretrain(config: Config, world: World) -> None:
@@ -48,12 +50,14 @@ def pretrain(config: Config, world: World) -> None:
     check_schedule(config.schedule, steps)
     check_profile(config, steps)
     device = choose_device(config.device, world)
+    check_precision(config.precision, device)
+    check_kernels(Kernels(config.kernels), device)
     threads, matmul = prepare_cpu(world), set_cpu_matmul(config.precision)
     layers = build_layers(config.model)
 
     comm.start(world, device, config.parallel.timeout)
-    grid = make_grid(config.grid_shape(world.size), world, device)
-    assembly = assemble(config, grid, device, layers)
+    grid = grid_of(config, world, device)
+    assembly = assemble(config, grid, device, layers, device_memory=memory_share(device, world))
     report = startup_report(
         assembly, threads=threads, matmul=matmul, train_images=len(train_set), eval_images=len(eval_set)
     )
@@ -177,8 +181,9 @@ class Loop:
         for step, batches in zip(range(self.steps), self.train_stream.steps(0), strict=False):
             if self.profiler is not None:
                 self.profiler.before(step + 1)
-            lr = self.config.optimizer.lr * factor(self.config.schedule, step, self.steps)
-            result = self.stepper.train_step(batches, lr)
+            lr_factor = factor(self.config.schedule, step, self.steps)
+            lr = self.config.optimizer.lr * lr_factor
+            result = self.stepper.train_step(batches, lr, lr_factor)
             if self.profiler is not None:
                 self.profiler.after(step + 1)
             self._count_bad(result, step)
@@ -196,11 +201,18 @@ class Loop:
 
     def _count_bad(self, result: StepResult, step: int) -> None:
         self.skipped += result.skipped
-        self.bad_in_a_row = self.bad_in_a_row + 1 if result.skipped else 0
+        if result.culprit is not None and self.writer is not None:
+            self.writer.say(f" step {step + 1} skipped: {result.culprit}")
+            values = {"loss": result.loss, "grad_norm": result.grad_norm, "culprit": result.culprit}
+            self.writer.write("bad_step", step + 1, values)
+        if not result.skipped:
+            self.bad_in_a_row = 0
+        self.bad_in_a_row += result.bad
         if self.bad_in_a_row >= self.config.train.max_bad_steps:
             raise DivergedError(
-                f"step {step + 1}: loss {result.loss}, gradient norm {result.grad_norm}; {self.bad_in_a_row} steps in "
-                f"a row had to be skipped (train.max_bad_steps). Lower optimizer.lr, warm up longer, or check the data"
+                f"step {step + 1}: loss {result.loss}, gradient norm {result.grad_norm}; first: "
+                f"{result.culprit}. {self.bad_in_a_row} steps in a row had to be skipped "
+                "(train.max_bad_steps). Lower optimizer.lr, warm up longer, or check the data"
             )
 
     def _report(self, step: int, result: StepResult, lr: float, interval: _Interval) -> None:
@@ -217,7 +229,7 @@ class Loop:
             "loss": result.loss,
             "lr": lr,
             "grad_norm": result.grad_norm,
-            "loss_scale": 1.0,
+            "loss_scale": result.loss_scale,
             "skipped_steps": self.skipped,
             "step_time": step_time,
             "images_per_second": images_per_second,
@@ -231,6 +243,9 @@ class Loop:
 
     def _evaluate(self, step: int) -> None:
         result = self.stepper.evaluate(self.eval_stream)
+        values = {"loss": result.loss, "accuracy": result.accuracy, "images": result.images}
+        if self.stepper.assembly.average is not None:
+            averaged = self.stepper.evaluate_average(self.eval_stream)
+            values |= {"ema_loss": averaged.loss, "ema_accuracy": averaged.accuracy}
         if self.writer is not None:
-            values = {"loss": result.loss, "accuracy": result.accuracy, "images": result.images}
             self.writer.evaluation(step, values)

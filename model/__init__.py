@@ -4,6 +4,7 @@ from model.build import Build, check_parallel
 from model.config import ModelConfig, StageConfig
 from model.inputs import MicroBatch
 from model.layers import LayerSpec, build_layers, training_flops
+from model.precision import Precision
 from model.presets import PRESETS
 from model.vit import Stage, VisionTransformer
 
@@ -13,6 +14,7 @@ __all__ = [
     "LayerSpec",
     "MicroBatch",
     "ModelConfig",
+    "Precision",
     "Stage",
     "StageConfig",
     "VisionTransformer",

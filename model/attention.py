@@ -26,6 +26,7 @@ from model.sizes import Tokens
 from parallel import comm
 from parallel.context import attend_everywhere, heads_to_tokens, share_first, sum_over, tokens_to_heads
 from parallel.layout import Init, ParameterInfo, TensorLayout, make_parameter
+from parallel.tensor.products import attention
 
 
 class Mixer(Protocol):
@@ -37,7 +38,7 @@ class Mixer(Protocol):
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Fused attention with heads after tokens: [B, S, h, K] each -> [B, S, h, K]."""
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+    out = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
     return out.transpose(1, 2)
 
 
@@ -141,7 +142,8 @@ class LinearAttention(nn.Module):
         patches = v[:, :, t.own_prefix :]
         if t.context.size > 1:  # every rank's rows, in their place
             patches = sum_over(F.pad(patches, (0, 0, t.first * t.cols, (t.rows - t.stop) * t.cols)), t.context)
-        y = depthwise_conv(patches, self.conv_weight, self.conv_bias, (t.rows, t.cols))
+        weight = self.conv_weight.clone()  # not a view of it, which autograd would keep (parallel.sharding.gather)
+        y = depthwise_conv(patches, weight, self.conv_bias, (t.rows, t.cols))
         return F.pad(y[:, :, t.first * t.cols : t.stop * t.cols], (0, 0, t.own_prefix, 0))
 
 

@@ -87,8 +87,8 @@ class Embedding(nn.Module):
             patches = torch.cat([patches.new_zeros(b, t.own_prefix, features), patches], 1)
         rows = patches.shape[1] * b
         local = slice_rows(patches.reshape(rows, features), self.tp)
-        y = linear(local, self.weight, None)
-        table = self._table(y.device)
+        y = linear(local.to(self.weight.dtype), self.weight, None)
+        table = self._table(y.device).to(y.dtype)
         if not self.tp.splits_rows:
             return (y.view(b, -1, y.shape[1]) + table).flatten(0, 1)
         start, stop = self.tp.row_range(rows)

@@ -8,6 +8,7 @@ ranks, and so are the classes.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from model.blocks import Mlp
@@ -78,5 +79,7 @@ class Head(nn.Module):
         tokens = gather_rows(x, self.tp, batch.size * t.count).unflatten(0, (batch.size, t.count))
         if self.kind == "cls":
             return share_first(tokens, min(1, t.own_prefix), 1, t.context)[:, 0]
-        patches = tokens[:, t.own_prefix :].sum(1)  # registers and global tokens have no output
-        return sum_over(patches, t.context) / (t.rows * t.cols)
+        patches = tokens[:, t.own_prefix :].sum(
+            1, dtype=torch.promote_types(tokens.dtype, torch.float32)
+        )  # registers and global tokens have no output
+        return (sum_over(patches, t.context) / (t.rows * t.cols)).to(x.dtype)

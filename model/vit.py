@@ -22,7 +22,7 @@ class Stage(nn.Module):
 
     def __init__(self, specs: Sequence[LayerSpec], build: Build) -> None:
         super().__init__()
-        self.specs = tuple(specs)
+        self.specs, self.precision = tuple(specs), build.precision
         for spec in specs:
             parent: nn.Module = self
             *path, leaf = spec.name.split(".")
@@ -32,13 +32,24 @@ class Stage(nn.Module):
                 parent = parent.get_submodule(part)
             parent.add_module(leaf, spec.factory(build.at(spec.stage)))
 
+    @property
+    def layers(self) -> list[tuple[str, nn.Module]]:
+        """Names and modules, in forward order."""
+        return [(spec.name, self.get_submodule(spec.name)) for spec in self.specs]
+
     def forward(self, inputs: tuple[Tensor, ...], batch: MicroBatch) -> tuple[Tensor, ...]:
         """Rows of the boundary before (nothing for the first stage) -> those of the boundary after, or logits."""
         x = inputs[0] if inputs else None
         for spec in self.specs:
-            x = self.get_submodule(spec.name)(x, batch)
+            x = self._run(spec.name, x, batch)
         assert x is not None
         return (x,)
+
+    def _run(self, layer: str, x: Tensor | None, batch: MicroBatch) -> Tensor:
+        """One layer, on what it computes in."""
+        x = None if x is None else x.to(self.precision.of_layer(layer))
+        y: Tensor = self.get_submodule(layer)(x, batch)
+        return y
 
 
 class VisionTransformer(Stage):
@@ -114,7 +125,7 @@ class VisionTransformer(Stage):
         batch, stages = MicroBatch.of_images(images, training=self.training), self.sizes.stages
         maps, x = [], None
         for spec, following in pairwise(self.specs):
-            x = self.get_submodule(spec.name)(x, batch)
+            x = self._run(spec.name, x, batch)
             here = stages[spec.stage]
             if following.name == "head" or following.stage != spec.stage:
                 patches = x.unflatten(0, (batch.size, -1))[:, self.sizes.prefix :]

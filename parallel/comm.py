@@ -5,6 +5,7 @@ GPUs), API names that differ between torch versions, and the pitfalls of each ba
 
 - gloo silently corrupts the neighbours of a strided view: every tensor is made contiguous first;
 - gloo's reduce-scatter is an all-reduce and a slice: here it is an all-to-all and a local sum, half the traffic;
+- between processes of one host gloo goes through TCP: here the larger part goes through shared memory (parallel.host);
 - a collective that fails because a peer is gone raises `PeerLostError`, so the entry script can tell the rank that
   failed from the ranks that merely noticed.
 
@@ -29,6 +30,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from parallel import host, host_collectives
+from parallel.host import Channel
 
 # torch 2.13 renamed these two; 2.11 and 2.12 have the older names only.
 _all_gather_single: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -74,6 +78,9 @@ class Axis:
         index: this rank's place in `ranks`.
         group: the process group; None where the axis has one rank.
         meter: where calls along this axis are counted.
+        channel: shared memory of the ranks, where they are CPU processes of one host.
+        planned: without a process group, to see what would be allocated: calls give tensors of the right shape and
+            send nothing.
     """
 
     name: str
@@ -81,6 +88,8 @@ class Axis:
     index: int
     group: dist.ProcessGroup | None = None
     meter: CommMeter = field(default_factory=CommMeter, compare=False)
+    channel: Channel | None = field(default=None, compare=False)
+    planned: bool = False
 
     @property
     def size(self) -> int:
@@ -88,7 +97,7 @@ class Axis:
         return len(self.ranks)
 
     def __post_init__(self) -> None:
-        assert (self.group is None) == (self.size == 1), (self.name, self.ranks)
+        assert self.planned or (self.group is None) == (self.size == 1), (self.name, self.ranks)
 
 
 def single_axis(name: str) -> Axis:
@@ -139,6 +148,8 @@ def _watched(axis: Axis, kind: str, tensor: Tensor | None = None) -> Iterator[No
 
 
 def _call(axis: Axis, kind: str, tensor: Tensor, result: Tensor, run: Callable[[], Any]) -> Pending:
+    if axis.planned:
+        return Pending(result)
     with _watched(axis, kind, tensor):
         work = run()
     return Pending(result, work, axis=axis, kind=kind)
@@ -156,6 +167,8 @@ def all_reduce_start(x: Tensor, axis: Axis, op: str = "sum") -> Pending:
     if axis.size == 1:
         return Pending(x)
     x = x.contiguous()
+    if (channel := axis.channel) is not None:
+        return _call(axis, "all_reduce", x, x, lambda: host_collectives.all_reduce(channel, x, op))
     return _call(axis, "all_reduce", x, x, lambda: dist.all_reduce(x, _OPS[op], group=axis.group, async_op=True))
 
 
@@ -169,8 +182,7 @@ def all_gather_rows_start(x: Tensor, axis: Axis) -> Pending:
     if axis.size == 1:
         return Pending(x)
     x = x.contiguous()
-    out = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
-    return _call(axis, "all_gather", x, out, lambda: _all_gather_single(out, x, group=axis.group, async_op=True))
+    return all_gather_into_start(x.new_empty(axis.size * x.shape[0], *x.shape[1:]), x, axis)
 
 
 def all_gather_rows(x: Tensor, axis: Axis) -> Tensor:
@@ -184,6 +196,8 @@ def all_gather_into_start(out: Tensor, x: Tensor, axis: Axis) -> Pending:
         out.copy_(x)
         return Pending(out)
     assert out.is_contiguous() and x.is_contiguous()
+    if (channel := axis.channel) is not None:
+        return _call(axis, "all_gather", x, out, lambda: host_collectives.all_gather(channel, out, x))
     return _call(axis, "all_gather", x, out, lambda: _all_gather_single(out, x, group=axis.group, async_op=True))
 
 
@@ -194,6 +208,9 @@ def reduce_scatter_rows_start(x: Tensor, axis: Axis) -> Pending:
     x = x.contiguous()
     rows, rest = divmod(x.shape[0], axis.size)
     assert rest == 0, (x.shape, axis.size)
+    if (channel := axis.channel) is not None:
+        out = x.new_empty(rows, *x.shape[1:])
+        return _call(axis, "reduce_scatter", x, out, lambda: host_collectives.reduce_scatter(channel, out, x))
     if x.device.type != "cpu":
         out = x.new_empty(rows, *x.shape[1:])
         run = lambda: _reduce_scatter_single(out, x, group=axis.group, async_op=True)  # noqa: E731
@@ -202,6 +219,35 @@ def reduce_scatter_rows_start(x: Tensor, axis: Axis) -> Pending:
     run = lambda: dist.all_to_all_single(parts, x, group=axis.group, async_op=True)  # noqa: E731
     pending = _call(axis, "reduce_scatter", x, parts, run)
     return pending.then(lambda p: p.view(axis.size, rows, *x.shape[1:]).sum(0))
+
+
+def reduce_scatter_into_start(out: Tensor, x: Tensor, room: Tensor, axis: Axis, *, accumulate: bool = False) -> Pending:
+    """Start summing `x` [T * R] over the axis; `wait` writes, or adds, this rank's elements of the sum to `out` [R].
+
+    On CPUs ranks are added up in fp32 in the order of their index, whatever the type of `x`. `x` and `room` must be
+    left alone until then.
+
+    Args:
+        out: fp32. x, room: contiguous, of one type; what arrives is put in `room`: [T * R] on a CPU, else [R]. Shared
+            memory needs none.
+    """
+    assert axis.size > 1 and x.is_contiguous()
+    rows = out.shape[0]
+    if (channel := axis.channel) is not None:
+        run = lambda: host_collectives.reduce_scatter(channel, out, x, accumulate=accumulate)  # noqa: E731
+        return _call(axis, "reduce_scatter", x, out, run)
+
+    def finish(arrived: Tensor) -> Tensor:
+        parts = arrived.view(-1, rows)
+        if accumulate:
+            return out.add_(parts.sum(0, dtype=out.dtype))
+        return torch.sum(parts, 0, dtype=out.dtype, out=out)
+
+    if x.device.type != "cpu":
+        run = lambda: _reduce_scatter_single(room, x, group=axis.group, async_op=True)  # noqa: E731
+        return _call(axis, "reduce_scatter", x, room, run).then(finish)
+    run = lambda: dist.all_to_all_single(room, x, group=axis.group, async_op=True)  # noqa: E731
+    return _call(axis, "reduce_scatter", x, room, run).then(finish)
 
 
 def reduce_scatter_rows(x: Tensor, axis: Axis) -> Tensor:
@@ -313,6 +359,28 @@ def start(world: World, device: torch.device, timeout_seconds: float) -> None:
         timeout=timedelta(seconds=timeout_seconds),
         device_id=device if device.type == "cuda" else None,
     )
+
+
+def open_channel(group: dist.ProcessGroup, ranks: Sequence[int], index: int, timeout: float) -> Channel | None:
+    """Shared memory for the ranks of a group, if they are CPU processes of one host that see each other. Collective."""
+    if dist.get_backend(group) != "gloo":
+        return None
+    supported = host.is_supported()
+    token = os.urandom(16).hex()
+    path, fd = host.offer(len(ranks), token) if supported and index == 0 else ("", -1)
+    infos: list[Any] = [None] * len(ranks)
+    dist.all_gather_object(infos, (host.identity() if supported else None, os.getpid(), path, token), group=group)
+    channel = None
+    if supported and len({info[0] for info in infos}) == 1:
+        try:
+            channel = Channel(infos[0][2], index, [info[1] for info in infos], timeout, infos[0][3])
+        except OSError:
+            channel = None
+    opened: list[Any] = [None] * len(ranks)
+    dist.all_gather_object(opened, channel is not None, group=group)
+    if fd >= 0:
+        os.close(fd)
+    return channel if all(opened) else None
 
 
 def release(axis: Axis) -> None:

@@ -22,16 +22,64 @@ class ParallelConfig:
     context_parallel_size: int = 1
     """Ranks that the tokens of one image are split over, for high resolution."""
 
-    zero_stage: Literal[0, 1] = 0
-    """What data-parallel (and context-parallel) ranks share out instead of copying: 0: nothing; 1: optimizer state
-    (ZeRO, Rajbhandari et al. 2020)."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """What data-parallel (and context-parallel) ranks share out instead of copying: 0: nothing; 1: optimizer state;
+    2: gradients too; 3: weights too (ZeRO, Rajbhandari et al. 2020)."""
+
+    reduce_gradients: Literal["auto", "step", "micro_batch"] = "auto"
+    """When gradients are summed over ranks: once per step, each rank keeping all of them until then, or after each
+    micro-batch; auto: once per step at zero_stage 0 and 1, where they are kept anyway, else after each micro-batch."""
+
+    gradient_dtype: Literal["fp32", "weights"] = "fp32"
+    """Type in which a rank keeps its gradients and sends them to others: fp32, or that of the weights (half the memory
+    and traffic under bf16 and fp16). Sums over ranks are kept in fp32."""
+
+    reshard_after_forward: Literal["auto", "always", "never"] = "auto"
+    """zero_stage 3: whether gathered weights are given up until backward or the next micro-batch needs them again;
+    auto: those that do not fit gather_memory."""
+
+    gather_memory: int | None = None
+    """zero_stage 3, reshard_after_forward auto: MiB that gathered weights may take on a rank; null: a tenth of the
+    device's memory."""
+
+    bucket_mib: float = 4.0
+    """Small layers are gathered and reduced together until their weights take so many MiB of fp32."""
 
     schedule: Literal["1f1b", "gpipe"] = "1f1b"
     """Order of forwards and backwards in the pipeline."""
+
+    shared_memory: bool = True
+    """CPU ranks of one host pass collectives through shared memory instead of TCP."""
 
     timeout: float = 600.0
     """Seconds after which a collective that a rank never joins is an error."""
 
     def __post_init__(self) -> None:
+        stage = self.zero_stage
+        if self.reduce_gradients == "step" and stage >= 2:
+            raise ValueError(
+                f"parallel.reduce_gradients is step, but zero_stage {stage} keeps no whole gradient until the end of a "
+                "step: use micro_batch or auto, or zero_stage 1"
+            )
+        if self.reduce_gradients == "micro_batch" and stage == 1:
+            raise ValueError(
+                "parallel.reduce_gradients is micro_batch at zero_stage 1, which would keep no whole gradient, as "
+                "zero_stage 2 does: use zero_stage 2, or reduce_gradients step or auto"
+            )
+        for name in ("reshard_after_forward", "gather_memory"):
+            if getattr(self, name) not in ("auto", None) and stage != 3:
+                raise ValueError(
+                    f"parallel.{name} is {getattr(self, name)}, but at zero_stage {stage} weights are not gathered: "
+                    "use zero_stage 3, or leave it out"
+                )
+        if self.gather_memory is not None and self.reshard_after_forward != "auto":
+            raise ValueError(
+                f"parallel.gather_memory {self.gather_memory} has no effect with reshard_after_forward "
+                f"{self.reshard_after_forward}: use auto, or leave it out"
+            )
+        if self.gather_memory is not None and self.gather_memory < 0:
+            raise ValueError(f"parallel.gather_memory is {self.gather_memory}: it must be 0 MiB or more")
+        if self.bucket_mib <= 0:
+            raise ValueError(f"parallel.bucket_mib is {self.bucket_mib}: it must be positive")
         if self.timeout <= 0:
             raise ValueError(f"parallel.timeout is {self.timeout}: it must be a positive number of seconds")

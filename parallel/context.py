@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from parallel import comm
 from parallel.comm import Axis
 from parallel.layout import split_range
+from parallel.tensor.products import attention
 
 
 class _SumOver(torch.autograd.Function):
@@ -107,7 +108,7 @@ def attend_everywhere(q: Tensor, k: Tensor, v: Tensor, axis: Axis) -> Tensor:
         [B, h, P, K] on every rank.
     """
     if axis.size == 1:
-        return F.scaled_dot_product_attention(q, k, v)
+        return attention(q, k, v)
     wide = torch.promote_types(v.dtype, torch.float32)
     scores = (q @ k.transpose(-2, -1)).to(wide) / math.sqrt(q.shape[-1])
     largest = comm.all_reduce(scores.detach().amax(-1, keepdim=True).contiguous(), axis, "max")

@@ -84,6 +84,9 @@ class Grid:
     rank: int
     meter: CommMeter = field(default_factory=CommMeter)
     mesh: DeviceMesh | None = None
+    planned: bool = False
+    shared_memory: bool = False
+    timeout: float = 600.0
     axes: dict[tuple[str, ...], Axis] = field(default_factory=dict)
 
     @property
@@ -127,22 +130,38 @@ class Grid:
     def _make(self, names: tuple[str, ...]) -> Axis:
         ranks = self.shape.ranks_along(names, self.rank)
         group = None
-        if len(ranks) == self.shape.world_size > 1:
+        if self.planned:
+            pass
+        elif len(ranks) == self.shape.world_size > 1:
             group = torch.distributed.group.WORLD
         elif len(ranks) > 1:
             assert self.mesh is not None
             large = tuple(name for name in names if self.shape.sizes[AXES.index(name)] > 1)
             submesh = self.mesh[large] if len(large) == 1 else self.mesh[large]._flatten("+".join(large))
             group = submesh.get_group()
-        return Axis(name="+".join(names), ranks=ranks, index=ranks.index(self.rank), group=group, meter=self.meter)
+        index, channel = ranks.index(self.rank), None
+        if group is not None and self.shared_memory:
+            channel = comm.open_channel(group, ranks, index, self.timeout)
+        return Axis(
+            name="+".join(names), ranks=ranks, index=index, group=group, meter=self.meter, channel=channel,
+            planned=self.planned,
+        )  # fmt: skip
 
 
-def make_grid(shape: GridShape, world: World | None = None, device: torch.device | None = None) -> Grid:
+def make_grid(
+    shape: GridShape,
+    world: World | None = None,
+    device: torch.device | None = None,
+    *,
+    shared_memory: bool = True,
+    timeout: float = 600.0,
+) -> Grid:
     """Make the groups of the grid. Collective; `comm.start` must have been called where there is more than one rank.
 
     Args:
         shape: sizes of the axes. world: this process (default: a single one). device: decides the backend (default
         CPU).
+        shared_memory: whether ranks on one host use it instead of TCP (CPU). timeout: in seconds, of that.
     """
     world = world or World()
     assert shape.world_size == world.size, (shape, world)
@@ -151,7 +170,12 @@ def make_grid(shape: GridShape, world: World | None = None, device: torch.device
     if large:
         names, sizes = zip(*large, strict=True)
         mesh = init_device_mesh((device or torch.device("cpu")).type, sizes, mesh_dim_names=names)
-    grid = Grid(shape=shape, rank=world.rank, mesh=mesh)
+    grid = Grid(shape=shape, rank=world.rank, mesh=mesh, shared_memory=shared_memory, timeout=timeout)
     for name in AXES:
         grid.along(name)
     return grid
+
+
+def planned_grid(shape: GridShape, rank: int) -> Grid:
+    """The grid as `rank` would see it, without any process group, for planning memory: nothing is sent."""
+    return Grid(shape=shape, rank=rank, planned=True)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one call of under ten minutes: builds the CUDA kernels, runs the `gpu` tests, times kernels
-# and a ViT-L training step with its MFU. Results go to the folder given (default gpu_check), to be copied into
-# docs/performance.md with this command.
+# Everything that needs a GPU, in one call of under ten minutes: builds the CUDA kernels, runs the `gpu` tests, times
+# kernels, a ViT-L training step with its MFU, and ViT-22B's blocks in bf16 and fp8. Results go to the folder given
+# (default gpu_check), to be copied into docs/performance.md with this command.
 #   PYTHON=python3 tools/gpu_check.sh [FOLDER]
 # PYTHON must have torch with CUDA, pybind11, cmake, ninja, pytest, pytest-timeout and jsonargparse.
 set -uo pipefail
@@ -31,5 +31,10 @@ step tests 180 "$py" -m pytest -m gpu
 step kernels 60 "$py" -m tools.benchmark kernels --json "$out/kernels.json"
 step vit_l 90 "$py" -m tools.benchmark step --config configs/vit_l16.yaml --data.kind synthetic \
   --train.global_batch_size 64 --train.micro_batch_size 64 --json "$out/vit_l.json"
-cat "$out/kernels.log" "$out/vit_l.log"
+for dtype in bf16 fp8; do # a ViT-22B block at its own width, four of them: 1.8 G parameters
+  step "block_22b_$dtype" 60 "$py" -m tools.benchmark step --config configs/vit_22b.yaml --data.kind synthetic \
+    --parallel.tensor_parallel_size 1 --parallel.zero_stage 0 --model.depth 4 --model.num_classes 1000 \
+    --precision.dtype "$dtype" --train.global_batch_size 32 --train.micro_batch_size 32 --json "$out/block_22b_$dtype.json"
+done
+cat "$out/kernels.log" "$out/vit_l.log" "$out"/block_22b_*.log
 exit $failed

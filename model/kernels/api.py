@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import activations, attention, checks, merge, norms, optimizers, qk, reference
+from . import activations, apex, attention, checks, merge, norms, optimizers, qk, reference
 from .optimizers import AdamWStep
 from .select import Selection
 
@@ -14,8 +14,9 @@ class Kernels(Selection):
     """The kernels under one choice of backend: made once from the configuration and handed down.
 
     `native` is the compiled form, an error where it cannot run; `reference` is plain PyTorch; `auto` is native where it
-    can run (module built for the tensor's device, element type fp32, bf16 or fp16) and the reference elsewhere. Wrong
-    arguments are a ValueError that names the argument.
+    can run (module built for the tensor's device, element type fp32, bf16 or fp16) and the reference elsewhere; `apex`
+    is auto, but with NVIDIA apex's LayerNorm (where there are weight and bias) and AdamW, on CUDA. Wrong arguments are
+    a ValueError that names the argument.
     """
 
     def layer_norm(
@@ -36,6 +37,8 @@ class Kernels(Selection):
         """
         checks.norm_input(x, weight, bias, eps)
         dtype = checks.out_dtype(x, out_dtype)
+        if weight is not None and bias is not None and dtype == x.dtype and self._apex("layer_norm", x):
+            return apex.layer_norm(x, weight, bias, eps)
         if self._native("layer_norm_forward", x, weight, bias, out=dtype):
             return norms.norm(x, None, weight, bias, eps, False, dtype, memory_efficient)[0]
         return reference.layer_norm(x, weight, bias, eps, dtype)
@@ -221,6 +224,9 @@ class Kernels(Selection):
         the new weights
         in the model's type to model_weight in the same pass, if that is given."""
         optimizers.check(weight, grad, moment, square, model_weight, step.step)
+        if self._apex("adamw", weight):
+            apex.adamw_step(weight, grad, moment, square, model_weight, step)
+            return
         form = (
             optimizers.native_step if self._native("adamw", weight, grad, model_weight) else optimizers.reference_step
         )

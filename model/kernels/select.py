@@ -7,10 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from . import checks, native
+from . import apex, checks, native
 
-Backend = Literal["auto", "native", "reference"]
-BACKENDS = ("auto", "native", "reference")
+Backend = Literal["auto", "native", "reference", "apex"]
+BACKENDS = ("auto", "native", "reference", "apex")
 # Each operation and the function of the compiled module that it needs.
 NATIVE_OPS = {
     "layer_norm": "layer_norm_forward",
@@ -44,6 +44,20 @@ class Selection:
             raise ValueError(f"{problem}; kernels 'auto' or 'reference' run it in plain PyTorch")
         return problem is None
 
+    def check(self, device: torch.device) -> None:
+        """Raise ValueError where NVIDIA apex is asked for and cannot run."""
+        if self.backend != "apex":
+            return
+        if device.type != "cuda":
+            raise ValueError(f"kernels is apex, which runs on CUDA only, not on {device.type}: use auto")
+        if apex.find_apex() is None:
+            raise ValueError(f"kernels is apex, but {apex.describe()}: {apex.HOW_TO_INSTALL}, or use auto")
+
+    def _apex(self, op: str, x: Tensor) -> bool:
+        """Whether NVIDIA apex's kernel (layer_norm, adamw) is to serve this tensor."""
+        found = apex.find_apex() if self.backend == "apex" and x.is_cuda else None
+        return found is not None and (found.norm if op == "layer_norm" else found.adam) is not None
+
     def is_native(self, op: str, device: torch.device) -> bool:
         """Whether `op` (a key of NATIVE_OPS) has a compiled form in use for fp32, bf16 and fp16 tensors on `device`."""
         return self.backend != "reference" and hasattr(native.module_for(device), NATIVE_OPS[op])
@@ -74,7 +88,8 @@ class Selection:
         live = [op for op, function in NATIVE_OPS.items() if hasattr(module, function)]
         missing = [op for op in NATIVE_OPS if op not in live]
         rest = [f"  reference (no native kernel on {device.type}): {', '.join(missing)}"] if missing else []
-        return [f"kernels: native {device.type}, {_detail(device)}", f"  live: {', '.join(live)}", *rest]
+        optional = [f"  {apex.describe()}"] if self.backend == "apex" else []
+        return [f"kernels: native {device.type}, {_detail(device)}", f"  live: {', '.join(live)}", *rest, *optional]
 
 
 def _detail(device: torch.device) -> str:

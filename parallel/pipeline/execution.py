@@ -48,7 +48,7 @@ class StageModule(Protocol):
 
 
 class Deferrer(Protocol):
-    """Who can put off weight gradients (parallel.sharding.GradientBuffer)."""
+    """Who can put off weight gradients (parallel.sharding.gradients.GradientSync)."""
 
     def deferring(self) -> AbstractContextManager[Products]:
         """Put off products within; the list is called later."""
@@ -73,6 +73,7 @@ class PipelineExecutor:
         boundaries: entry s describes the inputs of stage s (empty for stage 0).
         axis: the pipeline axis. device: where received tensors are made.
         deferrer: puts off weight gradients for schedules that split the backward.
+        before_run: told this rank's actions before each pass over them.
     """
 
     def __init__(
@@ -84,10 +85,11 @@ class PipelineExecutor:
         axis: Axis,
         device: torch.device,
         deferrer: Deferrer | None = None,
+        before_run: Callable[[Sequence[Action]], None] | None = None,
     ) -> None:
         assert set(stages) == set(schedule.stages_of(axis.index)), (set(stages), schedule.stages_of(axis.index))
         self.schedule, self.stages, self.boundaries = schedule, stages, boundaries
-        self.axis, self.device, self.deferrer = axis, device, deferrer
+        self.axis, self.device, self.deferrer, self.before_run = axis, device, deferrer, before_run
         self._last = schedule.num_stages - 1
         self._run: dict[ActionKind, Callable[[int, int], None]] = {
             ActionKind.FORWARD: self._forward,
@@ -123,6 +125,8 @@ class PipelineExecutor:
         self._leaving: dict[tuple[ActionKind, int, int], Tensors] = {}
         self._kept: dict[tuple[int, int], _Kept] = {}
         self._sent: deque[list[Pending]] = deque()
+        if self.before_run is not None:
+            self.before_run(self.schedule.ranks[self.axis.index])
         with torch.set_grad_enabled(not self.schedule.is_forward_only):
             for action in self.schedule.ranks[self.axis.index]:
                 self._do(action)

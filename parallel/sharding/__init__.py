@@ -1,5 +1,7 @@
-"""Flat parameter and gradient buckets, and how they are reduced and sharded over data-parallel ranks."""
+"""Flat buckets of parameters and gradients, and what of them is shared out over ranks: ZeRO stages 0 to 3."""
 
-from parallel.sharding.buckets import Bucket, BucketKind, GradientBuffer, Slot
+from parallel.sharding.fragments import Fragment, Fragments, Group, Holding, Span
+from parallel.sharding.plan import ShardingPolicy
+from parallel.sharding.store import ParameterStore
 
-__all__ = ["Bucket", "BucketKind", "GradientBuffer", "Slot"]
+__all__ = ["Fragment", "Fragments", "Group", "Holding", "ParameterStore", "ShardingPolicy", "Span"]

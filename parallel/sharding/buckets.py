@@ -1,299 +1,191 @@
-"""Flat buckets: parameters and fp32 gradients of a stage in a few contiguous tensors, reduced while backward runs.
-
-Parameters become views of flat tensors, in the order in which backward finishes them; so do their gradients. A bucket
-holds
-parameters that are treated alike: summed over the same axes, counted alike in the global norm, decayed alike; so the
-optimizer works on a handful of long tensors. Gradients of all micro-batches accumulate in place; the contribution
-that completes a bucket starts its one reduction per step (Li et al. 2020, "PyTorch Distributed"), always in the order
-of the buckets, so that all ranks of a group issue the same collectives in the same order.
-"""
+"""The memory of a flat bucket: weights, fp32 masters, gradients; whole or this rank's shard, by ZeRO stage."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from parallel import comm
 from parallel.comm import Axis
-from parallel.grid import Grid
-from parallel.layout import ParameterInfo, attach_info, info_of
-from parallel.random import initialise
-from parallel.tensor.weight_grad import attach_sink
-
-BUCKET_BYTES = 32 << 20
-_ALIGN = 16  # elements: a cache line of fp32, so that no two parameters share one
-
-
-@dataclass(frozen=True)
-class BucketKind:
-    """What parameters of one bucket have in common.
-
-    Attributes:
-        decay: weight-decay group.
-        sharded: whether tensor ranks hold different parts (each part counts in the norm) or copies (one counts).
-        partial: whether gradients must also be summed over the tensor axis.
-    """
-
-    decay: str
-    sharded: bool
-    partial: bool
-
-    @staticmethod
-    def of(info: ParameterInfo, tensor_size: int) -> BucketKind:
-        """The kind of bucket that a parameter belongs to."""
-        return BucketKind(
-            decay=info.decay,
-            sharded=info.layout.is_sharded,
-            partial=info.partial_over_tensor and tensor_size > 1,
-        )
-
-
-@dataclass
-class Slot:
-    """Where one parameter lies in its bucket."""
-
-    name: str
-    parameter: nn.Parameter
-    offset: int
-    grad: Tensor = field(repr=False)
-    missing: int = 0  # contributions still to come in this step
-    fresh: bool = True  # nothing written in this step
+from parallel.layout import attach_info
+from parallel.sharding.fragments import Fragment, Group, Holding, Span
+from parallel.sharding.plan import ALIGN, BucketKind, Geometry, Member, ShardingPolicy, Slot
 
 
 class Bucket:
-    """Parameters that lie beside each other in one flat tensor, and their gradients in another.
-
-    All ranks of `axis` hold the same parameters. Each has a shard of them, 1/size of the bucket, which it alone updates
-    from ZeRO stage 1 on (Rajbhandari et al. 2020), and whose gradient norm it alone takes at every stage.
+    """Parameters that lie beside each other in one flat array of P elements, of which each rank of `axis` has a copy or
+    a shard.
 
     Attributes:
-        parameters: flat nn.Parameter [P], P a multiple of the ranks; its `.grad` is the flat gradient [P], fp32.
-        shard: the elements of this rank.
-        trained: what an optimizer is given: `parameters`, or this rank's shard of them.
-        slots: the parameters, in order.
-        axis: ranks over which gradients are summed.
+        weights: what the model computes with, [P] or, sharded (stage 3), this rank's [share].
+        master: fp32, what the optimizer updates: all of `weights` or this rank's shard of them, the same memory where
+            the model computes in fp32.
+        sums: fp32, the gradient summed over ranks and micro-batches, as long as `master`.
+        grads: [P], this rank's own gradient of the step, where it is kept until the end of the step; else None. In
+            fp32, `sums` is the same memory.
     """
 
     def __init__(
         self,
         kind: BucketKind,
+        members: Sequence[Member],
         axis: Axis,
-        members: list[tuple[str, ParameterInfo]],
+        tensor: Axis,
+        policy: ShardingPolicy,
         device: torch.device,
-        zero_stage: int = 0,
     ) -> None:
-        self.kind, self.axis = kind, axis
-        self.members = members
-        sizes = [_aligned(torch.Size(info.layout.local_shape).numel()) for _, info in members]
-        share = -(-sum(sizes) // (axis.size * _ALIGN)) * _ALIGN
-        self.parameters = nn.Parameter(torch.zeros(share * axis.size, device=device))
-        self.grads = torch.zeros_like(self.parameters)
-        self.shard = slice(axis.index * share, (axis.index + 1) * share)
-        self.trained = nn.Parameter(self.parameters.data[self.shard]) if zero_stage else self.parameters
-        self.slots: list[Slot] = []
-        offset = 0
-        for (name, info), size in zip(members, sizes, strict=True):
-            parameter = nn.Parameter(_view(self.parameters.data, offset, info))
-            attach_info(parameter, info)
-            self.slots.append(Slot(name, parameter, offset, _view(self.grads, offset, info)))
-            offset += size
-        self.missing = 0
-        self.pending: comm.Pending | None = None
+        self.kind, self.axis, self.tensor = kind, axis, tensor
+        self.members = tuple(members)
+        self.stage = policy.stage if axis.size > 1 else 0
+        self.gradient_dtype = policy.gradients_in(kind.dtype)
+        offsets, self.share = Geometry.of(members, tensor.index, axis.size)
+        self.numel = self.share * axis.size
+        self.shard = slice(axis.index * self.share, (axis.index + 1) * self.share)
+        self.trained = slice(0, self.numel) if self.stage == 0 else self.shard
+        self.slots = [_slot(member, offset, tensor.index) for member, offset in zip(members, offsets, strict=True)]
+        self._allocate(device, keeps=policy.reduce == "step" or axis.size == 1)
 
+    def _allocate(self, device: torch.device, *, keeps: bool) -> None:
+        def zeros(length: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(length, dtype=dtype, device=device)
 
-def _aligned(numel: int) -> int:
-    return -(-numel // _ALIGN) * _ALIGN
-
-
-def _view(flat: Tensor, offset: int, info: ParameterInfo) -> Tensor:
-    shape = torch.Size(info.layout.local_shape)
-    return flat[offset : offset + shape.numel()].view(shape)
-
-
-class GradientBuffer:
-    """All buckets of the stages on this rank; takes every gradient contribution, and reduces each bucket once per step.
-
-    Args:
-        module: parameters on the meta device, made by parallel.layout.make_parameter; they are replaced by views of the
-            buckets, and initialised from `seed`.
-        grid: decides over which axes gradients are summed. device: where they live.
-        bucket_bytes: size at which a bucket is closed.
-        zero_stage: 0: every rank updates everything; 1: each updates its shard of every bucket, and gathers the rest.
-    """
-
-    def __init__(
-        self,
-        module: nn.Module,
-        *,
-        grid: Grid,
-        device: torch.device,
-        seed: int,
-        bucket_bytes: int = BUCKET_BYTES,
-        zero_stage: int = 0,
-    ) -> None:
-        self.zero_stage = zero_stage
-        self.buckets = _make_buckets(module, grid, device, bucket_bytes, zero_stage)
-        self._slot = {slot.parameter: (slot, bucket) for bucket in self.buckets for slot in bucket.slots}
-        self._deferred: list[Callable[[], None]] | None = None
-        self._next = 0
-        _replace_parameters(module, {slot.name: slot.parameter for slot in self.slots})
-        initialise(module, seed)
-        for slot in self.slots:
-            attach_sink(slot.parameter, self)
-            slot.parameter.register_post_accumulate_grad_hook(self._take_grad)
+        trained = self.trained.stop - self.trained.start
+        self.weights = zeros(self.share if self.is_gathered else self.numel, self.kind.dtype)
+        self.grads: Tensor | None = None
+        self.model_weight: Tensor | None = None
+        own = self.weights if self.is_gathered else self.weights[self.trained]
+        if not self.kind.trains:
+            self.master, self.sums = own, zeros(0, torch.float32)
+            return
+        fp32 = self.kind.dtype == torch.float32
+        self.master = own if fp32 else zeros(trained, torch.float32)
+        self.model_weight = None if fp32 else own
+        if keeps:
+            self.grads = zeros(self.numel, self.gradient_dtype)
+        whole = self.grads is not None and self.gradient_dtype == torch.float32
+        self.sums = self.grads[self.trained] if whole and self.grads is not None else zeros(trained, torch.float32)
 
     @property
-    def slots(self) -> Iterator[Slot]:
-        """Every parameter's place, bucket by bucket."""
-        return (slot for bucket in self.buckets for slot in bucket.slots)
+    def is_gathered(self) -> bool:
+        """Whether this rank keeps a shard of the weights only, and gathers all before use."""
+        return self.stage == 3
 
-    def start_grad_sync(self, num_micro_batches: int) -> None:
-        """Begin a step: every parameter expects one contribution per micro-batch; then its bucket is reduced."""
-        self._next = 0
-        for bucket in self.buckets:
-            bucket.parameters.grad = bucket.grads
-            if self.zero_stage:
-                bucket.trained.grad = bucket.grads[bucket.shard]
-            bucket.missing, bucket.pending = len(bucket.slots), None
-            for slot in bucket.slots:
-                slot.missing, slot.fresh = num_micro_batches, True
+    @property
+    def own_sums(self) -> Tensor:
+        """The part of `sums` that this rank adds up: its shard."""
+        return self.sums[self.shard] if self.stage == 0 else self.sums
 
-    def finish_grad_sync(self) -> None:
-        """Wait until every bucket holds the sum over its axis: all of it, or from stage 1 on this rank's shard.
+    def tensors(self) -> dict[str, list[Tensor]]:
+        """Everything that is held, by what it is; no memory twice."""
+        apart = self.kind.trains and self.kind.dtype != torch.float32
+        held = {
+            "weights": [self.weights],
+            "masters": [self.master] if apart else [],
+            "gradients": [t for t in (self.grads,) if t is not None],
+        }
+        if self.grads is None or self.gradient_dtype != torch.float32:
+            held["gradients"].append(self.sums)
+        return held
 
-        Raises:
-            RuntimeError: a parameter did not get its contributions, so that a reduction could not start.
-        """
-        if self._next < len(self.buckets):
-            late = [slot.name for slot in self.slots if slot.missing]
-            raise RuntimeError(f"no complete gradient for {', '.join(late[:5])}{' ...' if len(late) > 5 else ''}")
-        for bucket in self.buckets:
-            assert bucket.pending is not None
-            if bucket.axis.size > 1:
-                bucket.grads[bucket.shard].copy_(bucket.pending.wait())
-        if self.zero_stage == 0:
-            self.gather_gradients()
-
-    def gather_gradients(self) -> None:
-        """Give every rank all of every bucket's gradient. Collective."""
-        self._gather([(bucket.grads, bucket) for bucket in self.buckets])
-
-    def gather_parameters(self) -> None:
-        """Give every rank the parameters that the others have updated. Collective, from stage 1 on."""
-        if self.zero_stage:
-            self._gather([(bucket.parameters.data, bucket) for bucket in self.buckets])
-
-    @staticmethod
-    def _gather(flats: list[tuple[Tensor, Bucket]]) -> None:
-        started = [
-            comm.all_gather_into_start(flat, flat[bucket.shard].clone(), bucket.axis)
-            for flat, bucket in flats
-            if bucket.axis.size > 1
+    def counted(self) -> list[Tensor]:
+        """The parts of `sums` whose squares make up this rank's share of the global norm: each element counts once."""
+        return [
+            self.sums[start:stop]
+            for start, stop in _merged((s.offset, s.offset + s.numel) for s in self.slots if self._counts(s.member))
+            for start, stop in [self._within(start, stop, self.shard)]
+            if start < stop
         ]
-        for pending in started:
-            pending.wait()
 
-    def add_product(self, parameter: nn.Parameter, grad_output: Tensor, x: Tensor) -> None:
-        """Add grad_output' x to the parameter's gradient, now or, inside `deferring`, when the products are run."""
-        if self._deferred is not None:
-            self._deferred.append(lambda: self._add_product(parameter, grad_output, x))
-        else:
-            self._add_product(parameter, grad_output, x)
+    def _counts(self, member: Member) -> bool:
+        return not member.copied or self.tensor.index == 0
 
-    @contextmanager
-    def deferring(self) -> Iterator[list[Callable[[], None]]]:
-        """Put off the matrix products of weight gradients; the list that is given must be called, one by one, later."""
-        products: list[Callable[[], None]] = []
-        self._deferred = products
-        try:
-            yield products
-        finally:
-            self._deferred = None
+    def _within(self, start: int, stop: int, part: slice) -> tuple[int, int]:
+        """Elements [start, stop) of the bucket that are in `part`, counted from the start of `trained`."""
+        first, last = max(start, part.start), min(stop, part.stop)
+        base = self.trained.start
+        return (first - base, last - base) if first < last else (0, 0)
 
-    @torch.no_grad()
-    def _add_product(self, parameter: nn.Parameter, grad_output: Tensor, x: Tensor) -> None:
-        slot, bucket = self._slot[parameter]
-        if slot.fresh:
-            torch.mm(grad_output.t(), x, out=slot.grad)
-        else:
-            slot.grad.addmm_(grad_output.t(), x)
-        self._arrived(slot, bucket)
+    def spans(self) -> Iterator[Span]:
+        """What is trained, as one array per run of parameters of one group."""
+        groups: dict[Group, list[tuple[int, int]]] = {}
+        for slot in self.slots:
+            groups.setdefault(slot.member.group, []).append((slot.offset, slot.offset + slot.numel))
+        for group, places in groups.items():
+            for start, stop in _merged(places):
+                lo, hi = self._within(start, stop, self.trained)
+                if lo < hi:
+                    yield Span(group, *self._arrays(lo, hi))
 
-    @torch.no_grad()
-    def _take_grad(self, parameter: Tensor) -> None:
-        """Hook: move what autograd accumulated in `.grad` into the bucket (nothing, where `add_product` took it)."""
-        assert isinstance(parameter, nn.Parameter)
-        if parameter.grad is None:
-            return
-        slot, bucket = self._slot[parameter]
-        if slot.fresh:
-            slot.grad.copy_(parameter.grad)
-        else:
-            slot.grad.add_(parameter.grad)
-        parameter.grad = None
-        self._arrived(slot, bucket)
+    def _arrays(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        model = None if self.model_weight is None else self.model_weight[start:stop]
+        return self.master[start:stop], self.sums[start:stop], model
 
-    def _arrived(self, slot: Slot, bucket: Bucket) -> None:
-        slot.fresh = False
-        slot.missing -= 1
-        assert slot.missing >= 0, f"{slot.name} got more gradients than micro-batches"
-        bucket.missing -= slot.missing == 0
-        while self._next < len(self.buckets) and self.buckets[self._next].missing == 0:
-            ready = self.buckets[self._next]
-            # the sum is taken shard by shard at every stage, so that all stages add up in the same order
-            ready.pending = comm.reduce_scatter_rows_start(ready.grads, ready.axis)
-            self._next += 1
+    def fragments(self) -> Iterator[Fragment]:
+        """What is trained, parameter by parameter."""
+        for slot in self.slots:
+            start, stop = self._within(slot.offset, slot.offset + slot.numel, self.trained)
+            own = (
+                self._within(slot.offset, slot.offset + slot.numel, self.shard) if self._counts(slot.member) else (0, 0)
+            )
+            base = slot.offset - self.trained.start  # of the parameter, among the trained elements
+            own_here = slice(own[0] - start, own[1] - start) if own[0] < own[1] else slice(0, 0)
+            first, last = (start - base, stop - base) if start < stop else (0, 0)
+            member = slot.member
+            yield Fragment(slot.name, member.info, member.group, first, last, own_here, *self._arrays(start, stop))
 
-    def squared_norm(self, count_copies: bool) -> Tensor:
-        """Sum of squares of this rank's shards of the gradients, fp32 scalar; over all ranks each element counts once.
-
-        Args:
-            count_copies: whether this tensor rank counts those of which every tensor rank holds the same.
+    def holdings(self, *, own: bool) -> dict[str, list[Holding]]:
+        """By parameter: which rank of data x context x tensor holds which elements: accounts for them (`own`), or
+        updates them.
         """
-        counted = [
-            bucket.grads[bucket.shard]
-            for bucket in self.buckets
-            if bucket.kind.sharded or bucket.kind.partial or count_copies
-        ]
-        if not counted:
-            return torch.zeros((), device=self.buckets[0].grads.device)
-        norms = torch._foreach_norm(counted)
-        return torch.stack(norms).square().sum()
+        found: dict[str, list[Holding]] = {member.names[0]: [] for member in self.members}
+        for t in range(self.tensor.size):
+            offsets, share = Geometry.of(self.members, t, self.axis.size)
+            for member, offset in zip(self.members, offsets, strict=True):
+                if own and member.copied and t:
+                    continue
+                layout = member.info.layout
+                layout = layout if layout.dim is None else replace(layout, index=t)
+                for rank, index in self._ranks(t):
+                    part = slice(index * share, (index + 1) * share)
+                    if not own and self.stage == 0:
+                        part = slice(0, share * self.axis.size)
+                    first, last = max(offset, part.start), min(offset + member.numel(t), part.stop)
+                    if first < last:
+                        found[member.names[0]].append(Holding(rank, layout, first - offset, last - offset))
+        return found
+
+    def _ranks(self, tensor_index: int) -> Iterator[tuple[int, int]]:
+        """(index along data x context x tensor, index along `axis`) of the ranks with this tensor index."""
+        size = self.tensor.size
+        for index in range(self.axis.size):
+            if not self.kind.partial:
+                yield index * size + tensor_index, index
+            elif index % size == tensor_index:
+                yield index, index
+
+    def gather_start(self, out: Tensor, own: Tensor) -> comm.Pending:
+        """Start gathering every rank's `own` [share] into `out` [P]."""
+        return comm.all_gather_into_start(out, own, self.axis)
 
 
-def _make_buckets(
-    module: nn.Module, grid: Grid, device: torch.device, bucket_bytes: int, zero_stage: int
-) -> list[Bucket]:
-    """Group parameters by kind in backward order, close buckets at `bucket_bytes`; sorted by when they will be
-    complete.
-    """
-    open_buckets: dict[BucketKind, list[tuple[str, ParameterInfo]]] = {}
-    closed: list[tuple[int, BucketKind, list[tuple[str, ParameterInfo]]]] = []
-    filled: dict[BucketKind, int] = {}
-    last: dict[BucketKind, int] = {}
-    for position, (name, parameter) in enumerate(reversed(list(module.named_parameters()))):
-        info = info_of(parameter)
-        kind = BucketKind.of(info, grid.tensor.size)
-        open_buckets.setdefault(kind, []).append((name, info))
-        filled[kind] = filled.get(kind, 0) + 4 * parameter.numel()
-        last[kind] = position
-        if filled[kind] >= bucket_bytes:
-            closed.append((position, kind, open_buckets.pop(kind)))
-            filled[kind] = 0
-    closed += [(last[kind], kind, members) for kind, members in open_buckets.items()]
-    replicas = ("data", "context")
-    return [
-        Bucket(kind, grid.along(*replicas, *(["tensor"] if kind.partial else [])), members, device, zero_stage)
-        for _, kind, members in sorted(closed, key=lambda entry: entry[0])
-    ]
+def _slot(member: Member, offset: int, tensor_index: int) -> Slot:
+    parameter = nn.Parameter(torch.empty(0, dtype=member.kind.dtype), requires_grad=member.kind.trains)
+    attach_info(parameter, member.info)
+    return Slot(member.names[0], member, offset, member.numel(tensor_index), parameter, len(member.names))
 
 
-def _replace_parameters(module: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
-    """Put `parameters` in the place of those of the same names."""
-    for name, parameter in parameters.items():
-        owner, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(owner), leaf, parameter)
+def _merged(places: Iterator[tuple[int, int]] | list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Neighbouring ranges joined across the gaps of alignment."""
+    ordered = sorted(places)
+    if not ordered:
+        return
+    start = ordered[0][0]
+    for (_, end), (begin, _) in pairwise(ordered):
+        if begin - end >= ALIGN:
+            yield start, end
+            start = begin
+    yield start, ordered[-1][1]

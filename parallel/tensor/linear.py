@@ -11,16 +11,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from parallel import comm
 from parallel.layout import Init, ParameterInfo, TensorLayout, make_parameter
+from parallel.tensor import products
 from parallel.tensor.rows import TensorParallel, finish_input_gradient, no_tensor_parallel, pad_rows
 from parallel.tensor.weight_grad import weight_gradient
+
+if TYPE_CHECKING:
+    from parallel.fp8.linear import Fp8Products
 
 
 def xavier_uniform(fan_in: int, *fan_outs: int) -> Init:
@@ -30,7 +33,7 @@ def xavier_uniform(fan_in: int, *fan_outs: int) -> Init:
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x W' + b, the bias added afterwards: MKL's product that starts from a bias takes up to a third longer."""
-    y = F.linear(x, weight)
+    y = products.linear(x, weight)
     return y if bias is None else y.add_(bias)
 
 
@@ -50,7 +53,7 @@ class _ColumnParallel(torch.autograd.Function):
         (grad,) = grads
         pending = None
         if ctx.needs_input_grad[0]:
-            pending = finish_input_gradient(grad @ weight, ctx.tp, ctx.split)
+            pending = finish_input_gradient(products.input_gradient(grad, weight), ctx.tp, ctx.split)
         grad_weight = weight_gradient(weight, grad, full) if ctx.needs_input_grad[1] else None
         grad_bias = grad.sum(0) if ctx.has_bias else None
         return pending.wait() if pending else None, grad_weight, grad_bias, None, None, None
@@ -63,7 +66,7 @@ class _RowParallel(torch.autograd.Function):
         ctx.tp, ctx.split, ctx.has_bias = tp, split, bias is not None
         if tp.size == 1:
             return _affine(x, weight, bias)
-        partial = F.linear(x, weight)
+        partial = products.linear(x, weight)
         if split:
             out = comm.reduce_scatter_rows(pad_rows(partial, tp.local_rows(x.shape[0]) * tp.size), tp.axis)
         else:
@@ -75,7 +78,7 @@ class _RowParallel(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         (grad,) = grads
         full = comm.all_gather_rows(grad, ctx.tp.axis)[: x.shape[0]] if ctx.split else grad
-        grad_x = full @ weight if ctx.needs_input_grad[0] else None
+        grad_x = products.input_gradient(full, weight) if ctx.needs_input_grad[0] else None
         grad_weight = weight_gradient(weight, full, x) if ctx.needs_input_grad[1] else None
         # With split rows each rank sums its own rows only: the bias is marked partial_over_tensor.
         grad_bias = grad.sum(0) if ctx.has_bias else None
@@ -145,6 +148,7 @@ class ColumnParallelLinear(nn.Module):
         init = init or xavier_uniform(in_features, *segments)
         self.weight = make_parameter(ParameterInfo(layout=layout, init=init, decay=decay))
         self.bias = sharded_bias(segments, tp, bias_init, units) if bias else None
+        self.fp8: Fp8Products | None = None
 
     def forward(self, x: Tensor, rows: int | None = None, *, add_bias: bool = True) -> Tensor:
         """[ceil(R/T), D] (row parts) or [R, D] -> [R, F/T].
@@ -155,6 +159,8 @@ class ColumnParallelLinear(nn.Module):
         """
         rows = x.shape[0] if rows is None else rows
         bias = self.bias if add_bias else None
+        if self.fp8 is not None:
+            return self.fp8.column(x, self.weight, bias, self.tp, rows, self.split_input)
         y: Tensor = _ColumnParallel.apply(x, self.weight, bias, self.tp, rows, self.split_input)
         return y
 
@@ -188,6 +194,7 @@ class RowParallelLinear(nn.Module):
         scales = tuple(math.sqrt(6 / (segment + out_features)) for segment in segments)
         init = init or Init(kind="uniform", scales=scales)
         self.weight = make_parameter(ParameterInfo(layout=layout, init=init, decay=decay))
+        self.fp8: Fp8Products | None = None
         self.bias: nn.Parameter | None = None
         if bias:
             info = ParameterInfo(
@@ -199,5 +206,7 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[R, D/T] -> [ceil(R/T), F] (row parts) or [R, F]."""
+        if self.fp8 is not None:
+            return self.fp8.row(x, self.weight, self.bias, self.tp, self.split_output)
         y: Tensor = _RowParallel.apply(x, self.weight, self.bias, self.tp, self.split_output)
         return y

@@ -8,9 +8,12 @@ gradient back. Splitting the two is what zero-bubble schedules need (Qi et al. 2
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor, nn
+
+from parallel.tensor import products
 
 
 class GradientSink(Protocol):
@@ -20,6 +23,9 @@ class GradientSink(Protocol):
         """Add grad_output' x to the gradient of `parameter`, now or when the schedule says. [R, F], [R, D] ->
         [F, D].
         """
+
+    def add_computed(self, parameter: nn.Parameter, product: Callable[[], Tensor]) -> None:
+        """Add what `product` gives, [F, D], to the gradient of `parameter`, now or when the schedule says."""
 
 
 def attach_sink(parameter: nn.Parameter, sink: GradientSink) -> None:
@@ -31,7 +37,7 @@ def weight_gradient(weight: Tensor, grad_output: Tensor, x: Tensor) -> Tensor | 
     """Gradient [F, D] of `weight` from grad_output [R, F] and input x [R, D]; None if the weight's sink took it."""
     sink: GradientSink | None = getattr(weight, "vitruvius_sink", None)
     if sink is None:
-        return grad_output.t() @ x
+        return products.weight_gradient(grad_output, x)
     assert isinstance(weight, nn.Parameter)
     sink.add_product(weight, grad_output, x)
     return None

@@ -50,6 +50,44 @@ def _check_messages(axis: Axis, parts: list[Tensor]) -> None:
         pending.wait()
 
 
+def _check_sums_into_place(axis: Axis) -> None:
+    """Shards of fp32 sums, whatever is sent; written over or added when waited for, and not before."""
+    rows = 4
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        parts = [_numbers(rank, rows * axis.size, dtype)[:, 0].contiguous() for rank in range(axis.size)]
+        own = slice(axis.index * rows, (axis.index + 1) * rows)
+        expected = torch.stack(parts).float().sum(0)[own]
+        whole = torch.full((rows + 2,), 5.0)  # the sum goes into the middle of something else
+        out = whole[1:-1]
+        for accumulate, result in ((False, expected), (True, 2 * expected), (False, expected)):
+            x, room, before = parts[axis.index].clone(), torch.empty_like(parts[0]), out.clone()
+            pending = comm.reduce_scatter_into_start(out, x, room, axis, accumulate=accumulate)
+            assert torch.equal(out, before)
+            assert pending.wait() is out and torch.equal(out, result)
+            pending.wait()  # adds nothing
+            assert torch.equal(out, result) and whole[0] == whole[-1] == 5
+            assert torch.equal(x, parts[axis.index])
+        x, room = parts[axis.index].float(), torch.empty(rows * axis.size)  # in the place of what is sent
+        assert torch.equal(comm.reduce_scatter_into_start(x[own], x, room, axis).wait(), expected)
+        assert torch.equal(x[own], expected)
+    first = 1.0 if axis.index == 0 else 2.0**-9  # in bf16 the sum would be 1
+    x = torch.full((2 * axis.size,), first, dtype=torch.bfloat16)
+    out = torch.zeros(2)
+    comm.reduce_scatter_into_start(out, x, torch.empty_like(x), axis).wait()
+    assert torch.equal(out, torch.full((2,), 1 + (axis.size - 1) * 2.0**-9))
+    big = 2.0**24 if axis.index == 0 else 1.0  # each 1 is lost beside it, but not if they were added up before
+    x = torch.full((2 * axis.size,), big)
+    comm.reduce_scatter_into_start(out, x, torch.empty_like(x), axis).wait()
+    in_order = torch.full((2,), 2.0**24)
+    for _ in range(axis.size - 1):
+        in_order += 1.0
+    assert torch.equal(out, in_order)
+    gathered = torch.empty(2 * axis.size)
+    pending = comm.all_gather_into_start(gathered, torch.full((2,), float(axis.index)), axis)
+    assert pending.wait() is gathered
+    assert gathered.tolist() == [float(rank) for rank in range(axis.size) for _ in range(2)]
+
+
 def _collectives(world: World) -> None:
     grid = make_grid(GridShape(tensor=world.size), world)
     axis = grid.tensor
@@ -60,6 +98,7 @@ def _collectives(world: World) -> None:
         _check_messages(axis, parts)
         last = world.size - 1
         assert torch.equal(comm.broadcast(parts[world.rank].clone(), axis, last), parts[last])
+    _check_sums_into_place(axis)
     assert comm.gather_objects({"rank": world.rank}, axis) == [{"rank": rank} for rank in range(world.size)]
     comm.barrier(axis)
 
@@ -105,8 +144,24 @@ def test_an_axis_of_one_rank_is_free() -> None:
     assert comm.broadcast(x, axis) is x
     assert comm.all_to_all_rows(x, [2], [2], axis) is x
     assert comm.all_reduce_start(x, axis).is_done()
+    out = torch.empty(2, 4)
+    assert comm.all_gather_into_start(out, x, axis).wait() is out and torch.equal(out, x)
     assert comm.gather_objects("a", axis) == ["a"]
     comm.barrier(axis)
+    assert axis.meter == CommMeter()
+    assert not dist.is_initialized()
+
+
+def test_along_a_planned_axis_only_shapes_are_right() -> None:
+    axis, x = Axis(name="data", ranks=(0, 1, 2), index=1, planned=True), torch.ones(6, 2, device="meta")
+    assert comm.all_reduce(x, axis).shape == (6, 2)
+    assert comm.all_gather_rows(x, axis).shape == (18, 2)
+    assert comm.reduce_scatter_rows(x, axis).shape == (2, 2)
+    assert comm.all_gather_into_start(x, x[:2], axis).wait() is x
+    out, flat = torch.zeros(2, device="meta"), torch.ones(6, device="meta")
+    for accumulate in (False, True):
+        room = torch.empty(2, device="meta")
+        assert comm.reduce_scatter_into_start(out, flat, room, axis, accumulate=accumulate).wait() is out
     assert axis.meter == CommMeter()
     assert not dist.is_initialized()
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from parallel import comm
 from parallel.comm import World
-from parallel.grid import AXES, GridShape, make_grid, shape_for_world
+from parallel.grid import AXES, GridShape, make_grid, planned_grid, shape_for_world
 from tests.distributed import run_ranks
 
 SUBSETS = [names for count in range(1, 5) for names in combinations(AXES, count)]
@@ -48,10 +48,13 @@ def test_tensor_is_innermost_and_pipeline_outermost() -> None:
 
 def _reduce_over_every_combination(world: World) -> dict[tuple[str, ...], tuple[float, int, bool]]:
     grid = make_grid(GridShape(pipeline=2, data=2, tensor=2), world)
+    planned = planned_grid(grid.shape, world.rank)
     found = {}
     for names in SUBSETS:
         axis = grid.along(*reversed(names))  # the order in which names are given does not matter
         assert grid.along(*names) is axis
+        plan = planned.along(*names)
+        assert (plan.name, plan.ranks, plan.index, plan.size) == (axis.name, axis.ranks, axis.index, axis.size)
         sum_of_powers = comm.all_reduce(torch.tensor(2.0**world.rank), axis).item()  # tells exactly who took part
         found[names] = (sum_of_powers, axis.index, axis.group is None)
     assert grid.meter.calls["all_reduce"] == sum(not alone for *_, alone in found.values())
@@ -74,6 +77,21 @@ def test_one_process_makes_no_group() -> None:
     grid = make_grid(GridShape())
     assert [axis.group for axis in (grid.pipeline, grid.data, grid.context, grid.tensor, grid.world)] == [None] * 5
     assert grid.world.ranks == (0,)
+    assert not dist.is_initialized()
+
+
+def test_a_planned_grid_needs_no_process_group() -> None:
+    shape = GridShape(pipeline=3, data=4, context=2, tensor=8)
+    for rank in (0, 77, 191):
+        grid, place = planned_grid(shape, rank), shape.coordinates(rank)
+        for name in AXES:
+            axis = getattr(grid, name)
+            assert axis.planned and axis.group is None
+            assert (axis.size, axis.index) == (getattr(shape, name), place[name])
+        assert grid.world.size == 192 and grid.world.index == rank
+        assert grid.along("data", "context").ranks == shape.ranks_along(("data", "context"), rank)
+        assert grid.along("context", "data") is grid.along("data", "context")
+        grid.close()
     assert not dist.is_initialized()
 
 

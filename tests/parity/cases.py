@@ -9,7 +9,7 @@ from itertools import product
 from typing import Any
 
 from data import DataConfig
-from engine.config import Config, OptimizerConfig, ScheduleConfig, TrainConfig
+from engine.config import Config, OptimizerConfig, PrecisionConfig, ScheduleConfig, TrainConfig
 from model import ModelConfig, StageConfig
 from parallel.config import ParallelConfig
 
@@ -27,6 +27,7 @@ _FAMILY = ModelConfig(
     image_size=(9, 12), patch_size=2, in_channels=1, num_classes=10, width=32, depth=6, num_heads=8, mlp_dim=48,
     drop_path=0.1, window_size=3, grid_size=2, registers=1,
 )  # fmt: skip
+_EVERY_LAYER = 1e-3  # MiB: each layer is gathered and reduced by itself
 _DEEP = 6  # blocks for 8 stages: with embedding and head one layer each
 MODELS = {
     "parallel": replace(_SMALL, block="parallel", qk_norm=True, bias=False, gelu="tanh", pool="map", registers=1),
@@ -69,11 +70,22 @@ class Case:
     micro_batches: int = 1
     depth: int | None = None  # blocks; None: the model's own
     zero: int = 0
+    reduce: str = "auto"
+    gradients: str = "fp32"  # parallel.gradient_dtype
+    optimizer: str = "adamw"
+    precision: str = "fp32"
+    ema: float | None = None
 
     def __str__(self) -> str:
         sp = "sp" if self.sequence_parallel else ""
         cp = (f"-c{self.context}" if self.context > 1 else "") + (f"-z{self.zero}" if self.zero else "")
-        return f"{self.model}-t{self.tensor}{sp}-p{self.pipeline}{self.schedule}-d{self.data}{cp}-m{self.micro_batches}"
+        cp += "-reduced-each" if self.reduce == "micro_batch" else ""
+        how = "".join(
+            f"-{value}" for value, usual in ((self.optimizer, "adamw"), (self.precision, "fp32")) if value != usual
+        )
+        how += ("-narrow" if self.gradients == "weights" else "") + (f"-ema{self.ema}" if self.ema else "")
+        layout = f"t{self.tensor}{sp}-p{self.pipeline}{self.schedule}-d{self.data}{cp}-m{self.micro_batches}"
+        return f"{self.model}-{layout}{how}"
 
     @property
     def ranks(self) -> int:
@@ -83,7 +95,7 @@ class Case:
     @property
     def one_process(self) -> Case:
         """What its numbers are held against."""
-        return Case(self.model, depth=self.depth)
+        return Case(self.model, depth=self.depth, optimizer=self.optimizer, precision=self.precision, ema=self.ema)
 
     def config(self, **train: Any) -> Config:
         """The resolved configuration of the case; keyword arguments override the `train` group."""
@@ -97,6 +109,10 @@ class Case:
                 context_parallel_size=self.context,
                 schedule=self.schedule,  # type: ignore[arg-type]
                 zero_stage=self.zero,  # type: ignore[arg-type]
+                reduce_gradients=self.reduce,  # type: ignore[arg-type]
+                gradient_dtype=self.gradients,  # type: ignore[arg-type]
+                reshard_after_forward="always" if self.zero == 3 else "auto",
+                bucket_mib=_EVERY_LAYER,
             ),
             train=TrainConfig(
                 global_batch_size=GLOBAL_BATCH,
@@ -107,8 +123,17 @@ class Case:
             ),
             # eps: where a gradient is zero but for rounding (the key bias under a softmax), Adam with a tiny eps would
             # blow the rounding up into a full step in a random direction; see docs/numerics.md.
-            optimizer=OptimizerConfig(lr=1e-3, eps=1e-5, weight_decay=0.1, head_weight_decay=0.3, clip_grad=1.0),
+            optimizer=OptimizerConfig(
+                name=self.optimizer,  # type: ignore[arg-type]
+                lr=1e-3,
+                eps=1e-5,
+                weight_decay=0.1,
+                head_weight_decay=0.3,
+                clip_grad=1.0,
+                ema_decay=self.ema,
+            ),
             schedule=ScheduleConfig(name="cosine", warmup_steps=3),
+            precision=PrecisionConfig(dtype=self.precision),  # type: ignore[arg-type]
             kernels=KERNELS[self.model],  # type: ignore[arg-type]
         )
         return config.resolve(self.ranks)

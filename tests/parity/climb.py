@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from functools import cache
 from itertools import islice
 from typing import Any
@@ -21,7 +21,7 @@ from model import ModelConfig, build_layers
 from parallel import comm
 from parallel.comm import World
 from parallel.grid import make_grid
-from parallel.layout import info_of
+from parallel.sharding.gather import Buffer, Gatherer
 from tests.parity.cases import STEPS, Case
 
 EVAL_IMAGES = 37  # which no number of ranks or micro-batches divides
@@ -41,20 +41,30 @@ def digits(model: ModelConfig) -> tuple[Dataset, Dataset]:
 
 @dataclass
 class Climb:
-    """What is compared between layouts."""
+    """What is compared between layouts.
+
+    Attributes:
+        first_grads: before clipping, and without the loss scale.
+        average: the evaluation of the moving average, if one is kept.
+        fp8: of each rank of the world, its linears' histories and scales.
+    """
 
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
     first_grads: dict[str, Tensor] = field(default_factory=dict)
     parameters: dict[str, Tensor] = field(default_factory=dict)
     evaluation: tuple[float, float, int] = (0.0, 0.0, 0)
+    average: tuple[float, float, int] = (0.0, 0.0, 0)
+    skipped: int = 0
+    fp8: list[dict[str, Tensor]] = field(default_factory=list)
 
 
-def logical(assembly: Assembly, value: Callable[[Any], Tensor]) -> dict[str, Tensor]:
-    """`value(slot)` of every parameter of the whole model, put together from all ranks. Collective."""
-    own = {}
-    if assembly.grid.data.index == 0:
-        own = {s.name: (info_of(s.parameter).layout, value(s).detach().clone()) for s in assembly.gradients.slots}
+def logical(assembly: Assembly, what: str) -> dict[str, Tensor]:
+    """`master` or `sums` of every parameter of the whole model, put together from all ranks. Collective."""
+    layouts = {slot.name: slot.member.info.layout for slot in assembly.store.slots}
+    own = {name: (layouts[name], local.clone()) for name, local in assembly.store.local_values(what).items()}
+    if assembly.grid.data.index:
+        own = {}
     full: dict[str, Tensor] = {}
     for part in comm.gather_objects(own, assembly.grid.world):
         for name, (layout, local) in part.items():
@@ -62,10 +72,29 @@ def logical(assembly: Assembly, value: Callable[[Any], Tensor]) -> dict[str, Ten
     return full
 
 
-def climb(world: World, config: Config, before_training: Callable[[Stepper], None] | None = None) -> Climb:
-    """Train for STEPS steps and evaluate; the same result on every rank."""
+def poison(gatherer: Gatherer) -> None:
+    """Fill every buffer with NaN when its unit is forgotten, and go on with another: nobody may look there again."""
+    choose = gatherer._dispensable
+
+    def fresh(keep: int) -> Buffer:
+        buffer = choose(keep)
+        if buffer.holds is not None and buffer.arriving:
+            gatherer._land(buffer.holds.index)
+        buffer.memory.fill_(255)
+        buffer.memory = torch.empty_like(buffer.memory)
+        gatherer._views.clear()
+        return buffer
+
+    gatherer._dispensable = fresh  # type: ignore[method-assign]
+
+
+def climb(
+    world: World, config: Config, before_training: Callable[[Stepper], None] | None = None, steps: int = STEPS
+) -> Climb:
+    """Train for some steps and evaluate; the same result on every rank."""
     grid = make_grid(config.grid_shape(world.size), world)
     assembly = assemble(config, grid, torch.device("cpu"), _layers(config.model))
+    poison(assembly.store.gatherer)
     stepper = Stepper(assembly)
     if before_training is not None:
         before_training(stepper)
@@ -81,21 +110,26 @@ def climb(world: World, config: Config, before_training: Callable[[Stepper], Non
     out = Climb()
     update = assembly.optimizer.update
 
-    def recording(*, lr: float, grad_factor: float) -> None:
+    def recording(*, lr: float, grad_factor: float, decay_factor: float | None = None) -> None:
         """Keeps the first gradients as they are before clipping, which some forms of the optimizer do in place."""
         if not out.first_grads:
-            assembly.gradients.gather_gradients()
-            out.first_grads = logical(assembly, lambda slot: slot.grad)
-        update(lr=lr, grad_factor=grad_factor)
+            scale = assembly.scaler.scale if assembly.scaler else 1.0
+            out.first_grads = {name: sums / scale for name, sums in logical(assembly, "sums").items()}
+        update(lr=lr, grad_factor=grad_factor, decay_factor=decay_factor)
 
     assembly.optimizer.update = recording  # type: ignore[method-assign]
-    for step, batches in enumerate(islice(stream.steps(0), STEPS)):
-        result = stepper.train_step(batches, config.optimizer.lr * factor(config.schedule, step, STEPS))
+    for step, batches in enumerate(islice(stream.steps(0), steps)):
+        part = factor(config.schedule, step, STEPS)
+        result = stepper.train_step(batches, config.optimizer.lr * part, part)
         out.losses.append(result.loss)
         out.grad_norms.append(result.grad_norm)
-    out.parameters = logical(assembly, lambda slot: slot.parameter)
-    evaluation = stepper.evaluate(EvalStream(eval_set, **place))
-    out.evaluation = (evaluation.loss, evaluation.accuracy, evaluation.images)
+        out.skipped += result.skipped
+    out.parameters = logical(assembly, "master")
+    out.evaluation = astuple(stepper.evaluate(EvalStream(eval_set, **place)))
+    if assembly.average is not None:
+        out.average = astuple(stepper.evaluate_average(EvalStream(eval_set, **place)))
+    if assembly.fp8 is not None:
+        out.fp8 = comm.gather_objects(assembly.fp8.state_dict(), grid.world)
     grid.close()
     return out
 

@@ -79,7 +79,7 @@ def test_one_process_equals_a_plain_vit(model: str) -> None:
 
     def keep(stepper: Stepper) -> None:
         by_group = {"body": 0.1, "head": 0.3, "none": 0.0}
-        for slot in stepper.assembly.gradients.slots:
+        for slot in stepper.assembly.store.slots:
             weights[slot.name] = slot.parameter.detach().clone()
             decays[slot.name] = by_group[info_of(slot.parameter).decay]
 

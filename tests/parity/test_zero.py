@@ -1,4 +1,8 @@
-"""Every ZeRO stage gives the bits of stage 0 on the same layout."""
+"""Every ZeRO stage gives the bits of stage 0 on the same layout: losses, norms, gradients, weights, moving averages.
+
+Stages 2 and 3 sum over ranks after each micro-batch. Stage 0 can do that too, and then all stages add up in one order.
+Each layer is a unit of its own, and stage 3 has two buffers for all of them, so buffers are overwritten all the time.
+"""
 
 from dataclasses import replace
 from functools import cache
@@ -7,35 +11,72 @@ import pytest
 import torch
 
 from tests.distributed import run_ranks
-from tests.parity.cases import Case
+from tests.parity.cases import MODELS, Case
 from tests.parity.climb import Climb, climb_all
 
+_OTHERS = ("adafactor", "lamb", "muon")
 LAYOUTS = {
-    2: [Case("parallel", data=2, micro_batches=2), Case("kinds", context=2), Case("sequential", data=2)],
+    2: [
+        *(Case(model, data=2, micro_batches=2) for model in MODELS),
+        Case("kinds", context=2),
+        Case("parallel", tensor=2, sequence_parallel=True, micro_batches=2),
+        *(
+            Case(model, data=2, micro_batches=2, optimizer=name, ema=0.9)
+            for model, name in zip(("kinds", "sequential", "parallel"), _OTHERS, strict=True)
+        ),
+        Case("parallel", data=2, micro_batches=2, precision="bf16", ema=0.9),
+        Case("kinds", data=2, micro_batches=2, precision="bf16", gradients="weights", ema=0.9),
+        Case("sequential", data=2, micro_batches=2, precision="fp16", gradients="weights", optimizer="lamb"),
+        Case("pyramid", data=2, micro_batches=2, precision="fp8", optimizer="muon"),
+    ],
     4: [
         Case("parallel", data=4),
-        Case("parallel", tensor=2, sequence_parallel=True, data=2),
+        Case("parallel", tensor=2, sequence_parallel=True, data=2, micro_batches=2),
+        Case("heads", tensor=2, data=2, micro_batches=2),
         Case("sequential", pipeline=2, data=2, micro_batches=4),
+        Case("pyramid", pipeline=2, data=2, micro_batches=4, schedule="gpipe"),
         Case("heads", data=2, context=2, micro_batches=2),
+        *(
+            Case(
+                "sequential", tensor=2, sequence_parallel=True, data=2, micro_batches=2, optimizer=name, precision=dtype
+            )
+            for name, dtype in zip(_OTHERS, ("fp32", "fp32", "bf16"), strict=True)
+        ),
+        Case("parallel", tensor=2, sequence_parallel=True, data=2, micro_batches=2, precision="bf16", ema=0.9),
+        Case("mixed", pipeline=2, data=2, micro_batches=4, precision="bf16", gradients="weights", ema=0.9),
     ],
+    8: [Case("parallel", tensor=2, sequence_parallel=True, pipeline=2, data=2, micro_batches=4)],
 }
+ALL = [case for cases in LAYOUTS.values() for case in cases]
+
+
+def whole(case: Case, stage: int) -> Case:
+    """Stage 0, with sums over ranks in the order of `stage`."""
+    return case if stage < 2 else replace(case, reduce="micro_batch")
 
 
 @cache
 def results(ranks: int) -> dict[Case, Climb]:
-    cases = [replace(case, zero=stage) for case in LAYOUTS[ranks] for stage in (0, 1)]
-    found = run_ranks(ranks, climb_all, cases, timeout=240)[0]
+    cases = [variant for case in LAYOUTS[ranks] for variant in (case, *(replace(case, zero=z) for z in (1, 2, 3)))]
+    cases += [whole(case, 2) for case in LAYOUTS[ranks]]
+    found = run_ranks(ranks, climb_all, cases, timeout=560)[0]
     assert isinstance(found, dict)
     return found
 
 
-@pytest.mark.parametrize("case", [case for cases in LAYOUTS.values() for case in cases], ids=str)
-def test_stage_1_is_stage_0_bit_for_bit(case: Case) -> None:
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("case", ALL, ids=str)
+def test_every_stage_is_stage_0_bit_for_bit(case: Case, stage: int) -> None:
     found = results(case.ranks)
-    plain, sharded = found[case], found[replace(case, zero=1)]
+    plain, sharded = found[whole(case, stage)], found[replace(case, zero=stage)]
     assert sharded.losses == plain.losses
     assert sharded.grad_norms == plain.grad_norms
     assert sharded.evaluation == plain.evaluation
+    assert sharded.average == plain.average
+    assert (plain.average != (0.0, 0.0, 0)) == (case.ema is not None)
+    assert plain.skipped == 0
     for ours, theirs in ((sharded.first_grads, plain.first_grads), (sharded.parameters, plain.parameters)):
         assert ours.keys() == theirs.keys()
         assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []

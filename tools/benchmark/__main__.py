@@ -11,6 +11,7 @@ from parallel.comm import World
 
 BENCHMARKS = {
     "context": "full attention over ranks that share an image: all-to-all against a ring",
+    "precision": "a recipe trained in fp32, bf16, fp16 and fp8 over several seeds",
     "textures": "recipes with full, windowed, linear and mixed attention, trained alike",
     "attention": "each kind of attention against the number of tokens; memory at high resolution; pyramids",
     "step": "a training step of a configuration in a layout: time, communication, memory, utilisation",

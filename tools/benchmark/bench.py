@@ -12,13 +12,12 @@ from itertools import islice
 import torch
 
 from data import Batch, DataConfig, TrainStream, build_datasets
-from engine.assemble import Assembly, assemble
+from engine.assemble import Assembly, assemble, grid_of
 from engine.cli import parse
 from engine.config import Config
 from engine.device import choose_device, prepare_cpu, set_cpu_matmul, synchronise
 from parallel import comm
 from parallel.comm import World
-from parallel.grid import make_grid
 
 _GEMM = 2048
 
@@ -54,7 +53,7 @@ def started(config: Config, world: World, distinct_batches: int = 2) -> Iterator
     set_cpu_matmul(config.precision)
     comm.start(world, device, config.parallel.timeout)
     try:
-        assembly = assemble(config, make_grid(config.grid_shape(world.size), world, device), device)
+        assembly = assemble(config, grid_of(config, world, device), device)
         yield Bench(config, world, assembly, list(islice(_stream(assembly).steps(0), distinct_batches)))
     finally:
         comm.stop()

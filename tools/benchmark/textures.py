@@ -9,10 +9,7 @@ mean over seeds of the last evaluation, time the median step, memory what autogr
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,9 +20,9 @@ from engine.cli import parse
 from model import MicroBatch, VisionTransformer
 from parallel.comm import World
 from tools.benchmark.attention import kept_bytes
+from tools.benchmark.recipes import train
 from tools.benchmark.table import Row, show
 
-_ROOT = Path(__file__).resolve().parents[2]
 VARIANTS = ("full", "window_grid", "linear", "mixed")
 
 
@@ -45,20 +42,14 @@ def main(argv: Sequence[str], world: World) -> None:
 
 def _row(variant: str, seeds: Sequence[int], flags: Sequence[str], folder: Path) -> Row:
     recipe = f"configs/textures_{variant}.yaml"
-    accuracies, times = [], []
-    for seed in seeds:
-        run = folder / f"{variant}-{seed}"
-        command = [sys.executable, "pretrain_vit.py", "--config", recipe, "--run_dir", str(run), *flags]
-        subprocess.run([*command, "--train.seed", str(seed)], cwd=_ROOT, check=True, stdout=subprocess.DEVNULL)
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        accuracies.append([line["accuracy"] for line in lines if line["event"] == "eval"][-1])
-        times += [line["step_time"] for line in lines if line["event"] == "train"]
+    runs = [train(recipe, folder / f"{variant}-{seed}", [*flags, "--train.seed", str(seed)]) for seed in seeds]
+    accuracies = [run.accuracy for run in runs]
     return {
         "recipe": recipe,
         "attention": str(parse(["--config", recipe])[0].model.attention or "full"),
         "accuracy": statistics.mean(accuracies),
         "accuracy_of_seeds": "  ".join(f"{a:.4f}" for a in accuracies),
-        "step_time_ms": 1000 * statistics.median(times),
+        "step_time_ms": 1000 * statistics.median(time for run in runs for time in run.step_times),
         "kept_MiB_per_image": _kept(recipe) / 2**20,
     }
 

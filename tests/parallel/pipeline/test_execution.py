@@ -6,10 +6,10 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from parallel.comm import World, single_axis
-from parallel.grid import GridShape, make_grid
+from parallel.grid import Grid, GridShape, make_grid
 from parallel.pipeline import Action, Schedule, build_schedule, forward_only, insert_communication, validate
 from parallel.pipeline.execution import PipelineExecutor, TensorSpec
-from parallel.sharding import GradientBuffer
+from parallel.sharding import ParameterStore, ShardingPolicy
 from parallel.tensor import ColumnParallelLinear, no_tensor_parallel
 from tests.distributed import run_ranks
 
@@ -51,15 +51,18 @@ def _micro_batches(count: int) -> list[Tensor]:
     return list(torch.randn(count, BATCH, WIDTH, generator=torch.Generator().manual_seed(count)))
 
 
-def _stages(numbers: tuple[int, ...]) -> tuple[nn.ModuleDict, GradientBuffer]:
+def _stages(numbers: tuple[int, ...], grid: Grid | None = None, zero: int = 0) -> tuple[nn.ModuleDict, ParameterStore]:
+    """The stages with these numbers, each of one layer."""
     module = nn.ModuleDict({str(n): TinyStage(n) for n in numbers})
-    return module, GradientBuffer(module, grid=make_grid(GridShape()), device=CPU, seed=0)
+    policy = ShardingPolicy(stage=zero, reduce="micro_batch" if zero > 1 else "step")
+    stages = [[(number, stage)] for number, stage in module.items()]
+    return module, ParameterStore(stages, grid=grid or make_grid(GridShape()), device=CPU, seed=0, policy=policy)
 
 
 def _one_process(num_stages: int, micro_batches: list[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Losses and gradients without any executor."""
-    module, gradients = _stages(tuple(range(num_stages)))
-    gradients.start_grad_sync(len(micro_batches))
+    module, store = _stages(tuple(range(num_stages)))
+    store.gradients.start(len(micro_batches))
     losses = []
     for micro_batch in micro_batches:
         flowing: Tensors = ()
@@ -67,8 +70,8 @@ def _one_process(num_stages: int, micro_batches: list[Tensor]) -> tuple[list[Ten
             flowing = stage(flowing, micro_batch)
         losses.append(_head(flowing, micro_batch))
         losses[-1].backward()
-    gradients.finish_grad_sync()
-    return [loss.detach() for loss in losses], {slot.name: slot.grad for slot in gradients.slots}
+    store.gradients.finish()
+    return [loss.detach() for loss in losses], store.local_values("sums")
 
 
 class LoggingExecutor(PipelineExecutor):
@@ -81,31 +84,42 @@ class LoggingExecutor(PipelineExecutor):
         super()._do(action)
 
 
-def _check(schedule: Schedule, world: World) -> None:
-    """A training pass equals one process, and so does an evaluation pass over the same placement, on every rank."""
+def _check(schedule: Schedule, world: World, data: int = 1, zero: int = 0) -> None:
+    """A training pass equals one process, and so does an evaluation pass over the same placement, on every rank.
+
+    Args:
+        data: data-parallel ranks, which all see the same. zero: ZeRO stage over them.
+    """
     validate(schedule)
-    axis = make_grid(GridShape(pipeline=world.size), world).pipeline
-    module, gradients = _stages(schedule.stages_of(world.rank))
+    grid = make_grid(GridShape(pipeline=world.size // data, data=data), world)
+    axis, rank = grid.pipeline, grid.pipeline.index
+    module, store = _stages(schedule.stages_of(rank), grid, zero)
     boundaries = [(), *[BOUNDARY] * (schedule.num_stages - 1)]
     micro_batches = _micro_batches(schedule.num_micro_batches)
     losses, expected = _one_process(schedule.num_stages, micro_batches)
     place = {int(number): stage for number, stage in module.items()}
-    executor = LoggingExecutor(schedule, place, boundaries, axis=axis, device=CPU, deferrer=gradients)
-    products, add = [], gradients._add_product
-    gradients._add_product = lambda *args: (products.append(executor.now.kind.name), add(*args))[1]  # type: ignore
+    executor = LoggingExecutor(
+        schedule, place, boundaries, axis=axis, device=CPU, deferrer=store.gradients, before_run=store.plan
+    )
+    products, add = [], store.gradients._add_product
+    store.gradients._add_product = lambda *args: (products.append(executor.now.kind.name), add(*args))[1]  # type: ignore
     for _ in range(2):  # an executor is used again at each step
-        gradients.start_grad_sync(schedule.num_micro_batches)
+        store.gradients.start(schedule.num_micro_batches)
         results = executor.run(micro_batches, _head)
-        gradients.finish_grad_sync()
-        for slot in gradients.slots:
-            torch.testing.assert_close(
-                slot.grad, expected[slot.name], msg=lambda m, s=slot: f"{schedule.name} {s.name}: {m}"
-            )
-    splits = any(action.kind.name == "BACKWARD_WEIGHT" for action in schedule.ranks[world.rank])
+        store.gradients.finish()
+        found = store.local_values("sums")
+        assert set(found) == {name for name in expected if int(name.split(".")[0]) in place}
+        for name, grad in found.items():
+            torch.testing.assert_close(grad, data * expected[name], msg=lambda m, n=name: f"{schedule.name} {n}: {m}")
+        assert not any(parameter.grad is not None for parameter in module.parameters())
+        store.updated()
+    splits = any(action.kind.name == "BACKWARD_WEIGHT" for action in schedule.ranks[rank])
     assert set(products) == {"BACKWARD_WEIGHT" if splits else "BACKWARD"}
 
-    order = forward_only(world.size, schedule.num_micro_batches, stage_to_rank=schedule.stage_to_rank)
-    evaluate = PipelineExecutor(insert_communication(order), place, boundaries, axis=axis, device=CPU)
+    order = forward_only(axis.size, schedule.num_micro_batches, stage_to_rank=schedule.stage_to_rank)
+    evaluate = PipelineExecutor(
+        insert_communication(order), place, boundaries, axis=axis, device=CPU, before_run=store.plan
+    )
     evaluated = evaluate.run(micro_batches, _head)
     if schedule.num_stages - 1 in place:
         torch.testing.assert_close(results, losses)
@@ -113,6 +127,7 @@ def _check(schedule: Schedule, world: World) -> None:
         assert not any(x.requires_grad for x in (*results, *evaluated))
     else:
         assert results == evaluated == []
+    grid.close()
 
 
 SPLIT = """
@@ -164,6 +179,17 @@ def test_schedules_on_four_ranks() -> None:
     run_ranks(4, _four_ranks)
 
 
+def _two_by_two_ranks(world: World) -> None:
+    for zero in (1, 2, 3):
+        _check(build_schedule("1f1b", 2, 3), world, data=2, zero=zero)
+        _check(_by_hand(INTERLEAVED, "interleaved", (0, 1, 0, 1)), world, data=2, zero=zero)
+        _check(_by_hand(SPLIT_V_SHAPED, "split v-shaped", (0, 1, 1, 0)), world, data=2, zero=zero)
+
+
+def test_schedules_with_sharded_parameters() -> None:
+    run_ranks(4, _two_by_two_ranks)
+
+
 def test_one_rank_needs_no_group() -> None:
     _check(build_schedule("1f1b", 1, 3), World())
 
@@ -173,10 +199,10 @@ def _outputs_alive(world: World, forwards_only: bool) -> tuple[int, int]:
     micro_batches = _micro_batches(12)
     schedule = insert_communication(forward_only(2, 12)) if forwards_only else build_schedule("gpipe", 2, 12)
     axis = make_grid(GridShape(pipeline=2), world).pipeline
-    module, gradients = _stages((world.rank,))
+    module, store = _stages((world.rank,))
     stage = module[str(world.rank)]
     executor = PipelineExecutor(schedule, {world.rank: stage}, [(), BOUNDARY], axis=axis, device=CPU)
-    gradients.start_grad_sync(12)
+    store.gradients.start(12)
     executor.run(micro_batches, _head)
     return stage.most_alive, sum(not ref.expired() for ref in stage.given)
 

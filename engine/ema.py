@@ -1,0 +1,54 @@
+"""An exponential moving average of the weights, in fp32, sharded as the optimizer's state is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from parallel.sharding import ParameterStore
+
+_CHUNK = 1 << 22  # elements exchanged at once
+
+
+class WeightAverage:
+    """average <- decay * average + (1 - decay) * weights, after each step that was not skipped (Polyak and Juditsky
+    1992). It starts as the initial weights.
+
+    Args:
+        store: whose trained weights are averaged, as far as this rank trains them. decay: per step.
+    """
+
+    def __init__(self, store: ParameterStore, decay: float) -> None:
+        self.store, self.decay = store, decay
+        self._masters = [bucket.master for bucket in store.buckets if bucket.kind.trains]
+        self.averages = [master.clone() for master in self._masters]
+
+    def update(self) -> None:
+        """Take in the weights as they are now."""
+        torch._foreach_lerp_(self.averages, self._masters, 1 - self.decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model computes with the averages within, and afterwards with the very weights it had. Collective."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for average, master in zip(self.averages, self._masters, strict=True):
+            for a, b in zip(average.split(_CHUNK), master.split(_CHUNK), strict=True):
+                _exchange(a, b)
+        self.store.round_weights()
+        self.store.updated()
+
+
+def _exchange(a: Tensor, b: Tensor) -> None:
+    kept = a.clone()
+    a.copy_(b)
+    b.copy_(kept)

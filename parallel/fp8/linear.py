@@ -1,0 +1,142 @@
+"""The autograd nodes of parallel.tensor.linear with their three products in 8 bits; gathers and sums are the same.
+
+Legend: R rows, D input width, F output width, T tensor-parallel size. Kept for backward: the input in 8 bits (1 byte
+per element), and the step's 8-bit weight. The output gradient is cast once, for both of its products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from parallel import comm
+from parallel.fp8.backend import Fp8Backend, choose_backend
+from parallel.fp8.quantise import Quantised
+from parallel.fp8.recipe import Fp8Recipe
+from parallel.fp8.state import Fp8Registry, Fp8State
+from parallel.tensor.linear import ColumnParallelLinear, RowParallelLinear
+from parallel.tensor.rows import TensorParallel, finish_input_gradient, pad_rows
+from parallel.tensor.weight_grad import GradientSink
+
+
+def _weight_gradient(weight: Tensor, backend: Fp8Backend, grad: Quantised, x: Quantised) -> Tensor | None:
+    """As parallel.tensor.weight_grad.weight_gradient: the gradient [F, D], or None if the weight's sink took it."""
+    sink: GradientSink | None = getattr(weight, "vitruvius_sink", None)
+    if sink is None:
+        return backend.weight_gradient(grad, x, weight.dtype)
+    assert isinstance(weight, nn.Parameter)
+    sink.add_computed(weight, lambda: backend.weight_gradient(grad, x, torch.float32))
+    return None
+
+
+def _keep(ctx: Any, fp8: Fp8State, x: Quantised, weight: Tensor, weight8: Quantised) -> None:
+    # The input goes through save_for_backward, where activation recomputation can drop it. The weight, in both forms,
+    # outlives this node anyway.
+    ctx.save_for_backward(*x.save())
+    ctx.shell, ctx.fp8, ctx.weight, ctx.weight8 = x.emptied(), fp8, weight, weight8
+
+
+class _ColumnParallel(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, fp8: Fp8State, tp: TensorParallel, rows: int,
+        split: bool, record: bool,
+    ) -> Tensor:  # fmt: skip
+        full = comm.all_gather_rows(x, tp.axis)[:rows] if split else x
+        x8 = fp8.quantise("input", full, None, record=record)  # each rank has all of it
+        weight8 = fp8.quantise_weight(weight, tp.axis)
+        y = fp8.backend.forward(x8, weight8, x.dtype)
+        _keep(ctx, fp8, x8, weight, weight8)
+        ctx.tp, ctx.split, ctx.has_bias = tp, split, bias is not None
+        return y if bias is None else y.add_(bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,), backend, pending = grads, ctx.fp8.backend, None
+        grad8 = ctx.fp8.quantise("grad", grad, ctx.tp.axis)
+        if ctx.needs_input_grad[0]:
+            grad_x = backend.input_gradient(grad8, ctx.weight8, grad.dtype)
+            pending = finish_input_gradient(grad_x, ctx.tp, ctx.split)
+        x8 = ctx.shell.restore(ctx.saved_tensors)
+        grad_weight = _weight_gradient(ctx.weight, backend, grad8, x8) if ctx.needs_input_grad[1] else None
+        grad_bias = grad.sum(0) if ctx.has_bias else None
+        return pending.wait() if pending else None, grad_weight, grad_bias, None, None, None, None, None
+
+
+class _RowParallel(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, fp8: Fp8State, tp: TensorParallel, split: bool,
+        record: bool,
+    ) -> Tensor:  # fmt: skip
+        x8 = fp8.quantise("input", x, tp.axis, record=record)
+        weight8 = fp8.quantise_weight(weight, tp.axis)
+        out = fp8.backend.forward(x8, weight8, x.dtype)
+        _keep(ctx, fp8, x8, weight, weight8)
+        ctx.tp, ctx.split, ctx.has_bias, ctx.rows = tp, split, bias is not None, x.shape[0]
+        if split:
+            out = comm.reduce_scatter_rows(pad_rows(out, tp.local_rows(x.shape[0]) * tp.size), tp.axis)
+        else:
+            out = comm.all_reduce(out, tp.axis)
+        return out if bias is None else out.add_(bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,), backend = grads, ctx.fp8.backend
+        full = comm.all_gather_rows(grad, ctx.tp.axis)[: ctx.rows] if ctx.split else grad
+        grad8 = ctx.fp8.quantise("grad", full, None)  # each rank has all of it
+        grad_x = backend.input_gradient(grad8, ctx.weight8, grad.dtype) if ctx.needs_input_grad[0] else None
+        x8 = ctx.shell.restore(ctx.saved_tensors)
+        grad_weight = _weight_gradient(ctx.weight, backend, grad8, x8) if ctx.needs_input_grad[1] else None
+        # With split rows each rank sums its own rows only: the bias is marked partial_over_tensor.
+        grad_bias = grad.sum(0) if ctx.has_bias else None
+        return grad_x, grad_weight, grad_bias, None, None, None, None
+
+
+class Fp8Products:
+    """What a parallel linear calls instead of its own products."""
+
+    def __init__(self, state: Fp8State) -> None:
+        self.state = state
+
+    def column(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel, rows: int, split: bool
+    ) -> Tensor:
+        """As ColumnParallelLinear.forward: [ceil(R/T), D] (row parts: split) or [R, D] -> [R, F/T]."""
+        y: Tensor = _ColumnParallel.apply(x, weight, bias, self.state, tp, rows, split, torch.is_grad_enabled())
+        return y
+
+    def row(self, x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel, split: bool) -> Tensor:
+        """As RowParallelLinear.forward: [R, D/T] -> [ceil(R/T), F] (row parts: split) or [R, F]."""
+        y: Tensor = _RowParallel.apply(x, weight, bias, self.state, tp, split, torch.is_grad_enabled())
+        return y
+
+
+def enable_fp8(
+    module: nn.Module,
+    *,
+    recipe: Fp8Recipe,
+    device: torch.device,
+    backend: str = "auto",
+    skip: Callable[[str], bool] = lambda name: False,
+) -> Fp8Registry:
+    """Give every column- and row-parallel linear of `module` 8-bit products, except those whose name is skipped.
+
+    Args:
+        module: all that this rank runs, so that `finish_step` is called once. skip: e.g. the classifier, by name.
+
+    Raises:
+        ValueError: the backend or the device cannot do it.
+    """
+    linears = {
+        name: layer
+        for name, layer in module.named_modules()
+        if isinstance(layer, ColumnParallelLinear | RowParallelLinear) and not skip(name)
+    }
+    registry = Fp8Registry(list(linears), recipe=recipe, backend=choose_backend(backend, device), device=device)
+    for name, layer in linears.items():
+        layer.fp8 = Fp8Products(registry.states[name])
+    return registry

@@ -1,0 +1,106 @@
+"""Collectives over a `parallel.host.Channel`. Messages larger than a slot go in several operations.
+
+Ranks are added up in the order of their index, 16-bit numbers in fp32, so that all get the same bits.
+Legend: T ranks of the axis, R elements of a rank's part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from parallel.host import SLOT_BYTES, Channel, Operation
+
+_ALIGN = 64  # elements
+
+
+def _pieces(length: int, most: int) -> Iterator[slice]:
+    """Elements 0 to `length` in pieces of at most `most`; one, if only an empty one, at least."""
+    most = max(_ALIGN, most // _ALIGN * _ALIGN)
+    for start in range(0, max(1, length), most):
+        yield slice(start, min(start + most, length))
+
+
+def _view(slot: Tensor, dtype: torch.dtype, start: int, length: int) -> Tensor:
+    """Elements of `dtype` in a slot of bytes."""
+    return slot[start * dtype.itemsize : (start + length) * dtype.itemsize].view(dtype)
+
+
+def _sum(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """A new tensor of `dtype`; what is narrower than fp32 is added up in fp32."""
+    if dtype.itemsize < 4 and dtype.is_floating_point:
+        return _sum(parts, torch.float32).to(dtype)
+    total = parts[0].to(dtype) + parts[1].to(dtype)
+    for part in parts[2:]:
+        total += part
+    return total
+
+
+def all_gather(channel: Channel, out: Tensor, x: Tensor) -> Operation:
+    """`x` [R] of every rank into `out` [T * R], both contiguous; x is read at once."""
+    flat, rows = x.view(-1), out.view(channel.size, -1)
+    for piece in _pieces(flat.shape[0], SLOT_BYTES // x.itemsize):
+        length = piece.stop - piece.start
+        rows[channel.index, piece].copy_(flat[piece])
+
+        def collect(slots: Sequence[Tensor], piece: slice = piece, length: int = length) -> None:
+            for rank, slot in enumerate(slots):
+                if rank != channel.index:
+                    rows[rank, piece].copy_(_view(slot, x.dtype, 0, length))
+
+        operation = channel.start(lambda slot, p=piece, n=length: _view(slot, x.dtype, 0, n).copy_(flat[p]), collect)  # type: ignore[misc]
+    return operation
+
+
+def reduce_scatter(channel: Channel, out: Tensor, x: Tensor, *, accumulate: bool = False) -> Operation:
+    """The sum over ranks of this rank's part of `x` [T * R] over, or onto, `out` [R]; both contiguous.
+
+    `x` must be left alone until the operation is waited for.
+    """
+    parts, flat, others = x.view(channel.size, -1), out.view(-1), channel.size - 1
+    for piece in _pieces(flat.shape[0], SLOT_BYTES // (x.itemsize * others)):
+        length = piece.stop - piece.start
+
+        def deposit(slot: Tensor, piece: slice = piece, length: int = length) -> None:
+            for place, rank in enumerate(r for r in range(channel.size) if r != channel.index):
+                _view(slot, x.dtype, place * length, length).copy_(parts[rank, piece])
+
+        def collect(slots: Sequence[Tensor], piece: slice = piece, length: int = length) -> None:
+            own = [
+                parts[rank, piece]
+                if rank == channel.index
+                else _view(slot, x.dtype, (channel.index - (channel.index > rank)) * length, length)
+                for rank, slot in enumerate(slots)
+            ]
+            if accumulate:
+                flat[piece] += _sum(own, out.dtype)
+            elif len(own) == 2 and x.dtype == out.dtype == torch.float32:
+                torch.add(own[0], own[1], out=flat[piece])
+            else:
+                flat[piece] = _sum(own, out.dtype)
+
+        operation = channel.start(deposit, collect)
+    return operation
+
+
+def all_reduce(channel: Channel, x: Tensor, op: str) -> Operation:
+    """`x` (contiguous) of all ranks summed, or their largest or smallest elements, in place when waited for."""
+    flat = x.view(-1)
+    for piece in _pieces(flat.shape[0], SLOT_BYTES // x.itemsize):
+        length = piece.stop - piece.start
+
+        def collect(slots: Sequence[Tensor], piece: slice = piece, length: int = length) -> None:
+            parts = [_view(slot, x.dtype, 0, length) for slot in slots]
+            if op == "sum":
+                flat[piece] = _sum(parts, x.dtype)
+                return
+            choose = torch.maximum if op == "max" else torch.minimum
+            result = choose(parts[0], parts[1])
+            for part in parts[2:]:
+                result = choose(result, part)
+            flat[piece] = result
+
+        operation = channel.start(lambda slot, p=piece, n=length: _view(slot, x.dtype, 0, n).copy_(flat[p]), collect)  # type: ignore[misc]
+    return operation

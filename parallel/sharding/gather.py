@@ -1,0 +1,162 @@
+"""ZeRO stage 3: weights gathered before a unit is used, the next unit's on the way meanwhile, forgotten afterwards.
+
+A pass over a schedule is known beforehand, so the whole list of units to come is: the one needed next is fetched while
+this one computes, and when a buffer must be given up, it is that of the unit whose next use is farthest off (Belady
+1966), which no cache can beat. With buffers for two units this is FSDP's resharding after forward; with buffers for all
+of them, weights stay from the first forward to the last backward; anything between keeps what fits.
+
+A buffer is used for many units in turn. Parameters are bound to it by their `.data`, so what autograd saved (the
+parameter itself) finds the weights that were gathered again for backward. No layer may let autograd save a *view* of
+a parameter: it would still point to the buffer of the first gather, which by then holds another unit's weights.
+tests/parity/test_zero.py, with two buffers for many units, sees that none does.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from parallel.comm import Pending
+from parallel.sharding.units import Unit, bytes_of, views_in, weight_dtype
+
+_NEVER = 1 << 60
+
+
+class Buffer:
+    """Memory for the gathered weights of one unit at a time."""
+
+    def __init__(self, memory: Tensor) -> None:
+        self.memory = memory
+        self.holds: Unit | None = None
+        self.arriving: list[Pending] = []
+
+
+class Gatherer:
+    """Brings the weights of units into buffers, ahead of their use where the uses to come are known.
+
+    Args:
+        units: in forward order; those without sharded weights are left alone. device: of the buffers.
+        budget: bytes that buffers may take; two as large as the largest unit are made in any case.
+    """
+
+    def __init__(self, units: Sequence[Unit], device: torch.device, budget: float) -> None:
+        sizes = {unit.index: bytes_of(unit.gathered, weight_dtype) for unit in units if unit.gathered}
+        largest, total = max(sizes.values(), default=0), sum(sizes.values())
+        count = max(2, int(min(budget, total) // largest)) if largest else 0  # the budget may be infinite
+        self.keeps_all = count >= len(sizes) or total <= budget
+        lengths = list(sizes.values()) if self.keeps_all else [largest] * count
+        self.buffers = [Buffer(torch.empty(length, dtype=torch.uint8, device=device)) for length in lengths]
+        self._home = dict(zip(sizes, self.buffers, strict=False)) if self.keeps_all else {}
+        self._at: dict[int, Buffer] = {}
+        self._views: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]] = {}
+        self.units = {unit.index: unit for unit in units if unit.gathered}
+        self.plan([])
+
+    def plan(self, uses: Sequence[int]) -> None:
+        """Say which units (by index) will be used, in order, from now on."""
+        self._uses = [index for index, _ in groupby(index for index in uses if index in self.units)]
+        self._place = 0
+        self._positions: dict[int, list[int]] = defaultdict(list)
+        for position, index in enumerate(self._uses):
+            self._positions[index].append(position)
+
+    def forget(self) -> None:
+        """What is gathered is out of date."""
+        assert not any(buffer.arriving for buffer in self.buffers)
+        for buffer in self.buffers:
+            buffer.holds = None
+        self._at.clear()
+
+    def use(self, index: int) -> None:
+        """Have the weights of this unit in place, and the next ones on their way. Collective."""
+        if index not in self.units:
+            return
+        if not self._place or self._uses[self._place - 1] != index:  # else it is used again, as when recomputed
+            positions = self._positions[index]
+            here = bisect_left(positions, self._place)
+            self._place = positions[here] + 1 if here < len(positions) else self._place
+        self._fetch(index, keep=-1)
+        self._land(index)
+        if self._place < len(self._uses):
+            self._fetch(self._uses[self._place], keep=index)
+
+    def finish(self) -> None:
+        """Take in what is on its way but was not used."""
+        for buffer in self.buffers:
+            if buffer.holds is not None and buffer.arriving:
+                self._land(buffer.holds.index)
+
+    def _fetch(self, index: int, keep: int) -> None:
+        """Start gathering a unit, over the buffer that is dispensable longest; `keep` is in use."""
+        if index in self._at:
+            return
+        unit, buffer = self.units[index], self._home.get(index) or self._dispensable(keep)
+        if buffer.holds is not None:
+            if buffer.arriving:  # fetched for a use that did not come
+                self._land(buffer.holds.index)
+            del self._at[buffer.holds.index]
+        buffer.holds = unit
+        self._at[index] = buffer
+        views = views_in(buffer.memory, unit.gathered, weight_dtype)
+        buffer.arriving = [b.gather_start(view, b.weights) for b, view in zip(unit.gathered, views, strict=True)]
+
+    def _land(self, index: int) -> None:
+        buffer = self._at[index]
+        if not buffer.arriving:
+            return
+        for pending in buffer.arriving:
+            pending.wait()
+        buffer.arriving = []
+        for parameter, view in self._bindings(self.units[index], buffer):
+            parameter.data = view
+
+    def _dispensable(self, keep: int) -> Buffer:
+        def next_use(buffer: Buffer) -> int:
+            if buffer.holds is None:
+                return _NEVER + 1
+            positions = self._positions[buffer.holds.index]
+            here = bisect_left(positions, self._place)
+            return positions[here] if here < len(positions) else _NEVER
+
+        return max((b for b in self.buffers if b.holds is None or b.holds.index != keep), key=next_use)
+
+    def _bindings(self, unit: Unit, buffer: Buffer) -> list[tuple[nn.Parameter, Tensor]]:
+        key = (unit.index, id(buffer))
+        if key not in self._views:
+            flats = zip(unit.gathered, views_in(buffer.memory, unit.gathered, weight_dtype), strict=True)
+            self._views[key] = [(slot.parameter, slot.view(flat)) for bucket, flat in flats for slot in bucket.slots]
+        return self._views[key]
+
+    def watch(self, unit: Unit, first: nn.Module, last: nn.Module) -> None:
+        """Have a unit's weights in place whenever its layers run, forward, backward or again.
+
+        Args:
+            first, last: its first and last layer.
+        """
+        first.register_forward_pre_hook(lambda _module, _args: self.use(unit.index))
+        last.register_forward_hook(lambda _module, _args, out: self._before_backward(out, unit.index))
+
+    def _before_backward(self, out: Any, index: int) -> Any:
+        if isinstance(out, tuple):
+            return tuple(self._before_backward(x, index) for x in out)
+        return _BeforeBackward.apply(out, self, index) if isinstance(out, Tensor) and out.requires_grad else out
+
+
+class _BeforeBackward(torch.autograd.Function):
+    """Identity; backward first has the unit's weights in place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gatherer: Gatherer, index: int) -> Tensor:
+        ctx.gatherer, ctx.index = gatherer, index
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        ctx.gatherer.use(ctx.index)
+        return grads[0], None, None

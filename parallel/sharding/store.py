@@ -1,0 +1,204 @@
+"""The parameters of this rank's pipeline stages: where they live, their gradients, and what an optimizer trains.
+
+From modules whose parameters are on the meta device to modules that can be run: units and buckets are planned and
+allocated, parameters bound to them and initialised, gradients wired to their buckets, and at ZeRO stage 3 units set to
+be gathered before use. On the meta device all of it is built the same way, and takes no memory: that is how memory is
+planned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from parallel.grid import Grid
+from parallel.layout import ParameterInfo, attach_info
+from parallel.pipeline.actions import Action, ActionKind
+from parallel.random import fill, key
+from parallel.sharding.buckets import Bucket
+from parallel.sharding.fragments import Fragments, Group
+from parallel.sharding.gather import Gatherer
+from parallel.sharding.gradients import GradientSync
+from parallel.sharding.plan import GroupOf, Layers, ShardingPolicy, Slot, plan_units
+from parallel.sharding.units import Unit
+
+_FORWARD = (ActionKind.FORWARD, ActionKind.RECOMPUTE)
+_BACKWARD = (ActionKind.BACKWARD, ActionKind.BACKWARD_INPUT)
+
+
+def by_decay(name: str, info: ParameterInfo) -> Group:
+    """Groups by weight decay alone."""
+    return Group(info.decay)
+
+
+def in_fp32(name: str) -> torch.dtype:
+    """All weights in fp32."""
+    return torch.float32
+
+
+class ParameterStore:
+    """All parameters of the pipeline stages on this rank.
+
+    Args:
+        stages: of each stage its layers, (name, module with parameters on the meta device) in forward order; the
+            parameters are replaced by such as are bound to flat buckets, and initialised from `seed`.
+        grid: decides what is summed and shared over which ranks. device: where everything lives.
+        policy: what is shared out. group_of: the optimizer's group of a parameter. dtype_of: of a weight, by name.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Layers],
+        *,
+        grid: Grid,
+        device: torch.device,
+        seed: int,
+        policy: ShardingPolicy | None = None,
+        group_of: GroupOf = by_decay,
+        dtype_of: Callable[[str], torch.dtype] = in_fp32,
+    ) -> None:
+        self.policy, self.device = policy or ShardingPolicy(), device
+        self.axis = grid.along("data", "context", "tensor")
+        axes = {False: grid.along("data", "context"), True: self.axis}
+        self.stages: list[list[Unit]] = []
+        for layers in stages:
+            plans = plan_units(
+                layers, tensor_size=grid.tensor.size, group_of=group_of, dtype_of=dtype_of,
+                unit_bytes=self.policy.unit_bytes,
+            )  # fmt: skip
+            first = sum(map(len, self.stages))
+            self.stages.append([])
+            for index, plan in enumerate(plans, first):
+                buckets = [
+                    Bucket(kind, members, axes[kind.partial], grid.tensor, self.policy, device)
+                    for kind, members in plan.buckets.items()
+                ]
+                self.stages[-1].append(Unit(index, plan.layers, buckets))
+        self._bind(stages)
+        if device.type != "meta":
+            self._initialise(seed)
+        self.gatherer = Gatherer(self.units, device, self.policy.gather)
+        self.gradients = GradientSync(self.stages, device)
+        for layers, units in zip(stages, self.stages, strict=True):
+            modules = dict(layers)
+            for unit in units:
+                if unit.gathered:
+                    self.gatherer.watch(unit, modules[unit.layers[0]], modules[unit.layers[-1]])
+
+    # -- what there is ------------------------------------------------------------------------------------------------
+
+    @property
+    def units(self) -> list[Unit]:
+        """Of all stages, in forward order."""
+        return [unit for stage in self.stages for unit in stage]
+
+    @property
+    def buckets(self) -> list[Bucket]:
+        """Of all units."""
+        return [bucket for unit in self.units for bucket in unit.buckets]
+
+    @property
+    def slots(self) -> Iterator[Slot]:
+        """Every parameter's place."""
+        return (slot for bucket in self.buckets for slot in bucket.slots)
+
+    def fragments(self) -> Fragments:
+        """What an optimizer trains on this rank."""
+        trains = [bucket for bucket in self.buckets if bucket.kind.trains]
+        owned, trained = ({k: v for b in trains for k, v in b.holdings(own=own).items()} for own in (True, False))
+        return Fragments(
+            spans=[span for bucket in trains for span in bucket.spans()],
+            fragments=[fragment for bucket in trains for fragment in bucket.fragments()],
+            axis=self.axis,
+            owned=owned,
+            trained=trained,
+        )
+
+    def memory(self) -> dict[str, int]:
+        """Bytes allocated on this rank, by what they hold."""
+        held = {"weights": 0, "masters": 0, "gradients": 0}
+        for bucket in self.buckets:
+            for what, tensors in bucket.tensors().items():
+                held[what] += sum(t.nbytes for t in tensors)
+        held["gather buffers"] = sum(buffer.memory.nbytes for buffer in self.gatherer.buffers)
+        held["reduction buffers"] = sum(buffer.nbytes for buffer in self.gradients.buffers)
+        return held
+
+    # -- parameters ---------------------------------------------------------------------------------------------------
+
+    def _bind(self, stages: Sequence[Layers]) -> None:
+        """Put the slots' parameters in the places of those on the meta device."""
+        homes = {name: module for layers in stages for name, module in layers}
+        for unit in self.units:
+            for bucket in unit.buckets:
+                for slot in bucket.slots:
+                    empty = bucket.is_gathered
+                    data = (
+                        torch.empty(0, dtype=bucket.kind.dtype, device=self.device)
+                        if empty
+                        else slot.view(bucket.weights)
+                    )
+                    slot.parameter = nn.Parameter(data, requires_grad=bucket.kind.trains)
+                    attach_info(slot.parameter, slot.member.info)
+                    for name in slot.member.names:
+                        layer = max((l for l in homes if name.startswith(f"{l}.")), key=len)
+                        owner, _, leaf = name.removeprefix(f"{layer}.").rpartition(".")
+                        setattr(homes[layer].get_submodule(owner), leaf, slot.parameter)
+
+    @torch.no_grad()
+    def _initialise(self, seed: int) -> None:
+        """Initial values of this rank's masters, a bucket at a time, and the weights rounded from them."""
+        for bucket in self.buckets:
+            whole = torch.zeros(bucket.numel, device=self.device)
+            for slot in bucket.slots:
+                info = slot.member.info
+                fill(slot.view(whole), info.layout, info.init, key(seed, slot.name))
+            bucket.master.copy_(whole[bucket.trained])
+            bucket.weights.copy_(whole[bucket.shard] if bucket.is_gathered else whole)
+
+    @torch.no_grad()
+    def round_weights(self) -> None:
+        """Make what the model computes with, as far as this rank trains it, of the fp32 masters."""
+        for bucket in self.buckets:
+            if bucket.model_weight is not None:
+                bucket.model_weight.copy_(bucket.master)
+
+    @torch.no_grad()
+    def updated(self) -> None:
+        """Tell every rank of the weights that the others have updated. Collective."""
+        self.gatherer.finish()
+        self.gatherer.forget()
+        for bucket in self.buckets:
+            if bucket.stage in (1, 2) and bucket.kind.trains:
+                bucket.gather_start(bucket.weights, bucket.weights[bucket.shard].clone()).wait()
+
+    def plan(self, actions: Sequence[Action]) -> None:
+        """Say what will be run: stages are numbered as their layers were given, by their place on this rank."""
+        numbers = sorted({action.stage for action in actions})
+        place = {number: self.stages[i] for i, number in enumerate(numbers)}
+        uses: list[int] = []
+        for action in actions:
+            if action.kind in _FORWARD:
+                uses += [unit.index for unit in place[action.stage]]
+            elif action.kind in _BACKWARD:
+                uses += [unit.index for unit in reversed(place[action.stage])]
+        self.gatherer.plan(uses)
+
+    @torch.no_grad()
+    def local_values(self, what: str = "master") -> dict[str, Tensor]:
+        """This tensor rank's part of every parameter, put together from all ranks that share it, fp32. Collective.
+
+        Args:
+            what: `master`: the weights, or `sums`: their gradients, once `finish` was called.
+        """
+        values: dict[str, Tensor] = {}
+        for bucket in self.buckets:
+            own: Tensor = getattr(bucket, what)
+            if own.numel() == 0:  # the gradient of frozen parameters
+                continue
+            if own.numel() < bucket.numel:
+                own = bucket.gather_start(own.new_empty(bucket.numel), own).wait()
+            values |= {slot.name: slot.view(own) for slot in bucket.slots}
+        return values

@@ -1,0 +1,65 @@
+"""`python -m tools.plan --config configs/vit_22b.yaml --ranks 64 --gpu-memory 80`: memory per rank, before any GPU.
+
+Every ZeRO stage in turn (or those of --stages) for the layout of the configuration, planned on the meta device by the
+code that allocates. The table shows the pipeline stage that needs most. Options that are not the planner's own are
+those of pretrain_vit.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+from engine.cli import parse
+from engine.config import Config
+from engine.errors import ConfigError
+from engine.plan import MemoryPlan, plan_memory
+from tools.benchmark.table import Row, show
+
+_GB = 1e9
+
+
+def main(argv: Sequence[str]) -> None:
+    """Plan and print."""
+    parser = argparse.ArgumentParser(prog="tools.plan", description=__doc__)
+    parser.add_argument("--ranks", type=int, required=True, help="world size to plan for")
+    parser.add_argument("--gpu-memory", type=float, default=80.0, help="GB of each device (default 80)")
+    parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3], help="ZeRO stages (default: all)")
+    parser.add_argument("--json", help="also write the rows to this file")
+    options, flags = parser.parse_known_args(argv)
+    config, _ = parse(["--data.kind", "synthetic", "--data.path", "null", *flags], "tools.plan")
+    rows = [
+        row(replace(config, parallel=replace(config.parallel, zero_stage=stage)), options.ranks, options.gpu_memory)
+        for stage in options.stages
+    ]
+    show(rows, options.json)
+
+
+def row(config: Config, ranks: int, memory: float) -> Row:
+    """The dearest pipeline stage of one configuration, in GB."""
+    config = config.resolve(ranks)
+    shape = config.grid_shape(ranks)
+    per_stage = ranks // shape.pipeline
+    plans = [plan_memory(config, shape, stage * per_stage, memory * _GB) for stage in range(shape.pipeline)]
+    worst: MemoryPlan = max(plans, key=lambda plan: plan.peak)
+    return {
+        "zero_stage": config.parallel.zero_stage,
+        "grid_p_d_c_t": "x".join(map(str, shape.sizes)),
+        "dtype": config.precision.dtype,
+        "optimizer": config.optimizer.name,
+        "micro_batch": config.train.micro_batch_size,
+        "pipeline_stage": worst.stage,
+        **{f"{name.replace(' ', '_')}_GB": size / _GB for name, size in worst.states.items()},
+        "activations_GB": worst.activations / _GB,
+        "peak_GB": worst.peak / _GB,
+        "fits": worst.peak <= memory * _GB,
+    }
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ConfigError as error:
+        sys.exit(f"tools.plan: error: {error}")
