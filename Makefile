@@ -1,14 +1,17 @@
 # make train   trains a ViT on real handwritten digits, tensor 2 x pipeline 2 x data 2 ranks on this machine's CPU
 # make test    lints, type-checks and runs the whole test suite
 # make setup   what both do first: .venv, pinned requirements, native kernels
+# make peers   .venv-peers, with DeepSpeed, for `python -m tools.benchmark peers --against deepspeed`
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN_DIR ?= runs/digits
+PEERS := .venv-peers
+PEERS_LIST := tools/benchmark/peers-requirements.txt
 NATIVE := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 
-.PHONY: setup train test lint format clean
+.PHONY: setup train test lint format clean peers
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/installed $(VENV)/built
@@ -22,6 +25,20 @@ $(VENV)/installed: requirements.txt
 
 $(VENV)/built: $(VENV)/installed $(NATIVE)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+peers: $(PEERS)/installed
+
+# DeepSpeed's build looks at the torch that is installed, so it comes second. What it compiles at first use takes
+# minutes: it is done here, with the ninja beside its interpreter.
+$(PEERS)/installed: $(PEERS_LIST)
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	grep -v '^deepspeed' $(PEERS_LIST) | \
+		$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement /dev/stdin
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--no-build-isolation --requirement $(PEERS_LIST)
+	PATH="$(CURDIR)/$(PEERS)/bin:$$PATH" DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR="$(CURDIR)/$(PEERS)/torch_extensions" \
+		$(PEERS)/bin/python -c 'from deepspeed.ops.op_builder import cpu; cpu.ShareMemCommBuilder().load(verbose=False)'
 	@touch $@
 
 train: setup
@@ -42,5 +59,5 @@ format: setup
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .ruff_cache .mypy_cache
-	find . -name __pycache__ -not -path './$(VENV)/*' -exec rm -rf {} +
+	find . -name __pycache__ -not -path './$(VENV)*' -exec rm -rf {} +
 	find model -name '*.so' -delete

@@ -15,7 +15,7 @@ BENCHMARKS = {
     "textures": "recipes with full, windowed, linear and mixed attention, trained alike",
     "attention": "each kind of attention against the number of tokens; memory at high resolution; pyramids",
     "step": "a training step of a configuration in a layout: time, communication, memory, utilisation",
-    "peers": "the same step against plain eager PyTorch and torch's DistributedDataParallel",
+    "peers": "the same step against plain eager PyTorch, DDP, FSDP2 and DeepSpeed",
     "kernels": "each native kernel against torch, and against the memory limit",
 }
 

@@ -1,8 +1,9 @@
-r"""`python -m tools.benchmark peers`: our step against eager PyTorch, torch's DDP, or our own without native kernels.
+r"""`python -m tools.benchmark peers`: our step against those of others, or our own without native kernels.
 
-The same model mathematics, images, dtype, threads, matrix library and allocator settings, in the same processes, taking
-turns: A B A B. What counts is the median of the ratios of neighbours. Both do all of a step: forward, backward,
-gradient reduction, clipping by the global norm, fused AdamW.
+The same model mathematics, images, dtype, threads, matrix library and allocator settings, taking turns: A B A B. What
+counts is the median of the ratios of neighbours. All do all of a step: forward, backward, gradient reduction, fused
+AdamW. Against eager PyTorch and DDP, also clipping by the global norm, and both in the same processes; against programs
+that shard their state, each in processes of its own, so that peak memory is told too, and without clipping.
 
 One process, against eager:
     python -m tools.benchmark peers --model.preset vit_s16 --train.global_batch_size 16
@@ -11,6 +12,10 @@ Two ranks, against DDP:
         --train.global_batch_size 32
 Native kernels against plain PyTorch ones, in any layout:
     python -m tools.benchmark peers --against reference --model.preset vit_s16 --train.global_batch_size 8
+Our ZeRO-3 (or --parallel.zero_stage N) against FSDP2 and DeepSpeed's ZeRO-3 (after `make peers`), two ranks each, which
+this starts itself:
+    python -m tools.benchmark peers --against fsdp2,fsdp2_keep,deepspeed --model.preset vit_s16 \
+        --train.global_batch_size 16
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ import argparse
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -33,22 +39,42 @@ from engine.step import Stepper
 from parallel import comm
 from parallel.comm import World
 from tools.benchmark.bench import Bench, read_config, seconds, started
-from tools.benchmark.eager_vit import EagerViT
+from tools.benchmark.eager_vit import EagerSizes, EagerViT, parameter_groups
+from tools.benchmark.peer_coordinator import PEERS, Options, check_plain, compare
 from tools.benchmark.table import show
+
+_PEERS_PYTHON = Path(__file__).parents[2] / ".venv-peers" / "bin" / "python"
 
 
 def main(argv: Sequence[str], world: World) -> None:
     """Measure and print. Options that are not the benchmark's own are those of pretrain_vit.py."""
-    parser = argparse.ArgumentParser(prog="tools.benchmark peers", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=11, help="measured pairs of steps (default 11)")
+    parser = argparse.ArgumentParser(
+        prog="tools.benchmark peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=11, help="measured rounds, a step of each program (default 11)")
     parser.add_argument(
         "--against",
-        choices=("torch", "reference"),
         default="torch",
-        help="eager PyTorch or DDP (default), or this engine: native kernels against reference ones",
+        help="torch (default): eager PyTorch or DDP; reference: this engine without native kernels; or some of "
+        f"{','.join(PEERS)}, with commas between them",
+    )
+    parser.add_argument("--ranks", type=int, default=2, help="of each sharded program (default 2)")
+    parser.add_argument(
+        "--peers-python",
+        type=Path,
+        default=_PEERS_PYTHON,
+        help="of the environment with DeepSpeed (default: make peers)",
+    )
+    parser.add_argument(
+        "--system-malloc",
+        action="store_true",
+        help="leave the allocator of FSDP2, DeepSpeed and eager as it is: slower steps, less memory",
     )
     parser.add_argument("--json", help="also write the rows to this file")
     options, flags = parser.parse_known_args(argv)
+    if options.against not in ("torch", "reference"):
+        _in_own_processes(options, flags, world)
+        return
     config = read_config(flags)
     if options.against == "reference":
         config = replace(config, kernels="native")
@@ -84,6 +110,20 @@ def main(argv: Sequence[str], world: World) -> None:
             show(rows, options.json)
 
 
+def _in_own_processes(options: argparse.Namespace, flags: Sequence[str], world: World) -> None:
+    against = options.against.split(",")
+    if strange := [name for name in against if name not in PEERS]:
+        raise ConfigError(
+            f"--against {','.join(strange)}: give torch, reference, or some of {', '.join(PEERS)} with commas between"
+        )
+    if world.size > 1:
+        raise ConfigError(f"--against {options.against} starts ranks of its own: run it without a launcher")
+    if options.rounds < 2:
+        raise ConfigError(f"--rounds {options.rounds}: give at least 2")
+    own = {name: getattr(options, name) for name in ("ranks", "rounds", "peers_python", "system_malloc", "json")}
+    compare(Options(against=against, **own), flags)
+
+
 def _ours(bench: Bench, assembly: Assembly) -> Callable[[int], object]:
     stepper = Stepper(assembly)
     return lambda step: stepper.train_step(bench.batches[step % len(bench.batches)], 1e-4)
@@ -91,20 +131,14 @@ def _ours(bench: Bench, assembly: Assembly) -> Callable[[int], object]:
 
 def _peer(bench: Bench) -> Callable[[int], object]:
     """A step of the plain model, wrapped in DDP where there are several ranks."""
-    shape = bench.config.model
-    if (shape.block, shape.position, shape.pool, shape.bias, shape.qk_norm) != (
-        "sequential", "learned_1d", "cls", True, False
-    ):  # fmt: skip
-        raise ConfigError("peers compares models as the presets vit_ti16 to vit_gg14 have them: choose one of those")
+    check_plain(bench.config)
     if bench.assembly.grid.shape.data != bench.world.size or len(bench.batches[0]) != 1:
         raise ConfigError("peers compares data parallelism with one micro-batch: leave the parallel group alone")
     device, config = bench.device, bench.config.optimizer
-    model: nn.Module = EagerViT(bench.config.model.sizes).to(device)
+    model: nn.Module = EagerViT(EagerSizes.of(bench.config.model.sizes)).to(device)
+    groups = parameter_groups(model.named_parameters(), config.weight_decay)
     if bench.world.size > 1:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    decay = [p for p in model.parameters() if p.dim() == 2]
-    rest = [p for p in model.parameters() if p.dim() != 2]
-    groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=config.betas, eps=config.eps, fused=True)
 
     def step(number: int) -> None:

@@ -1,0 +1,109 @@
+"""The benchmark against FSDP2 and DeepSpeed: that every program does the same mathematics, and says all it should."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.config import Config, TrainConfig
+from engine.errors import ConfigError
+from model import ModelConfig, VisionTransformer
+from parallel.comm import World
+from tools.benchmark import peers
+from tools.benchmark.eager_vit import EagerSizes, EagerViT, name_in_vitruvius, parameter_groups
+from tools.benchmark.peer_coordinator import PEERS, check_plain
+from tools.benchmark.turns import Program, ProgramFailedError, started
+
+ROOT = Path(__file__).parents[2]
+PEERS_PYTHON = ROOT / ".venv-peers" / "bin" / "python"
+MODEL = {
+    "width": 64, "depth": 2, "num_heads": 2, "mlp_dim": 128, "image_size": 32, "num_classes": 10,
+    "block": "sequential", "position": "learned_1d", "pool": "cls", "bias": True, "qk_norm": False,
+}  # fmt: skip
+FLAGS = [f"--model.{name}={str(value).lower()}" for name, value in MODEL.items()]
+FIELDS = {
+    "model", "program", "ranks", "threads_per_rank", "global_batch", "dtype", "matmul", "step_time_ms",
+    "images_per_second", "time_over_vitruvius", "peak_memory_MiB_per_rank", "imports_MiB_per_rank",
+    "above_imports_MiB_per_rank", "cpu_share_while_waiting", "largest_loss_difference",
+}  # fmt: skip
+
+
+def small(**changes: object) -> Config:
+    return Config(model=ModelConfig(**(MODEL | changes)), train=TrainConfig(steps=1)).resolve(1)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("against", ["fsdp2,fsdp2_keep", "deepspeed"])
+def test_all_programs_do_the_same_mathematics(against: str, tmp_path: Path) -> None:
+    if against == "deepspeed" and not PEERS_PYTHON.exists():
+        pytest.skip("needs DeepSpeed's environment: make peers")
+    command = [sys.executable, "-m", "tools.benchmark", "peers", "--against", against, "--rounds", "2", *FLAGS]
+    more = ["--parallel.zero_stage", "1", "--train.global_batch_size", "8", "--json", str(tmp_path / "rows.json")]
+    done = subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["program"] for row in rows] == ["vitruvius (ZeRO-1)", "eager", *against.split(",")]
+    for row in rows:
+        assert row.keys() >= FIELDS
+        assert row["largest_loss_difference"] < 1e-4
+        assert row["peak_memory_MiB_per_rank"] > row["imports_MiB_per_rank"] > 50
+        assert row["step_time_ms"] > 0 and row["time_over_vitruvius"] > 0
+        assert row["cpu_share_while_waiting"] < 0.5  # blocked, not spinning
+    losses = [line.split()[1:] for line in done.stdout.splitlines()[2:6]]
+    assert all(len(step) == len(rows) for step in losses)
+    assert len({step[0] for step in losses}) == 4, "the weights change from step to step"
+
+
+def test_the_eager_model_is_ours() -> None:
+    config = small()
+    ours, plain = VisionTransformer(config.model), EagerViT(EagerSizes.of(config.model.sizes))
+    weights = dict(ours.named_parameters())
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            parameter.copy_(weights.pop(name_in_vitruvius(name)).view_as(parameter))
+    assert not weights
+    images = torch.randn(3, 3, 32, 32)
+    torch.testing.assert_close(plain(images), ours.logits(images), atol=1e-5, rtol=1e-5)
+
+
+def test_what_decays() -> None:
+    model = EagerViT(EagerSizes.of(small().model.sizes))
+    decay, rest = (group["params"] for group in parameter_groups(model.named_parameters(), 0.1))
+    assert {p.dim() for p in decay} == {2, 4}
+    assert {p.dim() for p in rest} == {1, 3}
+
+
+@pytest.mark.parametrize("change", [{"registers": 1}, {"pool": "gap"}, {"norm": "rmsnorm"}, {"drop_path": 0.1}])
+def test_other_models_are_refused(change: dict[str, object]) -> None:
+    check_plain(small())
+    with pytest.raises(ConfigError, match=f"model.{next(iter(change))}"):
+        check_plain(small(**change))
+
+
+@pytest.mark.parametrize(
+    ("options", "world", "message"),
+    [
+        (["--against", "fsdp3"], World(), "fsdp3.*" + ".*".join(PEERS)),
+        (["--against", "fsdp2"], World(rank=0, size=2, local_rank=0, local_size=2), "without a launcher"),
+        (["--against", "fsdp2", "--rounds", "1"], World(), "at least 2"),
+        (["--against", "fsdp2", "--parallel.pipeline_parallel_size", "2", *FLAGS], World(), "data parallelism"),
+        (["--against", "deepspeed", "--peers-python", "nowhere/python", *FLAGS], World(), "make peers"),
+    ],
+)
+def test_mistakes_are_told_before_anything_starts(options: list[str], world: World, message: str) -> None:
+    flags = ["--parallel.zero_stage", "1", "--train.global_batch_size", "8"]
+    with pytest.raises(ConfigError, match=message):
+        peers.main([*options, *flags], world)
+
+
+def test_a_program_that_ends_says_why(tmp_path: Path) -> None:
+    program = Program(
+        name="broken", interpreter=sys.executable, module="json.tool", ranks=2, threads=1, task={}, environment={}
+    )  # fmt: skip
+    with pytest.raises(ProgramFailedError, match=r"broken: rank \d ended with code [12]"), started([program], tmp_path):
+        raise AssertionError("it cannot have started")

@@ -1,0 +1,230 @@
+"""The part of `python -m tools.benchmark peers` that compares whole programs, each in processes of its own.
+
+Only so can peak memory be told per program. All start from the same weights and see the same images, so their losses
+must agree, step by step: that they do the same mathematics is printed, not assumed. See tools.benchmark.turns for how
+they take turns, tools.benchmark.peer_programs for what they are.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from engine.config import Config
+from engine.errors import ConfigError
+from tools.benchmark.bench import read_config
+from tools.benchmark.peer_inputs import make_task
+from tools.benchmark.peer_programs import Task
+from tools.benchmark.table import Row, show
+from tools.benchmark.turns import Answer, Program, ProgramFailedError, Running, started
+
+WARMUP = 2
+_MIB = 2**20
+# As model.kernels.tune_allocator, which this engine calls: freed blocks stay in the process.
+_ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
+_PLAIN = {
+    "block": "sequential", "norm": "layernorm", "mlp": "gelu", "gelu": "erf", "layer_scale": 0.0, "qk_norm": False,
+    "bias": True, "position": "learned_1d", "pool": "cls", "registers": 0, "global_tokens": 0, "attention": "full",
+    "drop_path": 0.0, "stages": None,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Peer:
+    """What --against can name. settings: see the program's module. own_environment: whether `make peers` is needed."""
+
+    program: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    own_environment: bool = False
+
+
+# Settings are the best of what was tried: gathering the next block ahead; torch's fused AdamW, level with DeepSpeed's
+# own; buckets of a few matrices, faster and smaller than the default of 500 million numbers, and no second stream to
+# overlap with, which a CPU does not have.
+_BUCKETS = {"reduce_bucket_size": 5_000_000, "stage3_prefetch_bucket_size": 5_000_000, "overlap_comm": False}
+PEERS = {
+    "fsdp2": Peer("fsdp2", {"reshard_after_forward": None, "prefetch": True}),
+    "fsdp2_keep": Peer("fsdp2", {"reshard_after_forward": False, "prefetch": True}),
+    "deepspeed": Peer("deepspeed", {"cpu_adam": False, "zero_optimization": _BUCKETS}, own_environment=True),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Those of the benchmark itself.
+
+    Attributes:
+        against: of PEERS. ranks: of each program but `eager`. peers_python: interpreter of the environment of `make
+            peers`. system_malloc: whether the peers go without the allocator settings of this engine, which make steps
+            faster and hand back less memory. json: a file for the rows.
+    """
+
+    against: Sequence[str]
+    ranks: int
+    rounds: int
+    peers_python: Path
+    system_malloc: bool = False
+    json: str | None = None
+
+
+@dataclass
+class Record:
+    """What a program did: a number per step, warm-up included. Of the ranks the largest counts, but for the loss.
+
+    Attributes:
+        seconds: wall-clock. cpu: seconds of all threads of a rank. peak, imports: resident bytes, the most there ever
+            was, and what the libraries alone take. idle: share of the time of others' steps that it used a CPU.
+    """
+
+    seconds: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    peak: int = 0
+    imports: int = 0
+    idle: float = 0.0
+
+    def add(self, answers: Sequence[Answer]) -> None:
+        """Of a step, from all ranks."""
+        self.seconds.append(max(answer["seconds"] for answer in answers))
+        self.cpu.append(max(answer["cpu_seconds"] for answer in answers))
+        self.losses.append(statistics.fmean(answer["loss"] for answer in answers))
+        self.peak = max(answer["peak_bytes"] for answer in answers)
+        self.imports = max(answer["imports_bytes"] for answer in answers)
+        self.idle = max(answer["waited_cpu_seconds"] / (answer["waited_seconds"] or 1.0) for answer in answers)
+
+
+def check_plain(config: Config) -> None:
+    """Raise ConfigError where EagerViT is not the model of this resolved configuration, or AdamW not its optimizer."""
+    model, optimizer = config.model, config.optimizer
+    strange = [
+        f"model.{name} {getattr(model, name)}" for name, value in _PLAIN.items() if getattr(model, name) != value
+    ]
+    if strange:
+        raise ConfigError(
+            f"peers compares models as the presets vit_ti16 to vit_gg14 have them, not with {', '.join(strange)}: "
+            "choose one of those, or give --model.block sequential --model.position learned_1d --model.pool cls"
+        )
+    if config.train.loss != "softmax" or optimizer.head_weight_decay != optimizer.weight_decay:
+        raise ConfigError("peers compares with train.loss softmax and one weight decay for body and head")
+
+
+def compare(options: Options, flags: Sequence[str]) -> None:
+    """Measure and print; called in one process, without a launcher.
+
+    Raises:
+        ConfigError: a configuration that the peers have no counterpart of, or a program that cannot run.
+    """
+    flags = _engine_flags(flags)
+    config = read_config(flags).resolve(options.ranks)
+    check_plain(config)
+    one_micro_batch = config.train.micro_batch_size == config.train.global_batch_size // options.ranks
+    if config.grid_shape(options.ranks).data != options.ranks or not one_micro_batch:
+        raise ConfigError("peers compares data parallelism with one micro-batch: leave the parallel group alone")
+    with tempfile.TemporaryDirectory(prefix="peers-") as name:
+        programs = _programs(options, make_task(config, options.ranks, flags, Path(name)))
+        try:
+            with started(programs, Path(name)) as running:
+                records = take_turns(running, options.rounds)
+        except ProgramFailedError as error:
+            raise ConfigError(str(error)) from error
+    show([_losses(number, records) for number in range(WARMUP + options.rounds)])
+    print()
+    show([_row(config, program, records) for program in programs], options.json)
+
+
+def _engine_flags(flags: Sequence[str]) -> list[str]:
+    """Those given, ZeRO-3 unless they give a stage, and no clipping."""
+    stage = () if any(flag.startswith("--parallel.zero_stage") for flag in flags) else ("--parallel.zero_stage", "3")
+    return [*flags, *stage, "--optimizer.clip_grad", "0"]
+
+
+def take_turns(running: Sequence[Running], rounds: int) -> dict[str, Record]:
+    """One step of each program per round, the others blocked meanwhile; the first WARMUP rounds are extra."""
+    records = {one.program.name: Record() for one in running}
+    for number in range(WARMUP + rounds):
+        for one in running:
+            records[one.program.name].add(one.ask({"step": number}))
+    return records
+
+
+# -- what the programs are given ---------------------------------------------------------------------------------------
+
+
+def _programs(options: Options, task: Task) -> list[Program]:
+    """The engine, one process of eager PyTorch with all threads, and the peers asked for."""
+    threads = max(1, len(os.sched_getaffinity(0)) // options.ranks)
+    peers = {"vitruvius": Peer("vitruvius"), "eager": Peer("eager"), **{name: PEERS[name] for name in options.against}}
+    return [
+        Program(
+            name=name,
+            interpreter=_interpreter(name, peer, options),
+            module="tools.benchmark.peer_programs",
+            ranks=1 if name == "eager" else options.ranks,
+            threads=threads * options.ranks if name == "eager" else threads,
+            task=asdict(replace(task, program=peer.program, settings=dict(peer.settings))),
+            environment=_environment(peer, options),
+        )
+        for name, peer in peers.items()
+    ]
+
+
+def _interpreter(name: str, peer: Peer, options: Options) -> str:
+    if not peer.own_environment:
+        return sys.executable
+    if not options.peers_python.exists():
+        raise ConfigError(f"{name} needs an environment of its own, {options.peers_python}: run `make peers`")
+    return str(options.peers_python)
+
+
+def _environment(peer: Peer, options: Options) -> dict[str, str]:
+    """DeepSpeed is told to use the CPU; it finds ninja beside its interpreter, and keeps there what it compiles."""
+    allocator = {} if options.system_malloc else _ALLOCATOR
+    if not peer.own_environment:
+        return allocator
+    here = options.peers_python.absolute().parent
+    path, extensions = f"{here}:{os.environ.get('PATH', os.defpath)}", here.parent / "torch_extensions"
+    for lock in extensions.glob("*/lock"):  # left by a run that was killed, it would be waited for without end
+        lock.unlink()
+    return {**allocator, "DS_ACCELERATOR": "cpu", "PATH": path, "TORCH_EXTENSIONS_DIR": str(extensions)}
+
+
+# -- what is reported --------------------------------------------------------------------------------------------------
+
+
+def _losses(number: int, records: Mapping[str, Record]) -> Row:
+    return {"step": number, **{f"loss_{name}": f"{record.losses[number]:.6f}" for name, record in records.items()}}
+
+
+def _row(config: Config, program: Program, records: Mapping[str, Record]) -> Row:
+    """time_over_vitruvius is the median over rounds of this program's time over ours: above 1, ours is faster."""
+    ours, record = records["vitruvius"], records[program.name]
+    times = record.seconds[WARMUP:]
+    ratios = [a / b for a, b in zip(times, ours.seconds[WARMUP:], strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    images = config.train.global_batch_size
+    return {
+        "model": config.model.preset or f"{config.model.width}x{config.model.depth}",
+        "program": f"vitruvius (ZeRO-{config.parallel.zero_stage})" if record is ours else program.name,
+        "ranks": program.ranks,
+        "threads_per_rank": program.threads,
+        "global_batch": images,
+        "dtype": config.precision.dtype,
+        "matmul": program.task["matmul"],
+        "step_time_ms": 1000 * statistics.median(times),
+        "images_per_second": images / statistics.median(times),
+        "time_over_vitruvius": statistics.median(ratios),
+        "lower_quartile": low,
+        "upper_quartile": high,
+        "cpu_time_ms_per_rank": 1000 * statistics.median(record.cpu[WARMUP:]),
+        "peak_memory_MiB_per_rank": record.peak / _MIB,
+        "imports_MiB_per_rank": record.imports / _MIB,
+        "above_imports_MiB_per_rank": (record.peak - record.imports) / _MIB,
+        "cpu_share_while_waiting": record.idle,
+        "largest_loss_difference": max(abs(a - b) for a, b in zip(record.losses, ours.losses, strict=True)),
+    }

@@ -1,0 +1,66 @@
+"""What all programs of `tools.benchmark.peer_programs` are given alike: numbers, initial weights, images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from engine.config import Config
+from engine.device import set_cpu_matmul
+from model import VisionTransformer
+from tools.benchmark.eager_vit import EagerSizes, EagerViT, name_in_vitruvius
+from tools.benchmark.peer_programs import Task
+
+_LR = 1e-4
+_DISTINCT = 2  # batches that the steps go through in turn
+
+
+def make_task(config: Config, ranks: int, flags: Sequence[str], folder: Path) -> Task:
+    """What all programs train; weights and images are files in `folder`."""
+    sizes = EagerSizes.of(config.model.sizes)
+    _save_weights(config, sizes, folder / "weights.npz")
+    _save_batches(config, ranks, folder / "batches.npz")
+    return Task(
+        program="",
+        sizes=asdict(sizes),
+        dtype=config.precision.dtype,
+        matmul=set_cpu_matmul(config.precision),
+        lr=_LR,
+        betas=config.optimizer.betas,
+        eps=config.optimizer.eps,
+        weight_decay=config.optimizer.weight_decay,
+        weights=str(folder / "weights.npz"),
+        batches=str(folder / "batches.npz"),
+        shares=ranks,
+        distinct=_DISTINCT,
+        flags=list(flags),
+        settings={},
+    )
+
+
+def _save_weights(config: Config, sizes: EagerSizes, file: Path) -> None:
+    """The engine's initial weights, by their names in EagerViT."""
+    ours = dict(VisionTransformer(config.model, seed=config.train.seed).named_parameters())
+    with torch.device("meta"):
+        wanted = {name: parameter.shape for name, parameter in EagerViT(sizes).named_parameters()}
+    assert {name_in_vitruvius(name) for name in wanted} == set(ours)
+    arrays = {name: ours[name_in_vitruvius(name)].detach().view(shape).numpy() for name, shape in wanted.items()}
+    np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+def _save_batches(config: Config, ranks: int, file: Path) -> None:
+    """Random images and labels, cut into the ranks' shares."""
+    sizes, generator = config.model.sizes, torch.Generator().manual_seed(config.train.seed)
+    share = config.train.global_batch_size // ranks
+    arrays: dict[str, Any] = {}
+    for number in range(_DISTINCT):
+        for rank in range(ranks):
+            images = torch.randn(share, sizes.channels, *sizes.image, generator=generator)
+            labels = torch.randint(sizes.classes, (share,), generator=generator)
+            arrays |= {f"images_{number}_{rank}": images.numpy(), f"labels_{number}_{rank}": labels.numpy()}
+    np.savez(file, **arrays)

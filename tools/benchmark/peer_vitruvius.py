@@ -1,0 +1,30 @@
+"""This engine as a program of `tools.benchmark.peer_programs`, in the layout that its flags give."""
+
+from __future__ import annotations
+
+import torch
+
+from data import Batch
+from engine.assemble import assemble, grid_of
+from engine.device import choose_device, prepare_cpu, set_cpu_matmul
+from engine.step import Stepper
+from parallel import comm
+from parallel.comm import read_world
+from tools.benchmark.bench import read_config
+from tools.benchmark.peer_programs import Step, Task
+
+
+def vitruvius(task: Task) -> Step:
+    """What engine.trainer sets up, fed with the images that the others get."""
+    world = read_world()
+    config = read_config(task.flags).resolve(world.size)
+    device = choose_device("cpu", world)
+    prepare_cpu(world)
+    set_cpu_matmul(config.precision)
+    comm.start(world, device, config.parallel.timeout)
+    stepper = Stepper(assemble(config, grid_of(config, world, device), device))
+    batches = [
+        [Batch(images, labels, sample_ids=torch.arange(len(labels)), weights=torch.ones(len(labels)))]
+        for images, labels in task.own_batches()
+    ]
+    return lambda number: stepper.train_step(batches[number % len(batches)], task.lr).loss
