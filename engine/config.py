@@ -207,6 +207,8 @@ class PrecisionConfig:
         for name in ("high_first_blocks", "high_last_blocks", "fp8_margin"):
             if getattr(self, name) < 0:
                 raise ValueError(f"precision.{name} is {getattr(self, name)}: it must be 0 or more")
+        if self.fp8_margin > 32:
+            raise ValueError(f"precision.fp8_margin is {self.fp8_margin}: it is a power of two, and at most 32")
         if self.fp8_history < 1:
             raise ValueError(f"precision.fp8_history is {self.fp8_history}: it must be 1 or more")
         self.loss_scaler()

@@ -68,6 +68,15 @@ BAD_INPUT = [
     ("run_dir=null", "run_dir is not set: give the folder for metrics and config, e.g. --run_dir runs/demo"),
     ("run_dir=/dev/null/run", "run_dir /dev/null/run cannot be written to (Not a directory)"),
     ("device=cuda", "device is cuda, but torch sees no CUDA device here: use device auto or cpu"),
+    (
+        "precision.dtype=fp8 precision.fp8_backend=transformer_engine device=cpu",
+        "precision.fp8_backend transformer_engine: Transformer Engine runs on NVIDIA GPUs only, and the device is cpu",
+    ),
+    ("parallel.zero_stage=3 parallel.reduce_gradients=step", "parallel.reduce_gradients is step, but zero_stage 3"),
+    (
+        "precision.high_layers=[norms,neck] precision.dtype=bf16",
+        "precision.high_layers is 'neck': it must be a list of",
+    ),
     ("data.mean=[0.1,0.2]", "data.mean has 2"),
     ("data.kind=image_folder data.size=256 data.path=/none", "data.path"),
     ("data.kind=digits data.size=256 model.num_classes=4", "model.num_classes is 4, but data.kind=digits has 10"),
@@ -209,13 +218,13 @@ from engine.step import Stepper
 
 train_step, steps = Stepper.train_step, 0
 
-def step(self, batches, lr):
+def step(self, *args):
     global steps
     steps += 1
     if self.assembly.grid.rank == 1 and steps == 4:
         pathlib.Path({str(folder / "when")!r}).write_text(str(time.time()))
         {what}
-    return train_step(self, batches, lr)
+    return train_step(self, *args)
 
 Stepper.train_step = step
 sys.exit(run_rank(pretrain_vit.main, sys.argv[1:], "pretrain_vit.py"))
