@@ -120,6 +120,12 @@ class OptimizerConfig:
                 f"optimizer.momentum {self.momentum} has no effect with optimizer.name {self.name}: use betas, or "
                 "leave it out"
             )
+        default = {f.name: f.default for f in fields(self)}
+        for name in ("betas", "eps"):
+            if self.name == "adafactor" and getattr(self, name) != default[name]:
+                raise ValueError(
+                    f"optimizer.{name} {getattr(self, name)} has no effect with optimizer.name adafactor: leave it out"
+                )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer.betas is {self.betas}: each must be at least 0 and below 1")
 
@@ -220,6 +226,11 @@ class PrecisionConfig:
                         f"precision.{name} {getattr(self, name)} has no effect with precision.dtype {self.dtype}: "
                         f"use dtype {dtype}, or leave it out"
                     )
+        if self.fp8_recipe == "current" and self.fp8_history != default["fp8_history"]:
+            raise ValueError(
+                f"precision.fp8_history {self.fp8_history} has no effect with fp8_recipe current, which looks at the "
+                "tensor itself: use delayed, or leave it out"
+            )
         if self.dtype == "fp32" and (self.high_layers or self.high_first_blocks or self.high_last_blocks):
             raise ValueError("precision.high_* has no effect with precision.dtype fp32, which is the highest")
 
@@ -334,6 +345,11 @@ class Config:
             head_weight_decay=self.optimizer.weight_decay if decay is None else decay,
             momentum=_MOMENTUM.get(self.optimizer.name) if momentum is None else momentum,
         )
+        if self.parallel.gradient_dtype == "weights" and self.precision.dtype == "fp32":
+            raise ConfigError(
+                "parallel.gradient_dtype weights has no effect with precision.dtype fp32: leave it out, or use bf16 or "
+                "fp16"
+            )
         blocks = self.precision.high_first_blocks + self.precision.high_last_blocks
         if blocks > model.sizes.depth:
             raise ConfigError(

@@ -6,9 +6,11 @@ this one computes, and when a buffer must be given up, it is that of the unit wh
 of them, weights stay from the first forward to the last backward; anything between keeps what fits.
 
 A buffer is used for many units in turn. Parameters are bound to it by their `.data`, so what autograd saved (the
-parameter itself) finds the weights that were gathered again for backward. No layer may let autograd save a *view* of
-a parameter: it would still point to the buffer of the first gather, which by then holds another unit's weights.
-tests/parity/test_zero.py, with two buffers for many units, sees that none does.
+parameter itself) finds the weights that were gathered again for backward. What is recomputed within a backward pass
+saves aliases of the buffer of that moment (torch.utils.checkpoint does), so those units keep their buffers until their
+backward is over; where a region spans more units than there are buffers, more are made. No layer may let autograd save
+a *view* of a parameter: it would still point to the buffer of the first gather, which by then holds another unit's
+weights. tests/parity/test_zero.py, with two buffers for many units, sees that none does.
 """
 
 from __future__ import annotations
@@ -55,6 +57,8 @@ class Gatherer:
         self._home = dict(zip(sizes, self.buffers, strict=False)) if self.keeps_all else {}
         self._at: dict[int, Buffer] = {}
         self._views: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]] = {}
+        self._pinned: set[int] = set()  # recomputed in this backward pass, and still to go through it
+        self._backward_at = -1
         self.units = {unit.index: unit for unit in units if unit.gathered}
         self.plan([])
 
@@ -72,6 +76,24 @@ class Gatherer:
         for buffer in self.buffers:
             buffer.holds = None
         self._at.clear()
+        self._pinned.clear()
+
+    def use_forward(self, index: int) -> None:
+        """`use`, for a unit that is about to run; within a backward pass, because activations are recomputed."""
+        if torch._C._current_graph_task_id() < 0:
+            self._pinned.clear()
+            self.use(index)
+        elif index in self.units:
+            self._pinned.add(index)
+            self._fetch(index, keep=-1)
+            self._land(index)
+
+    def use_backward(self, index: int) -> None:
+        """`use`, for a unit whose backward pass is about to begin: that of the one before it is over."""
+        if index != self._backward_at:
+            self._pinned.discard(self._backward_at)
+        self._backward_at = index
+        self.use(index)
 
     def use(self, index: int) -> None:
         """Have the weights of this unit in place, and the next ones on their way. Collective."""
@@ -83,7 +105,7 @@ class Gatherer:
             self._place = positions[here] + 1 if here < len(positions) else self._place
         self._fetch(index, keep=-1)
         self._land(index)
-        if self._place < len(self._uses):
+        if self._place < len(self._uses) and (self._home or self._candidates(index)):
             self._fetch(self._uses[self._place], keep=index)
 
     def finish(self) -> None:
@@ -124,7 +146,14 @@ class Gatherer:
             here = bisect_left(positions, self._place)
             return positions[here] if here < len(positions) else _NEVER
 
-        return max((b for b in self.buffers if b.holds is None or b.holds.index != keep), key=next_use)
+        if not (candidates := self._candidates(keep)):  # more units are recomputed at once than there are buffers
+            candidates = [Buffer(torch.empty_like(self.buffers[0].memory))]
+            self.buffers += candidates
+        return max(candidates, key=next_use)
+
+    def _candidates(self, keep: int) -> list[Buffer]:
+        """Buffers that may be given up while unit `keep` is in use."""
+        return [b for b in self.buffers if b.holds is None or b.holds.index not in {keep, *self._pinned}]
 
     def _bindings(self, unit: Unit, buffer: Buffer) -> list[tuple[nn.Parameter, Tensor]]:
         key = (unit.index, id(buffer))
@@ -133,14 +162,11 @@ class Gatherer:
             self._views[key] = [(slot.parameter, slot.view(flat)) for bucket, flat in flats for slot in bucket.slots]
         return self._views[key]
 
-    def watch(self, unit: Unit, first: nn.Module, last: nn.Module) -> None:
-        """Have a unit's weights in place whenever its layers run, forward, backward or again.
-
-        Args:
-            first, last: its first and last layer.
-        """
-        first.register_forward_pre_hook(lambda _module, _args: self.use(unit.index))
-        last.register_forward_hook(lambda _module, _args, out: self._before_backward(out, unit.index))
+    def watch(self, unit: Unit, layers: Sequence[nn.Module]) -> None:
+        """Have a unit's weights in place whenever one of its layers runs, forward, backward or again."""
+        for layer in layers:  # recomputation may begin with any of them
+            layer.register_forward_pre_hook(lambda _module, _args: self.use_forward(unit.index))
+        layers[-1].register_forward_hook(lambda _module, _args, out: self._before_backward(out, unit.index))
 
     def _before_backward(self, out: Any, index: int) -> Any:
         if isinstance(out, tuple):
@@ -158,5 +184,5 @@ class _BeforeBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        ctx.gatherer.use(ctx.index)
+        ctx.gatherer.use_backward(ctx.index)
         return grads[0], None, None

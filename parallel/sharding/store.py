@@ -85,7 +85,7 @@ class ParameterStore:
             modules = dict(layers)
             for unit in units:
                 if unit.gathered:
-                    self.gatherer.watch(unit, modules[unit.layers[0]], modules[unit.layers[-1]])
+                    self.gatherer.watch(unit, [modules[layer] for layer in unit.layers])
 
     # -- what there is ------------------------------------------------------------------------------------------------
 

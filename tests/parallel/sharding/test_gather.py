@@ -317,6 +317,13 @@ def _mixed(layers: NamedLayers, x: Tensor) -> Tensor:
     return x
 
 
+def _region_recomputed(layers: NamedLayers, x: Tensor) -> Tensor:
+    """One region over three units, more than there may be buffers."""
+    x = _plainly(layers[:1], x)
+    x = checkpoint(lambda y: _plainly(layers[1:4], y), x, use_reentrant=False)
+    return _plainly(layers[4:], x)
+
+
 WAYS: list[Forward] = [_plainly, _layers_recomputed, _parts_recomputed, _mixed]
 
 
@@ -364,6 +371,8 @@ def _compare(world: World) -> None:
                 torch.testing.assert_close(found, expected, rtol=0, atol=0, msg=lambda m, f=forward: f"{f}: {m}")
                 counts.add(count)
             assert len(counts) == 1, (gather, counts)  # recomputing needs no further gather
+            found, _ = _train(grid, _region_recomputed, 3, gather=gather, unit_bytes=unit_bytes)
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_weights_are_right_forward_backward_and_recomputed() -> None:
