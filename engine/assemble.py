@@ -103,13 +103,17 @@ def grid_of(config: Config, world: World, device: torch.device) -> Grid:
     return make_grid(shape, world, device, shared_memory=p.shared_memory, timeout=p.timeout)
 
 
-def sharding_policy(config: Config, memory: float) -> ShardingPolicy:
-    """What the `parallel` group says of sharding, on a rank with `memory` bytes."""
+def sharding_policy(config: Config, memory: float, *, on_cpu: bool) -> ShardingPolicy:
+    """What the `parallel` group says of sharding, on a rank with `memory` bytes.
+
+    On a CPU gathering again is a copy in memory, and cheaper than the memory that it saves.
+    """
     p = config.parallel
     reduce = p.reduce_gradients
     if reduce == "auto":
         reduce = "micro_batch" if p.zero_stage >= 2 else "step"
-    budget = memory / 10 if p.gather_memory is None else p.gather_memory * 2.0**20
+    spare = 0.0 if on_cpu else memory / 10
+    budget = spare if p.gather_memory is None else p.gather_memory * 2.0**20
     return ShardingPolicy(
         stage=p.zero_stage,
         reduce=reduce,
@@ -167,7 +171,8 @@ def assemble(
         precision=precision,
     )  # fmt: skip
     module = Stage(layers[own.start : own.stop], build)
-    policy = sharding_policy(config, memory_bytes(device) if device_memory is None else device_memory)
+    available = memory_bytes(device) if device_memory is None else device_memory
+    policy = sharding_policy(config, available, on_cpu=device.type == "cpu")
     depths = {layer.name: depth for depth, layer in enumerate(layers)}
     by_layer = config.optimizer.layer_decay != 1
 

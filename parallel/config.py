@@ -39,8 +39,8 @@ class ParallelConfig:
     auto: those that do not fit gather_memory."""
 
     gather_memory: int | None = None
-    """zero_stage 3, reshard_after_forward auto: MiB that gathered weights may take on a rank; null: a tenth of the
-    device's memory."""
+    """zero_stage 3, reshard_after_forward auto: MiB that gathered weights may take on a rank; null: a tenth of a
+    GPU's memory, none on a CPU, where gathering again is but a copy."""
 
     bucket_mib: float = 4.0
     """Small layers are gathered and reduced together until their weights take so many MiB of fp32."""
