@@ -361,8 +361,14 @@ def start(world: World, device: torch.device, timeout_seconds: float) -> None:
     )
 
 
-def open_channel(group: dist.ProcessGroup, ranks: Sequence[int], index: int, timeout: float) -> Channel | None:
-    """Shared memory for the ranks of a group, if they are CPU processes of one host that see each other. Collective."""
+def open_channel(
+    group: dist.ProcessGroup, ranks: Sequence[int], index: int, timeout: float, local_size: int
+) -> Channel | None:
+    """Shared memory for the ranks of a group, if they are CPU processes of one host that see each other. Collective.
+
+    Args:
+        local_size: ranks of the whole world on this host, which share its cores.
+    """
     if dist.get_backend(group) != "gloo":
         return None
     supported = host.is_supported()
@@ -373,7 +379,8 @@ def open_channel(group: dist.ProcessGroup, ranks: Sequence[int], index: int, tim
     channel = None
     if supported and len({info[0] for info in infos}) == 1:
         try:
-            channel = Channel(infos[0][2], index, [info[1] for info in infos], timeout, infos[0][3])
+            spins = local_size <= len(os.sched_getaffinity(0))
+            channel = Channel(infos[0][2], index, [info[1] for info in infos], timeout, infos[0][3], spins=spins)
         except OSError:
             channel = None
     opened: list[Any] = [None] * len(ranks)

@@ -87,6 +87,7 @@ class Grid:
     planned: bool = False
     shared_memory: bool = False
     timeout: float = 600.0
+    local_size: int = 1
     axes: dict[tuple[str, ...], Axis] = field(default_factory=dict)
 
     @property
@@ -141,7 +142,7 @@ class Grid:
             group = submesh.get_group()
         index, channel = ranks.index(self.rank), None
         if group is not None and self.shared_memory:
-            channel = comm.open_channel(group, ranks, index, self.timeout)
+            channel = comm.open_channel(group, ranks, index, self.timeout, self.local_size)
         return Axis(
             name="+".join(names), ranks=ranks, index=index, group=group, meter=self.meter, channel=channel,
             planned=self.planned,
@@ -170,7 +171,10 @@ def make_grid(
     if large:
         names, sizes = zip(*large, strict=True)
         mesh = init_device_mesh((device or torch.device("cpu")).type, sizes, mesh_dim_names=names)
-    grid = Grid(shape=shape, rank=world.rank, mesh=mesh, shared_memory=shared_memory, timeout=timeout)
+    grid = Grid(
+        shape=shape, rank=world.rank, mesh=mesh, shared_memory=shared_memory, timeout=timeout,
+        local_size=world.local_size,
+    )  # fmt: skip
     for name in AXES:
         grid.along(name)
     return grid

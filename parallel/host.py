@@ -71,24 +71,26 @@ class Channel:
 
     Args:
         path: from `offer`. index: this rank's. pids: process numbers of all ranks, in order. timeout: seconds.
-        token: that rank 0 has made up, to know the memory by.
+        token: that rank 0 has made up, to know the memory by. spins: whether to spin for a moment when waiting, which
+            is for ranks that have a core each.
 
     Raises:
         OSError: the memory cannot be opened, or is another's: the ranks do not share a container's process numbers.
     """
 
-    def __init__(self, path: str, index: int, pids: Sequence[int], timeout: float, token: str) -> None:
+    def __init__(
+        self, path: str, index: int, pids: Sequence[int], timeout: float, token: str, *, spins: bool = False
+    ) -> None:
         size = len(pids)
         with Path(path).open("r+b") as file:
             self._map = mmap.mmap(file.fileno(), _bytes(size))
         if self._map[_TOKEN] != bytes.fromhex(token):
             raise OSError("the memory is not that of rank 0")
         self.memory = torch.frombuffer(self._map, dtype=torch.uint8)
-        self.index, self.size, self.pids, self.timeout = index, size, tuple(pids), timeout
+        self.index, self.size, self.pids, self.timeout, self._spins = index, size, tuple(pids), timeout, spins
         base = self.memory.data_ptr()
         self._deposited = [ctypes.c_uint32.from_address(base + 2 * r * _LINE) for r in range(size)]
         self._collected = [ctypes.c_uint32.from_address(base + (2 * r + 1) * _LINE) for r in range(size)]
-        self._spins = size <= len(os.sched_getaffinity(0))
         self._syscall = ctypes.CDLL(None, use_errno=True).syscall
         self._next = 0
         self._started: deque[Operation] = deque()

@@ -217,31 +217,33 @@ class GradientSync:
         first, last = unit.left == self._first, unit.left == 1
         unit.left, unit.complete = unit.left - 1, False
         staging = self._staged_at.pop(unit.index, None)
-        sources: dict[int, Tensor] = {}
+        sources: list[tuple[Bucket, Tensor]] = []
         if staging is not None:
-            views = views_in(staging, unit.staged, gradient_dtype)
-            sources = {id(bucket): view for bucket, view in zip(unit.staged, views, strict=True)}
+            sources += zip(unit.staged, views_in(staging, unit.staged, gradient_dtype), strict=True)
         if last:
-            sources |= {id(bucket): bucket.grads for bucket in unit.buckets if bucket.grads is not None}
-            for bucket in unit.buckets:
-                if bucket.axis.size == 1 and bucket.grads is not None and bucket.gradient_dtype != torch.float32:
-                    bucket.sums.copy_(bucket.grads)
-        sent = [bucket for bucket in self._sent(unit) if id(bucket) in sources]
-        if sent:
-            while len(self._flights) >= _IN_FLIGHT:
-                self._take_in()
-            receiving = self._receiving.pop()
-            places = views_in(receiving, sent, gradient_dtype, received)
-            pending = [
-                comm.reduce_scatter_into_start(
-                    bucket.own_sums, sources[id(bucket)], place, bucket.axis,
-                    accumulate=bucket.grads is None and not first,
-                )
-                for bucket, place in zip(sent, places, strict=True)
-            ]  # fmt: skip
-            self._flights.append(_Flight(pending, staging, receiving))
+            sources += [(bucket, bucket.grads) for bucket in unit.buckets if bucket.grads is not None]
+        self._send([(b, source) for b, source in sources if b.axis.size > 1], staging, first=first)
+        for bucket, source in sources:
+            if bucket.axis.size == 1 and source.dtype != torch.float32:
+                bucket.sums.copy_(source)
         if not last:
             self._expect(unit, fresh=False)
+
+    def _send(self, sources: list[tuple[Bucket, Tensor]], staging: Tensor | None, *, first: bool) -> None:
+        """Start summing over ranks: over the shards' sums, or onto those of the micro-batches before."""
+        if not sources:
+            return
+        while len(self._flights) >= _IN_FLIGHT:
+            self._take_in()
+        receiving = self._receiving.pop()
+        places = views_in(receiving, [bucket for bucket, _ in sources], gradient_dtype, received)
+        pending = [
+            comm.reduce_scatter_into_start(
+                bucket.own_sums, source, place, bucket.axis, accumulate=bucket.grads is None and not first
+            )
+            for (bucket, source), place in zip(sources, places, strict=True)
+        ]
+        self._flights.append(_Flight(pending, staging, receiving))
 
     def _take_in(self) -> None:
         """Wait for the oldest reduction and add it to its shards."""

@@ -21,7 +21,7 @@ from parallel.sharding.buckets import Bucket
 from parallel.sharding.fragments import Fragments, Group
 from parallel.sharding.gather import Gatherer
 from parallel.sharding.gradients import GradientSync
-from parallel.sharding.plan import GroupOf, Layers, ShardingPolicy, Slot, plan_units
+from parallel.sharding.plan import GroupOf, Layers, ShardingPolicy, Slot, UnitPlan, plan_units
 from parallel.sharding.units import Unit
 
 _FORWARD = (ActionKind.FORWARD, ActionKind.RECOMPUTE)
@@ -61,21 +61,13 @@ class ParameterStore:
     ) -> None:
         self.policy, self.device = policy or ShardingPolicy(), device
         self.axis = grid.along("data", "context", "tensor")
-        axes = {False: grid.along("data", "context"), True: self.axis}
         self.stages: list[list[Unit]] = []
         for layers in stages:
             plans = plan_units(
                 layers, tensor_size=grid.tensor.size, group_of=group_of, dtype_of=dtype_of,
                 unit_bytes=self.policy.unit_bytes,
             )  # fmt: skip
-            first = sum(map(len, self.stages))
-            self.stages.append([])
-            for index, plan in enumerate(plans, first):
-                buckets = [
-                    Bucket(kind, members, axes[kind.partial], grid.tensor, self.policy, device)
-                    for kind, members in plan.buckets.items()
-                ]
-                self.stages[-1].append(Unit(index, plan.layers, buckets))
+            self.stages.append(self._allocate(plans, grid))
         self._bind(stages)
         if device.type != "meta":
             self._initialise(seed)
@@ -86,6 +78,18 @@ class ParameterStore:
             for unit in units:
                 if unit.gathered:
                     self.gatherer.watch(unit, [modules[layer] for layer in unit.layers])
+
+    def _allocate(self, plans: Sequence[UnitPlan], grid: Grid) -> list[Unit]:
+        """A stage's units, numbered on from those before."""
+        axes = {False: grid.along("data", "context"), True: self.axis}
+        units = []
+        for index, plan in enumerate(plans, sum(map(len, self.stages))):
+            buckets = [
+                Bucket(kind, members, axes[kind.partial], grid.tensor, self.policy, self.device)
+                for kind, members in plan.buckets.items()
+            ]
+            units.append(Unit(index, plan.layers, buckets))
+        return units
 
     # -- what there is ------------------------------------------------------------------------------------------------
 
