@@ -124,7 +124,7 @@ def sharding_policy(config: Config, memory: float, *, on_cpu: bool) -> ShardingP
 
 
 def _enable_fp8(
-    config: PrecisionConfig, module: Stage, precision: Precision, device: torch.device
+    config: PrecisionConfig, module: Stage, precision: Precision, device: torch.device, *, keep_weights: bool
 ) -> Fp8Registry | None:
     """Give the linears of the layers that are to be in fp8 their products."""
     if not precision.fp8:
@@ -134,7 +134,7 @@ def _enable_fp8(
     )
     try:
         return enable_fp8(
-            module, recipe=recipe, device=device, backend=config.fp8_backend,
+            module, recipe=recipe, device=device, backend=config.fp8_backend, keep_weights=keep_weights,
             skip=lambda name: layer_of(f"{name}.weight") not in precision.fp8,
         )  # fmt: skip
     except ValueError as error:
@@ -201,5 +201,5 @@ def assemble(
         ),
         scaler=config.precision.loss_scaler() if config.precision.dtype == "fp16" else None,
         average=None if config.optimizer.ema_decay is None else WeightAverage(store, config.optimizer.ema_decay),
-        fp8=_enable_fp8(config.precision, module, precision, device),
+        fp8=_enable_fp8(config.precision, module, precision, device, keep_weights=policy.stage < 3),
     )

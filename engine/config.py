@@ -351,6 +351,11 @@ class Config:
                 "fp16"
             )
         blocks = self.precision.high_first_blocks + self.precision.high_last_blocks
+        if blocks == model.sizes.depth and self.precision.dtype == "fp8":
+            raise ConfigError(
+                f"precision.high_first_blocks and high_last_blocks leave none of the {blocks} blocks to fp8: use "
+                "fewer, or precision.dtype bf16"
+            )
         if blocks > model.sizes.depth:
             raise ConfigError(
                 f"precision.high_first_blocks and high_last_blocks are {blocks} together, more than the "

@@ -17,10 +17,10 @@ from parallel.comm import World
 
 # Dense peak of matrix products in TFLOP/s without sparsity, from the vendors' data sheets; fp32 without TF32.
 _PEAK_TFLOPS = {
-    "A100": {"fp32": 19.5, "bf16": 312.0},
-    "H100": {"fp32": 66.9, "bf16": 989.0},
-    "H200": {"fp32": 66.9, "bf16": 989.0},
-    "L40S": {"fp32": 91.6, "bf16": 362.0},
+    "A100": {"fp32": 19.5, "bf16": 312.0, "fp16": 312.0},
+    "H100": {"fp32": 66.9, "bf16": 989.0, "fp16": 989.0, "fp8": 1979.0},
+    "H200": {"fp32": 66.9, "bf16": 989.0, "fp16": 989.0, "fp8": 1979.0},
+    "L40S": {"fp32": 91.6, "bf16": 362.0, "fp16": 362.0, "fp8": 733.0},
 }
 
 

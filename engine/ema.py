@@ -34,10 +34,8 @@ class WeightAverage:
     def applied(self) -> Iterator[None]:
         """The model computes with the averages within, and afterwards with the very weights it had. Collective."""
         self._swap()
-        try:
-            yield
-        finally:
-            self._swap()
+        yield
+        self._swap()  # not after a failure: the others would not join in
 
     @torch.no_grad()
     def _swap(self) -> None:

@@ -118,7 +118,9 @@ def _live_micro_batches(a: Assembly) -> int:
 
 
 def _activation_bytes(a: Assembly, live: int) -> int:
-    """Peak of one forward and backward of this rank's stage, and what is kept of the other live micro-batches."""
+    """Peak of one forward and backward of this rank's stage, what is kept of the other live micro-batches, and the
+    images of one.
+    """
     batch = a.to_device(_batch(a), training=True)
     own = a.stages[a.grid.pipeline.index]
     a.store.gradients.start(1)
@@ -134,7 +136,8 @@ def _activation_bytes(a: Assembly, live: int) -> int:
             loss.sum().backward()
         else:
             y.backward(torch.empty_like(y))
-    return counter.peak + (live - 1) * kept
+    images = 0 if batch.images is None else batch.images.nbytes
+    return counter.peak + (live - 1) * kept + images
 
 
 def _batch(a: Assembly) -> Batch:

@@ -16,6 +16,8 @@ from model import training_flops
 from model.kernels import Kernels
 from parallel import comm
 
+_WHEN = {"step": "once per step", "micro_batch": "after each micro-batch"}
+
 
 def startup_report(assembly: Assembly, *, threads: int, matmul: str, train_images: int, eval_images: int) -> list[str]:
     """Lines for the console. Collective: stages report their own buckets.
@@ -115,13 +117,20 @@ def _optimizer_line(a: Assembly) -> str:
 
 
 def _sharding_line(a: Assembly) -> str:
-    policy, units = a.store.policy, len(a.store.units)
-    when = {"step": "once per step", "micro_batch": "after each micro-batch"}[policy.reduce]
-    line = f"sharding: ZeRO stage {policy.stage} over {a.grid.along('data', 'context').size} rank(s); {units} unit(s)"
-    line += f", gradients summed {when}"
+    policy, buckets = a.store.policy, a.store.buckets
+    ranks = a.grid.along("data", "context").size
+    if not any(bucket.stage for bucket in buckets):
+        asked = f" (ZeRO stage {policy.stage} has no effect on one rank)" if policy.stage and ranks == 1 else ""
+        return f"sharding: none{asked}; {len(a.store.units)} unit(s), gradients summed {_WHEN[policy.reduce]}"
+    line = (
+        f"sharding: ZeRO stage {policy.stage} over {ranks} rank(s); {len(a.store.units)} unit(s), gradients summed "
+        f"{_WHEN[policy.reduce]}"
+    )
     if a.store.gatherer.buffers:
-        kept = "all kept until the update" if a.store.gatherer.keeps_all else f"{len(a.store.gatherer.buffers)} at once"
-        line += f", weights gathered {kept}"
+        count = len(a.store.gatherer.buffers)
+        line += ", weights gathered " + (
+            "and kept until the update" if a.store.gatherer.keeps_all else f"{count} at once"
+        )
     return line
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +50,22 @@ class EvalResult:
     images: int
 
 
+class _OnDevice(Sequence[MicroBatch]):
+    """Micro-batches, each moved to the device when its forward comes: a step's images may be gigabytes."""
+
+    def __init__(self, assembly: Assembly, batches: Sequence[Batch]) -> None:
+        self._assembly, self._batches = assembly, batches
+        self._moved: tuple[int, MicroBatch] | None = None
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, m: Any) -> Any:
+        if self._moved is None or self._moved[0] != m:
+            self._moved = m, self._assembly.to_device(self._batches[m], training=True)
+        return self._moved[1]
+
+
 class Stepper:
     """Runs training steps and evaluations on what `assemble` built."""
 
@@ -68,11 +85,11 @@ class Stepper:
         """
         a = self.assembly
         scale = a.scaler.scale if a.scaler else 1.0
-        micro_batches = [a.to_device(batch, training=True) for batch in batches]
-        loss, norm = self._forward_backward(micro_batches, self._loss_share)
+        loss, norm = self._forward_backward(_OnDevice(a, batches), self._loss_share)
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            return self._skip(micro_batches, loss, norm)
+            return self._skip(batches, loss, norm)
         o = a.config.optimizer
+        self._finish_precision(overflow=False)
         factor = clip_factor(norm, o.clip_grad) / scale
         a.optimizer.update(
             lr=lr, grad_factor=factor, decay_factor=lr_factor if o.decay_by == "schedule" else None
@@ -80,7 +97,6 @@ class Stepper:
         a.store.updated()
         if a.average is not None:
             a.average.update()
-        self._finish_precision(overflow=False)
         return StepResult(loss, norm, skipped=False, loss_scale=scale)
 
     def _forward_backward(self, micro_batches: Sequence[MicroBatch], loss: LossFunction) -> tuple[float, float]:
@@ -91,17 +107,18 @@ class Stepper:
         gradients.finish()
         return self._global_loss_and_norm(losses)
 
-    def _skip(self, micro_batches: Sequence[MicroBatch], loss: float, norm: float) -> StepResult:
+    def _skip(self, batches: Sequence[Batch], loss: float, norm: float) -> StepResult:
         """Change nothing but the loss scale; if that cannot be what is wrong, find out what is."""
         a = self.assembly
         scale, bad = (1.0, True) if a.scaler is None else (a.scaler.scale, a.scaler.at_minimum)
-        culprit = self._diagnose(micro_batches) if bad else None
+        culprit = self._diagnose(batches) if bad else None
         self._finish_precision(overflow=True)
         return StepResult(loss, norm, skipped=True, loss_scale=scale, bad=bad, culprit=culprit)
 
-    def _diagnose(self, micro_batches: Sequence[MicroBatch]) -> str:
+    def _diagnose(self, batches: Sequence[Batch]) -> str:
         """What was not finite first, found by running the step's micro-batches again. Collective."""
         a = self.assembly
+        micro_batches = [a.to_device(batch, training=True) for batch in batches]
         with watch(a.module, a.layers, micro_batches, a.grid.data.index) as watching:
             self._forward_backward(micro_batches, watching.loss(self._loss_share))
         culprit = first_culprit(watching.found, a.grid.world)

@@ -96,6 +96,11 @@ class Axis:
         """Number of ranks along the axis."""
         return len(self.ranks)
 
+    def forget(self) -> None:
+        """Drop group and memory, whoever may still hold this axis: a group's threads end with the last reference."""
+        object.__setattr__(self, "group", None)
+        object.__setattr__(self, "channel", None)
+
     def __post_init__(self) -> None:
         assert self.planned or (self.group is None) == (self.size == 1), (self.name, self.ranks)
 
@@ -139,6 +144,8 @@ def _watched(axis: Axis, kind: str, tensor: Tensor | None = None) -> Iterator[No
     start = time.perf_counter()
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise PeerLostError(f"{kind} along the {axis.name} axis {axis.ranks} failed: {error}") from error
     axis.meter.seconds[kind] += time.perf_counter() - start
@@ -371,17 +378,21 @@ def open_channel(
     """
     if dist.get_backend(group) != "gloo":
         return None
-    supported = host.is_supported()
-    token = os.urandom(16).hex()
-    path, fd = host.offer(len(ranks), token) if supported and index == 0 else ("", -1)
+    token, path, fd, identity = os.urandom(16).hex(), "", -1, None
+    try:
+        identity = host.identity() if host.is_supported() else None
+        if identity is not None and index == 0:
+            path, fd = host.offer(len(ranks), token)
+    except OSError:  # a sandbox may forbid it
+        identity = None
     infos: list[Any] = [None] * len(ranks)
-    dist.all_gather_object(infos, (host.identity() if supported else None, os.getpid(), path, token), group=group)
+    dist.all_gather_object(infos, (identity, os.getpid(), path, token), group=group)
     channel = None
-    if supported and len({info[0] for info in infos}) == 1:
+    if identity is not None and len({info[0] for info in infos}) == 1:
+        spins = local_size <= len(os.sched_getaffinity(0))
         try:
-            spins = local_size <= len(os.sched_getaffinity(0))
             channel = Channel(infos[0][2], index, [info[1] for info in infos], timeout, infos[0][3], spins=spins)
-        except OSError:
+        except (OSError, ValueError):  # containers with process numbers of their own: another's memory, or none
             channel = None
     opened: list[Any] = [None] * len(ranks)
     dist.all_gather_object(opened, channel is not None, group=group)

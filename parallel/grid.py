@@ -126,6 +126,8 @@ class Grid:
         """Give back the groups (and their threads) of this grid; the world's stays. Collective."""
         for axis in {id(axis.group): axis for axis in self.axes.values()}.values():
             comm.release(axis)
+        for axis in self.axes.values():
+            axis.forget()
         self.axes.clear()
 
     def _make(self, names: tuple[str, ...]) -> Axis:

@@ -30,11 +30,24 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--json", help="also write the rows to this file")
     options, flags = parser.parse_known_args(argv)
     config, _ = parse(["--data.kind", "synthetic", "--data.path", "null", *flags], "tools.plan")
-    rows = [
-        row(replace(config, parallel=replace(config.parallel, zero_stage=stage)), options.ranks, options.gpu_memory)
-        for stage in options.stages
-    ]
+    rows = [row(at_stage(config, stage), options.ranks, options.gpu_memory) for stage in options.stages]
     show(rows, options.json)
+
+
+def at_stage(config: Config, stage: int) -> Config:
+    """The configuration at another ZeRO stage, with what that stage would refuse left to it."""
+    own = config.parallel
+    if stage == own.zero_stage:
+        return config
+    gathers = (own.reshard_after_forward, own.gather_memory) if stage == 3 else ("auto", None)
+    parallel = replace(
+        own,
+        zero_stage=stage,  # type: ignore[arg-type]
+        reduce_gradients="auto",
+        reshard_after_forward=gathers[0],
+        gather_memory=gathers[1],
+    )
+    return replace(config, parallel=parallel)
 
 
 def row(config: Config, ranks: int, memory: float) -> Row:

@@ -47,7 +47,7 @@ def adamw(array: Span | Fragment, moment: Tensor, square: Tensor, step: AdamWSte
     weight, grad = array.weight, array.grad
     if not weight.numel():
         return
-    if kernels.is_native("adamw", weight.device):
+    if kernels.fuses("adamw", weight.device):
         kernels.adamw(weight, grad, moment, square, array.model_weight, step)
         return
     # a tenth of the time of the kernels' plain form; torch's fused optimizers *divide* gradients, and write them back

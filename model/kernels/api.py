@@ -37,7 +37,7 @@ class Kernels(Selection):
         """
         checks.norm_input(x, weight, bias, eps)
         dtype = checks.out_dtype(x, out_dtype)
-        if weight is not None and bias is not None and dtype == x.dtype and self._apex("layer_norm", x):
+        if weight is not None and bias is not None and dtype == x.dtype and self._apex("layer_norm", x.device):
             return apex.layer_norm(x, weight, bias, eps)
         if self._native("layer_norm_forward", x, weight, bias, out=dtype):
             return norms.norm(x, None, weight, bias, eps, False, dtype, memory_efficient)[0]
@@ -224,7 +224,7 @@ class Kernels(Selection):
         the new weights
         in the model's type to model_weight in the same pass, if that is given."""
         optimizers.check(weight, grad, moment, square, model_weight, step.step)
-        if self._apex("adamw", weight):
+        if self._apex("adamw", weight.device):
             apex.adamw_step(weight, grad, moment, square, model_weight, step)
             return
         form = (

@@ -53,10 +53,14 @@ class Selection:
         if apex.find_apex() is None:
             raise ValueError(f"kernels is apex, but {apex.describe()}: {apex.HOW_TO_INSTALL}, or use auto")
 
-    def _apex(self, op: str, x: Tensor) -> bool:
-        """Whether NVIDIA apex's kernel (layer_norm, adamw) is to serve this tensor."""
-        found = apex.find_apex() if self.backend == "apex" and x.is_cuda else None
+    def _apex(self, op: str, device: torch.device) -> bool:
+        """Whether NVIDIA apex's kernel (layer_norm, adamw) is to serve tensors on `device`."""
+        found = apex.find_apex() if self.backend == "apex" and device.type == "cuda" else None
         return found is not None and (found.norm if op == "layer_norm" else found.adam) is not None
+
+    def fuses(self, op: str, device: torch.device) -> bool:
+        """Whether a compiled form of `op`, ours or NVIDIA apex's, is in use on `device`."""
+        return self.is_native(op, device) or self._apex(op, device)
 
     def is_native(self, op: str, device: torch.device) -> bool:
         """Whether `op` (a key of NATIVE_OPS) has a compiled form in use for fp32, bf16 and fp16 tensors on `device`."""
@@ -83,12 +87,12 @@ class Selection:
         if self.backend == "reference":
             return ["kernels: reference (plain PyTorch), as asked"]
         module = native.module_for(device)
+        optional = [f"  {apex.describe()}"] if self.backend == "apex" else []
         if module is None:
-            return [f"kernels: reference (plain PyTorch): {native.why_missing(device)}"]
+            return [f"kernels: reference (plain PyTorch): {native.why_missing(device)}", *optional]
         live = [op for op, function in NATIVE_OPS.items() if hasattr(module, function)]
         missing = [op for op in NATIVE_OPS if op not in live]
         rest = [f"  reference (no native kernel on {device.type}): {', '.join(missing)}"] if missing else []
-        optional = [f"  {apex.describe()}"] if self.backend == "apex" else []
         return [f"kernels: native {device.type}, {_detail(device)}", f"  live: {', '.join(live)}", *rest, *optional]
 
 

@@ -33,10 +33,16 @@ def _weight_gradient(weight: Tensor, backend: Fp8Backend, grad: Quantised, x: Qu
 
 
 def _keep(ctx: Any, fp8: Fp8State, x: Quantised, weight: Tensor, weight8: Quantised) -> None:
-    # The input goes through save_for_backward, where activation recomputation can drop it. The weight, in both forms,
-    # outlives this node anyway.
+    # The input goes through save_for_backward, where activation recomputation can drop it. The weight outlives this
+    # node anyway, and so does its 8-bit form where it is kept.
     ctx.save_for_backward(*x.save())
-    ctx.shell, ctx.fp8, ctx.weight, ctx.weight8 = x.emptied(), fp8, weight, weight8
+    ctx.shell, ctx.fp8, ctx.weight = x.emptied(), fp8, weight
+    ctx.weight8 = weight8 if fp8.registry.keep_weights else None
+
+
+def _weight8(ctx: Any) -> Quantised:
+    kept: Quantised | None = ctx.weight8
+    return ctx.fp8.quantise_weight(ctx.weight, ctx.tp.axis) if kept is None else kept
 
 
 class _ColumnParallel(torch.autograd.Function):
@@ -58,7 +64,7 @@ class _ColumnParallel(torch.autograd.Function):
         (grad,), backend, pending = grads, ctx.fp8.backend, None
         grad8 = ctx.fp8.quantise("grad", grad, ctx.tp.axis)
         if ctx.needs_input_grad[0]:
-            grad_x = backend.input_gradient(grad8, ctx.weight8, grad.dtype)
+            grad_x = backend.input_gradient(grad8, _weight8(ctx), grad.dtype)
             pending = finish_input_gradient(grad_x, ctx.tp, ctx.split)
         x8 = ctx.shell.restore(ctx.saved_tensors)
         grad_weight = _weight_gradient(ctx.weight, backend, grad8, x8) if ctx.needs_input_grad[1] else None
@@ -88,7 +94,7 @@ class _RowParallel(torch.autograd.Function):
         (grad,), backend = grads, ctx.fp8.backend
         full = comm.all_gather_rows(grad, ctx.tp.axis)[: ctx.rows] if ctx.split else grad
         grad8 = ctx.fp8.quantise("grad", full, None)  # each rank has all of it
-        grad_x = backend.input_gradient(grad8, ctx.weight8, grad.dtype) if ctx.needs_input_grad[0] else None
+        grad_x = backend.input_gradient(grad8, _weight8(ctx), grad.dtype) if ctx.needs_input_grad[0] else None
         x8 = ctx.shell.restore(ctx.saved_tensors)
         grad_weight = _weight_gradient(ctx.weight, backend, grad8, x8) if ctx.needs_input_grad[1] else None
         # With split rows each rank sums its own rows only: the bias is marked partial_over_tensor.
@@ -121,12 +127,14 @@ def enable_fp8(
     recipe: Fp8Recipe,
     device: torch.device,
     backend: str = "auto",
+    keep_weights: bool = True,
     skip: Callable[[str], bool] = lambda name: False,
 ) -> Fp8Registry:
     """Give every column- and row-parallel linear of `module` 8-bit products, except those whose name is skipped.
 
     Args:
         module: all that this rank runs, so that `finish_step` is called once. skip: e.g. the classifier, by name.
+        keep_weights: as in Fp8Registry.
 
     Raises:
         ValueError: the backend or the device cannot do it.
@@ -136,7 +144,9 @@ def enable_fp8(
         for name, layer in module.named_modules()
         if isinstance(layer, ColumnParallelLinear | RowParallelLinear) and not skip(name)
     }
-    registry = Fp8Registry(list(linears), recipe=recipe, backend=choose_backend(backend, device), device=device)
+    registry = Fp8Registry(
+        list(linears), recipe=recipe, backend=choose_backend(backend, device), device=device, keep_weights=keep_weights
+    )
     for name, layer in linears.items():
         layer.fp8 = Fp8Products(registry.states[name])
     return registry

@@ -20,7 +20,7 @@ def fp8_obstacle(device: torch.device) -> str | None:
 
     A CPU can: there they are emulated (`fp8_means`), which is for numerics, not for speed.
     """
-    if device.type == "cpu":
+    if device.type in ("cpu", "meta"):  # meta: to plan memory
         return None
     if device.type != "cuda":
         return f"{device} has no FP8 matrix products in torch: use bf16 or fp32, or the CPU, where they are emulated"
@@ -56,6 +56,8 @@ def matmul(
         [M, N].
     """
     _check(a, b, factor_a, factor_b)
+    if a.device.type == "meta":
+        return a.new_empty(a.shape[0], b.shape[1], dtype=out_dtype)
     if a.device.type == "cpu":
         return emulated_matmul(a, b, factor_a, factor_b, out_dtype)
     return torch._scaled_mm(a, b, factor_a, factor_b, out_dtype=out_dtype, use_fast_accum=fast)

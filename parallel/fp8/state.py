@@ -29,14 +29,24 @@ class Fp8Registry:
 
     Attributes:
         recipe, backend: how scales are found; who casts and multiplies.
+        keep_weights: whether a weight is cast once per step and kept in 8 bits, or for each product, as where weights
+            are sharded and must not be held whole.
         step: counts `finish_step` and loads; 8-bit copies of weights are made once per step.
         amaxes: of the running step, of this rank: [N, 3], in the order of ROLES.
         history: amaxes of the last steps, newest first, over all ranks: [recipe.history, N, 3].
         scales: those of the running step (delayed scaling): [N, 3].
     """
 
-    def __init__(self, names: Sequence[str], *, recipe: Fp8Recipe, backend: Fp8Backend, device: torch.device) -> None:
-        self.recipe, self.backend, self.step = recipe, backend, 0
+    def __init__(
+        self,
+        names: Sequence[str],
+        *,
+        recipe: Fp8Recipe,
+        backend: Fp8Backend,
+        device: torch.device,
+        keep_weights: bool = True,
+    ) -> None:
+        self.recipe, self.backend, self.step, self.keep_weights = recipe, backend, 0, keep_weights
         count, steps = len(names), recipe.history if recipe.scaling == "delayed" else 0
         self.amaxes = torch.zeros(count, len(ROLES), device=device)
         self.history = torch.zeros(steps, count, len(ROLES), device=device)
@@ -164,10 +174,12 @@ class Fp8State:
         return quantised
 
     def quantise_weight(self, weight: Tensor, split: Axis | None) -> Quantised:
-        """The 8-bit form of a weight [F, D], made once per step (and again if torch saw the weight change).
+        """The 8-bit form of a weight [F, D], if kept, made once per step (and again if torch saw the weight change).
 
         Its amax always counts: a weight is the same in evaluation.
         """
+        if not self.registry.keep_weights:
+            return self.quantise("weight", weight, split)
         # The native optimizer writes through pointers, which no version counter sees: hence the step.
         key = (self.registry.step, weight.data_ptr(), weight._version)
         if self._weight is None or self._weight[0] != key:
