@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import astuple, dataclass, field
 from functools import cache
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -134,7 +134,7 @@ def climb(
     if assembly.fp8 is not None:
         out.fp8 = comm.gather_objects(assembly.fp8.state_dict(), grid.world)
     grid.close()
-    if len(os.listdir("/proc/self/task")) > MANY_THREADS:  # of groups that wait for the garbage collector
+    if len(list(Path("/proc/self/task").iterdir())) > MANY_THREADS:  # of groups that wait for the garbage collector
         gc.collect()
     return out
 
