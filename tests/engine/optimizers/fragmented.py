@@ -247,6 +247,7 @@ def whole(run: Run, trained: Sequence[Trained]) -> dict[str, Tensor]:
 @cache
 def single(run: Run) -> dict[str, Tensor]:
     """The parameters after training in this process."""
+    torch.set_num_threads(1)  # as ranks have: products round as theirs do
     assert run.layout.ranks == 1
     return whole(run, [run_here(run)])
 
