@@ -126,7 +126,7 @@ class Case:
             optimizer=OptimizerConfig(
                 name=self.optimizer,  # type: ignore[arg-type]
                 lr=1e-3,
-                eps=1e-5,
+                eps=1e-8 if self.optimizer == "adafactor" else 1e-5,
                 weight_decay=0.1,
                 head_weight_decay=0.3,
                 clip_grad=1.0,
