@@ -21,7 +21,7 @@ from engine.assemble import Assembly, assemble
 from engine.config import Config
 from model import build_layers
 from parallel.grid import GridShape, planned_grid
-from parallel.pipeline import ActionKind
+from parallel.pipeline.actions import live_activations
 from parallel.tensor import LOSSES
 
 META = torch.device("meta")
@@ -99,22 +99,13 @@ def plan_memory(config: Config, shape: GridShape, rank: int, device_memory: floa
     """
     grid = planned_grid(shape, rank)
     assembly = assemble(config, grid, META, build_layers(config.model), device_memory=device_memory)
-    live = _live_micro_batches(assembly)
+    live = max(live_activations(assembly.schedule, grid.pipeline.index), default=0)
     return MemoryPlan(
         stage=grid.pipeline.index,
         states=states(assembly),
         activations=_activation_bytes(assembly, live),
         micro_batches=live,
     )
-
-
-def _live_micro_batches(a: Assembly) -> int:
-    """The most micro-batches whose forward was run and whose backward was not, by the schedule."""
-    alive = most = 0
-    for action in a.schedule.ranks[a.grid.pipeline.index]:
-        alive += (action.kind is ActionKind.FORWARD) - (action.kind is ActionKind.BACKWARD)
-        most = max(most, alive)
-    return most
 
 
 def _activation_bytes(a: Assembly, live: int) -> int:

@@ -18,7 +18,7 @@ from parallel.fp8.quantise import Quantised
 from parallel.fp8.recipe import Fp8Recipe
 from parallel.fp8.state import Fp8Registry, Fp8State
 from parallel.tensor.linear import ColumnParallelLinear, RowParallelLinear
-from parallel.tensor.rows import TensorParallel, finish_input_gradient, pad_rows
+from parallel.tensor.rows import TensorParallel, sum_start
 from parallel.tensor.weight_grad import GradientSink
 
 
@@ -65,7 +65,7 @@ class _ColumnParallel(torch.autograd.Function):
         grad8 = ctx.fp8.quantise("grad", grad, ctx.tp.axis)
         if ctx.needs_input_grad[0]:
             grad_x = backend.input_gradient(grad8, _weight8(ctx), grad.dtype)
-            pending = finish_input_gradient(grad_x, ctx.tp, ctx.split)
+            pending = sum_start(grad_x, ctx.tp, ctx.split)
         x8 = ctx.shell.restore(ctx.saved_tensors)
         grad_weight = _weight_gradient(ctx.weight, backend, grad8, x8) if ctx.needs_input_grad[1] else None
         grad_bias = grad.sum(0) if ctx.has_bias else None
@@ -80,13 +80,9 @@ class _RowParallel(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         x8 = fp8.quantise("input", x, tp.axis, record=record)
         weight8 = fp8.quantise_weight(weight, tp.axis)
-        out = fp8.backend.forward(x8, weight8, x.dtype)
+        out = sum_start(fp8.backend.forward(x8, weight8, x.dtype), tp, split).wait()
         _keep(ctx, fp8, x8, weight, weight8)
         ctx.tp, ctx.split, ctx.has_bias, ctx.rows = tp, split, bias is not None, x.shape[0]
-        if split:
-            out = comm.reduce_scatter_rows(pad_rows(out, tp.local_rows(x.shape[0]) * tp.size), tp.axis)
-        else:
-            out = comm.all_reduce(out, tp.axis)
         return out if bias is None else out.add_(bias)
 
     @staticmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -91,6 +92,7 @@ class Bucket:
             held["gradients"].append(self.sums)
         return held
 
+    @cached_property
     def counted(self) -> list[Tensor]:
         """The parts of `sums` whose squares make up this rank's share of the global norm: each element counts once."""
         return [
@@ -166,6 +168,10 @@ class Bucket:
                 yield index * size + tensor_index, index
             elif index % size == tensor_index:
                 yield index, index
+
+    def complete(self, flat: Tensor) -> None:
+        """Give every rank all of `flat` [P], of which each has its shard. Collective."""
+        self.gather_start(flat, flat[self.shard].clone()).wait()
 
     def gather_start(self, out: Tensor, own: Tensor) -> comm.Pending:
         """Start gathering every rank's `own` [share] into `out` [P]."""

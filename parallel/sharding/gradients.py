@@ -119,7 +119,7 @@ class GradientSync:
         for unit in self.units:
             for bucket in self._sent(unit):
                 if bucket.stage == 0:
-                    bucket.gather_start(bucket.sums, bucket.own_sums.clone()).wait()
+                    bucket.complete(bucket.sums)
 
     # -- contributions ------------------------------------------------------------------------------------------------
 
@@ -188,7 +188,8 @@ class GradientSync:
         for bucket, flat in zip(unit.staged, views_in(memory, unit.staged, gradient_dtype), strict=True):
             end = 0
             for slot in bucket.slots:  # what lies between parameters takes part in sums and norms
-                flat[end : slot.offset].zero_()
+                if end < slot.offset:
+                    flat[end : slot.offset].zero_()
                 slot.grad = slot.view(flat)
                 end = slot.offset + slot.numel
             flat[end:].zero_()
@@ -260,7 +261,7 @@ class GradientSync:
         logical gradient counts once.
         """
         counted = [
-            part for unit in self.units for bucket in unit.buckets if bucket.kind.trains for part in bucket.counted()
+            part for unit in self.units for bucket in unit.buckets if bucket.kind.trains for part in bucket.counted
         ]
         if not counted:
             return torch.zeros((), device=self._device)

@@ -176,10 +176,12 @@ class ParameterStore:
         self.gatherer.forget()
         for bucket in self.buckets:
             if bucket.stage in (1, 2) and bucket.kind.trains:
-                bucket.gather_start(bucket.weights, bucket.weights[bucket.shard].clone()).wait()
+                bucket.complete(bucket.weights)
 
     def plan(self, actions: Sequence[Action]) -> None:
         """Say what will be run: stages are numbered as their layers were given, by their place on this rank."""
+        if not self.gatherer.units:
+            return
         numbers = sorted({action.stage for action in actions})
         place = {number: self.stages[i] for i, number in enumerate(numbers)}
         uses: list[int] = []

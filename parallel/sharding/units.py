@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -31,17 +32,17 @@ class Unit:
     left: int = 0
     complete: bool = False
 
-    @property
+    @cached_property
     def slots(self) -> list[Slot]:
         """Of its trained parameters."""
         return [slot for bucket in self.buckets if bucket.kind.trains for slot in bucket.slots]
 
-    @property
+    @cached_property
     def gathered(self) -> list[Bucket]:
         """Buckets of which this rank keeps a shard of the weights only."""
         return [bucket for bucket in self.buckets if bucket.is_gathered]
 
-    @property
+    @cached_property
     def staged(self) -> list[Bucket]:
         """Buckets whose gradients are reduced after each micro-batch."""
         return [bucket for bucket in self.buckets if bucket.kind.trains and bucket.grads is None]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from parallel import comm
 from parallel.layout import Init, ParameterInfo, TensorLayout, make_parameter
 from parallel.tensor import products
-from parallel.tensor.rows import TensorParallel, finish_input_gradient, no_tensor_parallel, pad_rows
+from parallel.tensor.rows import TensorParallel, no_tensor_parallel, sum_start
 from parallel.tensor.weight_grad import weight_gradient
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class _ColumnParallel(torch.autograd.Function):
         (grad,) = grads
         pending = None
         if ctx.needs_input_grad[0]:
-            pending = finish_input_gradient(products.input_gradient(grad, weight), ctx.tp, ctx.split)
+            pending = sum_start(products.input_gradient(grad, weight), ctx.tp, ctx.split)
         grad_weight = weight_gradient(weight, grad, full) if ctx.needs_input_grad[1] else None
         grad_bias = grad.sum(0) if ctx.has_bias else None
         return pending.wait() if pending else None, grad_weight, grad_bias, None, None, None
@@ -66,11 +66,7 @@ class _RowParallel(torch.autograd.Function):
         ctx.tp, ctx.split, ctx.has_bias = tp, split, bias is not None
         if tp.size == 1:
             return _affine(x, weight, bias)
-        partial = products.linear(x, weight)
-        if split:
-            out = comm.reduce_scatter_rows(pad_rows(partial, tp.local_rows(x.shape[0]) * tp.size), tp.axis)
-        else:
-            out = comm.all_reduce(partial, tp.axis)
+        out = sum_start(products.linear(x, weight), tp, split).wait()
         return out if bias is None else out.add_(bias)
 
     @staticmethod

@@ -153,13 +153,14 @@ def leave(x: Tensor, tp: TensorParallel) -> Tensor:
     return x if tp.size == 1 else _SumOut.apply(x, tp)
 
 
-def finish_input_gradient(grad: Tensor, tp: TensorParallel, rows_are_split: bool) -> comm.Pending:
-    """Start summing a partial input gradient over the axis: to row parts, or whole.
+def sum_start(x: Tensor, tp: TensorParallel, to_parts: bool) -> comm.Pending:
+    """Start summing over the axis: an output, or the gradient of an input.
 
     Args:
-        grad: [R, D], this rank's share of the sum. rows_are_split: whether the input came in row parts.
+        x: [R, D], this rank's share of the sum; overwritten where all get it whole. to_parts: whether each rank gets
+            its rows of the sum, ceil(R/T), or all.
     """
-    if rows_are_split:
-        padded = pad_rows(grad, tp.local_rows(grad.shape[0]) * tp.size)
+    if to_parts:
+        padded = pad_rows(x, tp.local_rows(x.shape[0]) * tp.size)
         return comm.reduce_scatter_rows_start(padded, tp.axis)
-    return comm.all_reduce_start(grad, tp.axis)
+    return comm.all_reduce_start(x, tp.axis)

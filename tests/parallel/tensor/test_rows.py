@@ -8,7 +8,7 @@ from parallel import comm
 from parallel.comm import Axis, World, single_axis
 from parallel.grid import GridShape, make_grid
 from parallel.tensor import TensorParallel, copy_in, enter, gather_rows, leave, no_tensor_parallel, slice_rows
-from parallel.tensor.rows import finish_input_gradient, pad_rows
+from parallel.tensor.rows import pad_rows, sum_start
 from tests.distributed import run_ranks
 
 ROWS = (1, 5, 8, 9)
@@ -83,11 +83,9 @@ def _moves(world: World) -> None:
         torch.testing.assert_close(x.grad, weights * ranks)
         assert torch.equal(own, kept)
 
-        # finish_input_gradient: to row parts, or whole
-        torch.testing.assert_close(
-            finish_input_gradient(own.clone(), split, True).wait(), slice_rows(weights * ranks, split)
-        )
-        torch.testing.assert_close(finish_input_gradient(own.clone(), split, False).wait(), weights * ranks)
+        # sum_start: to row parts, or whole
+        torch.testing.assert_close(sum_start(own.clone(), split, True).wait(), slice_rows(weights * ranks, split))
+        torch.testing.assert_close(sum_start(own.clone(), split, False).wait(), weights * ranks)
         for tp in (split, whole):
             _check_enter_and_leave(tp, rows)
     comm.barrier(axis)
