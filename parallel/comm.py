@@ -215,45 +215,40 @@ def reduce_scatter_rows_start(x: Tensor, axis: Axis) -> Pending:
     x = x.contiguous()
     rows, rest = divmod(x.shape[0], axis.size)
     assert rest == 0, (x.shape, axis.size)
-    if (channel := axis.channel) is not None:
-        out = x.new_empty(rows, *x.shape[1:])
-        return _call(axis, "reduce_scatter", x, out, lambda: host_collectives.reduce_scatter(channel, out, x))
-    if x.device.type != "cpu":
-        out = x.new_empty(rows, *x.shape[1:])
-        run = lambda: _reduce_scatter_single(out, x, group=axis.group, async_op=True)  # noqa: E731
-        return _call(axis, "reduce_scatter", x, out, run)
-    parts = torch.empty_like(x)
-    run = lambda: dist.all_to_all_single(parts, x, group=axis.group, async_op=True)  # noqa: E731
-    pending = _call(axis, "reduce_scatter", x, parts, run)
-    return pending.then(lambda p: p.view(axis.size, rows, *x.shape[1:]).sum(0))
+    needs_room = x.device.type == "cpu" and axis.channel is None
+    return reduce_scatter_into_start(
+        x.new_empty(rows, *x.shape[1:]), x, torch.empty_like(x) if needs_room else x.new_empty(0), axis
+    )  # fmt: skip
 
 
 def reduce_scatter_into_start(out: Tensor, x: Tensor, room: Tensor, axis: Axis, *, accumulate: bool = False) -> Pending:
-    """Start summing `x` [T * R] over the axis; `wait` writes, or adds, this rank's elements of the sum to `out` [R].
+    """Start summing `x` [T * R, ...] over the axis; `wait` writes, or adds, this rank's rows of it to `out` [R, ...].
 
-    On CPUs ranks are added up in fp32 in the order of their index, whatever the type of `x`. `x` and `room` must be
-    left alone until then.
+    On CPUs ranks are added up in the order of their index, 16-bit numbers in fp32. `x` and `room` must be left alone
+    until then.
 
     Args:
-        out: fp32. x, room: contiguous, of one type; what arrives is put in `room`: [T * R] on a CPU, else [R]. Shared
-            memory needs none.
+        out: fp32, or of the type of `x`. x: contiguous. room: of the type of `x`, for what arrives: as large as x where
+            gloo carries it, as `out` on a GPU unless the sum can go straight there, none in shared memory.
     """
     assert axis.size > 1 and x.is_contiguous()
-    rows = out.shape[0]
     if (channel := axis.channel) is not None:
         run = lambda: host_collectives.reduce_scatter(channel, out, x, accumulate=accumulate)  # noqa: E731
         return _call(axis, "reduce_scatter", x, out, run)
+    if x.device.type == "cpu":
+        run = lambda: dist.all_to_all_single(room, x, group=axis.group, async_op=True)  # noqa: E731
+    elif x.dtype == out.dtype and not accumulate:
+        run = lambda: _reduce_scatter_single(out, x, group=axis.group, async_op=True)  # noqa: E731
+        return _call(axis, "reduce_scatter", x, out, run)
+    else:
+        run = lambda: _reduce_scatter_single(room, x, group=axis.group, async_op=True)  # noqa: E731
 
     def finish(arrived: Tensor) -> Tensor:
-        parts = arrived.view(-1, rows)
+        parts = arrived.view(axis.size if x.device.type == "cpu" else 1, *out.shape)
         if accumulate:
             return out.add_(parts.sum(0, dtype=out.dtype))
         return torch.sum(parts, 0, dtype=out.dtype, out=out)
 
-    if x.device.type != "cpu":
-        run = lambda: _reduce_scatter_single(room, x, group=axis.group, async_op=True)  # noqa: E731
-        return _call(axis, "reduce_scatter", x, room, run).then(finish)
-    run = lambda: dist.all_to_all_single(room, x, group=axis.group, async_op=True)  # noqa: E731
     return _call(axis, "reduce_scatter", x, room, run).then(finish)
 
 
