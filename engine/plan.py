@@ -8,7 +8,7 @@ products and kernels run in their plain PyTorch forms, so temporaries inside a k
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -97,7 +97,7 @@ def plan_memory(config: Config, shape: GridShape, rank: int, device_memory: floa
         config: resolved for that world. device_memory: bytes of a rank's device, which
             parallel.reshard_after_forward: auto looks at.
     """
-    grid = planned_grid(shape, rank)
+    grid, config = planned_grid(shape, rank), replace(config, kernels="reference")
     assembly = assemble(config, grid, META, build_layers(config.model), device_memory=device_memory)
     live = max(live_activations(assembly.schedule, grid.pipeline.index), default=0)
     return MemoryPlan(

@@ -63,13 +63,14 @@ def config_of(layout: str, world: int) -> Config:
 def batches_of(stepper: Stepper, step: int) -> list[Batch]:
     """This data rank's micro-batches of random images."""
     a = stepper.assembly
-    micro, count = a.config.train.micro_batch_size, a.schedule.num_micro_batches
+    micro, count, sizes = a.config.train.micro_batch_size, a.schedule.num_micro_batches, a.config.model.sizes
     assert micro is not None
     found = []
     for m in range(count):
         first = (a.grid.data.index * count + m) * micro
         generator = torch.Generator().manual_seed(1000 * step + first)
-        images = torch.rand(micro, 1, 8, 8, generator=generator) if a.holds_images else None
+        shape = (micro, sizes.channels, *sizes.image)
+        images = torch.rand(shape, generator=generator) if a.holds_images else None
         labels, ids = torch.arange(first, first + micro) % 10, torch.arange(first, first + micro)
         found.append(Batch(images=images, labels=labels, sample_ids=ids, weights=torch.ones(micro)))
     return found

@@ -37,7 +37,11 @@ _PLAIN = {
 
 @dataclass(frozen=True)
 class Peer:
-    """What --against can name. settings: see the program's module. own_environment: whether `make peers` is needed."""
+    """What --against can name; "fp32" is this engine, to compare formats.
+
+    Attributes:
+        settings: see the program's module. own_environment: whether `make peers` is needed.
+    """
 
     program: str
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -49,6 +53,7 @@ class Peer:
 # overlap with, which a CPU does not have.
 _BUCKETS = {"reduce_bucket_size": 5_000_000, "stage3_prefetch_bucket_size": 5_000_000, "overlap_comm": False}
 PEERS = {
+    "fp32": Peer("vitruvius", {"flags": ["--precision.dtype", "fp32"]}),
     "fsdp2": Peer("fsdp2", {"reshard_after_forward": None, "prefetch": True}),
     "fsdp2_keep": Peer("fsdp2", {"reshard_after_forward": False, "prefetch": True}),
     "deepspeed": Peer("deepspeed", {"cpu_adam": False, "zero_optimization": _BUCKETS}, own_environment=True),
@@ -214,7 +219,7 @@ def _row(config: Config, program: Program, records: Mapping[str, Record]) -> Row
         "ranks": program.ranks,
         "threads_per_rank": program.threads,
         "global_batch": images,
-        "dtype": config.precision.dtype,
+        "dtype": "fp32" if program.name == "fp32" else config.precision.dtype,
         "matmul": program.task["matmul"],
         "step_time_ms": 1000 * statistics.median(times),
         "images_per_second": images / statistics.median(times),

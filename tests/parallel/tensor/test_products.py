@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from parallel.tensor import products
-from parallel.tensor.products import input_gradient, linear, through_fp32, weight_gradient
+from parallel.tensor.products import attention, input_gradient, linear, through_fp32, weight_gradient
 
 ROWS, WIDTH, OUT = 37, 24, 19
 HALF = (torch.bfloat16, torch.float16)
@@ -66,6 +66,39 @@ def test_a_weight_gradient_goes_into_its_place_in_fp32(dtype: torch.dtype, devic
     rounds = device == CPU and not through_fp32(dtype, device)
     assert_product(out, grads.flatten(0, 1).t(), xs.flatten(0, 1), shares_in=dtype if rounds else None)
     assert bucket.isnan().sum() == 2 * OUT * WIDTH  # its neighbours are untouched
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF])
+def test_attention_against_float64(dtype: torch.dtype, masked: bool, device: torch.device) -> None:
+    """Heads lie after tokens in memory, as the projection leaves them."""
+    q, k, v, grad = (rand(2, 7, 3, 8, dtype=dtype, device=device, seed=i).transpose(1, 2) for i in range(4))
+    mask = rand(2, 1, 7, 7, dtype=torch.float32, device=device, seed=4) > -0.5 if masked else None
+    if mask is not None:
+        mask[..., 0] = True
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    given = [x.detach().requires_grad_() for x in (q, k, v)]
+    scores = (exact[0] @ exact[1].transpose(-1, -2)) / 8**0.5
+    wanted = (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(-1) @ exact[2]
+    out = attention(*given, mask)
+    out.backward(grad)
+    wanted.backward(grad.double())
+    eps = torch.finfo(dtype).eps
+    for a, b in zip([out, *(x.grad for x in given)], [wanted, *(x.grad for x in exact)], strict=True):
+        assert a is not None and b is not None and a.dtype == dtype
+        assert (a.double() - b).abs().max() <= 8 * eps * b.abs().max()
+
+
+def test_attention_keeps_no_scores_and_nothing_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_cpu_flags", lambda: frozenset[str]())
+    for device in (CPU, torch.device("meta")):
+        q, k, v = (torch.empty(2, 3, 50, 8, dtype=torch.bfloat16, device=device).requires_grad_() for _ in range(3))
+        kept: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x) or x, lambda x: x):  # type: ignore[misc]
+            attention(q, k, v)
+        wide = sum(x.numel() for x in kept if x.dtype != torch.bfloat16)
+        assert sum(x.numel() for x in kept) - wide == 4 * q.numel()
+        assert wide < q.numel()  # log-sum-exps, a number per query
 
 
 class Products(TorchDispatchMode):

@@ -1,0 +1,105 @@
+"""The memory that is planned on the meta device against what a step on this machine makes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.assemble import assemble, grid_of
+from engine.config import Config, OptimizerConfig, PrecisionConfig, TrainConfig
+from engine.plan import LiveBytes, plan_memory, states
+from engine.step import Stepper
+from parallel.comm import World
+from parallel.config import ParallelConfig
+from parallel.tensor import products
+from tests.distributed import run_ranks
+from tests.engine.small import flags, small
+from tests.engine.test_scaled import batches_of
+from tools import plan
+
+CPU = torch.device("cpu")
+MEMORY = 1e12
+
+# wide enough for activations to outweigh what is made besides: losses, norms, counts
+MODELS: dict[str, dict[str, Any]] = {
+    "sequential": {"block": "sequential"},
+    "parallel block, class token": {"block": "parallel", "pool": "cls"},
+    "shifted windows, masked": {"attention": "shifted_window", "window_size": 4},
+    "global tokens": {"attention": "global_tokens", "window_size": 4, "global_tokens": 2},
+    "linear": {"attention": "linear"},
+    "gated": {"mlp": "swiglu", "norm": "rmsnorm", "block": "sequential"},
+}
+
+
+def config_of(model: dict[str, Any], dtype: Any = "fp32", world: int = 1, **parallel: Any) -> Config:
+    sizes = {"width": 128, "depth": 3, "num_heads": 4, "image_size": 24, "patch_size": 2}
+    return small(
+        **sizes | model,
+        train=TrainConfig(steps=1, global_batch_size=8),
+        precision=PrecisionConfig(dtype=dtype),
+        optimizer=OptimizerConfig(ema_decay=0.9),
+        parallel=ParallelConfig(**parallel),
+    ).resolve(world)
+
+
+def made_by_a_step(config: Config, world: World) -> tuple[dict[str, int], int]:
+    """Bytes that live for the whole run, and the most that a step holds beside them, its images included."""
+    stepper = Stepper(assemble(config, grid_of(config, world, CPU), CPU, device_memory=MEMORY))
+    batches = batches_of(stepper, 0)
+    held = states(stepper.assembly)
+    with LiveBytes() as counter:
+        stepper.train_step(batches, 1e-3)
+    images = batches[0].images
+    return held, counter.peak + (0 if images is None else images.nbytes)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("model", MODELS)
+def test_a_step_holds_what_was_planned(model: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_cpu_flags", lambda: frozenset({"avx512_bf16"}))  # no detour through fp32
+    config = replace(config_of(MODELS[model], dtype), kernels="reference")
+    planned = plan_memory(config, config.grid_shape(1), 0, MEMORY)
+    held, most = made_by_a_step(config, World())
+    assert held == planned.states
+    assert most == pytest.approx(planned.activations, rel=0.01)
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "data": {},
+    "tensor": {"tensor_parallel_size": 2},
+    "stages": {"pipeline_parallel_size": 2},
+    "sharded gradients": {"zero_stage": 2},
+    "sharded weights": {"zero_stage": 3, "reshard_after_forward": "always", "bucket_mib": 0.1},
+}
+
+
+def made_by_steps(world: World) -> dict[str, tuple[dict[str, int], int]]:
+    return {name: made_by_a_step(config_of({}, world=2, **layout), world) for name, layout in LAYOUTS.items()}
+
+
+def test_ranks_hold_what_was_planned() -> None:
+    for rank, made in enumerate(run_ranks(2, made_by_steps)):
+        for name, (held, _) in made.items():
+            config = config_of({}, world=2, **LAYOUTS[name])
+            planned = plan_memory(config, config.grid_shape(2), rank, MEMORY)
+            # on GPUs, which plans are for, what arrives needs room that shared memory does not
+            assert held.pop("reduction buffers") <= planned.states.pop("reduction buffers")
+            assert held == planned.states, (name, rank)
+
+
+def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A row per ZeRO stage, each with less that lives on, and whether it fits; native kernels are no obstacle."""
+    rows = tmp_path / "rows.json"
+    own = ["--ranks", "8", "--gpu-memory", "1", "--json", str(rows)]
+    plan.main([*own, *flags(kernels="native", model__num_classes="1000")])
+    table = json.loads(rows.read_text())
+    assert [row["zero_stage"] for row in table] == [0, 1, 2, 3]
+    lasting = [row["weights_GB"] + row["gradients_GB"] + row["optimizer_state_GB"] for row in table]
+    assert lasting == sorted(lasting, reverse=True) and lasting[0] == pytest.approx(8 * lasting[3], rel=0.01)
+    assert all(row["fits"] == (row["peak_GB"] <= 1) for row in table)
+    assert "zero_stage" in capsys.readouterr().out
