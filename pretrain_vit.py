@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from engine.cli import parse
 from engine.launch import run_rank
 from engine.trainer import pretrain
-from parallel.comm import World
+from parallel.process_group import World
 
 
 def main(argv: Sequence[str], world: World) -> None:

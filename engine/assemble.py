@@ -20,12 +20,12 @@ from engine.precision import precision_of
 from engine.scaler import LossScaler
 from model import Build, LayerSpec, MicroBatch, Precision, Stage, build_layers
 from model.kernels import Kernels
-from parallel.comm import World
 from parallel.fp8 import Fp8Recipe, Fp8Registry, enable_fp8
 from parallel.grid import Grid, make_grid
 from parallel.layout import ParameterInfo
 from parallel.pipeline import Schedule, build_schedule, partition, validate
 from parallel.pipeline.execution import PipelineExecutor, TensorSpec
+from parallel.process_group import World
 from parallel.sharding import Group, ParameterStore, ShardingPolicy
 from parallel.tensor import TensorParallel
 

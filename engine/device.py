@@ -13,7 +13,7 @@ import torch
 from engine.config import PrecisionConfig
 from engine.errors import ConfigError
 from model.kernels import tune_allocator
-from parallel.comm import World
+from parallel.process_group import World
 
 # Dense peak of matrix products in TFLOP/s without sparsity, from the vendors' data sheets; fp32 without TF32.
 _PEAK_TFLOPS = {

@@ -15,8 +15,9 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from engine.errors import EXIT_DIVERGED, EXIT_DONE, EXIT_FAULT, EXIT_USAGE, ConfigError, DivergedError
-from parallel import comm
-from parallel.comm import PeerLostError, World, read_world
+from parallel import process_group
+from parallel.comm import PeerLostError
+from parallel.process_group import World, read_world
 
 # What a rank that lost contact waits for the cause to be told: by the rank that failed, or by the launcher, which ends
 # the others as soon as one is gone.
@@ -64,7 +65,7 @@ def _leave(code: int, world: World, message: str) -> int:
     could wait for them.
     """
     sys.stdout.flush()
-    if comm.first_to_report("end", world.rank):
+    if process_group.first_to_report("end", world.rank):
         print(message, file=sys.stderr, flush=True)
     return _exit(code, world)
 

@@ -32,8 +32,8 @@ from engine.schedules import check_schedule, factor
 from engine.step import Stepper, StepResult
 from model import build_layers, training_flops
 from model.kernels import Kernels
-from parallel import comm
-from parallel.comm import World
+from parallel import comm, process_group
+from parallel.process_group import World
 
 
 def pretrain(config: Config, world: World) -> None:
@@ -55,7 +55,7 @@ def pretrain(config: Config, world: World) -> None:
     threads, matmul = prepare_cpu(world), set_cpu_matmul(config.precision)
     layers = build_layers(config.model)
 
-    comm.start(world, device, config.parallel.timeout)
+    process_group.start(world, device, config.parallel.timeout)
     grid = grid_of(config, world, device)
     assembly = assemble(config, grid, device, layers, device_memory=memory_share(device, world))
     report = startup_report(
@@ -82,7 +82,7 @@ def pretrain(config: Config, world: World) -> None:
             print(f"TensorBoard {run_dir} (tensorboard --logdir {run_dir})")
         if profiler is not None:
             print(f"traces      {profiler.path.parent}")
-    comm.stop()  # not after a failure: the others may be gone, or waiting
+    process_group.stop()  # not after a failure: the others may be gone, or waiting
 
 
 def prepare_run_dir(run_dir: str | None) -> Path:

@@ -1,4 +1,4 @@
-"""The one door to torch.distributed: starting and ending the process group, and collectives on plain tensors.
+"""Collectives on plain tensors, along the axes of the grid.
 
 Everything the rest of the engine wants moved between ranks goes through here, so backends (gloo on a CPU, NCCL on
 GPUs), API names that differ between torch versions, and the pitfalls of each backend are met in one place:
@@ -15,23 +15,18 @@ its input and touches no group. Legend: T = axis size, rows = dim 0.
 
 from __future__ import annotations
 
-import os
-import re
-import socket
-import subprocess
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel import host, host_collectives
+from parallel import host_collectives
 from parallel.host import Channel
 
 # torch 2.13 renamed these two; 2.11 and 2.12 have the older names only.
@@ -309,183 +304,6 @@ def recv_start(x: Tensor, axis: Axis, source: int) -> Pending:
     """Start receiving into `x` (contiguous) from index `source`; `wait()` returns it filled."""
     assert x.is_contiguous()
     return _call(axis, "recv", x, x, lambda: dist.irecv(x, axis.ranks[source], group=axis.group))
-
-
-# -- the process group -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class World:
-    """Who this process is, before any group exists. Made by `read_world`."""
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    local_size: int = 1
-
-
-def read_world(environ: dict[str, str] | None = None) -> World:
-    """Rank and world size from torchrun's variables, else SLURM's (`srun`), else one process.
-
-    Raises:
-        ValueError: a launcher's variable is not a number, or only some of them are set.
-    """
-    env = os.environ if environ is None else environ
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    if "RANK" not in env and "SLURM_PROCID" in env and env.get("SLURM_NTASKS", "1") != "1":
-        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
-    if names[0] not in env and names[1] not in env:
-        return World()
-    try:
-        rank, size, local_rank = (int(env[name]) for name in names[:3])
-        local_size = int(re.split(r"[(,]", env.get(names[3], "1"))[0])  # SLURM writes 4(x2),3: tasks of each host
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"the launcher's variables {', '.join(names[:3])} must all be integers: {error}") from error
-    return World(rank=rank, size=size, local_rank=local_rank, local_size=local_size)
-
-
-def start(world: World, device: torch.device, timeout_seconds: float) -> None:
-    """Make the process group: NCCL for CUDA, gloo for the CPU. One process makes none.
-
-    Under srun, MASTER_ADDR and MASTER_PORT default to the first host of the job and a port from the job's number.
-    """
-    if world.size == 1:
-        return
-    host, port = _master()
-    os.environ.update(MASTER_ADDR=host, MASTER_PORT=str(port))
-    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        rank=world.rank,
-        world_size=world.size,
-        timeout=timedelta(seconds=timeout_seconds),
-        device_id=device if device.type == "cuda" else None,
-    )
-
-
-def open_channel(
-    group: dist.ProcessGroup, ranks: Sequence[int], index: int, timeout: float, local_size: int
-) -> Channel | None:
-    """Shared memory for the ranks of a group, if they are CPU processes of one host that see each other. Collective.
-
-    Args:
-        local_size: ranks of the whole world on this host, which share its cores.
-    """
-    if dist.get_backend(group) != "gloo":
-        return None
-    token, path, fd, identity = os.urandom(16).hex(), "", -1, None
-    try:
-        identity = host.identity() if host.is_supported() else None
-        if identity is not None and index == 0:
-            path, fd = host.offer(len(ranks), token)
-    except OSError:  # a sandbox may forbid it
-        identity = None
-    infos: list[Any] = [None] * len(ranks)
-    dist.all_gather_object(infos, (identity, os.getpid(), path, token), group=group)
-    channel = None
-    if identity is not None and len({info[0] for info in infos}) == 1:
-        spins = local_size <= len(os.sched_getaffinity(0))
-        try:
-            channel = Channel(infos[0][2], index, [info[1] for info in infos], timeout, infos[0][3], spins=spins)
-        except (OSError, ValueError):  # containers with process numbers of their own: another's memory, or none
-            channel = None
-    opened: list[Any] = [None] * len(ranks)
-    dist.all_gather_object(opened, channel is not None, group=group)
-    if fd >= 0:
-        os.close(fd)
-    return channel if all(opened) else None
-
-
-def release(axis: Axis) -> None:
-    """Destroy the axis's group unless it is the whole world's."""
-    if axis.group is not None and axis.group is not dist.group.WORLD:
-        dist.destroy_process_group(axis.group)
-
-
-def stop() -> None:
-    """End the process group, if there is one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def first_to_report(kind: str, rank: int) -> bool:
-    """Whether this rank is the first to report a `kind` of failure; so that one message, not one per rank, reaches the
-    user. Works before the process group is made, too, and is meant for ranks that are about to end.
-
-    Ranks agree through a key-value store: that of the launcher, which outlives every rank, else that of rank 0. While
-    rank 0 has not opened one, it speaks for all, and the others give it `_STORE_PATIENCE` seconds to open it (which
-    means that all is well with rank 0). If it is gone, every rank reports for itself.
-    """
-    try:
-        store = _report_store(rank)
-        if store is None:
-            return rank == 0
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return bool(store.add(f"vitruvius/{attempt}/{kind}", 1) == 1)
-    except Exception:  # whatever is wrong with the store must not hide the failure itself
-        return True
-
-
-_STORE_PATIENCE = 5.0
-
-
-def _report_store(rank: int) -> dist.Store | None:
-    """The launcher's store, else rank 0's, None if there is none (yet)."""
-    by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    host, port = _master()
-    if dist.is_initialized() and not by_launcher:
-        socket.create_connection((host, port), timeout=1).close()  # the store itself complains at length
-        return dist.distributed_c10d._get_default_store()
-    if rank == 0 and not by_launcher:
-        return None
-    deadline = time.monotonic() + _STORE_PATIENCE
-    while time.monotonic() < deadline:
-        try:
-            socket.create_connection((host, port), timeout=1).close()
-        except OSError:
-            time.sleep(0.2)
-            continue
-        return dist.TCPStore(
-            host, port, is_master=False, timeout=timedelta(seconds=_STORE_PATIENCE), wait_for_workers=False
-        )
-    return None
-
-
-def _master() -> tuple[str, int]:
-    """Where rank 0 is met: as the launcher says, else the first SLURM host and a port from the job's number."""
-    port = os.environ.get("MASTER_PORT") or 20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000
-    return os.environ.get("MASTER_ADDR") or _first_slurm_host(), int(port)
-
-
-def _first_slurm_host() -> str:
-    """Address of the first host of the job step, e.g. of `node[3-7,9]` or `a1,b2`; localhost outside SLURM.
-
-    On one node it is where srun was called. Where a name means nothing to the resolver, `scontrol` knows its address.
-    """
-    launcher = os.environ.get("SLURM_LAUNCH_NODE_IPADDR")
-    if launcher and int(os.environ.get("SLURM_NNODES", "1")) == 1:
-        return launcher
-    hosts = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST") or "127.0.0.1"
-    first = re.split(r",(?![^\[]*\])", hosts)[0]  # at commas outside brackets
-    name = re.sub(r"\[([^],-]*)[^]]*\]", r"\1", first)
-    return name if _resolves(name) else _slurm_address(name)
-
-
-def _resolves(host: str) -> bool:
-    try:
-        socket.getaddrinfo(host, None)
-    except OSError:
-        return False
-    return True
-
-
-def _slurm_address(node: str) -> str:
-    try:
-        shown = subprocess.run(["scontrol", "show", "node", node], capture_output=True, text=True, timeout=10).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        shown = ""
-    found = re.search(r"NodeAddr=(\S+)", shown)
-    return found[1] if found else node
 
 
 def _device_of(axis: Axis) -> torch.device:

@@ -7,14 +7,21 @@ slowest. This is the order of Megatron-LM's `tp-cp-dp-pp`, read from the outside
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from math import prod
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from parallel import comm
-from parallel.comm import Axis, CommMeter, World
+from parallel import host
+from parallel.comm import Axis, CommMeter
+from parallel.host import Channel
+from parallel.process_group import World
 
 AXES = ("pipeline", "data", "context", "tensor")
 
@@ -125,7 +132,8 @@ class Grid:
     def close(self) -> None:
         """Give back the groups (and their threads) of this grid; the world's stays. Collective."""
         for axis in {id(axis.group): axis for axis in self.axes.values()}.values():
-            comm.release(axis)
+            if axis.group is not None and axis.group is not dist.group.WORLD:
+                dist.destroy_process_group(axis.group)
         for axis in self.axes.values():
             axis.forget()
         self.axes.clear()
@@ -136,15 +144,17 @@ class Grid:
         if self.planned:
             pass
         elif len(ranks) == self.shape.world_size > 1:
-            group = torch.distributed.group.WORLD
+            group = dist.group.WORLD
         elif len(ranks) > 1:
             assert self.mesh is not None
             large = tuple(name for name in names if self.shape.sizes[AXES.index(name)] > 1)
             submesh = self.mesh[large] if len(large) == 1 else self.mesh[large]._flatten("+".join(large))
             group = submesh.get_group()
+            # a group of the mesh has torch's own 10 or 30 minutes, whatever the world's has
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=self.timeout), group)
         index, channel = ranks.index(self.rank), None
         if group is not None and self.shared_memory:
-            channel = comm.open_channel(group, ranks, index, self.timeout, self.local_size)
+            channel = _open_channel(group, ranks, index, self.timeout, self.local_size)
         return Axis(
             name="+".join(names), ranks=ranks, index=index, group=group, meter=self.meter, channel=channel,
             planned=self.planned,
@@ -159,12 +169,13 @@ def make_grid(
     shared_memory: bool = True,
     timeout: float = 600.0,
 ) -> Grid:
-    """Make the groups of the grid. Collective; `comm.start` must have been called where there is more than one rank.
+    """Make the groups of the grid. Collective; where there are several ranks, after `process_group.start`.
 
     Args:
         shape: sizes of the axes. world: this process (default: a single one). device: decides the backend (default
         CPU).
-        shared_memory: whether ranks on one host use it instead of TCP (CPU). timeout: in seconds, of that.
+        shared_memory: whether ranks on one host use it instead of TCP (CPU). timeout: seconds that calls along an axis
+            wait for others.
     """
     world = world or World()
     assert shape.world_size == world.size, (shape, world)
@@ -185,3 +196,36 @@ def make_grid(
 def planned_grid(shape: GridShape, rank: int) -> Grid:
     """The grid as `rank` would see it, without any process group, for planning memory: nothing is sent."""
     return Grid(shape=shape, rank=rank, planned=True)
+
+
+def _open_channel(
+    group: dist.ProcessGroup, ranks: Sequence[int], index: int, timeout: float, local_size: int
+) -> Channel | None:
+    """Shared memory for the ranks of a group, if they are CPU processes of one host that see each other. Collective.
+
+    Args:
+        local_size: ranks of the whole world on this host, which share its cores.
+    """
+    if dist.get_backend(group) != "gloo":
+        return None
+    token, path, fd, identity = os.urandom(16).hex(), "", -1, None
+    try:
+        identity = host.identity() if host.is_supported() else None
+        if identity is not None and index == 0:
+            path, fd = host.offer(len(ranks), token)
+    except OSError:  # a sandbox may forbid it
+        identity = None
+    infos: list[Any] = [None] * len(ranks)
+    dist.all_gather_object(infos, (identity, os.getpid(), path, token), group=group)
+    channel = None
+    if identity is not None and len({info[0] for info in infos}) == 1:
+        spins = local_size <= len(os.sched_getaffinity(0))
+        try:
+            channel = Channel(infos[0][2], index, [info[1] for info in infos], timeout, infos[0][3], spins=spins)
+        except (OSError, ValueError):  # containers with process numbers of their own: another's memory, or none
+            channel = None
+    opened: list[Any] = [None] * len(ranks)
+    dist.all_gather_object(opened, channel is not None, group=group)
+    if fd >= 0:
+        os.close(fd)
+    return channel if all(opened) else None

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from parallel import comm
-from parallel.comm import World
+from parallel import process_group
+from parallel.process_group import World
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "engine.trainer", "tests.warm"])
@@ -39,9 +39,9 @@ def _rank_main(function: RankFunction, world: World, port: int, timeout: float, 
     try:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         torch.set_num_threads(1)
-        comm.start(world, torch.device("cpu"), timeout)
+        process_group.start(world, torch.device("cpu"), timeout)
         pipe.send_bytes(pickle.dumps(("result", function(world, *args))))
-        comm.stop()
+        process_group.stop()
     except BaseException:
         pipe.send_bytes(pickle.dumps(("error", traceback.format_exc())))
         os._exit(1)

@@ -23,6 +23,7 @@ ALLOWED = {
 DISTRIBUTED = {
     "parallel/comm.py": "torch.distributed",
     "parallel/grid.py": "torch.distributed",
+    "parallel/process_group.py": "torch.distributed",
     "tools/launch.py": ("torch.distributed.run", "torch.distributed.elastic"),
     # yardsticks, programs of their own that share no process with the engine
     "tools/benchmark/peer_torch.py": "torch.distributed",

@@ -14,7 +14,7 @@ from engine.config import Config
 from engine.errors import ConfigError
 from engine.keys import key_types, nearest, wanted
 from model import StageConfig
-from parallel.comm import World
+from parallel.process_group import World
 from tests.engine.small import flags, small
 
 A_PAIR = "it must be an integer, a list of 2 integers or null"

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from engine.diagnose import Culprit, Watch, first_culprit, watch
 from model import Build, MicroBatch, Stage, build_layers
-from parallel.comm import World, single_axis
+from parallel.comm import single_axis
 from parallel.grid import Grid, GridShape, make_grid
 from parallel.pipeline import build_schedule
 from parallel.pipeline.execution import PipelineExecutor, TensorSpec
+from parallel.process_group import World
 from parallel.tensor import attach_sink, softmax_cross_entropy
 from tests.distributed import run_ranks
 from tests.model.small import TINY, batch_of, real

@@ -14,9 +14,9 @@ from engine.assemble import assemble
 from engine.config import Config, LogConfig, OptimizerConfig, PrecisionConfig, TrainConfig
 from engine.step import Stepper
 from engine.trainer import pretrain
-from parallel.comm import World
 from parallel.config import ParallelConfig
 from parallel.grid import make_grid
+from parallel.process_group import World
 from tests.distributed import run_ranks
 from tests.engine.small import small
 from tests.engine.test_loop import batches

@@ -18,8 +18,9 @@ import pretrain_vit
 from engine import launch
 from engine.errors import DivergedError
 from engine.launch import run_rank
-from parallel import comm
-from parallel.comm import PeerLostError, World
+from parallel import comm, process_group
+from parallel.comm import PeerLostError
+from parallel.process_group import World
 from tests.distributed import free_port
 from tests.engine.small import flags
 
@@ -138,7 +139,7 @@ def test_exit_codes(
 def test_only_the_first_rank_speaks(
     in_a_world_of_two: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(comm, "first_to_report", lambda kind, rank: False)
+    monkeypatch.setattr(process_group, "first_to_report", lambda kind, rank: False)
     for error in (DivergedError(""), PeerLostError(""), OSError("")):
         with pytest.raises(Left):
             fails(error)

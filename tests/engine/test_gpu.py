@@ -12,8 +12,8 @@ from data import TrainStream, build_datasets
 from engine.assemble import assemble
 from engine.device import choose_device
 from engine.step import Stepper
-from parallel.comm import World
 from parallel.grid import make_grid
+from parallel.process_group import World
 from tests.parity.cases import MODELS, Case
 
 

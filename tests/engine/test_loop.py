@@ -22,8 +22,8 @@ from engine.errors import EXIT_DIVERGED, EXIT_DONE, ConfigError, DivergedError
 from engine.launch import run_rank
 from engine.step import Stepper
 from engine.trainer import Loop, pretrain
-from parallel.comm import World
 from parallel.grid import make_grid
+from parallel.process_group import World
 from tests.distributed import run_ranks
 from tests.engine.small import flags, small
 

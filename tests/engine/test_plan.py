@@ -14,8 +14,8 @@ from engine.assemble import assemble, grid_of
 from engine.config import Config, OptimizerConfig, PrecisionConfig, TrainConfig
 from engine.plan import LiveBytes, plan_memory, states
 from engine.step import Stepper
-from parallel.comm import World
 from parallel.config import ParallelConfig
+from parallel.process_group import World
 from parallel.tensor import products
 from tests.distributed import run_ranks
 from tests.engine.small import flags, small

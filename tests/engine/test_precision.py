@@ -15,10 +15,10 @@ from engine.config import Config, OptimizerConfig, PrecisionConfig, TrainConfig
 from engine.errors import ConfigError
 from engine.precision import check_precision
 from engine.step import Stepper, StepResult
-from parallel.comm import World
 from parallel.config import ParallelConfig
 from parallel.grid import make_grid
 from parallel.pipeline.execution import TensorSpec
+from parallel.process_group import World
 from tests.distributed import run_ranks
 from tests.engine.small import small
 from tests.engine.test_loop import batches

@@ -25,9 +25,9 @@ from engine.launch import run_rank
 from engine.metrics import MetricsWriter
 from engine.step import Stepper
 from engine.trainer import Loop
-from parallel.comm import World
 from parallel.config import ParallelConfig
 from parallel.grid import make_grid
+from parallel.process_group import World
 from tests.distributed import run_ranks
 from tests.engine.small import flags, small
 from tests.engine.test_loop import Poisoned

@@ -18,9 +18,10 @@ from model.attention import Attention, rotary_table, rotate
 from model.kinds import KINDS
 from model.sizes import Tokens
 from parallel import comm
-from parallel.comm import Axis, World, single_axis
+from parallel.comm import Axis, single_axis
 from parallel.grid import GridShape, make_grid
 from parallel.layout import split_range
+from parallel.process_group import World
 from tests.distributed import run_ranks
 from tests.model.small import context_axis, real
 from tests.model.test_groups import expected as patches_that_see

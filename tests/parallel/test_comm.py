@@ -8,9 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel import comm
-from parallel.comm import Axis, CommMeter, PeerLostError, World, read_world, single_axis
+from parallel import comm, process_group
+from parallel.comm import Axis, CommMeter, PeerLostError, single_axis
 from parallel.grid import GridShape, make_grid
+from parallel.process_group import World, read_world
 from tests.distributed import run_ranks
 
 
@@ -127,7 +128,7 @@ def _metering(world: World) -> None:
 def _all_of_it(world: World) -> list[bool]:
     _collectives(world)
     _metering(world)
-    return [comm.first_to_report(kind, world.rank) for kind in ("nan", "peer")]
+    return [process_group.first_to_report(kind, world.rank) for kind in ("nan", "peer")]
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -251,18 +252,18 @@ def test_variables_that_make_no_sense(environ: dict[str, str]) -> None:
 def test_first_slurm_host(nodes: str, first: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("SLURM_STEP_NODELIST", "SLURM_LAUNCH_NODE_IPADDR", "SLURM_NNODES"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(comm, "_resolves", lambda _: True)
+    monkeypatch.setattr(process_group, "_resolves", lambda _: True)
     monkeypatch.setenv("SLURM_JOB_NODELIST", nodes)
-    assert comm._first_slurm_host() == first
+    assert process_group._first_slurm_host() == first
     monkeypatch.setenv("SLURM_STEP_NODELIST", "step1")  # the step may have fewer hosts than the job
-    assert comm._first_slurm_host() == "step1"
+    assert process_group._first_slurm_host() == "step1"
     monkeypatch.setenv("SLURM_LAUNCH_NODE_IPADDR", "10.0.0.7")
-    assert comm._first_slurm_host() == "10.0.0.7"
+    assert process_group._first_slurm_host() == "10.0.0.7"
     monkeypatch.setenv("SLURM_NNODES", "2")  # then srun may have been called elsewhere
-    assert comm._first_slurm_host() == "step1"
+    assert process_group._first_slurm_host() == "step1"
 
 
 def test_host_outside_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_LAUNCH_NODE_IPADDR"):
         monkeypatch.delenv(name, raising=False)
-    assert comm._first_slurm_host() == "127.0.0.1"
+    assert process_group._first_slurm_host() == "127.0.0.1"

@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from parallel import comm
-from parallel.comm import Axis, World, single_axis
+from parallel.comm import Axis, single_axis
 from parallel.context import attend_everywhere, exchange, heads_to_tokens, share_first, sum_over, tokens_to_heads
 from parallel.grid import GridShape, make_grid
 from parallel.layout import split_range
+from parallel.process_group import World
 from tests.distributed import run_ranks
 
 

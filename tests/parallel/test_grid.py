@@ -1,5 +1,6 @@
 """Ranks and coordinates against numpy's reshape, and groups that reduce over the ranks they should."""
 
+import time
 from itertools import combinations, product
 
 import numpy as np
@@ -8,8 +9,9 @@ import torch
 import torch.distributed as dist
 
 from parallel import comm
-from parallel.comm import World
+from parallel.comm import PeerLostError
 from parallel.grid import AXES, GridShape, make_grid, planned_grid, shape_for_world
+from parallel.process_group import World
 from tests.distributed import run_ranks
 
 SUBSETS = [names for count in range(1, 5) for names in combinations(AXES, count)]
@@ -71,6 +73,23 @@ def test_groups_reduce_over_their_ranks() -> None:
             assert total == sum(2.0**r for r in ranks), (rank, names)
             assert ranks[index] == rank
             assert alone == (len(ranks) == 1)
+
+
+def _wait_for_nobody(world: World) -> list[float]:
+    """Rank 0 comes to its axes, the others do not."""
+    grid, waited = make_grid(GridShape(data=2, tensor=2), world, shared_memory=False, timeout=1.0), []
+    for name in ("data", "tensor"):
+        start = time.monotonic()
+        if world.rank == 0:
+            with pytest.raises(PeerLostError, match=f"{name} axis"):
+                comm.all_reduce(torch.ones(2), grid.along(name))
+        waited.append(time.monotonic() - start)
+    dist.barrier()  # the others stay meanwhile
+    return waited
+
+
+def test_every_axis_has_the_time_out_of_the_grid() -> None:
+    assert all(seconds < 20 for seconds in run_ranks(4, _wait_for_nobody, timeout=60)[0])
 
 
 def test_one_process_makes_no_group() -> None:

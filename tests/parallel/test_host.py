@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from parallel import comm, host
-from parallel.comm import Axis, PeerLostError, World
+from parallel.comm import Axis, PeerLostError
 from parallel.grid import GridShape, make_grid
 from parallel.host import SLOT_BYTES, SLOTS
+from parallel.process_group import World
 from tests.distributed import run_ranks
 
 FLOATS = SLOT_BYTES // 4

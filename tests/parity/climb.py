@@ -21,8 +21,8 @@ from engine.schedules import factor
 from engine.step import Stepper
 from model import ModelConfig, build_layers
 from parallel import comm
-from parallel.comm import World
 from parallel.grid import make_grid
+from parallel.process_group import World
 from parallel.sharding.gather import Buffer, Gatherer
 from tests.parity.cases import STEPS, Case
 

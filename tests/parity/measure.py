@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from functools import cache
 
-from parallel.comm import World
+from parallel.process_group import World
 from tests.distributed import run_ranks
 from tests.parity.cases import Case, cases
 from tests.parity.climb import Climb, climb, climb_all

@@ -24,7 +24,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel.comm import World
+from parallel.process_group import World
 from tests.distributed import run_ranks
 from tests.parity.cases import MODELS, Case
 from tests.parity.climb import Climb, climb, climb_all

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from engine.schedules import factor
 from engine.step import Stepper
-from parallel.comm import World
 from parallel.layout import info_of
+from parallel.process_group import World
 from tests.distributed import run_ranks
 from tests.parity import plain_vit
 from tests.parity.cases import MODELS, STEPS, Case, cases

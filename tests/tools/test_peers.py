@@ -13,7 +13,7 @@ import torch
 from engine.config import Config, TrainConfig
 from engine.errors import ConfigError
 from model import ModelConfig, VisionTransformer
-from parallel.comm import World
+from parallel.process_group import World
 from tools.benchmark import peers
 from tools.benchmark.eager_vit import EagerSizes, EagerViT, name_in_vitruvius, parameter_groups
 from tools.benchmark.peer_coordinator import PEERS, check_plain

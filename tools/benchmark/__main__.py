@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from engine.launch import run_rank
-from parallel.comm import World
+from parallel.process_group import World
 
 BENCHMARKS = {
     "context": "full attention over ranks that share an image: all-to-all against a ring",

@@ -28,7 +28,7 @@ from model import Build, MicroBatch, ModelConfig, StageConfig, VisionTransformer
 from model.attention import Attention
 from model.kernels import tune_allocator
 from model.kinds import KINDS
-from parallel.comm import World
+from parallel.process_group import World
 from tools.benchmark.bench import seconds, started
 from tools.benchmark.table import Row, show
 

@@ -16,8 +16,8 @@ from engine.assemble import Assembly, assemble, grid_of
 from engine.cli import parse
 from engine.config import Config
 from engine.device import choose_device, prepare_cpu, set_cpu_matmul, synchronise
-from parallel import comm
-from parallel.comm import World
+from parallel import process_group
+from parallel.process_group import World
 
 _GEMM = 2048
 
@@ -51,12 +51,12 @@ def started(config: Config, world: World, distinct_batches: int = 2) -> Iterator
     device = choose_device(config.device, world)
     prepare_cpu(world)
     set_cpu_matmul(config.precision)
-    comm.start(world, device, config.parallel.timeout)
+    process_group.start(world, device, config.parallel.timeout)
     try:
         assembly = assemble(config, grid_of(config, world, device), device)
         yield Bench(config, world, assembly, list(islice(_stream(assembly).steps(0), distinct_batches)))
     finally:
-        comm.stop()
+        process_group.stop()
 
 
 def _stream(a: Assembly) -> TrainStream:

@@ -20,9 +20,10 @@ from torch import Tensor
 from engine.device import prepare_cpu
 from model import Build, ModelConfig
 from model.attention import FullAttention
-from parallel import comm
-from parallel.comm import Axis, World
+from parallel import comm, process_group
+from parallel.comm import Axis
 from parallel.grid import GridShape, make_grid
+from parallel.process_group import World
 from tools.benchmark.bench import seconds
 from tools.benchmark.table import show
 
@@ -90,7 +91,7 @@ def main(argv: Sequence[str], world: World) -> None:
     options = parser.parse_args(argv)
     cpu = torch.device("cpu")
     prepare_cpu(world)
-    comm.start(world, cpu, 600.0)
+    process_group.start(world, cpu, 600.0)
     axis = make_grid(GridShape(context=world.size), world).context
     side = int(options.tokens**0.5)
     config = ModelConfig(
@@ -124,4 +125,4 @@ def main(argv: Sequence[str], world: World) -> None:
             for name, t in times.items()
         ]
         show(rows, options.json)
-    comm.stop()
+    process_group.stop()

@@ -8,8 +8,8 @@ from data import Batch
 from engine.assemble import assemble, grid_of
 from engine.device import choose_device, prepare_cpu, set_cpu_matmul
 from engine.step import Stepper
-from parallel import comm
-from parallel.comm import read_world
+from parallel import process_group
+from parallel.process_group import read_world
 from tools.benchmark.bench import read_config
 from tools.benchmark.peer_programs import Step, Task
 
@@ -21,7 +21,7 @@ def vitruvius(task: Task) -> Step:
     device = choose_device("cpu", world)
     prepare_cpu(world)
     set_cpu_matmul(config.precision)
-    comm.start(world, device, config.parallel.timeout)
+    process_group.start(world, device, config.parallel.timeout)
     stepper = Stepper(assemble(config, grid_of(config, world, device), device))
     batches = [
         [Batch(images, labels, sample_ids=torch.arange(len(labels)), weights=torch.ones(len(labels)))]

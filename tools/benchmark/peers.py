@@ -37,7 +37,7 @@ from engine.device import set_cpu_matmul
 from engine.errors import ConfigError
 from engine.step import Stepper
 from parallel import comm
-from parallel.comm import World
+from parallel.process_group import World
 from tools.benchmark.bench import Bench, read_config, seconds, started
 from tools.benchmark.eager_vit import EagerSizes, EagerViT, parameter_groups
 from tools.benchmark.peer_coordinator import PEERS, Options, check_plain, compare

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from parallel.comm import World
+from parallel.process_group import World
 from tools.benchmark.recipes import Trained, train
 from tools.benchmark.table import Row, show
 

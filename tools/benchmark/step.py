@@ -16,7 +16,7 @@ from engine.device import peak_memory_bytes, peak_tflops
 from engine.step import Stepper
 from model import training_flops
 from parallel import comm
-from parallel.comm import World
+from parallel.process_group import World
 from tools.benchmark.bench import Bench, gemm_tflops, read_config, seconds, started
 from tools.benchmark.table import Row, show
 

@@ -18,7 +18,7 @@ import torch
 
 from engine.cli import parse
 from model import MicroBatch, VisionTransformer
-from parallel.comm import World
+from parallel.process_group import World
 from tools.benchmark.attention import kept_bytes
 from tools.benchmark.recipes import train
 from tools.benchmark.table import Row, show

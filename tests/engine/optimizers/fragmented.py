@@ -13,9 +13,10 @@ from torch import Tensor
 
 from engine.optimizers import Optimizer, make_optimizer
 from model.kernels import Kernels
-from parallel.comm import World, single_axis
+from parallel.comm import single_axis
 from parallel.grid import GridShape, make_grid
 from parallel.layout import Init, ParameterInfo, TensorLayout
+from parallel.process_group import World
 from parallel.sharding.fragments import Fragment, Fragments, Group, Holding, Span
 
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from engine.optimizers.chunks import chunks, own_chunks
-from parallel.comm import World, single_axis
+from parallel.comm import single_axis
 from parallel.grid import GridShape, make_grid
 from parallel.layout import TensorLayout
+from parallel.process_group import World
 from parallel.sharding.exchange import Block, Exchange, Matrix, blocks, deal, matrix_shapes
 from tests.distributed import run_ranks
 from tests.engine.optimizers.fragmented import SPECS, Layout, logical, make_fragments, set_gradients

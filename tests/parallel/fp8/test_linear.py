@@ -11,9 +11,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from parallel import comm
-from parallel.comm import World, single_axis
+from parallel.comm import single_axis
 from parallel.fp8 import Fp8Products, Fp8Recipe, Fp8Registry, NativeBackend, enable_fp8
 from parallel.grid import GridShape, make_grid
+from parallel.process_group import World
 from parallel.tensor import (
     ColumnParallelLinear,
     RowParallelLinear,

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel.comm import World, single_axis
+from parallel.comm import single_axis
 from parallel.fp8 import Fp8Recipe, Fp8Registry, Fp8State, NativeBackend
 from parallel.grid import GridShape, make_grid
+from parallel.process_group import World
 from tests.distributed import run_ranks
 
 CPU, ALONE = torch.device("cpu"), single_axis("data+context+tensor")

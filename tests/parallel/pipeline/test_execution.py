@@ -5,10 +5,11 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from parallel.comm import World, single_axis
+from parallel.comm import single_axis
 from parallel.grid import Grid, GridShape, make_grid
 from parallel.pipeline import Action, Schedule, build_schedule, forward_only, insert_communication, validate
 from parallel.pipeline.execution import PipelineExecutor, TensorSpec
+from parallel.process_group import World
 from parallel.sharding import ParameterStore, ShardingPolicy
 from parallel.tensor import ColumnParallelLinear, no_tensor_parallel
 from tests.distributed import run_ranks

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from parallel.comm import World
 from parallel.grid import Grid, GridShape, make_grid
 from parallel.pipeline import Schedule, build_schedule, forward_only
+from parallel.process_group import World
 from parallel.sharding import ParameterStore
 from parallel.tensor import ColumnParallelLinear, no_tensor_parallel
 from tests.distributed import run_ranks

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from parallel import comm
-from parallel.comm import Axis, World
+from parallel.comm import Axis
 from parallel.grid import GridShape, make_grid
+from parallel.process_group import World
 from parallel.sharding import ParameterStore
 from parallel.tensor import ColumnParallelLinear, no_tensor_parallel
 from tests.distributed import run_ranks

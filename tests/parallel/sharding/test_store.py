@@ -13,9 +13,10 @@ from torch import Tensor
 from engine.optimizers import AdamW, Constants, GroupOptions
 from model import Build, LayerSpec, ModelConfig, Stage, build_layers
 from model.kernels import Kernels
-from parallel.comm import Axis, World
+from parallel.comm import Axis
 from parallel.grid import Grid, GridShape, make_grid
 from parallel.layout import TensorLayout
+from parallel.process_group import World
 from parallel.random import fill, key
 from parallel.sharding import Fragment, Group, Holding, ParameterStore
 from parallel.tensor import TensorParallel

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from model import Build, MicroBatch, ModelConfig
 from model.blocks import BLOCKS
 from parallel import comm
-from parallel.comm import World
 from parallel.grid import GridShape, make_grid
 from parallel.layout import attach_info, info_of
+from parallel.process_group import World
 from parallel.tensor import (
     ColumnParallelLinear,
     RowParallelLinear,

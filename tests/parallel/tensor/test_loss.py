@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from parallel.comm import Axis, World, single_axis
+from parallel.comm import Axis, single_axis
 from parallel.grid import GridShape, make_grid
 from parallel.layout import split_range
+from parallel.process_group import World
 from parallel.tensor import LOSSES, top_class
 from tests.distributed import run_ranks
 

@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 from parallel import comm
-from parallel.comm import Axis, World, single_axis
+from parallel.comm import Axis, single_axis
 from parallel.grid import GridShape, make_grid
+from parallel.process_group import World
 from parallel.tensor import TensorParallel, copy_in, enter, gather_rows, leave, no_tensor_parallel, slice_rows
 from parallel.tensor.rows import pad_rows, sum_start
 from tests.distributed import run_ranks
