@@ -1,0 +1,63 @@
+"""Whole layers frozen by their factories: the rest trains alike in every layout, where a stage trains nothing, too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from engine.assemble import assemble, grid_of
+from engine.config import TrainConfig
+from engine.step import Stepper
+from model import Build, build_layers
+from parallel.config import ParallelConfig
+from parallel.process_group import World
+from tests.distributed import run_ranks
+from tests.engine.small import small
+from tests.engine.test_scaled import batches_of
+
+FIRST, LAST = ("embed", "blocks.0", "blocks.1"), ("blocks.2", "blocks.3", "head")
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "data": {},
+    "a stage with nothing to train": {"pipeline_parallel_size": 2},
+    "sharded gradients": {"zero_stage": 2, "bucket_mib": 0.001},
+    "sharded weights": {"zero_stage": 3, "bucket_mib": 0.001, "reshard_after_forward": "always"},
+}
+
+
+def frozen(factory: Callable[[Build], nn.Module]) -> Callable[[Build], nn.Module]:
+    return lambda build: factory(build).requires_grad_(False)
+
+
+def train(world: World, names: tuple[str, ...], layout: dict[str, Any]) -> tuple[list[float], dict[str, Tensor]]:
+    """Losses and norms of three steps, and what this rank's weights then are, less what they were."""
+    train = TrainConfig(steps=3, global_batch_size=8, micro_batch_size=4)
+    config = small(parallel=ParallelConfig(**layout), train=train).resolve(world.size)
+    layers = build_layers(config.model)
+    layers = [replace(spec, factory=frozen(spec.factory)) if spec.name in names else spec for spec in layers]
+    cpu = torch.device("cpu")
+    stepper = Stepper(assemble(config, grid_of(config, world, cpu), cpu, layers))
+    store = stepper.assembly.store
+    before = {name: value.clone() for name, value in store.local_values().items()}
+    results = [stepper.train_step(batches_of(stepper, step), 1e-2) for step in range(3)]
+    seen = [number for result in results for number in (result.loss, float(result.grad_norm))]
+    return seen, {name: value - before[name] for name, value in store.local_values().items()}
+
+
+@pytest.mark.parametrize("names", [FIRST, LAST], ids=["first", "last"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_frozen_stays_and_the_rest_trains_alike(layout: str, names: tuple[str, ...]) -> None:
+    wanted, changes = train(World(), names, {})
+    made: dict[str, Tensor] = {}
+    for seen, part in run_ranks(2, train, names, LAYOUTS[layout]):
+        assert seen == pytest.approx(wanted, rel=1e-5)
+        made |= part
+    assert made.keys() == changes.keys()
+    for name, change in made.items():
+        is_frozen = name.startswith(tuple(f"{layer}." for layer in names))
+        assert change.any() != is_frozen, name
+        torch.testing.assert_close(change, changes[name], rtol=1e-3, atol=1e-5)
