@@ -1,8 +1,8 @@
 """What a run would allocate on a rank, found by building it and stepping through it on the meta device.
 
 Nothing here repeats what the engine does: weights, gradients, optimizer state and buffers are the tensors that
-`assemble` makes, and activations those that forward and backward of the stage make, counted while they live. Matrix
-products and kernels run in their plain PyTorch forms, so temporaries inside a kernel may differ a little.
+`assemble` makes, and activations those that forward and backward of the stage make, counted while they live: those
+that native kernels and fused attention make, unless kernels is reference. Temporaries inside a kernel are not seen.
 """
 
 from __future__ import annotations
@@ -97,7 +97,9 @@ def plan_memory(config: Config, shape: GridShape, rank: int, device_memory: floa
         config: resolved for that world. device_memory: bytes of a rank's device, which
             parallel.reshard_after_forward: auto looks at.
     """
-    grid, config = planned_grid(shape, rank), replace(config, kernels="reference")
+    if config.kernels != "reference":
+        config = replace(config, kernels="native")  # the shapes of what they make are known without them
+    grid = planned_grid(shape, rank)
     assembly = assemble(config, grid, META, build_layers(config.model), device_memory=device_memory)
     live = max(live_activations(assembly.schedule, grid.pipeline.index), default=0)
     return MemoryPlan(

@@ -57,19 +57,23 @@ def _scaled(branch: Tensor, gamma: Tensor | None) -> Tensor:
 
 
 class Activation(nn.Module):
-    """gelu(x + bias) in one pass, or silu(gate) * value of [gate, value] = x + bias (Shazeer 2020)."""
+    """gelu(x + bias) in one pass, or silu(gate) * value of [gate, value] = x + bias (Shazeer 2020).
+
+    The result may be asked for to the right of another tensor.
+    """
 
     def __init__(self, build: Build, kind: str) -> None:
         super().__init__()
         self.kernels, self.kind = build.kernels, kind
         self.approximate = "none" if build.config.gelu == "erf" else "tanh"
 
-    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """[R, M], [M] -> [R, M]; gated: [R, 2 M], [2 M] -> [R, M]."""
+    def forward(self, x: Tensor, bias: Tensor | None, beside: Tensor | None = None) -> Tensor:
+        """[R, M], [M] -> [R, M]; gated: [R, 2 M], [2 M] -> [R, M]; beside [R, D]: -> [R, D + M]."""
         if self.kind == "gelu":
-            return self.kernels.bias_gelu(x, bias, approximate=self.approximate)
+            return self.kernels.bias_gelu(x, bias, approximate=self.approximate, beside=beside)
         gate, value = (x if bias is None else x + bias).chunk(2, -1)
-        return F.silu(gate) * value
+        y = F.silu(gate) * value
+        return y if beside is None else torch.cat([beside, y], 1)
 
 
 def hidden_segments(mlp: int, kind: str) -> tuple[int, ...]:
@@ -164,7 +168,7 @@ class ParallelBlock(nn.Module):
         """[R, D] (or this rank's rows) -> the same shape."""
         y = self.in_proj(self.norm(x), batch.size * self.tokens)
         qkv, hidden = y.split(self.split, 1)
-        branch = torch.cat([self.core(qkv), self.activation(hidden, self.fc1_bias)], 1)
+        branch = self.activation(hidden, self.fc1_bias, beside=self.core(qkv))
         return x + self.drop(_scaled(self.out_proj(branch), self.scale), batch)
 
 

@@ -51,7 +51,8 @@ struct NormBackward {
   bool stream;                // write grad_input past the caches
 };
 
-// y = gelu(x + bias) over [rows, dim], dense; backward like a norm's, with partial sums [chunks, dim] for the bias.
+// y = gelu(x + bias) over [rows, dim]; backward like a norm's, with partial sums [chunks, dim] for the bias. Rows of x, y and grad are
+// a stride apart, those of grad_input dense.
 struct Gelu {
   const void* x;
   const float* bias;  // [dim]
@@ -60,6 +61,7 @@ struct Gelu {
   void* grad_input;   // backward
   float* partial;     // backward
   int64_t rows, dim, chunk_rows;
+  int64_t x_stride, y_stride, grad_stride;
   bool tanh;
   bool stream;  // write y or grad_input past the caches
 };

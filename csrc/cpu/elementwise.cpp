@@ -5,7 +5,7 @@ namespace vit {
 void gelu_forward(Gelu a, DType type, Param bias, int threads) {
   std::vector<float> storage;
   a.bias = as_float(bias, a.dim, 0.0f, storage);
-  a.stream = past_caches(a.y, a.rows * a.dim, a.dim, type);
+  a.stream = past_caches(a.y, a.rows * a.dim, a.dim, type) && past_caches(a.y, a.rows * a.dim, a.y_stride, type);
   const auto leaf = table().gelu_forward[int(type)];
   parallel_for(useful_threads(threads, a.rows * a.dim), a.rows, [&](int64_t begin, int64_t end, int) { leaf(a, begin, end); });
 }

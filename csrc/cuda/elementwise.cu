@@ -34,11 +34,12 @@ template <class T, int N>
 __global__ void gelu_forward_kernel(Gelu a) {
   const int64_t size = a.rows * a.dim, step = int64_t(gridDim.x) * blockDim.x * N;
   for (int64_t i = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * N; i < size; i += step) {
+    const int64_t row = i / a.dim, column = i - row * a.dim;
     float v[N], slope;
-    load<T, N>(static_cast<const T*>(a.x) + i, v);
+    load<T, N>(static_cast<const T*>(a.x) + row * a.x_stride + column, v);
 #pragma unroll
-    for (int j = 0; j < N; ++j) gelu(v[j] + param(a.bias, i % a.dim + j, 0.0f), a.tanh, v[j], slope);
-    store<T, N>(static_cast<T*>(a.y) + i, v);
+    for (int j = 0; j < N; ++j) gelu(v[j] + param(a.bias, column + j, 0.0f), a.tanh, v[j], slope);
+    store<T, N>(static_cast<T*>(a.y) + row * a.y_stride + column, v);
   }
 }
 
@@ -53,8 +54,8 @@ __global__ void gelu_backward_kernel(Gelu a, int64_t chunk_rows, float* partial)
   for (int j = 0; j < N; ++j) bias[j] = param(a.bias, column + j, 0.0f), sum[j] = 0;
   for (int64_t row = begin; row < end; ++row) {
     float x[N], grad[N];
-    load<T, N>(static_cast<const T*>(a.x) + row * a.dim + column, x);
-    load<T, N>(static_cast<const T*>(a.grad) + row * a.dim + column, grad);
+    load<T, N>(static_cast<const T*>(a.x) + row * a.x_stride + column, x);
+    load<T, N>(static_cast<const T*>(a.grad) + row * a.grad_stride + column, grad);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       float value, slope;
@@ -134,7 +135,7 @@ void gelu_forward(const Gelu& a, DType type, cudaStream_t stream) {
     using T = decltype(t);
     constexpr int N = 16 / sizeof(T);
     const int64_t size = a.rows * a.dim;
-    if (a.dim % N == 0 && aligned(a.x) && aligned(a.y))
+    if (a.dim % N == 0 && a.x_stride % N == 0 && a.y_stride % N == 0 && aligned(a.x) && aligned(a.y))
       gelu_forward_kernel<T, N><<<blocks_for(size / N), kThreads, 0, stream>>>(a);
     else
       gelu_forward_kernel<T, 1><<<blocks_for(size), kThreads, 0, stream>>>(a);
@@ -148,7 +149,8 @@ void gelu_backward(const Gelu& a, DType type, Output grad_bias, cudaStream_t str
   dispatch(type, [&](auto t) {
     using T = decltype(t);
     constexpr int N = 16 / sizeof(T);
-    const bool fast = a.dim % N == 0 && aligned(a.x) && aligned(a.grad) && aligned(a.grad_input);
+    const bool fast = a.dim % N == 0 && a.x_stride % N == 0 && a.grad_stride % N == 0 && aligned(a.x) && aligned(a.grad) &&
+                      aligned(a.grad_input);
     const int64_t columns = fast ? a.dim / N : a.dim;
     const dim3 blocks{unsigned((columns + kThreads - 1) / kThreads), unsigned(chunks)};
     if (fast)

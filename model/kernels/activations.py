@@ -1,4 +1,8 @@
-"""Native bias + GELU as torch operators. Kept for the backward pass: x and the bias."""
+"""Native bias + GELU as torch operators. Kept for the backward pass: x and the bias.
+
+The result can be put beside another tensor, as the input of one matrix product (ViT-22B's parallel block), and x may be
+a slice of the output of one: neither is copied.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,43 +13,50 @@ from torch import Tensor
 from . import native
 from .registry import LIBRARY, differentiable
 
-LIBRARY.define("bias_gelu(Tensor x, Tensor? bias, bool tanh) -> Tensor")
+LIBRARY.define("bias_gelu(Tensor x, Tensor? bias, bool tanh, Tensor? beside=None) -> Tensor")
 LIBRARY.define(
     "bias_gelu_backward(Tensor grad, Tensor x, Tensor? bias, bool tanh) -> (Tensor grad_input, Tensor grad_bias)"
 )
 
 
-def _empty(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+def _empty(x: Tensor, beside: Tensor | None = None) -> Tensor:
+    width = x.shape[-1] + (0 if beside is None else beside.shape[-1])
+    return torch.empty((*x.shape[:-1], width), dtype=x.dtype, device=x.device)
 
 
 def _rows(x: Tensor) -> tuple[int, int]:
     return x.numel() // x.shape[-1], x.shape[-1]
 
 
-def _forward(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
-    y = _empty(x)
-    x, bias = x.contiguous(), None if bias is None else bias.contiguous()
+def _forward(x: Tensor, bias: Tensor | None, tanh: bool, beside: Tensor | None = None) -> Tensor:
+    whole = y = _empty(x, beside)
+    if beside is not None:
+        left = beside.shape[-1]
+        whole[..., :left].copy_(beside)
+        y = whole[..., left:]
+    (x, x_stride), (y, y_stride), bias = native.rows(x), native.rows(y), None if bias is None else bias.contiguous()
     module, where = native.target(x)
     module.bias_gelu_forward(
-        native.address(x), *native.pointer(bias), native.address(y), *_rows(x), native.DTYPE_CODE[x.dtype], tanh, where
-    )
-    return y
+        native.address(x), x_stride, *native.pointer(bias), native.address(y), y_stride, *_rows(x),
+        native.DTYPE_CODE[x.dtype], tanh, where,
+    )  # fmt: skip
+    return whole
 
 
 def _backward(grad: Tensor, x: Tensor, bias: Tensor | None, tanh: bool) -> tuple[Tensor, Tensor]:
     grad_input, grad_bias = grads = _fake_backward(grad, x, bias, tanh)
-    grad, x, bias = grad.contiguous(), x.contiguous(), None if bias is None else bias.contiguous()
+    (grad, grad_stride), (x, x_stride) = native.rows(grad), native.rows(x)
+    bias = None if bias is None else bias.contiguous()
     module, where = native.target(x)
     module.bias_gelu_backward(
-        native.address(grad), native.address(x), *native.pointer(bias), native.address(grad_input),
-        *native.pointer(grad_bias), *_rows(x), native.DTYPE_CODE[x.dtype], tanh, where,
+        native.address(grad), grad_stride, native.address(x), x_stride, *native.pointer(bias),
+        native.address(grad_input), *native.pointer(grad_bias), *_rows(x), native.DTYPE_CODE[x.dtype], tanh, where,
     )  # fmt: skip
     return grads
 
 
-def _fake_forward(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
-    return _empty(x)
+def _fake_forward(x: Tensor, bias: Tensor | None, tanh: bool, beside: Tensor | None = None) -> Tensor:
+    return _empty(x, beside)
 
 
 def _fake_backward(grad: Tensor, x: Tensor, bias: Tensor | None, tanh: bool) -> tuple[Tensor, Tensor]:
@@ -53,14 +64,15 @@ def _fake_backward(grad: Tensor, x: Tensor, bias: Tensor | None, tanh: bool) -> 
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, bias, ctx.tanh = inputs
+    x, bias, ctx.tanh, beside = inputs
+    ctx.left = 0 if beside is None else beside.shape[-1]
     ctx.save_for_backward(x, bias)
 
 
 def _differentiate(backward: Callable[..., Any], ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, bias = ctx.saved_tensors
-    grad_input, grad_bias = backward(grad, x, bias, ctx.tanh)
-    return grad_input, None if bias is None else grad_bias, None
+    grad_input, grad_bias = backward(grad[..., ctx.left :], x, bias, ctx.tanh)
+    return grad_input, None if bias is None else grad_bias, None, grad[..., : ctx.left] if ctx.left else None
 
 
 bias_gelu = differentiable(

@@ -189,12 +189,19 @@ class Kernels(Selection):
             return packed.unflatten(-1, (3, num_heads, -1)).unbind(-3)
         return qk.qk_norm(packed, q_weight, k_weight, num_heads, eps, rms)[:3]
 
-    def bias_gelu(self, x: Tensor, bias: Tensor | None = None, *, approximate: str = "none") -> Tensor:
-        """gelu(x + bias). x: [..., D]; bias: [D] or None; approximate: `none` (erf) or `tanh`."""
-        checks.gelu_input(x, bias, approximate)
+    def bias_gelu(
+        self, x: Tensor, bias: Tensor | None = None, *, approximate: str = "none", beside: Tensor | None = None
+    ) -> Tensor:
+        """gelu(x + bias), or [beside, gelu(x + bias)] in one tensor, as the input of one product.
+
+        x: [..., D], perhaps a slice of wider rows; bias: [D] or None; approximate: `none` (erf) or `tanh`;
+        beside: [..., E] -> [..., E + D].
+        """
+        checks.gelu_input(x, bias, approximate, beside)
         if self._native("bias_gelu_forward", x, bias):
-            return activations.bias_gelu(x, bias, approximate == "tanh")
-        return reference.bias_gelu(x, bias, approximate == "tanh")
+            return activations.bias_gelu(x, bias, approximate == "tanh", beside)
+        y = reference.bias_gelu(x, bias, approximate == "tanh")
+        return y if beside is None else torch.cat([beside, y], -1)
 
     def patch_merge(
         self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-6

@@ -140,8 +140,8 @@ def qk_input(packed: object, heads: int, q_weight: Tensor | None, k_weight: Tens
     _positive_eps(eps)
 
 
-def gelu_input(x: object, bias: Tensor | None, approximate: str) -> None:
-    """x: [..., D], bias: [D]."""
+def gelu_input(x: object, bias: Tensor | None, approximate: str, beside: Tensor | None = None) -> None:
+    """x: [..., D], bias: [D], beside: [..., E]."""
     checked = tensor("x", x)
     floating("x", checked)
     if checked.dim() == 0 or checked.shape[-1] == 0:
@@ -149,6 +149,12 @@ def gelu_input(x: object, bias: Tensor | None, approximate: str) -> None:
     _vector("bias", bias, checked.shape[-1], checked)
     if approximate not in ("none", "tanh"):
         raise ValueError(f"approximate: '{approximate}' is not one of none, tanh")
+    if beside is None:
+        return
+    same_device("beside", beside, "x", checked)
+    same_dtype("beside", beside, "x", checked)
+    if beside.shape[:-1] != checked.shape[:-1]:
+        raise ValueError(f"beside: shape {list(beside.shape)} has other rows than x of {list(checked.shape)}")
 
 
 def merge_input(x: object, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:

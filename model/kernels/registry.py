@@ -24,7 +24,7 @@ def differentiable(
 
     A plain tensor outside a compiler goes to an autograd.Function that calls the kernel itself: the dispatcher and
     registered autograd of torch.library take about 50 microseconds more per forward and backward, as long as a small
-    LayerNorm. Compilers and fake tensors see the operator. Gradients of gradients are refused either way.
+    LayerNorm. Compilers, fake and meta tensors see the operator. Gradients of gradients are refused either way.
 
     Args:
         name: of the operator.
@@ -59,7 +59,7 @@ def differentiable(
             return differentiate(backward, ctx, *grads)
 
     def choose(x: Tensor, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
+        if torch.compiler.is_compiling() or x.is_meta or type(x) not in (Tensor, torch.nn.Parameter):
             return call(x, *args)
         return Direct.apply(x, *args)
 

@@ -39,6 +39,8 @@ class Selection:
         """Whether the module's `function` serves these tensors; under `native` a ValueError where it does not."""
         if self.backend == "reference":
             return False
+        if x.is_meta and self.backend != "native":
+            return False
         problem = self._obstacle(function, x, *others, out=out)
         if problem and self.backend == "native":
             raise ValueError(f"{problem}; kernels 'auto' or 'reference' run it in plain PyTorch")
@@ -69,10 +71,11 @@ class Selection:
     @staticmethod
     def _obstacle(function: str, x: Tensor, *others: Tensor | None, out: torch.dtype | None) -> str | None:
         module = native.module_for(x.device)
-        if module is None:
-            return f"x: {native.why_missing(x.device)}"
-        if not hasattr(module, function):
-            return f"{function}: the native {x.device.type} module has no such kernel"
+        if not x.is_meta:  # there, what a kernel keeps is known without one
+            if module is None:
+                return f"x: {native.why_missing(x.device)}"
+            if not hasattr(module, function):
+                return f"{function}: the native {x.device.type} module has no such kernel"
         for t in (x, *others):
             if t is not None and t.dtype not in native.DTYPE_CODE:
                 return f"dtype: {t.dtype} has no native kernel, only {checks.FLOATS} have"

@@ -20,6 +20,7 @@ from parallel.tensor import products
 from tests.distributed import run_ranks
 from tests.engine.small import flags, small
 from tests.engine.test_scaled import batches_of
+from tests.model.kernels.kernel_cases import needs_cpu_module
 from tools import plan
 
 CPU = torch.device("cpu")
@@ -36,11 +37,13 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def config_of(model: dict[str, Any], dtype: Any = "fp32", world: int = 1, **parallel: Any) -> Config:
+def config_of(
+    model: dict[str, Any], dtype: Any = "fp32", world: int = 1, *, train: TrainConfig | None = None, **parallel: Any
+) -> Config:
     sizes = {"width": 128, "depth": 3, "num_heads": 4, "image_size": 24, "patch_size": 2}
     return small(
         **sizes | model,
-        train=TrainConfig(steps=1, global_batch_size=8),
+        train=train or TrainConfig(steps=1, global_batch_size=8),
         precision=PrecisionConfig(dtype=dtype),
         optimizer=OptimizerConfig(ema_decay=0.9),
         parallel=ParallelConfig(**parallel),
@@ -58,11 +61,13 @@ def made_by_a_step(config: Config, world: World) -> tuple[dict[str, int], int]:
     return held, counter.peak + (0 if images is None else images.nbytes)
 
 
+@needs_cpu_module
+@pytest.mark.parametrize("kernels", ["native", "reference"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("model", MODELS)
-def test_a_step_holds_what_was_planned(model: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_holds_what_was_planned(model: str, dtype: str, kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "_cpu_flags", lambda: frozenset({"avx512_bf16"}))  # no detour through fp32
-    config = replace(config_of(MODELS[model], dtype), kernels="reference")
+    config = replace(config_of(MODELS[model], dtype), kernels=kernels)
     planned = plan_memory(config, config.grid_shape(1), 0, MEMORY)
     held, most = made_by_a_step(config, World())
     assert held == planned.states
@@ -90,6 +95,18 @@ def test_ranks_hold_what_was_planned() -> None:
             # on GPUs, which plans are for, what arrives needs room that shared memory does not
             assert held.pop("reduction buffers") <= planned.states.pop("reduction buffers")
             assert held == planned.states, (name, rank)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("axis", ["tensor", "context", "pipeline"])
+def test_every_layout_can_be_planned(axis: str, model: str) -> None:
+    """A rank of two has about half the activations of one."""
+    alone = config_of(MODELS[model], train=TrainConfig(steps=1, global_batch_size=8, micro_batch_size=8))
+    whole = plan_memory(alone, alone.grid_shape(1), 0, MEMORY).activations
+    config = config_of(MODELS[model], world=2, train=alone.train, **{f"{axis}_parallel_size": 2})
+    for rank in range(2):
+        planned = plan_memory(config, config.grid_shape(2), rank, MEMORY)
+        assert 0.3 * whole < planned.activations < 0.75 * whole, planned
 
 
 def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

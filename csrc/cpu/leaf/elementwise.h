@@ -30,8 +30,8 @@ inline void gelu(F s, F& value, F& slope) {
 template <class T, bool TANH>
 void gelu_forward_rows(const vit::Gelu& a, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
-    const T* x = (const T*)a.x + row * a.dim;
-    T* y = (T*)a.y + row * a.dim;
+    const T* x = (const T*)a.x + row * a.x_stride;
+    T* y = (T*)a.y + row * a.y_stride;
     columns(a.dim, [&](int64_t i, auto kind) VIT_INLINE {
       F value, slope;
       gelu<TANH>(take(x + i, kind) + load(a.bias + i, kind), value, slope);
@@ -44,7 +44,7 @@ void gelu_forward_rows(const vit::Gelu& a, int64_t begin, int64_t end) {
 template <class T, bool TANH>
 void gelu_backward_rows(const vit::Gelu& a, int64_t begin, int64_t end, float* dbias) {
   for (int64_t row = begin; row < end; ++row) {
-    const T *x = (const T*)a.x + row * a.dim, *grad = (const T*)a.grad + row * a.dim;
+    const T *x = (const T*)a.x + row * a.x_stride, *grad = (const T*)a.grad + row * a.grad_stride;
     T* out = (T*)a.grad_input + row * a.dim;
     columns(a.dim, [&](int64_t i, auto kind) VIT_INLINE {
       F value, slope;

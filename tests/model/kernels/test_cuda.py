@@ -29,6 +29,7 @@ CASES: dict[str, tuple[Callable[[Kernels], Op], list[tuple[int, ...]]]] = {
     "add_layer_norm": (lambda k: lambda *a: flat(k.add_layer_norm(*a)), [(50, 96), (50, 96), (96,), (96,)]),
     "qk_norm": (lambda k: lambda x, a, b: flat(k.qk_norm(x, 3, a, b)), [(4, 50, 576), (64,), (64,)]),
     "bias_gelu": (lambda k: k.bias_gelu, [(130, 67), (67,)]),
+    "bias_gelu_beside": (lambda k: lambda x, b: k.bias_gelu(x, b, beside=-x[..., :24]), [(130, 67), (67,)]),
     "bias_gelu_tanh": (lambda k: lambda x, b: k.bias_gelu(x, b, approximate="tanh"), [(130, 64), (64,)]),
     "patch_merge": (lambda k: k.patch_merge, [(3, 10, 14, 24), (96,), (96,)]),
     **{

@@ -28,6 +28,11 @@ def gelu(approximate: str) -> Case:
     return lambda kernels: lambda x, bias: kernels.bias_gelu(x, bias, approximate=approximate)
 
 
+def gelu_beside(kernels: Kernels) -> Callable[..., Tensor]:
+    """To the right of a tensor that has a gradient, too."""
+    return lambda x, bias: kernels.bias_gelu(x, bias, beside=-x[..., :24])
+
+
 def qk(heads: int, rms: bool = False) -> Case:
     """q, k, v side by side, so that one gradient reaches all three."""
     return lambda kernels: lambda packed, a, b: torch.cat(kernels.qk_norm(packed, heads, a, b, rms=rms), dim=-1)
@@ -40,6 +45,8 @@ def merge(kernels: Kernels) -> Callable[..., Tensor]:
 CASES: dict[str, tuple[Case, Callable[[torch.dtype], list[Tensor]]]] = {
     "gelu": (gelu("none"), lambda t: [randn(130, 67, dtype=t), randn(67, seed=1)]),
     "gelu_tanh": (gelu("tanh"), lambda t: [randn(130, 67, dtype=t), randn(67, seed=1)]),
+    "gelu_beside": (gelu_beside, lambda t: [randn(130, 67, dtype=t), randn(67, seed=1)]),
+    "gelu_beside_aligned": (gelu_beside, lambda t: [randn(2, 65, 64, dtype=t), randn(64, seed=1)]),
     "qk_norm": (qk(3), lambda t: [randn(4, 50, 3 * 3 * 20, dtype=t), randn(20, seed=1), randn(20, seed=2)]),
     "qk_rms_norm": (qk(2, rms=True), lambda t: [randn(70, 3 * 2 * 64, dtype=t), randn(64, seed=1), randn(64, seed=2)]),
     "patch_merge": (merge, lambda t: [randn(3, 10, 14, 19, dtype=t), randn(76, seed=1), randn(76, seed=2)]),
@@ -167,6 +174,9 @@ def test_patch_merge_order() -> None:
         (lambda: bias_gelu(torch.tensor(1.0)), "x: expected"),
         (lambda: bias_gelu(torch.ones(2, 3), torch.ones(3, device="meta")), "bias: on device"),
         (lambda: bias_gelu(torch.ones(2, 3), approximate="sigmoid"), "approximate: 'sigmoid'"),
+        (lambda: bias_gelu(torch.ones(2, 3), beside=torch.ones(3, 3)), "beside: shape"),
+        (lambda: bias_gelu(torch.ones(2, 3), beside=torch.ones(2, 3).half()), "beside: dtype"),
+        (lambda: bias_gelu(torch.ones(2, 3), beside=torch.ones(2, 3, device="meta")), "beside: on device"),
         (lambda: qk_norm(torch.ones(2, 20), 2), "packed: the last dimension"),
         (lambda: qk_norm(torch.ones(2, 24), 0), "num_heads: "),
         (lambda: qk_norm(torch.ones(2, 24), 2, torch.ones(5)), "q_weight: expected shape"),
