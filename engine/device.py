@@ -25,7 +25,8 @@ _PEAK_TFLOPS = {
 
 
 def choose_device(wanted: str, world: World) -> torch.device:
-    """The device of this rank; each local rank takes the GPU of its number.
+    """The device of this rank; each local rank takes the GPU of its number, or the only one that SLURM shows its task
+    (`--gpus-per-task 1`).
 
     Raises:
         ConfigError: CUDA is asked for where there is none, or a host has more ranks than GPUs.
@@ -34,12 +35,14 @@ def choose_device(wanted: str, world: World) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ConfigError("device is cuda, but torch sees no CUDA device here: use device auto or cpu")
-    if world.local_rank >= torch.cuda.device_count():
+    count = torch.cuda.device_count()
+    own = 0 if count == 1 and "SLURM_GPUS_PER_TASK" in os.environ else world.local_rank
+    if own >= count:
         raise ConfigError(
-            f"local rank {world.local_rank} has no GPU of its own: this host has {torch.cuda.device_count()}; "
-            "start one rank per GPU, or use device cpu"
+            f"local rank {own} has no GPU of its own: this process sees {count}; start one rank per GPU (srun: "
+            "--gpus-per-node with as many as tasks), or use device cpu"
         )
-    device = torch.device("cuda", world.local_rank)
+    device = torch.device("cuda", own)
     torch.cuda.set_device(device)
     return device
 
@@ -55,17 +58,20 @@ def prepare_cpu(world: World) -> int:
     return torch.get_num_threads()
 
 
-def set_cpu_matmul(config: PrecisionConfig) -> str:
-    """Choose the library of fp32 matrix products on a CPU; returns its name.
+def set_matmul(config: PrecisionConfig, device: torch.device) -> str:
+    """Have fp32 products taken in full fp32, without TF32; returns the library that takes them.
 
-    torch's precision "high" means oneDNN, which on a CPU without TF32 units keeps full fp32 accuracy and is over twice
-    as fast as MKL on AMD processors; "medium" would round to bf16 where the processor can, and is never used.
+    On a CPU torch's precision "high" means oneDNN, which without TF32 units keeps full fp32 accuracy and is over twice
+    as fast as MKL on AMD processors with AVX2; "medium" would round to bf16 where the processor can, and is never used.
     """
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False  # convolutions have a switch of their own, which is on
+        return "cublas"
     wanted = config.cpu_matmul
     if wanted == "auto":
         wanted = "onednn" if _cpu_vendor() == "AuthenticAMD" else "mkl"
     torch.set_float32_matmul_precision("high" if wanted == "onednn" else "highest")
-    torch.backends.cuda.matmul.allow_tf32 = False
     return wanted
 
 

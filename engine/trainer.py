@@ -20,7 +20,7 @@ from engine.device import (
     peak_memory_bytes,
     peak_tflops,
     prepare_cpu,
-    set_cpu_matmul,
+    set_matmul,
     synchronise,
 )
 from engine.errors import ConfigError, DivergedError
@@ -52,7 +52,7 @@ def pretrain(config: Config, world: World) -> None:
     device = choose_device(config.device, world)
     check_precision(config.precision, device)
     check_kernels(Kernels(config.kernels), device)
-    threads, matmul = prepare_cpu(world), set_cpu_matmul(config.precision)
+    threads, matmul = prepare_cpu(world), set_matmul(config.precision, device)
     layers = build_layers(config.model)
 
     process_group.start(world, device, config.parallel.timeout)

@@ -139,7 +139,7 @@ def _watched(axis: Axis, kind: str, tensor: Tensor | None = None) -> Iterator[No
     start = time.perf_counter()
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, torch.AcceleratorError):  # this rank's own trouble
         raise
     except RuntimeError as error:
         raise PeerLostError(f"{kind} along the {axis.name} axis {axis.ranks} failed: {error}") from error
@@ -287,14 +287,14 @@ def gather_objects(value: object, axis: Axis) -> list[Any]:
 
 def barrier(axis: Axis) -> None:
     """Return when every rank of the axis has come here."""
-    all_reduce(torch.zeros(1, device=_device_of(axis)), axis)
+    all_reduce(torch.zeros(1, device=_device_of(axis)), axis).item()  # waits for a GPU, too
 
 
 def send_start(x: Tensor, axis: Axis, to: int) -> Pending:
     """Start sending `x` (contiguous; unchanged until waited for) to index `to`.
 
-    Unbatched, so that NCCL uses a communicator of the two ranks alone; sends and receives between two ranks must be
-    posted in one order on both (parallel.pipeline.validation checks it).
+    NCCL carries all messages of a rank along an axis in the order in which they are posted, sends and receives alike
+    (the group's communicator exists, so unbatched calls make none of two ranks); parallel.pipeline.graph counts on it.
     """
     x = x.contiguous()
     return _call(axis, "send", x, x, lambda: dist.isend(x, axis.ranks[to], group=axis.group))

@@ -28,9 +28,9 @@ PY
 
 step build 200 env VITRUVIUS_CUDA=1 "$py" setup.py build_ext --inplace
 step tests 180 "$py" -m pytest -m gpu
-step kernels 60 "$py" -m tools.benchmark kernels --json "$out/kernels.json"
+step kernels 60 "$py" -m tools.benchmark kernels --device cuda --json "$out/kernels.json"
 step vit_l 90 "$py" -m tools.benchmark step --config configs/vit_l16.yaml --data.kind synthetic \
-  --train.global_batch_size 64 --train.micro_batch_size 64 --json "$out/vit_l.json"
+  --precision.dtype bf16 --train.global_batch_size 64 --train.micro_batch_size 64 --json "$out/vit_l.json"
 for dtype in bf16 fp8; do # a ViT-22B block at its own width, four of them: 1.8 G parameters
   step "block_22b_$dtype" 60 "$py" -m tools.benchmark step --config configs/vit_22b.yaml --data.kind synthetic \
     --parallel.tensor_parallel_size 1 --parallel.zero_stage 0 --model.depth 4 --model.num_classes 1000 \

@@ -1,6 +1,8 @@
 """The compiled modules: loading them, and what they are told about tensors (element types, thread count, stream)."""
 
 import importlib
+import re
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -27,15 +29,29 @@ cuda, cuda_error = _load("_cuda")
 
 def module_for(device: torch.device) -> ModuleType | None:
     """The compiled module that serves tensors on `device`, if there is one."""
-    return {"cpu": cpu, "cuda": cuda}.get(device.type)
+    if device.type == "cuda":
+        return None if _too_old(device.index) else cuda
+    return cpu if device.type == "cpu" else None
+
+
+@cache
+def _too_old(index: int | None) -> str:
+    """Why a GPU cannot run what was compiled, "" if it can: code for a capability runs there and on later ones."""
+    if cuda is None or not torch.cuda.is_available():
+        return ""
+    major, minor = torch.cuda.get_device_capability(index)
+    lowest = min(int(number) for number in re.findall(r"sm_(\d+)", cuda.architectures()))
+    if 10 * major + minor >= lowest:
+        return ""
+    return f"its kernels are compiled for {cuda.architectures()}, and this GPU is sm_{major}{minor}"
 
 
 def why_missing(device: torch.device) -> str:
     """Why `module_for` gave None, as the end of a sentence, with the cure where there is one."""
-    error = {"cpu": cpu_error, "cuda": cuda_error}.get(device.type)
+    error = {"cpu": cpu_error, "cuda": cuda_error or _too_old(device.index)}.get(device.type)
     if error is None:
         return f"there are no native kernels for device type '{device.type}'"
-    return f"the native {device.type} module is not loaded ({error}); {HOW_TO_BUILD}"
+    return f"the native {device.type} module cannot be used ({error}); {HOW_TO_BUILD}"
 
 
 def target(x: Tensor) -> tuple[ModuleType, int]:

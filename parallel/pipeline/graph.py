@@ -1,9 +1,10 @@
 """What waits for what in a schedule: the one graph that is validated, timed, and used to place communication.
 
 A node is the place of an action, or the arrival of a message. An action waits for the one before it on its rank and
-for the data it reads. A message arrives once both its ends are posted and the message before it between the same two
-ranks has arrived: sends are rendezvous, and two ranks share one ordered channel, as NCCL's point-to-point calls do
-when they are not batched. A schedule can run exactly when this graph has no cycle.
+for the data it reads. A message arrives once both its ends are posted and the message before it has arrived: sends are
+rendezvous. "Before it" is between the same two ranks (gloo) or, on either of its ranks, whomever that was with (NCCL:
+where a group's communicator exists, messages that are not batched go one after the other with all else of the group).
+A schedule can run exactly when this graph has no cycle; the second has all edges of the first.
 """
 
 from __future__ import annotations
@@ -65,8 +66,11 @@ def input_receive(action: Action, schedule: Schedule) -> Action | None:
             return None
 
 
-def dependency_graph(schedule: Schedule) -> Graph:
+def dependency_graph(schedule: Schedule, *, one_channel: bool = False) -> Graph:
     """Every node of a schedule with the nodes it waits for.
+
+    Args:
+        one_channel: whether all messages of a rank share a channel, or those with each other rank have their own.
 
     Where a remote input has no receive, as in a compute order, its message takes the way of an ideal link: it arrives
     when the remote action is done, and queues behind no other.
@@ -76,7 +80,7 @@ def dependency_graph(schedule: Schedule) -> Graph:
     """
     graph: Graph = {}
     for rank, program in enumerate(schedule.ranks):
-        last_arrival: dict[int, Arrival] = {}  # per peer rank
+        last_arrival: dict[int, Arrival] = {}  # per channel
         for position, action in enumerate(program):
             place = Place(rank, position)
             waits_for = graph.setdefault(place, [])
@@ -96,10 +100,10 @@ def dependency_graph(schedule: Schedule) -> Graph:
             if action.kind.is_message:
                 arrival = Arrival(action.counterpart if action.kind.is_send else action)
                 graph.setdefault(arrival, []).append(place)
-                peer = schedule.peer(action)
-                if peer in last_arrival:
-                    graph[arrival].append(last_arrival[peer])
-                last_arrival[peer] = arrival
+                channel = -1 if one_channel else schedule.peer(action)
+                if channel in last_arrival:
+                    graph[arrival].append(last_arrival[channel])
+                last_arrival[channel] = arrival
     return graph
 
 

@@ -24,7 +24,7 @@ def validate(schedule: Schedule, *, activation_budget: float | None = None) -> N
     * On each rank, results stand before what reads them. With the rules above, the count of live activations is then
       never negative and ends at zero.
     * Any two ranks post the messages between them in the same order, and the graph of data, programs and rendezvous
-      messages has no cycle.
+      messages has no cycle, even if all messages of a rank go one after the other.
     * No rank's peak of live activations, in units of its share of one micro-batch, is above ``activation_budget``.
 
     Raises:
@@ -35,7 +35,7 @@ def validate(schedule: Schedule, *, activation_budget: float | None = None) -> N
     _check_messages(schedule)
     _check_program_order(schedule)
     _check_channel_order(schedule)
-    execution_order(schedule, dependency_graph(schedule))
+    execution_order(schedule, dependency_graph(schedule, one_channel=True))
     _check_activations(schedule, activation_budget)
 
 

@@ -18,7 +18,7 @@ import pretrain_vit
 from engine import launch
 from engine.errors import DivergedError
 from engine.launch import run_rank
-from parallel import comm, process_group
+from parallel import process_group
 from parallel.comm import PeerLostError
 from parallel.process_group import World
 from tests.distributed import free_port
@@ -44,7 +44,7 @@ def in_a_world_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "read_world", lambda: World(size=2, local_size=2))
     monkeypatch.setattr(launch.os, "_exit", leave)
     monkeypatch.setattr(launch, "_GRACE_SECONDS", 0.0)
-    monkeypatch.setattr(comm, "start", lambda *args: pytest.fail("a process group was made before the check"))
+    monkeypatch.setattr(process_group, "start", lambda *args: pytest.fail("a process group was made before the check"))
 
 
 BAD_INPUT = [

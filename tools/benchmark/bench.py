@@ -15,9 +15,11 @@ from data import Batch, DataConfig, TrainStream, build_datasets
 from engine.assemble import Assembly, assemble, grid_of
 from engine.cli import parse
 from engine.config import Config
-from engine.device import choose_device, prepare_cpu, set_cpu_matmul, synchronise
+from engine.device import choose_device, prepare_cpu, set_matmul, synchronise
+from engine.precision import DTYPES
 from parallel import process_group
 from parallel.process_group import World
+from parallel.tensor.products import linear
 
 _GEMM = 2048
 
@@ -50,7 +52,7 @@ def started(config: Config, world: World, distinct_batches: int = 2) -> Iterator
     config = config.resolve(world.size)
     device = choose_device(config.device, world)
     prepare_cpu(world)
-    set_cpu_matmul(config.precision)
+    set_matmul(config.precision, device)
     process_group.start(world, device, config.parallel.timeout)
     try:
         assembly = assemble(config, grid_of(config, world, device), device)
@@ -90,8 +92,10 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def gemm_tflops(device: torch.device, rounds: int = 7) -> float:
-    """This rank's measured rate of fp32 matrix products of 2048 x 2048, all ranks at it at once; the median."""
-    a, b = torch.randn(2, _GEMM, _GEMM, device=device)
-    times = [seconds(lambda: a @ b, device) for _ in range(rounds)]
+def gemm_tflops(device: torch.device, dtype: str, rounds: int = 7) -> float:
+    """This rank's measured rate of matrix products of 2048 x 2048 in the run's format (fp8: bf16), all ranks at it at
+    once; the median.
+    """
+    a, b = torch.randn(2, _GEMM, _GEMM, device=device).to(DTYPES[dtype])
+    times = [seconds(lambda: linear(a, b), device) for _ in range(rounds)]
     return 2 * _GEMM**3 / statistics.median(times[1:]) / 1e12

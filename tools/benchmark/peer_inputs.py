@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from engine.config import Config
-from engine.device import set_cpu_matmul
+from engine.device import set_matmul
 from model import VisionTransformer
 from tools.benchmark.eager_vit import EagerSizes, EagerViT, name_in_vitruvius
 from tools.benchmark.peer_programs import Task
@@ -29,7 +29,7 @@ def make_task(config: Config, ranks: int, flags: Sequence[str], folder: Path) ->
         program="",
         sizes=asdict(sizes),
         dtype=config.precision.dtype,
-        matmul=set_cpu_matmul(config.precision),
+        matmul=set_matmul(config.precision, torch.device("cpu")),
         lr=_LR,
         betas=config.optimizer.betas,
         eps=config.optimizer.eps,

@@ -84,7 +84,7 @@ def adamw(model: nn.Module, task: Task) -> torch.optim.Optimizer:
 
 
 def set_matmul(task: Task) -> None:
-    """As engine.device.set_cpu_matmul."""
+    """As engine.device.set_matmul."""
     torch.set_float32_matmul_precision("high" if task.matmul == "onednn" else "highest")
 
 

@@ -6,7 +6,7 @@ import torch
 
 from data import Batch
 from engine.assemble import assemble, grid_of
-from engine.device import choose_device, prepare_cpu, set_cpu_matmul
+from engine.device import choose_device, prepare_cpu, set_matmul
 from engine.step import Stepper
 from parallel import process_group
 from parallel.process_group import read_world
@@ -20,7 +20,7 @@ def vitruvius(task: Task) -> Step:
     config = read_config([*task.flags, *task.settings.get("flags", ())]).resolve(world.size)
     device = choose_device("cpu", world)
     prepare_cpu(world)
-    set_cpu_matmul(config.precision)
+    set_matmul(config.precision, device)
     process_group.start(world, device, config.parallel.timeout)
     stepper = Stepper(assemble(config, grid_of(config, world, device), device))
     batches = [

@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data import Batch
 from engine.assemble import Assembly, assemble
-from engine.device import set_cpu_matmul
+from engine.device import set_matmul
 from engine.errors import ConfigError
 from engine.step import Stepper
 from parallel import comm
@@ -95,7 +95,7 @@ def main(argv: Sequence[str], world: World) -> None:
                 "ranks": world.size,
                 "threads_per_rank": torch.get_num_threads(),
                 "global_batch": images,
-                "matmul": set_cpu_matmul(bench.config.precision),
+                "matmul": set_matmul(bench.config.precision, bench.device),
             }
             rows = [
                 {

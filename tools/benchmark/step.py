@@ -38,7 +38,7 @@ def measure(bench: Bench, steps: int, warmup: int) -> Row:
     """Medians over steps; communication is the mean share over ranks, memory the largest rank's. Collective."""
     a, config = bench.assembly, bench.config
     stepper, meter = Stepper(a), a.grid.meter
-    rates = comm.gather_objects(gemm_tflops(bench.device), a.grid.world)
+    rates = comm.gather_objects(gemm_tflops(bench.device, config.precision.dtype), a.grid.world)
     times: list[float] = []
     waited: list[float] = []
     for step in range(warmup + steps):

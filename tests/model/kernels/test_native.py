@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -89,3 +90,19 @@ def test_tune_allocator_reports_success() -> None:
 def test_tune_allocator_without_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "cpu", None)
     assert tune_allocator() is False
+
+
+@pytest.mark.parametrize(("capability", "runs"), [((7, 5), False), ((8, 0), True), ((8, 6), True), ((12, 0), True)])
+def test_a_gpu_older_than_the_code(
+    capability: tuple[int, int], runs: bool, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """`auto` must not launch what the GPU has no code for."""
+    monkeypatch.setattr(native, "cuda", SimpleNamespace(architectures=lambda: "sm_80, sm_90a"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    native._too_old.cache_clear()
+    request.addfinalizer(native._too_old.cache_clear)
+    gpu = torch.device("cuda", 0)
+    assert (native.module_for(gpu) is native.cuda) == runs
+    if not runs:
+        assert "compiled for sm_80, sm_90a, and this GPU is sm_75" in native.why_missing(gpu)

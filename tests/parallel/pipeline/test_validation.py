@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from parallel.pipeline import Schedule, ScheduleError, build_schedule, validate
+from parallel.pipeline.graph import dependency_graph, execution_order
 
 GOOD = """
     0F0 0SEND_F0 0RECV_B0 0B0
@@ -116,6 +117,23 @@ def test_deadlock_around_three_ranks() -> None:
     """
     with pytest.raises(ScheduleError, match=r"can make no progress \(deadlock\): .*arrival of 3RECV_F0"):
         validate(Schedule.from_text(text, stage_to_rank=(0, 1, 2, 0)))
+
+
+def test_messages_with_different_ranks_go_one_after_the_other() -> None:
+    """As on NCCL. Rank 0 sends its third micro-batch before it takes its first back from rank 2, which has yet to send
+    it on before it takes the second from rank 1, which has yet to send that before it takes the third from rank 0.
+    """
+    text = """
+        0F0 0SEND_F0 0F1 0SEND_F1 0F2 0SEND_F2 3RECV_F0 3F0 3RECV_F1 3F1 3RECV_F2 3F2
+        1RECV_F0 1F0 1SEND_F0 1RECV_F1 1F1 1SEND_F1 1RECV_F2 1F2 1SEND_F2
+        2RECV_F0 2F0 2SEND_F0 2RECV_F1 2F1 2SEND_F1 2RECV_F2 2F2 2SEND_F2
+    """
+    schedule = Schedule.from_text(text, stage_to_rank=(0, 1, 2, 0))
+    assert execution_order(schedule, dependency_graph(schedule))  # with a channel per pair of ranks it would run
+    with pytest.raises(ScheduleError, match=r"can make no progress \(deadlock\): .*arrival of 1RECV_F2"):
+        validate(schedule)
+    early = text.replace("0F2 0SEND_F2 3RECV_F0", "3RECV_F0 0F2 0SEND_F2")
+    validate(Schedule.from_text(early, stage_to_rank=(0, 1, 2, 0)))
 
 
 def test_activation_budget() -> None:
