@@ -34,13 +34,20 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 
 def through_fp32(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether products of this format are taken through fp32 on this device.
-
-    For attention, too: forward + backward of scaled_dot_product_attention on [8, 6, 197, 64] takes 125 ms in bf16 and
-    195 in fp16 where fp32 takes 30, conversions included. Where there are instructions, it is left to torch: in ms, as
-    it is against through fp32, 33 : 28 there, 37 : 38 on [2, 16, 256, 88], 319 : 389 on [2, 16, 1024, 64].
-    """
+    """Whether products of this format are taken through fp32 on this device."""
     return device.type == "cpu" and dtype in _INSTRUCTIONS and not _INSTRUCTIONS[dtype] & _cpu_flags()
+
+
+def attends_through_fp32(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether attention in this format is computed in fp32 on this device: unless its processor multiplies tiles of it.
+
+    Forward + backward of scaled_dot_product_attention on [8, 6, 197, 64] takes 125 ms in bf16 and 195 in fp16 on a core
+    with AVX2, and 33 in bf16 with AVX-512 for bf16, where through fp32 it takes 30 and 28 (38 against 37 on
+    [2, 16, 256, 88], 389 against 319 on [2, 16, 1024, 64]); and torch rounds probabilities and their gradients to bf16,
+    which makes the gradients' errors twice as large.
+    """
+    tiles = {torch.bfloat16: "amx_bf16", torch.float16: "amx_fp16"}
+    return device.type == "cpu" and dtype in tiles and tiles[dtype] not in _cpu_flags()
 
 
 @cache
@@ -90,7 +97,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
         bias = None if mask is None else mask.to(q.dtype)
         out: Tensor = _efficient(q, k, v, bias, compute_log_sumexp=True)[0]
         return out
-    if through_fp32(q.dtype, q.device):
+    if attends_through_fp32(q.dtype, q.device):
         return _WideAttention.apply(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 

@@ -66,7 +66,9 @@ def made_by_a_step(config: Config, world: World) -> tuple[dict[str, int], int]:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("model", MODELS)
 def test_a_step_holds_what_was_planned(model: str, dtype: str, kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "_cpu_flags", lambda: frozenset({"avx512_bf16"}))  # no detour through fp32
+    monkeypatch.setattr(
+        products, "_cpu_flags", lambda: frozenset({"avx512_bf16", "amx_bf16"})
+    )  # no detour through fp32
     config = replace(config_of(MODELS[model], dtype), kernels=kernels)
     planned = plan_memory(config, config.grid_shape(1), 0, MEMORY)
     held, most = made_by_a_step(config, World())

@@ -11,11 +11,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from parallel.tensor import products
-from parallel.tensor.products import attention, input_gradient, linear, through_fp32, weight_gradient
+from parallel.tensor.products import (
+    attends_through_fp32,
+    attention,
+    input_gradient,
+    linear,
+    through_fp32,
+    weight_gradient,
+)
 
 ROWS, WIDTH, OUT = 37, 24, 19
 HALF = (torch.bfloat16, torch.float16)
-NATIVE = frozenset({"avx512_bf16", "avx512_fp16"})
+NATIVE = frozenset({"avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16"})
 CPU = torch.device("cpu")
 
 
@@ -132,10 +139,14 @@ def test_a_cpu_multiplies_what_its_instructions_can(
 def test_only_half_precision_on_a_cpu_is_widened(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "_cpu_flags", lambda: frozenset({"avx512_bf16", "amx_bf16"}))
     assert through_fp32(torch.float16, CPU) and not through_fp32(torch.bfloat16, CPU)
+    assert attends_through_fp32(torch.float16, CPU) and not attends_through_fp32(torch.bfloat16, CPU)
+    monkeypatch.setattr(products, "_cpu_flags", lambda: frozenset({"avx512_bf16"}))
+    assert attends_through_fp32(torch.bfloat16, CPU) and not through_fp32(torch.bfloat16, CPU)
     for dtype in (torch.float32, torch.float64):
-        assert not through_fp32(dtype, CPU)
+        assert not through_fp32(dtype, CPU) and not attends_through_fp32(dtype, CPU)
     for device in ("cuda", "meta"):
         assert not through_fp32(torch.float16, torch.device(device))
+        assert not attends_through_fp32(torch.float16, torch.device(device))
 
 
 def test_flags_of_this_host_are_words() -> None:
