@@ -10,9 +10,10 @@ layouts round independently, which doubles the square. So the first gradient of 
 with K about 20 for each layer: ten operations forward and ten backward (16-bit formats), or, where linears multiply in
 8 bits, 5 linears x 2 operands, forward in e4m3 and backward with gradients in e5m2, whose e is twice as large. The cube
 in focused linear attention makes three times as much of what is rounded before it; with half of the roundings there,
-NOISE doubles. It doubles, too, where attention is left to torch's kernel, which rounds probabilities and their
-gradients: their errors are twice those of one rounding (parallel.tensor.products.attends_through_fp32). A loss moves by that times the part of the logits that differs between classes (0.2 at such an age, of
-losses of 2.3), and rounding averages out over 16 images: 0.2 / 2.3 / 4, about a fiftieth of NOISE.
+NOISE doubles. In 16 bits it doubles, too, where attention is left to torch's kernel, which rounds probabilities and
+their gradients: errors are twice those of one rounding then (parallel.tensor.products.attends_through_fp32). A loss
+moves by that times the part of the logits that differs between classes (0.2 at such an age, of losses of 2.3), and
+rounding averages out over 16 images: 0.2 / 2.3 / 4, about a fiftieth of NOISE.
 """
 
 from __future__ import annotations
@@ -50,10 +51,12 @@ E4M3, E5M2 = torch.finfo(torch.float8_e4m3fn).eps, torch.finfo(torch.float8_e5m2
 def noise(case: Case) -> float:
     """NOISE, as above."""
     blocks, focused = MODELS[case.model].resolve().sizes.depth, MODELS[case.model].feature_map == "focused"
-    half = torch.float16 if case.precision == "fp16" else torch.bfloat16
-    factor = (2 if focused else 1) * (1 if attends_through_fp32(half, torch.device("cpu")) else 2)
+    factor = 2 if focused else 1
     if case.precision == "fp8":
         return factor * sqrt(2 * 5 * blocks * (2 * E4M3**2 + E4M3**2 + E5M2**2) / 12)
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}[case.precision]
+    if not attends_through_fp32(half, torch.device("cpu")):
+        factor *= 2
     return factor * sqrt(2 * 20 * (blocks + 2) / 12) * torch.finfo(half).eps
 
 
