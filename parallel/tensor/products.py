@@ -28,6 +28,8 @@ from torch.nn import functional as F
 # these instructions does not count: oneDNN emulates bf16 there, and has no fp16.
 _INSTRUCTIONS = {torch.bfloat16: {"avx512_bf16", "amx_bf16"}, torch.float16: {"avx512_fp16", "amx_fp16"}}
 
+_PART = 1 << 19  # 2 MiB in fp32
+
 _efficient = torch.ops.aten._scaled_dot_product_efficient_attention
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -42,9 +44,9 @@ def attends_through_fp32(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether attention in this format is computed in fp32 on this device: unless its processor multiplies tiles of it.
 
     Forward + backward of scaled_dot_product_attention on [8, 6, 197, 64] takes 125 ms in bf16 and 195 in fp16 on a core
-    with AVX2, and 33 in bf16 with AVX-512 for bf16, where through fp32 it takes 30 and 28 (38 against 37 on
-    [2, 16, 256, 88], 389 against 319 on [2, 16, 1024, 64]); and torch rounds probabilities and their gradients to bf16,
-    which makes the gradients' errors twice as large.
+    with AVX2, where through fp32 it takes 30. With AVX-512 for bf16, through fp32 takes 0.66 of the time of torch's
+    bf16 there, 0.76 on [32, 6, 197, 64], 0.38 on [256, 6, 49, 64], 0.92 on [2, 16, 256, 88], 1.3 on [2, 16, 1024, 64];
+    and torch rounds probabilities and their gradients to bf16, which makes the gradients' errors twice as large.
     """
     tiles = {torch.bfloat16: "amx_bf16", torch.float16: "amx_fp16"}
     return device.type == "cpu" and dtype in tiles and tiles[dtype] not in _cpu_flags()
@@ -103,24 +105,41 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
 
 
 class _WideAttention(torch.autograd.Function):
-    """In fp32, while what is kept for backward stays in the operands' format."""
+    """In fp32, a few images at a time, so that they stay in the caches and little is held in fp32; what is kept for
+    backward is in the operands' format.
+    """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """[B, h, P, K], [B, h, S, K] twice, [B, 1, P, S] -> [B, h, P, K]."""
         bias = None if mask is None else torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)
-        out, log_sums = _flash(q.float(), k.float(), v.float(), attn_mask=bias)
-        out = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, log_sums, bias)
+        out, log_sums = torch.empty_like(q), []
+        for part in _parts(q, k):
+            own = None if bias is None else bias[part]
+            wide, sums = _flash(q[part].float(), k[part].float(), v[part].float(), attn_mask=own)
+            out[part] = wide
+            log_sums.append(sums)
+        ctx.save_for_backward(q, k, v, out, bias, *log_sums)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Of q, k and v."""
-        q, k, v, out, log_sums, bias = ctx.saved_tensors
-        wide = (x.float() for x in (grad, q, k, v, out))
-        grads = _flash_backward(*wide, log_sums, 0.0, False, attn_mask=bias)
-        return *(x.to(q.dtype) for x in grads), None
+        q, k, v, out, bias, *log_sums = ctx.saved_tensors
+        grads = [torch.empty_like(x) for x in (q, k, v)]
+        for part, sums in zip(_parts(q, k), log_sums, strict=True):
+            wide = (x[part].float() for x in (grad, q, k, v, out))
+            own = None if bias is None else bias[part]
+            for whole, given in zip(grads, _flash_backward(*wide, sums, 0.0, False, attn_mask=own), strict=True):
+                whole[part] = given
+        return *grads, None
+
+
+def _parts(q: Tensor, k: Tensor) -> list[slice]:
+    """Images [0, B) in runs of at most _PART queries' or keys' numbers, or one by one."""
+    each = max(q.numel(), k.numel()) // max(1, len(q))
+    size = max(1, _PART // max(1, each))
+    return [slice(start, start + size) for start in range(0, len(q), size)]
 
 
 def _product_into(a: Tensor, b: Tensor, out: Tensor | None, accumulate: bool) -> Tensor:

@@ -108,6 +108,23 @@ def test_attention_keeps_no_scores_and_nothing_wide(monkeypatch: pytest.MonkeyPa
         assert wide < q.numel()  # log-sum-exps, a number per query
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_of_a_few_images_at_a_time(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_cpu_flags", lambda: frozenset[str]())
+    q, k, v, grad = (rand(7, 3, 5, 8, dtype=torch.bfloat16, device=CPU, seed=i) for i in range(4))
+    mask = (rand(7, 1, 5, 5, dtype=torch.float32, device=CPU, seed=4) > 0) | torch.eye(5).bool() if masked else None
+    found = []
+    for part in (2 * 3 * 5 * 8, 1, 1 << 19):  # two images at a time, one, all
+        monkeypatch.setattr(products, "_PART", part)
+        given = [x.detach().requires_grad_() for x in (q, k, v)]
+        out = attention(*given, mask)
+        out.backward(grad)
+        found.append([out, *(x.grad for x in given)])
+    for other in found[1:]:
+        assert all(a is not None and b is not None and a.equal(b) for a, b in zip(found[0], other, strict=True))
+    assert attention(q[:0], k[:0], v[:0]).shape == (0, 3, 5, 8)
+
+
 class Products(TorchDispatchMode):
     """Notes the formats that are multiplied."""
 
