@@ -8,17 +8,15 @@ slowest. This is the order of Megatron-LM's `tp-cp-dp-pp`, read from the outside
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from math import prod
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from parallel import host
+from parallel import comm, host
 from parallel.comm import Axis, CommMeter
 from parallel.host import Channel
 from parallel.process_group import World
@@ -152,13 +150,14 @@ class Grid:
             group = submesh.get_group()
             # a group of the mesh has torch's own 10 or 30 minutes, whatever the world's has
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=self.timeout), group)
-        index, channel = ranks.index(self.rank), None
-        if group is not None and self.shared_memory:
-            channel = _open_channel(group, ranks, index, self.timeout, self.local_size)
-        return Axis(
-            name="+".join(names), ranks=ranks, index=index, group=group, meter=self.meter, channel=channel,
+        axis = Axis(
+            name="+".join(names), ranks=ranks, index=ranks.index(self.rank), group=group, meter=self.meter,
             planned=self.planned,
         )  # fmt: skip
+        if group is None or not self.shared_memory or dist.get_backend(group) != "gloo":
+            return axis
+        unmetered = replace(axis, meter=CommMeter())
+        return replace(axis, channel=_open_channel(unmetered, self.timeout, self.local_size))
 
 
 def make_grid(
@@ -198,34 +197,28 @@ def planned_grid(shape: GridShape, rank: int) -> Grid:
     return Grid(shape=shape, rank=rank, planned=True)
 
 
-def _open_channel(
-    group: dist.ProcessGroup, ranks: Sequence[int], index: int, timeout: float, local_size: int
-) -> Channel | None:
-    """Shared memory for the ranks of a group, if they are CPU processes of one host that see each other. Collective.
+def _open_channel(axis: Axis, timeout: float, local_size: int) -> Channel | None:
+    """Shared memory for the ranks of an axis, if they are processes of one host that see each other. Collective.
 
     Args:
         local_size: ranks of the whole world on this host, which share its cores.
     """
-    if dist.get_backend(group) != "gloo":
-        return None
     token, path, fd, identity = os.urandom(16).hex(), "", -1, None
     try:
         identity = host.identity() if host.is_supported() else None
-        if identity is not None and index == 0:
-            path, fd = host.offer(len(ranks), token)
+        if identity is not None and axis.index == 0:
+            path, fd = host.offer(axis.size, token)
     except OSError:  # a sandbox may forbid it
         identity = None
-    infos: list[Any] = [None] * len(ranks)
-    dist.all_gather_object(infos, (identity, os.getpid(), path, token), group=group)
+    infos = comm.gather_objects((identity, os.getpid(), path, token), axis)
     channel = None
     if identity is not None and len({info[0] for info in infos}) == 1:
         spins = local_size <= len(os.sched_getaffinity(0))
         try:
-            channel = Channel(infos[0][2], index, [info[1] for info in infos], timeout, infos[0][3], spins=spins)
+            channel = Channel(infos[0][2], axis.index, [info[1] for info in infos], timeout, infos[0][3], spins=spins)
         except (OSError, ValueError):  # containers with process numbers of their own: another's memory, or none
             channel = None
-    opened: list[Any] = [None] * len(ranks)
-    dist.all_gather_object(opened, channel is not None, group=group)
+    opened = comm.gather_objects(channel is not None, axis)
     if fd >= 0:
         os.close(fd)
     return channel if all(opened) else None

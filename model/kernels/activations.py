@@ -1,7 +1,7 @@
 """Native bias + GELU as torch operators. Kept for the backward pass: x and the bias.
 
-The result can be put beside another tensor, as the input of one matrix product (ViT-22B's parallel block), and x may be
-a slice of the output of one: neither is copied.
+x may be a slice of the output of a matrix product, and the result lie beside another tensor, as the input of the next
+(ViT-22B's parallel block): x is read, and the result written, in place.
 """
 
 from collections.abc import Callable

@@ -40,12 +40,13 @@ class Peer:
     """What --against can name; "fp32" is this engine, to compare formats.
 
     Attributes:
-        settings: see the program's module. own_environment: whether `make peers` is needed.
+        settings: see the program's module. own_environment: whether `make peers` is needed. dtype: if not that of all.
     """
 
     program: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     own_environment: bool = False
+    dtype: str | None = None
 
 
 # Settings are the best of what was tried: gathering the next block ahead; torch's fused AdamW, level with DeepSpeed's
@@ -53,7 +54,7 @@ class Peer:
 # overlap with, which a CPU does not have.
 _BUCKETS = {"reduce_bucket_size": 5_000_000, "stage3_prefetch_bucket_size": 5_000_000, "overlap_comm": False}
 PEERS = {
-    "fp32": Peer("vitruvius", {"flags": ["--precision.dtype", "fp32"]}),
+    "fp32": Peer("vitruvius", dtype="fp32"),
     "fsdp2": Peer("fsdp2", {"reshard_after_forward": None, "prefetch": True}),
     "fsdp2_keep": Peer("fsdp2", {"reshard_after_forward": False, "prefetch": True}),
     "deepspeed": Peer("deepspeed", {"cpu_adam": False, "zero_optimization": _BUCKETS}, own_environment=True),
@@ -172,7 +173,9 @@ def _programs(options: Options, task: Task) -> list[Program]:
             module="tools.benchmark.peer_programs",
             ranks=1 if name == "eager" else options.ranks,
             threads=threads * options.ranks if name == "eager" else threads,
-            task=asdict(replace(task, program=peer.program, settings=dict(peer.settings))),
+            task=asdict(
+                replace(task, program=peer.program, settings=dict(peer.settings), dtype=peer.dtype or task.dtype)
+            ),
             environment=_environment(peer, options),
         )
         for name, peer in peers.items()
@@ -219,7 +222,7 @@ def _row(config: Config, program: Program, records: Mapping[str, Record]) -> Row
         "ranks": program.ranks,
         "threads_per_rank": program.threads,
         "global_batch": images,
-        "dtype": "fp32" if program.name == "fp32" else config.precision.dtype,
+        "dtype": program.task["dtype"],
         "matmul": program.task["matmul"],
         "step_time_ms": 1000 * statistics.median(times),
         "images_per_second": images / statistics.median(times),

@@ -15,9 +15,9 @@ from tools.benchmark.peer_programs import Step, Task
 
 
 def vitruvius(task: Task) -> Step:
-    """What engine.trainer sets up, fed with the images that the others get. Setting: flags, after the task's."""
+    """What engine.trainer sets up, fed with the images that the others get."""
     world = read_world()
-    config = read_config([*task.flags, *task.settings.get("flags", ())]).resolve(world.size)
+    config = read_config([*task.flags, "--precision.dtype", task.dtype]).resolve(world.size)
     device = choose_device("cpu", world)
     prepare_cpu(world)
     set_matmul(config.precision, device)
