@@ -15,20 +15,35 @@ _CHUNK = 1 << 22  # elements exchanged at once
 
 class WeightAverage:
     """average <- decay * average + (1 - decay) * weights, after each step that was not skipped (Polyak and Juditsky
-    1992). It starts as the initial weights.
+    1992), corrected for its start as Adam's moments are (Kingma and Ba 2015): the mean of the weights after updates 1
+    to t, that after update s weighing decay^(t - s). The initial weights, which stand here until the first update,
+    have no part in it.
+
+    The corrected average of t updates is that of t - 1, moved towards the weights by `rate`: so what is kept is what
+    is used, and is as the weights are: one array beside each master, a piece of the same logical tensors.
 
     Args:
-        store: whose trained weights are averaged, as far as this rank trains them. decay: per step.
+        store: whose trained weights are averaged, as far as this rank trains them; maybe none. decay: per step.
+
+    Attributes:
+        averages: beside the trained masters of `store.buckets`, one by one. updates: taken in so far.
     """
 
     def __init__(self, store: ParameterStore, decay: float) -> None:
-        self.store, self.decay = store, decay
+        self.store, self.decay, self.updates = store, decay, 0
         self._masters = [bucket.master for bucket in store.buckets if bucket.kind.trains]
         self.averages = [master.clone() for master in self._masters]
 
     def update(self) -> None:
         """Take in the weights as they are now."""
-        torch._foreach_lerp_(self.averages, self._masters, 1 - self.decay)
+        self.updates += 1
+        if self.averages:
+            torch._foreach_lerp_(self.averages, self._masters, self.rate)
+
+    @property
+    def rate(self) -> float:
+        """What the newest of all weights so far weighs: 1 at first, then falling to 1 - decay."""
+        return (1 - self.decay) / (1 - self.decay**self.updates)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

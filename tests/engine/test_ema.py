@@ -45,13 +45,14 @@ def _average(world: World, stage: Any, dtype: Any) -> float:
     stepper = stepper_of(config, world)
     a = stepper.assembly
     assert a.average is not None
-    expected = {name: value.double() for name, value in logical(a, "master").items()}
-    started = {name: value.clone() for name, value in expected.items()}
+    started = {name: value.double() for name, value in logical(a, "master").items()}
+    moment = {name: torch.zeros_like(value) for name, value in started.items()}
     for step in range(STEPS):
         share = 8 // world.size
         assert not stepper.train_step(batches(seed=10 * step + world.rank, size=share), 0.01).skipped
         for name, value in logical(a, "master").items():
-            expected[name] = DECAY * expected[name] + (1 - DECAY) * value.double()
+            moment[name] = DECAY * moment[name] + (1 - DECAY) * value.double()
+    expected = {name: value / (1 - DECAY**STEPS) for name, value in moment.items()}
     before = kept(stepper)
     weights = logical(a, "master")
     with a.average.applied():
@@ -102,6 +103,34 @@ def test_the_average_follows_its_formula_on_two_ranks() -> None:
     ways = [(stage, dtype) for dtype in ("fp32", "bf16") for stage in (0, 1, 3)]
     for distances in run_ranks(2, _averages, ways, timeout=120):
         assert all(distance < 2e-7 for distance in distances), dict(zip(ways, distances, strict=True))
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9, 0.9999])
+def test_the_start_of_the_average_has_no_part_in_it(decay: float) -> None:
+    """Weights that rise from 0 to 1 in each element: Adam's corrected moment of them, which starts from nothing."""
+    stepper = stepper_of(small(optimizer=OptimizerConfig(ema_decay=decay)))
+    average, masters = stepper.assembly.average, [bucket.master for bucket in stepper.assembly.store.buckets]
+    assert average is not None
+    moment = 0.0
+    for step in range(1, 401):
+        weight = 1 - 0.99**step  # 98 % of the way after 400 steps
+        for master in masters:
+            master.fill_(weight)
+        average.update()
+        moment = decay * moment + (1 - decay) * weight
+        expected = moment / (1 - decay**step)
+        if step in (1, 2, 50, 400):
+            for values in average.averages:
+                assert values.min().item() == values.max().item() == pytest.approx(expected, rel=1e-5)
+    assert average.updates == 400 and expected > 0.75  # uncorrected, 0.03 at a decay of 0.9999
+
+
+def test_an_average_of_nothing_yet_is_the_initial_weights() -> None:
+    stepper = stepper_of(small(optimizer=OptimizerConfig(ema_decay=0.9999)))
+    assert stepper.evaluate_average(batches()) == stepper.evaluate(batches())
+    assert stepper.train_step(batches(float("nan")), 1e-3).skipped
+    assert stepper.assembly.average is not None and stepper.assembly.average.updates == 0
+    assert stepper.evaluate_average(batches()) == stepper.evaluate(batches())
 
 
 def evaluated(folder: Path, decay: float | None) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.assemble import assemble, grid_of
-from engine.config import TrainConfig
+from engine.config import OptimizerConfig, TrainConfig
 from engine.step import Stepper
 from model import Build, build_layers
 from parallel.config import ParallelConfig
@@ -33,10 +33,16 @@ def frozen(factory: Callable[[Build], nn.Module]) -> Callable[[Build], nn.Module
     return lambda build: factory(build).requires_grad_(False)
 
 
-def train(world: World, names: tuple[str, ...], layout: dict[str, Any]) -> tuple[list[float], dict[str, Tensor]]:
-    """Losses and norms of three steps, and what this rank's weights then are, less what they were."""
+def train(
+    world: World, names: tuple[str, ...], layout: dict[str, Any], **optimizer: Any
+) -> tuple[list[float], dict[str, Tensor]]:
+    """Losses and norms of three steps and those of the average after them, and what this rank's weights then are, less
+    what they were.
+    """
     train = TrainConfig(steps=3, global_batch_size=8, micro_batch_size=4)
-    config = small(parallel=ParallelConfig(**layout), train=train).resolve(world.size)
+    config = small(
+        parallel=ParallelConfig(**layout), train=train, optimizer=OptimizerConfig(**optimizer, ema_decay=0.5)
+    ).resolve(world.size)
     layers = build_layers(config.model)
     layers = [replace(spec, factory=frozen(spec.factory)) if spec.name in names else spec for spec in layers]
     cpu = torch.device("cpu")
@@ -45,6 +51,7 @@ def train(world: World, names: tuple[str, ...], layout: dict[str, Any]) -> tuple
     before = {name: value.clone() for name, value in store.local_values().items()}
     results = [stepper.train_step(batches_of(stepper, step), 1e-2) for step in range(3)]
     seen = [number for result in results for number in (result.loss, float(result.grad_norm))]
+    seen.append(stepper.evaluate_average(batches_of(stepper, 3)).loss)
     return seen, {name: value - before[name] for name, value in store.local_values().items()}
 
 
@@ -61,3 +68,18 @@ def test_what_is_frozen_stays_and_the_rest_trains_alike(layout: str, names: tupl
         is_frozen = name.startswith(tuple(f"{layer}." for layer in names))
         assert change.any() != is_frozen, name
         torch.testing.assert_close(change, changes[name], rtol=1e-3, atol=1e-5)
+
+
+NAMES = ("adamw", "adafactor", "lamb", "muon")
+
+
+def train_with_each(world: World, layout: dict[str, Any]) -> list[list[float]]:
+    """What `train` sees, with the second half of the layers frozen, under every optimizer."""
+    return [train(world, LAST, layout, name=name)[0] for name in NAMES]
+
+
+def test_every_optimizer_bears_a_stage_that_trains_nothing() -> None:
+    wanted = train_with_each(World(), {})
+    for seen in run_ranks(2, train_with_each, LAYOUTS["a stage with nothing to train"]):
+        for ours, theirs in zip(seen, wanted, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-5)
