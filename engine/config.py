@@ -135,7 +135,7 @@ _MOMENTUM = {"adafactor": 0.9, "muon": 0.95}
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """The learning rate over the steps, as a factor of optimizer.lr."""
+    """The learning rate over the updates, as a factor of optimizer.lr; a step that is skipped is none."""
 
     name: Literal["rsqrt", "cosine", "wsd", "constant"] = "cosine"
     """Reciprocal square root with cool-down (ViT-22B), half a cosine, warm-up-stable-decay, or constant."""

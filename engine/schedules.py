@@ -1,4 +1,4 @@
-"""Learning-rate schedules as plain functions of the step.
+"""Learning-rate schedules as plain functions of the number of updates so far.
 
 Sources: rsqrt with warm-up and linear cool-down, Zhai et al. 2022 (Scaling Vision Transformers); cosine, Loshchilov
 and Hutter 2017 (SGDR); warm-up-stable-decay, Hu et al. 2024 (MiniCPM).
@@ -21,17 +21,18 @@ def check_schedule(config: ScheduleConfig, steps: int) -> None:
         )
 
 
-def factor(config: ScheduleConfig, step: int, steps: int) -> float:
-    """Factor on the peak learning rate at `step` (0-based) of `steps`.
+def factor(config: ScheduleConfig, updates: int, steps: int) -> float:
+    """Factor on the peak learning rate of the next update, after `updates` of a run of `steps`.
 
-    The first update already moves: warm-up runs over 1/w, 2/w, ..., 1, and cool-down ends one step above 0.
+    Every update moves, the first and the last, too: warm-up runs over 1/w, 2/w, ..., 1, and what falls to 0 would be
+    there one update after the end. Only updates count: a step that is skipped takes nothing of the schedule.
     """
     w, c = config.warmup_steps, config.cooldown_steps
-    warm = min(1.0, (step + 1) / w) if w else 1.0
-    cool = min(1.0, (steps - step) / (c + 1)) if c else 1.0
+    warm = min(1.0, (updates + 1) / w) if w else 1.0
+    cool = min(1.0, (steps - updates) / (c + 1)) if c else 1.0
     if config.name == "constant" or config.name == "wsd":
         return warm * cool
     if config.name == "rsqrt":
-        return warm * cool / math.sqrt(1 + max(0, step + 1 - w) / config.timescale)
-    done = max(0, step + 1 - w) / max(1, steps - w)
-    return warm * 0.5 * (1 + math.cos(math.pi * done)) if step + 1 > w else warm
+        return warm * cool / math.sqrt(1 + max(0, updates + 1 - w) / config.timescale)
+    done = max(0, updates - w) / max(1, steps - w)
+    return warm * 0.5 * (1 + math.cos(math.pi * done))

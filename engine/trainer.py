@@ -6,6 +6,7 @@ import math
 import tempfile
 import time
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -109,11 +110,11 @@ def check_profile(config: Config, steps: int) -> None:
 
 
 def total_steps(config: Config, train_images: int) -> int:
-    """Optimizer steps of the run."""
+    """Steps of the run. Epochs count as the decimal number that was written: 1.1 is eleven tenths, to the last step."""
     if config.train.steps is not None:
         return config.train.steps
     assert config.train.epochs is not None
-    return max(1, math.ceil(config.train.epochs * train_images / config.train.global_batch_size))
+    return max(1, math.ceil(Fraction(repr(config.train.epochs)) * train_images / config.train.global_batch_size))
 
 
 def _datasets(config: Config) -> tuple[Dataset, Dataset]:
@@ -181,7 +182,7 @@ class Loop:
         for step, batches in zip(range(self.steps), self.train_stream.steps(0), strict=False):
             if self.profiler is not None:
                 self.profiler.before(step + 1)
-            lr_factor = factor(self.config.schedule, step, self.steps)
+            lr_factor = factor(self.config.schedule, self.stepper.assembly.optimizer.steps, self.steps)
             lr = self.config.optimizer.lr * lr_factor
             result = self.stepper.train_step(batches, lr, lr_factor)
             if self.profiler is not None:

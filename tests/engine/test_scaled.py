@@ -151,6 +151,18 @@ def test_a_loss_scale_that_is_too_high_comes_down_and_the_run_goes_on(tmp_path: 
     assert lines(tmp_path, "bad_step") == []
 
 
+def test_skipped_steps_take_nothing_of_the_schedule(tmp_path: Path) -> None:
+    """The n-th update has the rate of the n-th step of a run that skips none."""
+    warm = {"schedule__name": "wsd", "schedule__warmup_steps": "20", "schedule__cooldown_steps": "5"}
+    keys = {"precision__initial_loss_scale": str(2.0**32), "precision__hysteresis": "1", "optimizer__lr": "1e-3"}
+    assert run(tmp_path, 40, precision__dtype="fp16", **keys, **warm) == EXIT_DONE
+    train = lines(tmp_path, "train")
+    assert train[-1]["skipped_steps"] >= 5
+    for before, line in zip([{"skipped_steps": 0}, *train[:-1]], train, strict=True):
+        updates = line["step"] - 1 - before["skipped_steps"]
+        assert line["lr"] == pytest.approx(1e-3 * min(1, (updates + 1) / 20)), line
+
+
 def test_overflows_at_the_least_loss_scale_end_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     limits = {"precision__initial_loss_scale": str(2.0**31), "precision__min_loss_scale": str(2.0**30)}
     code = run(tmp_path, 30, precision__dtype="fp16", precision__hysteresis="1", train__max_bad_steps="3", **limits)

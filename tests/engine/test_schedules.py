@@ -6,8 +6,10 @@ import math
 
 import pytest
 
-from engine.config import ScheduleConfig
+from engine.config import ScheduleConfig, TrainConfig
 from engine.schedules import factor
+from engine.trainer import total_steps
+from tests.engine.small import small
 
 STEPS = 50
 
@@ -44,11 +46,12 @@ def test_rsqrt_halves_its_square_after_the_timescale() -> None:
 
 @pytest.mark.parametrize("warmup", [0, 1, 10])
 def test_cosine(warmup: int) -> None:
+    """As in big_vision, (updates done - warm-up) / (total - warm-up) of the way down: 0 is one update after the end."""
     got = factors("cosine", warmup_steps=warmup)
     for t, value in enumerate(got, 1):
-        half = 0.5 * (1 + math.cos(math.pi * (t - warmup) / (STEPS - warmup)))
-        assert value == pytest.approx(t / warmup if t <= warmup else half, rel=1e-12, abs=1e-15)
-    assert max(got) <= 1 and got[-1] == pytest.approx(0, abs=1e-15)
+        half = 0.5 * (1 + math.cos(math.pi * (t - 1 - warmup) / (STEPS - warmup)))
+        assert value == pytest.approx(t / warmup if t <= warmup else half, rel=1e-12)
+    assert max(got) <= 1 and got[-1] > 1e-4
     assert factors("cosine", steps=4, warmup_steps=4) == [0.25, 0.5, 0.75, 1.0]  # nothing but warm-up
 
 
@@ -59,5 +62,23 @@ def test_warm_up_stable_decay() -> None:
 
 
 @pytest.mark.parametrize("name", ["rsqrt", "cosine", "wsd", "constant"])
-def test_a_run_of_one_step_moves_nowhere_surprising(name: str) -> None:
-    assert 0 <= factors(name, steps=1)[0] <= 1
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_every_update_moves(name: str, steps: int) -> None:
+    for warmup in range(steps + 1):
+        for cooldown in range(steps + 1 - warmup) if name in ("rsqrt", "wsd") else [0]:
+            got = factors(name, steps=steps, warmup_steps=warmup, cooldown_steps=cooldown)
+            assert all(0 < value <= 1 for value in got), (warmup, cooldown, got)
+    assert factors(name, steps=1) == pytest.approx([1.0], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "images", "batch", "steps"),
+    [
+        (1.1, 50_000, 100, 550),  # in binary 1.1 is a little more, and was 551
+        (0.1, 30, 1, 3), (2.3, 100, 1, 230), (0.07, 100, 7, 1), (1e-9, 10, 10, 1), (3.0, 1281167, 1024, 3754),
+        (300, 1797, 128, 4212), (1e3, 10, 3, 3334),
+    ],
+)  # fmt: skip
+def test_epochs_are_the_decimal_number_that_was_written(epochs: float, images: int, batch: int, steps: int) -> None:
+    config = small(train=TrainConfig(epochs=epochs, global_batch_size=batch))
+    assert total_steps(config, images) == steps

@@ -121,8 +121,8 @@ def climb(
         update(lr=lr, grad_factor=grad_factor, decay_factor=decay_factor)
 
     assembly.optimizer.update = recording  # type: ignore[method-assign]
-    for step, batches in enumerate(islice(stream.steps(0), steps)):
-        part = factor(config.schedule, step, STEPS)
+    for batches in islice(stream.steps(0), steps):
+        part = factor(config.schedule, assembly.optimizer.steps, STEPS)
         result = stepper.train_step(batches, config.optimizer.lr * part, part)
         out.losses.append(result.loss)
         out.grad_norms.append(result.grad_norm)
