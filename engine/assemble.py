@@ -5,10 +5,11 @@ Grid, layers cut into stages, parameters in flat buckets, schedule, executor, op
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from data import Batch
 from engine.config import Config, PrecisionConfig
@@ -23,7 +24,7 @@ from model.kernels import Kernels
 from parallel.fp8 import Fp8Recipe, Fp8Registry, enable_fp8
 from parallel.grid import Grid, make_grid
 from parallel.layout import ParameterInfo
-from parallel.pipeline import Schedule, build_schedule, partition, validate
+from parallel.pipeline import Placement, Schedule, build_schedule, partition, validate
 from parallel.pipeline.execution import PipelineExecutor, TensorSpec
 from parallel.process_group import World
 from parallel.sharding import Group, ParameterStore, ShardingPolicy
@@ -32,15 +33,20 @@ from parallel.tensor import TensorParallel
 
 @dataclass(frozen=True, kw_only=True)
 class Assembly:
-    """One rank's share of the model and the means to train it."""
+    """One rank's share of the model and the means to train it.
+
+    Attributes:
+        layers: of the whole model. placement: who holds which stage, and its layers.
+        stages: this rank's, by number.
+    """
 
     config: Config
     grid: Grid
     device: torch.device
     layers: tuple[LayerSpec, ...]
-    stages: tuple[range, ...]
+    placement: Placement
     build: Build
-    module: Stage
+    stages: dict[int, Stage]
     store: ParameterStore
     schedule: Schedule
     optimizer: Optimizer
@@ -50,28 +56,32 @@ class Assembly:
 
     @property
     def holds_images(self) -> bool:
-        """Whether this rank's stage embeds images."""
-        return self.grid.pipeline.index == 0
+        """Whether a stage of this rank embeds images."""
+        return 0 in self.stages
 
     @property
-    def is_last_stage(self) -> bool:
+    def holds_loss(self) -> bool:
         """Whether this rank computes the loss."""
-        return self.grid.pipeline.index == self.grid.pipeline.size - 1
+        return self.placement.last in self.stages
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """All that this rank holds, by their names in the model."""
+        return {name: p for stage in self.stages.values() for name, p in stage.named_parameters()}
 
     @property
     def boundaries(self) -> list[tuple[TensorSpec, ...]]:
         """Inputs of every stage (none of the first)."""
         batch, precision = self.config.train.micro_batch_size, self.build.precision
         assert batch is not None
-        before = [self.layers[r.start - 1] for r in self.stages[1:]]
+        before = [self.layers[r.start - 1] for r in self.placement.layers[1:]]
         specs = [TensorSpec(layer.boundary(batch, self.build), precision.of_layer(layer.name)) for layer in before]
         return [(), *((spec,) for spec in specs)]
 
     def executor(self, schedule: Schedule) -> PipelineExecutor:
-        """Runs `schedule` over this rank's stage."""
+        """Runs `schedule`, whose stages are placed as those here, over this rank's."""
         return PipelineExecutor(
             schedule,
-            dict.fromkeys(schedule.stages_of(self.grid.pipeline.index), self.module),
+            self.stages,
             self.boundaries,
             axis=self.grid.pipeline,
             device=self.device,
@@ -124,7 +134,7 @@ def sharding_policy(config: Config, memory: float, *, on_cpu: bool) -> ShardingP
 
 
 def _enable_fp8(
-    config: PrecisionConfig, module: Stage, precision: Precision, device: torch.device, *, keep_weights: bool
+    config: PrecisionConfig, stages: Iterable[Stage], precision: Precision, device: torch.device, *, keep_weights: bool
 ) -> Fp8Registry | None:
     """Give the linears of the layers that are to be in fp8 their products."""
     if not precision.fp8:
@@ -134,7 +144,7 @@ def _enable_fp8(
     )
     try:
         return enable_fp8(
-            module, recipe=recipe, device=device, backend=config.fp8_backend, keep_weights=keep_weights,
+            stages, recipe=recipe, device=device, backend=config.fp8_backend, keep_weights=keep_weights,
             skip=lambda name: layer_of(f"{name}.weight") not in precision.fp8,
         )  # fmt: skip
     except ValueError as error:
@@ -153,24 +163,31 @@ def assemble(
     device: torch.device,
     layers: Sequence[LayerSpec] | None = None,
     device_memory: float | None = None,
+    schedule: Schedule | None = None,
 ) -> Assembly:
     """Build this rank's share.
 
     Args:
         config: resolved for this world. grid: its groups made. device: of this rank.
         layers: of the model, if they were built already. device_memory: bytes of this rank's device, or of its share of
-            the host (default: all of it).
+            the host (default: all of it). schedule: instead of the configuration's, its communication inserted.
     """
     layers = tuple(layers or build_layers(config.model))
     tp = TensorParallel(axis=grid.tensor, sequence_parallel=config.parallel.sequence_parallel)
-    stages = cut_into_stages(layers, grid.pipeline.size)
-    own = stages[grid.pipeline.index]
+    if schedule is None:
+        micro_batches = config.num_micro_batches(grid.shape)
+        schedule = build_schedule(config.parallel.schedule, grid.pipeline.size, micro_batches)
+    validate(schedule)
+    placement = Placement.of(schedule, cut_into_stages(layers, schedule.num_stages))
     precision = precision_of(config.precision, layers)
     build = Build(
         config=config.model, tp=tp, context=grid.context, seed=config.train.seed, kernels=Kernels(config.kernels),
         precision=precision,
     )  # fmt: skip
-    module = Stage(layers[own.start : own.stop], build)
+    stages = {
+        number: Stage([layers[i] for i in placement.layers[number]], build)
+        for number in placement.on(grid.pipeline.index)
+    }
     available = memory_bytes(device) if device_memory is None else device_memory
     policy = sharding_policy(config, available, on_cpu=device.type == "cpu")
     depths = {layer.name: depth for depth, layer in enumerate(layers)}
@@ -180,20 +197,20 @@ def assemble(
         return Group(info.decay, depths[layer_of(name)] if by_layer else 0)
 
     store = ParameterStore(
-        [module.layers], grid=grid, device=device, seed=config.train.seed, policy=policy, group_of=group_of,
+        [stage.layers for stage in stages.values()],
+        grid=grid, device=device, seed=config.train.seed, policy=policy, group_of=group_of,
         dtype_of=precision.of_weight,
     )  # fmt: skip
-    module.to(device)
-    schedule = build_schedule(config.parallel.schedule, grid.pipeline.size, config.num_micro_batches(grid.shape))
-    validate(schedule)
+    for stage in stages.values():
+        stage.to(device)
     return Assembly(
         config=config,
         grid=grid,
         device=device,
         layers=layers,
-        stages=stages,
+        placement=placement,
         build=build,
-        module=module,
+        stages=stages,
         store=store,
         schedule=schedule,
         optimizer=make_optimizer(
@@ -201,5 +218,5 @@ def assemble(
         ),
         scaler=config.precision.loss_scaler() if config.precision.dtype == "fp16" else None,
         average=None if config.optimizer.ema_decay is None else WeightAverage(store, config.optimizer.ema_decay),
-        fp8=_enable_fp8(config.precision, module, precision, device, keep_weights=policy.stage < 3),
+        fp8=_enable_fp8(config.precision, stages.values(), precision, device, keep_weights=policy.stage < 3),
     )

@@ -6,14 +6,14 @@ gradient alone is not finite. The caller runs the step's executor inside `watch`
 is after it was skipped, and throws the gradients away. Random numbers are functions here (parallel.random), so the run
 meets what the step met.
 
-    with watch(stage, layers, micro_batches) as watching:
+    with watch(stages, layers, micro_batches) as watching:
         executor.run(micro_batches, watching.loss(loss))
     culprit = first_culprit(watching.found, grid.world)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -142,19 +142,19 @@ class _WatchedSink:
 
 @contextmanager
 def watch(
-    stage: Stage, layers: Sequence[LayerSpec], micro_batches: Sequence[MicroBatch], data_rank: int = 0
+    stages: Iterable[Stage], layers: Sequence[LayerSpec], micro_batches: Sequence[MicroBatch], data_rank: int = 0
 ) -> Iterator[Watch]:
     """Look at all that a run of the executor over these very `micro_batches` computes on this rank.
 
     Args:
-        stage: this rank's. layers: of the whole model, in order. data_rank: this rank's index along the data axis.
+        stages: this rank's. layers: of the whole model, in order. data_rank: this rank's index along the data axis.
     """
     watching = Watch(layers, micro_batches, data_rank)
     for batch in micro_batches:
         watching.images(batch)
     with ExitStack() as until:
-        for spec in stage.specs:
-            watching.layer(stage.get_submodule(spec.name), spec.name, until)
+        for name, module in (layer for stage in stages for layer in stage.layers):
+            watching.layer(module, name, until)
         yield watching
 
 

@@ -8,6 +8,7 @@ that native kernels and fused attention make, unless kernels is reference. Tempo
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,12 +20,14 @@ from torch.utils._pytree import tree_leaves
 from data import Batch
 from engine.assemble import Assembly, assemble
 from engine.config import Config
-from model import build_layers
+from model import MicroBatch, build_layers
 from parallel.grid import GridShape, planned_grid
-from parallel.pipeline.actions import live_activations
+from parallel.pipeline import Schedule
+from parallel.pipeline.actions import ActionKind, live_activations, live_stages
 from parallel.tensor import LOSSES
 
 META = torch.device("meta")
+_ENDS = (ActionKind.BACKWARD, ActionKind.BACKWARD_WEIGHT)  # after which an activation is no longer alive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +35,13 @@ class MemoryPlan:
     """Bytes on one rank.
 
     Attributes:
-        stage: of the pipeline. states: what lives for the whole run, by what it is. activations: the most that forward
-            and backward hold beside it, gradients on their way from one layer to the next included.
+        stages: of the pipeline, that the rank holds. states: what lives for the whole run, by what it is.
+        activations: the most that forward and backward hold beside it, gradients on their way from one layer to the
+            next included.
         micro_batches: whose activations are alive at once.
     """
 
-    stage: int
+    stages: tuple[int, ...]
     states: dict[str, int]
     activations: int
     micro_batches: int
@@ -90,47 +94,60 @@ def states(assembly: Assembly) -> dict[str, int]:
     return held
 
 
-def plan_memory(config: Config, shape: GridShape, rank: int, device_memory: float) -> MemoryPlan:
+def plan_memory(
+    config: Config, shape: GridShape, rank: int, device_memory: float, schedule: Schedule | None = None
+) -> MemoryPlan:
     """What `rank` of a world of this shape would hold.
 
     Args:
         config: resolved for that world. device_memory: bytes of a rank's device, which
-            parallel.reshard_after_forward: auto looks at.
+            parallel.reshard_after_forward: auto looks at. schedule: instead of the configuration's.
     """
     if config.kernels != "reference":
         config = replace(config, kernels="native")  # the shapes of what they make are known without them
     grid = planned_grid(shape, rank)
-    assembly = assemble(config, grid, META, build_layers(config.model), device_memory=device_memory)
-    live = max(live_activations(assembly.schedule, grid.pipeline.index), default=0)
+    layers = build_layers(config.model)
+    assembly = assemble(config, grid, META, layers, device_memory=device_memory, schedule=schedule)
     return MemoryPlan(
-        stage=grid.pipeline.index,
+        stages=tuple(assembly.stages),
         states=states(assembly),
-        activations=_activation_bytes(assembly, live),
-        micro_batches=live,
+        activations=_activation_bytes(assembly),
+        micro_batches=max(live_activations(assembly.schedule, grid.pipeline.index), default=0),
     )
 
 
-def _activation_bytes(a: Assembly, live: int) -> int:
-    """Peak of one forward and backward of this rank's stage, what is kept of the other live micro-batches, and the
-    images of one.
+def _activation_bytes(a: Assembly) -> int:
+    """The most that the schedule makes of one forward and backward of a stage, what is kept of the others that are
+    alive then, and the images of one micro-batch.
     """
     batch = a.to_device(_batch(a), training=True)
-    own = a.stages[a.grid.pipeline.index]
     a.store.gradients.start(1)
+    measured = {number: _one_pass(a, number, batch) for number in a.stages}
+    rank, most = a.grid.pipeline.index, 0
+    for action, live in zip(a.schedule.ranks[rank], live_stages(a.schedule, rank), strict=True):
+        if not action.kind.is_compute:
+            continue
+        others = live - Counter([action.stage] * (action.kind not in _ENDS))
+        most = max(most, measured[action.stage][1] + sum(measured[stage][0] * n for stage, n in others.items()))
+    images = 0 if batch.images is None else batch.images.nbytes
+    return most + images
+
+
+def _one_pass(a: Assembly, stage: int, batch: MicroBatch) -> tuple[int, int]:
+    """Bytes that one forward of a stage keeps, and the most that its forward and backward hold."""
     with LiveBytes() as counter:
-        inputs: tuple[Tensor, ...] = ()
-        if own.start:
-            spec = a.boundaries[a.grid.pipeline.index][0]
-            inputs = (torch.empty(spec.shape, dtype=spec.dtype, device=META, requires_grad=True),)
-        (y,) = a.module(inputs, batch)
+        inputs = tuple(
+            torch.empty(spec.shape, dtype=spec.dtype, device=META, requires_grad=spec.carries_gradient)
+            for spec in a.boundaries[stage]
+        )
+        outputs = a.stages[stage](inputs, batch)
         kept = counter.now
-        if a.is_last_stage:
-            loss = LOSSES[a.config.train.loss](y, batch.labels, a.config.model.sizes.classes, a.grid.tensor)
+        if stage == a.placement.last:
+            loss = LOSSES[a.config.train.loss](outputs[0], batch.labels, a.config.model.sizes.classes, a.grid.tensor)
             loss.sum().backward()
         else:
-            y.backward(torch.empty_like(y))
-    images = 0 if batch.images is None else batch.images.nbytes
-    return counter.peak + (live - 1) * kept + images
+            torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
+    return kept, counter.peak
 
 
 def _batch(a: Assembly) -> Batch:

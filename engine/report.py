@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
-from typing import Any
 
 import torch
 
@@ -15,6 +14,7 @@ from engine.plan import states
 from model import training_flops
 from model.kernels import Kernels
 from parallel import comm
+from parallel.sharding.units import Unit
 
 _WHEN = {"step": "once per step", "micro_batch": "after each micro-batch"}
 
@@ -25,12 +25,8 @@ def startup_report(assembly: Assembly, *, threads: int, matmul: str, train_image
     Args:
         threads: per rank. matmul: library of fp32 matrix products on a CPU. train_images, eval_images: how many.
     """
-    own = {
-        "parameters": sum(slot.numel for slot in assembly.store.slots),
-        "buckets": len(assembly.store.buckets),
-        "memory": states(assembly),
-    }
-    stages = comm.gather_objects(own, assembly.grid.pipeline)
+    held = {number: _held(units) for number, units in zip(assembly.stages, assembly.store.stages, strict=True)}
+    ranks = comm.gather_objects((held, states(assembly)), assembly.grid.pipeline)
     on_cpu = f", fp32 matrix products by {matmul}" if assembly.device.type == "cpu" else ""
     images = f"{train_images} training and {eval_images} held-out images"
     return [
@@ -41,12 +37,18 @@ def startup_report(assembly: Assembly, *, threads: int, matmul: str, train_image
         f"data: {assembly.config.data.kind}, {images}",
         *_batch_lines(assembly),
         *Kernels(assembly.config.kernels).describe(assembly.device),
-        *_stage_lines(assembly, stages),
+        *_stage_lines(assembly, {number: held for stages, _ in ranks for number, held in stages.items()}),
         *_precision_lines(assembly),
         _optimizer_line(assembly),
         _sharding_line(assembly),
-        _memory_line(stages),
+        _memory_line([memory for _, memory in ranks]),
     ]
+
+
+def _held(units: Sequence[Unit]) -> tuple[int, int]:
+    """(parameters, buckets) of a stage on this rank."""
+    buckets = [bucket for unit in units for bucket in unit.buckets]
+    return sum(slot.numel for bucket in buckets for slot in bucket.slots), len(buckets)
 
 
 def _grid_line(a: Assembly) -> str:
@@ -84,15 +86,17 @@ def _batch_lines(a: Assembly) -> Iterator[str]:
     )
 
 
-def _stage_lines(a: Assembly, reports: list[dict[str, Any]]) -> Iterator[str]:
-    total = sum(layer.flops for layer in a.layers)
-    for index, (stage, report) in enumerate(zip(a.stages, reports, strict=True)):
+def _stage_lines(a: Assembly, held: Mapping[int, tuple[int, int]]) -> Iterator[str]:
+    total, several = sum(layer.flops for layer in a.layers), a.placement.last + 1 > a.grid.pipeline.size
+    for index, stage in enumerate(a.placement.layers):
+        parameters, buckets = held[index]
+        where = f" on pipeline rank {a.placement.ranks[index]}" if several else ""
         first, last = (a.layers[i].name for i in (stage.start, stage.stop - 1))
         share = sum(a.layers[i].flops for i in stage) / total
         yield (
-            f"stage {index}: {len(stage)} layer(s), {first if len(stage) == 1 else f'{first} to {last}'}, "
-            f"{100 * share:.1f} % of the FLOPs; {report['parameters']:,} parameters per rank "
-            f"in {report['buckets']} bucket(s)"
+            f"stage {index}{where}: {len(stage)} layer(s), {first if len(stage) == 1 else f'{first} to {last}'}, "
+            f"{100 * share:.1f} % of the FLOPs; {parameters:,} parameters per rank "
+            f"in {buckets} bucket(s)"
         )
 
 
@@ -134,7 +138,7 @@ def _sharding_line(a: Assembly) -> str:
     return line
 
 
-def _memory_line(reports: list[dict[str, Any]]) -> str:
-    largest: dict[str, int] = max((report["memory"] for report in reports), key=lambda held: sum(held.values()))
+def _memory_line(ranks: Sequence[Mapping[str, int]]) -> str:
+    largest = max(ranks, key=lambda held: sum(held.values()))
     parts = ", ".join(f"{what} {size / 2**20:.1f}" for what, size in largest.items() if size)
     return f"memory on the largest rank, activations apart: {sum(largest.values()) / 2**20:.1f} MiB ({parts})"

@@ -119,7 +119,7 @@ class Stepper:
         """What was not finite first, found by running the step's micro-batches again. Collective."""
         a = self.assembly
         micro_batches = [a.to_device(batch, training=True) for batch in batches]
-        with watch(a.module, a.layers, micro_batches, a.grid.data.index) as watching:
+        with watch(a.stages.values(), a.layers, micro_batches, a.grid.data.index) as watching:
             self._forward_backward(micro_batches, watching.loss(self._loss_share))
         culprit = first_culprit(watching.found, a.grid.world)
         return culprit.describe() if culprit else "the sum of the gradients, each of them finite"
@@ -162,14 +162,15 @@ class Stepper:
             self.assembly.fp8.forget_weights()
 
     def _eval_executor(self, num_micro_batches: int) -> PipelineExecutor:
-        order = forward_only(self.assembly.grid.pipeline.size, num_micro_batches)
-        return self.assembly.executor(insert_communication(order))
+        a = self.assembly
+        order = forward_only(a.grid.pipeline.size, num_micro_batches, stage_to_rank=a.placement.ranks)
+        return a.executor(insert_communication(order))
 
     @property
     def _reports(self) -> bool:
         """Whether this rank's losses count: one tensor rank; each context rank has its share of the loss."""
         a = self.assembly
-        return a.is_last_stage and a.grid.tensor.index == 0
+        return a.holds_loss and a.grid.tensor.index == 0
 
     def _losses(self, outputs: tuple[Tensor, ...], batch: MicroBatch) -> Tensor:
         """Loss of each image, 0 for padding: [B]."""

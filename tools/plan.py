@@ -63,7 +63,7 @@ def row(config: Config, ranks: int, memory: float) -> Row:
         "dtype": config.precision.dtype,
         "optimizer": config.optimizer.name,
         "micro_batch": config.train.micro_batch_size,
-        "pipeline_stage": worst.stage,
+        "pipeline_stage": "+".join(map(str, worst.stages)) if len(worst.stages) > 1 else worst.stages[0],
         **{f"{name.replace(' ', '_')}_GB": size / _GB for name, size in worst.states.items()},
         "activations_GB": worst.activations / _GB,
         "peak_GB": worst.peak / _GB,

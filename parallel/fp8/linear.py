@@ -6,7 +6,7 @@ per element), and the step's 8-bit weight. The output gradient is cast once, for
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -118,7 +118,7 @@ class Fp8Products:
 
 
 def enable_fp8(
-    module: nn.Module,
+    modules: Iterable[nn.Module],
     *,
     recipe: Fp8Recipe,
     device: torch.device,
@@ -126,10 +126,11 @@ def enable_fp8(
     keep_weights: bool = True,
     skip: Callable[[str], bool] = lambda name: False,
 ) -> Fp8Registry:
-    """Give every column- and row-parallel linear of `module` 8-bit products, except those whose name is skipped.
+    """Give every column- and row-parallel linear of `modules` 8-bit products, except those whose name is skipped.
 
     Args:
-        module: all that this rank runs, so that `finish_step` is called once. skip: e.g. the classifier, by name.
+        modules: all that this rank runs, so that `finish_step` is called once; no name is in two of them.
+        skip: e.g. the classifier, by name.
         keep_weights: as in Fp8Registry.
 
     Raises:
@@ -137,6 +138,7 @@ def enable_fp8(
     """
     linears = {
         name: layer
+        for module in modules
         for name, layer in module.named_modules()
         if isinstance(layer, ColumnParallelLinear | RowParallelLinear) and not skip(name)
     }

@@ -3,6 +3,7 @@
 from parallel.pipeline.actions import Action, ActionKind, Schedule, ScheduleError
 from parallel.pipeline.communication import insert_communication
 from parallel.pipeline.partition import partition
+from parallel.pipeline.placement import Placement
 from parallel.pipeline.schedules import SCHEDULES, build_schedule, forward_only, gpipe, one_f_one_b
 from parallel.pipeline.simulation import Costs, Interval, Timeline, simulate
 from parallel.pipeline.validation import validate
@@ -13,6 +14,7 @@ __all__ = [
     "ActionKind",
     "Costs",
     "Interval",
+    "Placement",
     "Schedule",
     "ScheduleError",
     "Timeline",

@@ -17,6 +17,7 @@ How communication is meant:
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -209,25 +210,31 @@ class Schedule:
         )
 
 
-def live_activations(schedule: Schedule, rank: int) -> list[int]:
-    """Stage activations that a rank keeps for a coming backward, after each action of its program.
+def live_stages(schedule: Schedule, rank: int) -> list[Counter[int]]:
+    """How many activations of each of its stages a rank keeps for a coming backward, after each action of its program.
 
     An activation lives from the forward (from the recompute, where there is one: before it only the input is kept)
     until the whole backward, or until the weight gradient where the backward is split, since that still reads the
     inputs of the layers. A forward-only schedule keeps nothing.
     """
-    live, counts = 0, []
+    live: Counter[int] = Counter()
+    counts = []
     for action in schedule.ranks[rank]:
         match action.kind:
             case ActionKind.FORWARD:
                 recomputed = Action(ActionKind.RECOMPUTE, action.stage, action.micro_batch) in schedule.places
-                live += not (recomputed or schedule.is_forward_only)
+                live[action.stage] += not (recomputed or schedule.is_forward_only)
             case ActionKind.RECOMPUTE:
-                live += 1
+                live[action.stage] += 1
             case ActionKind.BACKWARD | ActionKind.BACKWARD_WEIGHT:
-                live -= 1
-        counts.append(live)
+                live[action.stage] -= 1
+        counts.append(live.copy())
     return counts
+
+
+def live_activations(schedule: Schedule, rank: int) -> list[int]:
+    """The same of all its stages together."""
+    return [sum(live.values()) for live in live_stages(schedule, rank)]
 
 
 def peak_activations(schedule: Schedule) -> tuple[float, ...]:

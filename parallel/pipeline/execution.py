@@ -34,10 +34,22 @@ _SENDS_IN_FLIGHT = 4
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Shape and dtype of one tensor at a stage boundary."""
+    """One tensor at a stage boundary.
+
+    Attributes:
+        carries_gradient: whether the stage behind sends back a gradient of it. Labels, masks and what a frozen part of
+            the model gives out carry none: nothing is sent for them.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
+    carries_gradient: bool = True
+
+    def __post_init__(self) -> None:
+        if self.carries_gradient and not self.dtype.is_floating_point:
+            raise ValueError(
+                f"a boundary tensor of {self.dtype} cannot carry a gradient: set carries_gradient to False"
+            )
 
 
 class StageModule(Protocol):
@@ -56,11 +68,15 @@ class Deferrer(Protocol):
 
 @dataclass
 class _Kept:
-    """What one micro-batch keeps on one stage between forward and backward."""
+    """What one micro-batch keeps on one stage between forward and backward.
+
+    Attributes:
+        inputs: those that carry a gradient. roots: of the outputs that carry one, None where nothing that is trained,
+            here or before, has made it.
+    """
 
     inputs: Tensors = ()
-    roots: list[GradientEdge] = field(default_factory=list)
-    root_mask: list[bool] = field(default_factory=list)  # which outputs carry a gradient
+    roots: list[GradientEdge | None] = field(default_factory=list)
     products: Products = field(default_factory=list)
 
 
@@ -145,7 +161,8 @@ class PipelineExecutor:
         inputs = self._take(ActionKind.RECV_FORWARD, stage, m) if stage else ()
         keep = torch.is_grad_enabled()
         if keep:
-            inputs = tuple(x.requires_grad_(x.is_floating_point()) for x in inputs)
+            for x, spec in zip(inputs, self.boundaries[stage], strict=True):
+                x.requires_grad_(spec.carries_gradient)
         outputs = self.stages[stage](inputs, self._micro_batches[m])
         if stage == self._last:
             result = self._head(outputs, self._micro_batches[m])
@@ -153,11 +170,14 @@ class PipelineExecutor:
             roots: Tensors = (result,)
         else:
             self._hand_over(ActionKind.RECV_FORWARD, stage + 1, m, tuple(x.detach() for x in outputs))
-            roots = outputs
+            roots = self._carrying(stage + 1, outputs)
         if keep:
-            mask = [x.requires_grad for x in roots]
-            edges = [get_gradient_edge(x) for x, used in zip(roots, mask, strict=True) if used]
-            self._kept[stage, m] = _Kept(inputs, edges, mask)
+            edges = [get_gradient_edge(x) if x.requires_grad else None for x in roots]
+            self._kept[stage, m] = _Kept(self._carrying(stage, inputs), edges)
+
+    def _carrying(self, boundary: int, tensors: Tensors) -> Tensors:
+        """Those of a boundary's tensors that carry a gradient."""
+        return tuple(x for x, spec in zip(tensors, self.boundaries[boundary], strict=True) if spec.carries_gradient)
 
     def _backward(self, stage: int, m: int) -> None:
         self._differentiate(stage, m, self._kept.pop((stage, m)))
@@ -174,13 +194,12 @@ class PipelineExecutor:
             product()
 
     def _differentiate(self, stage: int, m: int, kept: _Kept) -> None:
-        grads: list[Tensor | None] = [None]
-        if stage != self._last:
-            arrived = self._take(ActionKind.RECV_BACKWARD, stage, m)
-            grads = [grad for grad, used in zip(arrived, kept.root_mask, strict=True) if used]
-        torch.autograd.backward(kept.roots, grads)
+        last = stage == self._last
+        grads = (None,) if last else self._take(ActionKind.RECV_BACKWARD, stage, m)
+        edges = [(root, grad) for root, grad in zip(kept.roots, grads, strict=True) if root is not None]
+        torch.autograd.backward([root for root, _ in edges], [grad for _, grad in edges])
         if stage:
-            # An integer input has no gradient; zeros of its shape keep the boundary's message static.
+            # What the stage did not use has no gradient; zeros of its shape keep the boundary's message static.
             own = tuple(x.grad if x.grad is not None else torch.zeros_like(x) for x in kept.inputs)
             self._hand_over(ActionKind.RECV_BACKWARD, stage - 1, m, own)
 
@@ -208,7 +227,10 @@ class PipelineExecutor:
 
     def _recv(self, arrival: ActionKind, stage: int, m: int, source: int, boundary: int) -> None:
         rank = self.schedule.stage_to_rank[source]
-        buffers = [torch.empty(spec.shape, dtype=spec.dtype, device=self.device) for spec in self.boundaries[boundary]]
+        specs = [
+            spec for spec in self.boundaries[boundary] if spec.carries_gradient or arrival is ActionKind.RECV_FORWARD
+        ]
+        buffers = [torch.empty(spec.shape, dtype=spec.dtype, device=self.device) for spec in specs]
         self._arriving[arrival, stage, m] = [comm.recv_start(x, self.axis, rank) for x in buffers]
 
     def _send_forward(self, stage: int, m: int) -> None:

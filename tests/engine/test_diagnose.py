@@ -175,7 +175,7 @@ def search(world: World, plant: str, shape: GridShape, schedule: str = "1f1b") -
     planter = Planter(stage, batches)
     if grid.data.index == grid.data.size - 1:
         getattr(planter, plant)()
-    with watch(stage, LAYERS, batches, grid.data.index) as watching:
+    with watch([stage], LAYERS, batches, grid.data.index) as watching:
         executor.run(batches, watching.loss(planter.loss))
     return first_culprit(watching.found, grid.world)
 
@@ -205,7 +205,7 @@ def test_afterwards_nothing_is_watched_and_sinks_are_back() -> None:
         attach_sink(parameter, sink)
     executor.run(batches, cross_entropy)
     expected, sink.got = sink.got, {}
-    with pytest.raises(RuntimeError, match="broken off"), watch(stage, LAYERS, batches) as watching:
+    with pytest.raises(RuntimeError, match="broken off"), watch([stage], LAYERS, batches) as watching:
         executor.run(batches, watching.loss(cross_entropy))
         raise RuntimeError("broken off")
     assert sink.got.keys() == expected.keys() and all(torch.equal(sink.got[p], expected[p]) for p in expected)

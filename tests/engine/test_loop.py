@@ -108,7 +108,7 @@ def batches(images: float | None = None, seed: int = 0, size: int = 8) -> list[B
 
 
 def state(s: Stepper) -> dict[str, Any]:
-    weights = {name: p.detach().clone() for name, p in s.assembly.module.named_parameters()}
+    weights = {name: p.detach().clone() for name, p in s.assembly.parameters().items()}
     optimizer = s.assembly.optimizer
     return {"weights": weights, "optimizer": copy.deepcopy(optimizer.state_tensors()), "steps": optimizer.steps}
 

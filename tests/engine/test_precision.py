@@ -186,7 +186,7 @@ def assembled(config: Config, world: World | None = None) -> Assembly:
 def names_in(assembly: Assembly, dtype: torch.dtype) -> set[str]:
     """Parameters that the model is given in this format."""
     for slot in assembly.store.slots:
-        assert slot.parameter.dtype == slot.member.kind.dtype == assembly.module.get_parameter(slot.name).dtype
+        assert slot.parameter.dtype == slot.member.kind.dtype == assembly.parameters()[slot.name].dtype
     return {slot.name for slot in assembly.store.slots if slot.parameter.dtype == dtype}
 
 

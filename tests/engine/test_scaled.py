@@ -93,7 +93,7 @@ def trace(world: World, layout: str) -> dict[str, Any]:
     _, rank, name = LAYOUTS[layout]
     now = 0
     if world.rank == rank:
-        parameter = stepper.assembly.module.get_parameter(name)
+        parameter = stepper.assembly.parameters()[name]
         parameter.register_hook(lambda grad: grad * float("inf") if SCRIPT[now] == "X" else grad)
     out: dict[str, Any] = {"scales": [], "skipped": "", "steps": [], "changed": "", "bad": False}
     for now in range(len(SCRIPT)):

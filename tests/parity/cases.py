@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -12,6 +12,7 @@ from data import DataConfig
 from engine.config import Config, OptimizerConfig, PrecisionConfig, ScheduleConfig, TrainConfig
 from model import ModelConfig, StageConfig
 from parallel.config import ParallelConfig
+from parallel.pipeline import Action, ActionKind, Schedule, forward_only, insert_communication
 
 STEPS = 10
 GLOBAL_BATCH = 16
@@ -75,6 +76,7 @@ class Case:
     optimizer: str = "adamw"
     precision: str = "fp32"
     ema: float | None = None
+    placement: tuple[int, ...] = ()  # rank of each stage, where ranks hold several; then `schedule` is not used
 
     def __str__(self) -> str:
         sp = "sp" if self.sequence_parallel else ""
@@ -84,7 +86,8 @@ class Case:
             f"-{value}" for value, usual in ((self.optimizer, "adamw"), (self.precision, "fp32")) if value != usual
         )
         how += ("-narrow" if self.gradients == "weights" else "") + (f"-ema{self.ema}" if self.ema else "")
-        layout = f"t{self.tensor}{sp}-p{self.pipeline}{self.schedule}-d{self.data}{cp}-m{self.micro_batches}"
+        schedule = f"on{''.join(map(str, self.placement))}" if self.placement else self.schedule
+        layout = f"t{self.tensor}{sp}-p{self.pipeline}{schedule}-d{self.data}{cp}-m{self.micro_batches}"
         return f"{self.model}-{layout}{how}"
 
     @property
@@ -96,6 +99,10 @@ class Case:
     def one_process(self) -> Case:
         """What its numbers are held against."""
         return Case(self.model, depth=self.depth, optimizer=self.optimizer, precision=self.precision, ema=self.ema)
+
+    def schedule_by_hand(self) -> Schedule | None:
+        """That of `placement`."""
+        return by_stages(self.placement, self.micro_batches) if self.placement else None
 
     def config(self, **train: Any) -> Config:
         """The resolved configuration of the case; keyword arguments override the `train` group."""
@@ -139,11 +146,41 @@ class Case:
         return config.resolve(self.ranks)
 
 
+def by_stages(placement: Sequence[int], micro_batches: int) -> Schedule:
+    """All forwards, one stage after the other, then all backwards; any number of stages per rank."""
+    forward = forward_only(max(placement) + 1, micro_batches, stage_to_rank=placement)
+    programs = [
+        [*program, *(Action(ActionKind.BACKWARD, a.stage, a.micro_batch) for a in sorted(program, key=_backwards))]
+        for program in forward.ranks
+    ]
+    return insert_communication(replace(forward, name="by stages", ranks=tuple(map(tuple, programs))))
+
+
+def _backwards(action: Action) -> tuple[int, int]:
+    assert action.micro_batch is not None
+    return -action.stage, action.micro_batch
+
+
 def cases(ranks: int) -> list[Case]:
-    """Every layout of this many ranks, for every isotropic model (the mixed one on at most two ranks), and those of
-    _FAMILY_LAYOUTS for the attention kinds, pyramids and uneven heads.
+    """Every layout of this many ranks, for every isotropic model (the mixed one on at most two ranks), those of
+    _FAMILY_LAYOUTS for the attention kinds, pyramids and uneven heads, and several stages per rank.
     """
-    return [*_isotropic(ranks), *_family(ranks)]
+    return [*_isotropic(ranks), *_family(ranks), *_STAGES.get(ranks, ())]
+
+
+# in turn, and as a V, where neighbours meet on a rank, which holds the first and the last stage
+_STAGES = {
+    2: [
+        Case("parallel", pipeline=2, micro_batches=4, placement=(0, 1, 0, 1)),
+        Case("sequential", pipeline=2, micro_batches=2, placement=(0, 1, 1, 0)),
+        Case("pyramid", pipeline=2, micro_batches=2, placement=(0, 1, 1, 0, 0)),
+    ],
+    4: [
+        Case("parallel", pipeline=2, data=2, micro_batches=4, placement=(0, 1, 0, 1), zero=3),
+        Case("kinds", tensor=2, sequence_parallel=True, pipeline=2, micro_batches=4, placement=(0, 1, 1, 0)),
+        Case("parallel", pipeline=2, context=2, micro_batches=2, placement=(1, 0, 0, 1), zero=1),
+    ],
+}
 
 
 # (tensor, sequence parallel, pipeline, data, context) of the family: every axis alone, every pair, and all that share

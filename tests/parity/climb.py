@@ -22,6 +22,7 @@ from engine.step import Stepper
 from model import ModelConfig, build_layers
 from parallel import comm
 from parallel.grid import make_grid
+from parallel.pipeline import Schedule
 from parallel.process_group import World
 from parallel.sharding.gather import Buffer, Gatherer
 from tests.parity.cases import STEPS, Case
@@ -92,11 +93,15 @@ def poison(gatherer: Gatherer) -> None:
 
 
 def climb(
-    world: World, config: Config, before_training: Callable[[Stepper], None] | None = None, steps: int = STEPS
+    world: World,
+    config: Config,
+    before_training: Callable[[Stepper], None] | None = None,
+    steps: int = STEPS,
+    schedule: Schedule | None = None,
 ) -> Climb:
-    """Train for some steps and evaluate; the same result on every rank."""
+    """Train for some steps and evaluate; the same result on every rank. schedule: instead of the configuration's."""
     grid = make_grid(config.grid_shape(world.size), world)
-    assembly = assemble(config, grid, torch.device("cpu"), _layers(config.model))
+    assembly = assemble(config, grid, torch.device("cpu"), _layers(config.model), schedule=schedule)
     poison(assembly.store.gatherer)
     stepper = Stepper(assembly)
     if before_training is not None:
@@ -157,5 +162,5 @@ def first_batches(config: Config) -> list[tuple[Tensor, Tensor]]:
 
 def climb_all(world: World, cases: Iterable[Case]) -> dict[Case, Climb] | None:
     """Every case one after the other on the same processes; rank 0 returns the results."""
-    results = {case: climb(world, case.config()) for case in cases}
+    results = {case: climb(world, case.config(), schedule=case.schedule_by_hand()) for case in cases}
     return results if world.rank == 0 else None

@@ -260,7 +260,7 @@ def test_enable_gives_each_linear_its_state() -> None:
         "head": ColumnParallelLinear(8, (8,), tp=tp),
         "norm": nn.LayerNorm(8),
     })  # fmt: skip
-    registry = enable_fp8(layers, recipe=Fp8Recipe(), device=CPU, skip=lambda name: name.startswith("head"))
+    registry = enable_fp8([layers], recipe=Fp8Recipe(), device=CPU, skip=lambda name: name.startswith("head"))
     assert list(registry.states) == ["fc1", "fc2"]
     for name, state in registry.states.items():
         assert layers[name].fp8.state is state

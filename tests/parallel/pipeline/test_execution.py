@@ -1,4 +1,6 @@
-"""The executor on 2 and 4 ranks, with small stages that pass two floating-point tensors and an integer one."""
+"""The executor on 2 and 4 ranks, with small stages that pass two tensors with a gradient, and an integer and a
+floating-point one without.
+"""
 
 import pytest
 import torch
@@ -16,7 +18,12 @@ from tests.distributed import run_ranks
 
 CPU = torch.device("cpu")
 BATCH, WIDTH, SIDE = 3, 4, 2
-BOUNDARY = (TensorSpec((BATCH, WIDTH)), TensorSpec((BATCH,), torch.int64), TensorSpec((BATCH, SIDE)))
+BOUNDARY = (
+    TensorSpec((BATCH, WIDTH)),
+    TensorSpec((BATCH,), torch.int64, carries_gradient=False),
+    TensorSpec((BATCH, SIDE)),
+    TensorSpec((BATCH, WIDTH), carries_gradient=False),
+)
 Tensors = tuple[Tensor, ...]
 
 
@@ -33,19 +40,25 @@ class TinyStage(nn.Module):
 
     def forward(self, inputs: Tensors, micro_batch: Tensor) -> Tensors:
         self.most_alive = max(self.most_alive, sum(not ref.expired() for ref in self.given))
-        assert (len(inputs) == 3) == (self.number > 0)
-        x, count, side = inputs or (micro_batch, torch.arange(BATCH), micro_batch.new_ones(BATCH, SIDE))
+        assert (len(inputs) == len(BOUNDARY)) == (self.number > 0)
+        x, count, side, frozen = inputs or (
+            micro_batch,
+            torch.arange(BATCH),
+            micro_batch.new_ones(BATCH, SIDE),
+            micro_batch,
+        )
+        assert not frozen.requires_grad
         assert count.tolist() == [i + self.number for i in range(BATCH)]
         scale = (1 + count % 2)[:, None]
-        y = self.main(x) + scale * side.sum(1, keepdim=True)
-        out = (y, count + 1, self.side(x.sin()) * side)
+        y = self.main(x) + scale * side.sum(1, keepdim=True) + frozen
+        out = (y, count + 1, self.side(x.sin()) * side, frozen + y.detach())
         self.given += [StorageWeakRef(t.untyped_storage()) for t in out]
         return out
 
 
 def _head(outputs: Tensors, micro_batch: Tensor) -> Tensor:
-    y, count, side = outputs
-    return (y.square().sum(1) * count).sum() + side.sum() + y.sum() * micro_batch.sum()
+    y, count, side, frozen = outputs
+    return (y.square().sum(1) * count).sum() + side.sum() + y.sum() * micro_batch.sum() + (y * frozen).sum()
 
 
 def _micro_batches(count: int) -> list[Tensor]:
@@ -195,6 +208,31 @@ def test_one_rank_needs_no_group() -> None:
     _check(build_schedule("1f1b", 1, 3), World())
 
 
+def _sent_backward(world: World) -> int:
+    """Elements that rank 1 sends back for one micro-batch."""
+    sent = []
+    grid = make_grid(GridShape(pipeline=2), world)
+    module, store = _stages((world.rank,))
+    schedule = build_schedule("1f1b", 2, 1)
+    executor = PipelineExecutor(
+        schedule, {world.rank: module[str(world.rank)]}, [(), BOUNDARY], axis=grid.pipeline, device=CPU
+    )
+    hand_over = executor._hand_over
+    executor._hand_over = lambda arrival, stage, m, x: (sent.extend(x), hand_over(arrival, stage, m, x))[1]  # type: ignore
+    store.gradients.start(1)
+    executor.run(_micro_batches(1), _head)
+    grid.close()
+    return sum(x.numel() for x in sent)
+
+
+def test_nothing_is_sent_for_what_carries_no_gradient() -> None:
+    forward, backward = run_ranks(2, _sent_backward)
+    assert forward == 2 * BATCH * WIDTH + BATCH + BATCH * SIDE
+    assert backward == BATCH * WIDTH + BATCH * SIDE
+    with pytest.raises(ValueError, match="cannot carry a gradient"):
+        TensorSpec((BATCH,), torch.int64)
+
+
 def _outputs_alive(world: World, forwards_only: bool) -> tuple[int, int]:
     """(most outputs of this rank's stage alive at the start of a forward, those alive at the end)."""
     micro_batches = _micro_batches(12)
@@ -213,9 +251,9 @@ def _outputs_alive_both(world: World) -> list[tuple[int, int]]:
 
 
 def test_outputs_are_freed_after_sending() -> None:
-    """Of twelve micro-batches, three tensors each, only those of the few messages under way are alive."""
+    """Of twelve micro-batches, four tensors each, only those of the few messages under way are alive."""
     for most, in_the_end in run_ranks(2, _outputs_alive_both)[0]:
-        assert 0 < most <= 4 * 3
+        assert 0 < most <= 4 * 4
         assert in_the_end == 0
 
 

@@ -1,0 +1,68 @@
+"""A rank that holds several stages, the first and the last among them: report, plan, diagnosis. (Training and
+evaluation: the ladder.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from engine.assemble import Assembly, assemble, grid_of
+from engine.plan import LiveBytes, plan_memory, states
+from engine.report import startup_report
+from engine.step import Stepper
+from parallel.process_group import World
+from tests.distributed import run_ranks
+from tests.engine.test_plan import MEMORY, config_of
+from tests.engine.test_scaled import batches_of
+from tests.parity.cases import by_stages
+
+CPU = torch.device("cpu")
+V_SHAPED = (0, 1, 1, 0)
+SCHEDULE = by_stages(V_SHAPED, 2)
+CONFIG = config_of({}, world=2, pipeline_parallel_size=2)
+
+
+def lines_about_stages(assembly: Assembly) -> list[str]:
+    report = startup_report(assembly, threads=1, matmul="mkl", train_images=8, eval_images=8)
+    return [line for line in report if line.startswith("stage ")]
+
+
+def steps(world: World) -> dict[str, Any]:
+    """What this rank reports, what a step holds on it, and whom it blames for a bad pixel and a bad weight."""
+    assembly = assemble(CONFIG, grid_of(CONFIG, world, CPU), CPU, device_memory=MEMORY, schedule=SCHEDULE)
+    out: dict[str, Any] = {"report": lines_about_stages(assembly), "states": states(assembly)}
+    stepper = Stepper(assembly)
+    batches = batches_of(stepper, 0)
+    assert assembly.holds_images == assembly.holds_loss == (world.rank == 0) == (batches[0].images is not None)
+    with LiveBytes() as counter:
+        stepper.train_step(batches, 1e-3)
+    images = batches[0].images
+    out["activations"] = counter.peak + (0 if images is None else images.nbytes)
+    if images is not None:
+        batches[1] = replace(batches[1], images=torch.full_like(images, float("nan")))
+    out["pixel"] = stepper.train_step(batches, 1e-3).culprit
+    weight = assembly.parameters().get("blocks.1.mlp.fc1.weight")
+    if weight is not None:
+        weight.data[0, 0] = float("nan")
+    out["weight"] = stepper.train_step(batches_of(stepper, 2), 1e-3).culprit
+    return out
+
+
+def test_ranks_with_several_stages() -> None:
+    for rank, made in enumerate(run_ranks(2, steps)):
+        assert [line.partition(":")[0] for line in made["report"]] == [
+            f"stage {stage} on pipeline rank {holder}" for stage, holder in enumerate(V_SHAPED)
+        ]
+        assert "embed" in made["report"][0] and "head" in made["report"][3]
+        assert made["pixel"] == "input images not finite (micro-batch 1 of data rank 0)"
+        assert made["weight"] == "blocks.1: activation not finite (micro-batch 0 of data rank 0)"
+        planned = plan_memory(CONFIG, CONFIG.grid_shape(2), rank, MEMORY, SCHEDULE)
+        assert planned.stages == ((0, 3), (1, 2))[rank]
+        for held in (made["states"], planned.states):
+            held.pop("reduction buffers")
+        assert made["states"] == planned.states
+        assert made["activations"] == pytest.approx(planned.activations, rel=0.05)
