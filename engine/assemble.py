@@ -16,10 +16,11 @@ from engine.config import Config, PrecisionConfig
 from engine.device import memory_bytes
 from engine.ema import WeightAverage
 from engine.errors import ConfigError
+from engine.objectives import Objective, make_objective
 from engine.optimizers import Optimizer, make_optimizer
 from engine.precision import precision_of
 from engine.scaler import LossScaler
-from model import Build, LayerSpec, MicroBatch, Precision, Stage, build_layers
+from model import Build, LayerSpec, MicroBatch, Precision, Stage
 from model.kernels import Kernels
 from parallel.fp8 import Fp8Recipe, Fp8Registry, enable_fp8
 from parallel.grid import Grid, make_grid
@@ -36,14 +37,14 @@ class Assembly:
     """One rank's share of the model and the means to train it.
 
     Attributes:
-        layers: of the whole model. placement: who holds which stage, and its layers.
+        placement: who holds which stage, and its layers.
         stages: this rank's, by number.
     """
 
     config: Config
     grid: Grid
     device: torch.device
-    layers: tuple[LayerSpec, ...]
+    objective: Objective
     placement: Placement
     build: Build
     stages: dict[int, Stage]
@@ -56,8 +57,13 @@ class Assembly:
 
     @property
     def holds_images(self) -> bool:
-        """Whether a stage of this rank embeds images."""
-        return 0 in self.stages
+        """Whether a stage of this rank reads images."""
+        return any(self.objective.reads_images(self.placement.layers[stage]) for stage in self.stages)
+
+    @property
+    def layers(self) -> tuple[LayerSpec, ...]:
+        """Of the whole model."""
+        return self.objective.layers
 
     @property
     def holds_loss(self) -> bool:
@@ -161,7 +167,7 @@ def assemble(
     config: Config,
     grid: Grid,
     device: torch.device,
-    layers: Sequence[LayerSpec] | None = None,
+    objective: Objective | None = None,
     device_memory: float | None = None,
     schedule: Schedule | None = None,
 ) -> Assembly:
@@ -169,10 +175,12 @@ def assemble(
 
     Args:
         config: resolved for this world. grid: its groups made. device: of this rank.
-        layers: of the model, if they were built already. device_memory: bytes of this rank's device, or of its share of
-            the host (default: all of it). schedule: instead of the configuration's, its communication inserted.
+        objective: the configuration's, if it was made already. device_memory: bytes of this rank's device, or of its
+            share of the host (default: all of it). schedule: instead of the configuration's, its communication
+            inserted.
     """
-    layers = tuple(layers or build_layers(config.model))
+    objective = objective or make_objective(config)
+    layers = objective.layers
     tp = TensorParallel(axis=grid.tensor, sequence_parallel=config.parallel.sequence_parallel)
     if schedule is None:
         micro_batches = config.num_micro_batches(grid.shape)
@@ -207,7 +215,7 @@ def assemble(
         config=config,
         grid=grid,
         device=device,
-        layers=layers,
+        objective=objective,
         placement=placement,
         build=build,
         stages=stages,

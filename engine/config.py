@@ -290,6 +290,9 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
     """What is reported, how often"""
 
+    objective: Literal["supervised"] = "supervised"
+    """What is trained towards: the classes of labelled images."""
+
     run_dir: str | None = None
     """Folder for config.yaml, metrics.jsonl and TensorBoard events; made if missing."""
 

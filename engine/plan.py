@@ -20,11 +20,10 @@ from torch.utils._pytree import tree_leaves
 from data import Batch
 from engine.assemble import Assembly, assemble
 from engine.config import Config
-from model import MicroBatch, build_layers
+from model import MicroBatch
 from parallel.grid import GridShape, planned_grid
 from parallel.pipeline import Schedule
 from parallel.pipeline.actions import ActionKind, live_activations, live_stages
-from parallel.tensor import LOSSES
 
 META = torch.device("meta")
 _ENDS = (ActionKind.BACKWARD, ActionKind.BACKWARD_WEIGHT)  # after which an activation is no longer alive
@@ -106,8 +105,7 @@ def plan_memory(
     if config.kernels != "reference":
         config = replace(config, kernels="native")  # the shapes of what they make are known without them
     grid = planned_grid(shape, rank)
-    layers = build_layers(config.model)
-    assembly = assemble(config, grid, META, layers, device_memory=device_memory, schedule=schedule)
+    assembly = assemble(config, grid, META, device_memory=device_memory, schedule=schedule)
     return MemoryPlan(
         stages=tuple(assembly.stages),
         states=states(assembly),
@@ -143,8 +141,7 @@ def _one_pass(a: Assembly, stage: int, batch: MicroBatch) -> tuple[int, int]:
         outputs = a.stages[stage](inputs, batch)
         kept = counter.now
         if stage == a.placement.last:
-            loss = LOSSES[a.config.train.loss](outputs[0], batch.labels, a.config.model.sizes.classes, a.grid.tensor)
-            loss.sum().backward()
+            a.objective.loss_share(outputs, batch, a.grid, 1.0).backward()
         else:
             torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
     return kept, counter.peak

@@ -19,7 +19,6 @@ from model import MicroBatch
 from parallel import comm
 from parallel.pipeline import forward_only, insert_communication
 from parallel.pipeline.execution import PipelineExecutor
-from parallel.tensor import LOSSES, top_class
 
 
 @dataclass(frozen=True)
@@ -39,15 +38,6 @@ class StepResult:
     loss_scale: float = 1.0
     bad: bool = False
     culprit: str | None = None
-
-
-@dataclass(frozen=True)
-class EvalResult:
-    """Means over the held-out images, the same on every rank. images: how many there were, each counted once."""
-
-    loss: float
-    accuracy: float
-    images: int
 
 
 class _OnDevice(Sequence[MicroBatch]):
@@ -72,8 +62,6 @@ class Stepper:
     def __init__(self, assembly: Assembly) -> None:
         self.assembly = assembly
         self._train = assembly.executor(assembly.schedule)
-        self._loss = LOSSES[assembly.config.train.loss]
-        self._classes = assembly.config.model.sizes.classes
         self._eval = cache(self._eval_executor)
 
     def train_step(self, batches: Sequence[Batch], lr: float, lr_factor: float = 1.0) -> StepResult:
@@ -132,10 +120,10 @@ class Stepper:
         if a.fp8 is not None:
             a.fp8.finish_step(a.store.axis)
 
-    def evaluate(self, batches: Iterable[Batch]) -> EvalResult:
-        """Loss and accuracy over all batches of all data ranks; images of weight 0 do not count."""
+    def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """The objective's figures over all batches of all data ranks; images of weight 0 do not count."""
         a = self.assembly
-        total = torch.zeros(3, dtype=torch.float64, device=a.device)
+        total = torch.zeros(len(a.objective.counted), dtype=torch.float64, device=a.device)
         stream = iter(batches)
         while group := list(islice(stream, 4 * a.grid.pipeline.size)):  # few at a time: bounded memory
             micro_batches = [a.to_device(batch, training=False) for batch in group]
@@ -143,10 +131,9 @@ class Stepper:
                 total += counts
         if not self._reports or a.grid.context.index:
             total.zero_()
-        loss, correct, images = comm.all_reduce(total, a.grid.world).tolist()
-        return EvalResult(loss / images, correct / images, int(images))
+        return a.objective.figures(comm.all_reduce(total, a.grid.world).tolist())
 
-    def evaluate_average(self, batches: Iterable[Batch]) -> EvalResult:
+    def evaluate_average(self, batches: Iterable[Batch]) -> dict[str, float]:
         """The same with the moving average of the weights, which must be kept (`optimizer.ema_decay`)."""
         a = self.assembly
         assert a.average is not None
@@ -172,22 +159,13 @@ class Stepper:
         a = self.assembly
         return a.holds_loss and a.grid.tensor.index == 0
 
-    def _losses(self, outputs: tuple[Tensor, ...], batch: MicroBatch) -> Tensor:
-        """Loss of each image, 0 for padding: [B]."""
-        return self._loss(outputs[0], batch.labels, self._classes, self.assembly.grid.tensor) * batch.weights
-
     def _loss_share(self, outputs: tuple[Tensor, ...], batch: MicroBatch) -> Tensor:
-        """This micro-batch's share of the global mean, in equal parts on the context ranks, which all compute it; times
-        the loss scale.
-        """
+        """The micro-batch's share of the loss, times the loss scale."""
         a = self.assembly
-        scale = a.scaler.scale if a.scaler else 1.0
-        return self._losses(outputs, batch).sum() * (scale / (a.config.train.global_batch_size * a.grid.context.size))
+        return a.objective.loss_share(outputs, batch, a.grid, a.scaler.scale if a.scaler else 1.0)
 
     def _counts(self, outputs: tuple[Tensor, ...], batch: MicroBatch) -> Tensor:
-        """(sum of losses, images classified right, images) of a micro-batch."""
-        right = (top_class(outputs[0], self._classes, self.assembly.grid.tensor) == batch.labels) * batch.weights
-        return torch.stack([self._losses(outputs, batch).sum(), right.sum(), batch.weights.sum()]).double()
+        return self.assembly.objective.counts(outputs, batch, self.assembly.grid)
 
     def _global_loss_and_norm(self, losses: Sequence[Tensor]) -> tuple[float, float]:
         """(mean loss over the global batch, global gradient norm), in one small all-reduce over the world.

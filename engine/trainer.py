@@ -26,12 +26,13 @@ from engine.device import (
 )
 from engine.errors import ConfigError, DivergedError
 from engine.metrics import MetricsWriter
+from engine.objectives import make_objective
 from engine.precision import check_kernels, check_precision
 from engine.profile import StepProfiler
 from engine.report import startup_report
 from engine.schedules import check_schedule, factor
 from engine.step import Stepper, StepResult
-from model import build_layers, training_flops
+from model import training_flops
 from model.kernels import Kernels
 from parallel import comm, process_group
 from parallel.process_group import World
@@ -54,11 +55,11 @@ def pretrain(config: Config, world: World) -> None:
     check_precision(config.precision, device)
     check_kernels(Kernels(config.kernels), device)
     threads, matmul = prepare_cpu(world), set_matmul(config.precision, device)
-    layers = build_layers(config.model)
+    objective = make_objective(config)
 
     process_group.start(world, device, config.parallel.timeout)
     grid = grid_of(config, world, device)
-    assembly = assemble(config, grid, device, layers, device_memory=memory_share(device, world))
+    assembly = assemble(config, grid, device, objective, device_memory=memory_share(device, world))
     report = startup_report(
         assembly, threads=threads, matmul=matmul, train_images=len(train_set), eval_images=len(eval_set)
     )
@@ -244,9 +245,9 @@ class Loop:
 
     def _evaluate(self, step: int) -> None:
         result = self.stepper.evaluate(self.eval_stream)
-        values = {"loss": result.loss, "accuracy": result.accuracy, "images": result.images}
+        values = dict(result)
         if self.stepper.assembly.average is not None:
             averaged = self.stepper.evaluate_average(self.eval_stream)
-            values |= {"ema_loss": averaged.loss, "ema_accuracy": averaged.accuracy}
+            values |= {f"ema_{name}": value for name, value in averaged.items() if name != "images"}
         if self.writer is not None:
             self.writer.evaluation(step, values)

@@ -65,7 +65,7 @@ def _average(world: World, stage: Any, dtype: Any) -> float:
     # and with an evaluation in between, whose numbers are those of the average
     apart = stepper.evaluate_average(batches(seed=99, size=8))
     _assert_same(kept(stepper), before)
-    assert stepper.evaluate(batches(seed=99, size=8)).loss != apart.loss
+    assert stepper.evaluate(batches(seed=99, size=8))["loss"] != apart["loss"]
     assert averages.keys() == expected.keys()
     assert max(float((expected[n] - v).abs().max()) for n, v in started.items()) > 5e-3  # it has moved
     return max(float((averages[n].double() - v).abs().max() / (1 + v.abs().max())) for n, v in expected.items())

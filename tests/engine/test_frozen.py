@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from engine.assemble import assemble, grid_of
 from engine.config import OptimizerConfig, TrainConfig
+from engine.objectives import Supervised
 from engine.step import Stepper
-from model import Build, build_layers
+from model import Build
 from parallel.config import ParallelConfig
 from parallel.process_group import World
 from tests.distributed import run_ranks
@@ -43,15 +44,16 @@ def train(
     config = small(
         parallel=ParallelConfig(**layout), train=train, optimizer=OptimizerConfig(**optimizer, ema_decay=0.5)
     ).resolve(world.size)
-    layers = build_layers(config.model)
-    layers = [replace(spec, factory=frozen(spec.factory)) if spec.name in names else spec for spec in layers]
+    objective = Supervised.of(config)
+    layers = [replace(s, factory=frozen(s.factory)) if s.name in names else s for s in objective.layers]
     cpu = torch.device("cpu")
-    stepper = Stepper(assemble(config, grid_of(config, world, cpu), cpu, layers))
+    objective = replace(objective, layers=tuple(layers))
+    stepper = Stepper(assemble(config, grid_of(config, world, cpu), cpu, objective))
     store = stepper.assembly.store
     before = {name: value.clone() for name, value in store.local_values().items()}
     results = [stepper.train_step(batches_of(stepper, step), 1e-2) for step in range(3)]
     seen = [number for result in results for number in (result.loss, float(result.grad_norm))]
-    seen.append(stepper.evaluate_average(batches_of(stepper, 3)).loss)
+    seen.append(stepper.evaluate_average(batches_of(stepper, 3))["loss"])
     return seen, {name: value - before[name] for name, value in store.local_values().items()}
 
 

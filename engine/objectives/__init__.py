@@ -1,0 +1,15 @@
+"""What a run trains towards: one object, made from the configuration, that owns all that differs between goals."""
+
+from engine.config import Config
+from engine.objectives.base import Objective
+from engine.objectives.supervised import Supervised
+
+__all__ = ["OBJECTIVES", "Objective", "Supervised", "make_objective"]
+
+OBJECTIVES: dict[str, type[Objective]] = {"supervised": Supervised}
+"""By the value of the key `objective`."""
+
+
+def make_objective(config: Config) -> Objective:
+    """That of a resolved configuration; needs no process group."""
+    return OBJECTIVES[config.objective].of(config)

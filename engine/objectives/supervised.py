@@ -1,0 +1,64 @@
+"""Images and their classes: cross entropy, and the share of images classified right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from engine.config import Config
+from engine.objectives.base import Objective
+from model import LayerSpec, MicroBatch, build_layers
+from parallel.grid import Grid
+from parallel.tensor import LOSSES, top_class
+
+
+@dataclass(frozen=True, kw_only=True)
+class Supervised(Objective):
+    """The mean over images of softmax or sigmoid cross entropy (`train.loss`).
+
+    Attributes:
+        loss: its name. classes: how many. global_batch_size: images per step. layers: of one ViT.
+    """
+
+    counted = ("loss", "right", "images")
+
+    loss: str
+    classes: int
+    global_batch_size: int
+    layers: tuple[LayerSpec, ...]
+
+    @classmethod
+    def of(cls, config: Config) -> Self:
+        """As Objective."""
+        return cls(
+            loss=config.train.loss,
+            classes=config.model.sizes.classes,
+            global_batch_size=config.train.global_batch_size,
+            layers=tuple(build_layers(config.model)),
+        )
+
+    def reads_images(self, layers: range) -> bool:
+        """As Objective: the embedding does, the first of all layers."""
+        return 0 in layers
+
+    def loss_share(self, outputs: tuple[Tensor, ...], batch: MicroBatch, grid: Grid, scale: float) -> Tensor:
+        """As Objective; in equal parts on the context ranks, which all compute it."""
+        return self._losses(outputs, batch, grid).sum() * (scale / (self.global_batch_size * grid.context.size))
+
+    def counts(self, outputs: tuple[Tensor, ...], batch: MicroBatch, grid: Grid) -> Tensor:
+        """As Objective."""
+        right = (top_class(outputs[0], self.classes, grid.tensor) == batch.labels) * batch.weights
+        return torch.stack([self._losses(outputs, batch, grid).sum(), right.sum(), batch.weights.sum()]).double()
+
+    def figures(self, totals: Sequence[float]) -> dict[str, float]:
+        """As Objective: the mean loss and accuracy."""
+        loss, right, images = totals
+        return {"loss": loss / images, "accuracy": right / images, "images": int(images)}
+
+    def _losses(self, outputs: tuple[Tensor, ...], batch: MicroBatch, grid: Grid) -> Tensor:
+        """Loss of each image, 0 for padding: [B]."""
+        return LOSSES[self.loss](outputs[0], batch.labels, self.classes, grid.tensor) * batch.weights
