@@ -67,7 +67,7 @@ class GroupedAttention(nn.Module):
         if kind == "grid":
             groups = grid(here.rows, here.cols, here.grid)
         else:
-            groups = windows(here.rows, here.cols, here.window, here.window // 2 if kind == "shifted_window" else 0)
+            groups = windows(here.rows, here.cols, here.window, shifted=kind == "shifted_window")
         self.plan = GroupPlan(groups, build.tokens)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -46,30 +46,40 @@ def _slots(row_of: Tensor, col_of: Tensor, rows: int, cols: int) -> Tensor:
     return torch.where(inside, row_of * cols + col_of, -1)
 
 
-def windows(rows: int, cols: int, side: int, shift: int = 0) -> Groups:
-    """Windows of side x side patches whose edges lie at `shift` modulo `side` (Liu et al. 2021, Swin).
+def _cut(length: int, side: int, *, shifted: bool) -> tuple[Tensor, Tensor]:
+    """Windows along one dimension of the map, none longer than it: where one covers it, nothing is shifted.
 
-    Windows cut by the map's edge are packed into one group where they fit, apart by their region.
+    Returns:
+        (place of each slot, perhaps past the edge; whether it went round the padded edge to get there), both
+        [windows, side].
     """
-    across, down = -(-cols // side), -(-rows // side)
-    place = torch.arange(side)
-    shape = (down, across, side, side)
-    row = (torch.arange(down)[:, None] * side + place)[:, None, :, None].expand(shape)
-    col = (torch.arange(across)[:, None] * side + place)[None, :, None, :].expand(shape)
-    # slot (row, col) of the shifted map holds the patch `shift` further on, going round at the padded edge
-    row_of, col_of = (row + shift) % (down * side), (col + shift) % (across * side)
-    wrapped = (row + shift >= down * side) * 2 + (col + shift >= across * side)
-    patches = _slots(row_of, col_of, rows, cols)
-    return Groups(patches.reshape(down * across, -1), wrapped.expand(shape).reshape(down * across, -1))
+    side = min(side, length)
+    count = -(-length // side)
+    slots = torch.arange(count * side).view(count, side) + (side // 2 if shifted and count > 1 else 0)
+    return slots % (count * side), slots >= count * side
+
+
+def windows(rows: int, cols: int, side: int, *, shifted: bool = False) -> Groups:
+    """Windows of side x side patches; shifted ones have their edges at side // 2 modulo `side` (Liu et al. 2021, Swin).
+
+    A dimension of the map that one window covers is not shifted, as in timm's and torchvision's Swin. Windows cut by
+    the map's edge are packed into one group where they fit, apart by their region.
+    """
+    (row_of, row_round), (col_of, col_round) = (_cut(length, side, shifted=shifted) for length in (rows, cols))
+    row_of, row_round = (x[:, None, :, None] for x in (row_of, row_round))
+    col_of, col_round = (x[None, :, None, :] for x in (col_of, col_round))
+    patches, region = _slots(row_of, col_of, rows, cols), row_round * 2 + col_round
+    return Groups(patches.flatten(2).flatten(0, 1), region.flatten(2).flatten(0, 1))
 
 
 def grid(rows: int, cols: int, side: int) -> Groups:
-    """Patches spread evenly over the map, side x side of them to a group (Tu et al. 2022, MaxViT)."""
-    down, across = -(-rows // side), -(-cols // side)  # distance between patches of one group
-    shape = (down, across, side, side)
-    row_of = (torch.arange(down)[:, None] + torch.arange(side) * down)[:, None, :, None].expand(shape)
-    col_of = (torch.arange(across)[:, None] + torch.arange(side) * across)[None, :, None, :].expand(shape)
-    patches = _slots(row_of, col_of, rows, cols).reshape(down * across, -1)
+    """Patches spread evenly over the map, side x side of them to a group (Tu et al. 2022, MaxViT), or as many as the
+    map has along a shorter dimension."""
+    high, wide = min(side, rows), min(side, cols)
+    down, across = -(-rows // high), -(-cols // wide)  # distance between patches of one group
+    row_of = (torch.arange(down)[:, None] + torch.arange(high) * down)[:, None, :, None]
+    col_of = (torch.arange(across)[:, None] + torch.arange(wide) * across)[None, :, None, :]
+    patches = _slots(row_of, col_of, rows, cols).flatten(2).flatten(0, 1)
     return Groups(patches, torch.zeros_like(patches))
 
 

@@ -24,15 +24,15 @@ SIZES = [  # rows, cols, side: maps that fill whole windows, and maps that do no
 def groups_of(kind: str, rows: int, cols: int, side: int) -> Groups:
     if kind == "grid":
         return grid(rows, cols, side)
-    return windows(rows, cols, side, side // 2 if kind == "shifted_window" else 0)
+    return windows(rows, cols, side, shifted=kind == "shifted_window")
 
 
 def neighbourhood(kind: str, row: int, col: int, rows: int, cols: int, side: int) -> tuple[int, int]:
     """Patches with the same one see each other."""
     if kind == "grid":
         return row % math.ceil(rows / side), col % math.ceil(cols / side)
-    shift = side // 2 if kind == "shifted_window" else 0
-    return math.floor((row - shift) / side), math.floor((col - shift) / side)
+    down, right = (side // 2 if kind == "shifted_window" and length > side else 0 for length in (rows, cols))
+    return math.floor((row - down) / side), math.floor((col - right) / side)
 
 
 def expected(kind: str, rows: int, cols: int, side: int) -> Tensor:
@@ -59,15 +59,17 @@ def found(groups: Groups, count: int) -> Tensor:
 def test_who_sees_whom(kind: str, size: tuple[int, int, int]) -> None:
     rows, cols, side = size
     groups = groups_of(kind, rows, cols, side)
-    assert groups.patches.shape == groups.region.shape == (math.ceil(rows / side) * math.ceil(cols / side), side * side)
+    length = min(side, rows) * min(side, cols)  # no group is larger than the map
+    assert groups.patches.shape == groups.region.shape == (math.ceil(rows / side) * math.ceil(cols / side), length)
     filled = groups.patches[groups.patches >= 0]
     assert filled.sort().values.tolist() == list(range(rows * cols))  # each patch in exactly one slot
     assert torch.equal(found(groups, rows * cols), expected(kind, rows, cols, side))
-    mask, fits = groups.mask(), rows % side == cols % side == 0
-    assert (mask is None) == (fits and (kind != "shifted_window" or side == 1))
+    mask, fits = groups.mask(), all(length < side or length % side == 0 for length in (rows, cols))
+    shifts = kind == "shifted_window" and side > 1 and max(rows, cols) > side
+    assert (mask is None) == (fits and not shifts)
     if mask is not None:
         empty = groups.patches < 0
-        assert mask.shape == (*groups.patches.shape, side * side)
+        assert mask.shape == (*groups.patches.shape, length)
         assert not (mask & empty[:, None, :]).any()  # nobody sees an empty slot
         assert mask.any(-1).all()  # and no softmax is empty, not even that of an empty slot
 
@@ -90,11 +92,22 @@ def test_every_small_map() -> None:
 
 def test_a_shifted_window_does_not_go_round_the_edge() -> None:
     """The four corners share a group, packed side by side, and none sees another."""
-    groups = windows(4, 4, 2, 1)
+    groups = windows(4, 4, 2, shifted=True)
     corners = [0, 3, 12, 15]
     assert sorted(groups.patches[-1].tolist()) == corners
     sees = found(groups, 16)[corners][:, corners]
     assert torch.equal(sees, torch.eye(4, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("kind", GROUPED)
+def test_a_dimension_that_one_group_covers_is_whole(kind: str) -> None:
+    """As in Swin: neither cut nor shifted there, and no larger than the map, whatever was asked for."""
+    for side in (7, 8, 10**9):
+        groups = groups_of(kind, 7, 7, side)
+        assert groups.patches.flatten().tolist() == list(range(49)) and groups.mask() is None
+    if kind == "shifted_window":  # along the longer dimension alone
+        sees = found(groups_of(kind, 7, 14, 7), 98).view(7, 14, 7, 14)
+        assert [int(sees[3, col, :, 5].sum()) for col in (2, 3, 9, 10)] == [0, 7, 7, 0]
 
 
 def test_a_grid_spreads_over_the_map() -> None:

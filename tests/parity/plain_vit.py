@@ -83,7 +83,8 @@ class Site:
             stride_row, stride_column = (math.ceil(side / self.stage.grid_size) for side in self.grid)
             return row % stride_row, column % stride_column
         if self.kind == "shifted_window":
-            return (row - window // 2) // window, (column - window // 2) // window  # floors, also below zero
+            down, right = (window // 2 if side > window else 0 for side in self.grid)  # not where one window covers it
+            return (row - down) // window, (column - right) // window  # floors, also below zero
         assert self.kind in ("window", "global_tokens")
         return row // window, column // window
 

@@ -118,6 +118,8 @@ def map_of(where: Site) -> str:
         ("grid", (4, 4), "abab cdcd abab cdcd"),
         ("window", (3, 5), "aabbc aabbc ddeef"),
         ("shifted_window", (3, 5), "abbcc deeff deeff"),
+        ("shifted_window", (2, 4), "abbc abbc"),  # one window is as high as the map: shifted to the side alone
+        ("shifted_window", (2, 1), "a a"),
         ("grid", (3, 5), "abcab defde abcab"),  # strides 2 and 3
         ("global_tokens", (2, 3), "aab aab"),
     ],
@@ -127,7 +129,7 @@ def test_neighbourhoods(kind: str, grid: tuple[int, int], drawn: str) -> None:
 
 
 def test_shift_of_an_odd_window() -> None:
-    assert map_of(site("shifted_window", (2, 8), window=3)) == "abbbcccd efffgggh"
+    assert map_of(site("shifted_window", (4, 8), window=3)) == "abbbcccd efffgggh efffgggh efffgggh"
 
 
 def test_masks_with_a_prefix_token() -> None:
