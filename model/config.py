@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
+from model.checks import check_fit, check_numbers, check_used
 from model.kinds import KINDS, parse_kinds
 from model.presets import PRESETS
 from model.sizes import Sizes, StageSizes
@@ -199,81 +199,25 @@ class ModelConfig:
         if merged["grid_size"] is None:
             merged["grid_size"] = merged["window_size"]
         resolved = replace(self, **merged)
-        resolved._check()
+        check_numbers(resolved)
+        sizes = resolved.sizes
+        check_fit(resolved, sizes)
+        check_used(resolved, sizes, given=self, usual=base)
         return resolved
 
-    def _check(self) -> None:
-        rows, cols = self._image
-        positive = {
-            "image_size": min(rows, cols),
-            **{name: getattr(self, name) for name in ("patch_size", "in_channels", "num_classes")},
-        }
-        for name, value in positive.items():
-            if value < 1:
-                raise ValueError(f"model.{name} is {getattr(self, name)}: it must be at least 1")
-        for name in ("registers", "global_tokens", "layer_scale", "linear_conv"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"model.{name} is {getattr(self, name)}: it must be 0 or more")
-        if not 0 <= self.drop_path < 1:
-            raise ValueError(f"model.drop_path is {self.drop_path}: it must be at least 0 and below 1")
-        if not self.rope_base or self.rope_base < 0:
-            raise ValueError(f"model.rope_base is {self.rope_base}: it must be positive")
-        if self.linear_conv and self.linear_conv % 2 == 0:
-            raise ValueError(f"model.linear_conv is {self.linear_conv}: the side of the convolution must be odd, or 0")
-        sizes = self.sizes
-        for stage in sizes.stages:
-            self._check_stage(stage, f"model.stages[{stage.index}]." if self.stages else "model.")
-        kinds = {kind for stage in sizes.stages for kind in stage.kinds}
-        if "global_tokens" in kinds and not sizes.prefix:
-            raise ValueError(
-                "model.attention global_tokens needs model.global_tokens (or registers, or pool cls): set it"
-            )
-        if self.global_tokens and "global_tokens" not in kinds:
-            raise ValueError(
-                f"model.global_tokens is {self.global_tokens}, but no layer attends to them: add kind global_tokens "
-                "to model.attention, or use model.registers"
-            )
-        if self.linear_conv and "linear" not in kinds:
-            raise ValueError(f"model.linear_conv is {self.linear_conv}, but no layer of model.attention is linear")
-
-    def _check_stage(self, stage: StageSizes, prefix: str) -> None:
-        for name, value in (
-            ("depth", stage.depth),
-            ("width", stage.width),
-            ("num_heads", stage.heads),
-            ("mlp_dim", stage.mlp),
-            ("window_size", stage.window),
-            ("grid_size", stage.grid),
-        ):
-            if value < 1:
-                raise ValueError(f"{prefix}{name} is {value}: it must be at least 1")
-        if stage.width % stage.heads:
-            fits = [h for h in range(1, stage.width + 1) if stage.width % h == 0]
-            near_heads = sorted(sorted(fits, key=lambda h: abs(h - stage.heads))[:3])
-            raise ValueError(
-                f"{prefix}num_heads {stage.heads} does not divide {prefix}width {stage.width}: use {near_heads} heads, "
-                f"or a width that is a multiple of {stage.heads}"
-            )
-        if self.position == "sincos_2d" and stage.index == 0 and stage.width % 4:
-            raise ValueError(f"{prefix}width {stage.width} must be a multiple of 4 for model.position sincos_2d")
-        if self.position == "rope_2d" and stage.head_dim % 4:
-            raise ValueError(
-                f"{prefix}width {stage.width} over {stage.heads} heads gives {stage.head_dim} features each: "
-                "model.position rope_2d needs a multiple of 4"
-            )
-
     @property
-    def _image(self) -> tuple[int, int]:
+    def image(self) -> tuple[int, int]:
+        """Rows and columns of pixels, of a resolved configuration."""
         assert self.image_size is not None, "not resolved"
         return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
 
     @property
     def sizes(self) -> Sizes:
         """The numbers of a resolved configuration. Raises ValueError where model.attention does not fit its depth."""
-        assert self.patch_size and self.in_channels and self.num_classes and self.attention, "not resolved"
+        assert self.patch_size and self.in_channels and self.num_classes and self.attention is not None, "not resolved"
         assert self.registers is not None and self.global_tokens is not None
         return Sizes(
-            image=self._image,
+            image=self.image,
             patch=self.patch_size,
             channels=self.in_channels,
             classes=self.num_classes,
@@ -284,15 +228,17 @@ class ModelConfig:
         )
 
     def _stages(self) -> list[StageSizes]:
-        assert self.patch_size and self.attention and self.window_size is not None and self.grid_size is not None
-        rows, cols = (math.ceil(side / self.patch_size) for side in self._image)
+        assert self.patch_size and self.window_size is not None and self.grid_size is not None
+        assert self.attention is not None
+        rows, cols = (-(-side // self.patch_size) for side in self.image)
         stages, key = self.stages, "model.stages[{}].attention"
         if stages is None:
             assert self.width is not None and self.depth is not None and self.num_heads is not None
             stages = (StageConfig(depth=self.depth, width=self.width, num_heads=self.num_heads, mlp_dim=self.mlp_dim),)
-        whole = None  # model.attention written for all blocks of a pyramid
-        if not isinstance(self.attention, str) or self.attention.strip() not in KINDS:
-            whole = list(parse_kinds(self.attention, sum(s.depth for s in stages if s.attention is None)))
+        whole = None  # model.attention written for all blocks of a pyramid that do not name their own
+        shared = [s.depth for s in stages if s.attention is None]
+        if shared and (not isinstance(self.attention, str) or self.attention.strip() not in KINDS):
+            whole = list(parse_kinds(self.attention, sum(shared)))
         out = []
         for i, s in enumerate(stages):
             if s.attention is not None:

@@ -14,7 +14,9 @@ KINDS: dict[str, str] = {
     "linear": "attention through feature maps, linear in the tokens (Katharopoulos et al. 2020)",
 }
 
-_PATTERN = re.compile(r"\s*(?:\[(?P<list>[^\[\]]*)\]|(?P<one>\w+))\s*(?:\*\s*(?P<times>\d+))?\s*(?P<comma>,)?\s*")
+MOST_LAYERS = 10_000  # what is beyond is a slip of the keyboard
+
+_PATTERN = re.compile(r"\s*(?:\[(?P<list>[^\[\]]*)\]|(?P<one>\w+))\s*(?:\*\s*(?P<times>\d{1,9}))?\s*(?P<comma>,)?\s*")
 
 
 def parse_kinds(value: str | Sequence[str], depth: int, name: str = "model.attention") -> tuple[str, ...]:
@@ -55,6 +57,10 @@ def _expand(text: str, name: str) -> list[str]:
         inner = found["one"] or found["list"]
         times = int(found["times"] or 1)
         several = _expand(inner, name) if found["list"] is not None else [_known(inner, name)]
+        if len(kinds) + len(several) * times > MOST_LAYERS:
+            raise ValueError(
+                f"{name} {text!r} names more than {MOST_LAYERS} layers, which is more than a model may have"
+            )
         kinds += several * times
         place, expects_more = found.end(), found["comma"] is not None
     return kinds

@@ -211,7 +211,7 @@ def test_a_written_configuration_reads_back_the_same(tmp_path: Path, resolved: b
         {"image_size": (8, 12)},
         {"stages": STAGES},
         {
-            "stages": (replace(STAGES[0], attention="window * 2", grid_size=2, mlp_dim=3), *STAGES[1:]),
+            "stages": (replace(STAGES[0], attention="window, grid", grid_size=2, mlp_dim=3), *STAGES[1:]),
             "layer_scale": 1e-5,
         },
         {"preset": "swin_t", "image_size": 224, "patch_size": 4},

@@ -31,9 +31,10 @@ WIDTH = HEADS * HEAD_DIM
 
 
 def config_of(kind: str, rows: int, cols: int, side: int, prefix: int = 0, **changes: Any) -> ModelConfig:
+    sides = {} if kind in ("full", "linear") else {"grid_size" if kind == "grid" else "window_size": side}
     config = ModelConfig(
         width=WIDTH, depth=1, num_heads=HEADS, image_size=(rows, cols), patch_size=1, in_channels=1, num_classes=2,
-        attention=kind, window_size=side, grid_size=side, pool="gap",
+        attention=kind, pool="gap", **sides,
         **{"global_tokens" if kind == "global_tokens" else "registers": prefix},
     )  # fmt: skip
     return replace(config, **changes).resolve()

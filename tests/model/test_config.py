@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -12,9 +13,10 @@ from tests.model.small import TINY
 
 STAGES = (
     StageConfig(depth=2, width=16, num_heads=4),
-    StageConfig(depth=1, width=24, num_heads=2, window_size=3),
-    StageConfig(depth=1, width=24, num_heads=3, window_size=3, grid_size=5, mlp_dim=10),
+    StageConfig(depth=1, width=24, num_heads=2),
+    StageConfig(depth=1, width=24, num_heads=3, mlp_dim=10),
 )
+NAMED = tuple(replace(stage, attention="full") for stage in STAGES)
 PYRAMID = ModelConfig(stages=STAGES, image_size=32, patch_size=2, num_classes=5)
 
 
@@ -29,14 +31,35 @@ def test_resolve_fills_in() -> None:
     assert (resolved.width, resolved.depth, resolved.image_size, resolved.pool) == (768, 3, 384, "cls")
     assert TINY.resolve().mlp_dim == 64
     assert (TINY.resolve().window_size, TINY.resolve().grid_size) == (7, 7)
-    assert replace(TINY, window_size=4).resolve().grid_size == 4
-    for config in (resolved, TINY.resolve(), PYRAMID.resolve(), replace(PYRAMID, grid_size=2).resolve()):
-        assert config.resolve() == config
+    assert replace(TINY, window_size=4, attention="window").resolve().grid_size == 4
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ModelConfig(preset="vit_b16", image_size=384, depth=3),
+        TINY,
+        PYRAMID,
+        replace(PYRAMID, grid_size=2, attention="grid"),
+        replace(TINY, window_size=4, attention="grid"),  # the grid's, too
+        ModelConfig(preset="hiera_b", attention="full"),  # the preset's windows are not the user's
+        ModelConfig(preset="hiera_b", attention="grid", window_size=3),
+        ModelConfig(preset="vit_22b", mlp="swiglu", pool="gap"),  # nor is its GELU
+        ModelConfig(preset="dinov3_7b", position="learned_2d"),
+    ],
+    ids=str,
+)
+def test_what_is_resolved_resolves_to_itself(config: ModelConfig) -> None:
+    assert config.resolve().resolve() == config.resolve()
 
 
 def test_what_stages_take_from_the_model() -> None:
+    own: list[dict[str, Any]] = [{}, {"window_size": 3}, {"window_size": 3, "grid_size": 5}]
+    stages = tuple(StageConfig(depth=2, width=8, num_heads=2, attention="window, grid", **changes) for changes in own)
+
     def sides(**changes: Any) -> list[tuple[int, int]]:
-        return [(stage.window, stage.grid) for stage in replace(PYRAMID, **changes).resolve().sizes.stages]
+        config = replace(PYRAMID, stages=stages, **changes).resolve()
+        return [(stage.window, stage.grid) for stage in config.sizes.stages]
 
     assert sides() == [(7, 7), (3, 3), (3, 5)]  # a grid goes by the window, unless one is given
     assert sides(window_size=4) == [(4, 4), (3, 3), (3, 5)]
@@ -94,7 +117,8 @@ def test_what_layers_of_kind_global_tokens_attend_to(given: dict[str, Any]) -> N
             {"num_heads": 8, "position": "rope_2d"},
             r"model\.width 16 over 8 heads gives 2 features each: model\.position rope_2d needs a multiple of 4",
         ),
-        ({"rope_base": 0.0}, r"model\.rope_base is 0\.0: it must be positive"),
+        ({"rope_base": 0.0}, r"model\.rope_base is 0\.0: it must be at least 0\.001"),
+        ({"rope_base": math.nan}, r"model\.rope_base is nan: it must be at least 0\.001"),
         ({"drop_path": 1.0}, r"model\.drop_path is 1\.0: it must be at least 0 and below 1"),
         ({"registers": -1}, r"model\.registers is -1: it must be 0 or more"),
         ({"layer_scale": -0.1}, r"model\.layer_scale is -0\.1: it must be 0 or more"),
@@ -113,7 +137,45 @@ def test_what_layers_of_kind_global_tokens_attend_to(given: dict[str, Any]) -> N
             r"model\.global_tokens is 3, but no layer attends to them: add kind global_tokens to model\.attention, "
             r"or use model\.registers",
         ),
-        ({"linear_conv": 3}, r"model\.linear_conv is 3, but no layer of model\.attention is linear"),
+        # numbers that no machine holds
+        ({"depth": 2**63}, r"model\.depth is 9223372036854775808: it must be at most 10000"),
+        ({"width": 2**31 - 1}, r"model\.width is 2147483647: it must be at most 1048576"),
+        ({"mlp_dim": 10**30}, r"model\.mlp_dim is 10+: it must be at most 16777216"),
+        ({"image_size": (8, 10**12)}, r"model\.image_size is \(8, 10+\): it must be at most 1048576"),
+        ({"image_size": 2**20, "patch_size": 16}, r"model\.image_size 1048576 in patches .* 16 gives 4294967296 .*"),
+        ({"patch_size": 10**6}, r"model\.patch_size is 1000000: it must be at most 4096"),
+        ({"layer_scale": 1e39}, r"model\.layer_scale is 1e\+39: it must be at most 10000"),
+        ({"head_bias": 1e39}, r"model\.head_bias is 1e\+39: it must be at most 10000"),
+        ({"head_bias": -1e39}, r"model\.head_bias is -1e\+39: it must be at least -10000"),
+        ({"linear_conv": 100_001}, r"model\.linear_conv is 100001: it must be at most 255"),
+        ({"attention": "full * 999999999"}, r"model\.attention 'full \* 999999999' names more than 10000 layers, .*"),
+        ({"attention": ""}, r"model\.attention names 0 layers, but there are 2: .*"),
+        ({"attention": ()}, r"model\.attention names 0 layers, but there are 2: .*"),
+        (with_stage(2, depth=9_999), r"model\.stages have 10002 blocks: they must be at most 10000"),
+        # keys without effect
+        (
+            {"linear_conv": 3},
+            r"model\.linear_conv is 3, but no layer of model\.attention is linear: leave it out, or null",
+        ),
+        ({"feature_map": "focused"}, r"model\.feature_map is focused, but no layer of model\.attention is linear: .*"),
+        ({"window_size": 4}, r"model\.window_size is 4, but no layer of model\.attention is window, .* goes by it: .*"),
+        ({"window_size": 4, "grid_size": 5, "attention": "grid"}, r"model\.window_size is 4, but no layer .*"),
+        ({"grid_size": 4, "attention": "window"}, r"model\.grid_size is 4, but no layer .* is grid and goes by it: .*"),
+        ({"rope_base": 50.0}, r"model\.rope_base is 50\.0, but model\.position is learned_2d, not rope_2d: .*"),
+        ({"gelu": "tanh", "mlp": "swiglu", "pool": "gap"}, r"model\.gelu is tanh, but model\.mlp swiglu has none: .*"),
+        ({"gelu": "tanh", "mlp": "swiglu", "pool": "map"}, None),  # the pooling's own MLP has a GELU
+        ({"depth": 1, "drop_path": 0.1}, r"model\.drop_path is 0\.1, but its rates grow from 0 .*: set it to 0"),
+        (with_stage(0, window_size=4), r"model\.stages\[0\]\.window_size is 4, but none of its layers is window, .*"),
+        (with_stage(1, grid_size=4), r"model\.stages\[1\]\.grid_size is 4, but none of its layers is grid: .*"),
+        (
+            with_stage(0) | {"stages": NAMED, "attention": "window"},
+            r"model\.attention is window, but every entry of model\.stages names its own: .*",
+        ),
+        (
+            with_stage(0) | {"stages": NAMED, "attention": "[window] * 4"},
+            r"model\.attention is \[window\] \* 4, but every entry of model\.stages names its own: .*",
+        ),
+        (with_stage(0, attention="full") | {"attention": "window"}, None),
         ({"linear_conv": 4, "attention": "linear"}, r"model\.linear_conv is 4: the side .* must be odd, or 0"),
         ({"linear_conv": -1}, r"model\.linear_conv is -1: it must be 0 or more"),
         # pyramids

@@ -116,7 +116,9 @@ def test_features_can_be_trained() -> None:
 def test_a_patch_merge(size: tuple[int, int], registers: int) -> None:
     """Against a loop over the patches of the coarse map; what lies outside is zero."""
     stages = (StageConfig(depth=1, width=4, num_heads=1), StageConfig(depth=1, width=6, num_heads=1))
-    config = replace(PYRAMID, image_size=size, patch_size=1, stages=stages, registers=registers).resolve()
+    config = replace(
+        PYRAMID, image_size=size, patch_size=1, stages=stages, registers=registers, window_size=None, grid_size=None
+    ).resolve()  # fmt: skip
     merge = real(PatchMerge(Build(config=config, stage=1))).double()
     for parameter in merge.parameters():
         nn.init.normal_(parameter)

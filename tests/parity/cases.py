@@ -49,7 +49,8 @@ MODELS = {
     ),
     "heads": replace(
         _FAMILY, width=40, depth=3, num_heads=5, block="parallel", pool="cls", position="learned_1d", qk_norm=True,
-        attention="linear, global_tokens, full", feature_map="focused", registers=0, global_tokens=1,
+        attention="linear, global_tokens, full", feature_map="focused", grid_size=None, registers=0,
+        global_tokens=1,
     ),
 }  # fmt: skip
 FAMILY = ("kinds", "pyramid", "heads")

@@ -73,12 +73,16 @@ def kept_bytes(run: Callable[[], object], known: Sequence[Tensor]) -> int:
     return sum(storages.values())
 
 
+def _window(kind: str) -> int | None:
+    return None if kind in ("full", "linear") else 8
+
+
 def _layer(kind: str, tokens: int, width: int, heads: int) -> Attention:
     side = math.isqrt(tokens)
     assert side * side == tokens, f"--tokens {tokens} is no square"
     config = ModelConfig(
         width=width, depth=1, num_heads=heads, image_size=side, patch_size=1, pool="gap", attention=kind,
-        window_size=8, registers=1 if kind == "global_tokens" else 0,
+        window_size=_window(kind), registers=1 if kind == "global_tokens" else 0,
     )  # fmt: skip
     return Attention(Build(config=config.resolve()), kind)
 
@@ -133,7 +137,7 @@ def fit_row(kind: str) -> Row:
     the layers keep per image, measured on one block, embedding and head of one image.
     """
     config = ModelConfig(
-        preset="vit_l16", image_size=1024, pool="gap", attention=kind, window_size=8,
+        preset="vit_l16", image_size=1024, pool="gap", attention=kind, window_size=_window(kind),
         global_tokens=1 if kind == "global_tokens" else 0,
     ).resolve()  # fmt: skip
     parameters = sum(layer.parameters for layer in build_layers(config))
