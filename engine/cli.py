@@ -17,7 +17,18 @@ from jsonargparse import ArgumentParser, Namespace
 
 from engine.config import Config
 from engine.errors import ConfigError
-from engine.keys import OPTIONS, allows_null, entries_of, fits, groups, in_words, key_types, nearest, wanted
+from engine.keys import (
+    OPTIONS,
+    allows_null,
+    entries_of,
+    fits,
+    groups,
+    in_words,
+    key_types,
+    nearest,
+    takes_numbers,
+    wanted,
+)
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -67,7 +78,17 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", action="append", default=[])
     known, rest = _translated(lambda: parser.parse_known_args(list(argv)))
-    return known.config, rest
+    return known.config, _bracketed(rest)
+
+
+def _bracketed(flags: Sequence[str]) -> list[str]:
+    """Lists of numbers may come without brackets: --model.image_size 48,96."""
+    out: list[str] = []
+    for flag in flags:
+        key, given, value = flag.rpartition("=") if flag.startswith("--") else (out[-1] if out else "", "", flag)
+        is_list = takes_numbers(key.removeprefix("--")) and re.fullmatch(r"[-+.\deE_]+(,\s*[-+.\deE_]+)+,?", value)
+        out.append(f"{key if given else ''}{given}[{value}]" if is_list else flag)
+    return out
 
 
 def _read_yaml(file: str) -> dict[str, Any]:

@@ -42,6 +42,12 @@ def allows_null(key: str) -> bool:
     return type(None) in get_args(key_types()[key])
 
 
+def takes_numbers(key: str) -> bool:
+    """Whether a list of numbers is among the values of a key, e.g. of model.image_size."""
+    hint = key_types().get(key)
+    return any(get_origin(arg) is tuple and set(get_args(arg)) <= {int, float, ...} for arg in (hint, *get_args(hint)))
+
+
 def entries_of(key: str) -> dict[str, tuple[Any, bool]] | None:
     """Of a key that takes a list of groups (model.stages): (type, whether it must be given) of each key of a group;
     None for any other."""

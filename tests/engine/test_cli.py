@@ -103,6 +103,16 @@ def test_the_size_of_an_image_as_a_number_or_a_pair(tmp_path: Path, text: str, e
         assert parse(["--config", write(tmp_path, config.to_yaml())])[0] == config
 
 
+@pytest.mark.parametrize("text", ["48,96", "48, 96", "[48,96]"])
+def test_a_flag_takes_numbers_without_brackets(text: str) -> None:
+    for argv in (["--model.image_size", text], [f"--model.image_size={text}"]):
+        assert parse(argv)[0].model.image_size == (48, 96)
+    assert parse(["--optimizer.betas", "0.8,9e-1"])[0].optimizer.betas == (0.8, 0.9)
+    assert parse(["--run_dir", "1,2"])[0].run_dir == "1,2"  # a text
+    with pytest.raises(ConfigError, match=r"^model\.image_size is .*: it must be an integer, a list of 2 integers"):
+        parse(["--model.image_size", "48,96,3"])
+
+
 PYRAMID = """
 model:
   stages:
@@ -253,7 +263,7 @@ def test_a_mistake_in_a_file_names_the_file(tmp_path: Path, text: str, expected:
         ("--model.image_size [96]", f"model.image_size is [96]: {A_PAIR}"),
         ("--model.image_size [1,2,3]", f"model.image_size is [1, 2, 3]: {A_PAIR}"),
         ("--model.image_size [1.5,2]", f"model.image_size holds 1.5: {A_PAIR}"),
-        ("--model.image_size 96,128", f"model.image_size is '96,128': {A_PAIR}"),
+        ("--model.image_size 96x128", f"model.image_size is '96x128': {A_PAIR}"),
         ("--model.window_size wide", "model.window_size is 'wide': it must be an integer or null"),
         ("--model.norm batch", "model.norm is 'batch': it must be layernorm, rmsnorm or null"),
         ("--parallel.context_parallel_size 1.5", "parallel.context_parallel_size is 1.5: it must be an integer"),
