@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from parallel.sharding import ParameterStore
+from parallel.sharding import ParameterStore, StatePiece
 
 _CHUNK = 1 << 22  # elements exchanged at once
 
@@ -31,7 +31,8 @@ class WeightAverage:
 
     def __init__(self, store: ParameterStore, decay: float) -> None:
         self.store, self.decay, self.updates = store, decay, 0
-        self._masters = [bucket.master for bucket in store.buckets if bucket.kind.trains]
+        self._buckets = [bucket for bucket in store.buckets if bucket.kind.trains]
+        self._masters = [bucket.master for bucket in self._buckets]
         self.averages = [master.clone() for master in self._masters]
 
     def update(self) -> None:
@@ -39,6 +40,10 @@ class WeightAverage:
         self.updates += 1
         if self.averages:
             torch._foreach_lerp_(self.averages, self._masters, self.rate)
+
+    def pieces(self) -> Iterator[StatePiece]:
+        """The averages as pieces of logical tensors."""
+        return self.store.pieces("average", dict(zip(self._buckets, self.averages, strict=True)))
 
     @property
     def rate(self) -> float:

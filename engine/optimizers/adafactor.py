@@ -62,6 +62,8 @@ class Adafactor(Optimizer):
     second_moment: fp32 [L] where it is not factored, as some matrix has a side below 32; else empty.
     """
 
+    whole = frozenset({"factors"})
+
     def __init__(
         self, fragments: Fragments, options: Mapping[Group, GroupOptions], constants: Constants, kernels: Kernels
     ) -> None:

@@ -9,15 +9,16 @@ over a tensor is summed over `Fragment.own`, which is the same at every ZeRO sta
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from model.kernels import Kernels
 from parallel.sharding.fragments import Fragment, Fragments, Group, Span
+from parallel.sharding.pieces import StatePiece, pieces_of, whole_piece
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,10 @@ class Optimizer(ABC):
     Attributes:
         arrays: the spans or the fragments that the state's tensors belong to, one by one.
         state: by name, a tensor for each of `arrays`; allocated at construction, on the weights' device, `meta` too.
-        steps: updates done so far.
+        steps: updates done so far. whole: names of states of which every rank has all, whatever it trains.
     """
+
+    whole: ClassVar[frozenset[str]] = frozenset()
 
     arrays: Sequence[Span | Fragment]
     state: dict[str, list[Tensor]]
@@ -105,6 +108,17 @@ class Optimizer(ABC):
         none of this kind, or a factored moment (see `Adafactor`).
         """
         return self.state
+
+    def pieces(self) -> Iterator[StatePiece]:
+        """The state's tensors as pieces of logical tensors."""
+        axis, trained = self.fragments.axis, self.fragments.trained
+        for name, tensors in self.state_tensors().items():
+            for array, values in zip(self.arrays, tensors, strict=True):
+                if name in self.whole:
+                    if values.numel():
+                        yield whole_piece(f"optimizer.{name}/{array.parts[0].name}", values, axis)
+                elif values.numel() == array.weight.numel():  # else it has none of this kind
+                    yield from pieces_of(f"optimizer.{name}", values, array.parts, trained, axis)
 
     @abstractmethod
     def _step(self, rates: Mapping[Group, Rates], grad_factor: float) -> None: ...

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from parallel import comm
 from parallel.comm import Axis
 from parallel.layout import attach_info
-from parallel.sharding.fragments import Fragment, Group, Holding, Span
+from parallel.sharding.fragments import Fragment, Group, Holding, Part, Span
 from parallel.sharding.plan import ALIGN, BucketKind, Geometry, Member, ShardingPolicy, Slot
 
 
@@ -111,6 +111,19 @@ class Bucket:
         base = self.trained.start
         return (first - base, last - base) if first < last else (0, 0)
 
+    @cached_property
+    def parts(self) -> list[Part]:
+        """What of each parameter is trained here (if it is frozen: held), and where it lies in `master`."""
+        found = []
+        for slot in self.slots:
+            place = slot.offset, slot.offset + slot.numel
+            start, stop = self._within(*place, self.trained)
+            first, last = self._within(*place, self.shard) if self._counts(slot.member) else (0, 0)
+            own = slice(first - start, last - start) if first < last else slice(0, 0)
+            base = slot.offset - self.trained.start if start < stop else start
+            found.append(Part(slot.name, slot.member.info.layout, start - base, stop - base, own, start))
+        return found
+
     def spans(self) -> Iterator[Span]:
         """What is trained, as one array per run of parameters of one group."""
         groups: dict[Group, list[tuple[int, int]]] = {}
@@ -120,7 +133,9 @@ class Bucket:
             for start, stop in _merged(places):
                 lo, hi = self._within(start, stop, self.trained)
                 if lo < hi:
-                    yield Span(group, *self._arrays(lo, hi))
+                    inside = (part for part in self.parts if part.start < part.stop and lo <= part.offset < hi)
+                    parts = [part._replace(offset=part.offset - lo) for part in inside]
+                    yield Span(group, parts, *self._arrays(lo, hi))
 
     def _arrays(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor | None]:
         model = None if self.model_weight is None else self.model_weight[start:stop]
@@ -128,16 +143,9 @@ class Bucket:
 
     def fragments(self) -> Iterator[Fragment]:
         """What is trained, parameter by parameter."""
-        for slot in self.slots:
-            start, stop = self._within(slot.offset, slot.offset + slot.numel, self.trained)
-            own = (
-                self._within(slot.offset, slot.offset + slot.numel, self.shard) if self._counts(slot.member) else (0, 0)
-            )
-            base = slot.offset - self.trained.start  # of the parameter, among the trained elements
-            own_here = slice(own[0] - start, own[1] - start) if own[0] < own[1] else slice(0, 0)
-            first, last = (start - base, stop - base) if start < stop else (0, 0)
-            member = slot.member
-            yield Fragment(slot.name, member.info, member.group, first, last, own_here, *self._arrays(start, stop))
+        for slot, part in zip(self.slots, self.parts, strict=True):
+            member, arrays = slot.member, self._arrays(part.offset, part.offset + part.stop - part.start)
+            yield Fragment(slot.name, member.info, member.group, part.start, part.stop, part.own, *arrays)
 
     def holdings(self, *, own: bool) -> dict[str, list[Holding]]:
         """By parameter: which rank of data x context x tensor holds which elements: accounts for them (`own`), or

@@ -28,16 +28,35 @@ class Group(NamedTuple):
     depth: int = 0
 
 
+class Part(NamedTuple):
+    """What of one parameter lies where in a flat array.
+
+    Attributes:
+        name: of the parameter. layout: its logical tensor, and the part of it that this tensor rank holds.
+        start, stop: elements of that part, flattened. own: of these, counted from start, what this rank alone accounts
+            for in sums over ranks. offset: of the first in the flat array.
+    """
+
+    name: str
+    layout: TensorLayout
+    start: int
+    stop: int
+    own: slice
+    offset: int = 0
+
+
 @dataclass(frozen=True, eq=False)
 class Span:
     """A flat array of neighbouring parameters of one group. eq=False: spans are compared and hashed by identity.
 
     Attributes:
+        parts: the parameters, or what this rank trains of them; between them lies padding.
         weight: fp32 [L], what is trained. grad: fp32 [L]. model_weight: bf16 or fp16 [L], which must be given the
             rounded weight after each update; None where the model computes with `weight` itself.
     """
 
     group: Group
+    parts: Sequence[Part]
     weight: Tensor = field(repr=False)
     grad: Tensor = field(repr=False)
     model_weight: Tensor | None = field(repr=False, default=None)
@@ -64,6 +83,11 @@ class Fragment:
     weight: Tensor = field(repr=False)
     grad: Tensor = field(repr=False)
     model_weight: Tensor | None = field(repr=False, default=None)
+
+    @property
+    def parts(self) -> tuple[Part]:
+        """Itself, as the one parameter of a flat array."""
+        return (Part(self.name, self.info.layout, self.start, self.stop, self.own),)
 
 
 class Holding(NamedTuple):

@@ -8,7 +8,7 @@ planned.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from parallel.sharding.buckets import Bucket
 from parallel.sharding.fragments import Fragments, Group
 from parallel.sharding.gather import Gatherer
 from parallel.sharding.gradients import GradientSync
+from parallel.sharding.pieces import StatePiece, pieces_of
 from parallel.sharding.plan import GroupOf, Layers, ShardingPolicy, Slot, UnitPlan, plan_units
 from parallel.sharding.units import Unit
 
@@ -119,6 +120,15 @@ class ParameterStore:
             owned=owned,
             trained=trained,
         )
+
+    def pieces(self, what: str, arrays: Mapping[Bucket, Tensor]) -> Iterator[StatePiece]:
+        """Arrays that have an element for each of the buckets' masters, as pieces of logical tensors.
+
+        Args:
+            what: they are: stands before the names of the parameters.
+        """
+        for bucket, array in arrays.items():
+            yield from pieces_of(what, array, bucket.parts, bucket.holdings(own=False), self.axis)
 
     def memory(self) -> dict[str, int]:
         """Bytes allocated on this rank, by what they hold."""

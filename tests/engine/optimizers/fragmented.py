@@ -149,7 +149,7 @@ def make_fragments(
         weight = torch.cat(parts).to(device)
         model = weight.bfloat16() if mixed else None
         group, grad = Group(*bucket[:2]), torch.zeros_like(weight)
-        spans[bucket] = Span(group, weight, grad, model)
+        spans[bucket] = Span(group, (), weight, grad, model)
         offset = 0
         for place in members:
             (start, stop), (first, last) = place.trained, place.own
