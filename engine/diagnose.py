@@ -6,8 +6,8 @@ gradient alone is not finite. The caller runs the step's executor inside `watch`
 is after it was skipped, and throws the gradients away. Random numbers are functions here (parallel.random), so the run
 meets what the step met.
 
-    with watch(stages, layers, micro_batches) as watching:
-        executor.run(micro_batches, watching.loss(loss))
+    with watch(stages, layers) as watching:
+        executor.run(watching.batches(micro_batches), watching.loss(loss))
     culprit = first_culprit(watching.found, grid.world)
 """
 
@@ -63,16 +63,20 @@ class Watch:
         found: all that is not finite, and so everything that the first of them spoilt.
     """
 
-    def __init__(self, layers: Sequence[LayerSpec], micro_batches: Sequence[MicroBatch], data_rank: int) -> None:
+    def __init__(self, layers: Sequence[LayerSpec], data_rank: int) -> None:
         self.found: list[Culprit] = []
         self._places = [IMAGES, *(spec.name for spec in layers), LOSS]
         # by identity, not by counting calls: schedules may change the order, and recomputation calls a layer twice
-        self._numbers = {id(batch): m for m, batch in enumerate(micro_batches)}
+        self._numbers: dict[int, int] = {}
         self._data_rank = data_rank
         self._in_backward: dict[int, MicroBatch] = {}  # what each layer is at
 
-    def images(self, batch: MicroBatch) -> None:
-        """Look at the data, where this rank has it."""
+    def batches(self, micro_batches: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
+        """The same, numbered, and their images looked at where this rank has them, as each is fetched."""
+        return _Met(micro_batches, self._meet)
+
+    def _meet(self, m: int, batch: MicroBatch) -> None:
+        self._numbers[id(batch)] = m  # over what it was of a batch that is gone by now, if of any
         if batch.images is not None:
             self._look(batch.images, batch, "activation", 0)
 
@@ -124,6 +128,21 @@ class Watch:
             self.found.append(Culprit(self._numbers[id(batch)], phase, order, layer, self._data_rank))
 
 
+class _Met(Sequence[MicroBatch]):
+    """Micro-batches that may be made only when they are fetched, each shown to `meet` then."""
+
+    def __init__(self, inner: Sequence[MicroBatch], meet: Callable[[int, MicroBatch], None]) -> None:
+        self._inner, self._meet = inner, meet
+
+    def __len__(self) -> int:
+        return len(self._inner)
+
+    def __getitem__(self, m: Any) -> Any:
+        batch = self._inner[m]
+        self._meet(m, batch)
+        return batch
+
+
 class _WatchedSink:
     """A gradient sink, every product that goes into it looked at as the fp32 matrix that it is there."""
 
@@ -141,17 +160,13 @@ class _WatchedSink:
 
 
 @contextmanager
-def watch(
-    stages: Iterable[Stage], layers: Sequence[LayerSpec], micro_batches: Sequence[MicroBatch], data_rank: int = 0
-) -> Iterator[Watch]:
-    """Look at all that a run of the executor over these very `micro_batches` computes on this rank.
+def watch(stages: Iterable[Stage], layers: Sequence[LayerSpec], data_rank: int = 0) -> Iterator[Watch]:
+    """Look at all that a run of the executor over `Watch.batches` computes on this rank.
 
     Args:
         stages: this rank's. layers: of the whole model, in order. data_rank: this rank's index along the data axis.
     """
-    watching = Watch(layers, micro_batches, data_rank)
-    for batch in micro_batches:
-        watching.images(batch)
+    watching = Watch(layers, data_rank)
     with ExitStack() as until:
         for name, module in (layer for stage in stages for layer in stage.layers):
             watching.layer(module, name, until)

@@ -106,9 +106,8 @@ class Stepper:
     def _diagnose(self, batches: Sequence[Batch]) -> str:
         """What was not finite first, found by running the step's micro-batches again. Collective."""
         a = self.assembly
-        micro_batches = [a.to_device(batch, training=True) for batch in batches]
-        with watch(a.stages.values(), a.layers, micro_batches, a.grid.data.index) as watching:
-            self._forward_backward(micro_batches, watching.loss(self._loss_share))
+        with watch(a.stages.values(), a.layers, a.grid.data.index) as watching:
+            self._forward_backward(watching.batches(_OnDevice(a, batches)), watching.loss(self._loss_share))
         culprit = first_culprit(watching.found, a.grid.world)
         return culprit.describe() if culprit else "the sum of the gradients, each of them finite"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -155,6 +156,24 @@ def micro_batches(with_images: bool) -> list[MicroBatch]:
     ]
 
 
+class Fresh(Sequence[MicroBatch]):
+    """Each micro-batch made when it is fetched, as one that is moved to a device. most: how many lived at once."""
+
+    def __init__(self, batches: Sequence[MicroBatch]) -> None:
+        self.batches, self.most = batches, 0
+        self._alive: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, m: Any) -> Any:
+        fresh = replace(self.batches[m])
+        self._alive.add(id(fresh))
+        weakref.finalize(fresh, self._alive.discard, id(fresh))
+        self.most = max(self.most, len({id(fresh), *self._alive}))
+        return fresh
+
+
 def pipeline(grid: Grid, schedule: str) -> tuple[Stage, PipelineExecutor, list[MicroBatch]]:
     """This rank's stage, its executor, and three micro-batches."""
     axis, build = grid.pipeline, Build(config=CONFIG)
@@ -175,8 +194,8 @@ def search(world: World, plant: str, shape: GridShape, schedule: str = "1f1b") -
     planter = Planter(stage, batches)
     if grid.data.index == grid.data.size - 1:
         getattr(planter, plant)()
-    with watch([stage], LAYERS, batches, grid.data.index) as watching:
-        executor.run(batches, watching.loss(planter.loss))
+    with watch([stage], LAYERS, grid.data.index) as watching:
+        executor.run(watching.batches(Fresh(batches)), watching.loss(planter.loss))
     return first_culprit(watching.found, grid.world)
 
 
@@ -205,8 +224,8 @@ def test_afterwards_nothing_is_watched_and_sinks_are_back() -> None:
         attach_sink(parameter, sink)
     executor.run(batches, cross_entropy)
     expected, sink.got = sink.got, {}
-    with pytest.raises(RuntimeError, match="broken off"), watch([stage], LAYERS, batches) as watching:
-        executor.run(batches, watching.loss(cross_entropy))
+    with pytest.raises(RuntimeError, match="broken off"), watch([stage], LAYERS) as watching:
+        executor.run(watching.batches(batches), watching.loss(cross_entropy))
         raise RuntimeError("broken off")
     assert sink.got.keys() == expected.keys() and all(torch.equal(sink.got[p], expected[p]) for p in expected)
     assert all(p.vitruvius_sink is sink and not p._backward_hooks for p in stage.parameters())  # type: ignore
@@ -215,6 +234,17 @@ def test_afterwards_nothing_is_watched_and_sinks_are_back() -> None:
         batch.images.fill_(NAN)
     executor.run(batches, cross_entropy)
     assert watching.found == []
+
+
+def test_micro_batches_are_not_all_held_at_once() -> None:
+    stage, executor, batches = pipeline(make_grid(GridShape()), "1f1b")
+    many = Fresh(batches * 8)
+    executor = PipelineExecutor(
+        build_schedule("1f1b", 1, 24), {0: stage}, [()], axis=executor.axis, device=torch.device("cpu")
+    )
+    with watch([stage], LAYERS) as watching:
+        executor.run(watching.batches(many), watching.loss(cross_entropy))
+    assert many.most <= 4
 
 
 def test_what_comes_first() -> None:
@@ -233,8 +263,8 @@ def test_what_comes_first() -> None:
 
 def test_a_layer_that_runs_again_in_backward_keeps_its_micro_batch() -> None:
     """As under recomputation."""
-    batches = micro_batches(with_images=True)
-    watching, layer = Watch(LAYERS, batches, 0), nn.Module()
+    watching, layer = Watch(LAYERS, 0), nn.Module()
+    batches = watching.batches(micro_batches(with_images=True))
     layer.forward = lambda x, batch: x * (NAN if is_second(batch) else 1.0)  # type: ignore[method-assign]
     with ExitStack() as until:
         watching.layer(layer, "blocks.1", until)

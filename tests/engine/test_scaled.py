@@ -6,6 +6,7 @@ An overflow is planted in one rank's gradient alone; every rank of every layout 
 from __future__ import annotations
 
 import json
+import weakref
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -18,13 +19,14 @@ from torch import Tensor
 import pretrain_vit
 from data import Batch
 from data.datasets import SyntheticDataset
-from engine.assemble import assemble
+from engine.assemble import Assembly, assemble
 from engine.config import Config, OptimizerConfig, PrecisionConfig, TrainConfig
 from engine.errors import EXIT_DIVERGED, EXIT_DONE
 from engine.launch import run_rank
 from engine.metrics import MetricsWriter
 from engine.step import Stepper
 from engine.trainer import Loop
+from model import MicroBatch
 from parallel.config import ParallelConfig
 from parallel.grid import make_grid
 from parallel.process_group import World
@@ -189,15 +191,33 @@ def test_a_run_in_bf16_that_diverges_ends_with_its_code(tmp_path: Path, capsys: 
     assert f"first: {bad[-1]['culprit']}. 3 steps in a row had to be skipped (train.max_bad_steps)" in error[0]
 
 
-def test_a_bad_step_in_bf16_is_skipped_counted_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bad_step_in_bf16_is_skipped_counted_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And of its 8 micro-batches few are on the device at once, also where it is diagnosed."""
+    alive: set[int] = set()
+    most = 0
+    to_device = Assembly.to_device
+
+    def counted(self: Assembly, batch: Batch, *, training: bool) -> MicroBatch:
+        nonlocal most
+        moved = to_device(self, batch, training=training)
+        if training:
+            alive.add(id(moved))
+            weakref.finalize(moved, alive.discard, id(moved))
+            most = max(most, len(alive))
+        return moved
+
+    monkeypatch.setattr(Assembly, "to_device", counted)
     config = small(
-        train=TrainConfig(steps=4, global_batch_size=8, max_bad_steps=2), precision=PrecisionConfig(dtype="bf16")
+        train=TrainConfig(steps=4, global_batch_size=8, micro_batch_size=1, max_bad_steps=2),
+        precision=PrecisionConfig(dtype="bf16"),
     ).resolve(1)
     config = replace(config, log=replace(config.log, interval=1))
     stepper = Stepper(assemble(config, make_grid(config.grid_shape(1)), torch.device("cpu")))
     place: dict[str, Any] = {"first": 0, "image_shape": (1, 8, 8), "num_classes": 10, "seed": 0}
     images = Poisoned(size=32, **place)
-    images.bad = iter([False, True, False, True])
+    images.bad = chain.from_iterable([bad, *[False] * 7] for bad in (False, True, False, True))
     writer = MetricsWriter(tmp_path, steps=4, global_batch_size=8, tensorboard=False)
     Loop(stepper, images, SyntheticDataset(size=8, **place), steps=4, writer=writer).run()
     writer.close()
@@ -210,3 +230,4 @@ def test_a_bad_step_in_bf16_is_skipped_counted_and_named(tmp_path: Path, capsys:
     shown = capsys.readouterr().out
     assert f" step 2 skipped: {culprit}\n" in shown and f" step 4 skipped: {culprit}\n" in shown
     assert stepper.assembly.optimizer.steps == 2
+    assert 0 < most <= 4
