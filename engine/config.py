@@ -74,7 +74,7 @@ class OptimizerConfig:
     """Decay of the first and second moment."""
 
     eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the root of the second moment; 1e-20 or more."""
 
     weight_decay: float = 0.03
     """Decay of the body's matrices; norms, biases, positions and learned tokens have none."""
@@ -101,7 +101,6 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         for name, low in (
             ("lr", 0.0),
-            ("eps", 0.0),
             ("weight_decay", 0.0),
             ("clip_grad", 0.0),
             ("head_weight_decay", 0.0),
@@ -109,6 +108,11 @@ class OptimizerConfig:
             value = getattr(self, name)
             if value is not None and not value >= low:
                 raise ValueError(f"optimizer.{name} is {value}: it must be {low} or more")
+        if not self.eps >= _MIN_EPS:
+            raise ValueError(
+                f"optimizer.eps is {self.eps}: it must be {_MIN_EPS} or more, as second moments of smaller gradients "
+                "are 0 in fp32; usual is 1e-8"
+            )
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"optimizer.layer_decay is {self.layer_decay}: it must be above 0 and at most 1")
         for name in ("momentum", "ema_decay"):
@@ -130,6 +134,9 @@ class OptimizerConfig:
             raise ValueError(f"optimizer.betas is {self.betas}: each must be at least 0 and below 1")
 
 
+# The root of the least fp32 number is 4e-23: where the second moment of a gradient is 0 for its smallness, the first
+# one divided by this is still less than 1, and 0 / 0 does not happen.
+_MIN_EPS = 1e-20
 _MOMENTUM = {"adafactor": 0.9, "muon": 0.95}
 
 

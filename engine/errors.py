@@ -13,4 +13,4 @@ class ConfigError(ValueError):
 
 
 class DivergedError(RuntimeError):
-    """Loss or gradients stayed NaN or Inf although steps were skipped."""
+    """Loss or gradients stayed NaN or Inf although steps were skipped, or the weights or what they give are."""

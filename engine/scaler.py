@@ -16,6 +16,12 @@ MAX_LOSS_SCALE = 2.0**32
 were all zero have driven the scale up, the way back takes some thirty skipped steps, not a hundred."""
 
 
+MIN_LOSS_SCALE = 2.0**-24
+"""The least number of fp16. Below it the gradient of the loss itself is 0 in fp16; and where 1 / scale is beyond fp32,
+unscaled zeros are NaN.
+"""
+
+
 class LossScaler:
     """The factor of the loss, and how it follows overflows.
 
@@ -89,10 +95,10 @@ class LossScaler:
 
 def _check(initial: float, minimum: float, window: int, hysteresis: int) -> None:
     """Raise ValueError for what cannot be; comparisons are written so that NaN fails them."""
-    if not 0 < minimum <= MAX_LOSS_SCALE:
+    if not MIN_LOSS_SCALE <= minimum <= MAX_LOSS_SCALE:
         raise ValueError(
-            f"precision.min_loss_scale is {minimum}: a scale must be above 0 and at most 2^32; use 1 unless gradients "
-            "themselves exceed what fp16 can hold"
+            f"precision.min_loss_scale is {minimum}: a scale must be at least 2^-24 (the least number of fp16) and at "
+            "most 2^32; use 1 unless gradients themselves exceed what fp16 can hold"
         )
     if not minimum <= initial <= MAX_LOSS_SCALE:
         raise ValueError(

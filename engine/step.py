@@ -175,7 +175,7 @@ class Stepper:
         a = self.assembly
         stats = torch.zeros(2, dtype=torch.float64, device=a.device)
         if self._reports:
-            stats[0] = torch.stack(list(losses)).sum()
+            stats[0] = torch.stack(list(losses)).sum(dtype=torch.float64)
         stats[1] = a.store.gradients.squared_norm()
         loss, squared = comm.all_reduce(stats, a.grid.world).tolist()
         scale = a.scaler.scale if a.scaler else 1.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -25,6 +26,7 @@ from engine.device import (
     synchronise,
 )
 from engine.errors import ConfigError, DivergedError
+from engine.finite import check_finite
 from engine.metrics import MetricsWriter
 from engine.objectives import make_objective
 from engine.precision import check_kernels, check_precision
@@ -198,7 +200,9 @@ class Loop:
                 interval = _Interval(time.perf_counter())
             every = self.config.train.eval_interval
             if last or (every and (step + 1) % every == 0):
-                self._evaluate(step + 1)
+                evaluated = self._evaluate(step + 1)
+                if last:
+                    self._check_end(evaluated)
                 interval = _Interval(time.perf_counter())
 
     def _count_bad(self, result: StepResult, step: int) -> None:
@@ -210,12 +214,22 @@ class Loop:
         if not result.skipped:
             self.bad_in_a_row = 0
         self.bad_in_a_row += result.bad
-        if self.bad_in_a_row >= self.config.train.max_bad_steps:
+        if self.bad_in_a_row >= min(self.config.train.max_bad_steps, self.steps):
             raise DivergedError(
                 f"step {step + 1}: loss {result.loss}, gradient norm {result.grad_norm}; first: "
                 f"{result.culprit}. {self.bad_in_a_row} steps in a row had to be skipped "
                 "(train.max_bad_steps). Lower optimizer.lr, warm up longer, or check the data"
             )
+
+    def _check_end(self, evaluated: Mapping[str, float]) -> None:
+        """Raise DivergedError where what was trained is no model: bad steps too few to end the run may hide that."""
+        check_finite(self.stepper.assembly, self.steps)
+        for name, value in evaluated.items():
+            if not math.isfinite(value):
+                raise DivergedError(
+                    f"step {self.steps}: the weights are finite, but the {name} of the evaluation is {value}. Lower "
+                    "optimizer.lr, warm up longer, or check the data"
+                )
 
     def _report(self, step: int, result: StepResult, lr: float, interval: _Interval) -> None:
         a, batch = self.stepper.assembly, self.config.train.global_batch_size
@@ -243,7 +257,7 @@ class Loop:
         if self.writer is not None:
             self.writer.train(step, values)
 
-    def _evaluate(self, step: int) -> None:
+    def _evaluate(self, step: int) -> Mapping[str, float]:
         result = self.stepper.evaluate(self.eval_stream)
         values = dict(result)
         if self.stepper.assembly.average is not None:
@@ -251,3 +265,4 @@ class Loop:
             values |= {f"ema_{name}": value for name, value in averaged.items() if name != "images"}
         if self.writer is not None:
             self.writer.evaluation(step, values)
+        return result

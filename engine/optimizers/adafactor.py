@@ -88,13 +88,15 @@ class Adafactor(Optimizer):
         beta2 = min(_BETA2_CAP, 1 - self.steps**-_POWER)
         if self._factors.numel():
             sums = comm.all_reduce(self._sums(grad_factor), self.fragments.axis)
-            self._factors.mul_(beta2).add_(sums.mul_(1 - beta2))
+            self._factors.mul_(beta2).add_(sums.mul_(1 - beta2).float())
         for i, fragment in enumerate(self.fragments.fragments):
             self._update_fragment(i, rates[fragment.group], grad_factor, beta2)
 
     def _sums(self, grad_factor: float) -> Tensor:
-        """Row and column sums of the squares that this rank accounts for, laid out as `_factors`."""
-        sums = torch.zeros_like(self._factors)
+        """Row and column sums of the squares that this rank accounts for, laid out as `_factors`: fp64, as each may be
+        the sum of very many chunks.
+        """
+        sums = torch.zeros_like(self._factors, dtype=torch.float64)
         for fragment, plan, part in zip(self.fragments.fragments, self._plans, self._split(sums), strict=True):
             vectors = plan.vectors(part)
             for chunk in plan.own:

@@ -64,7 +64,7 @@ class Lamb(Optimizer):
 
     def _trust_ratios(self, rates: Mapping[Group, Rates]) -> list[Tensor]:
         """For each fragment, the ratios of its matrices (none if it has none)."""
-        squares = torch.zeros(2, sum(self._counts), device=self.device)
+        squares = torch.zeros(2, sum(self._counts), dtype=torch.float64, device=self.device)  # of very many chunks
         for i, part in enumerate(squares.split(self._counts, dim=1)):
             fragment = self.arrays[i]
             for elements, blocks in self._own[i] if self._counts[i] else ():
@@ -76,5 +76,5 @@ class Lamb(Optimizer):
         if squares.numel():
             squares = comm.all_reduce(squares, self.fragments.axis)
         weight, direction = squares.sqrt_()
-        ratio = torch.where((weight > 0) & (direction > 0), weight / direction, 1.0)
+        ratio = torch.where((weight > 0) & (direction > 0), weight / direction, 1.0).float()
         return list(ratio.split(self._counts))

@@ -19,6 +19,7 @@ from engine.optimizers.base import Constants, GroupOptions, Optimizer, Rates
 from model.kernels import Kernels
 from parallel.sharding.exchange import Block, Exchange, Matrix
 from parallel.sharding.fragments import Fragment, Fragments, Group
+from parallel.sums import squared_norm
 
 _A, _B, _C = 3.4445, -4.7750, 2.0315  # of Jordan's quintic: steepest at 0, and singular values end up near 1
 _STEPS = 5
@@ -83,7 +84,7 @@ def _move(fragment: Fragment, block: Block, direction: Tensor, rates: Rates, sca
 def orthogonalise(matrix: Tensor) -> Tensor:
     """About U V' of the matrix's U S V', singular values between 0.7 and 1.2: five Newton-Schulz steps. [M, N]."""
     x = matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix  # the short side's Gram matrix is the smaller
-    x = x / x.norm().clamp(min=_EPS)
+    x = x / squared_norm([matrix.contiguous()]).sqrt().clamp(min=_EPS)
     for _ in range(_STEPS):
         gram = x @ x.mT
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=_B, alpha=_C), x, beta=_A)

@@ -21,6 +21,7 @@ from parallel import comm
 from parallel.sharding.buckets import Bucket
 from parallel.sharding.plan import Slot
 from parallel.sharding.units import Unit, bytes_of, gradient_dtype, received, views_in
+from parallel.sums import squared_norm
 from parallel.tensor import products
 from parallel.tensor.weight_grad import attach_sink
 
@@ -257,12 +258,12 @@ class GradientSync:
 
     @torch.no_grad()
     def squared_norm(self) -> Tensor:
-        """Sum of squares of this rank's share of the gradient sums, fp32 scalar: over all ranks each element of the
+        """Sum of squares of this rank's share of the gradient sums, fp64 scalar: over all ranks each element of the
         logical gradient counts once.
         """
         counted = [
             part for unit in self.units for bucket in unit.buckets if bucket.kind.trains for part in bucket.counted
         ]
         if not counted:
-            return torch.zeros((), device=self._device)
-        return torch.stack(torch._foreach_norm(counted)).square().sum()
+            return torch.zeros((), dtype=torch.float64, device=self._device)
+        return squared_norm(counted)

@@ -140,6 +140,7 @@ def test_what_cannot_be_is_refused(config: Config, world: int, parts: list[str])
         (lambda: TrainConfig(max_bad_steps=0), ["train.max_bad_steps is 0", "positive"]),
         (lambda: OptimizerConfig(lr=-1.0), ["optimizer.lr is -1.0", "or more"]),
         (lambda: OptimizerConfig(eps=float("nan")), ["optimizer.eps is nan", "or more"]),
+        (lambda: OptimizerConfig(eps=0.0), ["optimizer.eps is 0.0", "1e-20 or more", "usual is 1e-8"]),
         (lambda: OptimizerConfig(clip_grad=-1.0), ["optimizer.clip_grad is -1.0", "or more"]),
         (lambda: OptimizerConfig(head_weight_decay=-3.0), ["optimizer.head_weight_decay is -3.0", "or more"]),
         (lambda: OptimizerConfig(betas=(0.9, 1.0)), ["optimizer.betas is (0.9, 1.0)", "below 1"]),

@@ -100,7 +100,7 @@ REFUSED: list[tuple[Any, dict[str, Any], list[str]]] = [
         ["initial_loss_scale is 0.5", "min_loss_scale (1.0)"],
     ),
     (PrecisionConfig, {"dtype": "fp16", "loss_scale_window": 0}, ["loss_scale_window is 0", "at least 1"]),
-    (PrecisionConfig, {"dtype": "fp16", "min_loss_scale": 0.0}, ["min_loss_scale is 0.0", "above 0"]),
+    (PrecisionConfig, {"dtype": "fp16", "min_loss_scale": 0.0}, ["min_loss_scale is 0.0", "at least 2^-24"]),
     (PrecisionConfig, {"dtype": "fp8", "fp8_history": 0}, ["fp8_history is 0", "1 or more"]),
     (PrecisionConfig, {"dtype": "fp8", "fp8_margin": -1}, ["fp8_margin is -1", "0 or more"]),
     (PrecisionConfig, {"dtype": "fp8", "fp8_margin": 33}, ["fp8_margin is 33", "at most 32"]),

@@ -121,6 +121,7 @@ def test_a_state_from_a_run_with_other_limits_is_brought_within_these() -> None:
         ("initial_loss_scale", 2 * MAX_LOSS_SCALE),
         ("initial_loss_scale", math.inf),
         ("min_loss_scale", 0.0),
+        ("min_loss_scale", 1e-45),
         ("min_loss_scale", -1.0),
         ("min_loss_scale", math.nan),
         ("min_loss_scale", math.inf),
