@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-_ROW = 4096
+_ROW = 1024
 
 
 def squared_norm(tensors: Sequence[Tensor]) -> Tensor:
