@@ -55,32 +55,32 @@ class LiveBytes(TorchDispatchMode):
     """Counts the bytes of tensors made within, while they live.
 
     Attributes:
-        now, peak: bytes.
+        now, peak: bytes. alive: storages, by identity.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._known: set[int] = set()
+        self.alive: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in known | self._known:
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in known | self.alive:
                 self._add(tensor)
         return out
 
     def _add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
-        self._known.add(key)
+        self.alive.add(key)
         self.now += size
         self.peak = max(self.peak, self.now)
         weakref.finalize(storage, self._remove, key, size)
 
     def _remove(self, key: int, size: int) -> None:
-        self._known.discard(key)
+        self.alive.discard(key)
         self.now -= size
 
 

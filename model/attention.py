@@ -22,6 +22,7 @@ from model.build import Build
 from model.groups import GroupPlan, grid, windows
 from model.kernels.reference import depthwise_conv
 from model.norm import EPS, Norm
+from model.regions import Regions
 from model.sizes import Tokens
 from parallel import comm
 from parallel.context import attend_everywhere, heads_to_tokens, share_first, sum_over, tokens_to_heads
@@ -190,8 +191,9 @@ class Attention(nn.Module):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, build: Build, kind: str) -> None:
+    def __init__(self, build: Build, kind: str, regions: Regions | None = None) -> None:
         super().__init__()
+        self.regions = regions or Regions()
         here, self.tokens, self.kernels = build.here, build.tokens.count, build.kernels
         self.heads, self.head_dim = build.part(here.heads), here.head_dim
         self.mixer: Mixer = MIXERS[kind](build, kind)
@@ -208,13 +210,18 @@ class Attention(nn.Module):
 
     def forward(self, qkv: Tensor) -> Tensor:
         """[R, 3 * h * K], this rank's heads of q, then of k, then of v -> [R, h * K]."""
+        q, k, v = self.regions("qk_norm", self._heads, qkv)
+        return self.regions("attention", self.mixer, q, k, v).reshape(-1, self.heads * self.head_dim)
+
+    def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[R, 3 * h * K] -> q, k, v [B, S, h, K], normalised and rotated."""
         if self.q_norm is not None and self.k_norm is not None:
             rms = self.q_norm.rms
             parts = self.kernels.qk_norm(qkv, self.heads, self.q_norm.weight, self.k_norm.weight, EPS, rms=rms)
         else:
             parts = qkv.unflatten(1, (3, self.heads, self.head_dim)).unbind(1)
-        q, k, v = (part.unflatten(0, (-1, self.tokens)) for part in parts)  # [B, S, h, K] each
+        q, k, v = (part.unflatten(0, (-1, self.tokens)) for part in parts)
         if self.rotates:
             cos, sin = self.cos.to(q.device), self.sin.to(q.device)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        return self.mixer(q, k, v).reshape(-1, self.heads * self.head_dim)
+        return q, k, v

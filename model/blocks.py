@@ -8,6 +8,8 @@ twice: one all-gather and one reduce-scatter each with sequence parallelism, one
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,6 +18,7 @@ from model.attention import Attention
 from model.build import Build
 from model.inputs import MicroBatch
 from model.norm import Norm
+from model.regions import Regions
 from parallel import random
 from parallel.layout import Init, ParameterInfo, TensorLayout, make_parameter
 from parallel.tensor import ColumnParallelLinear, RowParallelLinear, slice_rows
@@ -85,12 +88,15 @@ class Mlp(nn.Module):
     """fc1, activation, fc2 (Dosovitskiy et al. 2021).
 
     Args:
-        kind: `gelu` or `swiglu` (default: the model's).
+        regions: of the layer. kind: `gelu` or `swiglu` (default: the model's).
         split: whether rows come and go in parts under sequence parallelism.
     """
 
-    def __init__(self, build: Build, *, kind: str | None = None, split: bool = True) -> None:
+    def __init__(
+        self, build: Build, regions: Regions | None = None, *, kind: str | None = None, split: bool = True
+    ) -> None:
         super().__init__()
+        self.regions = regions or Regions()
         here, tp, kind = build.here, build.tp, kind or build.config.mlp or "gelu"
         self.activation = Activation(build, kind)
         self.fc1 = ColumnParallelLinear(here.width, hidden_segments(here.mlp, kind), tp=tp, split_input=split)
@@ -98,23 +104,26 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor, rows: int) -> Tensor:
         """[R, D] (or row parts) -> the same shape."""
-        return self.fc2(self.activation(self.fc1(x, rows, add_bias=False), self.fc1.bias))
+        hidden = self.regions("projection", partial(self.fc1, add_bias=False), x, rows)
+        y = self.regions("activation", self.activation, hidden, self.fc1.bias)
+        return self.regions("output", self.fc2, y)
 
 
 class SelfAttention(nn.Module):
     """The sequential block's attention: qkv, attention, proj."""
 
-    def __init__(self, build: Build, kind: str) -> None:
+    def __init__(self, build: Build, kind: str, regions: Regions) -> None:
         super().__init__()
         width, tp, head = build.here.width, build.tp, build.here.head_dim
+        self.regions = regions
         bias = bool(build.config.bias)
         self.qkv = ColumnParallelLinear(width, (width,) * 3, tp=tp, units=(head,) * 3, bias=bias)
-        self.core = Attention(build, kind)
+        self.core = Attention(build, kind, regions)
         self.proj = RowParallelLinear((width,), width, tp=tp, units=(head,))
 
     def forward(self, x: Tensor, rows: int) -> Tensor:
         """[R, D] (or row parts) -> the same shape."""
-        return self.proj(self.core(self.qkv(x, rows)))
+        return self.regions("output", self.proj, self.core(self.regions("projection", self.qkv, x, rows)))
 
 
 class SequentialBlock(nn.Module):
@@ -128,17 +137,26 @@ class SequentialBlock(nn.Module):
         super().__init__()
         self.tokens = build.tokens.count
         self.norm1, self.norm2 = (Norm.of(build, build.here.width) for _ in range(2))
-        self.attn = SelfAttention(build, kind)
-        self.mlp = Mlp(build)
+        regions = Regions(name, build.policy)
+        self.attn = SelfAttention(build, kind, regions.at("attn"))
+        self.mlp = Mlp(build, regions.at("mlp"))
         self.scale1, self.scale2 = (layer_scale(build) for _ in range(2))
         self.drop1 = DropPath(f"{name}.attn", drop_rate, build)
         self.drop2 = DropPath(f"{name}.mlp", drop_rate, build)
 
     def forward(self, x: Tensor, batch: MicroBatch) -> Tensor:
         """[R, D] (or this rank's rows) -> the same shape."""
-        rows = batch.size * self.tokens
-        y, x = self.norm2.add(self.drop1(_scaled(self.attn(self.norm1(x), rows), self.scale1), batch), x)
-        return x + self.drop2(_scaled(self.mlp(y, rows), self.scale2), batch)
+        rows, attn, mlp = batch.size * self.tokens, self.attn.regions, self.mlp.regions
+        branch = self.attn(attn("norm", self.norm1, x), rows)
+        branch = attn("residual", self._first, branch, batch)
+        y, x = mlp("norm", self.norm2.add, branch, x)
+        return mlp("residual", self._second, self.mlp(y, rows), x, batch)
+
+    def _first(self, branch: Tensor, batch: MicroBatch) -> Tensor:
+        return self.drop1(_scaled(branch, self.scale1), batch)
+
+    def _second(self, branch: Tensor, x: Tensor, batch: MicroBatch) -> Tensor:
+        return x + self.drop2(_scaled(branch, self.scale2), batch)
 
 
 class ParallelBlock(nn.Module):
@@ -158,7 +176,8 @@ class ParallelBlock(nn.Module):
         self.norm = Norm.of(build, here.width)
         segments, units = (*[here.width] * 3, *hidden), (*[here.head_dim] * 3, *[1] * len(hidden))
         self.in_proj = ColumnParallelLinear(here.width, segments, tp=tp, units=units, bias=bias)
-        self.core = Attention(build, kind)
+        self.regions = Regions(name, build.policy)
+        self.core = Attention(build, kind, self.regions)
         self.fc1_bias = None if bias else sharded_bias(hidden, tp)
         self.out_proj = RowParallelLinear((here.width, here.mlp), here.width, tp=tp, units=(here.head_dim, 1))
         self.scale = layer_scale(build)
@@ -166,10 +185,14 @@ class ParallelBlock(nn.Module):
 
     def forward(self, x: Tensor, batch: MicroBatch) -> Tensor:
         """[R, D] (or this rank's rows) -> the same shape."""
-        y = self.in_proj(self.norm(x), batch.size * self.tokens)
+        run = self.regions
+        y = run("projection", self.in_proj, run("norm", self.norm, x), batch.size * self.tokens)
         qkv, hidden = y.split(self.split, 1)
-        branch = self.activation(hidden, self.fc1_bias, beside=self.core(qkv))
-        return x + self.drop(_scaled(self.out_proj(branch), self.scale), batch)
+        branch = run("activation", self.activation, hidden, self.fc1_bias, self.core(qkv))
+        return run("residual", self._join, run("output", self.out_proj, branch), x, batch)
+
+    def _join(self, branch: Tensor, x: Tensor, batch: MicroBatch) -> Tensor:
+        return x + self.drop(_scaled(branch, self.scale), batch)
 
 
 BLOCKS: dict[str, type[SequentialBlock] | type[ParallelBlock]] = {

@@ -8,6 +8,7 @@ from functools import cached_property
 from model.config import ModelConfig
 from model.kernels import Kernels
 from model.precision import Precision
+from model.regions import Keep, Policy
 from model.sizes import Sizes, StageSizes, Tokens
 from parallel.comm import Axis, single_axis
 from parallel.layout import split_range
@@ -20,8 +21,8 @@ class Build:
 
     Attributes:
         config: resolved. tp: how layers are split. context: ranks that share the tokens of an image. seed: that of
-            drop-path. kernels: which forms of the kernels run. precision: number formats. stage: of the pyramid, whose
-            tokens the layer gives out.
+            drop-path. kernels: which forms of the kernels run. precision: number formats. policy: who runs the regions
+            of blocks. stage: of the pyramid, whose tokens the layer gives out.
     """
 
     config: ModelConfig
@@ -30,6 +31,7 @@ class Build:
     seed: int = 0
     kernels: Kernels = field(default_factory=Kernels)
     precision: Precision = field(default_factory=Precision)
+    policy: Policy = field(default_factory=Keep)
     stage: int = 0
 
     def at(self, stage: int) -> Build:

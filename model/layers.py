@@ -57,7 +57,8 @@ def build_layers(config: ModelConfig) -> list[LayerSpec]:
     done = 0
     for stage in sizes.stages:
         if stage.index:
-            layers.append(LayerSpec(name=f"merges.{stage.index - 1}", factory=PatchMerge, stage=stage.index))
+            merge = f"merges.{stage.index - 1}"
+            layers.append(LayerSpec(name=merge, factory=partial(PatchMerge, merge), stage=stage.index))
         for i, kind in enumerate(stage.kinds, start=done):
             rate = config.drop_path * i / max(1, sizes.depth - 1)
             factory = partial(block, f"blocks.{i}", rate, kind)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from model.build import Build
 from model.inputs import MicroBatch
 from model.norm import EPS, Norm
+from model.regions import Regions
 from parallel.layout import Init, ParameterInfo, TensorLayout, make_parameter, split_range
 from parallel.tensor import enter, leave, linear
 
@@ -40,10 +41,14 @@ class PatchMerge(nn.Module):
 
     A map with an odd side is filled up with zeros at the bottom or the right. Each tensor rank projects a share of the
     normalised features, whose sums make the output.
+
+    Args:
+        name: of the layer.
     """
 
-    def __init__(self, build: Build) -> None:
+    def __init__(self, name: str, build: Build) -> None:
         super().__init__()
+        self.regions = Regions(name, build.policy)
         before = build.at(build.stage - 1)
         self.tp, self.tokens, self.kernels = build.tp, before.tokens, build.kernels
         c, d = before.here.width, build.here.width
@@ -53,6 +58,9 @@ class PatchMerge(nn.Module):
 
     def forward(self, x: Tensor, batch: MicroBatch) -> Tensor:
         """[B * S, C] (or this rank's rows) -> [B * S', D] (or this rank's)."""
+        return self.regions("merge", self._merge, x, batch)
+
+    def _merge(self, x: Tensor, batch: MicroBatch) -> Tensor:
         t, b = self.tokens, batch.size
         own, rows = t.own_prefix, t.stop - t.first
         x = enter(x, self.tp, b * t.count).unflatten(0, (b, t.count))

@@ -119,7 +119,7 @@ def test_a_patch_merge(size: tuple[int, int], registers: int) -> None:
     config = replace(
         PYRAMID, image_size=size, patch_size=1, stages=stages, registers=registers, window_size=None, grid_size=None
     ).resolve()  # fmt: skip
-    merge = real(PatchMerge(Build(config=config, stage=1))).double()
+    merge = real(PatchMerge("merges.0", Build(config=config, stage=1))).double()
     for parameter in merge.parameters():
         nn.init.normal_(parameter)
     rows, cols = size
