@@ -20,8 +20,9 @@ from engine.assemble import assemble
 from engine.config import Config, LogConfig, TrainConfig
 from engine.errors import EXIT_DIVERGED, EXIT_DONE, ConfigError, DivergedError
 from engine.launch import run_rank
+from engine.loop import Loop
 from engine.step import Stepper
-from engine.trainer import Loop, pretrain
+from engine.trainer import pretrain
 from parallel.grid import make_grid
 from parallel.process_group import World
 from tests.distributed import run_ranks

@@ -23,9 +23,9 @@ from engine.assemble import Assembly, assemble
 from engine.config import Config, OptimizerConfig, PrecisionConfig, TrainConfig
 from engine.errors import EXIT_DIVERGED, EXIT_DONE
 from engine.launch import run_rank
+from engine.loop import Loop
 from engine.metrics import MetricsWriter
 from engine.step import Stepper
-from engine.trainer import Loop
 from model import MicroBatch
 from parallel.config import ParallelConfig
 from parallel.grid import make_grid
