@@ -22,6 +22,7 @@ from engine.precision import precision_of
 from engine.scaler import LossScaler
 from model import Build, LayerSpec, MicroBatch, Precision, Stage
 from model.kernels import Kernels
+from parallel import comm
 from parallel.fp8 import Fp8Recipe, Fp8Registry, enable_fp8
 from parallel.grid import Grid, make_grid
 from parallel.layout import ParameterInfo
@@ -176,8 +177,8 @@ def assemble(
     Args:
         config: resolved for this world. grid: its groups made. device: of this rank.
         objective: the configuration's, if it was made already. device_memory: bytes of this rank's device, or of its
-            share of the host (default: all of it). schedule: instead of the configuration's, its communication
-            inserted.
+            share of the host (default: all of it); what goes by it goes by the least of all ranks. schedule: instead of
+            the configuration's, its communication inserted.
     """
     objective = objective or make_objective(config)
     layers = objective.layers
@@ -196,7 +197,7 @@ def assemble(
         number: Stage([layers[i] for i in placement.layers[number]], build)
         for number in placement.on(grid.pipeline.index)
     }
-    available = memory_bytes(device) if device_memory is None else device_memory
+    available = comm.least(memory_bytes(device) if device_memory is None else device_memory, grid.world)
     policy = sharding_policy(config, available, on_cpu=device.type == "cpu")
     depths = {layer.name: depth for depth, layer in enumerate(layers)}
     by_layer = config.optimizer.layer_decay != 1

@@ -285,6 +285,11 @@ def gather_objects(value: object, axis: Axis) -> list[Any]:
     return values
 
 
+def least(value: float, axis: Axis) -> float:
+    """The least of all ranks' values: for what all must decide alike, of something that each knows of itself alone."""
+    return float(all_reduce(torch.tensor([value], dtype=torch.float64, device=_device_of(axis)), axis, "min"))
+
+
 def barrier(axis: Axis) -> None:
     """Return when every rank of the axis has come here."""
     all_reduce(torch.zeros(1, device=_device_of(axis)), axis).item()  # waits for a GPU, too

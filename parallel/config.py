@@ -38,7 +38,7 @@ class ParallelConfig:
     """zero_stage 3: whether gathered weights are given up until backward or the next micro-batch needs them again;
     auto: those that do not fit gather_memory."""
 
-    gather_memory: int | None = None
+    gather_memory: float | None = None
     """zero_stage 3, reshard_after_forward auto: MiB that gathered weights may take on a rank; null: a tenth of a
     GPU's memory, none on a CPU, where gathering again is but a copy."""
 

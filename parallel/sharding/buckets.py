@@ -26,6 +26,8 @@ class Bucket:
         master: fp32, what the optimizer updates: all of `weights` or this rank's shard of them, the same memory where
             the model computes in fp32.
         sums: fp32, the gradient summed over ranks and micro-batches, as long as `master`.
+        numel, numel_anywhere: P; and the most that it is on any tensor rank, which all of them know: what decides the
+            order of collectives goes by the latter.
         grads: [P], this rank's own gradient of the step, where it is kept until the end of the step; else None. In
             fp32, `sums` is the same memory.
     """
@@ -45,6 +47,7 @@ class Bucket:
         self.gradient_dtype = policy.gradients_in(kind.dtype)
         offsets, self.share = Geometry.of(members, tensor.index, axis.size)
         self.numel = self.share * axis.size
+        self.numel_anywhere = axis.size * max(Geometry.of(members, t, axis.size).share for t in range(tensor.size))
         self.shard = slice(axis.index * self.share, (axis.index + 1) * self.share)
         self.trained = slice(0, self.numel) if self.stage == 0 else self.shard
         self.slots = [_slot(member, offset, tensor.index) for member, offset in zip(members, offsets, strict=True)]

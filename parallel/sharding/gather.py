@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel.comm import Pending
-from parallel.sharding.units import Unit, bytes_of, views_in, weight_dtype
+from parallel.sharding.units import Unit, bytes_of, views_in, weight_dtype, whole_anywhere
 
 _NEVER = 1 << 60
 
@@ -42,17 +42,22 @@ class Buffer:
 class Gatherer:
     """Brings the weights of units into buffers, ahead of their use where the uses to come are known.
 
+    How many buffers there are decides what is gathered when, and heads dealt out unevenly make units of other sizes on
+    other tensor ranks, which share the gathers of what is partial. So the number follows from the largest sizes found
+    on any of them, and only the buffers' lengths from this rank's own.
+
     Args:
         units: in forward order; those without sharded weights are left alone. device: of the buffers.
-        budget: bytes that buffers may take; two as large as the largest unit are made in any case.
+        budget: bytes that buffers may take; two as large as the largest unit are made in any case. The same on all
+            ranks that share a gather.
     """
 
     def __init__(self, units: Sequence[Unit], device: torch.device, budget: float) -> None:
-        sizes = {unit.index: bytes_of(unit.gathered, weight_dtype) for unit in units if unit.gathered}
-        largest, total = max(sizes.values(), default=0), sum(sizes.values())
-        count = max(2, int(min(budget, total) // largest)) if largest else 0  # the budget may be infinite
-        self.keeps_all = count >= len(sizes) or total <= budget
-        lengths = list(sizes.values()) if self.keeps_all else [largest] * count
+        gathered = [unit for unit in units if unit.gathered]
+        count = _buffers_within(budget, [bytes_of(u.gathered, weight_dtype, whole_anywhere) for u in gathered])
+        self.keeps_all = count >= len(gathered)
+        sizes = {unit.index: bytes_of(unit.gathered, weight_dtype) for unit in gathered}
+        lengths = list(sizes.values()) if self.keeps_all else [max(sizes.values())] * count
         self.buffers = [Buffer(torch.empty(length, dtype=torch.uint8, device=device)) for length in lengths]
         self._home = dict(zip(sizes, self.buffers, strict=False)) if self.keeps_all else {}
         self._at: dict[int, Buffer] = {}
@@ -172,6 +177,12 @@ class Gatherer:
         if isinstance(out, tuple):
             return tuple(self._before_backward(x, index) for x in out)
         return _BeforeBackward.apply(out, self, index) if isinstance(out, Tensor) and out.requires_grad else out
+
+
+def _buffers_within(budget: float, sizes: Sequence[int]) -> int:
+    """How many buffers fit: one for each unit if all do, else as many as large as the largest, two at least."""
+    total = sum(sizes)
+    return len(sizes) if total <= budget else max(2, int(budget // max(sizes)))
 
 
 class _BeforeBackward(torch.autograd.Function):

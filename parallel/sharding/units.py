@@ -53,6 +53,11 @@ def whole(bucket: Bucket) -> int:
     return bucket.numel
 
 
+def whole_anywhere(bucket: Bucket) -> int:
+    """Elements of all of a bucket on the tensor rank where it is longest: the same number on all of them."""
+    return bucket.numel_anywhere
+
+
 def received(bucket: Bucket) -> int:
     """Elements that need room in its reduction: none in shared memory; through gloo all ranks' parts of the shard; on a
     GPU their sum.

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from engine.assemble import assemble, grid_of
+from engine import assemble as assembly
+from engine.assemble import assemble, grid_of, sharding_policy
 from engine.config import Config, OptimizerConfig, PrecisionConfig, TrainConfig
 from engine.plan import LiveBytes, plan_memory, states
 from engine.step import Stepper
@@ -85,12 +86,24 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-def made_by_steps(world: World) -> dict[str, tuple[dict[str, int], int]]:
-    return {name: made_by_a_step(config_of({}, world=2, **layout), world) for name, layout in LAYOUTS.items()}
+def gather_buffers(world: World) -> int:
+    """How many, where rank 1 has a device of twice the memory."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(assembly, "sharding_policy", lambda *args, **_: sharding_policy(*args, on_cpu=False))
+        config = config_of({}, world=2, zero_stage=3, bucket_mib=0.1)
+        made = assemble(config, grid_of(config, world, CPU), CPU, device_memory=17e6 * (1 + world.rank))
+    return len(made.store.gatherer.buffers)
+
+
+def made_by_steps(world: World) -> tuple[dict[str, tuple[dict[str, int], int]], int]:
+    made = {name: made_by_a_step(config_of({}, world=2, **layout), world) for name, layout in LAYOUTS.items()}
+    return made, gather_buffers(world)
 
 
 def test_ranks_hold_what_was_planned() -> None:
-    for rank, made in enumerate(run_ranks(2, made_by_steps)):
+    found = run_ranks(2, made_by_steps)
+    assert [buffers for _, buffers in found] == [2, 2]
+    for rank, (made, _) in enumerate(found):
         for name, (held, _) in made.items():
             config = config_of({}, world=2, **LAYOUTS[name])
             planned = plan_memory(config, config.grid_shape(2), rank, MEMORY)

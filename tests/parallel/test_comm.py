@@ -101,6 +101,7 @@ def _collectives(world: World) -> None:
         assert torch.equal(comm.broadcast(parts[world.rank].clone(), axis, last), parts[last])
     _check_sums_into_place(axis)
     assert comm.gather_objects({"rank": world.rank}, axis) == [{"rank": rank} for rank in range(world.size)]
+    assert comm.least(7.0 - world.rank, axis) == 8.0 - world.size
     comm.barrier(axis)
 
 

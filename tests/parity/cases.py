@@ -72,6 +72,7 @@ class Case:
     micro_batches: int = 1
     depth: int | None = None  # blocks; None: the model's own
     zero: int = 0
+    gather: float | None = None  # parallel.gather_memory at ZeRO stage 3; None: two buffers for all weights
     reduce: str = "auto"
     gradients: str = "fp32"  # parallel.gradient_dtype
     optimizer: str = "adamw"
@@ -86,6 +87,7 @@ class Case:
         how = "".join(
             f"-{value}" for value, usual in ((self.optimizer, "adamw"), (self.precision, "fp32")) if value != usual
         )
+        how += f"-gather{self.gather}" if self.gather else ""
         how += ("-narrow" if self.gradients == "weights" else "") + (f"-ema{self.ema}" if self.ema else "")
         schedule = f"on{''.join(map(str, self.placement))}" if self.placement else self.schedule
         layout = f"t{self.tensor}{sp}-p{self.pipeline}{schedule}-d{self.data}{cp}-m{self.micro_batches}"
@@ -119,7 +121,8 @@ class Case:
                 zero_stage=self.zero,  # type: ignore[arg-type]
                 reduce_gradients=self.reduce,  # type: ignore[arg-type]
                 gradient_dtype=self.gradients,  # type: ignore[arg-type]
-                reshard_after_forward="always" if self.zero == 3 else "auto",
+                reshard_after_forward="always" if self.zero == 3 and self.gather is None else "auto",
+                gather_memory=self.gather if self.zero == 3 else None,
                 bucket_mib=_EVERY_LAYER,
             ),
             train=TrainConfig(

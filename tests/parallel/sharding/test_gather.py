@@ -16,6 +16,7 @@ from parallel.grid import Grid, GridShape, make_grid
 from parallel.pipeline import Schedule, build_schedule, forward_only
 from parallel.process_group import World
 from parallel.sharding import ParameterStore
+from parallel.sharding.gather import Gatherer
 from parallel.tensor import ColumnParallelLinear, no_tensor_parallel
 from tests.distributed import run_ranks
 from tests.parallel.sharding.modules import (
@@ -247,6 +248,27 @@ def test_buffers_and_their_bytes() -> None:
         assert [buffer.memory.nbytes for buffer in w.gatherer.buffers] == [BYTES] * 3 and not w.gatherer.keeps_all
     with _watched(2, 0) as w:  # two are made in any case
         assert [buffer.memory.nbytes for buffer in w.gatherer.buffers] == [BYTES] * 2 and w.gatherer.keeps_all
+
+
+@pytest.mark.parametrize("buffers", [2, 3, 4, 5])
+def test_tensor_ranks_whose_heads_differ_in_number_have_as_many_buffers(buffers: int) -> None:
+    """Their gathers of what is partial must come in one order; and each keeps to the budget."""
+
+    def gatherer(rank: int, budget: float) -> Gatherer:
+        grid = planned(rank, data=2, tensor=2)
+        layers: NamedLayers = [
+            (f"u{i}", Holder(heads=parameter(800, tensor=grid.tensor, unit=160), norm=parameter(9, partial=True)))
+            for i in range(5)
+        ]
+        return make_store(layers, policy_of(3, gather=budget), grid=grid).gatherer
+
+    more, less = (gatherer(rank, 0).buffers[0].memory.nbytes for rank in (0, 1))
+    budget = more * (buffers + 1) - 1
+    assert budget // less > buffers  # what the second would make by its own sizes
+    found = [gatherer(rank, budget) for rank in (0, 1)]
+    assert [len(g.buffers) for g in found] == [buffers] * 2
+    assert [g.keeps_all for g in found] == [buffers == 5] * 2
+    assert all(sum(buffer.memory.nbytes for buffer in g.buffers) <= budget for g in found)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
