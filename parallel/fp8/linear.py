@@ -99,7 +99,7 @@ class _RowParallel(torch.autograd.Function):
 
 
 class Fp8Products:
-    """What a parallel linear calls instead of its own products."""
+    """In 8 bits: a linear's `Products`."""
 
     def __init__(self, state: Fp8State) -> None:
         self.state = state
@@ -107,12 +107,12 @@ class Fp8Products:
     def column(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel, rows: int, split: bool
     ) -> Tensor:
-        """As ColumnParallelLinear.forward: [ceil(R/T), D] (row parts: split) or [R, D] -> [R, F/T]."""
+        """As parallel.tensor.linear.Products."""
         y: Tensor = _ColumnParallel.apply(x, weight, bias, self.state, tp, rows, split, torch.is_grad_enabled())
         return y
 
     def row(self, x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel, split: bool) -> Tensor:
-        """As RowParallelLinear.forward: [R, D/T] -> [ceil(R/T), F] (row parts: split) or [R, F]."""
+        """As parallel.tensor.linear.Products."""
         y: Tensor = _RowParallel.apply(x, weight, bias, self.state, tp, split, torch.is_grad_enabled())
         return y
 
@@ -146,5 +146,5 @@ def enable_fp8(
         list(linears), recipe=recipe, backend=choose_backend(backend, device), device=device, keep_weights=keep_weights
     )
     for name, layer in linears.items():
-        layer.fp8 = Fp8Products(registry.states[name])
+        layer.products = Fp8Products(registry.states[name])
     return registry

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,6 @@ from parallel.layout import Init, ParameterInfo, TensorLayout, make_parameter
 from parallel.tensor import products
 from parallel.tensor.rows import TensorParallel, no_tensor_parallel, sum_start
 from parallel.tensor.weight_grad import weight_gradient
-
-if TYPE_CHECKING:
-    from parallel.fp8.linear import Fp8Products
 
 
 def xavier_uniform(fan_in: int, *fan_outs: int) -> Init:
@@ -79,6 +76,34 @@ class _RowParallel(torch.autograd.Function):
         # With split rows each rank sums its own rows only: the bias is marked partial_over_tensor.
         grad_bias = grad.sum(0) if ctx.has_bias else None
         return grad_x, grad_weight, grad_bias, None, None
+
+
+class Products(Protocol):
+    """Who computes the three products of a parallel linear, and moves what they need."""
+
+    def column(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel, rows: int, split: bool
+    ) -> Tensor:
+        """As ColumnParallelLinear: [ceil(R/T), D] (row parts: split) or [R, D] -> [R, F/T]."""
+
+    def row(self, x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel, split: bool) -> Tensor:
+        """As RowParallelLinear: [R, D/T] -> [ceil(R/T), F] (row parts: split) or [R, F]."""
+
+
+class PlainProducts:
+    """In the operands' format."""
+
+    def column(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel, rows: int, split: bool
+    ) -> Tensor:
+        """As Products."""
+        y: Tensor = _ColumnParallel.apply(x, weight, bias, tp, rows, split)
+        return y
+
+    def row(self, x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel, split: bool) -> Tensor:
+        """As Products."""
+        y: Tensor = _RowParallel.apply(x, weight, bias, tp, split)
+        return y
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -144,7 +169,7 @@ class ColumnParallelLinear(nn.Module):
         init = init or xavier_uniform(in_features, *segments)
         self.weight = make_parameter(ParameterInfo(layout=layout, init=init, decay=decay))
         self.bias = sharded_bias(segments, tp, bias_init, units) if bias else None
-        self.fp8: Fp8Products | None = None
+        self.products: Products = PlainProducts()
 
     def forward(self, x: Tensor, rows: int | None = None, *, add_bias: bool = True) -> Tensor:
         """[ceil(R/T), D] (row parts) or [R, D] -> [R, F/T].
@@ -155,10 +180,7 @@ class ColumnParallelLinear(nn.Module):
         """
         rows = x.shape[0] if rows is None else rows
         bias = self.bias if add_bias else None
-        if self.fp8 is not None:
-            return self.fp8.column(x, self.weight, bias, self.tp, rows, self.split_input)
-        y: Tensor = _ColumnParallel.apply(x, self.weight, bias, self.tp, rows, self.split_input)
-        return y
+        return self.products.column(x, self.weight, bias, self.tp, rows, self.split_input)
 
 
 class RowParallelLinear(nn.Module):
@@ -190,7 +212,7 @@ class RowParallelLinear(nn.Module):
         scales = tuple(math.sqrt(6 / (segment + out_features)) for segment in segments)
         init = init or Init(kind="uniform", scales=scales)
         self.weight = make_parameter(ParameterInfo(layout=layout, init=init, decay=decay))
-        self.fp8: Fp8Products | None = None
+        self.products: Products = PlainProducts()
         self.bias: nn.Parameter | None = None
         if bias:
             info = ParameterInfo(
@@ -202,7 +224,4 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[R, D/T] -> [ceil(R/T), F] (row parts) or [R, F]."""
-        if self.fp8 is not None:
-            return self.fp8.row(x, self.weight, self.bias, self.tp, self.split_output)
-        y: Tensor = _RowParallel.apply(x, self.weight, self.bias, self.tp, self.split_output)
-        return y
+        return self.products.row(x, self.weight, self.bias, self.tp, self.split_output)

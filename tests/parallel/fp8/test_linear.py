@@ -263,8 +263,8 @@ def test_enable_gives_each_linear_its_state() -> None:
     registry = enable_fp8([layers], recipe=Fp8Recipe(), device=CPU, skip=lambda name: name.startswith("head"))
     assert list(registry.states) == ["fc1", "fc2"]
     for name, state in registry.states.items():
-        assert layers[name].fp8.state is state
-    assert getattr(layers["head"], "fp8", None) is None
+        assert isinstance(layers[name].products, Fp8Products) and layers[name].products.state is state
+    assert not isinstance(layers["head"].products, Fp8Products)
     assert registry.describe() == (
         "fp8: 2 linear(s), hybrid (e4m3, gradients e5m2), delayed scaling over 1024 steps, margin 0; "
         "native, emulated on cpu"
