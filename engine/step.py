@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
@@ -106,7 +107,8 @@ class Stepper:
     def _diagnose(self, batches: Sequence[Batch]) -> str:
         """What was not finite first, found by running the step's micro-batches again. Collective."""
         a = self.assembly
-        with watch(a.stages.values(), a.layers, a.grid.data.index) as watching:
+        unrecorded = a.fp8.unrecorded() if a.fp8 is not None else nullcontext()
+        with unrecorded, watch(a.stages.values(), a.layers, a.grid.data.index) as watching:
             self._forward_backward(watching.batches(_OnDevice(a, batches)), watching.loss(self._loss_share))
         culprit = first_culprit(watching.found, a.grid.world)
         return culprit.describe() if culprit else "the sum of the gradients, each of them finite"

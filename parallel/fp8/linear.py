@@ -42,7 +42,7 @@ def _keep(ctx: Any, fp8: Fp8State, x: Quantised, weight: Tensor, weight8: Quanti
 
 def _weight8(ctx: Any) -> Quantised:
     kept: Quantised | None = ctx.weight8
-    return ctx.fp8.quantise_weight(ctx.weight, ctx.tp.axis) if kept is None else kept
+    return ctx.fp8.quantise_weight(ctx.weight, ctx.tp.axis, record=False) if kept is None else kept  # forward did
 
 
 class _ColumnParallel(torch.autograd.Function):
@@ -53,7 +53,7 @@ class _ColumnParallel(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         full = comm.all_gather_rows(x, tp.axis)[:rows] if split else x
         x8 = fp8.quantise("input", full, None, record=record)  # each rank has all of it
-        weight8 = fp8.quantise_weight(weight, tp.axis)
+        weight8 = fp8.quantise_weight(weight, tp.axis, record=record)
         y = fp8.backend.forward(x8, weight8, x.dtype)
         _keep(ctx, fp8, x8, weight, weight8)
         ctx.tp, ctx.split, ctx.has_bias = tp, split, bias is not None
@@ -79,7 +79,7 @@ class _RowParallel(torch.autograd.Function):
         record: bool,
     ) -> Tensor:  # fmt: skip
         x8 = fp8.quantise("input", x, tp.axis, record=record)
-        weight8 = fp8.quantise_weight(weight, tp.axis)
+        weight8 = fp8.quantise_weight(weight, tp.axis, record=record)
         out = sum_start(fp8.backend.forward(x8, weight8, x.dtype), tp, split).wait()
         _keep(ctx, fp8, x8, weight, weight8)
         ctx.tp, ctx.split, ctx.has_bias, ctx.rows = tp, split, bias is not None, x.shape[0]

@@ -12,7 +12,8 @@ Where we differ from Transformer Engine's delayed scaling, on purpose:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ class Fp8Registry:
         keep_weights: whether a weight is cast once per step and kept in 8 bits, or for each product, as where weights
             are sharded and must not be held whole.
         step: counts `finish_step` and loads; 8-bit copies of weights are made once per step.
+        records: whether what is cast counts for the next steps' scales; see `unrecorded`.
         amaxes: of the running step, of this rank: [N, 3], in the order of ROLES.
         history: amaxes of the last steps, newest first, over all ranks: [recipe.history, N, 3].
         scales: those of the running step (delayed scaling): [N, 3].
@@ -47,6 +49,7 @@ class Fp8Registry:
         keep_weights: bool = True,
     ) -> None:
         self.recipe, self.backend, self.step, self.keep_weights = recipe, backend, 0, keep_weights
+        self.records = True
         count, steps = len(names), recipe.history if recipe.scaling == "delayed" else 0
         self.amaxes = torch.zeros(count, len(ROLES), device=device)
         self.history = torch.zeros(steps, count, len(ROLES), device=device)
@@ -54,6 +57,15 @@ class Fp8Registry:
         self.limits = recipe.limits(device)
         self.known = [[False] * len(ROLES) for _ in names]  # on the host: asking the device would wait for it
         self.states = {name: Fp8State(self, index) for index, name in enumerate(names)}
+
+    @contextmanager
+    def unrecorded(self) -> Iterator[None]:
+        """Nothing that is cast within counts for later steps: for whatever only looks at the model."""
+        self.records = False
+        try:
+            yield
+        finally:
+            self.records = True
 
     @torch.no_grad()
     def finish_step(self, axis: Axis) -> None:
@@ -132,7 +144,7 @@ class Fp8State:
 
     def __init__(self, registry: Fp8Registry, index: int) -> None:
         self.registry, self._index = registry, index
-        self._weight: tuple[tuple[int, int, int], Quantised] | None = None
+        self._weight: tuple[tuple[int, int, int], Quantised, Tensor] | None = None
 
     @property
     def backend(self) -> Fp8Backend:
@@ -156,8 +168,31 @@ class Fp8State:
         Args:
             split: the tensor axis if its ranks hold different parts of the tensor; None if each holds all of it.
                 Collective over it wherever the scale comes from the tensor itself.
-            record: whether the amax counts for the next steps; not in evaluation.
+            record: whether the amax counts for the next steps, where any does; not in evaluation.
         """
+        quantised, amax = self._cast(role, x, split)
+        self._record(role, amax, record)
+        return quantised
+
+    def quantise_weight(self, weight: Tensor, split: Axis | None, *, record: bool = True) -> Quantised:
+        """The 8-bit form of a weight [F, D], if kept, made once per step (and again if torch saw the weight change).
+
+        Its amax counts where it is used in training, whoever made the 8-bit form: evaluation, where the weight may be
+        an average of weights, leaves no trace.
+        """
+        if not self.registry.keep_weights:
+            return self.quantise("weight", weight, split, record=record)
+        # The native optimizer writes through pointers, which no version counter sees: hence the step.
+        key = (self.registry.step, weight.data_ptr(), weight._version)
+        if self._weight is None or self._weight[0] != key:
+            self._weight = (key, *self._cast("weight", weight, split))
+        _, quantised, amax = self._weight
+        self._record("weight", amax, record)
+        return quantised
+
+    @torch.no_grad()
+    def _cast(self, role: Role, x: Tensor, split: Axis | None) -> tuple[Quantised, Tensor]:
+        """(the 8-bit form, amax [1])."""
         place = ROLES.index(role)
         registry, amax = self.registry, None
         if registry.recipe.scaling == "delayed" and registry.known[self._index][place]:
@@ -167,24 +202,14 @@ class Fp8State:
             if split is not None:
                 amax = comm.all_reduce(amax, split, "max")
             scale = registry.recipe.scale(amax, registry.limits[place], torch.ones_like(amax))
-        quantised, amax = self.backend.quantise(x, scale, registry.recipe.dtype(role), amax)
-        if record and registry.recipe.scaling == "delayed":
+        return self.backend.quantise(x, scale, registry.recipe.dtype(role), amax)
+
+    @torch.no_grad()
+    def _record(self, role: Role, amax: Tensor, record: bool) -> None:
+        registry, place = self.registry, ROLES.index(role)
+        if record and registry.records and registry.recipe.scaling == "delayed":
             slot = registry.amaxes[self._index, place : place + 1]
             torch.maximum(slot, amax, out=slot)
-        return quantised
-
-    def quantise_weight(self, weight: Tensor, split: Axis | None) -> Quantised:
-        """The 8-bit form of a weight [F, D], if kept, made once per step (and again if torch saw the weight change).
-
-        Its amax always counts: a weight is the same in evaluation.
-        """
-        if not self.registry.keep_weights:
-            return self.quantise("weight", weight, split)
-        # The native optimizer writes through pointers, which no version counter sees: hence the step.
-        key = (self.registry.step, weight.data_ptr(), weight._version)
-        if self._weight is None or self._weight[0] != key:
-            self._weight = (key, self.quantise("weight", weight, split))
-        return self._weight[1]
 
     def forget_weight(self) -> None:
         """Free the 8-bit weight."""
