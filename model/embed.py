@@ -46,6 +46,17 @@ def sincos_table(rows: int, cols: int, width: int) -> Tensor:
     return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], 1).float()
 
 
+def _add_in_turn(x: Tensor, table: Tensor, first: int) -> Tensor:
+    """x [R, D] with row (first + r) mod S of `table` [S, D] added to row r.
+
+    By broadcasting, whose gradient is a sum in fp32 whatever the type; that of `table[index]` is one in the table's.
+    """
+    (rows, width), period = x.shape, len(table)
+    turned, whole = table.roll(-first, 0), rows // period
+    images = x[: whole * period].view(whole, period, width) + turned
+    return torch.cat([images.flatten(0, 1), x[whole * period :] + turned[: rows % period]])
+
+
 class Embedding(nn.Module):
     """Patch embedding, prefix tokens and positions."""
 
@@ -91,8 +102,7 @@ class Embedding(nn.Module):
         table = self._table(y.device).to(y.dtype)
         if not self.tp.splits_rows:
             return (y.view(b, -1, y.shape[1]) + table).flatten(0, 1)
-        start, stop = self.tp.row_range(rows)
-        return y + table[torch.arange(start, stop, device=y.device) % t.count]
+        return _add_in_turn(y, table, self.tp.row_range(rows)[0])
 
     def _table(self, device: torch.device) -> Tensor:
         """[S, D] of this rank's tokens: prefix tokens, then position + bias of each patch.

@@ -90,4 +90,4 @@ def test_looking_changes_nothing(name: str) -> None:
 
 def test_looking_changes_nothing_on_two_ranks() -> None:
     for found in run_ranks(2, differences, ON_TWO, timeout=120):
-        assert found == dict.fromkeys(ON_TWO, [])
+        assert found == {name: [] for name in ON_TWO}
