@@ -6,8 +6,11 @@ Shapes: B images per micro-batch, C channels, H x W pixels. G is the global batc
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +24,10 @@ from data.augment import augment, draw_augmentation
 from data.config import DataConfig
 from data.datasets import Dataset
 from data.sampling import SampleOrder
+
+# What workers hold ready beyond what each is at work on: enough for a schedule that takes micro-batches in bursts.
+# Every one is an open file, and memory of the host in which few files may be open and little may be shared.
+_READY_BATCHES, _READY_BYTES = 64, 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,9 @@ class TrainStream:
     A global batch is G consecutive draws (see data.sampling). They are dealt to the data ranks in contiguous pieces,
     and these are cut into micro-batches. An image's pixels depend on (seed, draw) alone. With `with_images=False`
     nothing is decoded, for the pipeline stages that need only labels and ids.
+
+    Attributes:
+        waited: seconds in all that the caller has waited for micro-batches; without workers, the time to read them.
 
     Raises:
         ValueError: if the global batch cannot be cut so, or the normalisation does not suit the number of channels.
@@ -60,6 +70,7 @@ class TrainStream:
         _check_batch_sizes(global_batch_size, micro_batch_size, data_size)
         if seed < 0:
             raise ValueError(f"the seed is {seed}: it must be 0 or more")
+        self.waited = 0.0
         self._dataset = dataset
         self._config = config
         self._global_batch_size = global_batch_size
@@ -71,35 +82,113 @@ class TrainStream:
         self._order = SampleOrder(len(dataset), seed)
         self._normalise = Normalise(config, channels=dataset.image_shape[0])
 
-    def steps(self, start: int) -> Iterator[list[Batch]]:
-        """This rank's micro-batches of step `start`, of the step after it, and so on without end."""
-        micro_batches = _fetch(self._micro_batch, self._first_draws(start), self._config, self._with_images)
-        count = self._rank_batch_size // self._micro_batch_size
-        while True:
-            yield list(itertools.islice(micro_batches, count))
+    def steps(self, start: int) -> Iterator[StepBatches]:
+        """This rank's micro-batches of step `start`, of the step after it, and so on without end.
 
-    def _first_draws(self, start: int) -> Iterator[int]:
+        They are read while the step goes on, see StepBatches.
+        """
+        source = self._source(start)
+        for step in itertools.count(start):
+            first = self._first_draw(step)
+            yield StepBatches(self, source, range(first, first + self._rank_batch_size, self._micro_batch_size))
+
+    def _source(self, start: int) -> _Source:
+        """This rank's images from step `start` on; nothing at all where none are needed."""
+        if not self._with_images:
+            return _Source(lambda draw: None, None)
+        ready = min(self._rank_batch_size // self._micro_batch_size, _READY_BATCHES, _READY_BYTES // self._batch_bytes)
+        loader = _in_workers(self._read, self._draws(start), self._config, ready)
+        return _Source(self._read, None if loader is None else zip(self._draws(start), loader, strict=False))
+
+    @property
+    def _batch_bytes(self) -> int:
+        return 4 * self._micro_batch_size * math.prod(self._dataset.image_shape)
+
+    def _draws(self, start: int) -> Iterator[int]:
         """The first draw of each of this rank's micro-batches."""
         for step in itertools.count(start):
-            first = step * self._global_batch_size + self._data_rank * self._rank_batch_size
+            first = self._first_draw(step)
             yield from range(first, first + self._rank_batch_size, self._micro_batch_size)
 
-    def _micro_batch(self, first_draw: int) -> Batch:
+    def _first_draw(self, step: int) -> int:
+        return step * self._global_batch_size + self._data_rank * self._rank_batch_size
+
+    def _batch(self, first_draw: int, source: _Source) -> Batch:
+        """The micro-batch that begins with a draw. Counts the time that it takes."""
+        asked = time.perf_counter()
         draws = np.arange(first_draw, first_draw + self._micro_batch_size)
-        indices = self._order.indices(draws)
-        return Batch(
-            images=self._images(first_draw, indices) if self._with_images else None,
-            labels=torch.from_numpy(self._dataset.labels[indices]),
+        batch = Batch(
+            images=source.take(first_draw),
+            labels=torch.from_numpy(self._dataset.labels[self._order.indices(draws)]),
             sample_ids=torch.from_numpy(draws),
             weights=torch.ones(len(draws), dtype=torch.float32),
         )
+        self.waited += time.perf_counter() - asked
+        return batch
 
-    def _images(self, first_draw: int, indices: NDArray[np.int64]) -> Tensor:
+    def _read(self, first_draw: int) -> Tensor:
+        """The images of a micro-batch, augmented and normalised: [B, C, H, W]."""
         dataset, config = self._dataset, self._config
+        indices = self._order.indices(np.arange(first_draw, first_draw + self._micro_batch_size))
         augmentation = draw_augmentation(config, self._seed, first_draw, len(indices))
         crop_when_read = config.crops and dataset.crops_when_read
         images = dataset.read(indices, augmentation.crop if crop_when_read else None)
         return self._normalise(augment(images, augmentation, config, crop=config.crops and not crop_when_read))
+
+
+class StepBatches(Sequence[Batch]):
+    """One rank's micro-batches of one step. Item m is read when it is asked for, or was, ahead of that, by a worker.
+
+    Only the item asked for last is held. Any other may be asked for in any order, again, and after later steps: it is a
+    function of (seed, draw), and read anew, in this process, if the stream is past it.
+    """
+
+    def __init__(self, stream: TrainStream, source: _Source, draws: range) -> None:
+        self._stream, self._source, self._draws = stream, source, draws
+        self._last: tuple[int, Batch] | None = None
+
+    def __len__(self) -> int:
+        return len(self._draws)
+
+    def __getitem__(self, m: Any) -> Any:
+        draw = self._draws[m]
+        if self._last is None or self._last[0] != draw:
+            self._last = None  # the memory of one, not of two
+            self._source.forget_before(self._draws.start)
+            self._last = draw, self._stream._batch(draw, self._source)
+        return self._last[1]
+
+
+class _Source:
+    """Images by the first draw of their micro-batch.
+
+    Args:
+        read: gives those of any draw. ahead: (draw, images) of one draw after the other, as workers have read them;
+            None: no workers.
+    """
+
+    def __init__(self, read: Callable[[int], Tensor | None], ahead: Iterator[tuple[int, Tensor]] | None) -> None:
+        self._read, self._ahead = read, ahead
+        self._next = 0  # the stream is past all draws below
+        self._passed: dict[int, Tensor] = {}  # of those, which were not asked for yet
+
+    def take(self, draw: int) -> Tensor | None:
+        """The images of `draw`. What the workers have read before it is kept until it is asked for or forgotten."""
+        if draw in self._passed:
+            return self._passed.pop(draw)
+        if self._ahead is None or draw < self._next:
+            return self._read(draw)
+        for passed, images in self._ahead:
+            self._next = passed + 1
+            if passed == draw:
+                return images
+            self._passed[passed] = images
+        raise AssertionError("the stream has no end")
+
+    def forget_before(self, draw: int) -> None:
+        """Drop what was passed of earlier steps: they are over."""
+        for passed in [p for p in self._passed if p < draw]:
+            del self._passed[passed]
 
 
 class EvalStream:
@@ -135,15 +224,23 @@ class EvalStream:
     def __iter__(self) -> Iterator[Batch]:
         first = self._data_rank * self._micro_batch_size
         stride = self._data_size * self._micro_batch_size
-        first_indices = range(first, first + len(self) * stride, stride)
-        return _fetch(self._micro_batch, first_indices, self._config, self._with_images)
+        firsts = range(first, first + len(self) * stride, stride)
+        loader = _in_workers(self._read, firsts, self._config, ready=0) if self._with_images else None
+        for first in firsts:
+            yield self._batch(first, None if not self._with_images else next(loader) if loader else self._read(first))
 
-    def _micro_batch(self, first_index: int) -> Batch:
-        indices = np.arange(first_index, min(first_index + self._micro_batch_size, len(self._dataset)))
+    def _indices(self, first_index: int) -> NDArray[np.int64]:
+        return np.arange(first_index, min(first_index + self._micro_batch_size, len(self._dataset)))
+
+    def _read(self, first_index: int) -> Tensor:
+        """The images of a micro-batch, normalised, padding with them: [B, C, H, W]."""
+        indices = self._indices(first_index)
+        padding = (0, 0, 0, 0, 0, 0, 0, self._micro_batch_size - len(indices))
+        return self._normalise(F.pad(self._dataset.read(indices), padding))
+
+    def _batch(self, first_index: int, images: Tensor | None) -> Batch:
+        indices = self._indices(first_index)
         missing = self._micro_batch_size - len(indices)
-        images = None
-        if self._with_images:
-            images = self._normalise(F.pad(self._dataset.read(indices), (0, 0, 0, 0, 0, 0, 0, missing)))
         return Batch(
             images=images,
             labels=F.pad(torch.from_numpy(self._dataset.labels[indices]), (0, missing)),
@@ -185,26 +282,33 @@ def _check_batch_sizes(global_batch_size: int, micro_batch_size: int, data_size:
         )
 
 
-class _MicroBatches(TorchDataset[Batch]):
-    """A map-style data set whose items are whole micro-batches, by their first draw or index."""
+class _Images(TorchDataset[Tensor]):
+    """A map-style data set whose items are the images of whole micro-batches, by their first draw or index."""
 
-    def __init__(self, read: Callable[[int], Batch]) -> None:
+    def __init__(self, read: Callable[[int], Tensor]) -> None:
         self._read = read
 
-    def __getitem__(self, first: int) -> Batch:
+    def __getitem__(self, first: int) -> Tensor:
         return self._read(first)
 
 
-def _fetch(read: Callable[[int], Batch], keys: Iterable[int], config: DataConfig, with_images: bool) -> Iterator[Batch]:
-    """read(key) for each key, in their order; ahead of time in worker processes where there is something to decode."""
-    if config.workers == 0 or not with_images:
-        return map(read, keys)
+def _in_workers(
+    read: Callable[[int], Tensor], keys: Iterable[int], config: DataConfig, ready: int
+) -> Iterator[Tensor] | None:
+    """read(key) for each key, in their order, ahead of time in worker processes; None if there are to be none.
+
+    At least two micro-batches per worker are read ahead of what is asked for, and at least `ready` of them in all. Only
+    images come from there, as memory that is shared: one open file per micro-batch.
+    """
+    if config.workers == 0:
+        return None
     return iter(
         DataLoader(
-            _MicroBatches(read),
+            _Images(read),
             batch_size=None,  # items are batches already
             sampler=keys,
             num_workers=config.workers,
+            prefetch_factor=max(2, math.ceil(ready / config.workers)),
             generator=torch.Generator(),  # its own, so that workers leave the global random state alone
         )
     )

@@ -1,14 +1,20 @@
 from __future__ import annotations
 
 import itertools
+import resource
+import time
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from data import Batch, DataConfig, Dataset, EvalStream, TrainStream
+from data.datasets import ArrayDataset
 
 AUGMENTED = DataConfig(rotate=10, shift=0.1, scale=0.1, shear=5, flip=True, crop_min_area=0.8)
 Datasets = tuple[Dataset, Dataset]
@@ -19,7 +25,7 @@ def train_stream(dataset: Dataset, config: DataConfig = AUGMENTED, **options: An
     return TrainStream(dataset, config=config, **{**defaults, **options})
 
 
-def join(batches: list[Batch]) -> Batch:
+def join(batches: Sequence[Batch]) -> Batch:
     assert all(b.images is not None for b in batches)
     return Batch(
         images=torch.cat([b.images for b in batches if b.images is not None]),
@@ -105,6 +111,74 @@ def test_workers_change_nothing(digits: Datasets) -> None:
         assert_same(with_workers, without)
     assert_same(evaluation, expected[1])
     assert torch.equal(torch.get_rng_state(), random_state)
+
+
+class Slow(ArrayDataset):
+    """Random images, each of which takes `seconds` to read. Attributes: reads: how many were, in this process."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        super().__init__(torch.rand(64, 1, 2, 2), np.arange(64), 64)
+        self.seconds, self.reads = seconds, 0
+
+    def read(self, indices: NDArray[np.int64], crop: NDArray[np.float64] | None = None) -> torch.Tensor:
+        self.reads += 1
+        time.sleep(self.seconds)
+        return super().read(indices, crop)
+
+
+def test_a_step_is_read_while_it_goes_on() -> None:
+    images = Slow()
+    steps = train_stream(images, DataConfig(), micro_batch_size=2).steps(0)
+    first, second = next(steps), next(steps)
+    assert len(first) == len(second) == 12 and images.reads == 0
+    for m in range(12):
+        assert first[m].labels.numel() == first[m].labels.numel() == 2
+        assert images.reads == m + 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_micro_batches_may_be_asked_for_in_any_order_and_again(workers: int) -> None:
+    config = DataConfig(workers=workers, rotate=10)
+    whole = train_stream(Slow(), config)
+    images = whole._dataset
+    stream = train_stream(images, config, micro_batch_size=2)
+    steps = stream.steps(0)
+    order = np.random.default_rng(0).permutation(12).tolist()
+    seen = [next(steps) for _ in range(2)]
+    for step in (0, 1, 0, 1):  # the second time in this process: the workers are past them
+        expected = join(next(whole.steps(step)))
+        batches = {m: seen[step][m] for m in order}
+        assert_same(join([batches[m] for m in range(12)]), expected)
+    assert_same(seen[0][-1], seen[0][11])
+    assert_same(join(next(steps)), join(next(whole.steps(2))))
+    next(steps)[5]  # the rest of this step is never asked for
+    last = next(steps)
+    assert_same(join(last), join(next(whole.steps(4))))
+    assert not last._source._passed
+
+
+def test_many_micro_batches_need_few_open_files() -> None:
+    """512 micro-batches per step, with room for 150 more files than are open."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 150, limits[1]))
+    try:
+        stream = train_stream(Slow(), DataConfig(workers=2), global_batch_size=512, micro_batch_size=1)
+        for step in itertools.islice(stream.steps(0), 2):
+            assert sum(len(batch.labels) for batch in step) == 512
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_a_loader_twice_as_fast_as_the_model_never_makes_it_wait() -> None:
+    """Two workers, 20 ms per micro-batch each; the model takes 20 ms too. Reading a step first would wait 0.12 s."""
+    stream = train_stream(Slow(0.02), DataConfig(workers=2), micro_batch_size=1, global_batch_size=16)
+    waited = []
+    for step in itertools.islice(stream.steps(0), 4):
+        before = stream.waited
+        for _ in step:
+            time.sleep(0.02)
+        waited.append(stream.waited - before)
+    assert min(waited[1:]) < 0.08, waited
 
 
 def test_streams_without_images_agree_on_the_rest(digits: Datasets) -> None:

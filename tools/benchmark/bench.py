@@ -56,7 +56,8 @@ def started(config: Config, world: World, distinct_batches: int = 2) -> Iterator
     process_group.start(world, device, config.parallel.timeout)
     try:
         assembly = assemble(config, grid_of(config, world, device), device)
-        yield Bench(config, world, assembly, list(islice(_stream(assembly).steps(0), distinct_batches)))
+        steps = islice(_stream(assembly).steps(0), distinct_batches)
+        yield Bench(config, world, assembly, [list(step) for step in steps])
     finally:
         process_group.stop()
 
