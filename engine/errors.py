@@ -14,3 +14,7 @@ class ConfigError(ValueError):
 
 class DivergedError(RuntimeError):
     """Loss or gradients stayed NaN or Inf although steps were skipped, or the weights or what they give are."""
+
+
+class OutputError(RuntimeError):
+    """What a run must write cannot be written, and nothing that it could do instead would keep it."""

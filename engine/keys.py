@@ -31,7 +31,12 @@ def groups() -> tuple[str, ...]:
 
 def default_of(key: str) -> Any:
     """The value of a key that is not set."""
-    value: Any = Config()
+    return value_of(Config(), key)
+
+
+def value_of(config: Config, key: str) -> Any:
+    """The value of a key in `config`."""
+    value: Any = config
     for name in key.split("."):
         value = getattr(value, name)
     return value

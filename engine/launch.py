@@ -14,7 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 
-from engine.errors import EXIT_DIVERGED, EXIT_DONE, EXIT_FAULT, EXIT_USAGE, ConfigError, DivergedError
+from engine.errors import EXIT_DIVERGED, EXIT_DONE, EXIT_FAULT, EXIT_USAGE, ConfigError, DivergedError, OutputError
 from parallel import process_group
 from parallel.comm import PeerLostError
 from parallel.process_group import World, read_world
@@ -37,6 +37,8 @@ def run_rank(main: Callable[[Sequence[str], World], None], argv: Sequence[str], 
         return error.code if isinstance(error.code, int) else EXIT_FAULT
     except ConfigError as error:
         return _leave(EXIT_USAGE, world, f"{program}: error: {error}")
+    except OutputError as error:
+        return _leave(EXIT_FAULT, world, f"{program}: {error}")
     except DivergedError as error:
         return _leave(EXIT_DIVERGED, world, f"{program}: training diverged: {error}")
     except PeerLostError as error:

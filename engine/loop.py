@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,10 +25,26 @@ from parallel import comm
 
 @dataclass
 class _Interval:
-    """What happened since the last line."""
+    """What happened since the last line.
 
-    started: float
+    Attributes:
+        steps: how many. losses: of those that were not skipped. waited: seconds for data. paused: for evaluation.
+    """
+
+    started: float = field(default_factory=lambda: time.perf_counter())
     steps: int = 0
+    losses: list[float] = field(default_factory=list)
+    waited: float = 0.0
+    paused: float = 0.0
+
+    def add(self, result: StepResult) -> None:
+        self.steps += 1
+        self.losses += [] if result.skipped else [result.loss]
+
+    @property
+    def seconds(self) -> float:
+        """That training took."""
+        return time.perf_counter() - self.started - self.paused
 
 
 class Loop:
@@ -64,13 +81,18 @@ class Loop:
             train_set, global_batch_size=a.config.train.global_batch_size, seed=a.config.train.seed, **place
         )
         self.eval_stream = EvalStream(eval_set, **place)
+        self.images_per_epoch = len(train_set)
         self.flops_per_image = training_flops(a.layers)
         self.skipped = self.bad_in_a_row = 0
 
     def run(self) -> None:
         """All steps of the run, with evaluations between and after them."""
-        interval = _Interval(time.perf_counter())
-        for step, batches in zip(range(self.steps), self.train_stream.steps(0), strict=False):
+        interval = _Interval()
+        stream = self.train_stream.steps(0)
+        for step in range(self.steps):
+            asked = time.perf_counter()
+            batches = next(stream)
+            interval.waited += time.perf_counter() - asked
             if self.profiler is not None:
                 self.profiler.before(step + 1)
             lr_factor = factor(self.config.schedule, self.stepper.assembly.optimizer.steps, self.steps)
@@ -79,19 +101,20 @@ class Loop:
             if self.profiler is not None:
                 self.profiler.after(step + 1)
             self._count_bad(result, step)
-            interval.steps += 1
+            interval.add(result)
             last = step + 1 == self.steps
             if self.writer is not None:
-                self.writer.advance()
+                self.writer.advance(result.loss)
             if last or (step + 1) % self.config.log.interval == 0:
                 self._report(step + 1, result, lr, interval)
-                interval = _Interval(time.perf_counter())
+                interval = _Interval()
             every = self.config.train.eval_interval
             if last or (every and (step + 1) % every == 0):
+                began = time.perf_counter()
                 evaluated = self._evaluate(step + 1)
                 if last:
                     self._check_end(evaluated)
-                interval = _Interval(time.perf_counter())
+                interval.paused += time.perf_counter() - began
 
     def _count_bad(self, result: StepResult, step: int) -> None:
         self.skipped += result.skipped
@@ -122,15 +145,16 @@ class Loop:
     def _report(self, step: int, result: StepResult, lr: float, interval: _Interval) -> None:
         a, batch = self.stepper.assembly, self.config.train.global_batch_size
         synchronise(a.device)
-        step_time = (time.perf_counter() - interval.started) / max(1, interval.steps)
-        memory = torch.tensor([float(peak_memory_bytes(a.device))], dtype=torch.float64, device=a.device)
-        memory = comm.all_reduce(memory, a.grid.world, "max")
+        step_time = interval.seconds / interval.steps
+        own = [float(peak_memory_bytes(a.device)), interval.waited / interval.steps]
+        most = comm.all_reduce(torch.tensor(own, dtype=torch.float64, device=a.device), a.grid.world, "max")
+        memory, waited = most.tolist()
         images_per_second = batch / step_time
         tflops = self.flops_per_image * images_per_second / a.grid.shape.world_size / 1e12
         peak = peak_tflops(a.device, self.config.precision.dtype)
         values = {
             "samples": step * batch,
-            "loss": result.loss,
+            "loss": statistics.fmean(interval.losses or [result.loss]),
             "lr": lr,
             "grad_norm": result.grad_norm,
             "loss_scale": result.loss_scale,
@@ -140,17 +164,22 @@ class Loop:
             "tokens_per_second": images_per_second * self.config.model.sizes.tokens,
             "tflops_per_device": tflops,
             "mfu": tflops / peak if peak else None,
-            "peak_memory": int(memory.item()),
+            "peak_memory": int(memory),
+            "epoch": step * batch / self.images_per_epoch,
+            "data_time": waited,
         }
         if self.writer is not None:
             self.writer.train(step, values)
 
     def _evaluate(self, step: int) -> Mapping[str, float]:
+        synchronise(self.stepper.assembly.device)
+        began = time.perf_counter()
         result = self.stepper.evaluate(self.eval_stream)
         values = dict(result)
         if self.stepper.assembly.average is not None:
             averaged = self.stepper.evaluate_average(self.eval_stream)
             values |= {f"ema_{name}": value for name, value in averaged.items() if name != "images"}
+        values |= {"epoch": step * self.config.train.global_batch_size / self.images_per_epoch}
         if self.writer is not None:
-            self.writer.evaluation(step, values)
+            self.writer.evaluation(step, values | {"eval_time": time.perf_counter() - began})
         return result

@@ -2,104 +2,131 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
+import os
+import shutil
 import sys
+import textwrap
 import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm import tqdm
 
-if TYPE_CHECKING:
-    from torch.utils.tensorboard.writer import SummaryWriter
+from engine.board import Board
+from engine.errors import OutputError
+from engine.journal import Journal
 
-
-def set_aside(path: Path) -> Path | None:
-    """Rename what an earlier run left at `path`: `metrics.jsonl` to `metrics.1.jsonl` and so on; gives the new name."""
-    if not path.exists():
-        return None
-    names = (path.with_suffix(f".{number}{path.suffix}") for number in itertools.count(1))
-    free = next(name for name in names if not name.exists())
-    return path.rename(free)
+COLUMNS = 110  # of a line where the console is no terminal, which has a width of its own
 
 
 class MetricsWriter:
     """Writes one JSON object per line, the same numbers to TensorBoard, and a console line in Megatron-LM's order.
 
     Args:
-        run_dir: where `metrics.jsonl` and the TensorBoard events go; an earlier run's lines are set aside.
+        run_dir: where `metrics.jsonl` and the TensorBoard events go; without those of an earlier run (see
+        engine.run_dir).
         steps: of the whole run.
         tensorboard: whether events are written.
     """
 
     def __init__(self, run_dir: Path, *, steps: int, global_batch_size: int, tensorboard: bool) -> None:
-        self._steps, self._global_batch_size = steps, global_batch_size
+        self._steps, self._samples = steps, steps * global_batch_size
         self.path = run_dir / "metrics.jsonl"
-        set_aside(self.path)
-        self._file: IO[str] = self.path.open("x")
-        self._board: SummaryWriter | None = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # a second of imports, on rank 0 alone
+        is_terminal = sys.stdout.isatty()
+        self._bar = tqdm(total=steps, unit="step", dynamic_ncols=True, disable=not is_terminal, file=sys.stdout)
+        self._journal = Journal(self.path, self.say)
+        self._board = Board(run_dir, self.say) if tensorboard else None
 
-            self._board = SummaryWriter(str(run_dir))
-        self._bar = tqdm(total=steps, unit="step", dynamic_ncols=True, disable=not sys.stdout.isatty(), file=sys.stdout)
-
-    def advance(self, steps: int = 1) -> None:
-        """Move the progress bar."""
-        self._bar.update(steps)
-
-    def write(self, event: str, step: int, values: dict[str, Any]) -> None:
-        """One line of metrics.jsonl (null for NaN and Inf, which JSON lacks), and a point in each TensorBoard curve."""
-        line = {"event": event, "step": step, **{name: _json_value(value) for name, value in values.items()}}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+    def describe(self, config: str, keys: Mapping[str, Any]) -> None:
+        """The run's configuration for TensorBoard: as YAML, and as dotted keys to compare runs by."""
         if self._board is not None:
-            for name, value in values.items():
-                if isinstance(value, int | float):
-                    self._board.add_scalar(f"{event}/{name}", value, step)
-            self._board.flush()  # a rank that fails later leaves without closing files
+            self._board.text("config", f"```yaml\n{config}```")
+            self._board.hyperparameters(keys, ("train/loss", "eval/loss", "eval/accuracy"))
 
-    def train(self, step: int, values: dict[str, Any]) -> None:
+    def advance(self, loss: float) -> None:
+        """Move the progress bar by a step, of which it shows the loss."""
+        self._bar.set_postfix_str(f"loss {loss:.4g}", refresh=False)
+        self._bar.update()
+
+    def write(self, event: str, step: int, values: Mapping[str, Any]) -> None:
+        """One line of metrics.jsonl, with the time in seconds since 1970, and a point in each TensorBoard curve. JSON
+        has null for NaN and Inf.
+        """
+        numbers = {name: _json_value(value) for name, value in values.items()}
+        line = {"event": event, "step": step, **numbers, "wall_time": round(time.time(), 3)}
+        self._journal.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+        if self._board is not None:
+            curves = {f"{event}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
+            self._board.scalars(curves, step)
+
+    def train(self, step: int, values: Mapping[str, Any]) -> None:
         """A training line."""
         self.write("train", step, values)
-        v = values
-        self.say(
-            f" [{time.strftime('%Y-%m-%d %H:%M:%S')}] iteration {step:8d}/{self._steps:8d} |"
-            f" consumed samples: {v['samples']:12d} |"
-            f" elapsed time per iteration (ms): {1000 * v['step_time']:.1f} |"
-            f" images per second: {v['images_per_second']:.1f} |"
-            f" learning rate: {v['lr']:.6E} |"
-            f" global batch size: {self._global_batch_size:5d} |"
-            f" loss: {v['loss']:.6E} |"
-            f" loss scale: {v['loss_scale']:.1f} |"
-            f" grad norm: {v['grad_norm']:.3f} |"
-            f" number of skipped iterations: {v['skipped_steps']:3d} |"
-        )
+        v, width = values, len(str(self._steps))
+        parts = {
+            "step": f"step {step:{width}d}/{self._steps}",
+            "samples": f"samples {v['samples']:{len(str(self._samples))}d}",
+            "time": f"{1000 * v['step_time']:.1f} ms",
+            "speed": f"{v['images_per_second']:.1f} images/s",
+            "rate": f"lr {v['lr']:.2E}",
+            "loss": f"loss {v['loss']:.5g}",
+            "scale": f"scale {v['loss_scale']:g}" if v["loss_scale"] != 1 else "",
+            "norm": f"norm {v['grad_norm']:.3f}",
+            "skipped": f"skipped {v['skipped_steps']}" if v["skipped_steps"] else "",
+        }
+        self.say(fitting(parts, ("samples", "speed", "clock", "time", "scale")))
 
-    def evaluation(self, step: int, values: dict[str, Any]) -> None:
+    def evaluation(self, step: int, values: Mapping[str, Any]) -> None:
         """An evaluation line."""
         self.write("eval", step, values)
-        self.say(
-            f" evaluation at iteration {step:8d} | loss: {values['loss']:.6E} |"
-            f" accuracy: {100 * values['accuracy']:.2f} % |"
-            f" images: {values['images']:8d} |"
-            + (f" EMA loss: {values['ema_loss']:.6E} |" if "ema_loss" in values else "")
-            + (f" EMA accuracy: {100 * values['ema_accuracy']:.2f} % |" if "ema_accuracy" in values else "")
-        )
+        parts = {"step": f"evaluation at step {step}"}
+        for name in (name for name in values if name not in ("epoch", "eval_time")):
+            shown, value = name.replace("ema_", "EMA "), values[name]
+            parts[name] = f"{shown} {100 * value:.2f} %" if name.endswith("accuracy") else f"{shown} {value:.5g}"
+        self.say(fitting(parts, ("images", "clock")))
 
     def say(self, line: str) -> None:
-        """A line on the console, above the progress bar."""
-        self._bar.write(line, file=sys.stdout)
-        sys.stdout.flush()
+        """A line on the console, above the progress bar; on a terminal, longer ones break between words."""
+        if not self._bar.disable:
+            line = textwrap.fill(line, _columns(), subsequent_indent="    ", break_long_words=False)
+        try:
+            self._bar.write(line, file=sys.stdout)
+            sys.stdout.flush()
+        except OSError as error:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())  # else what is in its buffer fails again when the process ends
+            raise OutputError(f"the console cannot be written to: {error.strerror}") from error
 
     def close(self) -> None:
-        """Finish all files."""
-        self._bar.close()
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+        """Finish all files. Raises OutputError if one is not complete."""
+        with ExitStack() as stack:
+            stack.callback(self._journal.close)
+            if self._board is not None:
+                stack.callback(self._board.close)
+            stack.callback(self._bar.close)
+
+
+def fitting(parts: Mapping[str, str], dispensable: Sequence[str]) -> str:
+    """The time of day and the parts that are not empty in one line, without as many of `dispensable`, in that order, as
+    do not fit the console. (metrics.jsonl has all numbers.)
+    """
+    shown = {name: text for name, text in parts.items() if text}
+    clock = time.strftime("[%H:%M:%S] ")
+    line = lambda: clock + " | ".join(shown.values())  # noqa: E731
+    for name in dispensable:
+        if len(line()) <= _columns():
+            break
+        shown.pop(name, None)
+        clock = "" if name == "clock" else clock
+    return line()
+
+
+def _columns() -> int:
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else COLUMNS
 
 
 def _json_value(value: object) -> object:

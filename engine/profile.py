@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from engine.errors import OutputError
+
 
 class StepProfiler:
     """Records steps `first` to `last` (1-based, both included) with torch's profiler; one file per rank.
@@ -30,5 +32,8 @@ class StepProfiler:
         """Call after step `step`."""
         if step == self.last:
             self._profile.stop()
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._profile.export_chrome_trace(str(self.path))
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._profile.export_chrome_trace(str(self.path))
+            except (OSError, RuntimeError) as error:
+                raise OutputError(f"the trace {self.path} cannot be written: {error}") from error

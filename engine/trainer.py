@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from fractions import Fraction
-from pathlib import Path
 
 from data import Dataset, build_datasets
 from engine.assemble import assemble, grid_of
 from engine.config import Config
 from engine.device import choose_device, memory_share, prepare_cpu, set_matmul
 from engine.errors import ConfigError
+from engine.keys import key_types, value_of
 from engine.loop import Loop
 from engine.metrics import MetricsWriter
 from engine.objectives import make_objective
 from engine.precision import check_kernels, check_precision
 from engine.profile import StepProfiler
+from engine.provenance import provenance
 from engine.report import startup_report
+from engine.run_dir import RunDir, prepare_run_dir
 from engine.schedules import check_schedule
 from engine.step import Stepper
 from model.kernels import Kernels
 from parallel import process_group
+from parallel.grid import GridShape
 from parallel.process_group import World
 
 
@@ -46,19 +48,14 @@ def pretrain(config: Config, world: World) -> None:
 
     process_group.start(world, device, config.parallel.timeout)
     grid = grid_of(config, world, device)
+    run = RunDir(run_dir, grid.world)
     assembly = assemble(config, grid, device, objective, device_memory=memory_share(device, world))
     report = startup_report(
         assembly, threads=threads, matmul=matmul, train_images=len(train_set), eval_images=len(eval_set)
     )
     writer = None
     if world.rank == 0:
-        (run_dir / "config.yaml").write_text(config.to_yaml())
-        writer = MetricsWriter(
-            run_dir,
-            steps=steps,
-            global_batch_size=config.train.global_batch_size,
-            tensorboard=config.log.tensorboard,
-        )
+        writer = _begin(run, config, steps, grid.shape)
         for line in report:
             writer.say(line)
     traced = config.log.profile_steps
@@ -66,6 +63,7 @@ def pretrain(config: Config, world: World) -> None:
     Loop(Stepper(assembly), train_set, eval_set, steps=steps, writer=writer, profiler=profiler).run()
     if writer is not None:
         writer.close()
+        run.close()
         print(f"config      {run_dir / 'config.yaml'}\nmetrics     {writer.path}")
         if config.log.tensorboard:
             print(f"TensorBoard {run_dir} (tensorboard --logdir {run_dir})")
@@ -74,20 +72,17 @@ def pretrain(config: Config, world: World) -> None:
     process_group.stop()  # not after a failure: the others may be gone, or waiting
 
 
-def prepare_run_dir(run_dir: str | None) -> Path:
-    """Make the folder and see that it can be written to. Raises ConfigError if not."""
-    if run_dir is None:
-        raise ConfigError("run_dir is not set: give the folder for metrics and config, e.g. --run_dir runs/demo")
-    path = Path(run_dir)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"run_dir {run_dir} cannot be written to ({error.strerror}): choose a folder that can be"
-        ) from error
-    return path
+def _begin(run: RunDir, config: Config, steps: int, shape: GridShape) -> MetricsWriter:
+    """Nothing can be refused any more: begin to write."""
+    notes = run.clear()
+    writer = MetricsWriter(
+        run.path, steps=steps, global_batch_size=config.train.global_batch_size, tensorboard=config.log.tensorboard
+    )
+    text = run.write_config(config.to_yaml(), provenance(shape), writer.say)
+    writer.describe(text, {key: value_of(config, key) for key in key_types()})
+    for note in notes:
+        writer.say(note)
+    return writer
 
 
 def check_profile(config: Config, steps: int) -> None:

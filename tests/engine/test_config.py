@@ -14,7 +14,7 @@ from engine.cli import parse
 from engine.config import Config, LogConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from engine.errors import ConfigError
 from engine.schedules import check_schedule
-from engine.trainer import prepare_run_dir, total_steps
+from engine.trainer import total_steps
 from model import ModelConfig, StageConfig
 from parallel.config import ParallelConfig
 from tests.engine.small import small
@@ -171,16 +171,6 @@ def test_warm_up_and_cool_down_must_fit() -> None:
     check_schedule(config, 10)
     with pytest.raises(ConfigError, match=r"warmup_steps 6 and cooldown_steps 4 do not fit into 9 steps: shorten"):
         check_schedule(config, 9)
-
-
-def test_run_dir(tmp_path: Path) -> None:
-    assert prepare_run_dir(str(tmp_path / "a" / "b")).is_dir()
-    with pytest.raises(ConfigError, match=r"run_dir is not set: give the folder .*--run_dir runs/demo"):
-        prepare_run_dir(None)
-    (tmp_path / "file").write_text("")
-    for below in ("file", "file/run"):
-        with pytest.raises(ConfigError, match=r"run_dir .*file.* cannot be written to \(.*\): choose a folder"):
-            prepare_run_dir(str(tmp_path / below))
 
 
 @pytest.mark.parametrize("resolved", [False, True])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from engine.config import Config, LogConfig, TrainConfig
 from engine.errors import EXIT_DIVERGED, EXIT_DONE, ConfigError, DivergedError
 from engine.launch import run_rank
 from engine.loop import Loop
-from engine.step import Stepper
+from engine.step import Stepper, StepResult
 from engine.trainer import pretrain
 from parallel.grid import make_grid
 from parallel.process_group import World
@@ -31,6 +33,7 @@ from tests.engine.small import flags, small
 TRAIN_KEYS = [
     *("event", "step", "samples", "loss", "lr", "grad_norm", "loss_scale", "skipped_steps", "step_time"),
     *("images_per_second", "tokens_per_second", "tflops_per_device", "mfu", "peak_memory"),
+    *("epoch", "data_time", "wall_time"),
 ]
 
 
@@ -50,7 +53,9 @@ def test_metrics_have_the_promised_keys_and_the_configuration_is_kept(tmp_path: 
     config = run(tmp_path, steps=3, interval=1, eval_interval=0)
     train, evaluation = lines(tmp_path, "train"), lines(tmp_path, "eval")
     assert [list(line) for line in train] == [TRAIN_KEYS] * 3
-    assert [list(line) for line in evaluation] == [["event", "step", "loss", "accuracy", "images"]]
+    assert [list(line) for line in evaluation] == [
+        ["event", "step", "loss", "accuracy", "images", "epoch", "eval_time", "wall_time"]
+    ]
     assert [line["samples"] for line in train] == [8, 16, 24]
     assert all(line["mfu"] is None and line["loss_scale"] == 1.0 for line in train)
     assert all(line["peak_memory"] > 2**20 and line["skipped_steps"] == 0 for line in train)
@@ -58,7 +63,12 @@ def test_metrics_have_the_promised_keys_and_the_configuration_is_kept(tmp_path: 
         assert line["images_per_second"] == pytest.approx(8 / line["step_time"])
         assert line["tokens_per_second"] == pytest.approx(4 * line["images_per_second"])
     assert evaluation[0]["images"] == 8 and 0 <= evaluation[0]["accuracy"] <= 1
-    assert (tmp_path / "config.yaml").read_text() == config.resolve(1).to_yaml()
+    assert [line["epoch"] for line in train] == [8 / 32, 16 / 32, 24 / 32]
+    assert all(0 <= line["data_time"] <= line["step_time"] for line in train)
+    times = [line["wall_time"] for line in train + evaluation]
+    assert times == sorted(times) and 0 <= time.time() - times[-1] < 600
+    assert 0 < evaluation[0]["eval_time"] < 600
+    assert (tmp_path / "config.yaml").read_text().endswith(config.resolve(1).to_yaml())
 
 
 @pytest.mark.parametrize(
@@ -76,6 +86,38 @@ def test_intervals_and_the_last_step(
     run(tmp_path, steps, interval, eval_interval)
     assert [line["step"] for line in lines(tmp_path, "train")] == logged
     assert [line["step"] for line in lines(tmp_path, "eval")] == evaluated
+
+
+def test_the_logged_loss_is_the_mean_of_the_interval_across_evaluations(tmp_path: Path) -> None:
+    run(tmp_path / "each", steps=5, interval=1, eval_interval=0)
+    run(tmp_path / "some", steps=5, interval=3, eval_interval=2)
+    each = [line["loss"] for line in lines(tmp_path / "each", "train")]
+    some = [line["loss"] for line in lines(tmp_path / "some", "train")]
+    assert some == pytest.approx([sum(each[:3]) / 3, sum(each[3:]) / 2], rel=1e-12)
+
+
+def test_skipped_steps_and_evaluations_have_no_part_in_the_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, written = [0.0], []
+    monkeypatch.setattr("engine.loop.time.perf_counter", lambda: clock[0])
+    tested = loop([False] * 4, eval_interval=2)
+    results = [StepResult(loss, 1.0, skipped=loss != loss) for loss in (1.0, 2.0, float("nan"), 6.0)]
+
+    def train_step(*_: object) -> StepResult:
+        clock[0] += 1.0
+        return results.pop(0)
+
+    def evaluate(_: object) -> dict[str, float]:
+        clock[0] += 100.0
+        return {"loss": 0.0}
+
+    monkeypatch.setattr(tested.stepper, "train_step", train_step)
+    monkeypatch.setattr(tested.stepper, "evaluate", evaluate)
+    writer = Mock()
+    writer.train = lambda step, values: written.append(values)
+    tested.writer = writer
+    tested.run()
+    assert [(line["loss"], line["step_time"]) for line in written] == [(3.0, 1.0)]
+    assert [call.args[1]["eval_time"] for call in writer.evaluation.call_args_list] == [100.0, 100.0]
 
 
 def test_what_is_written_where_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
