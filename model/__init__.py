@@ -6,7 +6,8 @@ from model.inputs import MicroBatch
 from model.layers import LayerSpec, build_layers, training_flops
 from model.precision import Precision
 from model.presets import PRESETS
-from model.vit import Stage, VisionTransformer
+from model.stage import Stage
+from model.vit import VisionTransformer
 
 __all__ = [
     "PRESETS",

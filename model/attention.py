@@ -24,6 +24,7 @@ from model.kernels.reference import depthwise_conv
 from model.norm import EPS, Norm
 from model.regions import Regions
 from model.sizes import Tokens
+from model.tables import WithTables
 from parallel import comm
 from parallel.context import attend_everywhere, heads_to_tokens, share_first, sum_over, tokens_to_heads
 from parallel.layout import Init, ParameterInfo, TensorLayout, make_parameter
@@ -181,7 +182,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos[:, None] + turned * sin[:, None]).to(x.dtype)
 
 
-class Attention(nn.Module):
+class Attention(WithTables):
     """Attention of one kind on this rank's heads, with optional QK normalisation and rotary positions.
 
     QK normalisation (Dehghani et al. 2023) is a norm over each head's features, its scale shared by the heads, no

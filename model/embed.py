@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from model.build import Build
 from model.inputs import MicroBatch
+from model.tables import WithTables
 from parallel.layout import Init, ParameterInfo, TensorLayout, make_parameter
 from parallel.tensor import linear, slice_rows
 
@@ -57,7 +58,7 @@ def _add_in_turn(x: Tensor, table: Tensor, first: int) -> Tensor:
     return torch.cat([images.flatten(0, 1), x[whole * period :] + turned[: rows % period]])
 
 
-class Embedding(nn.Module):
+class Embedding(WithTables):
     """Patch embedding, prefix tokens and positions."""
 
     pos_fixed: Tensor
@@ -65,7 +66,7 @@ class Embedding(nn.Module):
     def __init__(self, build: Build) -> None:
         super().__init__()
         sizes, self.tp, self.tokens = build.sizes, build.tp, build.tokens
-        self.patch, self.position = sizes.patch, build.config.position
+        self.patch, self.position, self.images = sizes.patch, build.config.position, (sizes.channels, *sizes.image)
         partial = build.tp.splits_rows
         width, rows, cols = build.here.width, build.here.rows, build.here.cols
 
@@ -91,6 +92,12 @@ class Embedding(nn.Module):
     def forward(self, x: Tensor | None, batch: MicroBatch) -> Tensor:
         """Images of the micro-batch -> [R, D], or this rank's rows of it."""
         assert batch.images is not None
+        if batch.images.shape[1:] != self.images:
+            given, wanted = (" x ".join(map(str, shape)) for shape in (batch.images.shape[1:], self.images))
+            raise ValueError(
+                f"images are {given}, but the model takes channels x rows x columns of {wanted}: resize them, set "
+                "model.in_channels and model.image_size, or make VisionTransformer with dynamic_image_size=True"
+            )
         t = self.tokens
         patches = unfold(batch.images, self.patch)[:, t.first * t.cols : t.stop * t.cols]
         b, _, features = patches.shape

@@ -35,8 +35,10 @@ class MicroBatch:
 
     @staticmethod
     def of_images(images: Tensor, *, training: bool = False) -> MicroBatch:
-        """A micro-batch of images alone: labels 0, ids 0 to B - 1."""
+        """A micro-batch of images alone: labels 0, ids 0 to B - 1, or, in training, new ones of torch's generator."""
         ids = torch.arange(images.shape[0], device=images.device)
+        if training:
+            ids = torch.randint(2**62, ids.shape, device=images.device)
         weights = torch.ones(images.shape[0], device=images.device)
         return MicroBatch(
             images=images, labels=torch.zeros_like(ids), sample_ids=ids, weights=weights, training=training

@@ -107,7 +107,6 @@ def resize_patch_kernel(weight: Tensor, channels: int, source: int, target: int)
     return kernel.flatten(1).to(weight.dtype)
 
 
-@torch.no_grad()
 def resize_weights(
     weights: Mapping[str, Tensor],
     *,

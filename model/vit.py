@@ -1,73 +1,61 @@
-"""Layers put together: a pipeline stage, and the whole model on one process."""
+"""The whole model on one process: an ordinary module for anybody's training loop or tools."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from model.build import Build
 from model.config import ModelConfig
 from model.inputs import MicroBatch
-from model.layers import LayerSpec, build_layers
+from model.kernels import Backend, Kernels
+from model.layers import build_layers
 from model.resize import resize_weights
+from model.stage import Layers
 from parallel.layout import attach_info, info_of
 from parallel.random import initialise
 
-
-class Stage(nn.Module):
-    """Consecutive layers of the list, their parameters on the meta device; names are those of the whole model."""
-
-    def __init__(self, specs: Sequence[LayerSpec], build: Build) -> None:
-        super().__init__()
-        self.specs, self.precision = tuple(specs), build.precision
-        for spec in specs:
-            parent: nn.Module = self
-            *path, leaf = spec.name.split(".")
-            for part in path:
-                if part not in parent._modules:
-                    parent.add_module(part, nn.ModuleDict())
-                parent = parent.get_submodule(part)
-            parent.add_module(leaf, spec.factory(build.at(spec.stage)))
-
-    @property
-    def layers(self) -> list[tuple[str, nn.Module]]:
-        """Names and modules, in forward order."""
-        return [(spec.name, self.get_submodule(spec.name)) for spec in self.specs]
-
-    def forward(self, inputs: tuple[Tensor, ...], batch: MicroBatch) -> tuple[Tensor, ...]:
-        """Rows of the boundary before (nothing for the first stage) -> those of the boundary after, or logits."""
-        x = inputs[0] if inputs else None
-        for spec in self.specs:
-            x = self._run(spec.name, x, batch)
-        assert x is not None
-        return (x,)
-
-    def _run(self, layer: str, x: Tensor | None, batch: MicroBatch) -> Tensor:
-        """One layer, on what it computes in."""
-        x = None if x is None else x.to(self.precision.of_layer(layer))
-        y: Tensor = self.get_submodule(layer)(x, batch)
-        return y
+_MOST_SIZES = 16  # of images, whose tables of windows and positions are kept
 
 
-class VisionTransformer(Stage):
+class VisionTransformer(Layers):
     """The whole model on one process, with its initial weights, for use outside the engine.
 
+    It computes in the format of its weights (`.bfloat16()`, `.half()`, `.double()`), or in that of torch.autocast, with
+    the statistics of norms and softmax in fp32 at least, as in the engine. In training mode drop-path draws from
+    torch's generator, anew at each call.
+
     Args:
-        config: resolved or not. seed: of the weights and of drop-path. device: where it lives.
+        config: resolved or not. seed: of the weights. device: where it lives. kernels: which form of them runs;
+            `reference` is plain PyTorch, which every exporter knows.
+        dynamic_image_size: whether images of other sizes are taken, with learned positions interpolated (bicubic), the
+            others computed. Without, they are a ValueError.
 
     Example:
         >>> model = VisionTransformer(ModelConfig(preset="vit_ti16"))
-        >>> model.logits(torch.randn(2, 3, 224, 224)).shape
+        >>> model(torch.randn(2, 3, 224, 224)).shape
         torch.Size([2, 1000])
     """
 
-    def __init__(self, config: ModelConfig, *, seed: int = 0, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        kernels: Backend = "auto",
+        dynamic_image_size: bool = False,
+    ) -> None:
         config = config.resolve()
-        super().__init__(build_layers(config), Build(config=config, seed=seed))
-        self.sizes = config.sizes
+        build = Build(config=config, seed=seed, kernels=Kernels(kernels))
+        super().__init__(build_layers(config), build)
+        self._build = build
+        self.dynamic_image_size = dynamic_image_size
+        self._other_sizes: dict[tuple[object, ...], Layers] = {}
         for name, meta in list(self.named_parameters()):
             owner, _, leaf = name.rpartition(".")
             parameter = nn.Parameter(torch.empty(meta.shape, device=device))
@@ -76,11 +64,40 @@ class VisionTransformer(Stage):
         initialise(self, seed)
         self.to(device)
 
-    def logits(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, classes]."""
-        batch = MicroBatch.of_images(images, training=self.training)
-        return self((), batch)[0]
+    def forward(self, images: Tensor | MicroBatch) -> Tensor:
+        """[B, C, H, W], or a micro-batch, whose sample ids drop-path goes by -> logits [B, classes]."""
+        batch = images if isinstance(images, MicroBatch) else MicroBatch.of_images(images, training=self.training)
+        geometry, x = self._geometry(batch), None
+        for spec in self.specs:
+            x = self._run(spec.name, geometry, x, batch)
+        assert x is not None
+        return x
 
+    def logits(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, classes]: calls the model."""
+        y: Tensor = self(images)
+        return y
+
+    def features(self, images: Tensor) -> list[tuple[Tensor, int]]:
+        """The map of each stage of the pyramid (one, without a pyramid), after its last block, for dense tasks.
+
+        Args:
+            images: [B, C, H, W].
+
+        Returns:
+            ([B, D, rows, cols], stride in pixels) of each stage, from fine to coarse; prefix tokens are left out.
+        """
+        batch = MicroBatch.of_images(images, training=self.training)
+        geometry, x, maps = self._geometry(batch), None, []
+        for spec, following in zip(self.specs[:-1], self.specs[1:], strict=True):
+            x = self._run(spec.name, geometry, x, batch)
+            if following.name == "head" or following.stage != spec.stage:
+                here = geometry.sizes.stages[spec.stage]
+                patches = x.unflatten(0, (batch.size, -1))[:, self.sizes.prefix :]
+                maps.append((patches.transpose(1, 2).unflatten(2, (here.rows, here.cols)), here.stride))
+        return maps
+
+    @torch.no_grad()
     def load(self, weights: Mapping[str, Tensor], source: ModelConfig | None = None) -> None:
         """Take over logical weights, resized where `source` had another image size, aspect ratio or patch size.
 
@@ -92,17 +109,7 @@ class VisionTransformer(Stage):
             ValueError: names or shapes that do not fit this model.
         """
         if source is not None:
-            before, now = source.resolve().sizes, self.sizes
-            weights = resize_weights(
-                weights,
-                position=str(source.resolve().position),
-                source_grid=(before.stages[0].rows, before.stages[0].cols),
-                target_grid=(now.stages[0].rows, now.stages[0].cols),
-                channels=now.channels,
-                source_patch=before.patch,
-                target_patch=now.patch,
-                class_token=bool(before.class_tokens),
-            )
+            weights = _resized(weights, source.resolve(), self.config)
         own = dict(self.named_parameters())
         if strange := sorted(own.keys() ^ weights.keys()):
             raise ValueError(f"weights: {', '.join(strange[:5])} are not in both the weights and the model")
@@ -111,23 +118,56 @@ class VisionTransformer(Stage):
                 raise ValueError(
                     f"weights: {name} has shape {list(weights[name].shape)}, the model wants {list(parameter.shape)}"
                 )
-            parameter.data.copy_(weights[name])
+            parameter.copy_(weights[name])
 
-    def features(self, images: Tensor) -> list[tuple[Tensor, int]]:
-        """The map of each stage of the pyramid (one, without a pyramid), after its last block, for dense tasks.
+    def _geometry(self, batch: MicroBatch) -> Layers:
+        """Layers for images of this size, whose parameters are to be ours; self for all that it cannot serve, which the
+        embedding refuses."""
+        assert batch.images is not None
+        size, device = tuple(batch.images.shape[2:]), batch.images.device
+        if not self.dynamic_image_size or size == self.sizes.image or len(size) != 2:
+            return self
+        if (size, device) not in self._other_sizes:
+            if len(self._other_sizes) >= _MOST_SIZES:
+                self._other_sizes.clear()
+            config = replace(self.config, image_size=size).resolve()
+            with device:
+                self._other_sizes[size, device] = Layers(self.specs, replace(self._build, config=config))
+        return self._other_sizes[size, device]
 
-        Args:
-            images: [B, C, H, W].
+    def _run(self, name: str, geometry: Layers, x: Tensor | None, batch: MicroBatch) -> Tensor:
+        """One layer, as `geometry` has it, with our weights; in the format of its matrices, or of autocast."""
+        own, layer = self.get_submodule(name), geometry.get_submodule(name)
+        matrix = next(w for w in own.parameters() if w.dim() == 2)
+        device, dtype = matrix.device.type, matrix.dtype
+        narrows = (
+            dtype == torch.float32 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        )
+        dtype = torch.get_autocast_dtype(device) if narrows else dtype
+        x = None if x is None else x.to(dtype)
+        y: Tensor
+        if layer is own and not narrows:
+            y = layer(x, batch)
+            return y
+        weights: dict[str, Tensor] = {f"{name}.{key}": w for key, w in own.named_parameters()}
+        if layer is not own:
+            weights = _resized(weights, self.config, geometry.config)
+        weights = {key.removeprefix(f"{name}."): w.to(dtype) if narrows else w for key, w in weights.items()}
+        with torch.autocast(device, enabled=False):
+            y = functional_call(layer, weights, (x, batch))
+        return y
 
-        Returns:
-            ([B, D, rows, cols], stride in pixels) of each stage, from fine to coarse; prefix tokens are left out.
-        """
-        batch, stages = MicroBatch.of_images(images, training=self.training), self.sizes.stages
-        maps, x = [], None
-        for spec, following in pairwise(self.specs):
-            x = self._run(spec.name, x, batch)
-            here = stages[spec.stage]
-            if following.name == "head" or following.stage != spec.stage:
-                patches = x.unflatten(0, (batch.size, -1))[:, self.sizes.prefix :]
-                maps.append((patches.transpose(1, 2).unflatten(2, (here.rows, here.cols)), here.stride))
-        return maps
+
+def _resized(weights: Mapping[str, Tensor], source: ModelConfig, target: ModelConfig) -> dict[str, Tensor]:
+    """Weights by their names in the model, for images and patches of other sizes."""
+    before, now = source.sizes, target.sizes
+    return resize_weights(
+        weights,
+        position=str(source.position),
+        source_grid=(before.stages[0].rows, before.stages[0].cols),
+        target_grid=(now.stages[0].rows, now.stages[0].cols),
+        channels=now.channels,
+        source_patch=before.patch,
+        target_patch=now.patch,
+        class_token=bool(before.class_tokens),
+    )

@@ -22,6 +22,8 @@ from parallel.tensor import products
 from parallel.tensor.rows import TensorParallel, no_tensor_parallel, sum_start
 from parallel.tensor.weight_grad import weight_gradient
 
+_WHOLE = no_tensor_parallel()  # made once: torch.compile cannot make the meter of an axis
+
 
 def xavier_uniform(fan_in: int, *fan_outs: int) -> Init:
     """Glorot and Bengio 2010, with the fans of each logical matrix that is fused into one."""
@@ -108,7 +110,7 @@ class PlainProducts:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """y = x W' + b on one rank, its weight gradient taken by `weight_gradient`. [R, D] -> [R, F]."""
-    y: Tensor = _ColumnParallel.apply(x, weight, bias, no_tensor_parallel(), x.shape[0], False)
+    y: Tensor = _ColumnParallel.apply(x, weight, bias, _WHOLE, x.shape[0], False)
     return y
 
 

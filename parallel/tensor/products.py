@@ -35,6 +35,17 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
+def _read_flags() -> frozenset[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.split(":")[1] for line in lines if line.startswith("flags")), "").split())
+
+
+_FLAGS = _read_flags()  # at once: a compiler would trace the reading of the file
+
+
 def through_fp32(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether products of this format are taken through fp32 on this device."""
     return device.type == "cpu" and dtype in _INSTRUCTIONS and not _INSTRUCTIONS[dtype] & _cpu_flags()
@@ -52,14 +63,9 @@ def attends_through_fp32(dtype: torch.dtype, device: torch.device) -> bool:
     return device.type == "cpu" and dtype in tiles and tiles[dtype] not in _cpu_flags()
 
 
-@cache
 def _cpu_flags() -> frozenset[str]:
     """Instruction sets of this host's processor; none where the system does not say."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return frozenset()
-    return frozenset(next((line.split(":")[1] for line in lines if line.startswith("flags")), "").split())
+    return _FLAGS
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ def test_stages_in_a_row_are_the_model() -> None:
     flowing: tuple[Tensor, ...] = ()
     for start, stop in ((0, 2), (2, 4), (4, 5)):
         flowing = real(Stage(layers[start:stop], build))(flowing, batch)
-    assert torch.equal(flowing[0], VisionTransformer(config)((), batch)[0])
+    assert torch.equal(flowing[0], VisionTransformer(config)(batch))
 
 
 def test_head_bias() -> None:

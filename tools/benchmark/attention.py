@@ -147,7 +147,7 @@ def fit_row(kind: str) -> Row:
     weights = list(small.parameters())
     x = small.get_submodule("embed")(None, batch)
     block = kept_bytes(lambda: small.get_submodule("blocks.0")(x, batch), weights)
-    ends = kept_bytes(lambda: small((), batch), weights) - block
+    ends = kept_bytes(lambda: small(batch), weights) - block
     image, states = config.sizes.depth * block + ends, 16 * parameters
     return {
         "kind": kind,

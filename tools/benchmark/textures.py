@@ -57,4 +57,4 @@ def _row(variant: str, seeds: Sequence[int], flags: Sequence[str], folder: Path)
 def _kept(recipe: str) -> float:
     model = VisionTransformer(parse(["--config", recipe])[0].model)
     batch = MicroBatch.of_images(torch.randn(4, model.sizes.channels, *model.sizes.image), training=True)
-    return kept_bytes(lambda: model((), batch), list(model.parameters())) / 4
+    return kept_bytes(lambda: model(batch), list(model.parameters())) / 4
