@@ -67,13 +67,13 @@ class MetricsWriter:
         """A training line."""
         self.write("train", step, values)
         v, width = values, len(str(self._steps))
-        parts = {
+        parts = {  # of constant width as far as can be, so that the lines of a run keep the same parts
             "step": f"step {step:{width}d}/{self._steps}",
             "samples": f"samples {v['samples']:{len(str(self._samples))}d}",
-            "time": f"{1000 * v['step_time']:.1f} ms",
-            "speed": f"{v['images_per_second']:.1f} images/s",
+            "time": f"{1000 * v['step_time']:6.1f} ms",
+            "speed": f"{v['images_per_second']:6.1f} img/s",
             "rate": f"lr {v['lr']:.2E}",
-            "loss": f"loss {v['loss']:.5g}",
+            "loss": f"loss {v['loss']:<7.4g}",
             "scale": f"scale {v['loss_scale']:g}" if v["loss_scale"] != 1 else "",
             "norm": f"norm {v['grad_norm']:.3f}",
             "skipped": f"skipped {v['skipped_steps']}" if v["skipped_steps"] else "",
@@ -86,7 +86,7 @@ class MetricsWriter:
         parts = {"step": f"evaluation at step {step}"}
         for name in (name for name in values if name not in ("epoch", "eval_time")):
             shown, value = name.replace("ema_", "EMA "), values[name]
-            parts[name] = f"{shown} {100 * value:.2f} %" if name.endswith("accuracy") else f"{shown} {value:.5g}"
+            parts[name] = f"{shown} {100 * value:.2f} %" if name.endswith("accuracy") else f"{shown} {value:.4g}"
         self.say(fitting(parts, ("images", "clock")))
 
     def say(self, line: str) -> None:

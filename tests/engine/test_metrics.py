@@ -77,9 +77,9 @@ def test_the_console_line_is_in_the_order_that_megatron_users_know(
     plain, scaled, evaluation, averaged = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"\[\d\d:\d\d:\d\d\]", plain[:10])
     assert plain[11:] == (
-        "step 10/40 | samples  640 | 250.0 ms | 256.0 images/s | lr 1.00E-03 | loss 2.25 | norm 0.500"
+        "step 10/40 | samples  640 |  250.0 ms |  256.0 img/s | lr 1.00E-03 | loss 2.25    | norm 0.500"
     )
-    assert scaled.endswith("| loss 2.25 | scale 65536 | norm 0.500 | skipped 1")
+    assert scaled.endswith("| loss 2.25    | scale 65536 | norm 0.500 | skipped 1")
     assert evaluation[11:] == "evaluation at step 20 | loss 2 | accuracy 97.50 % | images 360"
     assert averaged[11:] == "evaluation at step 20 | loss 2 | EMA loss 1.5 | EMA accuracy 98.00 %"
 
@@ -92,7 +92,7 @@ def test_console_lines_fit_110_columns_whatever_the_numbers(tmp_path: Path, caps
     w.close()
     train, evaluation = capsys.readouterr().out.splitlines()
     assert len(train) <= 110 and len(evaluation) <= 110
-    assert all(part in train for part in ("step 1000000/1000000", "loss 1.2345e-05", "norm 10000.000", "skipped 123"))
+    assert all(part in train for part in ("step 1000000/1000000", "loss 1.234e-05", "norm 10000.000", "skipped 123"))
 
 
 @pytest.mark.parametrize("columns", [80, 110])
