@@ -28,13 +28,14 @@ class _Interval:
     """What happened since the last line.
 
     Attributes:
-        steps: how many. losses: of those that were not skipped. waited: seconds for data. paused: for evaluation.
+        waited_before: seconds for data until then. steps: how many. losses: of those that were not skipped.
+        paused: seconds for evaluation.
     """
 
+    waited_before: float
     started: float = field(default_factory=lambda: time.perf_counter())
     steps: int = 0
     losses: list[float] = field(default_factory=list)
-    waited: float = 0.0
     paused: float = 0.0
 
     def add(self, result: StepResult) -> None:
@@ -87,12 +88,8 @@ class Loop:
 
     def run(self) -> None:
         """All steps of the run, with evaluations between and after them."""
-        interval = _Interval()
-        stream = self.train_stream.steps(0)
-        for step in range(self.steps):
-            asked = time.perf_counter()
-            batches = next(stream)
-            interval.waited += time.perf_counter() - asked
+        interval = _Interval(self.train_stream.waited)
+        for step, batches in zip(range(self.steps), self.train_stream.steps(0), strict=False):
             if self.profiler is not None:
                 self.profiler.before(step + 1)
             lr_factor = factor(self.config.schedule, self.stepper.assembly.optimizer.steps, self.steps)
@@ -107,7 +104,7 @@ class Loop:
                 self.writer.advance(result.loss)
             if last or (step + 1) % self.config.log.interval == 0:
                 self._report(step + 1, result, lr, interval)
-                interval = _Interval()
+                interval = _Interval(self.train_stream.waited)
             every = self.config.train.eval_interval
             if last or (every and (step + 1) % every == 0):
                 began = time.perf_counter()
@@ -146,7 +143,7 @@ class Loop:
         a, batch = self.stepper.assembly, self.config.train.global_batch_size
         synchronise(a.device)
         step_time = interval.seconds / interval.steps
-        own = [float(peak_memory_bytes(a.device)), interval.waited / interval.steps]
+        own = [float(peak_memory_bytes(a.device)), (self.train_stream.waited - interval.waited_before) / interval.steps]
         most = comm.all_reduce(torch.tensor(own, dtype=torch.float64, device=a.device), a.grid.world, "max")
         memory, waited = most.tolist()
         images_per_second = batch / step_time

@@ -120,6 +120,23 @@ def test_skipped_steps_and_evaluations_have_no_part_in_the_means(monkeypatch: py
     assert [call.args[1]["eval_time"] for call in writer.evaluation.call_args_list] == [100.0, 100.0]
 
 
+class Slow(SyntheticDataset):
+    """Takes 20 ms to read."""
+
+    def read(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        time.sleep(0.02)
+        return super().read(*args, **kwargs)
+
+
+def test_time_spent_waiting_for_images_is_told_per_step() -> None:
+    place: dict[str, Any] = {"first": 0, "image_shape": (1, 8, 8), "num_classes": 10, "seed": 0}
+    writer = Mock()
+    images = Slow(size=32, **place)
+    Loop(stepper(), images, SyntheticDataset(size=8, **place), steps=12, writer=writer).run()
+    lines = [call.args[1] for call in writer.train.call_args_list]
+    assert len(lines) == 2 and all(0.02 <= line["data_time"] <= line["step_time"] for line in lines)
+
+
 def test_what_is_written_where_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = flags(run_dir=str(tmp_path), log__tensorboard="true")
     assert run_rank(pretrain_vit.main, argv, "pretrain_vit.py") == EXIT_DONE
