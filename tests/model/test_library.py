@@ -51,7 +51,8 @@ def gradients(model: nn.Module, loss: Tensor) -> list[Tensor]:
 
 def away(found: Tensor, expected: Tensor) -> float:
     """Largest difference over largest value."""
-    return float((found.double() - expected.double()).abs().max() / expected.double().abs().max())
+    found, expected = found.detach().double(), expected.detach().double()
+    return float((found - expected).abs().max() / expected.abs().max())
 
 
 def same_size(model: VisionTransformer, size: tuple[int, int]) -> VisionTransformer:
