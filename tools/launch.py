@@ -1,43 +1,108 @@
 """torchrun with the exit code of the program it runs, and without its own tracebacks: `python -m tools.launch ARGS`.
 
 Takes torchrun's arguments. torchrun itself ends with code 1 whatever its ranks said, prints a page of its own about
-each, and gives every rank one thread; a batch script that must tell "wrong option" from "training diverged" starts
-ranks with this (or with srun).
+each, gives every rank one thread, leaves a folder behind and hears hang-ups through nohup; a batch script that must
+tell "wrong option" from "training diverged" starts ranks with this (or with srun).
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from torch.distributed import run as torchrun
-from torch.distributed.elastic.agent.server.api import SignalException
+from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous.api import RendezvousError
+
+_MOST_RANKS = 1024  # of one host: none has so many cores or GPUs
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run torchrun; returns the exit code of the rank that failed first, 128 + signal if it was killed, 0 if none
-    failed.
+    """Run torchrun; returns the exit code of the rank that failed first, 128 + signal if it (or the launcher) was
+    ended by one, 2 for wrong arguments, 1 if the ranks could not be started, 0 if none failed.
     """
     _silence("torch.distributed.elastic")
     arguments = torchrun.parse_args(list(argv))
+    others = _children()
     try:
-        share_cores(torchrun.determine_local_world_size(arguments.nproc_per_node))
+        share_cores(_checked_ranks(arguments))
+        _leave_no_folder(arguments)
+        _leave_ignored_signals(arguments)
         torchrun.run(arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         code: int = failure.exitcode
         if code < 0:
-            print(f"tools.launch: rank {rank} was killed by signal {-code} ({failure.signal_name()})", file=sys.stderr)
+            _say(f"rank {rank} was killed by signal {-code} ({failure.signal_name()})")
         return code if code >= 0 else 128 - code
     except SignalException as error:
-        return 128 + int(error.sigval)
-    except ValueError as error:
-        print(f"tools.launch: error: {error}", file=sys.stderr)
+        stopped_by = signal.Signals(error.sigval)
+        _end(_children() - others)
+        _say(f"stopped by signal {stopped_by.value} ({stopped_by.name})")
+        return 128 + stopped_by.value
+    except (RendezvousError, RuntimeError) as error:
+        _say(f"error: the launchers of {arguments.nnodes} host(s) could not start ranks: {_first_line(error)}")
+        return 1
+    except (ValueError, AssertionError, OSError) as error:
+        _say(f"error: {_first_line(error)}")
         return 2
     return 0
+
+
+def _checked_ranks(arguments: argparse.Namespace) -> int:
+    """Ranks of this host. Raises ValueError where they, or the nodes, cannot be so many."""
+    ranks = torchrun.determine_local_world_size(arguments.nproc_per_node)
+    if not 1 <= ranks <= _MOST_RANKS:
+        raise ValueError(f"--nproc-per-node is {ranks}: give the ranks of this host, 1 to {_MOST_RANKS}")
+    try:
+        fewest, most = torchrun.parse_min_max_nnodes(arguments.nnodes)
+    except (ValueError, RuntimeError):
+        raise ValueError(f"--nnodes is {arguments.nnodes!r}: give a number of hosts, or MIN:MAX") from None
+    if not 1 <= fewest <= most:
+        raise ValueError(f"--nnodes is {arguments.nnodes}: give a number of hosts from 1, or MIN:MAX with MIN <= MAX")
+    if arguments.rdzv_backend == "static" and most > 1 and not 0 <= arguments.node_rank < most:
+        raise ValueError(f"--node-rank is {arguments.node_rank}: hosts are numbered 0 to {most - 1} (--nnodes {most})")
+    if not arguments.monitor_interval >= 0:
+        raise ValueError(f"--monitor-interval is {arguments.monitor_interval}: give seconds between looks at the ranks")
+    return ranks
+
+
+def _leave_no_folder(arguments: argparse.Namespace) -> None:
+    """Have torch make no folder for logs, unless something is to be written there."""
+    logs = ("log_dir", "local_ranks_filter", "duplicate_stdout_filters", "duplicate_stderr_filters", "logs_specs")
+    if arguments.redirects == arguments.tee == "0" and not any(getattr(arguments, name) for name in logs):
+        arguments.log_dir = os.devnull
+
+
+def _leave_ignored_signals(arguments: argparse.Namespace) -> None:
+    """Signals that whoever started us wants ignored (nohup, a shell's background jobs) stay ignored."""
+    names = [name.strip() for name in arguments.signals_to_handle.split(",")]
+    unknown = [name for name in names if name not in signal.Signals.__members__]
+    if unknown:
+        raise ValueError(f"--signals-to-handle: {', '.join(unknown)} is no signal of this system")
+    heeded = [name for name in names if signal.getsignal(signal.Signals[name]) is not signal.SIG_IGN]
+    arguments.signals_to_handle = ",".join(heeded)
+
+
+def _children() -> set[int]:
+    try:
+        return {int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()}
+    except OSError:  # not every kernel has it
+        return set()
+
+
+def _end(ranks: set[int]) -> None:
+    """End ranks that torch does not know of: a signal that comes while it starts them interrupts its list."""
+    for pid in ranks:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
 
 
 def share_cores(ranks: int) -> None:
@@ -50,6 +115,14 @@ def _silence(package: str) -> None:
     for name in (package, *logging.Logger.manager.loggerDict):
         if f"{name}.".startswith(f"{package}."):
             logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+def _say(message: str) -> None:
+    print(f"tools.launch: {message}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

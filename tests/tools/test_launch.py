@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,13 @@ from tools import launch
 
 ROOT = Path(__file__).parents[2]
 Launch = Callable[..., tuple[int, str]]
+HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
 @pytest.fixture
-def launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Launch:
+def launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Launch]:
     """Runs a script on some ranks; returns the exit code and what was written to stderr."""
+    handlers = {number: signal.getsignal(number) for number in HANDLED}
     for name in ("OMP_NUM_THREADS", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
 
@@ -28,7 +31,9 @@ def launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capt
         code = launch.main(["--nproc-per-node", str(ranks), str(script)])
         return code, capfd.readouterr().err
 
-    return run
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def test_all_well(launched: Launch) -> None:
@@ -67,12 +72,67 @@ def test_more_ranks_than_cores_have_one_each(monkeypatch: pytest.MonkeyPatch) ->
     assert os.environ.pop("OMP_NUM_THREADS") == "1"
 
 
-def test_wrong_arguments(capsys: pytest.CaptureFixture[str]) -> None:
-    assert launch.main(["--nproc-per-node", "many", "script.py"]) == 2
-    assert capsys.readouterr().err.startswith("tools.launch: error: ")
+WRONG = [
+    "--nproc-per-node many",
+    "--nproc-per-node 0",
+    "--nproc-per-node -3",
+    "--nproc-per-node 1000000",
+    "--nnodes x",
+    "--nnodes -1",
+    "--nnodes 3:2",
+    "--nnodes 1:2:3",
+    "--nnodes 2 --node-rank 2",
+    "--max-restarts -1",
+    "--monitor-interval nan",
+    "--rdzv-backend telepathy",
+    "--rdzv-conf hurry",
+    "--redirects 9",
+    "--signals-to-handle SIGNOTHING",
+    "--log-dir /proc/version",
+    "--no-python --nnodes 1",
+]
+
+
+@pytest.mark.parametrize("arguments", WRONG)
+def test_wrong_arguments(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch.main([*arguments.split(), "/no/such/script.py"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("tools.launch: error: ") and len(error.splitlines()) == 1 and len(error) > 40
+
+
+def test_no_arguments() -> None:
     with pytest.raises(SystemExit) as caught:
         launch.main([])
     assert caught.value.code == 2
+
+
+def test_hosts_that_never_come(launched: Launch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    meeting = "--nnodes 2 --rdzv-backend c10d --rdzv-endpoint localhost:0 --rdzv-conf join_timeout=1"
+    assert launch.main([*meeting.split(), "script.py"]) == 1
+    error = capfd.readouterr().err
+    assert error.startswith("tools.launch: error: the launchers of 2 host(s)") and len(error.splitlines()) == 1
+
+
+TELL_LAUNCHER = "rank or os.kill(os.getppid(), {0}); time.sleep({1})"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_the_launcher_is_told(launched: Launch, number: signal.Signals) -> None:
+    expected = (128 + number, f"tools.launch: stopped by signal {number.value} ({number.name})\n")
+    assert launched(TELL_LAUNCHER.format(number.value, 60)) == expected
+
+
+def test_a_signal_that_is_ignored_stays_ignored(launched: Launch) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    assert launched(TELL_LAUNCHER.format(signal.SIGHUP.value, 0.5)) == (0, "")
+
+
+def test_no_folder_is_left(launched: Launch, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    assert launched("sys.exit(3)") == (3, "")
+    assert not any(folder.iterdir())
 
 
 @pytest.mark.slow
@@ -88,6 +148,6 @@ def test_a_request_to_stop_reaches_the_ranks(tmp_path: Path) -> None:
         _, error = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert (process.returncode, error) == (128 + 15, "")
+    assert (process.returncode, error) == (128 + 15, "tools.launch: stopped by signal 15 (SIGTERM)\n")
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
