@@ -7,6 +7,12 @@ import io
 import sys
 from collections.abc import Sequence
 
+from parallel import parent
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    parent.end_with_launcher()
+    parent.end_by_interrupt()
+
 from engine.cli import parse
 from engine.launch import run_rank
 from engine.trainer import pretrain

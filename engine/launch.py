@@ -7,15 +7,18 @@ once.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from engine.errors import EXIT_DIVERGED, EXIT_DONE, EXIT_FAULT, EXIT_USAGE, ConfigError, DivergedError, OutputError
-from parallel import process_group
+from parallel import parent, process_group
 from parallel.comm import PeerLostError
 from parallel.process_group import World, read_world
 
@@ -30,6 +33,7 @@ def run_rank(main: Callable[[Sequence[str], World], None], argv: Sequence[str], 
     """
     world = World()
     try:
+        parent.interrupts_raise()
         world = _read_world()
         main(argv, world)
         return _exit(EXIT_DONE, world)
@@ -46,6 +50,8 @@ def run_rank(main: Callable[[Sequence[str], World], None], argv: Sequence[str], 
         cause = re.sub(r"\[[^]]*\.cc:\d+\] ", "", str(error)).partition("\n")[0]
         return _leave(EXIT_FAULT, world, f"{program}: rank {world.rank} lost contact with another rank: {cause}")
     except KeyboardInterrupt:
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # the launcher, who passed it on, tells
+            return _exit(130, world)
         return _leave(130, world, f"{program}: interrupted")
     except Exception:
         return _leave(EXIT_FAULT, world, f"{program}: rank {world.rank} of {world.size} failed:\n{_traceback()}")
@@ -67,9 +73,23 @@ def _leave(code: int, world: World, message: str) -> int:
     could wait for them.
     """
     sys.stdout.flush()
+    _note_for_torchrun(message)
     if process_group.first_to_report("end", world.rank):
         print(message, file=sys.stderr, flush=True)
     return _exit(code, world)
+
+
+def _note_for_torchrun(message: str) -> None:
+    """Leave the message where torchrun looks for it, so that its own page shows it as the cause.
+
+    The form is that of torch.distributed.elastic's `record`, with our message in place of a traceback. Ranks that keep
+    quiet leave it as well: torchrun shows the one that failed first, by its clock of whole seconds.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        with contextlib.suppress(OSError):
+            Path(file).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
 
 
 def _exit(code: int, world: World) -> int:

@@ -212,6 +212,10 @@ def planted(folder: Path, what: str) -> Path:
     """pretrain_vit.py in which rank 1 meets with `what` at its fourth step; the time is noted in the file `when`."""
     script = folder / "planted.py"
     script.write_text(f"""
+from parallel import parent
+
+parent.end_with_launcher()
+
 import os, pathlib, signal, sys, time
 import pretrain_vit
 from engine.launch import run_rank
@@ -268,8 +272,50 @@ def test_torchrun_itself_adds_its_report_to_our_one_message(tmp_path: Path) -> N
     argv = flags(run_dir=str(tmp_path), parallel__tensor_parallel_size="4")
     ended = two_ranks("torch.distributed.run", "pretrain_vit.py", argv)
     assert ended.code == 1  # torchrun's, whatever the ranks said
-    assert ended.error.count("pretrain_vit.py: error: 2 ranks cannot be shared among") == 1
-    assert "exitcode  : 2" in ended.error and ended.error.count("Traceback") == 1  # torchrun's own
+    ours, _, page = ended.error.partition("Traceback")
+    assert ours.count("pretrain_vit.py: error: 2 ranks cannot be shared among") == 1
+    cause = page.partition("Root Cause")[2]
+    assert "exitcode  : 2" in cause and "traceback : pretrain_vit.py: error: 2 ranks cannot be shared among" in cause
+    assert "Traceback" not in page  # but torchrun's own
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["while torch is imported", "inside a collective"])
+@pytest.mark.parametrize("launcher", ["tools.launch", "torch.distributed.run"])
+def test_ranks_end_with_a_killed_launcher(launcher: str, when: str, tmp_path: Path) -> None:
+    """Rank 0 waits for rank 1, which sleeps in its fourth step; or neither has come further than its imports."""
+    script = planted(tmp_path, "time.sleep(600)")
+    argv = flags(run_dir=str(tmp_path), train__steps="100000", parallel__shared_memory="false")
+    process = start(["-m", launcher, "--nproc-per-node", "2", str(script), *argv])
+    ranks: list[int] = []
+    try:
+        while len(ranks) < 2 or (when == "inside a collective" and not (tmp_path / "when").exists()):
+            assert process.poll() is None
+            ranks = children(process.pid)
+            time.sleep(0.05)
+        time.sleep(0.5)  # for Python to start
+        assert all(alive(rank) for rank in ranks)
+        process.kill()
+        process.wait()
+        deadline = time.monotonic() + 5
+        while any(alive(rank) for rank in ranks):
+            assert time.monotonic() < deadline, "a rank trains on"
+            time.sleep(0.05)
+    finally:
+        for pid in (process.pid, *ranks):
+            if alive(pid):
+                os.kill(pid, signal.SIGKILL)
 
 
 def srun(script: str | Path, argv: Sequence[str]) -> list[subprocess.Popen[str]]:

@@ -6,6 +6,12 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from parallel import parent
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    parent.end_with_launcher()
+    parent.end_by_interrupt()
+
 from engine.launch import run_rank
 from parallel.process_group import World
 

@@ -1,0 +1,36 @@
+"""A rank's first moments, before torch is imported (which takes seconds): it ends with its launcher, and by signals.
+
+Imports nothing that takes time, so that what it promises holds from the start.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+
+_PR_SET_PDEATHSIG = 1  # Linux
+
+
+def end_with_launcher() -> None:
+    """Have the kernel end this process when torchrun (or tools.launch) that started it ends, by whatever means.
+
+    It does so while torch is imported and inside a collective too, where no code of ours would run. Other parents are
+    let go: a run outlives the shell that started it, and SLURM ends what srun started. torchrun makes each rank the
+    leader of a session, which tells it from what a rank may start in turn.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.getsid(0) == os.getpid() and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def end_by_interrupt() -> None:
+    """Let an interrupt end this process without a traceback of imports, until `interrupts_raise`."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def interrupts_raise() -> None:
+    """Python's own way again: KeyboardInterrupt. Ignored interrupts (of a shell's background jobs) stay ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
