@@ -16,11 +16,20 @@ from model.kernels import tune_allocator
 from parallel.process_group import World
 
 # Dense peak of matrix products in TFLOP/s without sparsity, from the vendors' data sheets; fp32 without TF32.
-_PEAK_TFLOPS = {
-    "A100": {"fp32": 19.5, "bf16": 312.0, "fp16": 312.0},
-    "H100": {"fp32": 66.9, "bf16": 989.0, "fp16": 989.0, "fp8": 1979.0},
-    "H200": {"fp32": 66.9, "bf16": 989.0, "fp16": 989.0, "fp8": 1979.0},
-    "L40S": {"fp32": 91.6, "bf16": 362.0, "fp16": 362.0, "fp8": 733.0},
+_A100 = {"fp32": 19.5, "bf16": 312.0, "fp16": 312.0}
+_H100_SXM = {"fp32": 66.9, "bf16": 989.0, "fp16": 989.0, "fp8": 1979.0}
+_H100_NVL = {"fp32": 60.0, "bf16": 835.0, "fp16": 835.0, "fp8": 1671.0}
+_PEAK_TFLOPS = {  # by the whole name that the driver gives: boards of one chip differ, and a slice (MIG) is part of one
+    "NVIDIA A100-SXM4-40GB": _A100,
+    "NVIDIA A100-SXM4-80GB": _A100,
+    "NVIDIA A100-PCIE-40GB": _A100,
+    "NVIDIA A100 80GB PCIe": _A100,
+    "NVIDIA H100 80GB HBM3": _H100_SXM,
+    "NVIDIA H100 PCIe": {"fp32": 51.2, "bf16": 756.0, "fp16": 756.0, "fp8": 1513.0},
+    "NVIDIA H100 NVL": _H100_NVL,
+    "NVIDIA H200": _H100_SXM,
+    "NVIDIA H200 NVL": _H100_NVL,
+    "NVIDIA L40S": {"fp32": 91.6, "bf16": 362.0, "fp16": 362.0, "fp8": 733.0},
 }
 
 
@@ -84,11 +93,8 @@ def _cpu_vendor() -> str:
 
 
 def peak_tflops(device: torch.device, dtype: str) -> float | None:
-    """The device's peak for matrix products of `dtype`, None where unknown (any CPU)."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peaks.get(dtype) for part, peaks in _PEAK_TFLOPS.items() if part in name), None)
+    """The device's peak for matrix products of `dtype`, None where unknown (any CPU, and GPUs not listed here)."""
+    return _PEAK_TFLOPS.get(torch.cuda.get_device_name(device), {}).get(dtype) if device.type == "cuda" else None
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -9,7 +9,7 @@ import torch
 
 from engine import device
 from engine.config import PrecisionConfig
-from engine.device import choose_device, set_matmul
+from engine.device import choose_device, peak_tflops, set_matmul
 from engine.errors import ConfigError
 from parallel.process_group import World
 
@@ -58,3 +58,39 @@ def test_no_tf32_on_a_gpu(kept_settings: None) -> None:
     set_matmul(PrecisionConfig(), torch.device("cuda"))
     assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
     assert torch.get_float32_matmul_precision() == "highest"  # torch refuses to answer where settings are at odds
+
+
+@pytest.mark.parametrize(
+    ("name", "fp32", "bf16", "fp8"),
+    [
+        ("NVIDIA A100-SXM4-40GB", 19.5, 312, None),
+        ("NVIDIA A100-SXM4-80GB", 19.5, 312, None),
+        ("NVIDIA A100-PCIE-40GB", 19.5, 312, None),
+        ("NVIDIA A100 80GB PCIe", 19.5, 312, None),
+        ("NVIDIA H100 80GB HBM3", 66.9, 989, 1979),
+        ("NVIDIA H100 PCIe", 51.2, 756, 1513),
+        ("NVIDIA H100 NVL", 60, 835, 1671),
+        ("NVIDIA H200", 66.9, 989, 1979),
+        ("NVIDIA H200 NVL", 60, 835, 1671),
+        ("NVIDIA L40S", 91.6, 362, 733),
+        # not listed: a part of a board, other boards whose names hold a listed one, and what is not known here
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None, None, None),
+        ("NVIDIA A100-SXM4-40GB MIG 3g.20gb", None, None, None),
+        ("NVIDIA RTX A1000", None, None, None),
+        ("NVIDIA RTX A1000 6GB Laptop GPU", None, None, None),
+        ("NVIDIA A100X", None, None, None),
+        ("NVIDIA A10", None, None, None),
+        ("NVIDIA L40", None, None, None),
+        ("NVIDIA GeForce RTX 4090", None, None, None),
+        ("Tesla V100-SXM2-32GB", None, None, None),
+        ("AMD Instinct MI300X", None, None, None),
+        ("", None, None, None),
+    ],
+)
+def test_peak_rates_are_of_the_very_board(
+    name: str, fp32: float | None, bf16: float | None, fp8: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    gpu = torch.device("cuda", 0)
+    assert [peak_tflops(gpu, dtype) for dtype in ("fp32", "bf16", "fp16", "fp8")] == [fp32, bf16, bf16, fp8]
+    assert peak_tflops(torch.device("cpu"), "bf16") is None
