@@ -8,13 +8,14 @@ those of pretrain_vit.py.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
 from engine.cli import parse
 from engine.config import Config
-from engine.errors import ConfigError
+from engine.errors import EXIT_USAGE, ConfigError
 from engine.plan import MemoryPlan, plan_memory
 from tools.benchmark.table import Row, show
 
@@ -24,14 +25,29 @@ _GB = 1e9
 def main(argv: Sequence[str]) -> None:
     """Plan and print."""
     parser = argparse.ArgumentParser(prog="tools.plan", description=__doc__)
-    parser.add_argument("--ranks", type=int, required=True, help="world size to plan for")
-    parser.add_argument("--gpu-memory", type=float, default=80.0, help="GB of each device (default 80)")
-    parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3], help="ZeRO stages (default: all)")
+    parser.add_argument("--ranks", type=_ranks, required=True, help="world size to plan for")
+    parser.add_argument("--gpu-memory", type=_gigabytes, default=80.0, help="GB of each device (default 80)")
+    parser.add_argument("--stages", type=int, nargs="+", choices=range(4), default=range(4), help="ZeRO (default: all)")
     parser.add_argument("--json", help="also write the rows to this file")
     options, flags = parser.parse_known_args(argv)
     config, _ = parse(["--data.kind", "synthetic", "--data.path", "null", *flags], "tools.plan")
     rows = [row(at_stage(config, stage), options.ranks, options.gpu_memory) for stage in options.stages]
     show(rows, options.json)
+
+
+def _ranks(text: str) -> int:
+    if not (text.isdecimal() and 1 <= len(text) <= 7 and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"is {text}: it must be a number of ranks from 1 to 9999999")
+    return int(text)
+
+
+def _gigabytes(text: str) -> float:
+    try:
+        if math.isfinite(size := float(text)) and size > 0:
+            return size
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"is {text}: it must be a positive number of GB")
 
 
 def at_stage(config: Config, stage: int) -> Config:
@@ -75,4 +91,5 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except ConfigError as error:
-        sys.exit(f"tools.plan: error: {error}")
+        print(f"tools.plan: error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USAGE)
