@@ -27,7 +27,7 @@ def main(argv: Sequence[str], world: World) -> None:
     if not only_print:
         pretrain(config, world)
     elif world.rank == 0:
-        print(config.resolve(world.size).to_yaml(), end="")
+        print(config.resolve(world.size).to_yaml(config), end="")
 
 
 if __name__ == "__main__":

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import jsonargparse
@@ -29,10 +27,12 @@ from engine.keys import (
     takes_numbers,
     wanted,
 )
+from engine.yaml_file import excess_of, read_value, read_yaml, yaml_problem
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
-_FAILURES = (jsonargparse.ArgumentError, ValueError, TypeError, KeyError)
+_FAILURES = (jsonargparse.ArgumentError, ValueError, TypeError, KeyError, OverflowError)
+_LENGTHS = ("train.steps", "train.epochs")
 
 
 @cache  # a third of a second: it reads the docstrings of all fields
@@ -63,10 +63,13 @@ def parse(argv: Sequence[str], program: str = "pretrain_vit.py") -> tuple[Config
     files, flags = _split(argv)
     given: Namespace | None = None
     for file in files:
-        values = _read_yaml(file)
+        values = _keys_of(file)
         given = _translated(lambda v=values, g=given: parser.parse_object(v, g), f"{file}: ")
-    _check_entries(_lists_of_groups(flags))
+        _displace(given, values.items())
+    flag_values = list(_values_of(flags))
+    _check_entries(flag_values)
     given = _translated(lambda: parser.parse_args(flags, namespace=given))
+    _displace(given, flag_values)
     only_print = bool(given.pop("print_config"))
     given.pop("config", None)
     _check_values(given)
@@ -91,79 +94,59 @@ def _bracketed(flags: Sequence[str]) -> list[str]:
     return out
 
 
-def _read_yaml(file: str) -> dict[str, Any]:
+def _keys_of(file: str) -> dict[str, Any]:
     """The keys of a YAML file; a group without keys counts as absent."""
-    try:
-        text = Path(file).read_text()
-        node = yaml.compose(text, yaml.SafeLoader)
-        values = jsonargparse.get_loader("yaml")(text)  # reads 1e-3 as a number, where plain YAML has a text
-    except OSError as error:
-        raise ConfigError(f"--config {file} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--config {file} is not a text file") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--config {file} is not valid YAML: {_yaml_problem(error)}") from error
-    if (repeated := _repeated_key(node)) is not None:
-        raise ConfigError(f"{file}: key {repeated} is given twice: merge them into one")
-    if isinstance(node, yaml.MappingNode) and not isinstance(values, dict):
-        values = yaml.safe_load(text)  # that loader takes a lone `train:` for a text
-    if not isinstance(values, dict | None):
-        raise ConfigError(f"--config {file} holds no `key: value` lines")
-    values = {name: value for name, value in (values or {}).items() if value is not None or name not in groups()}
+    values = {name: value for name, value in read_yaml(file).items() if value is not None or name not in groups()}
     for name, value in values.items():
         if str(name).partition(".")[0] not in (*groups(), *key_types()):
             raise ConfigError(f"{file}: {_unknown(str(name))}")
         if name in groups() and not isinstance(value, dict):
             raise ConfigError(f"{file}: {_not_a_group(name, value)}")
-        below = [(f"{name}.{key}", part) for key, part in value.items()] if name in groups() else [(str(name), value)]
-        _check_entries(below, f"{file}: ")
+        _check_entries(_below(str(name), value), f"{file}: ")
     return values
 
 
-def _repeated_key(node: yaml.Node | None, place: str = "") -> str | None:
-    """The first key that a group, or one in a list, has twice."""
-    if isinstance(node, yaml.SequenceNode):
-        parts = [(f"{place}[{i}]", value) for i, value in enumerate(node.value)]
-    elif isinstance(node, yaml.MappingNode):
-        parts = [(f"{place}.{key.value}".removeprefix("."), value) for key, value in node.value]
-    else:
-        return None
-    here = (name for i, (name, _) in enumerate(parts) if name in [other for other, _ in parts[:i]])
-    below = (found for name, value in parts if (found := _repeated_key(value, name)))
-    return next(here, None) or next(below, None)
+def _below(name: str, value: Any) -> list[tuple[str, Any]]:
+    """(key, value) of each key of a group, or of the one key that has this name."""
+    is_group = name in groups() and isinstance(value, dict)
+    return [(f"{name}.{key}", part) for key, part in value.items()] if is_group else [(name, value)]
 
 
-def _yaml_problem(error: yaml.YAMLError) -> str:
-    problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
-    if problem is None or mark is None:
-        return _one_line(str(error))
-    return f"{problem}, line {mark.line + 1}, column {mark.column + 1}"
+def _displace(given: Namespace, values: Iterable[tuple[str, Any]]) -> None:
+    """How long to train is said by one of two keys: the one in this file, or in the flags, displaces an earlier
+    file's other one."""
+    new = {key for name, value in values for key, _ in _below(name, value)}
+    told = [key for key in _LENGTHS if key in new and given[key] is not None]
+    if len(told) == 1:
+        given[_LENGTHS[told[0] == _LENGTHS[0]]] = None
 
 
 def _check_values(given: Namespace) -> None:
-    """What the parser lets pass: null for any key, and numbers that are none."""
+    """What the parser lets pass: null for any key."""
     for name in groups():
         if not isinstance(given[name], Namespace):
             raise ConfigError(_not_a_group(name, given[name]))
     for key in key_types():
         if given[key] is None and not allows_null(key):
             raise ConfigError(f"{key} is null: it must be {wanted(key)}")
-        if isinstance(given[key], float) and not math.isfinite(given[key]):
-            raise ConfigError(f"{key} is {given[key]}: it must be a finite number")
 
 
-def _lists_of_groups(flags: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """(key, value) of the flags that take a list of groups."""
+def _values_of(flags: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """(key, value) of the flags that are keys or groups; text that is no YAML as it stands."""
     for i, flag in enumerate(flags):
         key, given, text = flag.removeprefix("--").partition("=")
         if not given:
             text = next(iter(flags[i + 1 :]), "--")
-        if not flag.startswith("--") or text.startswith("--") or not (entries_of(key) or entries_of(_above(key))):
-            continue  # another key, or no value, of which the parser says so
+        if not flag.startswith("--") or text.startswith("--"):
+            continue  # no key, or no value, of which the parser says so
+        if (excess := excess_of(text)) is not None:
+            raise ConfigError(f"--{key} {excess}")
         try:
-            yield key, jsonargparse.get_loader("yaml")(text)
+            yield key, read_value(text)
         except yaml.YAMLError as error:
-            raise ConfigError(f"{key} is not valid YAML: {_yaml_problem(error)}") from error
+            if entries_of(key) or entries_of(_above(key)):
+                raise ConfigError(f"{key} is not valid YAML: {yaml_problem(error)}") from error
+            yield key, text
 
 
 def _above(key: str) -> str:

@@ -12,10 +12,14 @@ import yaml
 
 from data import DataConfig
 from engine.errors import ConfigError
+from engine.limits import check_numbers, divisors
 from engine.scaler import LossScaler
 from model import ModelConfig, check_parallel
 from parallel.config import ParallelConfig
 from parallel.grid import GridShape, shape_for_world
+
+MAX_COUNT = 10**9
+"""Steps of a run and images of a step: more than any run has, and images drawn in all still have 64-bit numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +35,10 @@ class TrainConfig:
     """
 
     steps: int | None = None
-    """Optimizer steps; give this or epochs."""
+    """Optimizer steps; give this or epochs, of which flags displace a file's."""
 
     epochs: float | None = None
-    """Passes over the training set; give this or steps."""
+    """Passes over the training set; give this or steps, of which flags displace a file's."""
 
     seed: int = 0
     """Decides initial weights, data order, augmentation and drop-path, the same in every layout."""
@@ -53,6 +57,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"train.{name} is {value}: it must be positive")
+            if value is not None and value > MAX_COUNT:
+                raise ValueError(f"train.{name} is {value}: it must be at most {MAX_COUNT}")
         if self.seed < 0:
             raise ValueError(f"train.seed is {self.seed}: it must be 0 or more")
         if self.eval_interval < 0:
@@ -161,6 +167,10 @@ class ScheduleConfig:
             raise ValueError("schedule.warmup_steps and schedule.cooldown_steps must be 0 or more")
         if self.timescale <= 0:
             raise ValueError(f"schedule.timescale is {self.timescale}: it must be positive")
+        if self.name != "rsqrt" and self.timescale != 10_000.0:
+            raise ValueError(
+                f"schedule.timescale {self.timescale} has no effect on schedule.name {self.name}: drop it, or use rsqrt"
+            )
         if self.cooldown_steps and self.name in ("cosine", "constant"):
             raise ValueError(
                 f"schedule.cooldown_steps {self.cooldown_steps} has no effect on schedule.name {self.name}: "
@@ -222,8 +232,8 @@ class PrecisionConfig:
                 raise ValueError(f"precision.{name} is {getattr(self, name)}: it must be 0 or more")
         if self.fp8_margin > 32:
             raise ValueError(f"precision.fp8_margin is {self.fp8_margin}: it is a power of two, and at most 32")
-        if self.fp8_history < 1:
-            raise ValueError(f"precision.fp8_history is {self.fp8_history}: it must be 1 or more")
+        if not 1 <= self.fp8_history <= _MAX_HISTORY:
+            raise ValueError(f"precision.fp8_history is {self.fp8_history}: it must be from 1 to {_MAX_HISTORY}")
         self.loss_scaler()
         default = {f.name: f.default for f in fields(self)}
         for dtype, prefixes in _ONLY_UNDER.items():
@@ -251,6 +261,7 @@ class PrecisionConfig:
         )
 
 
+_MAX_HISTORY = 2**16  # 64 times the usual; each matrix keeps so many numbers, thrice
 _ONLY_UNDER = {"fp16": ("initial_loss", "min_loss", "loss_scale", "hysteresis"), "fp8": ("fp8_",)}
 
 
@@ -309,6 +320,9 @@ class Config:
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA with NCCL where there is a GPU, else the CPU with gloo."""
+
+    def __post_init__(self) -> None:
+        check_numbers(asdict(self))
 
     def grid_shape(self, world_size: int) -> GridShape:
         """The grid that this configuration makes of `world_size` ranks. Raises ConfigError if it cannot."""
@@ -383,7 +397,7 @@ class Config:
             unit = shape.data * (given or shape.pipeline)
             near = [n for n in (batch // unit * unit, (batch // unit + 1) * unit) if n]
             pieces = f"micro-batches of {given}" if given else f"{shape.pipeline} micro-batches, one per pipeline stage"
-            fits = [m for m in range(1, per_rank + 1) if per_rank % m == 0] if not rest else []
+            fits = [] if rest else divisors(per_rank)
             cure = f", or a train.micro_batch_size among {', '.join(map(str, fits))}" if fits else ""
             raise ConfigError(
                 f"train.global_batch_size {batch} cannot be dealt to {shape.data} data-parallel ranks in {pieces}: "
@@ -396,9 +410,18 @@ class Config:
         assert self.train.micro_batch_size is not None
         return self.train.global_batch_size // (self.train.micro_batch_size * shape.data)
 
-    def to_yaml(self) -> str:
-        """As a YAML file that can be given as --config."""
-        return yaml.safe_dump(_plain(asdict(self)), sort_keys=False)
+    def to_yaml(self, given: Config | None = None) -> str:
+        """As a YAML file that can be given as --config.
+
+        With the configuration as it was given before it was resolved, a micro-batch that was left open stays open, as
+        it follows from the number of ranks: the file serves another number, too, and a comment tells what it was.
+        """
+        text = yaml.safe_dump(_plain(asdict(self)), sort_keys=False)
+        if given is None or given.train.micro_batch_size is not None:
+            return text
+        line = f"\n  micro_batch_size: {self.train.micro_batch_size}\n"
+        assert text.count(line) == 1
+        return text.replace(line, f"\n  micro_batch_size: null  # here {self.train.micro_batch_size}\n")
 
 
 def _plain(value: Any) -> Any:

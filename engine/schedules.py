@@ -17,7 +17,8 @@ def check_schedule(config: ScheduleConfig, steps: int) -> None:
     if config.warmup_steps + config.cooldown_steps > steps:
         raise ConfigError(
             f"schedule.warmup_steps {config.warmup_steps} and cooldown_steps {config.cooldown_steps} do not fit into "
-            f"{steps} steps: shorten them, or train longer"
+            f"{steps} steps: shorten them (for a short trial --schedule.warmup_steps 0 --schedule.cooldown_steps 0), "
+            "or train longer"
         )
 
 

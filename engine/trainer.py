@@ -7,7 +7,7 @@ from fractions import Fraction
 
 from data import Dataset, build_datasets
 from engine.assemble import assemble, grid_of
-from engine.config import Config
+from engine.config import MAX_COUNT, Config
 from engine.device import choose_device, memory_share, prepare_cpu, set_matmul
 from engine.errors import ConfigError
 from engine.keys import key_types, value_of
@@ -34,7 +34,7 @@ def pretrain(config: Config, world: World) -> None:
         ConfigError: what is asked for cannot be. DivergedError: NaN or Inf that skipping did not cure.
         parallel.comm.PeerLostError: another rank is gone.
     """
-    config = config.resolve(world.size)
+    given, config = config, config.resolve(world.size)
     run_dir = prepare_run_dir(config.run_dir)
     train_set, eval_set = _datasets(config)
     steps = total_steps(config, len(train_set))
@@ -55,7 +55,7 @@ def pretrain(config: Config, world: World) -> None:
     )
     writer = None
     if world.rank == 0:
-        writer = _begin(run, config, steps, grid.shape)
+        writer = _begin(run, config, steps, grid.shape, config.to_yaml(given))
         for line in report:
             writer.say(line)
     traced = config.log.profile_steps
@@ -72,13 +72,13 @@ def pretrain(config: Config, world: World) -> None:
     process_group.stop()  # not after a failure: the others may be gone, or waiting
 
 
-def _begin(run: RunDir, config: Config, steps: int, shape: GridShape) -> MetricsWriter:
+def _begin(run: RunDir, config: Config, steps: int, shape: GridShape, as_yaml: str) -> MetricsWriter:
     """Nothing can be refused any more: begin to write."""
     notes = run.clear()
     writer = MetricsWriter(
         run.path, steps=steps, global_batch_size=config.train.global_batch_size, tensorboard=config.log.tensorboard
     )
-    text = run.write_config(config.to_yaml(), provenance(shape), writer.say)
+    text = run.write_config(as_yaml, provenance(shape), writer.say)
     writer.describe(text, {key: value_of(config, key) for key in key_types()})
     for note in notes:
         writer.say(note)
@@ -97,7 +97,10 @@ def total_steps(config: Config, train_images: int) -> int:
     if config.train.steps is not None:
         return config.train.steps
     assert config.train.epochs is not None
-    return max(1, math.ceil(Fraction(repr(config.train.epochs)) * train_images / config.train.global_batch_size))
+    steps = max(1, math.ceil(Fraction(repr(config.train.epochs)) * train_images / config.train.global_batch_size))
+    if steps > MAX_COUNT:
+        raise ConfigError(f"train.epochs {config.train.epochs} are {steps} steps: at most {MAX_COUNT} can be")
+    return steps
 
 
 def _datasets(config: Config) -> tuple[Dataset, Dataset]:

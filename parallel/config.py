@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+_MAX_MIB = 2**20  # a TiB
+_MIN_TIMEOUT, _MAX_TIMEOUT = 0.01, 1_000_000  # 11 days; sockets count milliseconds in 32 bits, which hold 24
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
@@ -79,7 +82,10 @@ class ParallelConfig:
             )
         if self.gather_memory is not None and self.gather_memory < 0:
             raise ValueError(f"parallel.gather_memory is {self.gather_memory}: it must be 0 MiB or more")
-        if self.bucket_mib <= 0:
-            raise ValueError(f"parallel.bucket_mib is {self.bucket_mib}: it must be positive")
-        if self.timeout <= 0:
-            raise ValueError(f"parallel.timeout is {self.timeout}: it must be a positive number of seconds")
+        if not 0 < self.bucket_mib <= _MAX_MIB:
+            raise ValueError(f"parallel.bucket_mib is {self.bucket_mib}: it must be positive, and at most {_MAX_MIB}")
+        if not _MIN_TIMEOUT <= self.timeout <= _MAX_TIMEOUT:
+            raise ValueError(
+                f"parallel.timeout is {self.timeout}: it must be a positive number of seconds, from {_MIN_TIMEOUT} to "
+                f"{_MAX_TIMEOUT}"
+            )

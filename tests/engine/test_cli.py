@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -46,12 +47,38 @@ def test_flags_are_keys() -> None:
 
 @pytest.mark.parametrize("flag_first", [False, True])
 def test_flags_win_over_files_and_later_files_over_earlier(tmp_path: Path, flag_first: bool) -> None:
-    (tmp_path / "first.yaml").write_text("train: {steps: 1, seed: 1, epochs: 1}\nmodel: {width: 8}\n")
+    (tmp_path / "first.yaml").write_text("train: {steps: 1, seed: 1, max_bad_steps: 1}\nmodel: {width: 8}\n")
     (tmp_path / "second.yaml").write_text("train: {steps: 2, seed: 2}\n")
     files = [f"--config={tmp_path / 'first.yaml'}", "--config", str(tmp_path / "second.yaml")]
     flag = ["--train.steps", "3"]
     config, _ = parse(flag + files if flag_first else files + flag)
-    assert (config.train.steps, config.train.seed, config.train.epochs, config.model.width) == (3, 2, 1, 8)
+    assert (config.train.steps, config.train.seed, config.train.max_bad_steps, config.model.width) == (3, 2, 1, 8)
+
+
+@pytest.mark.parametrize(
+    ("files", "argv", "steps", "epochs"),
+    [
+        (["train: {steps: 5}"], ["--train.epochs", "2"], None, 2),
+        (["train: {epochs: 2}"], ["--train.steps=5"], 5, None),
+        (["train.epochs: 2"], ["--train", "{steps: 5}"], 5, None),
+        (["train: {steps: 5}", "train: {epochs: 2}"], [], None, 2),
+        (["train: {epochs: 2}", "train.steps: 5"], [], 5, None),
+        (["train: {steps: 5}", "train: {epochs: 2}"], ["--train.steps", "7"], 7, None),
+        (["train: {steps: 5}"], ["--train.epochs", "null"], 5, None),
+        (["train: {steps: 5, epochs: null}"], ["--train.seed", "3"], 5, None),
+        (["train: {steps: 5}"], ["--train.steps", "null", "--train.epochs", "2"], None, 2),
+        (["train: {steps: 5, epochs: 2}"], [], 5, 2),  # refused when it is resolved
+        (["train: {steps: 5}"], ["--train.steps", "6", "--train.epochs", "2"], 6, 2),
+    ],
+)
+def test_epochs_displace_steps_of_an_earlier_source(
+    tmp_path: Path, files: list[str], argv: list[str], steps: int | None, epochs: float | None
+) -> None:
+    for i, text in enumerate(files):
+        (tmp_path / f"{i}.yaml").write_text(text)
+        argv = [*argv, "--config", str(tmp_path / f"{i}.yaml")]
+    train = parse(argv)[0].train
+    assert (train.steps, train.epochs) == (steps, epochs)
 
 
 @pytest.mark.parametrize("text", ["", "train:\n", "train:\n\nmodel: null\n", "# nothing\n"])
@@ -72,6 +99,10 @@ def test_the_shipped_recipes_are_valid() -> None:
         config, _ = parse(["--config", str(recipe), *folder])
         p = config.parallel
         config.resolve(p.tensor_parallel_size * p.pipeline_parallel_size * p.context_parallel_size)
+        is_large = (
+            recipe.name.startswith("vit_") and recipe.name != "vit_ti16.yaml"
+        )  # a GPU's: fp32 is ten times slower
+        assert config.precision.dtype == ("bf16" if is_large else "fp32"), recipe.name
 
 
 @pytest.mark.parametrize(
@@ -306,6 +337,49 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         assert message("--config", file) == f"--config {file} holds no `key: value` lines"
 
 
+LAUGHS = "a0: &a0 [ha, ha]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30))
+NESTED = "[" * 1000 + "]" * 1000
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (f"model: {{attention: {NESTED}}}\n", "is nested more than 32 deep"),
+        ("model: {attention: " + "[" * 1000, "is nested more than 32 deep"),
+        ("model: " + "{model: " * 1000 + "1" + "}" * 1000, "is nested more than 32 deep"),
+        ("model: &me\n  attention: *me\n", "holds *me within &me"),
+        ("model: {attention: &me [full, *me]}\n", "holds *me within &me"),
+        (LAUGHS, "stands for more than 100000 values"),
+        ("# as long as it is\n" * 500_000, "is larger than 256 KiB"),
+        (f"train: {{steps: {'9' * 5000}}}\n", "is not valid YAML: Exceeds the limit"),
+        ("train: {? [1, 2] : 3}\n", "is not valid YAML: "),
+        ("run_dir: 2024-13-45\n", None),
+    ],
+    ids=str,
+)
+def test_files_beyond_any_configuration_are_refused_at_once(tmp_path: Path, text: str, problem: str | None) -> None:
+    file = write(tmp_path, text)
+    if problem is None:
+        assert parse(["--config", file])[0].run_dir == "2024-13-45"
+        return
+    start = time.process_time()
+    assert message("--config", file).startswith(f"--config {file} {problem}")
+    assert time.process_time() - start < 5
+
+
+def test_flags_have_the_limits_of_files() -> None:
+    for key in ("model.attention", "model.stages", "train", "train.steps", "zzz"):
+        for argv in ([f"--{key}", NESTED], [f"--{key}={NESTED}"]):
+            assert message(*argv).startswith(f"--{key} is nested more than 32 deep")
+    assert "train.steps" in message("--train.steps", "9" * 5000)
+    assert message("--optimizer.lr", "9" * 400)
+
+
+def test_references_within_a_file_are_allowed(tmp_path: Path) -> None:
+    file = write(tmp_path, "model: {stages: [&one {depth: 1, width: 8, num_heads: 2}, *one]}\n")
+    assert parse(["--config", file])[0].model.stages == (StageConfig(depth=1, width=8, num_heads=2),) * 2
+
+
 def test_help_has_a_line_for_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         parse(["--help"])
@@ -328,8 +402,9 @@ def test_print_config_prints_the_resolved_configuration(capsys: pytest.CaptureFi
     pretrain_vit.main([*flags(), "--print_config"], World(size=2))
     shown = capsys.readouterr().out
     values = yaml.safe_load(shown)
-    assert values["train"]["micro_batch_size"] == 4 and values["model"]["mlp_dim"] == 64
-    assert shown == small().resolve(2).to_yaml()
+    assert values["train"]["micro_batch_size"] is None and "micro_batch_size: null  # here 4\n" in shown
+    assert values["model"]["mlp_dim"] == 64
+    assert shown == small().resolve(2).to_yaml(small())
     pretrain_vit.main([*flags(), "--print_config"], World(rank=1, size=2))
     with pytest.raises(SystemExit):
         pretrain_vit.main(["--help"], World(rank=1, size=2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import yaml
 
 from data import DataConfig
 from engine.cli import parse
-from engine.config import Config, LogConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from engine.config import Config, LogConfig, OptimizerConfig, PrecisionConfig, ScheduleConfig, TrainConfig
 from engine.errors import ConfigError
+from engine.limits import divisors
 from engine.schedules import check_schedule
 from engine.trainer import total_steps
 from model import ModelConfig, StageConfig
@@ -146,6 +148,18 @@ def test_what_cannot_be_is_refused(config: Config, world: int, parts: list[str])
         (lambda: OptimizerConfig(betas=(0.9, 1.0)), ["optimizer.betas is (0.9, 1.0)", "below 1"]),
         (lambda: ScheduleConfig(warmup_steps=-1), ["schedule.warmup_steps", "0 or more"]),
         (lambda: ScheduleConfig(timescale=0.0), ["schedule.timescale is 0.0", "positive"]),
+        (lambda: TrainConfig(global_batch_size=2**31), ["train.global_batch_size is 2147483648", "at most 1000000000"]),
+        (lambda: TrainConfig(steps=10**9 + 1), ["train.steps is 1000000001", "at most 1000000000"]),
+        (lambda: TrainConfig(epochs=1e308), ["train.epochs is 1e+308", "at most 1000000000"]),
+        (lambda: Config(train=TrainConfig(seed=2**63)), ["train.seed is 9223372036854775808", "below 2^63"]),
+        (lambda: Config(optimizer=OptimizerConfig(lr=1e39)), ["optimizer.lr is 1e+39", "at most 3.4e+38"]),
+        (lambda: Config(optimizer=OptimizerConfig(lr=float("inf"))), ["optimizer.lr is inf", "a finite number"]),
+        (lambda: PrecisionConfig(dtype="fp8", fp8_history=10**9), ["precision.fp8_history is 1000000000", "65536"]),
+        (lambda: ParallelConfig(bucket_mib=1e308), ["parallel.bucket_mib is 1e+308", "at most 1048576"]),
+        (lambda: ParallelConfig(timeout=1e10), ["parallel.timeout is 10000000000.0", "to 1000000"]),
+        (lambda: ParallelConfig(timeout=1e-300), ["parallel.timeout is 1e-300", "from 0.01"]),
+        (lambda: ParallelConfig(timeout=float("nan")), ["parallel.timeout is nan", "from 0.01"]),
+        (lambda: ScheduleConfig(name="wsd", timescale=5.0), ["timescale 5.0", "no effect", "wsd", "use rsqrt"]),
         (lambda: ScheduleConfig(name="cosine", cooldown_steps=3), ["cooldown_steps 3", "no effect", "rsqrt or wsd"]),
         (lambda: LogConfig(interval=0), ["log.interval is 0", "at least 1"]),
         (lambda: ParallelConfig(timeout=0.0), ["parallel.timeout is 0.0", "positive"]),
@@ -164,6 +178,29 @@ def test_steps_follow_from_epochs() -> None:
     assert total_steps(config, 1000) == 25
     assert total_steps(config, 1001) == 26  # the last epoch is finished
     assert total_steps(small(train=TrainConfig(steps=7)), 1000) == 7
+
+
+def test_epochs_of_more_steps_than_can_be_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"train\.epochs 1000000\.0 are \d+ steps: at most 1000000000"):
+        total_steps(small(train=TrainConfig(epochs=1e6)), 10**6)
+
+
+def test_a_large_batch_is_refused_at_once_with_what_divides_it() -> None:
+    start = time.process_time()
+    with pytest.raises(ConfigError, match=r"micro_batch_size among 1, 2, 4, 5, .*, 1000000000$"):
+        layout(global_batch_size=10**9, micro_batch_size=3).resolve(1)
+    assert time.process_time() - start < 2
+    assert [divisors(n) for n in (1, 2, 12, 16)] == [[1], [1, 2], [1, 2, 3, 4, 6, 12], [1, 2, 4, 8, 16]]
+
+
+def test_a_saved_configuration_serves_another_number_of_ranks(tmp_path: Path) -> None:
+    for given, again in ((None, 4), (2, 2)):
+        config = layout(micro_batch_size=given)
+        (tmp_path / "config.yaml").write_text(text := config.resolve(1).to_yaml(config))
+        assert ("micro_batch_size: null  # here 16\n" in text) == (given is None)
+        read, _ = parse(["--config", str(tmp_path / "config.yaml")])
+        assert read.resolve(4).train.micro_batch_size == again
+        assert read.resolve(1) == config.resolve(1)
 
 
 def test_warm_up_and_cool_down_must_fit() -> None:

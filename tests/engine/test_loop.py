@@ -68,7 +68,7 @@ def test_metrics_have_the_promised_keys_and_the_configuration_is_kept(tmp_path: 
     times = [line["wall_time"] for line in train + evaluation]
     assert times == sorted(times) and 0 <= time.time() - times[-1] < 600
     assert 0 < evaluation[0]["eval_time"] < 600
-    assert (tmp_path / "config.yaml").read_text().endswith(config.resolve(1).to_yaml())
+    assert (tmp_path / "config.yaml").read_text().endswith(config.resolve(1).to_yaml(config))
 
 
 @pytest.mark.parametrize(
