@@ -32,7 +32,7 @@ def pretrain(config: Config, world: World) -> None:
 
     Raises:
         ConfigError: what is asked for cannot be. DivergedError: NaN or Inf that skipping did not cure.
-        parallel.comm.PeerLostError: another rank is gone.
+        parallel.failures.PeerLostError: another rank is gone.
     """
     given, config = config, config.resolve(world.size)
     run_dir = prepare_run_dir(config.run_dir)

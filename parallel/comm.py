@@ -7,7 +7,7 @@ GPUs), API names that differ between torch versions, and the pitfalls of each ba
 - gloo's reduce-scatter is an all-reduce and a slice: here it is an all-to-all and a local sum, half the traffic;
 - between processes of one host gloo goes through TCP: here the larger part goes through shared memory (parallel.host);
 - a collective that fails because a peer is gone raises `PeerLostError`, so the entry script can tell the rank that
-  failed from the ranks that merely noticed.
+  failed from the ranks that merely noticed; what else is raised meanwhile stays what it is (parallel.failures).
 
 An `Axis` is the set of ranks along one or more axes of the grid. Along an axis of size 1 every call is free: it returns
 its input and touches no group. Legend: T = axis size, rows = dim 0.
@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel import host_collectives
+from parallel.failures import MismatchError, PeerLostError, is_lost_peer
 from parallel.host import Channel
 
 # torch 2.13 renamed these two; 2.11 and 2.12 have the older names only.
@@ -34,10 +35,6 @@ _all_gather_single: Callable[..., Any] = getattr(dist, "all_gather_single", None
 _reduce_scatter_single: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
-
-
-class PeerLostError(RuntimeError):
-    """A collective failed because another rank died, raised, or never came."""
 
 
 @dataclass
@@ -139,9 +136,11 @@ def _watched(axis: Axis, kind: str, tensor: Tensor | None = None) -> Iterator[No
     start = time.perf_counter()
     try:
         yield
-    except (torch.OutOfMemoryError, torch.AcceleratorError):  # this rank's own trouble
-        raise
+    except MismatchError as error:
+        raise MismatchError(f"ranks {axis.ranks} along the {axis.name} axis do not do the same: {error}") from error
     except RuntimeError as error:
+        if not is_lost_peer(error):
+            raise
         raise PeerLostError(f"{kind} along the {axis.name} axis {axis.ranks} failed: {error}") from error
     axis.meter.seconds[kind] += time.perf_counter() - start
     if tensor is not None:

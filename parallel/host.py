@@ -6,7 +6,8 @@ Each rank has a few slots in memory that all of them map, and two counters: of t
 data for, and of those it has *collected*. An operation deposits when it is started and collects when it is waited for,
 so nobody waits for the others before he needs their data; a slot is used again when all have collected from it. What
 does not fit into a slot is done in rounds while it is started. Both ways the rank that is farthest behind finds all it
-needs, so nothing can lock up that would not lock up with any other transport.
+needs, so nothing can lock up that would not lock up with any other transport. A slot begins with a label, which
+operation it is for and how long that is: ranks that are at different ones get an error that names both.
 
 Counters are 32-bit words, which x86 reads and writes whole and in order; waiting is spinning for a moment, if every
 rank has a core of its own, then Linux's futex. A rank that waits looks twice a second whether the others still live.
@@ -26,6 +27,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from parallel.failures import MismatchError, PeerLostError
 
 SLOT_BYTES = 4 << 20
 SLOTS = 2
@@ -63,7 +66,7 @@ def offer(size: int, token: str) -> tuple[str, int]:
 
 
 def _bytes(size: int) -> int:
-    return size * (2 * _LINE + SLOTS * SLOT_BYTES)
+    return size * (2 * _LINE + SLOTS * (_LINE + SLOT_BYTES))
 
 
 class Channel:
@@ -97,14 +100,20 @@ class Channel:
 
     def slot(self, rank: int, number: int) -> Tensor:
         """The bytes in which `rank` deposits for operation `number`."""
-        start = self.size * 2 * _LINE + (rank * SLOTS + number % SLOTS) * SLOT_BYTES
+        start = self._label(rank, number).stop
         return self.memory[start : start + SLOT_BYTES]
 
-    def start(self, deposit: Callable[[Tensor], object], collect: Collect) -> Operation:
+    def _label(self, rank: int, number: int) -> slice:
+        """Where in the memory `rank` says what its operation `number` is."""
+        start = self.size * 2 * _LINE + (rank * SLOTS + number % SLOTS) * (_LINE + SLOT_BYTES)
+        return slice(start, start + _LINE)
+
+    def start(self, what: str, deposit: Callable[[Tensor], object], collect: Collect) -> Operation:
         """Deposit now, collect later.
 
         Args:
-            deposit: fills this rank's slot (bytes). collect: reads the slots of all ranks, in order of index.
+            what: operation and length, the same on all ranks. deposit: fills this rank's slot (bytes). collect: reads
+            the slots of all ranks, in order of index.
         """
         while len(self._started) >= SLOTS:
             self._started[0].wait()
@@ -113,9 +122,10 @@ class Channel:
         for rank in range(self.size):
             if rank != self.index:
                 self._await(self._collected[rank], number - SLOTS + 1, rank)
+        operation = Operation(self, number, what, collect)
+        self._map[self._label(self.index, number)] = operation.label
         deposit(self.slot(self.index, number))
         self._post(self._deposited[self.index], number + 1)
-        operation = Operation(self, number, collect)
         self._started.append(operation)
         return operation
 
@@ -126,12 +136,20 @@ class Channel:
             for rank in range(self.size):
                 if rank != self.index:
                     self._await(self._deposited[rank], oldest.number + 1, rank)
+                    self._compare(oldest, rank)
             oldest.collect([self.slot(rank, oldest.number) for rank in range(self.size)])
             oldest.done = True
             self._started.popleft()
             self._post(self._collected[self.index], oldest.number + 1)
             if oldest is operation:
                 return
+
+    def _compare(self, operation: Operation, rank: int) -> None:
+        theirs = self._map[self._label(rank, operation.number)]
+        if theirs != operation.label:
+            raise MismatchError(
+                f"rank {self.index} of the axis is at {_text(operation.label)}, rank {rank} at {_text(theirs)}"
+            )
 
     def has_arrived(self, operation: Operation) -> bool:
         """Whether finishing it would not have to wait."""
@@ -151,25 +169,32 @@ class Channel:
             pause = _Timespec(0, int(_SLICE_SECONDS * 1e9))
             self._syscall(_SYS_FUTEX, ctypes.byref(word), _WAIT, seen, ctypes.byref(pause), None, 0)
             if elapsed > _SLICE_SECONDS and not _lives(self.pids[rank]) and not _reached(word.value, value):
-                raise RuntimeError(f"rank {rank} of the axis (process {self.pids[rank]}) has ended")
+                raise PeerLostError(f"rank {rank} of the axis (process {self.pids[rank]}) has ended")
             if elapsed > self.timeout:
-                raise RuntimeError(f"rank {rank} of the axis did not come within {self.timeout:g} seconds")
+                raise PeerLostError(f"rank {rank} of the axis did not come within {self.timeout:g} seconds")
 
 
 class Operation:
     """Something started. The engine's comm treats it as it does torch's work handles."""
 
-    def __init__(self, channel: Channel, number: int, collect: Collect) -> None:
+    def __init__(self, channel: Channel, number: int, what: str, collect: Collect) -> None:
         self.channel, self.number, self.collect, self.done = channel, number, collect, False
+        self.label = what.encode().ljust(_LINE, b"\0")[:_LINE]
 
     def is_completed(self) -> bool:
         """Whether `wait` would return at once."""
         return self.done or self.channel.has_arrived(self)
 
     def wait(self) -> None:
-        """Return when the result is there. Raises RuntimeError if another rank is gone, or late."""
+        """Return when the result is there. Raises PeerLostError if another rank is gone, or late,
+        MismatchError if it is at something else.
+        """
         if not self.done:
             self.channel.finish(self)
+
+
+def _text(label: bytes) -> str:
+    return label.rstrip(b"\0").decode(errors="replace")
 
 
 def _reached(seen: int, value: int) -> bool:

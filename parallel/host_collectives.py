@@ -28,6 +28,11 @@ def _view(slot: Tensor, dtype: torch.dtype, start: int, length: int) -> Tensor:
     return slot[start * dtype.itemsize : (start + length) * dtype.itemsize].view(dtype)
 
 
+def _what(operation: str, x: Tensor) -> str:
+    """What all ranks must be at."""
+    return f"{operation} of {x.numel()} {str(x.dtype)[6:]}"
+
+
 def _sum(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """A new tensor of `dtype`; what is narrower than fp32 is added up in fp32."""
     if dtype.itemsize < 4 and dtype.is_floating_point:
@@ -40,17 +45,20 @@ def _sum(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 def all_gather(channel: Channel, out: Tensor, x: Tensor) -> Operation:
     """`x` [R] of every rank into `out` [T * R], both contiguous; x is read at once."""
-    flat, rows = x.view(-1), out.view(channel.size, -1)
+    flat, rows, what = x.view(-1), out.view(channel.size, -1), _what("all_gather", x)
     for piece in _pieces(flat.shape[0], SLOT_BYTES // x.itemsize):
         length = piece.stop - piece.start
         rows[channel.index, piece].copy_(flat[piece])
+
+        def deposit(slot: Tensor, piece: slice = piece, length: int = length) -> None:
+            _view(slot, x.dtype, 0, length).copy_(flat[piece])
 
         def collect(slots: Sequence[Tensor], piece: slice = piece, length: int = length) -> None:
             for rank, slot in enumerate(slots):
                 if rank != channel.index:
                     rows[rank, piece].copy_(_view(slot, x.dtype, 0, length))
 
-        operation = channel.start(lambda slot, p=piece, n=length: _view(slot, x.dtype, 0, n).copy_(flat[p]), collect)  # type: ignore[misc]
+        operation = channel.start(what, deposit, collect)
     return operation
 
 
@@ -60,6 +68,7 @@ def reduce_scatter(channel: Channel, out: Tensor, x: Tensor, *, accumulate: bool
     `x` must be left alone until the operation is waited for.
     """
     parts, flat, others = x.view(channel.size, -1), out.view(-1), channel.size - 1
+    what = _what("reduce_scatter", x)
     for piece in _pieces(flat.shape[0], SLOT_BYTES // (x.itemsize * others)):
         length = piece.stop - piece.start
 
@@ -81,15 +90,18 @@ def reduce_scatter(channel: Channel, out: Tensor, x: Tensor, *, accumulate: bool
             else:
                 flat[piece] = _sum(own, out.dtype)
 
-        operation = channel.start(deposit, collect)
+        operation = channel.start(what, deposit, collect)
     return operation
 
 
 def all_reduce(channel: Channel, x: Tensor, op: str) -> Operation:
     """`x` (contiguous) of all ranks summed, or their largest or smallest elements, in place when waited for."""
-    flat = x.view(-1)
+    flat, what = x.view(-1), _what(f"all_reduce({op})", x)
     for piece in _pieces(flat.shape[0], SLOT_BYTES // x.itemsize):
         length = piece.stop - piece.start
+
+        def deposit(slot: Tensor, piece: slice = piece, length: int = length) -> None:
+            _view(slot, x.dtype, 0, length).copy_(flat[piece])
 
         def collect(slots: Sequence[Tensor], piece: slice = piece, length: int = length) -> None:
             parts = [_view(slot, x.dtype, 0, length) for slot in slots]
@@ -102,5 +114,5 @@ def all_reduce(channel: Channel, x: Tensor, op: str) -> Operation:
                 result = choose(result, part)
             flat[piece] = result
 
-        operation = channel.start(lambda slot, p=piece, n=length: _view(slot, x.dtype, 0, n).copy_(flat[p]), collect)  # type: ignore[misc]
+        operation = channel.start(what, deposit, collect)
     return operation

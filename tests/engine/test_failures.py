@@ -19,7 +19,7 @@ from engine import launch
 from engine.errors import DivergedError
 from engine.launch import run_rank
 from parallel import process_group
-from parallel.comm import PeerLostError
+from parallel.failures import PeerLostError
 from parallel.process_group import World
 from tests.distributed import free_port
 from tests.engine.small import flags

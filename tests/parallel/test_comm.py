@@ -1,5 +1,6 @@
 """Collectives against plain arithmetic, what the meter counts, lost peers, and how launchers name ranks."""
 
+import signal
 import time
 from datetime import timedelta
 
@@ -9,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel import comm, process_group
-from parallel.comm import Axis, CommMeter, PeerLostError, single_axis
+from parallel.comm import Axis, CommMeter, single_axis
+from parallel.failures import PeerLostError, is_lost_peer
 from parallel.grid import GridShape, make_grid
 from parallel.process_group import World, read_world
 from tests.distributed import run_ranks
@@ -200,6 +202,54 @@ def test_a_peer_that_left_is_an_error_at_once() -> None:
     start = time.monotonic()
     run_ranks(2, _wait_for_the_departed, timeout=60)
     assert time.monotonic() - start < 50  # long before the group's own time-out
+
+
+def _interrupted(world: World) -> list[str]:
+    """Something that is no lost peer is raised while rank 0 waits, through shared memory and through gloo."""
+    found = []
+
+    def killed(*_: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    for shared in (True, False):
+        axis = make_grid(GridShape(data=2), world, shared_memory=shared).data
+        comm.barrier(axis)
+        if world.rank == 0:
+            signal.signal(signal.SIGALRM, killed)
+            signal.setitimer(signal.ITIMER_REAL, 0.2)
+        else:
+            time.sleep(0.5)
+        try:
+            comm.all_reduce(torch.ones(2), axis)
+        except RuntimeError as error:
+            found.append(f"{type(error).__name__}: {error}")
+    return found
+
+
+def test_what_is_raised_while_others_are_waited_for_is_not_taken_for_a_lost_peer() -> None:
+    assert run_ranks(2, _interrupted)[0] == ["RuntimeError: DataLoader worker (pid 7) is killed by signal: Killed."] * 2
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (PeerLostError("rank 1 has ended"), True),
+        (RuntimeError("[/w/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1."), True),
+        (RuntimeError("[/w/gloo/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 4000ms"), True),
+        (RuntimeError("Application timeout caused pair closure"), True),
+        (RuntimeError("[enforce fail at /w/gloo/gloo/transport/tcp/pair.cc:446] op.nbytes. 40 vs 4000"), False),
+        (dist.DistBackendError("NCCL error in: x.cpp:1, remote process exited\nncclRemoteError: A call failed"), True),
+        (dist.DistBackendError("[Rank 0] Watchdog caught collective operation timeout"), True),
+        (dist.DistBackendError("NCCL error in: x.cpp:1\nncclInvalidUsage: This usually reflects"), False),
+        (dist.DistNetworkError("the connection to the store was reset"), True),
+        (RuntimeError("ProcessGroupGloo::allgather: invalid tensor size at index 1 (expected (3), got (2))"), False),
+        (torch.OutOfMemoryError("CUDA out of memory"), False),
+        (RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"), False),
+    ],
+    ids=lambda value: str(value).partition("\n")[0][:40],
+)
+def test_who_is_to_blame(error: RuntimeError, lost: bool) -> None:
+    assert is_lost_peer(error) is lost
 
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}

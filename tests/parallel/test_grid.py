@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from parallel import comm
-from parallel.comm import PeerLostError
+from parallel.failures import PeerLostError
 from parallel.grid import AXES, GridShape, make_grid, planned_grid, shape_for_world
 from parallel.process_group import World
 from tests.distributed import run_ranks

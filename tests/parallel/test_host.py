@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
 from parallel import comm, host
-from parallel.comm import Axis, PeerLostError
+from parallel.comm import Axis
+from parallel.failures import MismatchError, PeerLostError
 from parallel.grid import GridShape, make_grid
 from parallel.host import SLOT_BYTES, SLOTS
 from parallel.process_group import World
@@ -169,6 +171,36 @@ def late(world: World) -> str:
 
 def test_a_rank_that_does_not_come_in_time() -> None:
     assert "did not come within 1 seconds" in run_ranks(2, late)[0]
+
+
+DIFFERENT: dict[str, tuple[Callable[[Axis], object], str]] = {
+    # what rank 1 does while rank 0 sums 6 fp32 numbers, and how it is named
+    "length": (lambda axis: comm.all_reduce(torch.ones(5), axis), "all_reduce(sum) of 5 float32"),
+    "rounds": (lambda axis: comm.all_reduce(torch.ones(FLOATS + 6), axis), f"all_reduce(sum) of {FLOATS + 6} float32"),
+    "type": (lambda axis: comm.all_reduce(torch.ones(6, dtype=torch.int32), axis), "all_reduce(sum) of 6 int32"),
+    "reduction": (lambda axis: comm.all_reduce(torch.ones(6), axis, "max"), "all_reduce(max) of 6 float32"),
+    "gather": (lambda axis: comm.all_gather_rows(torch.ones(6), axis), "all_gather of 6 float32"),
+    "scatter": (lambda axis: comm.reduce_scatter_rows(torch.ones(6), axis), "reduce_scatter of 6 float32"),
+}
+
+
+def at_odds(world: World) -> dict[str, str]:
+    found = {}
+    for name, (other, _) in DIFFERENT.items():
+        axis, _ = axes(world)
+        comm.all_reduce(torch.ones(6), axis)
+        with pytest.raises(MismatchError) as error:
+            other(axis) if world.rank else comm.all_reduce(torch.ones(6), axis)
+        found[name] = str(error.value)
+    return found
+
+
+def test_ranks_that_are_at_different_operations_are_told_so() -> None:
+    for rank, found in enumerate(run_ranks(2, at_odds)):
+        for name, message in found.items():
+            at = ["all_reduce(sum) of 6 float32", DIFFERENT[name][1]]
+            own, other = f"rank {rank} of the axis is at {at[rank]}", f"rank {1 - rank} at {at[1 - rank]}"
+            assert message.endswith(f"{own}, {other}") and "ranks (0, 1) along the data axis" in message
 
 
 def test_a_process_that_has_ended_does_not_live() -> None:
