@@ -4,5 +4,6 @@ from data.build import build_datasets
 from data.config import DataConfig
 from data.datasets import Dataset
 from data.loader import Batch, EvalStream, TrainStream
+from data.workers import WorkerLostError
 
-__all__ = ["Batch", "DataConfig", "Dataset", "EvalStream", "TrainStream", "build_datasets"]
+__all__ = ["Batch", "DataConfig", "Dataset", "EvalStream", "TrainStream", "WorkerLostError", "build_datasets"]

@@ -24,6 +24,7 @@ from data.augment import augment, draw_augmentation
 from data.config import DataConfig
 from data.datasets import Dataset
 from data.sampling import SampleOrder
+from data.workers import read_ahead
 
 # What workers hold ready beyond what each is at work on: enough for a schedule that takes micro-batches in bursts.
 # Every one is an open file, and memory of the host in which few files may be open and little may be shared.
@@ -302,7 +303,7 @@ def _in_workers(
     """
     if config.workers == 0:
         return None
-    return iter(
+    return read_ahead(
         DataLoader(
             _Images(read),
             batch_size=None,  # items are batches already

@@ -27,7 +27,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel import host_collectives
-from parallel.failures import MismatchError, PeerLostError, is_lost_peer
+from parallel.failures import MismatchError, is_lost_peer
+from parallel.failures import PeerLostError as PeerLostError  # for those who catch what is raised here
 from parallel.host import Channel
 
 # torch 2.13 renamed these two; 2.11 and 2.12 have the older names only.

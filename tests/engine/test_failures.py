@@ -212,11 +212,15 @@ def planted(folder: Path, what: str) -> Path:
     """pretrain_vit.py in which rank 1 meets with `what` at its fourth step; the time is noted in the file `when`."""
     script = folder / "planted.py"
     script.write_text(f"""
+<<<<<<< HEAD
 from parallel import parent
 
 parent.end_with_launcher()
 
 import os, pathlib, signal, sys, time
+=======
+import multiprocessing, os, pathlib, signal, sys, time
+>>>>>>> 3cdd1b6 (A data worker that is killed is an error of its own, where its batch is waited for)
 import pretrain_vit
 from engine.launch import run_rank
 from engine.step import Stepper
@@ -257,6 +261,15 @@ def test_a_rank_that_raises_ends_all(tmp_path: Path) -> None:
     lines = ended.error.splitlines()
     assert lines[0] == "pretrain_vit.py: rank 1 of 2 failed:" and lines[-1] == "ZeroDivisionError: planted"
     assert ended.error.count("Traceback") == 1 and len(lines) < 25, ended.error
+
+
+@pytest.mark.slow
+def test_a_data_worker_that_is_killed_is_not_taken_for_a_rank(tmp_path: Path) -> None:
+    script = planted(tmp_path, "os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)")
+    ended = two_ranks("tools.launch", script, flags(run_dir=str(tmp_path), train__steps="100000", data__workers="1"))
+    assert ended.code == 1 and seconds_since(tmp_path) < 20
+    told = r".*: rank 1 of 2 failed:[\s\S]*: a data worker, process \d+, was killed by signal 9 \(Killed\): .*\n"
+    assert re.fullmatch(told, ended.error), ended.error
 
 
 @pytest.mark.slow
