@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from functools import cached_property
+from hashlib import blake2b
 from pathlib import Path
 from typing import Protocol
 
@@ -21,6 +22,14 @@ from data.config import FOLDS
 from data.keyed import Purpose, keyed_permutation, keyed_uniforms
 
 
+def fingerprint(*parts: bytes) -> str:
+    """A short hash of some bytes."""
+    digest = blake2b(digest_size=8)
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()
+
+
 class Dataset(Protocol):
     """A set of labelled images, all of one shape. Pixels are float32 in 0..1, before normalisation."""
 
@@ -31,6 +40,11 @@ class Dataset(Protocol):
     """Whether `read` cuts the crops, out of sources larger than image_shape; else they are left to augmentation."""
 
     def __len__(self) -> int: ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what sample i is, the same wherever the set is the same: for ranks to see that theirs is."""
+        return fingerprint(repr(self.image_shape).encode(), self.labels.tobytes())
 
     def load(self, index: int) -> tuple[NDArray[np.float32], int]:
         """One image [C, H, W], as evaluation sees it, and its label."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data.augment import crop_boxes
 from data.config import FOLDS
-from data.datasets import Dataset, stratified_split
+from data.datasets import Dataset, fingerprint, stratified_split
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -41,6 +41,12 @@ class ImageFolder(Dataset):
 
     def __len__(self) -> int:
         return len(self.files)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the files' names, each with its folder's, and their labels."""
+        names = "\0".join(f"{file.parent.name}/{file.name}" for file in self.files)
+        return fingerprint(names.encode(errors="surrogateescape"), self.labels.tobytes())
 
     def load(self, index: int) -> tuple[NDArray[np.float32], int]:
         return self._decode(self.files[index], _CENTRE), int(self.labels[index])

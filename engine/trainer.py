@@ -6,6 +6,7 @@ import math
 from fractions import Fraction
 
 from data import Dataset, build_datasets
+from engine.agreement import check_agreement, facts_of
 from engine.assemble import assemble, grid_of
 from engine.config import MAX_COUNT, Config
 from engine.device import choose_device, memory_share, prepare_cpu, set_matmul
@@ -23,7 +24,7 @@ from engine.schedules import check_schedule
 from engine.step import Stepper
 from model.kernels import Kernels
 from parallel import process_group
-from parallel.grid import GridShape
+from parallel.grid import GridShape, world_axis
 from parallel.process_group import World
 
 
@@ -47,6 +48,7 @@ def pretrain(config: Config, world: World) -> None:
     objective = make_objective(config)
 
     process_group.start(world, device, config.parallel.timeout)
+    check_agreement(facts_of(config, device, train_set, eval_set), world_axis(world))
     grid = grid_of(config, world, device)
     run = RunDir(run_dir, grid.world)
     assembly = assemble(config, grid, device, objective, device_memory=memory_share(device, world))

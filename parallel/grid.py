@@ -192,6 +192,12 @@ def make_grid(
     return grid
 
 
+def world_axis(world: World) -> Axis:
+    """All ranks, before they have agreed on a grid. After `process_group.start`."""
+    group = dist.group.WORLD if world.size > 1 else None
+    return Axis(name="world", ranks=tuple(range(world.size)), index=world.rank, group=group)
+
+
 def planned_grid(shape: GridShape, rank: int) -> Grid:
     """The grid as `rank` would see it, without any process group, for planning memory: nothing is sent."""
     return Grid(shape=shape, rank=rank, planned=True)

@@ -38,6 +38,18 @@ def test_folds_are_disjoint_and_cover_everything(folder: Path) -> None:
     assert len(torch.unique(images.flatten(1), dim=0)) == 18
 
 
+def test_a_fingerprint_tells_other_files_and_labels_but_not_other_places(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "elsewhere")
+    expected = [part.fingerprint for part in build(folder)]
+    assert [part.fingerprint for part in build(tmp_path / "elsewhere")] == expected and len(set(expected)) == 2
+    assert build(folder, fold=1)[0].fingerprint != expected[0]
+    train = build(folder, val_path=folder)[0].fingerprint
+    (folder / "ant" / "0.png").rename(folder / "ant" / "0.bmp")
+    assert build(folder, val_path=folder)[0].fingerprint != train
+    (folder / "ant" / "0.bmp").rename(folder / "bee" / "0.bmp")
+    assert build(folder, val_path=folder)[0].fingerprint != train
+
+
 def test_evaluation_resizes_the_shorter_side_and_crops_the_centre(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, size=(16, 48, 3), dtype=np.uint8)
     (tmp_path / "a").mkdir()
