@@ -20,7 +20,6 @@ from pathlib import Path
 from engine.errors import EXIT_DIVERGED, EXIT_DONE, EXIT_FAULT, EXIT_USAGE, ConfigError, DivergedError, OutputError
 from parallel import parent, process_group
 from parallel.comm import PeerLostError
-from parallel.comm import PeerLostError
 from parallel.process_group import World, read_world
 
 # What a rank that lost contact waits for the cause to be told: by the rank that failed, or by the launcher, which ends

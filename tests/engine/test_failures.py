@@ -212,15 +212,11 @@ def planted(folder: Path, what: str) -> Path:
     """pretrain_vit.py in which rank 1 meets with `what` at its fourth step; the time is noted in the file `when`."""
     script = folder / "planted.py"
     script.write_text(f"""
-<<<<<<< HEAD
 from parallel import parent
 
 parent.end_with_launcher()
 
-import os, pathlib, signal, sys, time
-=======
 import multiprocessing, os, pathlib, signal, sys, time
->>>>>>> 3cdd1b6 (A data worker that is killed is an error of its own, where its batch is waited for)
 import pretrain_vit
 from engine.launch import run_rank
 from engine.step import Stepper
