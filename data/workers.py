@@ -32,7 +32,11 @@ def read_ahead(loader: DataLoader[Tensor]) -> Iterator[Tensor]:
     try:
         yield from batches
     except Exception:  # of many types: a reset connection, a broken pickle, torch's own
-        wait([worker.sentinel for worker in workers], timeout=2)  # its connections are closed before it has ended
+        # One that ends closes its connections first, then its sentinel, and only then can be asked for its exit code.
+        ending = wait([worker.sentinel for worker in workers], timeout=2)
+        for worker in workers:
+            if worker.sentinel in ending:
+                worker.join()
         ended = [worker for worker in workers if worker.exitcode]
         if not ended:
             raise
