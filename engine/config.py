@@ -405,6 +405,33 @@ class Config:
             )
         return micro
 
+    def without_effect(self, shape: GridShape, device_type: str) -> list[str]:
+        """Keys of a resolved configuration that are set and do nothing in this run, each with the reason.
+
+        They are told, not refused: the same configuration may serve other ranks and devices. What does nothing in any
+        run is refused.
+        """
+        p, found = self.parallel, []
+        if shape.pipeline == 1 and p.schedule != ParallelConfig.schedule:
+            found.append(f"parallel.schedule {p.schedule}: there is one pipeline stage")
+        if shape.tensor == 1 and not p.sequence_parallel:
+            found.append("parallel.sequence_parallel false: there is one tensor rank")
+        if shape.data * shape.context == 1:
+            keys = ("zero_stage", "reduce_gradients", "reshard_after_forward", "gather_memory")
+            told = [key for key in keys if getattr(p, key) != getattr(ParallelConfig, key)]
+            found += [f"parallel.{key} {getattr(p, key)}: no other rank has a copy to share with" for key in told]
+        if device_type == "cuda":
+            if self.precision.cpu_matmul != PrecisionConfig.cpu_matmul:
+                found.append(f"precision.cpu_matmul {self.precision.cpu_matmul}: products are the GPU's")
+            if not p.shared_memory:
+                found.append("parallel.shared_memory false: collectives are NCCL's")
+        elif shape.world_size == 1 and not p.shared_memory:
+            found.append("parallel.shared_memory false: there is one rank")
+        o = self.optimizer
+        if o.decay_by == "schedule" and not (o.weight_decay or o.head_weight_decay):
+            found.append("optimizer.decay_by schedule: nothing decays")
+        return found
+
     def num_micro_batches(self, shape: GridShape) -> int:
         """Micro-batches per step on each data-parallel rank, of a resolved configuration."""
         assert self.train.micro_batch_size is not None

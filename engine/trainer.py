@@ -58,7 +58,7 @@ def pretrain(config: Config, world: World) -> None:
     writer = None
     if world.rank == 0:
         writer = _begin(run, config, steps, grid.shape, config.to_yaml(given))
-        for line in report:
+        for line in report + [f"no effect: {what}" for what in config.without_effect(grid.shape, device.type)]:
             writer.say(line)
     traced = config.log.profile_steps
     profiler = StepProfiler(traced, run_dir / "profile", world.rank) if traced else None

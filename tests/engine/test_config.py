@@ -264,3 +264,21 @@ def test_shapes_and_kinds_of_attention_read_back_the_same(
 def test_a_preset_needs_nothing_else() -> None:
     config = Config(model=ModelConfig(preset="vit_b16"), train=TrainConfig(steps=1)).resolve(1)
     assert (config.model.width, config.model.depth, config.model.num_heads) == (768, 12, 12)
+
+
+def test_keys_that_do_nothing_in_this_run_are_told() -> None:
+    alone = ParallelConfig(
+        schedule="gpipe", sequence_parallel=False, zero_stage=3, gather_memory=4.0, shared_memory=False
+    )
+    config = small(parallel=alone, precision=PrecisionConfig(cpu_matmul="mkl")).resolve(1)
+
+    def told(device: str) -> list[str]:
+        return [line.split()[0] for line in config.without_effect(config.grid_shape(1), device)]
+
+    parallel = [f"parallel.{key}" for key in ("schedule", "sequence_parallel", "zero_stage", "gather_memory")]
+    assert told("cpu") == [*parallel, "parallel.shared_memory"]
+    assert told("cuda") == [*parallel, "precision.cpu_matmul", "parallel.shared_memory"]
+    shared = replace(alone, tensor_parallel_size=2, pipeline_parallel_size=2)
+    eight = replace(config, parallel=shared, train=TrainConfig(steps=1, global_batch_size=8)).resolve(8)
+    assert eight.without_effect(eight.grid_shape(8), "cpu") == []
+    assert small().resolve(1).without_effect(small().grid_shape(1), "cpu") == []
