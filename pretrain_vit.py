@@ -13,9 +13,9 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     parent.end_with_launcher()
     parent.end_by_interrupt()
 
-from engine.cli import parse
-from engine.launch import run_rank
-from engine.trainer import pretrain
+from engine.config.cli import parse
+from engine.run.launch import run_rank
+from engine.run.trainer import pretrain
 from parallel.process_group import World
 
 

@@ -14,12 +14,12 @@ from torch import nn
 from data import Batch
 from engine.config import Config, PrecisionConfig
 from engine.device import memory_bytes
-from engine.ema import WeightAverage
 from engine.errors import ConfigError
 from engine.objectives import Objective, make_objective
 from engine.optimizers import Optimizer, make_optimizer
-from engine.precision import precision_of
-from engine.scaler import LossScaler
+from engine.optimizers.ema import WeightAverage
+from engine.precision.precision import precision_of
+from engine.precision.scaler import LossScaler
 from model import Build, LayerSpec, MicroBatch, Precision, Stage
 from model.kernels import Kernels
 from parallel import comm

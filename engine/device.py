@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from engine.config import PrecisionConfig
 from engine.errors import ConfigError
+from engine.precision.config import PrecisionConfig
 from model.kernels import tune_allocator
 from parallel.process_group import World
 

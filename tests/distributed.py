@@ -23,7 +23,7 @@ from parallel import process_group
 from parallel.process_group import World
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "engine.trainer", "tests.warm"])
+_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "engine.run.trainer", "tests.warm"])
 
 RankFunction = Callable[..., Any]
 

@@ -13,8 +13,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-from engine.cli import parse
 from engine.config import Config
+from engine.config.cli import parse
 from engine.errors import EXIT_USAGE, ConfigError
 from engine.plan import MemoryPlan, plan_memory
 from tools.benchmark.table import Row, show

@@ -1,9 +1,9 @@
 """Optimizers over flat shards of the parameters. State is sharded as the fragments are that they are given."""
 
-from engine.config import OptimizerConfig
 from engine.optimizers.adafactor import Adafactor
 from engine.optimizers.adamw import AdamW
 from engine.optimizers.base import Constants, GroupOptions, Optimizer
+from engine.optimizers.config import OptimizerConfig
 from engine.optimizers.lamb import Lamb
 from engine.optimizers.muon import Muon
 from model.kernels import Kernels

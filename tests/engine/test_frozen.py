@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from engine.assemble import assemble, grid_of
 from engine.config import OptimizerConfig, TrainConfig
 from engine.objectives import Supervised
-from engine.step import Stepper
+from engine.run.step import Stepper
 from model import Build
 from parallel.config import ParallelConfig
 from parallel.process_group import World
 from tests.distributed import run_ranks
+from tests.engine.precision.test_scaled import batches_of
 from tests.engine.small import small
-from tests.engine.test_scaled import batches_of
 
 FIRST, LAST = ("embed", "blocks.0", "blocks.1"), ("blocks.2", "blocks.3", "head")
 LAYOUTS: dict[str, dict[str, Any]] = {

@@ -11,7 +11,7 @@ import torch
 from data import TrainStream, build_datasets
 from engine.assemble import assemble
 from engine.device import choose_device
-from engine.step import Stepper
+from engine.run.step import Stepper
 from parallel.grid import make_grid
 from parallel.process_group import World
 from tests.parity.cases import MODELS, Case

@@ -12,12 +12,12 @@ import torch
 
 from engine.assemble import Assembly, assemble, grid_of
 from engine.plan import LiveBytes, plan_memory, states
-from engine.report import startup_report
-from engine.step import Stepper
+from engine.run.report import startup_report
+from engine.run.step import Stepper
 from parallel.process_group import World
 from tests.distributed import run_ranks
+from tests.engine.precision.test_scaled import batches_of
 from tests.engine.test_plan import MEMORY, config_of
-from tests.engine.test_scaled import batches_of
 from tests.parity.cases import by_stages
 
 CPU = torch.device("cpu")

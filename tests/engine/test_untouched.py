@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from engine.assemble import assemble, grid_of
+from engine.checkpoint.states import state_pieces
 from engine.config import OptimizerConfig, PrecisionConfig, TrainConfig
-from engine.finite import check_finite
-from engine.states import state_pieces
-from engine.step import Stepper, StepResult
+from engine.run.finite import check_finite
+from engine.run.step import Stepper, StepResult
 from parallel.config import ParallelConfig
 from parallel.process_group import World
 from tests.distributed import run_ranks
+from tests.engine.precision.test_scaled import batches_of
 from tests.engine.small import small
-from tests.engine.test_scaled import batches_of
 
 STEPS = 4  # more than the history is long
 

@@ -17,8 +17,8 @@ from data import Dataset, EvalStream, TrainStream, build_datasets
 from data.datasets import ArrayDataset
 from engine.assemble import Assembly, assemble
 from engine.config import Config
-from engine.schedules import factor
-from engine.step import Stepper
+from engine.optimizers.schedules import factor
+from engine.run.step import Stepper
 from model import ModelConfig
 from parallel import comm
 from parallel.grid import make_grid

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.schedules import factor
-from engine.step import Stepper
+from engine.optimizers.schedules import factor
+from engine.run.step import Stepper
 from parallel.layout import info_of
 from parallel.process_group import World
 from tests.distributed import run_ranks

@@ -12,7 +12,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     parent.end_with_launcher()
     parent.end_by_interrupt()
 
-from engine.launch import run_rank
+from engine.run.launch import run_rank
 from parallel.process_group import World
 
 BENCHMARKS = {

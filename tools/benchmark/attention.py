@@ -23,7 +23,7 @@ from torch import Tensor
 
 from engine.assemble import assemble
 from engine.config import Config
-from engine.step import Stepper
+from engine.run.step import Stepper
 from model import Build, MicroBatch, ModelConfig, StageConfig, VisionTransformer, build_layers
 from model.attention import Attention
 from model.kernels import tune_allocator

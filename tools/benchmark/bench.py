@@ -13,10 +13,10 @@ import torch
 
 from data import Batch, DataConfig, TrainStream, build_datasets
 from engine.assemble import Assembly, assemble, grid_of
-from engine.cli import parse
 from engine.config import Config
+from engine.config.cli import parse
 from engine.device import choose_device, prepare_cpu, set_matmul, synchronise
-from engine.precision import DTYPES
+from engine.precision.precision import DTYPES
 from parallel import process_group
 from parallel.process_group import World
 from parallel.tensor.products import linear

@@ -7,7 +7,7 @@ import torch
 from data import Batch
 from engine.assemble import assemble, grid_of
 from engine.device import choose_device, prepare_cpu, set_matmul
-from engine.step import Stepper
+from engine.run.step import Stepper
 from parallel import process_group
 from parallel.process_group import read_world
 from tools.benchmark.bench import read_config
@@ -15,7 +15,7 @@ from tools.benchmark.peer_programs import Step, Task
 
 
 def vitruvius(task: Task) -> Step:
-    """What engine.trainer sets up, fed with the images that the others get."""
+    """What engine.run.trainer sets up, fed with the images that the others get."""
     world = read_world()
     config = read_config([*task.flags, "--precision.dtype", task.dtype]).resolve(world.size)
     device = choose_device("cpu", world)

@@ -35,7 +35,7 @@ from data import Batch
 from engine.assemble import Assembly, assemble
 from engine.device import set_matmul
 from engine.errors import ConfigError
-from engine.step import Stepper
+from engine.run.step import Stepper
 from parallel import comm
 from parallel.process_group import World
 from tools.benchmark.bench import Bench, read_config, seconds, started

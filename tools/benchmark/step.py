@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from engine.device import peak_memory_bytes, peak_tflops
-from engine.step import Stepper
+from engine.run.step import Stepper
 from model import training_flops
 from parallel import comm
 from parallel.process_group import World

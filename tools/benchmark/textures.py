@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from engine.cli import parse
+from engine.config.cli import parse
 from model import MicroBatch, VisionTransformer
 from parallel.process_group import World
 from tools.benchmark.attention import kept_bytes

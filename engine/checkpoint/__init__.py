@@ -1,0 +1,1 @@
+"""The state of a run as pieces of logical tensors: what saving and loading work on."""

@@ -1,0 +1,247 @@
+"""The whole configuration as frozen dataclasses: every key of the YAML file and every dotted flag is a field here.
+
+`resolve` fills in what follows from other keys and refuses what cannot be, before any process group is made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+import yaml
+
+from data import DataConfig
+from engine.config.limits import check_numbers, divisors
+from engine.errors import ConfigError
+from engine.optimizers.config import OptimizerConfig, ScheduleConfig
+from engine.precision.config import PrecisionConfig
+from model import ModelConfig, check_parallel
+from parallel.config import ParallelConfig
+from parallel.grid import GridShape, shape_for_world
+
+MAX_COUNT = 10**9
+"""Steps of a run and images of a step: more than any run has, and images drawn in all still have 64-bit numbers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long, on how many images at a time, towards what."""
+
+    global_batch_size: int = 128
+    """Images per optimizer step, over all ranks."""
+
+    micro_batch_size: int | None = None
+    """Images that pass through the model at once on one data-parallel rank; null: one micro-batch per pipeline
+    stage.
+    """
+
+    steps: int | None = None
+    """Optimizer steps; give this or epochs, of which flags displace a file's."""
+
+    epochs: float | None = None
+    """Passes over the training set; give this or steps, of which flags displace a file's."""
+
+    seed: int = 0
+    """Decides initial weights, data order, augmentation and drop-path, the same in every layout."""
+
+    eval_interval: int = 0
+    """Steps between evaluations on the held-out images; 0: only after the last step."""
+
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    """Cross entropy over classes, or the sum of one binary cross entropy per class (ViT-22B)."""
+
+    max_bad_steps: int = 5
+    """Steps in a row with a NaN or Inf loss or gradient, each skipped, after which the run ends with exit code 4."""
+
+    def __post_init__(self) -> None:
+        for name in ("global_batch_size", "micro_batch_size", "steps", "epochs", "max_bad_steps"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"train.{name} is {value}: it must be positive")
+            if value is not None and value > MAX_COUNT:
+                raise ValueError(f"train.{name} is {value}: it must be at most {MAX_COUNT}")
+        if self.seed < 0:
+            raise ValueError(f"train.seed is {self.seed}: it must be 0 or more")
+        if self.eval_interval < 0:
+            raise ValueError(f"train.eval_interval is {self.eval_interval}: it must be 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What is reported, how often."""
+
+    interval: int = 10
+    """Steps between lines of metrics.jsonl and the console."""
+
+    tensorboard: bool = True
+    """Whether TensorBoard events are written."""
+
+    profile_steps: tuple[int, int] | None = None
+    """First and last step to record with torch's profiler, one trace per rank in run_dir/profile; null: none."""
+
+    def __post_init__(self) -> None:
+        if self.profile_steps is not None and not 1 <= self.profile_steps[0] <= self.profile_steps[1]:
+            raise ValueError(
+                f"log.profile_steps is {list(self.profile_steps)}: give the first and last step, from 1 on"
+            )
+        if self.interval < 1:
+            raise ValueError(f"log.interval is {self.interval}: it must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One training run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """What the model is"""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Where images come from"""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How the ranks are arranged"""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """How long, on how many images at a time, towards what"""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """How parameters are updated"""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """The learning rate over the steps"""
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    """Number formats"""
+    log: LogConfig = field(default_factory=LogConfig)
+    """What is reported, how often"""
+
+    objective: Literal["supervised"] = "supervised"
+    """What is trained towards: the classes of labelled images."""
+
+    run_dir: str | None = None
+    """Folder for config.yaml, metrics.jsonl and TensorBoard events; made if missing."""
+
+    kernels: Literal["auto", "native", "reference", "apex"] = "auto"
+    """Plain PyTorch, compiled kernels, or (auto) compiled where they can run; apex: auto, but NVIDIA apex's LayerNorm
+    and AdamW, on CUDA; see docs/kernels.md."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA with NCCL where there is a GPU, else the CPU with gloo."""
+
+    def __post_init__(self) -> None:
+        check_numbers(asdict(self))
+
+    def grid_shape(self, world_size: int) -> GridShape:
+        """The grid that this configuration makes of `world_size` ranks. Raises ConfigError if it cannot."""
+        try:
+            return shape_for_world(
+                world_size,
+                tensor=self.parallel.tensor_parallel_size,
+                pipeline=self.parallel.pipeline_parallel_size,
+                context=self.parallel.context_parallel_size,
+            )
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+    def resolve(self, world_size: int) -> Config:
+        """Every key filled in, for a world of this size.
+
+        Raises:
+            ConfigError: values that cannot be, alone or together or on this many ranks.
+        """
+        shape = self.grid_shape(world_size)
+        try:
+            model = self.model.resolve()
+            check_parallel(model, shape.tensor, shape.context)
+            self.precision.check_depth(model.sizes.depth)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        if model.head_bias is None:
+            model = replace(model, head_bias=-10.0 if self.train.loss == "sigmoid" else 0.0)
+        _check_stages(model, shape)
+        if (self.train.steps is None) == (self.train.epochs is None):
+            given = "neither is" if self.train.steps is None else "both are"
+            raise ConfigError(f"give either train.steps or train.epochs: {given} set")
+        if self.parallel.gradient_dtype == "weights" and self.precision.dtype == "fp32":
+            raise ConfigError(
+                "parallel.gradient_dtype weights has no effect with precision.dtype fp32: leave it out, or use bf16 or "
+                "fp16"
+            )
+        train = replace(self.train, micro_batch_size=self._micro_batch_size(shape))
+        return replace(self, model=model, train=train, optimizer=self.optimizer.resolve())
+
+    def _micro_batch_size(self, shape: GridShape) -> int:
+        batch, given = self.train.global_batch_size, self.train.micro_batch_size
+        per_rank, rest = divmod(batch, shape.data)
+        if given is None and not rest and per_rank % shape.pipeline == 0:
+            return per_rank // shape.pipeline
+        micro = given or 1
+        if rest or per_rank % micro or given is None:
+            unit = shape.data * (given or shape.pipeline)
+            near = [n for n in (batch // unit * unit, (batch // unit + 1) * unit) if n]
+            pieces = f"micro-batches of {given}" if given else f"{shape.pipeline} micro-batches, one per pipeline stage"
+            fits = [] if rest else divisors(per_rank)
+            cure = f", or a train.micro_batch_size among {', '.join(map(str, fits))}" if fits else ""
+            raise ConfigError(
+                f"train.global_batch_size {batch} cannot be dealt to {shape.data} data-parallel ranks in {pieces}: "
+                f"use a global batch of {' or '.join(map(str, near))}{cure}"
+            )
+        return micro
+
+    def without_effect(self, shape: GridShape, device_type: str) -> list[str]:
+        """Keys of a resolved configuration that are set and do nothing in this run, each with the reason.
+
+        They are told, not refused: the same configuration may serve other ranks and devices. What does nothing in any
+        run is refused.
+        """
+        p, found = self.parallel, []
+        if shape.pipeline == 1 and p.schedule != ParallelConfig.schedule:
+            found.append(f"parallel.schedule {p.schedule}: there is one pipeline stage")
+        if shape.tensor == 1 and not p.sequence_parallel:
+            found.append("parallel.sequence_parallel false: there is one tensor rank")
+        if shape.data * shape.context == 1:
+            keys = ("zero_stage", "reduce_gradients", "reshard_after_forward", "gather_memory")
+            told = [key for key in keys if getattr(p, key) != getattr(ParallelConfig, key)]
+            found += [f"parallel.{key} {getattr(p, key)}: no other rank has a copy to share with" for key in told]
+        if device_type == "cuda":
+            if self.precision.cpu_matmul != PrecisionConfig.cpu_matmul:
+                found.append(f"precision.cpu_matmul {self.precision.cpu_matmul}: products are the GPU's")
+            if not p.shared_memory:
+                found.append("parallel.shared_memory false: collectives are NCCL's")
+        elif shape.world_size == 1 and not p.shared_memory:
+            found.append("parallel.shared_memory false: there is one rank")
+        o = self.optimizer
+        if o.decay_by == "schedule" and not (o.weight_decay or o.head_weight_decay):
+            found.append("optimizer.decay_by schedule: nothing decays")
+        return found
+
+    def num_micro_batches(self, shape: GridShape) -> int:
+        """Micro-batches per step on each data-parallel rank, of a resolved configuration."""
+        assert self.train.micro_batch_size is not None
+        return self.train.global_batch_size // (self.train.micro_batch_size * shape.data)
+
+    def to_yaml(self, given: Config | None = None) -> str:
+        """As a YAML file that can be given as --config.
+
+        With the configuration as it was given before it was resolved, a micro-batch that was left open stays open, as
+        it follows from the number of ranks: the file serves another number, too, and a comment tells what it was.
+        """
+        text = yaml.safe_dump(_plain(asdict(self)), sort_keys=False)
+        if given is None or given.train.micro_batch_size is not None:
+            return text
+        line = f"\n  micro_batch_size: {self.train.micro_batch_size}\n"
+        assert text.count(line) == 1
+        return text.replace(line, f"\n  micro_batch_size: null  # here {self.train.micro_batch_size}\n")
+
+
+def _check_stages(model: ModelConfig, shape: GridShape) -> None:
+    """Raise ConfigError where the list of layers is shorter than the pipeline."""
+    layers = model.sizes.depth + len(model.sizes.stages) + 1
+    count = len(model.sizes.stages) - 1
+    merges = f"{count} patch merge{'s' * (count > 1)}, " if count else ""
+    if shape.pipeline > layers:
+        raise ConfigError(
+            f"parallel.pipeline_parallel_size {shape.pipeline} is more than the {layers} layers of the model "
+            f"(embedding, {model.sizes.depth} blocks, {merges}head): use at most {layers} stages, or a deeper model"
+        )
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, which is what YAML has."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, tuple | list) else value

@@ -1,0 +1,60 @@
+"""From the `precision` group to formats by layer, and whether this device can compute in them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from engine.errors import ConfigError
+from engine.precision.config import PrecisionConfig
+from model import LayerSpec, Precision
+from model.kernels import Kernels
+from parallel.fp8 import choose_backend, fp8_obstacle
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
+_SINCE = {"bf16": (8, 0), "fp16": (5, 3)}  # compute capability with fast products
+
+
+def precision_of(config: PrecisionConfig, layers: Sequence[LayerSpec]) -> Precision:
+    """What each layer of the model computes in."""
+    blocks = [layer.name for layer in layers if layer.name.startswith("blocks.")]
+    edge = {*blocks[: config.high_first_blocks], *blocks[len(blocks) - config.high_last_blocks :]}
+    outer = {name for name in ("embed", "head") if name in config.high_layers}
+    fp8 = config.dtype == "fp8"
+    return Precision(
+        dtype=DTYPES[config.dtype],
+        high=frozenset(outer if fp8 else outer | edge),
+        norms_in_fp32="norms" in config.high_layers,
+        fp8=frozenset(set(blocks) - edge if fp8 else ()),
+    )
+
+
+def check_kernels(kernels: Kernels, device: torch.device) -> None:
+    """Raise ConfigError where kernels are asked for that this device cannot run."""
+    try:
+        kernels.check(device)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def check_precision(config: PrecisionConfig, device: torch.device) -> None:
+    """Raise ConfigError where the device cannot compute in this format."""
+    wanted = config.dtype
+    if wanted == "fp8":
+        if problem := fp8_obstacle(device):
+            raise ConfigError(f"precision.dtype is fp8: {problem}")
+        try:
+            choose_backend(config.fp8_backend, device)
+        except ValueError as error:
+            raise ConfigError(f"precision.{error}") from error
+        return
+    if device.type != "cuda" or wanted == "fp32":
+        return
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _SINCE[wanted]:
+        able = [name for name, since in _SINCE.items() if capability >= since]
+        raise ConfigError(
+            f"precision.dtype is {wanted}, which {torch.cuda.get_device_name(device)} (compute capability "
+            f"{capability[0]}.{capability[1]}) does not have: use {' or '.join([*able, 'fp32'])}"
+        )

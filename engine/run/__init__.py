@@ -1,0 +1,1 @@
+"""The run: set-up, loop, step, what it writes and how it ends."""

@@ -1,0 +1,61 @@
+"""Where a run comes from: the version and commit of this code, the ranks, the command."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from parallel.grid import GridShape
+
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+def provenance(shape: GridShape) -> dict[str, str]:
+    """What `config.yaml` cannot say in keys, for the comments at its head."""
+    axes = f"pipeline {shape.pipeline} x data {shape.data} x context {shape.context} x tensor {shape.tensor}"
+    return {
+        "version": version(),
+        "commit": commit(),
+        "ranks": f"{shape.world_size} = {axes}",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "host": socket.gethostname(),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "command": shlex.join(sys.argv).replace("\n", " "),
+    }
+
+
+def version() -> str:
+    """Of Vitruvius, as installed."""
+    try:
+        return metadata.version("vitruvius")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+@cache
+def commit() -> str:
+    """Of the code that runs, and whether it was changed since; "unknown" where it is no checkout of its own."""
+    found = _git("rev-parse", "--show-toplevel", "HEAD")
+    if found is None or len(lines := found.splitlines()) != 2 or Path(lines[0]).resolve() != _ROOT:
+        return "unknown"
+    changes = _git("status", "--porcelain", "--untracked-files=no")
+    return lines[1] + (" with local changes" if changes else "")
+
+
+def _git(*arguments: str) -> str | None:
+    command = ["git", "-C", str(_ROOT), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout

@@ -1,0 +1,189 @@
+"""One training step and one evaluation, the same in every layout."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cache
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data import Batch
+from engine.assemble import Assembly
+from engine.run.diagnose import LossFunction, first_culprit, watch
+from model import MicroBatch
+from parallel import comm
+from parallel.pipeline import forward_only, insert_communication
+from parallel.pipeline.execution import PipelineExecutor
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did, the same on every rank.
+
+    Attributes:
+        loss: mean over the global batch. grad_norm: global, before clipping.
+        skipped: whether nothing was updated because loss or gradient was not finite.
+        loss_scale: that this step was taken with.
+        bad: skipped for a reason that a smaller loss scale does not cure. culprit: what was not finite first, if bad.
+    """
+
+    loss: float
+    grad_norm: float
+    skipped: bool
+    loss_scale: float = 1.0
+    bad: bool = False
+    culprit: str | None = None
+
+
+class _OnDevice(Sequence[MicroBatch]):
+    """Micro-batches, each moved to the device when its forward comes: a step's images may be gigabytes."""
+
+    def __init__(self, assembly: Assembly, batches: Sequence[Batch]) -> None:
+        self._assembly, self._batches = assembly, batches
+        self._moved: tuple[int, MicroBatch] | None = None
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, m: Any) -> Any:
+        if self._moved is None or self._moved[0] != m:
+            self._moved = m, self._assembly.to_device(self._batches[m], training=True)
+        return self._moved[1]
+
+
+class Stepper:
+    """Runs training steps and evaluations on what `assemble` built."""
+
+    def __init__(self, assembly: Assembly) -> None:
+        self.assembly = assembly
+        self._train = assembly.executor(assembly.schedule)
+        self._eval = cache(self._eval_executor)
+
+    def train_step(self, batches: Sequence[Batch], lr: float, lr_factor: float = 1.0) -> StepResult:
+        """Forward and backward of every micro-batch, reduction, unscaling and check, clipping, update.
+
+        Args:
+            batches: this data rank's micro-batches. lr: learning rate of this step. lr_factor: the schedule's part of
+            it, for decay that does not depend on the peak rate.
+        """
+        a = self.assembly
+        scale = a.scaler.scale if a.scaler else 1.0
+        loss, norm = self._forward_backward(_OnDevice(a, batches), self._loss_share)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            return self._skip(batches, loss, norm)
+        o = a.config.optimizer
+        self._finish_precision(overflow=False)
+        factor = clip_factor(norm, o.clip_grad) / scale
+        a.optimizer.update(
+            lr=lr, grad_factor=factor, decay_factor=lr_factor if o.decay_by == "schedule" else None
+        )  # fmt: skip
+        a.store.updated()
+        if a.average is not None:
+            a.average.update()
+        return StepResult(loss, norm, skipped=False, loss_scale=scale)
+
+    def _forward_backward(self, micro_batches: Sequence[MicroBatch], loss: LossFunction) -> tuple[float, float]:
+        """(loss, gradient norm) of the whole step, both unscaled; the sums of the gradients are left in the store."""
+        gradients = self.assembly.store.gradients
+        gradients.start(len(micro_batches))
+        losses = self._train.run(micro_batches, loss)
+        gradients.finish()
+        return self._global_loss_and_norm(losses)
+
+    def _skip(self, batches: Sequence[Batch], loss: float, norm: float) -> StepResult:
+        """Change nothing but the loss scale; if that cannot be what is wrong, find out what is."""
+        a = self.assembly
+        scale, bad = (1.0, True) if a.scaler is None else (a.scaler.scale, a.scaler.at_minimum)
+        culprit = self._diagnose(batches) if bad else None
+        self._finish_precision(overflow=True)
+        return StepResult(loss, norm, skipped=True, loss_scale=scale, bad=bad, culprit=culprit)
+
+    def _diagnose(self, batches: Sequence[Batch]) -> str:
+        """What was not finite first, found by running the step's micro-batches again. Collective."""
+        a = self.assembly
+        unrecorded = a.fp8.unrecorded() if a.fp8 is not None else nullcontext()
+        with unrecorded, watch(a.stages.values(), a.layers, a.grid.data.index) as watching:
+            self._forward_backward(watching.batches(_OnDevice(a, batches)), watching.loss(self._loss_share))
+        culprit = first_culprit(watching.found, a.grid.world)
+        return culprit.describe() if culprit else "the sum of the gradients, each of them finite"
+
+    def _finish_precision(self, overflow: bool) -> None:
+        """Let loss scale and fp8 scales follow what this step has shown. Collective."""
+        a = self.assembly
+        if a.scaler is not None:
+            a.scaler.update(overflow)
+        if a.fp8 is not None:
+            a.fp8.finish_step(a.store.axis)
+
+    def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """The objective's figures over all batches of all data ranks; images of weight 0 do not count."""
+        a = self.assembly
+        total = torch.zeros(len(a.objective.counted), dtype=torch.float64, device=a.device)
+        stream = iter(batches)
+        while group := list(islice(stream, 4 * a.grid.pipeline.size)):  # few at a time: bounded memory
+            micro_batches = [a.to_device(batch, training=False) for batch in group]
+            for counts in self._eval(len(group)).run(micro_batches, self._counts):
+                total += counts
+        if not self._reports or a.grid.context.index:
+            total.zero_()
+        return a.objective.figures(comm.all_reduce(total, a.grid.world).tolist())
+
+    def evaluate_average(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """The same with the moving average of the weights, which must be kept (`optimizer.ema_decay`)."""
+        a = self.assembly
+        assert a.average is not None
+        with a.average.applied():
+            self._forget_rounded()
+            result = self.evaluate(batches)
+        self._forget_rounded()
+        return result
+
+    def _forget_rounded(self) -> None:
+        """The weights are others now: no copy in 8 bits holds."""
+        if self.assembly.fp8 is not None:
+            self.assembly.fp8.forget_weights()
+
+    def _eval_executor(self, num_micro_batches: int) -> PipelineExecutor:
+        a = self.assembly
+        order = forward_only(a.grid.pipeline.size, num_micro_batches, stage_to_rank=a.placement.ranks)
+        return a.executor(insert_communication(order))
+
+    @property
+    def _reports(self) -> bool:
+        """Whether this rank's losses count: one tensor rank; each context rank has its share of the loss."""
+        a = self.assembly
+        return a.holds_loss and a.grid.tensor.index == 0
+
+    def _loss_share(self, outputs: tuple[Tensor, ...], batch: MicroBatch) -> Tensor:
+        """The micro-batch's share of the loss, times the loss scale."""
+        a = self.assembly
+        return a.objective.loss_share(outputs, batch, a.grid, a.scaler.scale if a.scaler else 1.0)
+
+    def _counts(self, outputs: tuple[Tensor, ...], batch: MicroBatch) -> Tensor:
+        return self.assembly.objective.counts(outputs, batch, self.assembly.grid)
+
+    def _global_loss_and_norm(self, losses: Sequence[Tensor]) -> tuple[float, float]:
+        """(mean loss over the global batch, global gradient norm), in one small all-reduce over the world.
+
+        The norm counts each logical gradient element once: on the rank whose shard it is in, and of copies over tensor
+        ranks on the first.
+        """
+        a = self.assembly
+        stats = torch.zeros(2, dtype=torch.float64, device=a.device)
+        if self._reports:
+            stats[0] = torch.stack(list(losses)).sum(dtype=torch.float64)
+        stats[1] = a.store.gradients.squared_norm()
+        loss, squared = comm.all_reduce(stats, a.grid.world).tolist()
+        scale = a.scaler.scale if a.scaler else 1.0
+        return loss / scale, math.sqrt(squared) / scale
+
+
+def clip_factor(norm: float, limit: float) -> float:
+    """What gradients of global norm `norm` are multiplied by so that it is at most `limit` (0: no limit)."""
+    return min(1.0, limit / (norm + 1e-6)) if limit else 1.0
