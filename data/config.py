@@ -8,6 +8,10 @@ from typing import Any, Literal
 FOLDS = 5
 """Sets without a held-out part of their own are dealt into this many stratified folds, and one of them is held out."""
 
+# Far beyond what is of use, and short of what no machine holds.
+_MOST_WORKERS, _MOST_IMAGES = 1024, 10_000_000
+_LARGEST_PIXEL = 1e6  # means and deviations are meant for pixels in 0..1
+
 # Options that have an effect for some kinds only.
 _ONLY_FOR = {
     "path": ("image_folder",),
@@ -31,7 +35,7 @@ class DataConfig:
     crops of the photographs in scikit-image."""
 
     path: str | None = None
-    """Folder with one sub-folder of images per class (image_folder only)."""
+    """Folder with one sub-folder of images, at any depth, per class (image_folder only)."""
 
     val_path: str | None = None
     """Held-out images, the same classes as in path; absent: a stratified fifth of path is held out."""
@@ -74,17 +78,17 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         self._check_kind()
-        self._check("workers", self.workers >= 0, "0 or more")
+        self._check("workers", 0 <= self.workers <= _MOST_WORKERS, f"from 0 to {_MOST_WORKERS}")
         self._check("fold", 0 <= self.fold < FOLDS, f"from 0 to {FOLDS - 1}")
-        self._check("size", self.size >= 1, "1 or more")
-        self._check("crops_per_class", self.crops_per_class >= 1, "1 or more")
-        self._check("mean", len(self.mean) > 0, "one number, or one per channel")
-        self._check("std", len(self.std) > 0 and all(s > 0 for s in self.std), "one number above 0, or one per channel")
+        self._check("size", 1 <= self.size <= _MOST_IMAGES, f"from 1 to {_MOST_IMAGES}")
+        self._check("crops_per_class", 1 <= self.crops_per_class <= _MOST_IMAGES, f"from 1 to {_MOST_IMAGES}")
+        self._check_numbers("mean", -_LARGEST_PIXEL, _LARGEST_PIXEL)
+        self._check_numbers("std", 1 / _LARGEST_PIXEL, _LARGEST_PIXEL)
         self._check("rotate", 0 <= self.rotate <= 180, "from 0 to 180 degrees")
         self._check("shift", 0 <= self.shift <= 1, "a fraction of the image, from 0 to 1")
-        self._check("scale", 0 <= self.scale < float("inf"), "a relative zoom of 0 or more, such as 0.1")
+        self._check("scale", 0 <= self.scale <= 100, "a relative zoom from 0 to 100, such as 0.1")
         self._check("shear", 0 <= self.shear < 90, "from 0 to below 90 degrees")
-        self._check("crop_min_area", 0 < self.crop_min_area <= 1, "above 0 and at most 1 (1 switches cropping off)")
+        self._check("crop_min_area", 1e-4 <= self.crop_min_area <= 1, "from 0.0001 to 1 (1 switches cropping off)")
 
     @property
     def warps(self) -> bool:
@@ -100,6 +104,11 @@ class DataConfig:
         if not ok:
             raise ValueError(f"data.{name} is {getattr(self, name)!r}: it must be {wanted}")
 
+    def _check_numbers(self, name: str, least: float, most: float) -> None:
+        values: tuple[float, ...] = getattr(self, name)
+        ok = len(values) > 0 and all(least <= value <= most for value in values)  # NaN is not
+        self._check(name, ok, f"one number from {least:g} to {most:g}, or one such per channel")
+
     def _check_kind(self) -> None:
         defaults: dict[str, Any] = {f.name: f.default for f in fields(self) if f.default is not MISSING}
         for name, kinds in _ONLY_FOR.items():
@@ -111,6 +120,8 @@ class DataConfig:
                 )
         if self.kind == "image_folder" and not self.path:
             raise ValueError("data.kind is image_folder, but data.path is not set: give the folder of PATH/CLASS/IMAGE")
+        if self.val_path is not None and not self.val_path:
+            raise ValueError("data.val_path is empty: give the folder of held-out images, or remove it")
         if self.val_path is not None and self.fold != 0:
             raise ValueError(
                 f"data.fold is {self.fold}, but has no effect with data.val_path={self.val_path!r}: remove one of them"

@@ -8,19 +8,29 @@ import pytest
 
 from data import DataConfig
 
+NOT_PIXELS = (float("nan"), float("inf"), -float("inf"), 1e39, -1e39)
+
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"workers": -1}, r"data\.workers is -1: it must be 0 or more"),
+        ({"workers": -1}, r"data\.workers is -1: it must be from 0 to 1024"),
+        ({"workers": 10**9}, r"data\.workers is 1000000000"),
         ({"fold": 5}, r"data\.fold is 5: it must be from 0 to 4"),
-        ({"kind": "synthetic", "size": 0}, r"data\.size is 0: it must be 1 or more"),
+        ({"kind": "synthetic", "size": 0}, r"data\.size is 0: it must be from 1"),
+        ({"kind": "synthetic", "size": 2**63}, r"data\.size is 9223372036854775808"),
+        ({"kind": "textures", "crops_per_class": 10**12}, r"data\.crops_per_class is 1000000000000"),
         ({"mean": ()}, r"data\.mean is \(\)"),
-        ({"std": (0.0,)}, r"data\.std is \(0\.0,\).* above 0"),
+        *(({"mean": (0.5, bad)}, r"data\.mean is \(0\.5, .*one number from -1e\+06") for bad in NOT_PIXELS),
+        *(({"std": (bad,)}, r"data\.std is .*one number from 1e-06") for bad in (*NOT_PIXELS, -0.5, 1e-45)),
+        ({"std": (0.0,)}, r"data\.std is \(0\.0,\).* from 1e-06"),
         ({"rotate": -3.0}, r"data\.rotate is -3\.0.* 0 to 180"),
         ({"rotate": float("nan")}, r"data\.rotate is nan"),
         ({"shift": 1.5}, r"data\.shift is 1\.5"),
         ({"scale": -0.1}, r"data\.scale is -0\.1"),
+        ({"scale": 1e308}, r"data\.scale is 1e\+308"),
+        ({"crop_min_area": 1e-300}, r"data\.crop_min_area is 1e-300"),
+        ({"kind": "image_folder", "path": "x", "val_path": ""}, r"data\.val_path is empty"),
         ({"shear": 90.0}, r"data\.shear is 90\.0"),
         ({"crop_min_area": 0.0}, r"data\.crop_min_area is 0\.0.* .1 switches cropping off"),
         (
