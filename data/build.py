@@ -12,13 +12,20 @@ _SYNTHETIC_CLASSES = 10  # for objectives without classes, which never look at t
 
 
 def build_datasets(
-    config: DataConfig, *, image_size: int | tuple[int, int], channels: int, num_classes: int | None, seed: int
+    config: DataConfig,
+    *,
+    image_size: int | tuple[int, int],
+    channels: int,
+    num_classes: int | None,
+    seed: int,
+    readers: int = 1,
 ) -> tuple[Dataset, Dataset]:
     """The data sets to train on and to evaluate on, of images [channels, height, width].
 
     `image_size` is in pixels, (height, width) or both at once. `num_classes` is what the model can tell apart; None:
     the model has no classes. `seed` decides synthetic images and the places of texture crops to train on: every
-    seed holds out the same real images.
+    seed holds out the same real images. `readers` processes of this host build the same sets: what takes long, one of
+    them does.
 
     Raises:
         ValueError: for images that cannot be found, for more classes than the model has, and for means and deviations
@@ -26,7 +33,7 @@ def build_datasets(
     """
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     Normalise(config, channels)  # raises
-    train, held_out = _build(config, (channels, height, width), num_classes or _SYNTHETIC_CLASSES, seed)
+    train, held_out = _build(config, (channels, height, width), num_classes or _SYNTHETIC_CLASSES, seed, readers)
     if num_classes is not None and num_classes < train.num_classes:
         raise ValueError(
             f"model.num_classes is {num_classes}, but data.kind={config.kind} has {train.num_classes} classes: "
@@ -35,8 +42,23 @@ def build_datasets(
     return train, held_out
 
 
+def describe_datasets(kind: str, train: Dataset, held_out: Dataset, num_classes: int | None) -> list[str]:
+    """What the start-up report says of the data: how much there is, what was left out, what the model is too large for.
+
+    `num_classes` is as for build_datasets.
+    """
+    lines = [f"data: {kind}, {len(train)} training and {len(held_out)} held-out images"]
+    lines += [f"  {source}" for source in dict.fromkeys((train.source, held_out.source)) if source is not None]
+    if num_classes is not None and num_classes > train.num_classes:
+        lines.append(
+            f"  warning: the model tells {num_classes} classes apart, but there are images of {train.num_classes}: "
+            f"model.num_classes {train.num_classes} would do"
+        )
+    return lines
+
+
 def _build(
-    config: DataConfig, image_shape: tuple[int, int, int], synthetic_classes: int, seed: int
+    config: DataConfig, image_shape: tuple[int, int, int], synthetic_classes: int, seed: int, readers: int
 ) -> tuple[Dataset, Dataset]:
     match config.kind:
         case "digits":
@@ -45,6 +67,6 @@ def _build(
             return synthetic(config.size, image_shape, synthetic_classes, seed)
         case "image_folder":
             assert config.path is not None
-            return image_folder(config.path, config.val_path, image_shape, config.fold)
+            return image_folder(config.path, config.val_path, image_shape, config.fold, readers)
         case "textures":
             return textures(image_shape, config.crops_per_class, seed)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
+from collections.abc import Sequence
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -38,6 +40,13 @@ class Dataset(Protocol):
     image_shape: tuple[int, int, int]  # C, H, W
     crops_when_read: bool
     """Whether `read` cuts the crops, out of sources larger than image_shape; else they are left to augmentation."""
+    class_names: Sequence[str] | None = None
+    """The name of each label, where labels have names."""
+
+    @property
+    def source(self) -> str | None:
+        """What was found where, and what of it was left out; None where there is nothing to tell."""
+        return None
 
     def __len__(self) -> int: ...
 
@@ -100,7 +109,17 @@ class SyntheticDataset(ArrayDataset):
 def synthetic(
     size: int, image_shape: tuple[int, int, int], num_classes: int, seed: int
 ) -> tuple[SyntheticDataset, SyntheticDataset]:
-    """`size` random images for training, and a quarter as many, other ones, held out."""
+    """`size` random images for training, and a quarter as many, other ones, held out.
+
+    Raises:
+        ValueError: for more than the host's memory holds.
+    """
+    needed, memory = 5 * size * math.prod(image_shape), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise ValueError(
+            f"data.size is {size}: so many images take {needed / 2**30:.3g} GiB, and there are "
+            f"{memory / 2**30:.3g} GiB of memory: set it to {max(1, memory // (needed // size) // 2)} or less"
+        )
     train = SyntheticDataset(0, size, image_shape, num_classes, seed)
     return train, SyntheticDataset(size, math.ceil(size / 4), image_shape, num_classes, seed)
 
@@ -119,6 +138,7 @@ def digits(image_shape: tuple[int, int, int], fold: int) -> tuple[ArrayDataset, 
         images = F.interpolate(images, size=(height, width), mode="bilinear", antialias=True)
     images = images.repeat(1, channels, 1, 1)
     train, held_out = (ArrayDataset(images[part], labels[part], 10) for part in stratified_split(labels, fold))
+    train.class_names = held_out.class_names = tuple(map(str, range(10)))
     return train, held_out
 
 

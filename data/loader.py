@@ -23,6 +23,7 @@ from torch.utils.data import Dataset as TorchDataset
 from data.augment import augment, draw_augmentation
 from data.config import DataConfig
 from data.datasets import Dataset
+from data.errors import UnreadableImageError
 from data.sampling import SampleOrder
 from data.workers import read_ahead
 
@@ -179,12 +180,14 @@ class _Source:
             return self._passed.pop(draw)
         if self._ahead is None or draw < self._next:
             return self._read(draw)
-        for passed, images in self._ahead:
-            self._next = passed + 1
-            if passed == draw:
-                return images
-            self._passed[passed] = images
-        raise AssertionError("the stream has no end")
+        try:
+            while (ahead := next(self._ahead))[0] != draw:
+                self._passed[ahead[0]] = ahead[1]
+        except Exception:
+            self._ahead = None  # workers end now; those that the garbage collector finds take 5 s each to end
+            raise
+        self._next = draw + 1
+        return ahead[1]
 
     def forget_before(self, draw: int) -> None:
         """Drop what was passed of earlier steps: they are over."""
@@ -283,14 +286,20 @@ def _check_batch_sizes(global_batch_size: int, micro_batch_size: int, data_size:
         )
 
 
-class _Images(TorchDataset[Tensor]):
-    """A map-style data set whose items are the images of whole micro-batches, by their first draw or index."""
+class _Images(TorchDataset["Tensor | UnreadableImageError"]):
+    """A map-style data set whose items are the images of whole micro-batches, by their first draw or index.
+
+    An image that cannot be read is handed over, not raised: torch would wrap the worker's traceback around it.
+    """
 
     def __init__(self, read: Callable[[int], Tensor]) -> None:
         self._read = read
 
-    def __getitem__(self, first: int) -> Tensor:
-        return self._read(first)
+    def __getitem__(self, first: int) -> Tensor | UnreadableImageError:
+        try:
+            return self._read(first)
+        except UnreadableImageError as error:
+            return error.with_traceback(None)
 
 
 def _in_workers(
@@ -303,13 +312,21 @@ def _in_workers(
     """
     if config.workers == 0:
         return None
-    return read_ahead(
-        DataLoader(
-            _Images(read),
-            batch_size=None,  # items are batches already
-            sampler=keys,
-            num_workers=config.workers,
-            prefetch_factor=max(2, math.ceil(ready / config.workers)),
-            generator=torch.Generator(),  # its own, so that workers leave the global random state alone
-        )
+    loader: DataLoader[Tensor | UnreadableImageError] = DataLoader(
+        _Images(read),
+        batch_size=None,  # items are batches already
+        sampler=keys,
+        num_workers=config.workers,
+        prefetch_factor=max(2, math.ceil(ready / config.workers)),
+        generator=torch.Generator(),  # its own, so that workers leave the global random state alone
     )
+    return map(_read_well, read_ahead(loader))
+
+
+def _read_well(item: Tensor | UnreadableImageError) -> Tensor:
+    if isinstance(item, UnreadableImageError):
+        try:
+            raise item
+        finally:
+            del item  # else this frame and the error hold each other, and workers that are freed so end 5 s later each
+    return item

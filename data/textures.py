@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data.datasets import Dataset, installed_folder
+from data.errors import UnreadableImageError
 from data.keyed import Purpose, keyed_uniforms
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ class Region:
             with Image.open(self.file) as photograph:
                 return photograph.convert(mode).crop(self.box)
         except Exception as error:  # decoders raise many types: OSError, SyntaxError, struct.error, ...
-            raise ValueError(f"{self.file} cannot be decoded ({error}): install scikit-image anew") from error
+            raise UnreadableImageError(f"{self.file} cannot be decoded ({error}): install scikit-image anew") from error
 
 
 class TextureCrops(Dataset):
@@ -91,6 +92,7 @@ class TextureCrops(Dataset):
         self.places = places  # [N, 2]
         self.labels = np.arange(len(places)) % len(regions)
         self.num_classes = len(regions)
+        self.class_names = tuple(region.file.stem for region in regions)
         self.image_shape = image_shape
 
     def __len__(self) -> int:

@@ -7,16 +7,18 @@ import threading
 from collections.abc import Iterator
 from multiprocessing import active_children
 from multiprocessing.connection import wait
+from typing import TypeVar
 
-from torch import Tensor
 from torch.utils.data import DataLoader
+
+Item = TypeVar("Item")
 
 
 class WorkerLostError(RuntimeError):
     """A process that reads images has ended before its time."""
 
 
-def read_ahead(loader: DataLoader[Tensor]) -> Iterator[Tensor]:
+def read_ahead(loader: DataLoader[Item]) -> Iterator[Item]:
     """What the worker processes of a loader read, in order.
 
     Raises:

@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from data import UnreadableImageError
 from engine.errors import EXIT_DIVERGED, EXIT_DONE, EXIT_FAULT, EXIT_USAGE, ConfigError, DivergedError, OutputError
 from parallel import parent, process_group
 from parallel.comm import PeerLostError
@@ -41,7 +42,7 @@ def run_rank(main: Callable[[Sequence[str], World], None], argv: Sequence[str], 
         return error.code if isinstance(error.code, int) else EXIT_FAULT
     except ConfigError as error:
         return _leave(EXIT_USAGE, world, f"{program}: error: {error}")
-    except OutputError as error:
+    except (OutputError, UnreadableImageError) as error:
         return _leave(EXIT_FAULT, world, f"{program}: {error}")
     except DivergedError as error:
         return _leave(EXIT_DIVERGED, world, f"{program}: training diverged: {error}")

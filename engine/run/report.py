@@ -19,22 +19,21 @@ from parallel.sharding.units import Unit
 _WHEN = {"step": "once per step", "micro_batch": "after each micro-batch"}
 
 
-def startup_report(assembly: Assembly, *, threads: int, matmul: str, train_images: int, eval_images: int) -> list[str]:
+def startup_report(assembly: Assembly, *, threads: int, matmul: str, images: Sequence[str]) -> list[str]:
     """Lines for the console. Collective: stages report their own buckets.
 
     Args:
-        threads: per rank. matmul: library of fp32 matrix products on a CPU. train_images, eval_images: how many.
+        threads: per rank. matmul: library of fp32 matrix products on a CPU. images: lines about the data.
     """
     held = {number: _held(units) for number, units in zip(assembly.stages, assembly.store.stages, strict=True)}
     ranks = comm.gather_objects((held, states(assembly)), assembly.grid.pipeline)
     on_cpu = f", fp32 matrix products by {matmul}" if assembly.device.type == "cpu" else ""
-    images = f"{train_images} training and {eval_images} held-out images"
     return [
         f"Vitruvius: torch {torch.__version__}, Python {platform.python_version()}, {describe(assembly.device)}, "
         f"{threads} thread(s) per rank{on_cpu}",
         _grid_line(assembly),
         *_model_lines(assembly),
-        f"data: {assembly.config.data.kind}, {images}",
+        *images,
         *_batch_lines(assembly),
         *Kernels(assembly.config.kernels).describe(assembly.device),
         *_stage_lines(assembly, {number: held for stages, _ in ranks for number, held in stages.items()}),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from fractions import Fraction
 
-from data import Dataset, build_datasets
+from data import Dataset, build_datasets, describe_datasets
 from engine.assemble import assemble, grid_of
 from engine.config import MAX_COUNT, Config
 from engine.config.keys import key_types, value_of
@@ -15,6 +16,7 @@ from engine.objectives import make_objective
 from engine.optimizers.schedules import check_schedule
 from engine.precision.precision import check_kernels, check_precision
 from engine.run.agreement import check_agreement, facts_of
+from engine.run.journal import Journal
 from engine.run.loop import Loop
 from engine.run.metrics import MetricsWriter
 from engine.run.profile import StepProfiler
@@ -37,7 +39,7 @@ def pretrain(config: Config, world: World) -> None:
     """
     given, config = config, config.resolve(world.size)
     run_dir = prepare_run_dir(config.run_dir)
-    train_set, eval_set = _datasets(config)
+    train_set, eval_set = _datasets(config, world)
     steps = total_steps(config, len(train_set))
     check_schedule(config.schedule, steps)
     check_profile(config, steps)
@@ -52,12 +54,12 @@ def pretrain(config: Config, world: World) -> None:
     grid = grid_of(config, world, device)
     run = RunDir(run_dir, grid.world)
     assembly = assemble(config, grid, device, objective, device_memory=memory_share(device, world))
-    report = startup_report(
-        assembly, threads=threads, matmul=matmul, train_images=len(train_set), eval_images=len(eval_set)
-    )
+    images = describe_datasets(config.data.kind, train_set, eval_set, config.model.sizes.classes)
+    report = startup_report(assembly, threads=threads, matmul=matmul, images=images)
     writer = None
     if world.rank == 0:
         writer = _begin(run, config, steps, grid.shape, config.to_yaml(given))
+        _write_classes(run, train_set, writer)
         for line in report + [f"no effect: {what}" for what in config.without_effect(grid.shape, device.type)]:
             writer.say(line)
     traced = config.log.profile_steps
@@ -87,6 +89,14 @@ def _begin(run: RunDir, config: Config, steps: int, shape: GridShape, as_yaml: s
     return writer
 
 
+def _write_classes(run: RunDir, train_set: Dataset, writer: MetricsWriter) -> None:
+    """`classes.json`: the name of each label, in their order, where labels have names."""
+    if train_set.class_names is not None:
+        file = Journal(run.path / "classes.json", writer.say)
+        file.write(f"{json.dumps(list(train_set.class_names), indent=0)}\n".encode())
+        file.close()
+
+
 def check_profile(config: Config, steps: int) -> None:
     """Raise ConfigError where steps to be traced are not part of the run."""
     traced = config.log.profile_steps
@@ -105,7 +115,7 @@ def total_steps(config: Config, train_images: int) -> int:
     return steps
 
 
-def _datasets(config: Config) -> tuple[Dataset, Dataset]:
+def _datasets(config: Config, world: World) -> tuple[Dataset, Dataset]:
     sizes = config.model.sizes
     try:
         return build_datasets(
@@ -114,6 +124,7 @@ def _datasets(config: Config) -> tuple[Dataset, Dataset]:
             channels=sizes.channels,
             num_classes=sizes.classes,
             seed=config.train.seed,
+            readers=world.local_size,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error

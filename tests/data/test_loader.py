@@ -13,7 +13,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from data import Batch, DataConfig, Dataset, EvalStream, TrainStream
+from data import Batch, DataConfig, Dataset, EvalStream, TrainStream, UnreadableImageError
 from data.datasets import ArrayDataset
 
 AUGMENTED = DataConfig(rotate=10, shift=0.1, scale=0.1, shear=5, flip=True, crop_min_area=0.8)
@@ -200,6 +200,22 @@ def test_streams_without_images_agree_on_the_rest(digits: Datasets) -> None:
         assert batch.images is None and full.images is not None
         for name in ("labels", "sample_ids", "weights"):
             assert torch.equal(getattr(batch, name), getattr(full, name))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_cannot_be_read_is_told_in_one_line(workers: int) -> None:
+    class Damaged(Slow):
+        def read(self, indices: NDArray[np.int64], crop: NDArray[np.float64] | None = None) -> torch.Tensor:
+            if 5 in indices:
+                raise UnreadableImageError("5.png cannot be decoded")
+            return super().read(indices, crop)
+
+    config = DataConfig(workers=workers)
+    with pytest.raises(UnreadableImageError, match=r"^5\.png cannot be decoded$"):
+        for step in train_stream(Damaged(), config, micro_batch_size=2).steps(0):
+            list(step)
+    with pytest.raises(UnreadableImageError, match=r"^5\.png cannot be decoded$"):
+        list(EvalStream(Damaged(), config=config, micro_batch_size=4, data_rank=0, data_size=1))
 
 
 @pytest.mark.parametrize("data_size", [1, 2, 3, 8])

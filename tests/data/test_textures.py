@@ -157,7 +157,7 @@ def test_scikit_image_is_not_imported() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "textures", "crops_per_class": 0}, r"data\.crops_per_class is 0: it must be 1 or more"),
+        ({"kind": "textures", "crops_per_class": 0}, r"data\.crops_per_class is 0: it must be from 1"),
         ({"crops_per_class": 9}, r"data\.crops_per_class is 9, but has no effect .* set data\.kind to textures"),
         ({"kind": "textures", "size": 9}, r"data\.size is 9, but has no effect with data\.kind=textures"),
         ({"kind": "textures", "fold": 1}, r"data\.fold is 1, but has no effect with data\.kind=textures"),
