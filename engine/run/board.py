@@ -34,10 +34,13 @@ class Board:
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """A point in each curve."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
         from torch.utils.tensorboard.summary import scalar
 
+        together = Summary()
         for name, value in values.items():
-            self._write(step=step, summary=scalar(name, value))
+            together.MergeFrom(scalar(name, value))
+        self._write(step=step, summary=together)
 
     def text(self, name: str, text: str) -> None:
         """A page of markdown."""

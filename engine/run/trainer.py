@@ -68,11 +68,11 @@ def pretrain(config: Config, world: World) -> None:
     if writer is not None:
         writer.close()
         run.close()
-        print(f"config      {run_dir / 'config.yaml'}\nmetrics     {writer.path}")
+        writer.say(f"config      {run_dir / 'config.yaml'}\nmetrics     {writer.path}")
         if config.log.tensorboard:
-            print(f"TensorBoard {run_dir} (tensorboard --logdir {run_dir})")
+            writer.say(f"TensorBoard {run_dir} (tensorboard --logdir {run_dir})")
         if profiler is not None:
-            print(f"traces      {profiler.path.parent}")
+            writer.say(f"traces      {profiler.path.parent}")
     process_group.stop()  # not after a failure: the others may be gone, or waiting
 
 
