@@ -26,7 +26,9 @@ import numpy as np
 from data.listing import Listing, scan
 
 _STARTED = time.time()
-"""What was written before is of another run."""
+"""What was written before may be of another run."""
+
+_LATE = 600.0  # seconds that ranks of one run may start apart
 
 _ARRAYS = ("names", "ends", "labels")
 
@@ -48,10 +50,10 @@ def scan_once(path: str, key: str, readers: int) -> Listing:
 
 
 def _read_or_scan(place: Path, path: str, key: str, readers: int) -> Listing:
-    listing, asked = _read(place)
+    listing, asked = _read(place), _asked(place)
     try:
         if listing is None:
-            listing, asked = scan(path, key), 0
+            listing = scan(path, key)
             with suppress(OSError):  # a full disk: the next one scans
                 _write(place, listing)
     except ValueError:
@@ -94,18 +96,26 @@ def _lock(place: Path) -> int:
         os.close(descriptor)
 
 
-def _read(place: Path) -> tuple[Listing | None, int]:
-    """(what was listed in this run, if anything was; how many have asked for it)."""
+def _read(place: Path) -> Listing | None:
+    """What was listed in this run, if anything was."""
     summary = place / "summary.json"
     try:
         if summary.stat().st_mtime < _STARTED:
-            return None, 0
+            return None
         found: dict[str, Any] = json.loads(summary.read_bytes())
-        asked = int((place / "asked").read_text())
         arrays = {name: np.asarray(np.load(place / f"{name}.npy", mmap_mode="r")) for name in _ARRAYS}
     except (OSError, ValueError):
-        return None, 0
-    return Listing(root=found["root"], classes=tuple(found["classes"]), left_out=found["left_out"], **arrays), asked
+        return None
+    return Listing(root=found["root"], classes=tuple(found["classes"]), left_out=found["left_out"], **arrays)
+
+
+def _asked(place: Path) -> int:
+    """How many ranks have asked. One that started after a quick listing lists anew, but is counted with the others."""
+    file = place / "asked"
+    try:
+        return int(file.read_text()) if time.time() - file.stat().st_mtime < _LATE else 0
+    except (OSError, ValueError):
+        return 0
 
 
 def _write(place: Path, listing: Listing) -> None:
