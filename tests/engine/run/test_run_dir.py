@@ -10,6 +10,8 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +43,18 @@ def train(folder: Path, **changes: str) -> int:
     return run_rank(pretrain_vit.main, flags(run_dir=str(folder), **changes), "pretrain_vit.py")
 
 
-@pytest.fixture
-def full_disk() -> Any:
-    """A function after which no file of this process can grow beyond so many bytes, until the test ends."""
+@contextmanager
+def full_disk() -> Iterator[Callable[[int], None]]:
+    """A function after which no file of this process can grow beyond so many bytes, until the end of the block: pytest
+    may be writing to a file, too.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     kept = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, kept)
+    try:
+        yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, kept)
 
 
 # -- before the run ----------------------------------------------------------------------------------------------------
@@ -65,9 +71,9 @@ def test_a_run_needs_a_folder(tmp_path: Path) -> None:
             prepare_run_dir(str(tmp_path / below))
 
 
-def test_a_full_disk_is_refused_before_the_run(tmp_path: Path, full_disk: Any) -> None:
-    full_disk(1000)
-    with pytest.raises(ConfigError, match=r"cannot be written to \(File too large\)"):
+def test_a_full_disk_is_refused_before_the_run(tmp_path: Path) -> None:
+    with full_disk() as limit, pytest.raises(ConfigError, match=r"cannot be written to \(File too large\)"):
+        limit(1000)
         prepare_run_dir(str(tmp_path))
 
 
@@ -75,6 +81,8 @@ def test_a_full_disk_is_refused_before_the_run(tmp_path: Path, full_disk: Any) -
 
 _HOLD = """
 import sys, os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from engine.run.run_dir import RunDir
 from parallel.comm import single_axis
@@ -225,33 +233,35 @@ def test_another_file_of_that_name_is_not_touched(tmp_path: Path) -> None:
         Journal(written.path, print)
 
 
-def test_a_full_disk_is_told_once_and_lines_are_written_when_there_is_room(tmp_path: Path, full_disk: Any) -> None:
+def test_a_full_disk_is_told_once_and_lines_are_written_when_there_is_room(tmp_path: Path) -> None:
     written, said = journal(tmp_path / "run")
-    full_disk(6)
-    for line in (b"two\n", b"three\n"):
-        written.write(line)
-    assert written.path.read_text() == "one\ntw" and len(said) == 1
-    assert re.search(r"log cannot be written: File too large; .* kept and tried again", said[0])
-    full_disk(100)
-    written.write(b"four\n")
-    assert written.path.read_text() == "one\ntwo\nthree\nfour\n"
-    full_disk(20)
-    written.write(b"five\n")
-    with pytest.raises(OutputError, match="log is not complete: File too large"):
-        written.close()
+    with full_disk() as limit:
+        limit(6)
+        for line in (b"two\n", b"three\n"):
+            written.write(line)
+        assert written.path.read_text() == "one\ntw" and len(said) == 1
+        assert re.search(r"log cannot be written: File too large; .* kept and tried again", said[0])
+        limit(100)
+        written.write(b"four\n")
+        assert written.path.read_text() == "one\ntwo\nthree\nfour\n"
+        limit(20)
+        written.write(b"five\n")
+        with pytest.raises(OutputError, match="log is not complete: File too large"):
+            written.close()
 
 
 def test_a_run_that_could_not_write_its_metrics_says_so_and_fails(
-    tmp_path: Path, full_disk: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writer = MetricsWriter.train
+    with full_disk() as limit:
 
-    def fill(self: MetricsWriter, step: int, values: Any) -> None:
-        full_disk(self.path.stat().st_size + 10)
-        writer(self, step, values)
+        def fill(self: MetricsWriter, step: int, values: Any) -> None:
+            limit(self.path.stat().st_size + 10)
+            writer(self, step, values)
 
-    monkeypatch.setattr(MetricsWriter, "train", fill)
-    assert train(tmp_path, log__tensorboard="true", train__steps="2", log__interval="1") == EXIT_FAULT
+        monkeypatch.setattr(MetricsWriter, "train", fill)
+        assert train(tmp_path, log__tensorboard="true", train__steps="2", log__interval="1") == EXIT_FAULT
     shown = capsys.readouterr()
     assert len(shown.err.splitlines()) == 1 and "is not complete: File too large" in shown.err
     assert shown.out.count("metrics.jsonl cannot be written") == 1
