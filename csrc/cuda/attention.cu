@@ -54,14 +54,15 @@ struct Runner {
     f.aux = aux.get();
     return f;
   }
-  int64_t aux_size() const { return a.feature == 2 ? 2 * rows : 0; }
+  int64_t aux_size() const { return a.feature == 2 ? 3 * rows : 0; }
   Values<T> v() const { return {view(a.v, a.value_dim)}; }
   unsigned warps() const { return ceil_div(rows * 32, 256); }
 
   template <class X, class Y, class Emit>
   void product(X x, Y y, Emit emit, int64_t m, int64_t n, int64_t depth, int64_t length, int parts) const {
-    const dim3 grid{ceil_div(n, 64), ceil_div(m, 64), unsigned(groups * parts)};
-    product_kernel<<<grid, 256, 0, stream>>>(x, y, emit, m, n, depth, length, parts);
+    const int64_t blocks = int64_t(ceil_div(n, 64)) * ceil_div(m, 64) * groups * parts;
+    if (blocks > INT32_MAX) throw std::runtime_error("linear_attention: more than 2^31 tiles of 64 x 64; split the batch");
+    product_kernel<<<unsigned(blocks), 256, 0, stream>>>(x, y, emit, m, n, depth, length, parts);
     check_launch("linear_attention");
   }
   template <class X, class Y, class Out>
@@ -120,17 +121,10 @@ void dispatch(DType type, Fn fn) {
   fn(float{});
 }
 
-// gridDim.z is at most 65535
-void check_size(const LinearAttention& a) {
-  if (a.batch * a.heads * ((a.tokens + kChunk - 1) / kChunk) > 65535)
-    throw std::runtime_error("linear_attention: more than 65535 heads times chunks of 512 tokens; split the batch");
-}
-
 // fn(runner), if there are any tokens
 template <class Fn>
 void run(const LinearAttention& a, DType type, cudaStream_t stream, Fn fn) {
   if (a.batch * a.heads * a.tokens == 0) return;
-  check_size(a);
   dispatch(type, [&](auto t) { fn(Runner<decltype(t)>{a, stream}); });
 }
 

@@ -1,17 +1,19 @@
 // Device parts of linear attention: feature maps, and one tiled product that all six products of the algorithm go through.
 #pragma once
+#include <cfloat>
+
 #include "common.cuh"
 
 namespace vit::cuda {
 
-// phi(x)[group, token, channel], evaluated as it is read. For the focused map `aux` holds 1/|u| and |u|/|w| of each token
-// (u = relu(x), w = (u/|u|)^power); the mathematics is that of csrc/cpu/leaf/features.h.
+// phi(x)[group, token, channel], evaluated as it is read. For the focused map `aux` holds 1/max(u), |u|/|w| and |u|/max(u) of each token
+// (u = relu(x), w = (u/max(u))^power); the mathematics is that of csrc/cpu/leaf/features.h.
 template <class T>
 struct Features {
   const T* data;
   int64_t heads, batch_stride, head_stride, token_stride, tokens, dim;
   int map, power;
-  const float* aux;  // [groups, tokens, 2], focused only
+  const float* aux;  // [groups, tokens, 3], focused only
 
   __device__ float raw(int64_t group, int64_t token, int64_t c) const {
     return to_float(data[group / heads * batch_stride + group % heads * head_stride + token * token_stride + c]);
@@ -26,7 +28,7 @@ struct Features {
     const float x = raw(group, token, c);
     if (map == 0) return x > 0 ? x + 1 : expf(x);
     if (map == 1) return relu(x);
-    const float* a = aux + (group * tokens + token) * 2;
+    const float* a = aux + (group * tokens + token) * 3;
     return raised(relu(x) * a[0], power) * a[1];
   }
 };
@@ -64,13 +66,16 @@ template <class A>
 constexpr bool kRowsContiguous<Transposed<A>> = false;
 
 // emit(group, chunk, i, j, sum over l of x(group, i, l) * y(group, l, j)), l in the chunk's part of [0, depth). Tiles of 64 x 64 by a block
-// of 256 threads, 4 x 4 per thread; grid (cols / 64, rows / 64, groups * chunks), each rounded up.
+// of 256 threads, 4 x 4 per thread. One dimension of blocks, since only that may be larger than 65535: column tiles, then row tiles, then
+// groups * chunks.
 template <class X, class Y, class Emit>
 __global__ void __launch_bounds__(256) product_kernel(X x, Y y, Emit emit, int64_t rows, int64_t cols, int64_t depth, int64_t chunk_length, int chunks) {
   constexpr int TILE = 64, DEPTH = 16;
   __shared__ float xs[DEPTH][TILE + 1], ys[DEPTH][TILE + 1];
-  const int64_t group = blockIdx.z / chunks, chunk = blockIdx.z % chunks;
-  const int64_t row0 = int64_t(blockIdx.y) * TILE, col0 = int64_t(blockIdx.x) * TILE;
+  const unsigned col_tiles = unsigned((cols + TILE - 1) / TILE), row_tiles = unsigned((rows + TILE - 1) / TILE);
+  const unsigned part = blockIdx.x / col_tiles / row_tiles;
+  const int64_t group = part / chunks, chunk = part % chunks;
+  const int64_t row0 = int64_t(blockIdx.x / col_tiles % row_tiles) * TILE, col0 = int64_t(blockIdx.x % col_tiles) * TILE;
   const int64_t begin = chunk * chunk_length, end = min(begin + chunk_length, depth);
   const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
   float sum[4][4] = {};
@@ -115,21 +120,18 @@ __global__ void focus_kernel(Features<T> f, int64_t rows, float* aux) {
     const float other = __shfl_xor_sync(0xffffffffu, largest, step);
     largest = other > largest || other != other ? other : largest;
   }
-  float squares = 0;  // of u / largest: extreme lengths would leave fp32's range
+  const float inverse = largest < FLT_MIN ? 0.0f : 1.0f / largest;
+  float squares = 0, powers = 0;  // of u / largest: extreme lengths would leave fp32's range, and high powers of u / |u|
   for (int64_t c = lane; c < f.dim; c += 32) {
-    const float u = largest == 0 ? 0.0f : f.relu(f.raw(group, token, c)) / largest;
-    squares += u * u;
-  }
-  const float norm = largest * sqrtf(team_sum<32>(squares)), inverse = norm == 0 ? 0.0f : 1.0f / norm;
-  float powers = 0;
-  for (int64_t c = lane; c < f.dim; c += 32) {
-    const float w = f.raised(f.relu(f.raw(group, token, c)) * inverse, f.power);
+    const float h = f.relu(f.raw(group, token, c)) * inverse, w = f.raised(h, f.power);
+    squares += h * h;
     powers += w * w;
   }
-  powers = team_sum<32>(powers);
+  const float ratio = sqrtf(team_sum<32>(squares)), sharp = sqrtf(team_sum<32>(powers));
   if (lane == 0) {
-    aux[row * 2] = inverse;
-    aux[row * 2 + 1] = norm == 0 ? 0.0f : norm / sqrtf(powers);
+    aux[row * 3] = inverse;
+    aux[row * 3 + 1] = inverse == 0 ? 0.0f : largest * ratio / sharp;
+    aux[row * 3 + 2] = ratio;
   }
 }
 
@@ -167,9 +169,9 @@ __global__ void feature_grad_kernel(Features<T> f, const float* da, const float*
   const int64_t group = row / f.tokens, token = row % f.tokens;
   const float w = weight ? weight[row] : 1.0f;
   auto grad = [&](int64_t c) { return da[row * f.dim + c] + w * z[group * f.dim + c]; };
-  float inverse = 0, m = 0, dot = 0;
-  if (f.map == 2) {
-    inverse = f.aux[row * 2], m = f.aux[row * 2 + 1] * inverse;
+  float inverse = 0, ratio = 1, m = 0, dot = 0;  // m = 1/|w|
+  if (f.map == 2 && f.aux[row * 3] != 0) {
+    inverse = f.aux[row * 3], ratio = f.aux[row * 3 + 2], m = f.aux[row * 3 + 1] * inverse / ratio;
     for (int64_t c = lane; c < f.dim; c += 32) dot += f.raised(f.relu(f.raw(group, token, c)) * inverse, f.power) * grad(c);
     dot = team_sum<32>(dot);
   }
@@ -179,10 +181,10 @@ __global__ void feature_grad_kernel(Features<T> f, const float* da, const float*
     if (f.map == 0) {
       d = g * (x > 0 ? 1.0f : expf(x));
     } else if (f.map == 1) {
-      d = x > 0 ? g : 0.0f;
+      d = x > 0 ? g : 0.0f * f.relu(x);
     } else {
       const float h = f.relu(x) * inverse, below = f.raised(h, f.power - 1);
-      d = x > 0 ? dot * m * h + f.power * below * (g - below * h * dot * m * m) * m : 0.0f * x;
+      d = x > 0 ? dot * m / ratio * h + f.power * below * (g - below * h * dot * m * m) * m * ratio : 0.0f * f.relu(x);
     }
     from_float(d, out[row * f.dim + c]);
   }

@@ -62,7 +62,8 @@ def feature(x: Tensor, feature_map: str, power: int) -> Tensor:
     if feature_map == "relu":
         return u
     norm = torch.linalg.vector_norm(u, dim=-1, keepdim=True)
-    sharp = (u / torch.where(norm == 0, 1, norm)) ** power
+    largest = u.detach().amax(-1, keepdim=True)  # the direction does not feel it; of u / |u| all high powers may vanish
+    sharp = (u / torch.where(largest == 0, 1, largest)) ** power
     length = torch.linalg.vector_norm(sharp, dim=-1, keepdim=True)
     return norm * sharp / torch.where(length == 0, 1, length)
 

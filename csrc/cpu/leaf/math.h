@@ -24,8 +24,9 @@ inline F exp(F x) {
 // The standard normal's distribution function (cdf) and density at x. For x < 0, cdf = exp(-x^2/2) h(|x|) with
 // h(a) = erfcx(a / sqrt 2) / 2 = t poly(t), t = 1 / (1 + a/4), a least-maximum fit of relative error 3.4e-8 (tools: numpy, scipy).
 inline void normal(F x, F& cdf, F& density) {
-  const F a = min(set1(64.0f), abs(x));  // NaN goes through e; beyond 64, e is as good as zero
-  const F e = exp(x * x * set1(-0.5f));
+  const F a = min(set1(64.0f), abs(x));  // NaN goes through e
+  // Beyond exp's range e is zero, not its least number: a slope is multiplied by gradients as large as 3e38.
+  const F square = x * x, e = blend_gt(square, set1(174.6f), set1(0), exp(square * set1(-0.5f)));
   const F t = reciprocal(fma(a, set1(0.25f), set1(1.0f)));
   constexpr float c[] = {
       0.0997355655f, 0.0997364298f, 0.0934663489f, 0.0816031545f, 0.0589748695f, 0.0637000799f,
