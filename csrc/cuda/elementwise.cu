@@ -70,9 +70,9 @@ __global__ void gelu_backward_kernel(Gelu a, int64_t chunk_rows, float* partial)
     for (int j = 0; j < N; ++j) partial[blockIdx.y * a.dim + column + j] = sum[j];
 }
 
-template <class TG, class TM>
+// N = 4 where every array starts at a multiple of 16 bytes, else 1
+template <class TG, class TM, int N>
 __global__ void adamw_kernel(AdamW a, int64_t size) {
-  constexpr int N = 4;
   const int64_t step = int64_t(gridDim.x) * blockDim.x * N;
   for (int64_t first = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * N; first < size; first += step) {
     float g[N], m[N], v[N], w[N];
@@ -164,11 +164,13 @@ void gelu_backward(const Gelu& a, DType type, Output grad_bias, cudaStream_t str
 
 void adamw(const AdamW& a, int64_t size, DType grad_type, DType model_type, cudaStream_t stream) {
   if (size == 0) return;
-  for (const void* p : {(const void*)a.weight, (const void*)a.moment, (const void*)a.square, a.grad, (const void*)a.model_weight})
-    if (!aligned(p)) throw std::runtime_error("adamw: every array must start at a multiple of 16 bytes");
+  const bool fast = aligned(a.weight) && aligned(a.moment) && aligned(a.square) && aligned(a.grad) && aligned(a.model_weight);
   dispatch(grad_type, [&](auto g) {
     dispatch(a.model_weight ? model_type : DType::f32, [&](auto m) {
-      adamw_kernel<decltype(g), decltype(m)><<<blocks_for(size / 4), kThreads, 0, stream>>>(a, size);
+      if (fast)
+        adamw_kernel<decltype(g), decltype(m), 4><<<blocks_for(size / 4), kThreads, 0, stream>>>(a, size);
+      else
+        adamw_kernel<decltype(g), decltype(m), 1><<<blocks_for(size), kThreads, 0, stream>>>(a, size);
     });
   });
   check_launch("adamw");

@@ -43,7 +43,7 @@ def adamw_step(rates: Rates, constants: Constants, step: int, grad_factor: float
 
 
 def adamw(array: Span | Fragment, moment: Tensor, square: Tensor, step: AdamWStep, kernels: Kernels) -> None:
-    """Update one array. On CUDA the native kernel wants it to start at a multiple of 16 bytes, as buckets arrange."""
+    """Update one array. On CUDA, arrays that start at multiples of 16 bytes, as in buckets, go faster."""
     weight, grad = array.weight, array.grad
     if not weight.numel():
         return
