@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import native
+from . import checks, native
 from .registry import LIBRARY, differentiable
 
 LIBRARY.define("bias_gelu(Tensor x, Tensor? bias, bool tanh, Tensor? beside=None) -> Tensor")
@@ -75,12 +75,24 @@ def _differentiate(backward: Callable[..., Any], ctx: Any, grad: Tensor) -> tupl
     return grad_input, None if bias is None else grad_bias, None, grad[..., : ctx.left] if ctx.left else None
 
 
+def _check(x: Tensor, bias: Tensor | None, tanh: bool, beside: Tensor | None = None) -> None:
+    checks.gelu_input(x, bias, "none", beside)
+    checks.native_types(x=x, bias=bias)
+
+
+def _check_backward(grad: Tensor, x: Tensor, bias: Tensor | None, tanh: bool) -> None:
+    _check(x, bias, tanh)
+    checks.shaped("grad", grad, x.shape, x)
+
+
 bias_gelu = differentiable(
     "bias_gelu",
     forward=_forward,
     backward=_backward,
     fake_forward=_fake_forward,
     fake_backward=_fake_backward,
+    check=_check,
+    check_backward=_check_backward,
     setup_context=_setup_context,
     differentiate=_differentiate,
 )

@@ -136,7 +136,7 @@ class Kernels(Selection):
         are those of the sum over ranks of what each computes. The convolution needs neighbouring tokens, which may be
         on other ranks: with reduce, the caller adds it, and conv_weight is a ValueError.
         """
-        checks.attention_input(q, k, v, feature_map, power)
+        checks.attention_input(q, k, v, feature_map, power, eps)
         if reduce is not None:
             if conv_weight is not None:
                 raise ValueError("conv_weight: cannot be combined with reduce; add the convolution to the result")
@@ -178,6 +178,8 @@ class Kernels(Selection):
             raise ValueError(
                 "packed: inplace=True would overwrite what the gradient needs; use torch.no_grad() or inplace=False"
             )
+        if inplace:
+            checks.in_place("packed", packed)
         if not self._native("qk_norm_forward", packed, q_weight, k_weight):
             q, k, v = reference.qk_norm(packed, q_weight, k_weight, num_heads, eps, rms)
             if not inplace:

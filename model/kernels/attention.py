@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import native
+from . import checks, native
 from .registry import LIBRARY, differentiable
 
 FEATURE_CODE = {"elu": 0, "relu": 1, "focused": 2}  # the numbers are those of csrc/cpu/linear_attention_args.h
@@ -102,12 +102,29 @@ def _differentiate(
     return *grads, None, None, None
 
 
+def _check(q: Tensor, k: Tensor, v: Tensor, feature_map: str, power: int, eps: float) -> None:
+    checks.attention_input(q, k, v, feature_map, power, eps)
+    checks.native_types(q=q, k=k, v=v)
+
+
+def _check_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, s: Tensor, z: Tensor, den: Tensor, feature_map: str, power: int
+) -> None:
+    _check(q, k, v, feature_map, power, 0.0)
+    checks.shaped("grad", grad, v.shape, q)
+    (*groups, tokens, dim), value_dim = q.shape, v.shape[-1]
+    for name, value, shape in (("s", s, (dim, value_dim)), ("z", z, (dim,)), ("den", den, (tokens,))):
+        checks.shaped(name, value, (*groups, *shape), q, torch.float32)
+
+
 linear_attention = differentiable(
     "linear_attention",
     forward=_forward,
     backward=_backward,
     fake_forward=_fake_forward,
     fake_backward=_fake_backward,
+    check=_check,
+    check_backward=_check_backward,
     setup_context=_setup_context,
     differentiate=_differentiate,
 )
@@ -140,6 +157,7 @@ class _OverRanks(torch.autograd.Function):
         eps: float,
         reduce: Callable[[Tensor], object],
     ) -> Tensor:
+        q, k, v = map(native.plain, (q, k, v))
         ctx.what = (*q.shape, v.shape[-1]), native.DTYPE_CODE[q.dtype], FEATURE_CODE[feature_map], power
         ctx.reduce = reduce
         out = torch.empty(v.shape, dtype=q.dtype, device=q.device)
@@ -160,7 +178,7 @@ class _OverRanks(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, packed, den = ctx.saved_tensors
         grad_q, grad_k, grad_v = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-        grad, q, k, v = map(_channels_contiguous, (grads[0], q, k, v))
+        grad, q, k, v = map(_channels_contiguous, (native.plain(grads[0]), q, k, v))
         packed_grad, ds, dz = _packed_sums(q, v)
         module, where = native.target(q)
         module.linear_attention_backward_q(

@@ -1,9 +1,11 @@
 """Argument checks of the kernels: a ValueError that names the argument, what it is and what would do."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from .native import DTYPE_CODE
+from .native import DTYPE_CODE, plain
 
 FLOATS = ", ".join(str(t).removeprefix("torch.") for t in DTYPE_CODE)
 
@@ -11,7 +13,36 @@ FLOATS = ", ".join(str(t).removeprefix("torch.") for t in DTYPE_CODE)
 def tensor(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_nested:
+        kind = "nested" if value.is_nested else f"of layout {value.layout}"
+        raise ValueError(f"{name}: {kind}; the kernels take strided tensors: use to_dense() or to_padded_tensor()")
     return value
+
+
+def in_place(name: str, value: Tensor) -> None:
+    """Memory that a kernel may write its result into."""
+    if plain(value) is not value:
+        raise ValueError(
+            f"{name}: a view with a sign to apply, or zeros without memory, cannot be written to; use clone()"
+        )
+
+
+def native_types(**tensors: Tensor | None) -> None:
+    """All of types that the kernels know."""
+    for name, value in tensors.items():
+        if value is not None and tensor(name, value).dtype not in DTYPE_CODE:
+            raise ValueError(f"{name}: dtype {value.dtype} has no native kernel, only {FLOATS} have")
+
+
+def shaped(name: str, value: object, shape: Sequence[int], x: Tensor, dtype: torch.dtype | None = None) -> None:
+    """A tensor of this shape, on the device of x, of this type (default: that of x)."""
+    checked = tensor(name, value)
+    if list(checked.shape) != list(shape):
+        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(checked.shape)}")
+    same_device(name, checked, "x", x)
+    wanted = dtype or x.dtype
+    if checked.dtype != wanted:
+        raise ValueError(f"{name}: dtype must be {wanted}, got {checked.dtype}")
 
 
 def floating(name: str, value: Tensor) -> None:
@@ -62,8 +93,7 @@ def norm_input(x: object, weight: Tensor | None, bias: Tensor | None, eps: float
         raise ValueError(f"x: the last dimension must not be empty, got shape {list(checked.shape)}")
     parameter("weight", weight, checked)
     parameter("bias", bias, checked)
-    if eps < 0:
-        raise ValueError(f"eps: must not be negative, got {eps}")
+    _eps(eps)
 
 
 def out_dtype(x: Tensor, dtype: torch.dtype | None) -> torch.dtype:
@@ -81,8 +111,9 @@ def like(name: str, value: object, other_name: str, other: Tensor) -> None:
     same_dtype(name, checked, other_name, other)
 
 
-def attention_input(q: object, k: object, v: object, feature_map: str, power: int) -> None:
+def attention_input(q: object, k: object, v: object, feature_map: str, power: int, eps: float = 0.0) -> None:
     """q, k: [B, H, N, K], v: [B, H, N, M], one type and device."""
+    _eps(eps)
     query = tensor("q", q)
     floating("q", query)
     if query.dim() != 4 or query.shape[-1] == 0:
@@ -101,6 +132,7 @@ def attention_input(q: object, k: object, v: object, feature_map: str, power: in
 
 def conv(v: Tensor, weight: Tensor, bias: Tensor | None, grid: tuple[int, int] | None) -> tuple[int, int]:
     """The grid, checked against v and the weight of the depth-wise convolution."""
+    same_device("conv_weight", tensor("conv_weight", weight), "v", v)
     if weight.dim() != 3 or weight.shape[0] != v.shape[-1] or weight.shape[1] % 2 == 0 or weight.shape[2] % 2 == 0:
         raise ValueError(f"conv_weight: expected [{v.shape[-1]}, s, s] with s odd, got {list(weight.shape)}")
     if bias is not None and bias.shape != v.shape[-1:]:
@@ -122,9 +154,9 @@ def _vector(name: str, value: Tensor | None, size: int, x: Tensor) -> None:
     same_device(name, value, "x", x)
 
 
-def _positive_eps(eps: float) -> None:
-    if eps < 0:
-        raise ValueError(f"eps: must not be negative, got {eps}")
+def _eps(eps: float) -> None:
+    if not eps >= 0:
+        raise ValueError(f"eps: must be a number that is not negative, got {eps}")
 
 
 def qk_input(packed: object, heads: int, q_weight: Tensor | None, k_weight: Tensor | None, eps: float) -> None:
@@ -137,7 +169,7 @@ def qk_input(packed: object, heads: int, q_weight: Tensor | None, k_weight: Tens
         raise ValueError(f"packed: the last dimension must be 3 * {heads} heads * K, got shape {list(checked.shape)}")
     _vector("q_weight", q_weight, checked.shape[-1] // (3 * heads), checked)
     _vector("k_weight", k_weight, checked.shape[-1] // (3 * heads), checked)
-    _positive_eps(eps)
+    _eps(eps)
 
 
 def gelu_input(x: object, bias: Tensor | None, approximate: str, beside: Tensor | None = None) -> None:
@@ -151,8 +183,10 @@ def gelu_input(x: object, bias: Tensor | None, approximate: str, beside: Tensor 
         raise ValueError(f"approximate: '{approximate}' is not one of none, tanh")
     if beside is None:
         return
-    same_device("beside", beside, "x", checked)
+    same_device("beside", tensor("beside", beside), "x", checked)
     same_dtype("beside", beside, "x", checked)
+    if beside.dim() == 0:
+        raise ValueError("beside: expected [..., E], got a scalar")
     if beside.shape[:-1] != checked.shape[:-1]:
         raise ValueError(f"beside: shape {list(beside.shape)} has other rows than x of {list(checked.shape)}")
 
@@ -165,4 +199,4 @@ def merge_input(x: object, weight: Tensor | None, bias: Tensor | None, eps: floa
         raise ValueError(f"x: expected [B, H, W, C] with H and W even and C > 0, got {list(checked.shape)}")
     _vector("weight", weight, 4 * checked.shape[3], checked)
     _vector("bias", bias, 4 * checked.shape[3], checked)
-    _positive_eps(eps)
+    _eps(eps)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import native
+from . import checks, native
 from .registry import LIBRARY, differentiable
 
 LIBRARY.define("patch_merge(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)")
@@ -76,12 +76,29 @@ def _differentiate(backward: Callable[..., Any], ctx: Any, grad: Tensor, *_rest:
     return grads[0], None if weight is None else grads[1], None if bias is None else grads[2], None
 
 
+def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
+    checks.merge_input(x, weight, bias, eps)
+    checks.native_types(x=x, weight=weight, bias=bias)
+
+
+def _check_backward(
+    grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor
+) -> None:
+    _check(x, weight, bias, 0.0)
+    batch, height, width, channels = _merged_sizes(x)
+    checks.shaped("grad", grad, (batch, height, width, 4 * channels), x)
+    for name, value in (("mean", mean), ("rstd", rstd)):
+        checks.shaped(name, value, (batch, height, width), x, torch.float32)
+
+
 patch_merge = differentiable(
     "patch_merge",
     forward=_forward,
     backward=_backward,
     fake_forward=_fake_forward,
     fake_backward=_fake_backward,
+    check=_check,
+    check_backward=_check_backward,
     setup_context=_setup_context,
     differentiate=_differentiate,
 )

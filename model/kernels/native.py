@@ -4,6 +4,7 @@ import importlib
 import re
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,6 +66,18 @@ def target(x: Tensor) -> tuple[ModuleType, int]:
             raise RuntimeError(f"x: on {x.device}, but the current device is cuda:{current}; use torch.cuda.set_device")
         return module, torch.cuda.current_stream(x.device).cuda_stream
     return module, torch.get_num_threads()
+
+
+def plain(t: Any) -> Any:
+    """A tensor whose memory says all: no view with a sign or conjugation still to be applied, no zeros without memory.
+    Anything else as it is.
+    """
+    if isinstance(t, Tensor):
+        if t._is_zerotensor():
+            return torch.zeros(t.shape, dtype=t.dtype, device=t.device)
+        if t.is_neg():
+            return t.resolve_neg()
+    return t
 
 
 def rows(x: Tensor) -> tuple[Tensor, int]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import native
+from . import checks, native
 from .registry import LIBRARY, differentiable
 
 LIBRARY.define(
@@ -151,12 +151,54 @@ def _fake_backward(
     return _backward_outputs(saved, weight, bias, x_dtype)
 
 
+def _check(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    rms: bool,
+    out_dtype: torch.dtype,
+    memory_efficient: bool,
+) -> None:
+    checks.norm_input(x, weight, bias, eps)
+    checks.native_types(x=x, weight=weight, bias=bias)
+    if residual is not None:
+        checks.like("residual", residual, "x", x)
+    if out_dtype not in native.DTYPE_CODE or {x.dtype, out_dtype} == {torch.bfloat16, torch.float16}:
+        raise ValueError(f"out_dtype: there is no native kernel from {x.dtype} to {out_dtype}")
+
+
+def _check_backward(
+    grad: Tensor,
+    saved: Tensor,
+    grad_sum: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    x_dtype: torch.dtype,
+    from_output: bool,
+) -> None:
+    checks.norm_input(saved, weight, bias, 0.0)
+    checks.native_types(grad=grad, saved=saved, weight=weight, bias=bias)
+    checks.shaped("grad", grad, saved.shape, saved, grad.dtype)
+    if grad_sum is not None:
+        checks.shaped("grad_sum", grad_sum, saved.shape, saved, x_dtype)
+    checks.shaped("rstd", rstd, saved.shape[:-1], saved, torch.float32)
+    checks.shaped("mean", mean, saved.shape[:-1] if mean.numel() or not rstd.numel() else (0,), saved, torch.float32)
+    if saved.dtype != (grad.dtype if from_output else x_dtype):
+        raise ValueError(f"saved: dtype {saved.dtype} is neither that of the input nor of the output")
+
+
 norm = differentiable(
     "norm",
     forward=_forward,
     backward=_backward,
     fake_forward=_fake_forward,
     fake_backward=_fake_backward,
+    check=_check,
+    check_backward=_check_backward,
     setup_context=_setup_context,
     differentiate=_differentiate,
 )

@@ -39,6 +39,7 @@ def check(weight: Tensor, grad: Tensor, moment: Tensor, square: Tensor, model_we
         checks.same_device(name, t, "weight", weight)
         if name in ("weight", "moment", "square") and t.dtype != torch.float32:
             raise ValueError(f"{name}: must be fp32, got {t.dtype}")
+        checks.in_place(name, t)
         checks.floating(name, t)
     if step < 1:
         raise ValueError(f"step: counts from 1, got {step}")

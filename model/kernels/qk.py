@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import native
+from . import checks, native
 from .registry import LIBRARY, differentiable
 
 LIBRARY.define(
@@ -130,15 +130,43 @@ def _differentiate(backward: Callable[..., Any], ctx: Any, *grads: Tensor) -> tu
     )  # fmt: skip
 
 
+def _check(packed: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, heads: int, eps: float, rms: bool) -> None:
+    checks.qk_input(packed, heads, q_weight, k_weight, eps)
+    checks.native_types(packed=packed, q_weight=q_weight, k_weight=k_weight)
+
+
+def _check_backward(
+    grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, packed: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
+    mean: Tensor, rstd: Tensor, heads: int,
+) -> None:  # fmt: skip
+    _check(packed, q_weight, k_weight, heads, 0.0, False)
+    shape = _head_shape(packed, heads)
+    for name, grad in (("grad_q", grad_q), ("grad_k", grad_k), ("grad_v", grad_v)):
+        checks.shaped(name, grad, shape, packed)
+    checks.shaped("rstd", rstd, (2, *shape[:-1]), packed, torch.float32)
+    checks.shaped("mean", mean, (2, *shape[:-1]) if mean.numel() else (0,), packed, torch.float32)
+
+
 qk_norm = differentiable(
     "qk_norm",
     forward=_forward,
     backward=_backward,
     fake_forward=_fake_forward,
     fake_backward=_fake_backward,
+    check=_check,
+    check_backward=_check_backward,
     setup_context=_setup_context,
     differentiate=_differentiate,
 )
+
+
+def _checked_in_place(
+    packed: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, heads: int, eps: float, rms: bool
+) -> None:
+    _check(packed, q_weight, k_weight, heads, eps, rms)
+    _forward_in_place(packed, native.plain(q_weight), native.plain(k_weight), heads, eps, rms)
+
+
 for _key in ("CPU", "CUDA"):
-    LIBRARY.impl("qk_norm_", _forward_in_place, _key)
+    LIBRARY.impl("qk_norm_", _checked_in_place, _key)
 torch.library.register_fake("vitruvius::qk_norm_", _fake_in_place, lib=LIBRARY)

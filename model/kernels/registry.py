@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .native import plain
+
 LIBRARY = torch.library.Library("vitruvius", "DEF")
 
 
@@ -17,6 +19,8 @@ def differentiable(
     backward: Callable[..., Any],
     fake_forward: Callable[..., Any],
     fake_backward: Callable[..., Any],
+    check: Callable[..., None],
+    check_backward: Callable[..., None],
     setup_context: Callable[..., None],
     differentiate: Callable[..., Any],
 ) -> Callable[..., Any]:
@@ -30,13 +34,15 @@ def differentiable(
         name: of the operator.
         forward, backward: run the kernels on real tensors.
         fake_forward, fake_backward: the same arguments, empty outputs.
+        check, check_backward: the same arguments; raise ValueError for what the kernels would read beyond. They are for
+            whoever calls torch.ops.vitruvius: `Kernels` has checked before it chooses a form.
         setup_context: (ctx, inputs, output), as torch.library.register_autograd wants it.
         differentiate: (backward, ctx, *grads) -> a gradient or None for each argument of forward.
     """
     operator = f"vitruvius::{name}"
     for key in ("CPU", "CUDA"):
-        LIBRARY.impl(name, forward, key)
-        LIBRARY.impl(f"{name}_backward", backward, key)
+        LIBRARY.impl(name, _checked(check, forward), key)
+        LIBRARY.impl(f"{name}_backward", _checked(check_backward, backward), key)
     torch.library.register_fake(operator, fake_forward, lib=LIBRARY)
     torch.library.register_fake(f"{operator}_backward", fake_backward, lib=LIBRARY)
     call, call_backward = getattr(torch.ops.vitruvius, name), getattr(torch.ops.vitruvius, f"{name}_backward")
@@ -49,6 +55,7 @@ def differentiable(
     class Direct(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
+            args = tuple(map(plain, args))
             outputs = forward(*args)
             setup_context(ctx, args, outputs)
             return outputs
@@ -56,7 +63,7 @@ def differentiable(
         @staticmethod
         @once_differentiable
         def backward(ctx: Any, *grads: Tensor) -> Any:
-            return differentiate(backward, ctx, *grads)
+            return differentiate(backward, ctx, *map(plain, grads))
 
     def choose(x: Tensor, *args: Any) -> Any:
         if torch.compiler.is_compiling() or x.is_meta or type(x) not in (Tensor, torch.nn.Parameter):
@@ -64,3 +71,12 @@ def differentiable(
         return Direct.apply(x, *args)
 
     return choose
+
+
+def _checked(check: Callable[..., None], function: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        args = tuple(map(plain, args))
+        check(*args)
+        return function(*args)
+
+    return run
