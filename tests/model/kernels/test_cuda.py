@@ -1,21 +1,33 @@
 """The CUDA kernels: the module loads anywhere; on a GPU, each kernel against the float64 reference on the CPU."""
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import pytest
 import torch
 from torch import Tensor
 
 from model.kernels import AdamWStep, Kernels, native
-from tests.model.kernels.kernel_cases import NATIVE, REFERENCE, assert_close, assert_same, each_dtype, gradients, randn
+from tests.model.kernels.kernel_cases import (
+    NATIVE,
+    REFERENCE,
+    assert_close,
+    assert_same,
+    each_dtype,
+    gradients,
+    method,
+    randn,
+)
 
 needs_module = pytest.mark.skipif(native.cuda is None, reason=f"CUDA module not built: {native.cuda_error}")
-on_gpu = [
-    pytest.mark.gpu,
-    needs_module,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
 Op = Callable[..., Tensor]
+Test = TypeVar("Test", bound=Callable[..., None])
+
+
+def on_gpu(test: Test) -> Test:
+    for mark in (needs_module, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")):
+        test = mark(test)
+    return pytest.mark.gpu(test)
 
 
 def flat(outputs: tuple[Tensor, ...]) -> Tensor:
@@ -27,9 +39,11 @@ CASES: dict[str, tuple[Callable[[Kernels], Op], list[tuple[int, ...]]]] = {
     "layer_norm_wide": (lambda k: k.layer_norm, [(33, 6144), (6144,), (6144,)]),
     "rms_norm": (lambda k: k.rms_norm, [(200, 1024), (1024,)]),
     "add_layer_norm": (lambda k: lambda *a: flat(k.add_layer_norm(*a)), [(50, 96), (50, 96), (96,), (96,)]),
+    "add_rms_norm": (lambda k: lambda *a: flat(k.add_rms_norm(*a)), [(9, 2048), (9, 2048), (2048,)]),
     "qk_norm": (lambda k: lambda x, a, b: flat(k.qk_norm(x, 3, a, b)), [(4, 50, 576), (64,), (64,)]),
     "bias_gelu": (lambda k: k.bias_gelu, [(130, 67), (67,)]),
     "bias_gelu_beside": (lambda k: lambda x, b: k.bias_gelu(x, b, beside=-x[..., :24]), [(130, 67), (67,)]),
+    "bias_gelu_beside_odd": (lambda k: lambda x, b: k.bias_gelu(x, b, beside=-x[..., :25]), [(130, 64), (64,)]),
     "bias_gelu_tanh": (lambda k: lambda x, b: k.bias_gelu(x, b, approximate="tanh"), [(130, 64), (64,)]),
     "patch_merge": (lambda k: k.patch_merge, [(3, 10, 14, 24), (96,), (96,)]),
     **{
@@ -51,20 +65,32 @@ def test_module_loads_and_counts_devices() -> None:
     assert native.cuda.architectures().startswith("sm_")
 
 
+def drawn(case: str, dtype: torch.dtype) -> list[Tensor]:
+    """Inputs of a case. Where two are added up, both are whole eighths, whose sum every type holds: kernels round it to
+    the type, which float64 does not do."""
+    shapes = CASES[case][1]
+    inputs = [randn(*s, dtype=dtype if len(s) > 1 else torch.float32, seed=i) for i, s in enumerate(shapes)]
+    return [(8 * t).round() / 8 for t in inputs[:2]] + inputs[2:] if case.startswith("add") else inputs
+
+
+PLACES: dict[str, Callable[[Tensor], Tensor]] = {
+    "dense": lambda t: t,
+    "offset": lambda t: torch.cat([t[..., :1], t], dim=-1)[..., 1:],  # nothing at a multiple of 16 bytes
+    "odd_stride": lambda t: torch.cat([t, t[..., :1]], dim=-1)[..., :-1],  # the first row is, others are not
+}
+
+
+@on_gpu
 @pytest.mark.parametrize("case", CASES)
 @each_dtype
-@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("place", PLACES)
 class TestOnGpu:
-    pytestmark = on_gpu
-
-    def test_matches_float64(self, case: str, dtype: torch.dtype, strided: bool) -> None:
-        make, shapes = CASES[case]
-        inputs = [randn(*s, dtype=dtype if len(s) > 1 else torch.float32, seed=i) for i, s in enumerate(shapes)]
+    def test_matches_float64(self, case: str, dtype: torch.dtype, place: str) -> None:
+        make, inputs = CASES[case][0], drawn(case, dtype)
         grad = randn(*make(REFERENCE)(*inputs).shape, dtype=dtype, seed=9)
         exact, exact_grads = gradients(make(REFERENCE), [t.double() for t in inputs], grad.double())
         device = [t.cuda() for t in inputs]
-        if strided:  # an offset of one element, so that nothing is aligned to 16 bytes
-            device[0] = torch.cat([device[0][..., :1], device[0]], dim=-1)[..., 1:]
+        device[0] = PLACES[place](device[0])
         first = gradients(make(NATIVE), device, grad.cuda())
         again = gradients(make(NATIVE), device, grad.cuda())
         assert_same([first[0], *first[1]], [again[0], *again[1]])
@@ -73,16 +99,69 @@ class TestOnGpu:
             assert_close(f"gradient {i}", a.cpu(), b, ulps=32 if a.dtype == torch.float32 else 1.5)
 
 
-@pytest.mark.gpu
-@needs_module
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@on_gpu
 @each_dtype
-def test_adamw_on_gpu(dtype: torch.dtype) -> None:
+def test_the_sum_is_rounded_to_its_type_on_gpu(dtype: torch.dtype) -> None:
+    x, residual, weight = randn(50, 96, dtype=dtype), randn(50, 96, dtype=dtype, seed=1), randn(96, seed=2)
+    for name in ("layer_norm", "rms_norm"):
+        y, total = getattr(NATIVE, f"add_{name}")(x.cuda(), residual.cuda(), weight.cuda())
+        assert torch.equal(total.cpu(), x + residual)
+        assert torch.equal(y, getattr(NATIVE, name)(total, weight.cuda()))
+
+
+@on_gpu
+@each_dtype
+@pytest.mark.parametrize("unaligned", [None, *range(5)])
+def test_adamw_on_gpu(dtype: torch.dtype, unaligned: int | None) -> None:
+    """Each array in turn begins one element after a multiple of 16 bytes."""
     results = []
     for device in ("cpu", "cuda"):
-        weight, grad = randn(10007).to(device), randn(10007, dtype=dtype, seed=1).to(device)
-        moment, square, model = torch.zeros_like(weight), torch.zeros_like(weight), torch.empty_like(grad)
+        arrays = [torch.zeros(10008, dtype=dtype if i in (1, 4) else torch.float32).to(device) for i in range(5)]
+        arrays = [t[1:] if i == unaligned else t[:-1] for i, t in enumerate(arrays)]
+        weight, grad, moment, square, model = arrays
+        weight.copy_(randn(10007))
+        grad.copy_(randn(10007, dtype=dtype, seed=1))
         NATIVE.adamw(weight, grad, moment, square, model, AdamWStep(lr=0.01, weight_decay=0.1))
         assert torch.equal(model, weight.to(dtype))
         results.append(weight.cpu())
     assert torch.allclose(results[0], results[1], rtol=1e-6, atol=1e-7)
+
+
+@on_gpu
+def test_more_heads_than_a_grid_is_high_on_gpu() -> None:
+    """65,536 groups of chunks: only the first dimension of blocks may be as large. (Two minutes in emulation.)"""
+    inputs = [randn(65536, 1, 2, 2, seed=i) for i in range(3)]
+    grad = randn(65536, 1, 2, 2, seed=4)
+    exact, exact_grads = gradients(REFERENCE.linear_attention, [t.double() for t in inputs], grad.double())
+    out, grads = gradients(NATIVE.linear_attention, [t.cuda() for t in inputs], grad.cuda())
+    assert_close("output", out.cpu(), exact, ulps=16)
+    for i, name in enumerate("qkv"):
+        assert_close(f"gradient of {name}", grads[i].cpu(), exact_grads[i], ulps=64)
+
+
+@on_gpu
+@pytest.mark.parametrize(("power", "dim"), [(20, 256), (30, 64)])
+def test_high_powers_of_focused_features_on_gpu(power: int, dim: int) -> None:
+    inputs = [randn(1, 2, 7, dim, seed=i) for i in range(3)]
+    grad = randn(1, 2, 7, dim, seed=4)
+    op = method("linear_attention", feature_map="focused", power=power)
+    exact, exact_grads = gradients(op(REFERENCE), [t.double() for t in inputs], grad.double())
+    out, grads = gradients(op(NATIVE), [t.cuda() for t in inputs], grad.cuda())
+    assert_close("output", out.cpu(), exact, ulps=4 * power)
+    for i, name in enumerate("qkv"):
+        assert_close(f"gradient of {name}", grads[i].cpu(), exact_grads[i], ulps=16 * power)
+
+
+@on_gpu
+@pytest.mark.parametrize("bad", [float("-inf"), float("nan")])
+@pytest.mark.parametrize("feature_map", ["elu", "relu", "focused"])
+def test_features_of_what_is_not_finite_on_gpu(feature_map: str, bad: float) -> None:
+    for which in (0, 1):
+        inputs = [randn(1, 2, 9, 8, seed=i) for i in range(3)]
+        inputs[which][0, 1, 4, 3] = bad
+        grad = randn(1, 2, 9, 8, seed=5)
+        op = method("linear_attention", feature_map=feature_map)
+        exact, exact_grads = gradients(op(REFERENCE), [t.double() for t in inputs], grad.double())
+        got, got_grads = gradients(op(NATIVE), [t.cuda() for t in inputs], grad.cuda())
+        for a, b in zip([got, *got_grads], [exact, *exact_grads], strict=True):
+            assert torch.allclose(a.cpu().double(), b, rtol=1e-4, atol=1e-4, equal_nan=True)
