@@ -1,13 +1,48 @@
-"""Marks: tests that need a GPU are skipped, with the reason, where torch sees none."""
+"""Marks: tests that need a GPU are skipped, with the reason, where torch sees none, or run on an emulated one."""
+
+from collections.abc import Iterator
 
 import pytest
 import torch
 
+from tests.cuda_emulation import build
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`gpu(multiprocessors=[...])`, on a test of kernels: on which emulated GPUs it runs where there is no real one."""
+    mark = metafunc.definition.get_closest_marker("gpu")
+    if mark and mark.kwargs and not torch.cuda.is_available():
+        metafunc.fixturenames.append("emulated_gpu")
+        metafunc.parametrize("emulated_gpu", mark.kwargs["multiprocessors"], indirect=True, ids=lambda n: f"{n}sm")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA device; tools/gpu_check.sh runs it where there is one")
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(skip)
+        if mark := item.get_closest_marker("gpu"):
+            if reason := _unfit(of_kernels=bool(mark.kwargs)):
+                item.add_marker(pytest.mark.skip(reason=reason))
+            elif not torch.cuda.is_available():
+                item.fixturenames.insert(0, "emulated_gpu")
+
+
+def _unfit(of_kernels: bool) -> str:
+    """Why a test that is marked `gpu` cannot run here, "" if it can."""
+    if torch.cuda.is_available():
+        from model.kernels import native
+
+        return f"CUDA module not built: {native.cuda_error}" if of_kernels and native.cuda is None else ""
+    reason = "needs a CUDA device; tools/gpu_check.sh runs it where there is one"
+    if not of_kernels:
+        return reason
+    return build.unavailable() and f"{reason}; {build.unavailable()}"
+
+
+@pytest.fixture
+def emulated_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """CPU tensors pass for those of a GPU with so many multiprocessors; every scratch array is given back."""
+    from tests.cuda_emulation.device import stand_in
+
+    with stand_in() as device:
+        device.configure(request.param)
+        yield
+        assert device.allocations() == 0

@@ -1,13 +1,13 @@
-"""The CUDA kernels: the module loads anywhere; on a GPU, each kernel against the float64 reference on the CPU."""
+"""The CUDA kernels: the module loads anywhere; on a GPU, real or emulated, each against the float64 reference."""
 
 from collections.abc import Callable
-from typing import TypeVar
 
 import pytest
 import torch
 from torch import Tensor
 
 from model.kernels import AdamWStep, Kernels, native
+from model.kernels.optimizers import reference_step
 from tests.model.kernels.kernel_cases import (
     NATIVE,
     REFERENCE,
@@ -21,13 +21,7 @@ from tests.model.kernels.kernel_cases import (
 
 needs_module = pytest.mark.skipif(native.cuda is None, reason=f"CUDA module not built: {native.cuda_error}")
 Op = Callable[..., Tensor]
-Test = TypeVar("Test", bound=Callable[..., None])
-
-
-def on_gpu(test: Test) -> Test:
-    for mark in (needs_module, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")):
-        test = mark(test)
-    return pytest.mark.gpu(test)
+on_gpu = pytest.mark.gpu(multiprocessors=[4])
 
 
 def flat(outputs: tuple[Tensor, ...]) -> Tensor:
@@ -46,14 +40,14 @@ CASES: dict[str, tuple[Callable[[Kernels], Op], list[tuple[int, ...]]]] = {
     "bias_gelu_beside_odd": (lambda k: lambda x, b: k.bias_gelu(x, b, beside=-x[..., :25]), [(130, 64), (64,)]),
     "bias_gelu_tanh": (lambda k: lambda x, b: k.bias_gelu(x, b, approximate="tanh"), [(130, 64), (64,)]),
     "patch_merge": (lambda k: k.patch_merge, [(3, 10, 14, 24), (96,), (96,)]),
-    **{
-        f"linear_attention_{m}": (
-            lambda k, m=m: lambda *a: k.linear_attention(*a, m),
-            [(2, 3, 700, 40), (2, 3, 700, 40), (2, 3, 700, 72)],
-        )
-        for m in ("elu", "relu", "focused")
-    },
     "empty": (lambda k: k.layer_norm, [(0, 64), (64,), (64,)]),
+}
+ATTENTION: dict[str, tuple[Callable[[Kernels], Op], list[tuple[int, ...]]]] = {
+    f"linear_attention_{name}": (method("linear_attention", feature_map=feature_map), shapes)
+    for name, feature_map, shapes in (
+        *((m, m, [(2, 2, 70, 40), (2, 2, 70, 40), (2, 2, 70, 72)]) for m in ("elu", "relu", "focused")),
+        ("in_chunks", "elu", [(1, 2, 530, 8)] * 3),
+    )
 }
 
 
@@ -65,12 +59,11 @@ def test_module_loads_and_counts_devices() -> None:
     assert native.cuda.architectures().startswith("sm_")
 
 
-def drawn(case: str, dtype: torch.dtype) -> list[Tensor]:
+def drawn(shapes: list[tuple[int, ...]], dtype: torch.dtype, eighths: bool) -> list[Tensor]:
     """Inputs of a case. Where two are added up, both are whole eighths, whose sum every type holds: kernels round it to
     the type, which float64 does not do."""
-    shapes = CASES[case][1]
     inputs = [randn(*s, dtype=dtype if len(s) > 1 else torch.float32, seed=i) for i, s in enumerate(shapes)]
-    return [(8 * t).round() / 8 for t in inputs[:2]] + inputs[2:] if case.startswith("add") else inputs
+    return [(8 * t).round() / 8 for t in inputs[:2]] + inputs[2:] if eighths else inputs
 
 
 PLACES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -80,23 +73,35 @@ PLACES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@on_gpu
+def check(case: str, dtype: torch.dtype, place: str) -> None:
+    make, shapes = (CASES | ATTENTION)[case]
+    inputs = drawn(shapes, dtype, eighths=case.startswith("add"))
+    grad = randn(*make(REFERENCE)(*inputs).shape, dtype=dtype, seed=9)
+    exact, exact_grads = gradients(make(REFERENCE), [t.double() for t in inputs], grad.double())
+    device = [t.cuda() for t in inputs]
+    device[0] = PLACES[place](device[0])
+    first = gradients(make(NATIVE), device, grad.cuda())
+    again = gradients(make(NATIVE), device, grad.cuda())
+    assert_same([first[0], *first[1]], [again[0], *again[1]])
+    assert_close("output", first[0].cpu(), exact, ulps=16 if dtype == torch.float32 else 1.5)
+    for i, (a, b) in enumerate(zip(first[1], exact_grads, strict=True)):
+        assert_close(f"gradient {i}", a.cpu(), b, ulps=32 if a.dtype == torch.float32 else 1.5)
+
+
+@pytest.mark.gpu(multiprocessors=[1, 4, 132])
 @pytest.mark.parametrize("case", CASES)
 @each_dtype
 @pytest.mark.parametrize("place", PLACES)
-class TestOnGpu:
-    def test_matches_float64(self, case: str, dtype: torch.dtype, place: str) -> None:
-        make, inputs = CASES[case][0], drawn(case, dtype)
-        grad = randn(*make(REFERENCE)(*inputs).shape, dtype=dtype, seed=9)
-        exact, exact_grads = gradients(make(REFERENCE), [t.double() for t in inputs], grad.double())
-        device = [t.cuda() for t in inputs]
-        device[0] = PLACES[place](device[0])
-        first = gradients(make(NATIVE), device, grad.cuda())
-        again = gradients(make(NATIVE), device, grad.cuda())
-        assert_same([first[0], *first[1]], [again[0], *again[1]])
-        assert_close("output", first[0].cpu(), exact, ulps=16 if dtype == torch.float32 else 1.5)
-        for i, (a, b) in enumerate(zip(first[1], exact_grads, strict=True)):
-            assert_close(f"gradient {i}", a.cpu(), b, ulps=32 if a.dtype == torch.float32 else 1.5)
+def test_matches_float64(case: str, dtype: torch.dtype, place: str) -> None:
+    check(case, dtype, place)
+
+
+@on_gpu
+@pytest.mark.parametrize("case", ATTENTION)
+@each_dtype
+@pytest.mark.parametrize("place", PLACES)
+def test_linear_attention_matches_float64(case: str, dtype: torch.dtype, place: str) -> None:
+    check(case, dtype, place)
 
 
 @on_gpu
@@ -114,20 +119,23 @@ def test_the_sum_is_rounded_to_its_type_on_gpu(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("unaligned", [None, *range(5)])
 def test_adamw_on_gpu(dtype: torch.dtype, unaligned: int | None) -> None:
     """Each array in turn begins one element after a multiple of 16 bytes."""
-    results = []
-    for device in ("cpu", "cuda"):
-        arrays = [torch.zeros(10008, dtype=dtype if i in (1, 4) else torch.float32).to(device) for i in range(5)]
-        arrays = [t[1:] if i == unaligned else t[:-1] for i, t in enumerate(arrays)]
-        weight, grad, moment, square, model = arrays
-        weight.copy_(randn(10007))
-        grad.copy_(randn(10007, dtype=dtype, seed=1))
-        NATIVE.adamw(weight, grad, moment, square, model, AdamWStep(lr=0.01, weight_decay=0.1))
-        assert torch.equal(model, weight.to(dtype))
-        results.append(weight.cpu())
-    assert torch.allclose(results[0], results[1], rtol=1e-6, atol=1e-7)
+    arrays = [torch.zeros(10008, dtype=dtype if i in (1, 4) else torch.float32).cuda() for i in range(5)]
+    arrays = [t[1:] if i == unaligned else t[:-1] for i, t in enumerate(arrays)]
+    weight, grad, moment, square, model = arrays
+    weight.copy_(randn(10007))
+    grad.copy_(randn(10007, dtype=dtype, seed=1))
+    exact = [t.cpu().double() for t in arrays[:4]]
+    step = AdamWStep(lr=0.01, weight_decay=0.1)
+    reference_step(*exact, None, step)
+    NATIVE.adamw(weight, grad, moment, square, model, step)
+    assert torch.equal(model, weight.to(dtype))
+    for name, got, wanted in zip(
+        ("weight", "moment", "square"), (weight, moment, square), (exact[0], *exact[2:]), strict=True
+    ):
+        assert_close(name, got.cpu(), wanted, ulps=2)
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_more_heads_than_a_grid_is_high_on_gpu() -> None:
     """65,536 groups of chunks: only the first dimension of blocks may be as large. (Two minutes in emulation.)"""
     inputs = [randn(65536, 1, 2, 2, seed=i) for i in range(3)]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.kernels import Kernels, linear_attention, native
+from model.kernels import Kernels, linear_attention
 from model.kernels.reference import depthwise_conv
 from tests.model.kernels.kernel_cases import (
     NATIVE,
@@ -269,9 +269,7 @@ def test_every_rank_takes_part_in_backward(kernels: Kernels) -> None:
         assert calls == [2 * 8 * 8 + 2 * 8] * 2
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(native.cuda is None, reason=f"native CUDA module not built: {native.cuda_error}")
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu(multiprocessors=[4])
 @each_feature
 @each_dtype
 @pytest.mark.parametrize("tokens", [0, 700])
