@@ -6,12 +6,13 @@ import os
 import re
 import socket
 import subprocess
-import time
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+from parallel.rendezvous import Place, find_store, meet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +29,18 @@ def read_world(environ: dict[str, str] | None = None) -> World:
     """Rank and world size from torchrun's variables, else SLURM's (`srun`), else one process.
 
     Raises:
-        ValueError: a launcher's variable is not a number, or only some of them are set.
+        ValueError: a launcher's variable is not a number, or only some of them are set; or this is not one of the
+            job's tasks, but its batch script.
     """
     env = os.environ if environ is None else environ
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     if "RANK" not in env and "SLURM_PROCID" in env and env.get("SLURM_NTASKS", "1") != "1":
         names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
+        if names[3] not in env:
+            raise ValueError(
+                f"this is the batch script of a job of {env['SLURM_NTASKS']} tasks, not one of them: start with srun "
+                "or torchrun (one process alone with srun --ntasks 1)"
+            )
     if names[0] not in env and names[1] not in env:
         return World()
     try:
@@ -48,14 +55,21 @@ def start(world: World, device: torch.device, timeout_seconds: float) -> None:
     """Make the process group: NCCL for CUDA, gloo for the CPU. One process makes none.
 
     Under srun, MASTER_ADDR and MASTER_PORT default to the first host of the job and a port from the job's number.
+
+    Raises:
+        parallel.rendezvous.StartError: not all ranks have come in time.
     """
     if world.size == 1:
         return
     host, port = _master()
     os.environ.update(MASTER_ADDR=host, MASTER_PORT=str(port))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    hosts = world.rank == 0 and not _by_launcher()
+    place = Place(host=host, port=port, rank=world.rank, size=world.size, hosts=hosts, run=attempt)
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
+        store=meet(place, timeout_seconds),
         rank=world.rank,
         world_size=world.size,
         timeout=timedelta(seconds=timeout_seconds),
@@ -92,24 +106,18 @@ _STORE_PATIENCE = 5.0
 
 def _report_store(rank: int) -> dist.Store | None:
     """The launcher's store, else rank 0's, None if there is none (yet)."""
-    by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     host, port = _master()
-    if dist.is_initialized() and not by_launcher:
+    if dist.is_initialized() and not _by_launcher():
         socket.create_connection((host, port), timeout=1).close()  # the store itself complains at length
         return dist.distributed_c10d._get_default_store()
-    if rank == 0 and not by_launcher:
+    if rank == 0 and not _by_launcher():
         return None
-    deadline = time.monotonic() + _STORE_PATIENCE
-    while time.monotonic() < deadline:
-        try:
-            socket.create_connection((host, port), timeout=1).close()
-        except OSError:
-            time.sleep(0.2)
-            continue
-        return dist.TCPStore(
-            host, port, is_master=False, timeout=timedelta(seconds=_STORE_PATIENCE), wait_for_workers=False
-        )
-    return None
+    return find_store(host, port, _STORE_PATIENCE)
+
+
+def _by_launcher() -> bool:
+    """Whether the launcher has the store, not rank 0."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _master() -> tuple[str, int]:

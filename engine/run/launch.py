@@ -22,6 +22,7 @@ from engine.errors import EXIT_DIVERGED, EXIT_DONE, EXIT_FAULT, EXIT_USAGE, Conf
 from parallel import parent, process_group
 from parallel.comm import PeerLostError
 from parallel.process_group import World, read_world
+from parallel.rendezvous import StartError
 
 # What a rank that lost contact waits for the cause to be told: by the rank that failed, or by the launcher, which ends
 # the others as soon as one is gone.
@@ -46,6 +47,8 @@ def run_rank(main: Callable[[Sequence[str], World], None], argv: Sequence[str], 
         return _leave(EXIT_FAULT, world, f"{program}: {error}")
     except DivergedError as error:
         return _leave(EXIT_DIVERGED, world, f"{program}: training diverged: {error}")
+    except StartError as error:
+        return _leave(EXIT_FAULT, world, f"{program}: {error}", told=error.told)
     except PeerLostError as error:
         time.sleep(_GRACE_SECONDS)
         cause = re.sub(r"\[[^]]*\.cc:\d+\] ", "", str(error)).partition("\n")[0]
@@ -69,13 +72,15 @@ def _traceback() -> str:
     return traceback.format_exc().rstrip()
 
 
-def _leave(code: int, world: World, message: str) -> int:
-    """Tell why, unless another rank did. With peers that may be inside a collective, skip the orderly shutdown that
-    could wait for them.
+def _leave(code: int, world: World, message: str, *, told: bool | None = None) -> int:
+    """Tell why, unless another rank did (told; None: to be found out). With peers that may be inside a collective,
+    skip the orderly shutdown that could wait for them.
     """
     sys.stdout.flush()
     _note_for_torchrun(message)
-    if process_group.first_to_report("end", world.rank):
+    if told is None:
+        told = not process_group.first_to_report("end", world.rank)
+    if not told:
         print(message, file=sys.stderr, flush=True)
     return _exit(code, world)
 

@@ -277,13 +277,18 @@ def test_which_launcher_wins() -> None:
         {"RANK": "0", "WORLD_SIZE": "2"},
         {"WORLD_SIZE": "2"},
         SLURM | {"SLURM_NTASKS": "many"},
-        {"SLURM_PROCID": "0", "SLURM_NTASKS": "2"},
+        {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2"},
     ],
     ids=str,
 )
 def test_variables_that_make_no_sense(environ: dict[str, str]) -> None:
     with pytest.raises(ValueError, match=r"launcher's variables (RANK|SLURM_PROCID), .* must all be integers"):
         read_world(environ)
+
+
+def test_a_batch_script_is_not_one_of_its_tasks() -> None:
+    with pytest.raises(ValueError, match=r"batch script of a job of 4 tasks.*: start with srun or torchrun"):
+        read_world({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "7"})
 
 
 @pytest.mark.parametrize(

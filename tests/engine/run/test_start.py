@@ -1,0 +1,144 @@
+"""Ranks that do not come together: one line says who is waited for, another ends it in time, and torch says nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Thread
+
+import pytest
+
+from parallel.rendezvous import find_store
+from tests.distributed import free_port
+
+ROOT = Path(__file__).parents[3]
+TIMEOUT = 5.0
+HOW = r"start with srun or torchrun"
+STOP = "os.kill(os.getpid(), signal.SIGSTOP)"
+# what ranks do before they meet, each case with its two ranks; of more, the others never come
+CASES: dict[str, tuple[str, str]] = {
+    "two never come": ("", ""),
+    "one stopped": ("", STOP),
+    "stopped with the store": (f"rendezvous._comes = lambda *_: {STOP}", ""),
+    "late": ("", f"time.sleep({TIMEOUT * 0.6})"),
+    "silent": ("", ""),
+    "closing": ("", ""),
+}
+# One process imports torch; its children are the ranks, as a launcher starts them that leaves the store to rank 0.
+SCRIPT = """
+import json, os, signal, sys, tempfile, time
+import torch
+from engine.run.launch import run_rank
+from parallel import process_group, rendezvous
+
+def main(argv, world):
+    exec(argv[0])
+    process_group.start(world, torch.device("cpu"), {timeout})
+    torch.distributed.barrier()
+
+ranks = []
+for name, first, port in json.loads(sys.argv[1]):
+    for rank, what in enumerate(first):
+        stderr = tempfile.TemporaryFile("w+")
+        pid = os.fork()
+        if pid == 0:
+            os.dup2(stderr.fileno(), 2)
+            size = "4" if name == "two never come" else "2"
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=size)
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            os._exit(run_rank(main, [what], "prog"))
+        ranks.append((name, pid, stderr))
+ends = {{}}
+for name, pid, stderr in ranks:
+    _, status = os.waitpid(pid, os.WUNTRACED)
+    if os.WIFSTOPPED(status):
+        continue
+    stderr.seek(0)
+    ends.setdefault(name, []).append((os.waitstatus_to_exitcode(status), stderr.read()))
+print(json.dumps(ends))
+for _, pid, _ in ranks:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+"""
+
+
+def ends_of(ports: dict[str, int]) -> dict[str, list[tuple[int, str]]]:
+    """Exit code and stderr of each case's ranks that were not stopped. All at once: they wait most of their time."""
+    launcher = re.compile(r"(RANK|WORLD_SIZE|MASTER_|LOCAL_|SLURM_|TORCHELASTIC_)")
+    env = {k: v for k, v in os.environ.items() if not launcher.match(k)} | {"OMP_NUM_THREADS": "1"}
+    cases = [(name, what, ports.get(name) or free_port()) for name, what in CASES.items()]
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT.format(timeout=TIMEOUT), json.dumps(cases)],
+        env=env,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    ended: dict[str, list[tuple[int, str]]] = json.loads(done.stdout)
+    return ended
+
+
+@contextmanager
+def listener(*, closes: bool) -> Iterator[int]:
+    """Another program on a port, which says nothing, or closes what it has accepted."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def accept() -> None:
+            while True:
+                try:
+                    server.accept()[0].close()
+                except OSError:
+                    return
+
+        if closes:
+            Thread(target=accept, daemon=True).start()
+        yield server.getsockname()[1]
+        server.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.slow
+def test_ranks_that_do_not_come_together() -> None:
+    with listener(closes=False) as silent, listener(closes=True) as closing:
+        ends = ends_of({"silent": silent, "closing": closing})
+    waited = rf"waited {TIMEOUT:g} s \(parallel.timeout\) for"
+    told(ends["two never come"], rf"waiting for 2 of 4 ranks \(2, 3\): {HOW}\nprog: {waited} 2 of 4 ranks .*: {HOW}\n")
+    told(ends["one stopped"], rf"waiting for 1 of 2 ranks \(1\): {HOW}\nprog: {waited} 1 of 2 ranks \(1\): {HOW}\n")
+    told(
+        ends["stopped with the store"],
+        rf"(rank 1 .*is waiting for rank 0 .*\n)?prog: rank 1 of 2 {waited} rank 0 at 127.0.0.1:\d+ .*: {HOW}, .*\n",
+    )
+    assert [code for code, _ in ends["late"]] == [0, 0]
+    assert re.fullmatch(rf"waiting for 1 of 2 ranks \(1\): {HOW}\n", "".join(error for _, error in ends["late"]))
+    for name in ("silent", "closing"):
+        (first, refused), second = ends[name]
+        assert first == 1
+        assert re.fullmatch(r"prog: rank 0 cannot listen on 127.*\(another program listens .*MASTER_PORT.*\n", refused)
+        notice = rf"rank 1 of 2 is waiting for rank 0 at 127.0.0.1:\d+ \(another program.* listens there\): {HOW}\n"
+        told([second], rf"{notice}prog: rank 1 of 2 {waited} rank 0 .*\n")
+
+
+def told(ends: list[tuple[int, str]], expected: str) -> None:
+    """All have failed, and one has said so."""
+    assert [code for code, _ in ends] == [1] * len(ends)
+    assert re.fullmatch(expected, "".join(error for _, error in ends))
+
+
+def test_looking_for_a_store_ends(capfd: pytest.CaptureFixture[str]) -> None:
+    for closes in (False, True):
+        with listener(closes=closes) as port:
+            began = time.monotonic()
+            assert find_store("127.0.0.1", port, 0.5) is None and time.monotonic() - began < 5
+    assert find_store("127.0.0.1", free_port(), 0.3) is None
+    assert capfd.readouterr().err == ""
