@@ -1,4 +1,5 @@
-"""A rank's first moments, before torch is imported (which takes seconds): it ends with its launcher, and by signals.
+"""A rank's first moments, before torch is imported (which takes seconds): it ends with its launcher, and by signals;
+its threads do not spin for long.
 
 Imports nothing that takes time, so that what it promises holds from the start.
 """
@@ -11,6 +12,7 @@ import signal
 import sys
 
 _PR_SET_PDEATHSIG = 1  # Linux
+_SPINS = "10000"  # looks; a fraction of a millisecond
 
 
 def end_with_launcher() -> None:
@@ -34,3 +36,14 @@ def interrupts_raise() -> None:
     """Python's own way again: KeyboardInterrupt. Ignored interrupts (of a shell's background jobs) stay ignored."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def spin_briefly() -> None:
+    """Have OpenMP threads that wait for others sleep soon, unless the environment says otherwise.
+
+    libgomp, whose threads run torch's operations and the native kernels alike, reads this once, when torch loads it. By
+    default a thread looks 300,000 times before it sleeps, for milliseconds. Beside another busy process it so keeps
+    from a core the thread that it waits for, region after region; sleeping at once would slow a step that runs alone.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)

@@ -11,6 +11,7 @@ from parallel import parent
 if __name__ == "__main__":  # before the imports below, which take seconds
     parent.end_with_launcher()
     parent.end_by_interrupt()
+    parent.spin_briefly()
 
 from engine.run.launch import run_rank
 from parallel.process_group import World
