@@ -18,6 +18,8 @@ _MAX_VALUES = 100_000  # with every reference (*name) written out: ten lines of 
 
 def read_yaml(file: str) -> dict[Any, Any]:
     """What a YAML file holds. Raises ConfigError if that is anything but keys and values."""
+    if not file:
+        raise ConfigError("--config is empty: give a YAML file, such as configs/digits.yaml")
     try:
         with Path(file).open("rb") as stream:
             raw = stream.read(_MAX_BYTES + 1)  # no more, also of what has no end

@@ -323,6 +323,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     missing = str(tmp_path / "missing.yaml")
     assert message("--config", missing) == f"--config {missing} cannot be read: No such file or directory"
     assert message("--config", str(tmp_path)) == f"--config {tmp_path} cannot be read: Is a directory"
+    assert message("--config", "").startswith("--config is empty: ")
     (tmp_path / "image.png").write_bytes(b"\x89PNG\xff\xfe")
     assert message("--config", str(tmp_path / "image.png")) == f"--config {tmp_path / 'image.png'} is not a text file"
     for text, problem in (
