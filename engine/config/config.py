@@ -11,7 +11,7 @@ from typing import Any, Literal
 import yaml
 
 from data import DataConfig
-from engine.config.limits import check_numbers, divisors
+from engine.config.limits import check_values, divisors
 from engine.errors import ConfigError
 from engine.optimizers.config import OptimizerConfig, ScheduleConfig
 from engine.precision.config import PrecisionConfig
@@ -123,7 +123,7 @@ class Config:
     """auto: CUDA with NCCL where there is a GPU, else the CPU with gloo."""
 
     def __post_init__(self) -> None:
-        check_numbers(asdict(self))
+        check_values(asdict(self))
 
     def grid_shape(self, world_size: int) -> GridShape:
         """The grid that this configuration makes of `world_size` ranks. Raises ConfigError if it cannot."""

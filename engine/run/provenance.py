@@ -30,8 +30,13 @@ def provenance(shape: GridShape) -> dict[str, str]:
         "python": platform.python_version(),
         "host": socket.gethostname(),
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "command": shlex.join(sys.argv).replace("\n", " "),
+        "command": _printable(shlex.join(sys.argv)),
     }
+
+
+def _printable(text: str) -> str:
+    """With escapes for what YAML's comments cannot hold: ends of lines, control characters."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def version() -> str:

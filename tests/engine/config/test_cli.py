@@ -319,6 +319,11 @@ def test_numbers_must_be_finite(tmp_path: Path) -> None:
     assert message("--config", file) == "optimizer.lr is inf: it must be a finite number"
 
 
+def test_texts_must_be_such_as_files_can_hold() -> None:
+    assert message("--run_dir", "runs/caf\udce9").startswith("run_dir is 'runs/caf\\udce9': it must be text in UTF-8")
+    assert parse(["--run_dir", "runs/café"])[0].run_dir == "runs/café"
+
+
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     missing = str(tmp_path / "missing.yaml")
     assert message("--config", missing) == f"--config {missing} cannot be read: No such file or directory"

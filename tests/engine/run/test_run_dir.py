@@ -176,7 +176,10 @@ def test_what_cannot_be_set_aside_is_one_message(tmp_path: Path, capsys: pytest.
     assert len(error) == 1 and "cannot be set aside" in error[0]
 
 
-def test_the_configuration_tells_where_it_comes_from_and_can_be_given_again(tmp_path: Path) -> None:
+def test_the_configuration_tells_where_it_comes_from_and_can_be_given_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["train", "--data.path", "a\x07b\nc"])
     run = claim(tmp_path)
     config = small().resolve(1)
     text = run.write_config(config.to_yaml(), provenance(GridShape(pipeline=1, data=4, context=1, tensor=2)), print)
@@ -186,7 +189,7 @@ def test_the_configuration_tells_where_it_comes_from_and_can_be_given_again(tmp_
     comments = dict(line[2:].split(": ", 1) for line in text.splitlines() if line.startswith("# "))
     assert comments["ranks"] == "8 = pipeline 1 x data 4 x context 1 x tensor 2"
     assert re.match(r"\d+\.\d+", comments["version"]) and re.match(r"[0-9a-f]{40}|unknown", comments["commit"])
-    assert comments["command"] and comments["host"] and comments["started"]
+    assert comments["command"] == "train --data.path 'a\\x07b\\nc'" and comments["host"] and comments["started"]
 
 
 # -- during the run ----------------------------------------------------------------------------------------------------
