@@ -35,13 +35,7 @@ class Kernels(Selection):
         output, which the next layer keeps anyway, instead of the input for the backward pass (native only; weights must
         not be close to zero). Raises ValueError naming the argument.
         """
-        checks.norm_input(x, weight, bias, eps)
-        dtype = checks.out_dtype(x, out_dtype)
-        if weight is not None and bias is not None and dtype == x.dtype and self._apex("layer_norm", x.device):
-            return apex.layer_norm(x, weight, bias, eps)
-        if self._native("layer_norm_forward", x, weight, bias, out=dtype):
-            return norms.norm(x, None, weight, bias, eps, False, dtype, memory_efficient)[0]
-        return reference.layer_norm(x, weight, bias, eps, dtype)
+        return self._norm(x, None, weight, bias, eps, False, out_dtype, memory_efficient)[0]
 
     def rms_norm(
         self,
@@ -54,11 +48,7 @@ class Kernels(Selection):
         memory_efficient: bool = False,
     ) -> Tensor:
         """RMSNorm over the last dimension; arguments as for layer_norm."""
-        checks.norm_input(x, weight, bias, eps)
-        dtype = checks.out_dtype(x, out_dtype)
-        if self._native("layer_norm_forward", x, weight, bias, out=dtype):
-            return norms.norm(x, None, weight, bias, eps, True, dtype, memory_efficient)[0]
-        return reference.rms_norm(x, weight, bias, eps, dtype)
+        return self._norm(x, None, weight, bias, eps, True, out_dtype, memory_efficient)[0]
 
     def add_layer_norm(
         self,
@@ -72,7 +62,7 @@ class Kernels(Selection):
         memory_efficient: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """s = x + residual and LayerNorm(s) in one pass: returns (norm, s). x, residual: [..., D] of one dtype."""
-        return self._add_norm(x, residual, weight, bias, eps, False, out_dtype, memory_efficient)
+        return self._norm(x, checks.tensor("residual", residual), weight, bias, eps, False, out_dtype, memory_efficient)
 
     def add_rms_norm(
         self,
@@ -86,12 +76,12 @@ class Kernels(Selection):
         memory_efficient: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """s = x + residual and RMSNorm(s) in one pass: returns (norm, s). x, residual: [..., D] of one dtype."""
-        return self._add_norm(x, residual, weight, bias, eps, True, out_dtype, memory_efficient)
+        return self._norm(x, checks.tensor("residual", residual), weight, bias, eps, True, out_dtype, memory_efficient)
 
-    def _add_norm(
+    def _norm(
         self,
         x: Tensor,
-        residual: Tensor,
+        residual: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
         eps: float,
@@ -99,12 +89,16 @@ class Kernels(Selection):
         out_dtype: torch.dtype | None,
         memory_efficient: bool,
     ) -> tuple[Tensor, Tensor]:
+        """(norm of x + residual, x + residual); without a residual the second is of no use."""
         checks.norm_input(x, weight, bias, eps)
-        checks.like("residual", residual, "x", x)
         dtype = checks.out_dtype(x, out_dtype)
+        if residual is not None:
+            checks.like("residual", residual, "x", x)
+        elif not (rms or weight is None or bias is None) and dtype == x.dtype and self._apex("layer_norm", x.device):
+            return apex.layer_norm(x, weight, bias, eps), x
         if self._native("layer_norm_forward", x, residual, weight, bias, out=dtype):
             return norms.norm(x, residual, weight, bias, eps, rms, dtype, memory_efficient)[:2]
-        total = x + residual
+        total = x if residual is None else x + residual
         return (reference.rms_norm if rms else reference.layer_norm)(total, weight, bias, eps, dtype), total
 
     def linear_attention(

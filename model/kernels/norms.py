@@ -25,8 +25,15 @@ LIBRARY.define(
 )
 
 
-def _forward_outputs(
-    x: Tensor, residual: Tensor | None, rms: bool, out_dtype: torch.dtype
+def _fake_forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    rms: bool,
+    out_dtype: torch.dtype,
+    memory_efficient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Empty y, sum, mean, rstd. What this call does not make is empty of size 0."""
     y = torch.empty(x.shape, dtype=out_dtype, device=x.device)
@@ -36,8 +43,16 @@ def _forward_outputs(
     return y, total, mean, rstd
 
 
-def _backward_outputs(
-    saved: Tensor, weight: Tensor | None, bias: Tensor | None, x_dtype: torch.dtype
+def _fake_backward(
+    grad: Tensor,
+    saved: Tensor,
+    grad_sum: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    x_dtype: torch.dtype,
+    from_output: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = [torch.empty(0 if p is None else p.shape, dtype=x_dtype if p is None else p.dtype, device=saved.device)
              for p in (weight, bias)]  # fmt: skip
@@ -54,7 +69,7 @@ def _forward(
     out_dtype: torch.dtype,
     memory_efficient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y, total, mean, rstd = outputs = _forward_outputs(x, residual, rms, out_dtype)
+    y, total, mean, rstd = outputs = _fake_forward(x, residual, weight, bias, eps, rms, out_dtype, memory_efficient)
     dim = x.shape[-1]
     x, stride = native.rows(x)
     residual, weight, bias = (None if t is None else t.contiguous() for t in (residual, weight, bias))
@@ -78,7 +93,9 @@ def _backward(
     x_dtype: torch.dtype,
     from_output: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_input, grad_weight, grad_bias = outputs = _backward_outputs(saved, weight, bias, x_dtype)
+    grad_input, grad_weight, grad_bias = outputs = _fake_backward(
+        grad, saved, grad_sum, weight, bias, mean, rstd, x_dtype, from_output
+    )
     dim = saved.shape[-1]
     saved, stride = native.rows(saved)
     grad = grad.contiguous()
@@ -122,33 +139,6 @@ def _differentiate(
         None if bias is None else grad_bias,
         None, None, None, None,
     )  # fmt: skip
-
-
-def _fake_forward(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    rms: bool,
-    out_dtype: torch.dtype,
-    memory_efficient: bool,
-) -> tuple[Tensor, ...]:
-    return _forward_outputs(x, residual, rms, out_dtype)
-
-
-def _fake_backward(
-    grad: Tensor,
-    saved: Tensor,
-    grad_sum: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    x_dtype: torch.dtype,
-    from_output: bool,
-) -> tuple[Tensor, ...]:
-    return _backward_outputs(saved, weight, bias, x_dtype)
 
 
 def _check(

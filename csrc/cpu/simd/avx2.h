@@ -2,20 +2,12 @@
 #pragma once
 #include <immintrin.h>
 
-#include "../types.h"
+#include "lanes.h"
 
 namespace {
 
-using vit::bf16;
-using vit::f16;
-
 using F = __m256;
 constexpr int W = 8;
-
-struct Full {};
-struct Tail {
-  int n;  // 1 .. W-1 live lanes
-};
 
 inline __m256i lane_mask(Tail t) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(t.n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));

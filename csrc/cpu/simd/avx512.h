@@ -2,20 +2,12 @@
 #pragma once
 #include <immintrin.h>
 
-#include "../types.h"
+#include "lanes.h"
 
 namespace {
 
-using vit::bf16;
-using vit::f16;
-
 using F = __m512;
 constexpr int W = 16;
-
-struct Full {};
-struct Tail {
-  int n;  // 1 .. W-1 live lanes
-};
 
 inline __mmask16 lane_mask(Tail t) { return __mmask16((1u << t.n) - 1); }
 

@@ -4,21 +4,13 @@
 #include <cmath>
 #include <cstring>
 
-#include "../types.h"
+#include "lanes.h"
 
 namespace {
-
-using vit::bf16;
-using vit::f16;
 
 typedef float F __attribute__((vector_size(16)));
 typedef int32_t I __attribute__((vector_size(16)));
 constexpr int W = 4;
-
-struct Full {};
-struct Tail {
-  int n;  // 1 .. W-1 live lanes
-};
 
 inline F set1(float a) { return F{a, a, a, a}; }
 inline F fma(F a, F b, F c) { return a * b + c; }
