@@ -37,6 +37,7 @@ CASES: dict[str, tuple[Callable[[Kernels], Op], list[tuple[int, ...]]]] = {
     "qk_norm": (lambda k: lambda x, a, b: flat(k.qk_norm(x, 3, a, b)), [(4, 50, 576), (64,), (64,)]),
     "bias_gelu": (lambda k: k.bias_gelu, [(130, 67), (67,)]),
     "bias_gelu_beside": (lambda k: lambda x, b: k.bias_gelu(x, b, beside=-x[..., :24]), [(130, 67), (67,)]),
+    "bias_gelu_beside_full": (lambda k: lambda x, b: k.bias_gelu(x, b, beside=-x[..., :5]), [(130, 67), (67,)]),
     "bias_gelu_beside_odd": (lambda k: lambda x, b: k.bias_gelu(x, b, beside=-x[..., :25]), [(130, 64), (64,)]),
     "bias_gelu_tanh": (lambda k: lambda x, b: k.bias_gelu(x, b, approximate="tanh"), [(130, 64), (64,)]),
     "patch_merge": (lambda k: k.patch_merge, [(3, 10, 14, 24), (96,), (96,)]),
@@ -66,22 +67,31 @@ def drawn(shapes: list[tuple[int, ...]], dtype: torch.dtype, eighths: bool) -> l
     return [(8 * t).round() / 8 for t in inputs[:2]] + inputs[2:] if eighths else inputs
 
 
+def flat_offset(t: Tensor) -> Tensor:
+    """t, dense, one element after a multiple of 16 bytes."""
+    return torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape)
+
+
 PLACES: dict[str, Callable[[Tensor], Tensor]] = {
     "dense": lambda t: t,
+    "flat_offset": flat_offset,
     "offset": lambda t: torch.cat([t[..., :1], t], dim=-1)[..., 1:],  # nothing at a multiple of 16 bytes
+    "padded": lambda t: torch.cat([t, t[..., : -t.shape[-1] % 8]], dim=-1)[..., : t.shape[-1]],  # every row is
     "odd_stride": lambda t: torch.cat([t, t[..., :1]], dim=-1)[..., :-1],  # the first row is, others are not
 }
 
 
-def check(case: str, dtype: torch.dtype, place: str) -> None:
+def check(case: str, dtype: torch.dtype, place: str, which: tuple[int, ...] = (0,)) -> None:
+    """With the inputs of those numbers, -1 for the gradient, in that place."""
     make, shapes = (CASES | ATTENTION)[case]
     inputs = drawn(shapes, dtype, eighths=case.startswith("add"))
     grad = randn(*make(REFERENCE)(*inputs).shape, dtype=dtype, seed=9)
     exact, exact_grads = gradients(make(REFERENCE), [t.double() for t in inputs], grad.double())
-    device = [t.cuda() for t in inputs]
-    device[0] = PLACES[place](device[0])
-    first = gradients(make(NATIVE), device, grad.cuda())
-    again = gradients(make(NATIVE), device, grad.cuda())
+    device = [t.cuda() for t in (*inputs, grad)]
+    for i in which:
+        device[i] = PLACES[place](device[i])
+    first = gradients(make(NATIVE), device[:-1], device[-1])
+    again = gradients(make(NATIVE), device[:-1], device[-1])
     assert_same([first[0], *first[1]], [again[0], *again[1]])
     assert_close("output", first[0].cpu(), exact, ulps=16 if dtype == torch.float32 else 1.5)
     for i, (a, b) in enumerate(zip(first[1], exact_grads, strict=True)):
@@ -94,6 +104,37 @@ def check(case: str, dtype: torch.dtype, place: str) -> None:
 @pytest.mark.parametrize("place", PLACES)
 def test_matches_float64(case: str, dtype: torch.dtype, place: str) -> None:
     check(case, dtype, place)
+
+
+@on_gpu
+@pytest.mark.parametrize(
+    ("case", "which"),
+    [
+        ("layer_norm_wide", (-1,)),
+        ("add_rms_norm", (1,)),
+        ("bias_gelu_tanh", (-1,)),
+        ("bias_gelu_beside_full", (-1,)),
+        ("bias_gelu", (0, -1)),
+    ],
+)
+@each_dtype
+@pytest.mark.parametrize("place", [place for place in PLACES if place != "dense"])
+def test_other_arrays_anywhere(case: str, which: tuple[int, ...], dtype: torch.dtype, place: str) -> None:
+    check(case, dtype, place, which)
+
+
+@on_gpu
+@each_dtype
+def test_gradient_of_the_sum_anywhere(dtype: torch.dtype) -> None:
+    """The second gradient of a residual norm."""
+    x, residual = (randn(9, 256, dtype=dtype, seed=i).cuda().requires_grad_() for i in (1, 2))
+    weight = randn(256).cuda()
+    grads = [randn(9, 256, dtype=dtype, seed=i).cuda() for i in (3, 4)]
+    outputs = NATIVE.add_rms_norm(x, residual, weight)
+    aligned = torch.autograd.grad(outputs, [x, residual], grads, retain_graph=True)
+    moved = torch.autograd.grad(outputs, [x, residual], [grads[0], flat_offset(grads[1])])
+    for a, b in zip(aligned, moved, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @on_gpu
