@@ -21,6 +21,7 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous.api import RendezvousError
 
+_INTERRUPTED = 128 + signal.SIGINT
 _MOST_RANKS = 1024  # of one host: none has so many cores or GPUs
 
 
@@ -41,6 +42,8 @@ def main(argv: Sequence[str]) -> int:
         code: int = failure.exitcode
         if code < 0:
             _say(f"rank {rank} was killed by signal {-code} ({failure.signal_name()})")
+        elif code == _INTERRUPTED:  # by itself: it keeps quiet, as where all ranks and we are interrupted
+            _say(f"rank {rank} was interrupted")
         return code if code >= 0 else 128 - code
     except SignalException as error:
         stopped_by = signal.Signals(error.sigval)

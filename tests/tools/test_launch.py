@@ -58,6 +58,11 @@ def test_a_killed_rank_is_named(launched: Launch) -> None:
     assert (code, error) == (137, "tools.launch: rank 1 was killed by signal 9 (SIGKILL)\n")
 
 
+def test_an_interrupted_rank_is_named(launched: Launch) -> None:
+    """A rank of ours keeps quiet then, as the launcher tells of an interrupt that it passes on."""
+    assert launched("time.sleep(60) if rank == 0 else sys.exit(130)") == (130, "tools.launch: rank 1 was interrupted\n")
+
+
 def test_ranks_share_the_cores(launched: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)))
     assert launched("assert os.environ['OMP_NUM_THREADS'] == '6'") == (0, "")
