@@ -22,6 +22,8 @@ HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 def launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Launch]:
     """Runs a script on some ranks; returns the exit code and what was written to stderr."""
     handlers = {number: signal.getsignal(number) for number in HANDLED}
+    for number in (number for number, handler in handlers.items() if handler is signal.SIG_IGN):
+        signal.signal(number, signal.SIG_DFL)  # whoever runs the tests may ignore them: nohup, a shell's background job
     for name in ("OMP_NUM_THREADS", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
 
