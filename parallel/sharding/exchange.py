@@ -13,8 +13,9 @@ Legend: M, N rows and columns of a logical matrix.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from math import prod
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from parallel import comm
 from parallel.layout import TensorLayout
+from parallel.sharding.boxes import placed_boxes
 from parallel.sharding.fragments import Fragments, Holding
 
 
@@ -67,42 +69,20 @@ def matrix_shapes(layout: TensorLayout) -> list[tuple[int, int]]:
 def blocks(layout: TensorLayout, start: int, stop: int) -> list[Block]:
     """What elements [start, stop) of the flattened local part of `layout` are, matrix by matrix, row by row."""
     assert layout.dim in (None, 0) or (layout.dim == 1 and len(layout.shape) == 2), layout
-    if start == stop:
-        return []
-    width, by_rows = _matrix_shape(layout.local_shape)[1], layout.dim != 1
-    found, first = [], 0
-    for segment, (piece, shape) in enumerate(zip(layout.pieces, matrix_shapes(layout), strict=True)):
-        shift = piece.global_start - first - piece.local_start
-        first += shape[0] if by_rows else shape[1]
-        for row, col, rows, cols in _rectangles(start, stop, width):
-            begin, length = (row, rows) if by_rows else (col, cols)
-            begin, end = max(begin, piece.local_start), min(begin + length, piece.local_start + piece.length)
-            if begin >= end:
-                continue
-            if by_rows:
-                place = (begin + shift, col, end - begin, cols, begin * width + col - start)
-            else:
-                place = (row, begin + shift, rows, end - begin, row * width + begin - start)
-            found.append(Block(segment, *place, stride=width))
-    return found
+    firsts = [0, *accumulate(layout.segments)]  # of each segment, along layout.dim
+    found = []
+    for box, segment, offset, (stride, _) in placed_boxes(
+        replace(layout, shape=_matrix_shape(layout.shape)), start, stop
+    ):
+        row, col = box.offset
+        shift = firsts[segment]
+        place = (row, col - shift) if layout.dim == 1 else (row - shift, col)
+        found.append(Block(segment, *place, *box.shape, offset, stride))
+    return sorted(found, key=lambda block: block.segment)  # and in order within
 
 
 def _matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return (shape[0] if shape else 1), prod(shape[1:])
-
-
-def _rectangles(start: int, stop: int, width: int) -> Iterator[tuple[int, int, int, int]]:
-    """(row, col, rows, cols) of the end of a row, whole rows, and the beginning of one, that [start, stop) covers."""
-    first, last = -(-start // width), stop // width  # whole rows are first <= row < last
-    if first > last:
-        yield first - 1, start % width, 1, stop - start
-        return
-    if start < first * width:
-        yield first - 1, start % width, 1, first * width - start
-    if first < last:
-        yield first, 0, last - first, width
-    if last * width < stop:
-        yield last, 0, 1, stop - last * width
 
 
 def deal(costs: Sequence[float], ranks: int) -> list[int]:
