@@ -285,6 +285,16 @@ def gather_objects(value: object, axis: Axis) -> list[Any]:
     return values
 
 
+def gather_objects_to_first(value: object, axis: Axis) -> list[Any] | None:
+    """Every rank's (picklable) `value`, in order of index, on the first rank of the axis; None on the others."""
+    if axis.size == 1:
+        return [value]
+    values: list[Any] | None = [None] * axis.size if axis.index == 0 else None
+    with _watched(axis, "gather_objects"):
+        dist.gather_object(value, values, dst=axis.ranks[0], group=axis.group)
+    return values
+
+
 def least(value: float, axis: Axis) -> float:
     """The least of all ranks' values: for what all must decide alike, of something that each knows of itself alone."""
     return float(all_reduce(torch.tensor([value], dtype=torch.float64, device=_device_of(axis)), axis, "min"))

@@ -1,12 +1,17 @@
-"""All that a run would need to go on, as pieces of logical tensors."""
+"""All that a run needs to go on, as pieces of logical tensors; and taking it back from a checkpoint of any layout."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from engine.assemble import Assembly
+from engine.checkpoint.read import Reader, Target
+from parallel.comm import Axis
+from parallel.sharding.boxes import placed_boxes
 from parallel.sharding.pieces import StatePiece, whole_piece
 
 
@@ -15,15 +20,26 @@ def state_pieces(a: Assembly) -> Iterator[StatePiece]:
 
     Names are the same in every layout, and so are the logical tensors that the pieces of all ranks make up.
     """
+    yield from held_pieces(a)
+    for name, (values, axis) in _copies(a).items():
+        yield whole_piece(name, values, axis)
+
+
+def held_pieces(a: Assembly) -> Iterator[StatePiece]:
+    """Those whose values are the state's own memory."""
     yield from a.store.pieces("weights", {bucket: bucket.master for bucket in a.store.buckets})
     yield from a.optimizer.pieces()
     if a.average is not None:
         yield from a.average.pieces()
+
+
+def _copies(a: Assembly) -> dict[str, tuple[Tensor, Axis]]:
+    """What has another form in memory."""
+    found = {}
     if a.fp8 is not None:
-        for name, values in a.fp8.state_dict().items():
-            yield whole_piece(f"fp8/{name}", values, a.store.axis)
-    for name, number in _numbers(a).items():
-        yield whole_piece(name, torch.tensor(number, dtype=torch.float64), a.grid.world)
+        found = {f"fp8/{name}": (values, a.store.axis) for name, values in a.fp8.state_dict().items()}
+    numbers = {name: torch.tensor(number, dtype=torch.float64) for name, number in _numbers(a).items()}
+    return found | {name: (number, a.grid.world) for name, number in numbers.items()}
 
 
 def _numbers(a: Assembly) -> dict[str, float]:
@@ -33,3 +49,65 @@ def _numbers(a: Assembly) -> dict[str, float]:
     if a.scaler is not None:
         numbers |= {f"loss_scale.{name}": float(value) for name, value in a.scaler.state_dict().items()}
     return numbers
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A tensor that is not the same in a checkpoint and in a run: shapes, None where there is none of it."""
+
+    name: str
+    stored: tuple[int, ...] | None
+    here: tuple[int, ...] | None
+
+    def describe(self) -> str:
+        """For a message."""
+        stored, here = (list(s) if s is not None else "none" for s in (self.stored, self.here))
+        return f"{self.name}: {stored} in the checkpoint, {here} here"
+
+
+def shapes_of(a: Assembly) -> dict[str, tuple[int, ...]]:
+    """Of the logical tensors that this rank has a part of."""
+    return {piece.name: piece.layout.shape for piece in state_pieces(a)}
+
+
+def differences(shapes: dict[str, tuple[int, ...]], reader: Reader) -> list[Difference]:
+    """Between the logical tensors of a whole run and what is stored, in order of name."""
+    stored = {name: tensor.shape for name, tensor in reader.manifest.tensors.items()}
+    names = sorted(shapes.keys() | stored.keys())
+    both = ((name, stored.get(name), shapes.get(name)) for name in names)
+    return [Difference(*found) for found in both if found[1] != found[2]]
+
+
+def restore(a: Assembly, reader: Reader) -> int:
+    """Take back what is stored: the very bits, whatever layout it was saved from. What is not stored stays as it is.
+
+    Only bytes of what this rank holds are read. The weights must be made anew of it (`ParameterStore.loaded`). Returns
+    the bytes read.
+
+    Raises:
+        CheckpointError: what is read is damaged: the state is of no use then. Other ranks may find theirs well.
+    """
+    stored = reader.manifest.tensors
+    count = reader.read(targets(piece for piece in held_pieces(a) if piece.name in stored))
+    numbers = {name: reader.whole(name) for name in stored if "/" not in name}
+    if "optimizer.steps" in numbers:
+        a.optimizer.steps = int(numbers["optimizer.steps"])
+    if a.average is not None and "average.updates" in numbers:
+        a.average.updates = int(numbers["average.updates"])
+    scale = {n.partition(".")[2]: float(value) for n, value in numbers.items() if n.startswith("loss_scale.")}
+    if a.scaler is not None and scale:
+        a.scaler.load_state_dict(scale)
+    if a.fp8 is not None:
+        wanted = [f"fp8/{name}" for name in a.fp8.state_dict()]
+        if wanted and all(name in stored for name in wanted):
+            a.fp8.load_state_dict({name.removeprefix("fp8/"): reader.whole(name) for name in wanted})
+    return count
+
+
+def targets(pieces: Iterator[StatePiece]) -> dict[str, Sequence[Target]]:
+    """All that is held of the pieces' tensors, to be read into."""
+    wanted: dict[str, list[Target]] = {}
+    for piece in pieces:
+        placed = placed_boxes(piece.layout, piece.start, piece.stop)
+        wanted.setdefault(piece.name, []).extend(Target(box.box, box.of(piece.values)) for box in placed)
+    return dict(wanted)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import yaml
 
 from data import DataConfig
+from engine.checkpoint.config import CheckpointConfig
 from engine.config.limits import check_values, divisors
 from engine.errors import ConfigError
 from engine.optimizers.config import OptimizerConfig, ScheduleConfig
@@ -106,6 +107,8 @@ class Config:
     """The learning rate over the steps"""
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     """Number formats"""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """What is saved, when, and what a run starts from"""
     log: LogConfig = field(default_factory=LogConfig)
     """What is reported, how often"""
 

@@ -98,9 +98,15 @@ def strides_of(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(accumulate(reversed(shape[1:]), int.__mul__, initial=1))[::-1] if shape else ()
 
 
-def placed_boxes(layout: TensorLayout, start: int, stop: int) -> list[PlacedBox]:
-    """What elements [start, stop) of the flattened local part of `layout` are of the logical tensor."""
+def placed_boxes(layout: TensorLayout, start: int, stop: int, *, by_segment: bool = False) -> list[PlacedBox]:
+    """What elements [start, stop) of the flattened local part of `layout` are of the logical tensor.
+
+    Args:
+        by_segment: no box reaches over two segments, also where the tensor is not split.
+    """
     shape, found = layout.local_shape, []
+    if not layout.is_sharded and not by_segment:
+        layout = TensorLayout(shape=layout.shape)
     strides = strides_of(shape)
     for local in boxes_of_range(shape, start, stop):
         for segment, (box, offset) in enumerate(_logical(layout, local)):

@@ -72,12 +72,11 @@ def blocks(layout: TensorLayout, start: int, stop: int) -> list[Block]:
     firsts = [0, *accumulate(layout.segments)]  # of each segment, along layout.dim
     found = []
     for box, segment, offset, (stride, _) in placed_boxes(
-        replace(layout, shape=_matrix_shape(layout.shape)), start, stop
+        replace(layout, shape=_matrix_shape(layout.shape)), start, stop, by_segment=True
     ):
-        row, col = box.offset
-        shift = firsts[segment]
-        place = (row, col - shift) if layout.dim == 1 else (row - shift, col)
-        found.append(Block(segment, *place, *box.shape, offset, stride))
+        (row, col), (rows, cols), first = box.offset, box.shape, firsts[segment]
+        row, col = (row, col - first) if layout.dim == 1 else (row - first, col)
+        found.append(Block(segment, row, col, rows, cols, offset, stride))
     return sorted(found, key=lambda block: block.segment)  # and in order within
 
 

@@ -180,6 +180,16 @@ class ParameterStore:
                 bucket.model_weight.copy_(bucket.master)
 
     @torch.no_grad()
+    def loaded(self) -> None:
+        """Make all weights anew, frozen ones too, of masters that were written from without. Collective."""
+        self.round_weights()
+        self.gatherer.finish()
+        self.gatherer.forget()
+        for bucket in self.buckets:
+            if bucket.stage in (1, 2):
+                bucket.complete(bucket.weights)
+
+    @torch.no_grad()
     def updated(self) -> None:
         """Tell every rank of the weights that the others have updated. Collective."""
         self.gatherer.finish()

@@ -1,0 +1,126 @@
+"""Writing one rank's file of a checkpoint: safetensors, checksummed while it is written.
+
+The header is that of the safetensors format: eight bytes of its length, JSON with dtype, shape and place of each
+tensor, then their bytes. Tensors of a file are boxes of logical tensors, and are called by name and box:
+`weights/blocks.0.in_proj.weight[0:96, 0:64]`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engine.checkpoint.manifest import CHUNK_BYTES, DTYPES, StoredFile, checksum
+from parallel.sharding.boxes import Box, placed_boxes
+from parallel.sharding.pieces import StatePiece
+
+_FLUSH_BYTES = 64 << 20  # are handed to the disk while the rest is written
+_SYNC_FILE_RANGE_WRITE = 2
+
+
+class Item(NamedTuple):
+    """What a rank is to write: a box of a logical tensor, and its elements, a view of the box's shape."""
+
+    name: str
+    shape: tuple[int, ...]
+    box: Box
+    values: Tensor
+
+    @property
+    def key(self) -> str:
+        """Its name in the file."""
+        if not self.shape:
+            return self.name
+        spans = (f"{start}:{end}" for start, end in zip(self.box.offset, self.box.end, strict=True))
+        return f"{self.name}[{', '.join(spans)}]"
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a rank has written.
+
+    Attributes:
+        file: of it. entries: (name, dtype, logical shape, box, start in the file, checksums) of each item, as plain
+            values.
+    """
+
+    file: StoredFile
+    entries: list[tuple[str, str, tuple[int, ...], Box, int, tuple[str, ...]]]
+
+
+def items_of(pieces: Iterable[StatePiece]) -> Iterator[Item]:
+    """What of this rank's pieces it alone is to write: what it accounts for, as boxes."""
+    for piece in pieces:
+        start, stop = piece.start + piece.own.start, piece.start + piece.own.stop
+        flat = piece.values[piece.own]
+        for placed in placed_boxes(piece.layout, start, stop):
+            yield Item(piece.name, piece.layout.shape, placed.box, placed.of(flat))
+
+
+def in_order(items: Iterable[Item]) -> list[Item]:
+    """As they stand in a file: wide numbers first, so that all are aligned."""
+    return sorted(items, key=lambda item: -item.values.itemsize)
+
+
+def as_bytes(values: Tensor) -> NDArray[np.uint8]:
+    """The bytes of a tensor on the host, row by row: its memory, or a copy of what lies otherwise."""
+    return values.contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def write_file(path: Path, items: Sequence[Item], metadata: dict[str, str]) -> Written:
+    """Write a new file and see it on the disk.
+
+    Args:
+        items: `in_order`. metadata: for the header.
+
+    Raises:
+        OSError: as of a full disk.
+    """
+    header = _header(items, metadata)
+    start, entries = len(header), []
+    with path.open("xb", buffering=CHUNK_BYTES) as file:
+        file.write(header)
+        flushed = 0
+        for item in items:
+            data = as_bytes(item.values.cpu()).data
+            chunks = [data[i : i + CHUNK_BYTES] for i in range(0, len(data), CHUNK_BYTES)]
+            sums = []
+            for chunk in chunks:
+                sums.append(checksum(chunk))
+                file.write(chunk)
+                if file.tell() - flushed >= _FLUSH_BYTES:
+                    flushed = _start_flush(file.fileno(), flushed, file.tell())
+            entries.append((item.name, DTYPES[item.values.dtype], item.shape, item.box, start, tuple(sums)))
+            start += len(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return Written(StoredFile(path.name, start, checksum(header)), entries)
+
+
+def _header(items: Sequence[Item], metadata: dict[str, str]) -> bytes:
+    table: dict[str, object] = {"__metadata__": metadata}
+    end = 0
+    for item in items:
+        start, end = end, end + item.box.numel * item.values.itemsize
+        table[item.key] = {"dtype": DTYPES[item.values.dtype], "shape": item.box.shape, "data_offsets": (start, end)}
+    text = json.dumps(table).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _start_flush(file: int, start: int, stop: int) -> int:
+    """Have the kernel begin to write what is in its memory, so that fsync does not find all of it. Returns `stop`."""
+    sync = getattr(ctypes.CDLL(None), "sync_file_range", None)  # Linux
+    if sync is not None:
+        sync(ctypes.c_int(file), ctypes.c_int64(start), ctypes.c_int64(stop - start), _SYNC_FILE_RANGE_WRITE)
+    return stop
