@@ -4,7 +4,7 @@ from data.build import build_datasets, describe_datasets
 from data.config import DataConfig
 from data.datasets import Dataset
 from data.errors import UnreadableImageError
-from data.loader import Batch, EvalStream, TrainStream
+from data.loader import Batch, EvalStream, StepBatches, TrainStream
 from data.workers import WorkerLostError
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "DataConfig",
     "Dataset",
     "EvalStream",
+    "StepBatches",
     "TrainStream",
     "UnreadableImageError",
     "WorkerLostError",

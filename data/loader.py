@@ -47,7 +47,8 @@ class TrainStream:
 
     A global batch is G consecutive draws (see data.sampling). They are dealt to the data ranks in contiguous pieces,
     and these are cut into micro-batches. An image's pixels depend on (seed, draw) alone. With `with_images=False`
-    nothing is decoded, for the pipeline stages that need only labels and ids.
+    nothing is decoded, for the pipeline stages that need only labels and ids. Step s begins with draw s G + `offset`:
+    not 0 where the first steps of a run had another G.
 
     Attributes:
         waited: seconds in all that the caller has waited for micro-batches; without workers, the time to read them.
@@ -67,6 +68,7 @@ class TrainStream:
         data_size: int,
         seed: int,
         with_images: bool = True,
+        offset: int = 0,
     ) -> None:
         assert 0 <= data_rank < data_size
         _check_batch_sizes(global_batch_size, micro_batch_size, data_size)
@@ -81,6 +83,7 @@ class TrainStream:
         self._data_rank = data_rank
         self._seed = seed
         self._with_images = with_images
+        self._offset = offset
         self._order = SampleOrder(len(dataset), seed)
         self._normalise = Normalise(config, channels=dataset.image_shape[0])
 
@@ -113,7 +116,7 @@ class TrainStream:
             yield from range(first, first + self._rank_batch_size, self._micro_batch_size)
 
     def _first_draw(self, step: int) -> int:
-        return step * self._global_batch_size + self._data_rank * self._rank_batch_size
+        return self._offset + step * self._global_batch_size + self._data_rank * self._rank_batch_size
 
     def _batch(self, first_draw: int, source: _Source) -> Batch:
         """The micro-batch that begins with a draw. Counts the time that it takes."""

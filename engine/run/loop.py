@@ -5,19 +5,22 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from data import Dataset, EvalStream, TrainStream
+from data import Dataset, EvalStream, StepBatches, TrainStream
+from engine.checkpoint.saver import Votes
 from engine.device import peak_memory_bytes, peak_tflops, synchronise
 from engine.errors import DivergedError
 from engine.optimizers.schedules import factor
 from engine.run.finite import check_finite
 from engine.run.metrics import MetricsWriter
 from engine.run.profile import StepProfiler
+from engine.run.progress import Progress
+from engine.run.saving import Saving
 from engine.run.step import Stepper, StepResult
 from model import training_flops
 from parallel import comm
@@ -25,22 +28,16 @@ from parallel import comm
 
 @dataclass
 class _Interval:
-    """What happened since the last line.
+    """How long what happened since the last line took, in this attempt.
 
     Attributes:
-        waited_before: seconds for data until then. steps: how many. losses: of those that were not skipped.
-        paused: seconds for evaluation.
+        waited_before: seconds for data until then. steps: how many. paused: seconds for evaluation and saving.
     """
 
     waited_before: float
     started: float = field(default_factory=lambda: time.perf_counter())
     steps: int = 0
-    losses: list[float] = field(default_factory=list)
     paused: float = 0.0
-
-    def add(self, result: StepResult) -> None:
-        self.steps += 1
-        self.losses += [] if result.skipped else [result.loss]
 
     @property
     def seconds(self) -> float:
@@ -53,7 +50,8 @@ class Loop:
 
     Args:
         stepper: runs steps. train_set, eval_set: images. steps: of the whole run.
-        writer: on rank 0 alone. profiler: traces some of the steps.
+        writer: on rank 0 alone. profiler: traces some of the steps. saving: saves the state; None: never.
+        progress: to go on from.
     """
 
     def __init__(
@@ -65,8 +63,11 @@ class Loop:
         steps: int,
         writer: MetricsWriter | None,
         profiler: StepProfiler | None = None,
+        saving: Saving | None = None,
+        progress: Progress | None = None,
     ) -> None:
         self.stepper, self.steps, self.writer, self.profiler = stepper, steps, writer, profiler
+        self.saving, self.progress = saving, progress or Progress()
         a = stepper.assembly
         self.config = a.config
         micro = a.config.train.micro_batch_size
@@ -78,54 +79,87 @@ class Loop:
             "data_size": a.grid.data.size,
             "with_images": a.holds_images,
         }
+        batch, done = a.config.train.global_batch_size, self.progress
         self.train_stream = TrainStream(
-            train_set, global_batch_size=a.config.train.global_batch_size, seed=a.config.train.seed, **place
+            train_set,
+            global_batch_size=batch,
+            seed=a.config.train.seed,
+            offset=done.samples - done.step * batch,
+            **place,
         )
         self.eval_stream = EvalStream(eval_set, **place)
         self.images_per_epoch = len(train_set)
         self.flops_per_image = training_flops(a.layers)
-        self.skipped = self.bad_in_a_row = 0
+        self.evaluated: tuple[int, Mapping[str, float]] = (-1, {})
 
     def run(self) -> None:
-        """All steps of the run, with evaluations between and after them."""
+        """The steps of the run that are left, with evaluations and saves between and after them."""
+        progress, began = self.progress, time.perf_counter()
+        trained_before = progress.train_seconds
         interval = _Interval(self.train_stream.waited)
-        for step, batches in zip(range(self.steps), self.train_stream.steps(0), strict=False):
-            if self.profiler is not None:
-                self.profiler.before(step + 1)
-            lr_factor = factor(self.config.schedule, self.stepper.assembly.optimizer.steps, self.steps)
-            lr = self.config.optimizer.lr * lr_factor
-            result = self.stepper.train_step(batches, lr, lr_factor)
-            if self.profiler is not None:
-                self.profiler.after(step + 1)
-            self._count_bad(result, step)
-            interval.add(result)
-            last = step + 1 == self.steps
-            if self.writer is not None:
-                self.writer.advance(result.loss)
-            if last or (step + 1) % self.config.log.interval == 0:
-                self._report(step + 1, result, lr, interval)
+        for step, batches in zip(range(progress.step + 1, self.steps + 1), self._batches(), strict=False):
+            lr, result = self._train(step, batches)
+            interval.steps += 1
+            last = step == self.steps
+            if last or step % self.config.log.interval == 0:
+                self._report(step, result, lr, interval)
+                progress.interval_losses = []
                 interval = _Interval(self.train_stream.waited)
+            pause = time.perf_counter()
             every = self.config.train.eval_interval
-            if last or (every and (step + 1) % every == 0):
-                began = time.perf_counter()
-                evaluated = self._evaluate(step + 1)
+            if last or (every and step % every == 0):
+                self.evaluated = step, self._evaluate(step)
                 if last:
-                    self._check_end(evaluated)
-                interval.paused += time.perf_counter() - began
+                    self._check_end(self.evaluated[1])
+            progress.train_seconds = trained_before + time.perf_counter() - began
+            if self.saving is not None and (last or self.saving.is_due(step)):
+                self._save(self.saving)
+            interval.paused += time.perf_counter() - pause
+        if self.saving is not None:
+            self.saving.finish()
 
-    def _count_bad(self, result: StepResult, step: int) -> None:
-        self.skipped += result.skipped
+    def _batches(self) -> Iterator[StepBatches]:
+        return self.train_stream.steps(self.progress.step)
+
+    def _train(self, step: int, batches: StepBatches) -> tuple[float, StepResult]:
+        """(learning rate, result) of a step."""
+        if self.profiler is not None:
+            self.profiler.before(step)
+        lr_factor = factor(self.config.schedule, self.stepper.assembly.optimizer.steps, self.steps)
+        lr = self.config.optimizer.lr * lr_factor
+        result = self.stepper.train_step(batches, lr, lr_factor, self._votes)
+        if self.profiler is not None:
+            self.profiler.after(step)
+        self._count(step, result)
+        if self.writer is not None:
+            self.writer.advance(result.loss)
+        if self.saving is not None:
+            self.saving.after_step(step, Votes(*result.votes))
+        return lr, result
+
+    def _votes(self) -> Sequence[float]:
+        return () if self.saving is None else self.saving.votes()
+
+    def _save(self, saving: Saving) -> None:
+        step, (evaluated_at, figures) = self.progress.step, self.evaluated
+        saving.save(step, self.progress.to_json(), figures if evaluated_at == step else {})
+
+    def _count(self, step: int, result: StepResult) -> None:
+        p = self.progress
+        p.step, p.samples = step, p.samples + self.config.train.global_batch_size
+        p.interval_losses += [] if result.skipped else [result.loss]
+        p.skipped += result.skipped
         if result.culprit is not None and self.writer is not None:
-            self.writer.say(f" step {step + 1} skipped: {result.culprit}")
+            self.writer.say(f" step {step} skipped: {result.culprit}")
             values = {"loss": result.loss, "grad_norm": result.grad_norm, "culprit": result.culprit}
-            self.writer.write("bad_step", step + 1, values)
+            self.writer.write("bad_step", step, values)
         if not result.skipped:
-            self.bad_in_a_row = 0
-        self.bad_in_a_row += result.bad
-        if self.bad_in_a_row >= min(self.config.train.max_bad_steps, self.steps):
+            p.bad_in_a_row = 0
+        p.bad_in_a_row += result.bad
+        if p.bad_in_a_row >= min(self.config.train.max_bad_steps, self.steps):
             raise DivergedError(
-                f"step {step + 1}: loss {result.loss}, gradient norm {result.grad_norm}; first: "
-                f"{result.culprit}. {self.bad_in_a_row} steps in a row had to be skipped "
+                f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}; first: "
+                f"{result.culprit}. {p.bad_in_a_row} steps in a row had to be skipped "
                 "(train.max_bad_steps). Lower optimizer.lr, warm up longer, or check the data"
             )
 
@@ -150,19 +184,19 @@ class Loop:
         tflops = self.flops_per_image * images_per_second / a.grid.shape.world_size / 1e12
         peak = peak_tflops(a.device, self.config.precision.dtype)
         values = {
-            "samples": step * batch,
-            "loss": statistics.fmean(interval.losses or [result.loss]),
+            "samples": self.progress.samples,
+            "loss": statistics.fmean(self.progress.interval_losses or [result.loss]),
             "lr": lr,
             "grad_norm": result.grad_norm,
             "loss_scale": result.loss_scale,
-            "skipped_steps": self.skipped,
+            "skipped_steps": self.progress.skipped,
             "step_time": step_time,
             "images_per_second": images_per_second,
             "tokens_per_second": images_per_second * self.config.model.sizes.tokens,
             "tflops_per_device": tflops,
             "mfu": tflops / peak if peak else None,
             "peak_memory": int(memory),
-            "epoch": step * batch / self.images_per_epoch,
+            "epoch": self.progress.samples / self.images_per_epoch,
             "data_time": waited,
         }
         if self.writer is not None:
@@ -176,7 +210,7 @@ class Loop:
         if self.stepper.assembly.average is not None:
             averaged = self.stepper.evaluate_average(self.eval_stream)
             values |= {f"ema_{name}": value for name, value in averaged.items() if name != "images"}
-        values |= {"epoch": step * self.config.train.global_batch_size / self.images_per_epoch}
+        values |= {"epoch": self.progress.samples / self.images_per_epoch}
         if self.writer is not None:
             self.writer.evaluation(step, values | {"eval_time": time.perf_counter() - began})
         return result

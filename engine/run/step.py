@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
 from typing import Any
@@ -21,6 +21,8 @@ from parallel import comm
 from parallel.pipeline import forward_only, insert_communication
 from parallel.pipeline.execution import PipelineExecutor
 
+Votes = Callable[[], Sequence[float]]
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -31,6 +33,7 @@ class StepResult:
         skipped: whether nothing was updated because loss or gradient was not finite.
         loss_scale: that this step was taken with.
         bad: skipped for a reason that a smaller loss scale does not cure. culprit: what was not finite first, if bad.
+        votes: what all ranks brought to the step, added up.
     """
 
     loss: float
@@ -39,6 +42,7 @@ class StepResult:
     loss_scale: float = 1.0
     bad: bool = False
     culprit: str | None = None
+    votes: tuple[float, ...] = ()
 
 
 class _OnDevice(Sequence[MicroBatch]):
@@ -58,25 +62,34 @@ class _OnDevice(Sequence[MicroBatch]):
 
 
 class Stepper:
-    """Runs training steps and evaluations on what `assemble` built."""
+    """Runs training steps and evaluations on what `assemble` built.
+
+    Attributes:
+        before_change: called before anything of the state is changed.
+    """
 
     def __init__(self, assembly: Assembly) -> None:
         self.assembly = assembly
+        self.before_change: Callable[[], None] = lambda: None
         self._train = assembly.executor(assembly.schedule)
         self._eval = cache(self._eval_executor)
 
-    def train_step(self, batches: Sequence[Batch], lr: float, lr_factor: float = 1.0) -> StepResult:
+    def train_step(
+        self, batches: Sequence[Batch], lr: float, lr_factor: float = 1.0, votes: Votes = lambda: ()
+    ) -> StepResult:
         """Forward and backward of every micro-batch, reduction, unscaling and check, clipping, update.
 
         Args:
             batches: this data rank's micro-batches. lr: learning rate of this step. lr_factor: the schedule's part of
-            it, for decay that does not depend on the peak rate.
+            it, for decay that does not depend on the peak rate. votes: asked for at the end of the step: numbers of
+            this rank, as many on each, which are added up with the loss.
         """
         a = self.assembly
         scale = a.scaler.scale if a.scaler else 1.0
-        loss, norm = self._forward_backward(_OnDevice(a, batches), self._loss_share)
+        loss, norm, total = self._forward_backward(_OnDevice(a, batches), self._loss_share, votes)
+        self.before_change()
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            return self._skip(batches, loss, norm)
+            return replace(self._skip(batches, loss, norm), votes=total)
         o = a.config.optimizer
         self._finish_precision(overflow=False)
         factor = clip_factor(norm, o.clip_grad) / scale
@@ -86,15 +99,17 @@ class Stepper:
         a.store.updated()
         if a.average is not None:
             a.average.update()
-        return StepResult(loss, norm, skipped=False, loss_scale=scale)
+        return StepResult(loss, norm, skipped=False, loss_scale=scale, votes=total)
 
-    def _forward_backward(self, micro_batches: Sequence[MicroBatch], loss: LossFunction) -> tuple[float, float]:
-        """(loss, gradient norm) of the whole step, both unscaled; the sums of the gradients are left in the store."""
+    def _forward_backward(
+        self, micro_batches: Sequence[MicroBatch], loss: LossFunction, votes: Votes = lambda: ()
+    ) -> tuple[float, float, tuple[float, ...]]:
+        """(loss, gradient norm, votes) of the whole step, unscaled; the sums of the gradients are left in the store."""
         gradients = self.assembly.store.gradients
         gradients.start(len(micro_batches))
         losses = self._train.run(micro_batches, loss)
         gradients.finish()
-        return self._global_loss_and_norm(losses)
+        return self._totals(losses, votes())
 
     def _skip(self, batches: Sequence[Batch], loss: float, norm: float) -> StepResult:
         """Change nothing but the loss scale; if that cannot be what is wrong, find out what is."""
@@ -138,6 +153,7 @@ class Stepper:
         """The same with the moving average of the weights, which must be kept (`optimizer.ema_decay`)."""
         a = self.assembly
         assert a.average is not None
+        self.before_change()
         with a.average.applied():
             self._forget_rounded()
             result = self.evaluate(batches)
@@ -168,20 +184,20 @@ class Stepper:
     def _counts(self, outputs: tuple[Tensor, ...], batch: MicroBatch) -> Tensor:
         return self.assembly.objective.counts(outputs, batch, self.assembly.grid)
 
-    def _global_loss_and_norm(self, losses: Sequence[Tensor]) -> tuple[float, float]:
-        """(mean loss over the global batch, global gradient norm), in one small all-reduce over the world.
+    def _totals(self, losses: Sequence[Tensor], votes: Sequence[float]) -> tuple[float, float, tuple[float, ...]]:
+        """(mean loss over the global batch, global gradient norm, votes), in one small all-reduce over the world.
 
         The norm counts each logical gradient element once: on the rank whose shard it is in, and of copies over tensor
         ranks on the first.
         """
         a = self.assembly
-        stats = torch.zeros(2, dtype=torch.float64, device=a.device)
+        stats = torch.tensor([0.0, 0.0, *votes], dtype=torch.float64, device=a.device)
         if self._reports:
             stats[0] = torch.stack(list(losses)).sum(dtype=torch.float64)
         stats[1] = a.store.gradients.squared_norm()
-        loss, squared = comm.all_reduce(stats, a.grid.world).tolist()
+        loss, squared, *total = comm.all_reduce(stats, a.grid.world).tolist()
         scale = a.scaler.scale if a.scaler else 1.0
-        return loss / scale, math.sqrt(squared) / scale
+        return loss / scale, math.sqrt(squared) / scale, tuple(total)
 
 
 def clip_factor(norm: float, limit: float) -> float:

@@ -247,7 +247,7 @@ def test_bad_steps_are_counted_and_a_good_one_starts_the_count_anew() -> None:
     bad = [True, True, False, True, True, False]
     patient = loop(bad, max_bad_steps=3)
     patient.run()
-    assert (patient.skipped, patient.bad_in_a_row) == (4, 0)
+    assert (patient.progress.skipped, patient.progress.bad_in_a_row) == (4, 0)
 
 
 def test_too_many_bad_steps_in_a_row_end_the_run() -> None:

@@ -1,0 +1,35 @@
+"""How far a run has come, in the numbers of its loop: checkpoints keep them, and a later attempt begins with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
+
+
+@dataclass
+class Progress:
+    """Counts at the end of a step, the same on every rank (seconds: each its own).
+
+    Attributes:
+        step: steps done, skipped ones too. samples: images drawn so far.
+        skipped: steps that changed nothing. bad_in_a_row: of the last steps, how many no smaller loss scale would cure.
+        interval_losses: of the steps since the last line of metrics that were not skipped.
+        train_seconds: of wall time in all attempts, evaluation and saving included.
+    """
+
+    step: int = 0
+    samples: int = 0
+    skipped: int = 0
+    bad_in_a_row: int = 0
+    interval_losses: list[float] = field(default_factory=list)
+    train_seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; numbers come back as the very bits."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """What `to_json` gave."""
+        return cls(**values)

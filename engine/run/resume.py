@@ -1,0 +1,213 @@
+"""Going on where an earlier run ended: which checkpoint, whether it is of this run, what changed since.
+
+Of the checkpoints in the folder the newest that is whole is taken. One that turns out to be damaged while it is read is
+named, and the one before it is taken.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from engine.assemble import Assembly
+from engine.checkpoint import folder as folders
+from engine.checkpoint.manifest import CheckpointError, Manifest
+from engine.checkpoint.read import Reader
+from engine.checkpoint.states import Difference, differences, restore, shapes_of
+from engine.config import Config
+from engine.config.keys import key_types, value_of
+from engine.errors import ConfigError
+from parallel import comm
+
+# Keys that may change without a word: how a run is spread and watched, and where things are.
+_FREE = ("parallel.", "log.", "checkpoint.", "run_dir", "device", "data.path", "data.val_path", "data.workers")
+_FREE_TRAIN = ("micro_batch_size", "eval_interval", "stop_step", "time_limit", "check_interval", "max_bad_steps")
+_SHOWN = 10  # differing tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumed:
+    """What a run goes on from.
+
+    Attributes:
+        manifest: of the checkpoint; None: there is none, the run starts anew. notes: what to say. damaged: whether the
+            state was spoiled by a checkpoint that turned out to be damaged, and must be made anew.
+    """
+
+    manifest: Manifest | None = None
+    notes: list[str] = field(default_factory=list)
+    damaged: bool = False
+
+
+def checkpoint_dir(config: Config, run_dir: Path) -> Path:
+    """Of all checkpoints of a run."""
+    return Path(config.checkpoint.dir) if config.checkpoint.dir is not None else run_dir / "checkpoints"
+
+
+def goes_on(config: Config) -> bool:
+    """Whether a checkpoint in the folder is one to go on from. Where the launcher has started the ranks again after a
+    failure, those there are this run's, whatever it was told of earlier ones.
+    """
+    return config.checkpoint.resume != "never" or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
+def check_resume(config: Config, folder: Path) -> None:
+    """Raise ConfigError, before ranks talk, where there is nothing to go on from and there must be."""
+    try:
+        steps = folders.steps_in(folder)
+    except CheckpointError as error:
+        raise ConfigError(f"checkpoint.dir: {error}") from error
+    if config.checkpoint.resume == "must" and not steps:
+        raise ConfigError(
+            f"checkpoint.resume is must, and there is no checkpoint in {folder}: see run_dir and checkpoint.dir, or "
+            "use resume auto, which then starts a new run"
+        )
+
+
+def resume(assembly: Assembly, folder: Path, *, steps: int, facts: Mapping[str, Any]) -> Resumed:
+    """Take the state of the newest checkpoint that is whole. Collective.
+
+    Args:
+        steps: of the whole run. facts: `about` of this run, as manifests have it, to be compared.
+
+    Raises:
+        ConfigError: on every rank: it is of another model or optimizer; or all are damaged, and one was a must.
+    """
+    config, world = assembly.config, assembly.grid.world
+    if not goes_on(config):
+        return Resumed()
+    notes: list[str] = []
+    candidates: list[int] = comm.gather_objects(folders.steps_in(folder), world)[0]
+    for step in reversed(candidates):
+        path = folder / folders.name_of(step)
+        manifest, problem = _try(assembly, path, steps, notes)
+        if manifest is not None:
+            notes += _changes(assembly, manifest, facts)
+            return Resumed(manifest=manifest, notes=[f"resume: from {path}, step {step} of {steps}", *notes])
+        notes.append(f"warning: {path} is damaged: {problem}")
+    if candidates and config.checkpoint.resume == "must":
+        raise ConfigError(f"checkpoint.resume is must, and no checkpoint in {folder} is whole: {'; '.join(notes)}")
+    if candidates:
+        notes.append(f"warning: no checkpoint in {folder} is whole: the run starts anew, they are set aside")
+    return Resumed(notes=notes, damaged=bool(candidates))
+
+
+def _try(a: Assembly, path: Path, steps: int, notes: list[str]) -> tuple[Manifest | None, str]:
+    """(the manifest, "") of a checkpoint that was restored, or (None, what is wrong with it). Collective."""
+    manifest, problem = None, None
+    try:
+        reader = Reader(path, threads=2)
+    except CheckpointError as error:
+        problem = str(error)
+    if (found := _first(a, problem)) is not None:
+        return None, found
+    with reader:
+        manifest = reader.manifest
+        if manifest.step > steps:
+            raise ConfigError(
+                f"train.steps is {steps}, and {path} is at step {manifest.step} already: give more, another "
+                "run_dir, or checkpoint.resume never"
+            )
+        notes_here = _check_state(a, reader)
+        try:
+            restore(a, reader)
+        except CheckpointError as error:
+            problem = str(error)
+    if (found := _first(a, problem)) is not None:
+        return None, found
+    a.store.loaded()
+    notes += notes_here
+    return manifest, ""
+
+
+def _first(a: Assembly, problem: str | None) -> str | None:
+    """Of all ranks' problems. Collective."""
+    return next((found for found in comm.gather_objects(problem, a.grid.world) if found is not None), None)
+
+
+def _check_state(a: Assembly, reader: Reader) -> list[str]:
+    """What of the state begins anew or is left out. Collective.
+
+    Raises:
+        ConfigError: on every rank: it is the state of something else.
+    """
+    ours = shapes_of(a) if a.grid.along("data", "context", "tensor").index == 0 else {}
+    shapes = {name: shape for found in comm.gather_objects(ours, a.grid.world) for name, shape in found.items()}
+    found = differences(shapes, reader)
+    weights = [d for d in found if d.name.startswith("weights/")]
+    if weights:
+        more = f" and {len(weights) - _SHOWN} more" if len(weights) > _SHOWN else ""
+        listed = "; ".join(d.describe().removeprefix("weights/") for d in weights[:_SHOWN])
+        raise ConfigError(
+            f"{reader.folder} is of another model: {listed}{more}. Use the model's configuration of then, another "
+            "run_dir, checkpoint.resume never, or checkpoint.load to start a new run from its weights"
+        )
+    stored = _stored(reader.manifest.config, "optimizer.name")
+    if stored != a.config.optimizer.name:
+        raise ConfigError(
+            f"{reader.folder} was saved by optimizer {stored}, and optimizer.name is {a.config.optimizer.name}: its "
+            "state is of no use to another. Use that one, or checkpoint.load to start a new run from its weights"
+        )
+    return _notes_of(found)
+
+
+def _notes_of(found: Sequence[Difference]) -> list[str]:
+    """A line for each kind of state that is only on one side, or of another shape."""
+    lines = []
+    for kind in dict.fromkeys(d.name.partition("/")[0].partition(".")[0] for d in found):
+        of_kind = [d for d in found if d.name.startswith(kind)]
+        new = sum(d.stored is None for d in of_kind)
+        gone = sum(d.here is None for d in of_kind)
+        other = len(of_kind) - new - gone
+        parts = [f"{n} {what}" for n, what in ((new, "new"), (gone, "left out"), (other, "of another shape")) if n]
+        lines.append(f"resume: state of {kind}: {', '.join(parts)} (first: {of_kind[0].describe()})")
+    return lines
+
+
+def _changes(a: Assembly, manifest: Manifest, facts: Mapping[str, Any]) -> list[str]:
+    """What is not as it was when the checkpoint was saved."""
+    lines = []
+    shape = asdict(a.grid.shape)
+    if (before := manifest.about.get("layout")) != shape:
+        axes = (" x ".join(f"{axis} {size}" for axis, size in (layout or {}).items()) for layout in (before, shape))
+        lines.append("resume: saved by {}, read by {}: the same up to rounding from here on".format(*axes))
+    changed = [
+        f"{key} {_shown(then)} -> {_shown(now)}"
+        for key in key_types()
+        if not _is_free(key) and (then := _stored(manifest.config, key)) != (now := plain(value_of(a.config, key)))
+    ]
+    if changed:
+        lines.append(f"resume: changed since: {'; '.join(changed)}")
+    for name in ("training images", "held-out images"):
+        if manifest.about.get(name) != facts.get(name):
+            lines.append(f"warning: the list of {name} is another than when the checkpoint was saved")
+    return lines
+
+
+def _is_free(key: str) -> bool:
+    group, _, name = key.partition(".")
+    return key.startswith(_FREE) or (group == "train" and name in _FREE_TRAIN)
+
+
+def plain(value: Any) -> Any:
+    """As JSON would give it back."""
+    if isinstance(value, Mapping):
+        return {key: plain(part) for key, part in value.items()}
+    return [plain(part) for part in value] if isinstance(value, tuple | list) else value
+
+
+_MISSING = object()
+
+
+def _stored(config: Mapping[str, Any], key: str) -> Any:
+    value: Any = config
+    for name in key.split("."):
+        value = value.get(name, _MISSING) if isinstance(value, Mapping) else _MISSING
+    return value
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is _MISSING else "null" if value is None else str(value)
