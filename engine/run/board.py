@@ -15,22 +15,32 @@ from typing import Any
 
 from engine.run.journal import Journal
 
+EVENTS = "events.out.tfevents.*"
+
 
 class Board:
     """One event file.
 
     Args:
         folder: where it goes. say: tells the user one line.
+        goes_on: with the newest file of the folder, if there is one.
+
+    Attributes:
+        is_new: whether the file tells nothing yet.
     """
 
-    def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path, say: Callable[[str], None], *, goes_on: bool = False) -> None:
         from tensorboard.compat.proto.event_pb2 import Event  # a second of imports, on rank 0 alone
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.0"
-        self._journal = Journal(folder / name, say)
+        path = folder / f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.0"
+        if goes_on:
+            path = max(folder.glob(EVENTS), default=path)  # names begin with the time, as TensorBoard sorts them
+        self._journal = Journal(path, say, goes_on=goes_on)
+        self.is_new = path.stat().st_size == 0
         self._event, self._records = Event, RecordWriter(self._journal)
-        self._write(file_version="brain.Event:2")
+        if self.is_new:
+            self._write(file_version="brain.Event:2")
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """A point in each curve."""
@@ -56,6 +66,10 @@ class Board:
         plain = {name: value if isinstance(value, kinds) else str(value) for name, value in values.items()}
         for summary in hparams(plain, dict.fromkeys(curves, 0.0)):
             self._write(summary=summary)
+
+    def sync(self) -> None:
+        """As of `Journal`."""
+        self._journal.sync()
 
     def close(self) -> None:
         """Raises OutputError if events are missing."""

@@ -27,23 +27,40 @@ class MetricsWriter:
     """Writes one JSON object per line, the same numbers to TensorBoard, and a console line in Megatron-LM's order.
 
     Args:
-        run_dir: where `metrics.jsonl` and the TensorBoard events go; without those of an earlier run (see
-        engine.run.run_dir).
+        run_dir: where `metrics.jsonl` and the TensorBoard events go; without those of an earlier run, or cut back to
+        where this one goes on (see engine.run.run_dir).
         steps: of the whole run.
         tensorboard: whether events are written.
+        resumed_at: the step that is done; files go on. None: a new run.
     """
 
-    def __init__(self, run_dir: Path, *, steps: int, global_batch_size: int, tensorboard: bool) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        steps: int,
+        global_batch_size: int,
+        tensorboard: bool,
+        resumed_at: int | None = None,
+    ) -> None:
         self._steps, self._samples = steps, steps * global_batch_size
         self.path = run_dir / "metrics.jsonl"
         is_terminal = sys.stdout.isatty()
-        self._bar = tqdm(total=steps, unit="step", dynamic_ncols=True, disable=not is_terminal, file=sys.stdout)
-        self._journal = Journal(self.path, self.say)
-        self._board = Board(run_dir, self.say) if tensorboard else None
+        self._bar = tqdm(
+            total=steps,
+            initial=resumed_at or 0,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not is_terminal,
+            file=sys.stdout,
+        )
+        goes_on = resumed_at is not None
+        self._journal = Journal(self.path, self.say, goes_on=goes_on)
+        self._board = Board(run_dir, self.say, goes_on=goes_on) if tensorboard else None
 
     def describe(self, config: str, keys: Mapping[str, Any]) -> None:
-        """The run's configuration for TensorBoard: as YAML, and as dotted keys to compare runs by."""
-        if self._board is not None:
+        """The run's configuration for TensorBoard: as YAML, and as dotted keys to compare runs by; once a file."""
+        if self._board is not None and self._board.is_new:
             self._board.text("config", f"```yaml\n{config}```")
             self._board.hyperparameters(keys, ("train/loss", "eval/loss", "eval/accuracy"))
 
@@ -100,6 +117,14 @@ class MetricsWriter:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, sys.stdout.fileno())  # else what is in its buffer fails again when the process ends
             raise OutputError(f"the console cannot be written to: {error.strerror}") from error
+
+    def sync(self) -> None:
+        """See that what was written outlives a power cut: before a checkpoint is complete, which must not know of steps
+        that the files lack.
+        """
+        self._journal.sync()
+        if self._board is not None:
+            self._board.sync()
 
     def close(self) -> None:
         """Finish all files. Raises OutputError if one is not complete."""

@@ -11,7 +11,8 @@ from engine.errors import OutputError
 
 
 class StepProfiler:
-    """Records steps `first` to `last` (1-based, both included) with torch's profiler; one file per rank.
+    """Records steps `first` to `last` (1-based, both included) with torch's profiler; one file per rank. A run that
+    goes on between them records the rest.
 
     Args:
         steps: (first, last). folder: where `rank0.json` and so on go; made if missing.
@@ -21,16 +22,19 @@ class StepProfiler:
         self.first, self.last = steps
         self.path = folder / f"rank{rank}.json"
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+        self._records = False
         self._profile = profile(activities=activities)
 
     def before(self, step: int) -> None:
         """Call before step `step`."""
-        if step == self.first:
+        if self.first <= step <= self.last and not self._records:
+            self._records = True
             self._profile.start()
 
     def after(self, step: int) -> None:
         """Call after step `step`."""
-        if step == self.last:
+        if step == self.last and self._records:
+            self._records = False
             self._profile.stop()
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)

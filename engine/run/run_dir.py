@@ -1,25 +1,34 @@
-"""The folder of a run: checked, locked, cleared of an earlier run's files, and told where the run comes from."""
+"""The folder of a run: checked, locked, and told where the run comes from. An earlier run's files are set aside, those
+of a run that goes on are cut back to where it does.
+"""
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import fnmatch
+import glob
 import os
+import shutil
 import socket
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from fnmatch import fnmatch
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import yaml
+
 from engine.errors import ConfigError, OutputError
-from engine.run.journal import Journal
+from engine.run.board import EVENTS
+from engine.run.journal import Journal, sync_folder
+from engine.run.rewind import rewind, whole_lines, whole_records
 from parallel import comm
 from parallel.comm import Axis
 
 # What a run writes and the next one must not mix with its own.
-WRITTEN = ("config.yaml", "classes.json", "metrics.jsonl", "events.out.tfevents.*", "profile")
+_FILES = ("config.yaml", "classes.json", "metrics.jsonl", EVENTS)
+WRITTEN = (*_FILES, "profile", "checkpoints")
 _PROBE_BYTES = 65536  # a full disk may still have room for a name, or for a few bytes beside it
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -68,17 +77,58 @@ class RunDir:
     def clear(self) -> list[str]:
         """On rank 0, once nothing can be refused any more: set an earlier run's files aside. Returns what to say of it.
 
-        A run that goes on where an earlier one ended keeps that one's files instead.
+        A run that goes on calls `go_on` instead.
         """
         aside = set_aside(self.path)
         return self._notes + ([f"run_dir: files of an earlier run were moved to {aside}"] if aside else [])
 
+    def go_on(self, step: int, *, traces: bool = False) -> list[str]:
+        """On rank 0, once nothing can be refused any more: cut off what was written after `step`, by an attempt that
+        was lost. Returns what to say of it.
+
+        What bears a name of ours and is no file is set aside. Others' traces are, too, if this run `traces` steps.
+        """
+        odd = [name for pattern in _FILES for name in _names(self.path, pattern) if not _is_file(self.path / name)]
+        aside = set_aside(self.path, [glob.escape(name) for name in odd] + ["profile"] * traces)
+        notes = [f"run_dir: {', '.join(odd)}: no file, moved to {aside}"] if odd else []
+        for name in _names(self.path, EVENTS):
+            rewind(self.path / name, whole_records, step)
+        if _is_file(metrics := self.path / "metrics.jsonl"):
+            kept, more = rewind(metrics, whole_lines, step)
+            lost = f"; {more} bytes of later steps, which were lost, are cut off" if more else ""
+            where = f"after its line of step {kept.step}" if kept.step else f"without lines up to step {step}"
+            notes.append(f"run_dir: metrics.jsonl goes on {where}{lost}")
+        return self._notes + notes
+
     def write_config(self, config: str, origin: Mapping[str, str], say: Callable[[str], None]) -> str:
-        """Write `config.yaml`: the YAML text with comments at its head, which is returned."""
+        """Write `config.yaml`: the YAML text with comments at its head, which is returned.
+
+        It takes the place of an earlier one at once, which is kept in `earlier/N` if it has other keys or values.
+        """
         text = "".join(f"# {name}: {value}\n" for name, value in origin.items()) + config
-        self._config = Journal(self.path / "config.yaml", say)
+        path, written = self.path / "config.yaml", self.path / ".config.yaml.new"
+        try:
+            if _is_file(path) and _keys(path.read_bytes()) != _keys(text.encode()):
+                kept = _new_earlier(self.path) / path.name
+                shutil.copyfile(path, kept)
+                say(f"run_dir: the configuration is another than at the last start, which is kept as {kept}")
+            written.unlink(missing_ok=True)  # of a start that was killed here
+        except OSError as error:
+            raise OutputError(f"{path} cannot be kept: {error}") from error
+        self._config = Journal(written, say)
         self._config.write(text.encode())
+        self._config.move(path)
         return text
+
+    def write_classes(self, text: str, say: Callable[[str], None]) -> None:
+        """Write `classes.json`, unless it says the same already."""
+        path = self.path / "classes.json"
+        if _is_file(path) and path.read_bytes() == text.encode():
+            return
+        set_aside(self.path, [path.name])
+        file = Journal(path, say)
+        file.write(text.encode())
+        file.close()
 
     def close(self) -> None:
         """Let others have the folder. Raises OutputError if config.yaml is not complete."""
@@ -118,23 +168,53 @@ class RunDir:
         return None
 
 
-def set_aside(run_dir: Path) -> Path | None:
+def set_aside(folder: Path, patterns: Sequence[str] = WRITTEN) -> Path | None:
     """Move what an earlier run wrote, whatever bears its names, to `earlier/1`, `earlier/2` and so on.
 
-    Links and pipes are moved themselves: nothing is opened or followed. Returns the new folder, None if there was
-    nothing. Raises OutputError where it cannot be moved.
+    Links and pipes are moved themselves: nothing is opened or followed. Folders without anything in them stay. Returns
+    the new folder, None if there was nothing. Raises OutputError where it cannot be moved.
     """
-    names = sorted(name for name in (path.name for path in run_dir.iterdir()) if any(fnmatch(name, p) for p in WRITTEN))
-    if not names:
-        return None
     try:
-        earlier = run_dir / "earlier"
-        earlier.mkdir(exist_ok=True)
-        taken = [int(path.name) for path in earlier.iterdir() if path.name.isdecimal()]
-        folder = earlier / str(max(taken, default=0) + 1)
-        folder.mkdir()
+        names = sorted({name for pattern in patterns for name in _names(folder, pattern)})
+        names = [name for name in names if not _is_empty_folder(folder / name)]
+        if not names:
+            return None
+        aside = _new_earlier(folder)
         for name in names:
-            (run_dir / name).rename(folder / name)
+            (folder / name).rename(aside / name)
+        sync_folder(aside)
+        sync_folder(folder)
     except OSError as error:
-        raise OutputError(f"files of an earlier run in {run_dir} cannot be set aside: {error}") from error
-    return folder
+        raise OutputError(f"files of an earlier run in {folder} cannot be set aside: {error}") from error
+    return aside
+
+
+def _new_earlier(folder: Path) -> Path:
+    """The next of `earlier/1`, `earlier/2` and so on, made."""
+    earlier = folder / "earlier"
+    earlier.mkdir(exist_ok=True)
+    taken = [int(path.name) for path in earlier.iterdir() if path.name.isdecimal()]
+    new = earlier / str(max(taken, default=0) + 1)
+    new.mkdir()
+    return new
+
+
+def _names(folder: Path, pattern: str) -> list[str]:
+    """What is in the folder under such names, whatever it is; nothing where there is no folder."""
+    return fnmatch.filter([path.name for path in folder.iterdir()], pattern) if folder.is_dir() else []
+
+
+def _is_file(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
+
+
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink() and not any(path.iterdir())
+
+
+def _keys(config: bytes) -> object:
+    """What a configuration says, without its comments; None where it cannot be read."""
+    try:
+        return yaml.safe_load(config)
+    except (yaml.YAMLError, ValueError):  # ValueError: no text, or no number or date
+        return None

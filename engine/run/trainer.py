@@ -16,7 +16,6 @@ from engine.objectives import make_objective
 from engine.optimizers.schedules import check_schedule
 from engine.precision.precision import check_kernels, check_precision
 from engine.run.agreement import check_agreement, facts_of
-from engine.run.journal import Journal
 from engine.run.loop import Loop
 from engine.run.metrics import MetricsWriter
 from engine.run.profile import StepProfiler
@@ -59,7 +58,8 @@ def pretrain(config: Config, world: World) -> None:
     writer = None
     if world.rank == 0:
         writer = _begin(run, config, steps, grid.shape, config.to_yaml(given))
-        _write_classes(run, train_set, writer)
+        if train_set.class_names is not None:  # of each label, in their order
+            run.write_classes(f"{json.dumps(list(train_set.class_names), indent=0)}\n", writer.say)
         for line in report + [f"no effect: {what}" for what in config.without_effect(grid.shape, device.type)]:
             writer.say(line)
     traced = config.log.profile_steps
@@ -76,25 +76,28 @@ def pretrain(config: Config, world: World) -> None:
     process_group.stop()  # not after a failure: the others may be gone, or waiting
 
 
-def _begin(run: RunDir, config: Config, steps: int, shape: GridShape, as_yaml: str) -> MetricsWriter:
-    """Nothing can be refused any more: begin to write."""
-    notes = run.clear()
+def _begin(
+    run: RunDir, config: Config, steps: int, shape: GridShape, as_yaml: str, *, resumed_at: int | None = None
+) -> MetricsWriter:
+    """Nothing can be refused any more: begin to write, or go on after step `resumed_at`."""
+    traced, origin = config.log.profile_steps, provenance(shape)
+    if resumed_at is None:
+        notes = run.clear()
+    else:
+        notes = run.go_on(resumed_at, traces=traced is not None and traced[1] > resumed_at)
+        origin |= {"resumed": f"after step {resumed_at}"}
     writer = MetricsWriter(
-        run.path, steps=steps, global_batch_size=config.train.global_batch_size, tensorboard=config.log.tensorboard
+        run.path,
+        steps=steps,
+        global_batch_size=config.train.global_batch_size,
+        tensorboard=config.log.tensorboard,
+        resumed_at=resumed_at,
     )
-    text = run.write_config(as_yaml, provenance(shape), writer.say)
+    text = run.write_config(as_yaml, origin, writer.say)
     writer.describe(text, {key: value_of(config, key) for key in key_types()})
     for note in notes:
         writer.say(note)
     return writer
-
-
-def _write_classes(run: RunDir, train_set: Dataset, writer: MetricsWriter) -> None:
-    """`classes.json`: the name of each label, in their order, where labels have names."""
-    if train_set.class_names is not None:
-        file = Journal(run.path / "classes.json", writer.say)
-        file.write(f"{json.dumps(list(train_set.class_names), indent=0)}\n".encode())
-        file.close()
 
 
 def check_profile(config: Config, steps: int) -> None:

@@ -195,17 +195,25 @@ def test_the_configuration_tells_where_it_comes_from_and_can_be_given_again(
 # -- during the run ----------------------------------------------------------------------------------------------------
 
 
-def journal(folder: Path) -> tuple[Journal, list[str]]:
+EITHER = pytest.mark.parametrize("goes_on", [False, True], ids=["new", "goes on"])
+
+
+def journal(folder: Path, goes_on: bool) -> tuple[Journal, list[str]]:
+    """One that has written, or goes on after, `one`."""
     said: list[str] = []
     folder.mkdir(exist_ok=True)
     written = Journal(folder / "log", said.append)
     written.write(b"one\n")
+    if goes_on:
+        written.close()
+        written = Journal(folder / "log", said.append, goes_on=True)
     return written, said
 
 
+@EITHER
 @pytest.mark.parametrize("harm", ["file deleted", "file renamed", "folder deleted", "folder renamed"])
-def test_what_is_deleted_or_renamed_is_written_anew(tmp_path: Path, harm: str) -> None:
-    written, said = journal(folder := tmp_path / "run")
+def test_what_is_deleted_or_renamed_is_written_anew(tmp_path: Path, harm: str, goes_on: bool) -> None:
+    written, said = journal(folder := tmp_path / "run", goes_on)
     harmed = folder / "log" if harm.startswith("file") else folder
     if harm.endswith("renamed"):
         harmed.rename(tmp_path / "other")
@@ -217,15 +225,17 @@ def test_what_is_deleted_or_renamed_is_written_anew(tmp_path: Path, harm: str) -
     assert len(said) == 1 and "was deleted or renamed during the run" in said[0]
 
 
-def test_what_is_deleted_after_the_last_line_is_there_at_the_end(tmp_path: Path) -> None:
-    written, _ = journal(tmp_path / "run")
+@EITHER
+def test_what_is_deleted_after_the_last_line_is_there_at_the_end(tmp_path: Path, goes_on: bool) -> None:
+    written, _ = journal(tmp_path / "run", goes_on)
     written.path.unlink()
     written.close()
     assert written.path.read_text() == "one\n"
 
 
-def test_another_file_of_that_name_is_not_touched(tmp_path: Path) -> None:
-    written, _ = journal(tmp_path / "run")
+@EITHER
+def test_another_file_of_that_name_is_not_touched(tmp_path: Path, goes_on: bool) -> None:
+    written, _ = journal(tmp_path / "run", goes_on)
     written.path.unlink()
     written.path.write_text("of another run\n")
     for end in (lambda: written.write(b"two\n"), written.close):
@@ -236,8 +246,9 @@ def test_another_file_of_that_name_is_not_touched(tmp_path: Path) -> None:
         Journal(written.path, print)
 
 
-def test_a_full_disk_is_told_once_and_lines_are_written_when_there_is_room(tmp_path: Path) -> None:
-    written, said = journal(tmp_path / "run")
+@EITHER
+def test_a_full_disk_is_told_once_and_lines_are_written_when_there_is_room(tmp_path: Path, goes_on: bool) -> None:
+    written, said = journal(tmp_path / "run", goes_on)
     with full_disk() as limit:
         limit(6)
         for line in (b"two\n", b"three\n"):
