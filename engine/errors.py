@@ -16,5 +16,9 @@ class DivergedError(RuntimeError):
     """Loss or gradients stayed NaN or Inf although steps were skipped, or the weights or what they give are."""
 
 
+class DriftError(RuntimeError):
+    """What several ranks have copies of is not the same on all of them: one has computed or kept something wrong."""
+
+
 class OutputError(RuntimeError):
     """What a run must write cannot be written, and nothing that it could do instead would keep it."""

@@ -54,6 +54,10 @@ class TrainConfig:
     max_bad_steps: int = 5
     """Steps in a row with a NaN or Inf loss or gradient, each skipped, after which the run ends with exit code 4."""
 
+    check_interval: int = 100
+    """Steps between comparisons, by hashes, of what several ranks have copies of; each save has one before it, too. 0:
+    never. See docs/runs.md."""
+
     def __post_init__(self) -> None:
         for name in ("global_batch_size", "micro_batch_size", "steps", "epochs", "max_bad_steps"):
             value = getattr(self, name)
@@ -63,8 +67,9 @@ class TrainConfig:
                 raise ValueError(f"train.{name} is {value}: it must be at most {MAX_COUNT}")
         if self.seed < 0:
             raise ValueError(f"train.seed is {self.seed}: it must be 0 or more")
-        if self.eval_interval < 0:
-            raise ValueError(f"train.eval_interval is {self.eval_interval}: it must be 0 or more")
+        for name in ("eval_interval", "check_interval"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"train.{name} is {getattr(self, name)}: it must be 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +201,8 @@ class Config:
             found.append(f"parallel.schedule {p.schedule}: there is one pipeline stage")
         if shape.tensor == 1 and not p.sequence_parallel:
             found.append("parallel.sequence_parallel false: there is one tensor rank")
+        if shape.data * shape.context * shape.tensor == 1 and self.train.check_interval != TrainConfig.check_interval:
+            found.append(f"train.check_interval {self.train.check_interval}: no other rank has copies to compare")
         if shape.data * shape.context == 1:
             keys = ("zero_stage", "reduce_gradients", "reshard_after_forward", "gather_memory")
             told = [key for key in keys if getattr(p, key) != getattr(ParallelConfig, key)]

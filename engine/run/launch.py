@@ -18,7 +18,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from data import UnreadableImageError
-from engine.errors import EXIT_DIVERGED, EXIT_DONE, EXIT_FAULT, EXIT_USAGE, ConfigError, DivergedError, OutputError
+from engine.errors import (
+    EXIT_DIVERGED,
+    EXIT_DONE,
+    EXIT_FAULT,
+    EXIT_USAGE,
+    ConfigError,
+    DivergedError,
+    DriftError,
+    OutputError,
+)
 from parallel import parent, process_group
 from parallel.comm import PeerLostError
 from parallel.process_group import World, read_world
@@ -43,7 +52,7 @@ def run_rank(main: Callable[[Sequence[str], World], None], argv: Sequence[str], 
         return error.code if isinstance(error.code, int) else EXIT_FAULT
     except ConfigError as error:
         return _leave(EXIT_USAGE, world, f"{program}: error: {error}")
-    except (OutputError, UnreadableImageError) as error:
+    except (DriftError, OutputError, UnreadableImageError) as error:
         return _leave(EXIT_FAULT, world, f"{program}: {error}")
     except DivergedError as error:
         return _leave(EXIT_DIVERGED, world, f"{program}: training diverged: {error}")

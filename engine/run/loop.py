@@ -20,6 +20,7 @@ from engine.run.finite import check_finite
 from engine.run.metrics import MetricsWriter
 from engine.run.profile import StepProfiler
 from engine.run.progress import Progress
+from engine.run.replicas import check_before_saving, check_when_due
 from engine.run.saving import Saving
 from engine.run.step import Stepper, StepResult
 from model import training_flops
@@ -131,6 +132,7 @@ class Loop:
         if self.profiler is not None:
             self.profiler.after(step)
         self._count(step, result)
+        check_when_due(self.stepper.assembly, step)
         if self.writer is not None:
             self.writer.advance(result.loss)
         if self.saving is not None:
@@ -142,6 +144,7 @@ class Loop:
 
     def _save(self, saving: Saving) -> None:
         step, (evaluated_at, figures) = self.progress.step, self.evaluated
+        check_before_saving(self.stepper.assembly, step)
         saving.save(step, self.progress.to_json(), figures if evaluated_at == step else {})
 
     def _count(self, step: int, result: StepResult) -> None:

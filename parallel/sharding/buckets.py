@@ -150,9 +150,14 @@ class Bucket:
             member, arrays = slot.member, self._arrays(part.offset, part.offset + part.stop - part.start)
             yield Fragment(slot.name, member.info, member.group, part.start, part.stop, part.own, *arrays)
 
-    def holdings(self, *, own: bool) -> dict[str, list[Holding]]:
+    @property
+    def whole_parts(self) -> list[Part]:
+        """What of each parameter lies where in `weights`, where these are all of the bucket."""
+        return [Part(s.name, s.member.info.layout, 0, s.numel, slice(0, 0), s.offset) for s in self.slots]
+
+    def holdings(self, *, own: bool, whole: bool = False) -> dict[str, list[Holding]]:
         """By parameter: which rank of data x context x tensor holds which elements: accounts for them (`own`), or
-        updates them.
+        updates them, or computes with them (`whole`: where none holds a shard of the weights only).
         """
         found: dict[str, list[Holding]] = {member.names[0]: [] for member in self.members}
         for t in range(self.tensor.size):
@@ -164,7 +169,7 @@ class Bucket:
                 layout = layout if layout.dim is None else replace(layout, index=t)
                 for rank, index in self._ranks(t):
                     part = slice(index * share, (index + 1) * share)
-                    if not own and self.stage == 0:
+                    if whole or (not own and self.stage == 0):
                         part = slice(0, share * self.axis.size)
                     first, last = max(offset, part.start), min(offset + member.numel(t), part.stop)
                     if first < last:

@@ -130,6 +130,17 @@ class ParameterStore:
         for bucket, array in arrays.items():
             yield from pieces_of(what, array, bucket.parts, bucket.holdings(own=False), self.axis)
 
+    def model_pieces(self, what: str) -> Iterator[StatePiece]:
+        """The weights as this rank keeps them for the model to compute with: all of them, at stage 3 its shards.
+
+        They are copies on every rank; which rank accounts for what is not said here (`StatePiece.own` is empty, but
+        for shards).
+        """
+        for bucket in self.buckets:
+            parts = bucket.parts if bucket.is_gathered else bucket.whole_parts
+            holders = bucket.holdings(own=False, whole=not bucket.is_gathered)
+            yield from pieces_of(what, bucket.weights, parts, holders, self.axis)
+
     def memory(self) -> dict[str, int]:
         """Bytes allocated on this rank, by what they hold."""
         held = {"weights": 0, "masters": 0, "gradients": 0}

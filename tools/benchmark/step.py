@@ -13,12 +13,15 @@ from collections.abc import Sequence
 import torch
 
 from engine.device import peak_memory_bytes, peak_tflops
+from engine.run.replicas import check_replicas
 from engine.run.step import Stepper
 from model import training_flops
 from parallel import comm
 from parallel.process_group import World
 from tools.benchmark.bench import Bench, gemm_tflops, read_config, seconds, started
 from tools.benchmark.table import Row, show
+
+_CHECKS = 5  # comparisons of what ranks have copies of (`train.check_interval`), after one that is not counted
 
 
 def main(argv: Sequence[str], world: World) -> None:
@@ -51,6 +54,7 @@ def measure(bench: Bench, steps: int, warmup: int) -> Row:
     step_time = statistics.median(times)
     shape = a.grid.shape
     share = statistics.mean(comm.gather_objects(statistics.median(waited), a.grid.world))
+    checks = [seconds(lambda: check_replicas(a, 0), bench.device) for _ in range(_CHECKS + 1)][1:]
     memory = max(comm.gather_objects(peak_memory_bytes(bench.device), a.grid.world))
     images_per_second = config.train.global_batch_size / step_time
     tflops = training_flops(a.layers) * images_per_second / 1e12
@@ -63,6 +67,7 @@ def measure(bench: Bench, steps: int, warmup: int) -> Row:
         "micro_batches": config.num_micro_batches(shape),
         "threads_per_rank": torch.get_num_threads(),
         "step_time_ms": 1000 * step_time,
+        "check_of_copies_ms": 1000 * statistics.median(checks) if shape.world_size > 1 else None,
         "images_per_second": images_per_second,
         "compute_share": None if on_gpu else 1 - share,
         "communication_share": None if on_gpu else share,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import pretrain_vit
-from engine.errors import DivergedError
+from engine.errors import DivergedError, DriftError
 from engine.run import launch
 from engine.run.launch import run_rank
 from parallel import process_group
@@ -122,6 +123,7 @@ def fails(error: BaseException) -> int:
     ("error", "code", "message"),
     [
         (DivergedError("step 3: loss nan"), 4, r"prog: training diverged: step 3: loss nan\n"),
+        (DriftError("step 3: weights differ"), 1, r"prog: step 3: weights differ\n"),
         (PeerLostError("send failed: [/a/pair.cc:3] gone\nmore"), 1, r"prog: .* another rank: send failed: gone\n"),
         (KeyboardInterrupt(), 130, r"prog: interrupted\n"),
         (OSError("disk"), 1, r"prog: rank 0 of 2 failed:\nTraceback[\s\S]*OSError: disk\n"),
@@ -247,6 +249,18 @@ def test_a_config_error_is_told_once(tmp_path: Path) -> None:
     assert ended.error.splitlines() == ["pretrain_vit.py: error: unknown key model.widht: did you mean model.width?"], (
         ended.error
     )
+
+
+@pytest.mark.slow
+def test_weights_that_drift_apart_end_the_run(tmp_path: Path) -> None:
+    flip = "next(iter(self.assembly.parameters().values())).data.view(-1)[:1].view(dtype=torch.int32).bitwise_xor_(1)"
+    script = planted(tmp_path, f"import torch; {flip}")
+    argv = flags(run_dir=str(tmp_path / "run"), train__steps="100000", train__check_interval="6", log__interval="1")
+    ended = two_ranks("tools.launch", script, argv)
+    assert ended.code == 1
+    assert re.fullmatch(r"pretrain_vit.py: step 6: weights of embed.weight differ between rank 0 and .*\n", ended.error)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.slow
