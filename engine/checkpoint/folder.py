@@ -7,7 +7,9 @@ it goes by being renamed first. So a folder of that name is complete, whenever a
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import math
 import os
 import re
 import shutil
@@ -15,9 +17,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from engine.checkpoint.config import CheckpointConfig
-from engine.checkpoint.manifest import FILE, CheckpointError, Manifest, read_manifest
+from engine.checkpoint.manifest import FILE, CheckpointError, Manifest, NoCheckpointError, read_manifest, reason
 
-_NAME = re.compile(r"step-(\d{8,})")
+_NAME = re.compile(r"step-(\d{8}|[1-9]\d{8,18})", re.ASCII)
 _TEMPORARY, _DELETED, _DAMAGED = ".writing", ".deleted", ".damaged"
 
 
@@ -29,33 +31,39 @@ def name_of(step: int) -> str:
 def steps_in(folder: Path) -> list[int]:
     """Of the checkpoints in a folder, ascending. Raises CheckpointError if it cannot be listed."""
     try:
-        found = (_NAME.fullmatch(path.name) for path in folder.iterdir() if path.is_dir())
-        return sorted(int(match[1]) for match in found if match)
+        found = ((_NAME.fullmatch(path.name), path) for path in folder.iterdir())
+        return sorted(int(match[1]) for match, path in found if match and path.is_dir())
     except FileNotFoundError:
         return []
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be listed: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} cannot be listed: {reason(error)}") from error
 
 
 def newest(path: Path) -> Path:
     """The checkpoint that a path means: itself, or the newest in it, or in its `checkpoints`.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none (a NoCheckpointError), or the path cannot be looked at.
     """
-    if (path / FILE).is_file():
-        return path
-    for folder in (path, path / "checkpoints"):
-        if steps := steps_in(folder):
-            return folder / name_of(steps[-1])
-    what = "does not exist" if not path.exists() else "is no checkpoint, and none is in it"
-    raise CheckpointError(f"{path} {what}: give the folder of a step, of all steps, or of a run")
+    try:
+        path.stat()
+        if (path / FILE).exists() or (_NAME.fullmatch(path.resolve().name) and path.is_dir()):
+            return path
+        for folder in (path, path / "checkpoints"):
+            if folder.is_dir() and (steps := steps_in(folder)):
+                return folder / name_of(steps[-1])
+        what = "is no checkpoint, and none is in it" if path.is_dir() else "is no folder"
+    except FileNotFoundError:
+        what = "does not exist"
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be looked at: {reason(error)}") from error
+    raise NoCheckpointError(f"{path} {what}: give the folder of a step, of all steps, or of a run")
 
 
 def begin(folder: Path, step: int) -> Path:
     """Make the temporary folder of a checkpoint, anew."""
     temporary = folder / (name_of(step) + _TEMPORARY)
-    shutil.rmtree(temporary, ignore_errors=True)
+    _remove(temporary)
     temporary.mkdir(parents=True)
     return temporary
 
@@ -70,19 +78,20 @@ def commit(temporary: Path, manifest: Manifest) -> Path:
     final = temporary.with_name(temporary.name.removesuffix(_TEMPORARY))
     temporary.rename(final)
     _sync(final.parent)
+    _sync(final.parent.parent)  # where the folder of all may be new
     return final
 
 
 def discard(temporary: Path) -> None:
     """Remove what of a checkpoint could be written."""
-    shutil.rmtree(temporary, ignore_errors=True)
+    _remove(temporary)
 
 
 def clean(folder: Path) -> None:
     """Remove what saves and deletions that were cut off have left."""
     for pattern in (f"step-*{_TEMPORARY}", f"step-*{_DELETED}"):
         for path in folder.glob(pattern):
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
 
 
 def set_damaged_aside(folder: Path, after: int) -> list[str]:
@@ -94,7 +103,7 @@ def set_damaged_aside(folder: Path, after: int) -> list[str]:
         if step > after:
             path = folder / name_of(step)
             aside = path.with_name(path.name + _DAMAGED)
-            shutil.rmtree(aside, ignore_errors=True)
+            _remove(aside)
             path.rename(aside)
             names.append(aside.name)
     return names
@@ -103,9 +112,11 @@ def set_damaged_aside(folder: Path, after: int) -> list[str]:
 def delete(path: Path) -> bool:
     """Delete a checkpoint, unless someone is reading it: returns whether it is gone."""
     doomed = path.with_name(path.name + _DELETED)
+    _remove(doomed)  # an earlier one
     with contextlib.ExitStack() as stack:
-        with contextlib.suppress(FileNotFoundError):
-            manifest = stack.enter_context((path / FILE).open("rb"))
+        with contextlib.suppress(OSError):  # of a damaged one: nobody reads it
+            manifest = os.open(path / FILE, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            stack.callback(os.close, manifest)
             try:
                 fcntl.flock(manifest, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until renamed
             except BlockingIOError:
@@ -116,7 +127,7 @@ def delete(path: Path) -> bool:
             path.rename(doomed)
         except OSError:
             return False
-    shutil.rmtree(doomed, ignore_errors=True)
+    _remove(doomed)
     return True
 
 
@@ -138,18 +149,33 @@ def best(folder: Path, steps: list[int]) -> list[int]:
     found = []
     for step in steps:
         with contextlib.suppress(CheckpointError):
-            if figures := read_manifest(folder / name_of(step)).evaluation:
-                found.append((_merit(figures), step))
+            if (merit := _merit(read_manifest(folder / name_of(step)).evaluation)) is not None:
+                found.append((merit, step))
     return [step for _, step in sorted(found, reverse=True)]
 
 
-def _merit(figures: Mapping[str, float]) -> float:
-    return figures["accuracy"] if "accuracy" in figures else -figures["loss"]
+def _merit(figures: Mapping[str, float]) -> tuple[bool, float] | None:
+    for name, sign in (("accuracy", 1.0), ("loss", -1.0)):
+        if math.isfinite(figure := figures.get(name, math.nan)):
+            return name == "accuracy", sign * figure
+    return None
+
+
+def _remove(path: Path) -> None:
+    """A folder and all in it, or a link, as far as that can be."""
+    if path.is_symlink():
+        with contextlib.suppress(OSError):
+            path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _sync(folder: Path) -> None:
-    file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(file)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems do so without being asked
+            raise
     finally:
         os.close(file)

@@ -7,7 +7,11 @@ checksum of itself. `docs/checkpoints.md` describes the format.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+import os
+import re
+import stat
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 import xxhash
 
-from parallel.sharding.boxes import Box
+from parallel.sharding.boxes import Box, overlapping
 
 FILE = "manifest.json"
 FORMAT, VERSION = "vitruvius-checkpoint", 1
@@ -26,16 +30,27 @@ DTYPES = {
     torch.int32: "I32", torch.uint8: "U8",
 }  # fmt: skip
 _OF_NAME = {name: dtype for dtype, name in DTYPES.items()}
-_SEAL = ',\n"checksum": "'
+_SEAL, _END = ',\n"checksum": "', '"\n}\n'
+_MOST_BYTES = 4 << 30  # of a manifest; it has some 25 bytes for each 4 MiB of tensors
+_FILE_NAME, _CHECKSUM = re.compile(r"\w[\w.-]{0,199}", re.ASCII), re.compile(r"[0-9a-f]{16}")
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be read: it is damaged, incomplete, of another format, or none at all."""
 
 
+class NoCheckpointError(CheckpointError):
+    """There is none that this program can know: nothing at all, or something of another format."""
+
+
 def checksum(data: Any) -> str:
     """Of bytes: xxh3_64 in hexadecimal."""
     return xxhash.xxh3_64_hexdigest(data)
+
+
+def reason(error: Exception) -> str:
+    """Why something could not be read, for a message: of an OSError, or a ValueError, as of a name with a null byte."""
+    return getattr(error, "strerror", None) or str(error)
 
 
 class StoredPiece(NamedTuple):
@@ -98,10 +113,11 @@ class Manifest:
         """The text of the file."""
         head = {"format": FORMAT, "format_version": VERSION, "chunk_bytes": CHUNK_BYTES, "checksums": "xxh3_64"}
         head |= {name: value for name, value in asdict(self).items() if name not in ("files", "tensors")}
+        head["evaluation"] = {name: figure for name, figure in self.evaluation.items() if math.isfinite(figure)}
         head["files"] = [file._asdict() for file in self.files]
         lines = [f"{json.dumps(name)}: {json.dumps(_plain(tensor))}" for name, tensor in sorted(self.tensors.items())]
         body = f"{json.dumps(head, indent=1)[:-2]},\n" + '"tensors": {\n' + ",\n".join(lines) + "\n}"
-        return f'{body}{_SEAL}{checksum(body.encode())}"\n}}\n'
+        return f"{body}{_SEAL}{checksum(body.encode())}{_END}"
 
 
 def _plain(tensor: StoredTensor) -> dict[str, Any]:
@@ -112,44 +128,137 @@ def _plain(tensor: StoredTensor) -> dict[str, Any]:
     return {"dtype": DTYPES[tensor.dtype], "shape": tensor.shape, "pieces": pieces}
 
 
+def read_regular(path: Path, most: int) -> bytes:
+    """All of a file of at most so many bytes. Raises OSError, also if a folder, a pipe or a device is in its place."""
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would wait for its writer
+    with open(file, "rb") as opened:  # noqa: PTH123
+        about = os.fstat(file)
+        if not stat.S_ISREG(about.st_mode):
+            raise OSError(0, "it is no file")
+        if about.st_size > most:
+            raise OSError(0, f"{about.st_size} bytes are too many")
+        return opened.read()
+
+
 def read_manifest(folder: Path) -> Manifest:
-    """Of a checkpoint's folder. Raises CheckpointError if there is none that can be understood."""
+    """Of a checkpoint's folder: what it says is possible, and its tensors' pieces cover them once.
+
+    Raises:
+        CheckpointError: it is damaged, of another format (then a NoCheckpointError), or not to be read.
+    """
     path = folder / FILE
     try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{folder} is no checkpoint: its {FILE} cannot be read ({error.strerror})") from error
-    body, seal, rest = text.rpartition(_SEAL.encode())
-    try:
-        values = json.loads(text)
-        assert isinstance(values, dict)
-    except (ValueError, AssertionError) as error:
-        raise CheckpointError(f"{path} is damaged: it is no JSON object") from error
-    if values.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not of a checkpoint of this program")
-    if (version := values.get("format_version")) != VERSION:
+        text = read_regular(path, _MOST_BYTES)
+    except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{path} has format version {version}, and this program reads {VERSION}: use the program "
-            "that wrote it, or a newer one"
+            f"{folder} is no complete checkpoint: its {FILE} cannot be read ({reason(error)})"
+        ) from error
+    body, seal, end = text.rpartition(_SEAL.encode())
+    sealed = bool(seal) and end == f"{checksum(body)}{_END}".encode()
+    try:
+        values = json.loads(text.decode(), object_pairs_hook=_without_doubles)
+        _want(isinstance(values, dict), "it is no JSON object")
+    except (ValueError, RecursionError) as error:  # of JSON, of UTF-8, of numbers with thousands of digits
+        raise CheckpointError(f"{path} is damaged: it is no JSON object of different keys") from error
+    perhaps = "" if sealed else ", unless it is damaged: its checksum is wrong"
+    if values.get("format") != FORMAT:
+        raise _other(sealed or "format" not in values, f"{path} is not of a checkpoint of this program{perhaps}")
+    if (version := values.get("format_version")) != VERSION:
+        known = type(version) is int and version > VERSION
+        raise _other(
+            sealed or known,
+            f"{path} has format version {version!r:.20}, and this program reads {VERSION}: use the program "
+            f"that wrote it, or a newer one{perhaps}",
         )
-    if not seal or rest[:16].decode(errors="replace") != checksum(body):
+    if not sealed:
         raise CheckpointError(f"{path} is damaged: its checksum is wrong")
-    return _manifest_of(values, path)
+    try:
+        return _manifest_of(values)
+    except _WrongError as error:
+        raise CheckpointError(f"{path} is damaged, though its checksum is right: {error}") from error
 
 
-def _manifest_of(values: Mapping[str, Any], path: Path) -> Manifest:
-    if values["chunk_bytes"] != CHUNK_BYTES or values["checksums"] != "xxh3_64":
-        raise CheckpointError(f"{path} has checksums of another kind ({values['checksums']})")
-    tensors = {
-        name: StoredTensor(
-            _OF_NAME[tensor["dtype"]],
-            tuple(tensor["shape"]),
-            tuple(
-                StoredPiece(p["file"], Box(tuple(p["offset"]), tuple(p["shape"])), p["start"], tuple(p["checksums"]))
-                for p in tensor["pieces"]
-            ),
-        )
-        for name, tensor in values["tensors"].items()
-    }
-    kept = {name: values[name] for name in ("step", "progress", "config", "about", "evaluation")}
-    return Manifest(**kept, files=tuple(StoredFile(**file) for file in values["files"]), tensors=tensors)
+def _other(foreign: bool, message: str) -> CheckpointError:
+    return NoCheckpointError(message) if foreign else CheckpointError(message)
+
+
+# -- what a manifest may say -------------------------------------------------------------------------------------------
+
+
+class _WrongError(ValueError):
+    """What is wrong with it."""
+
+
+def _want(right: bool, otherwise: str) -> None:
+    if not right:
+        raise _WrongError(otherwise)
+
+
+def _without_doubles(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    _want(len(found) == len(pairs), "a key is there twice")
+    return found
+
+
+def _keys(values: Any, what: str, **kinds: type) -> list[Any]:
+    """The values of these keys of an object, each of its type."""
+    _want(type(values) is dict, f"{what} is no object")
+    for name, kind in kinds.items():
+        _want(type(values.get(name)) is kind, f"{what} has no {name}, or of another type")
+    return [values[name] for name in kinds]
+
+
+def _numbers(values: list[Any], least: int, what: str) -> tuple[int, ...]:
+    _want(all(type(value) is int and value >= least for value in values), f"{what} has a number below {least}, or none")
+    return tuple(values)
+
+
+def _manifest_of(values: Mapping[str, Any]) -> Manifest:
+    kinds = {"progress": dict, "config": dict, "about": dict, "evaluation": dict, "files": list, "tensors": dict}
+    step, chunk, kind = _keys(values, "it", step=int, chunk_bytes=int, checksums=str)
+    _want(chunk == CHUNK_BYTES and kind == "xxh3_64", f"it has checksums of another kind ({kind:.20}, {chunk} bytes)")
+    _want(0 <= step < 1 << 63, "its step is not from 0 to 2^63 - 1")
+    *facts, listed, tensors = _keys(values, "it", **kinds)
+    _want(all(type(figure) in (int, float) for figure in facts[-1].values()), "evaluation has what is no number")
+    files = tuple(_file_of(file) for file in listed)
+    _want(len({file.name for file in files}) == len(files), "two files have one name")
+    found = {name: _tensor_of(name, tensor, files) for name, tensor in tensors.items()}
+    return Manifest(step=step, **dict(zip(kinds, (*facts, files, found), strict=True)))
+
+
+def _file_of(values: Any) -> StoredFile:
+    name, size, header = _keys(values, "a file", name=str, bytes=int, header=str)
+    _want(bool(_FILE_NAME.fullmatch(name)) and name != FILE, f"{name!r:.80} is no name of a file of this folder")
+    _want(bool(_CHECKSUM.fullmatch(header)), f"{name} has no checksum of its header")
+    _want(8 <= size < 1 << 63, f"{name} has {size!r:.30} bytes")
+    return StoredFile(name, size, header)
+
+
+def _tensor_of(name: str, values: Any, files: Sequence[StoredFile]) -> StoredTensor:
+    _want(name.isprintable() and bool(name), "the name of a tensor cannot be printed")
+    dtype, shape, pieces = _keys(values, name, dtype=str, shape=list, pieces=list)
+    _want(dtype in _OF_NAME, f"{name} is of {dtype!r:.20}, which is none of {', '.join(_OF_NAME)}")
+    lengths = _numbers(shape, 1, f"the shape of {name}")
+    found = tuple(_piece_of(name, piece, lengths, _OF_NAME[dtype].itemsize, files) for piece in pieces)
+    boxes = [piece.box for piece in found]
+    if (both := overlapping(boxes)) is not None:
+        raise _WrongError(f"two pieces of {name} overlap, at {list(both[0].offset)} and at {list(both[1].offset)}")
+    _want(sum(box.numel for box in boxes) == math.prod(lengths), f"the pieces of {name} are not all of it")
+    return StoredTensor(_OF_NAME[dtype], lengths, found)
+
+
+def _piece_of(name: str, values: Any, of: tuple[int, ...], size: int, files: Sequence[StoredFile]) -> StoredPiece:
+    what = f"a piece of {name}"
+    number, start, *lists = _keys(values, what, file=int, start=int, offset=list, shape=list, checksums=list)
+    offset, shape = _numbers(lists[0], 0, what), _numbers(lists[1], 1, what)
+    fits = len(offset) == len(shape) == len(of)
+    _want(
+        fits and all(a + b <= c for a, b, c in zip(offset, shape, of, strict=True)), f"{what} reaches out of the tensor"
+    )
+    _want(0 <= number < len(files), f"{what} is in a file that there is none of")
+    count = math.prod(shape) * size
+    _want(start >= 8 and start + count <= files[number].bytes, f"{what} reaches out of {files[number].name}")
+    sums = lists[2]
+    right = len(sums) == -(-count // CHUNK_BYTES) and all(type(s) is str and _CHECKSUM.fullmatch(s) for s in sums)
+    _want(right, f"{what} has not a checksum for each {CHUNK_BYTES} bytes")
+    return StoredPiece(number, Box(offset, shape), start, tuple(sums))

@@ -10,15 +10,17 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import stat
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.checkpoint.manifest import (
@@ -32,12 +34,24 @@ from engine.checkpoint.manifest import (
 )
 from parallel.sharding.boxes import Box, boxes_of_range, whole_box
 
+_Bytes = NDArray[np.uint8]
+T = TypeVar("T")
+
 
 class Target(NamedTuple):
     """A box that is wanted, and where its elements go: a view of the box's shape, of any dtype, on any device."""
 
     box: Box
     values: Tensor
+
+
+class Damaged(NamedTuple):
+    """A part of a tensor that cannot be read: of its piece `box`, in `file`. why: for a message."""
+
+    name: str
+    file: str
+    box: Box
+    why: str
 
 
 class _Chunk(NamedTuple):
@@ -53,18 +67,24 @@ class _Chunk(NamedTuple):
     first: int
     puts: list[tuple[Box, Box, Tensor]]
 
+    @property
+    def bytes(self) -> int:
+        """Of it."""
+        return min(CHUNK_BYTES, self.piece.box.numel * self.dtype.itemsize - self.first)
+
 
 class Reader:
     """A checkpoint's folder, open for reading; a context manager.
 
     Args:
-        folder: of one step. threads: that read at once.
+        folder: of one step. threads: that read at once. whole: files that are missing, or of another length, are
+            refused at once; else only when something in them is wanted.
 
     Raises:
         CheckpointError: it is no complete checkpoint; and from every method, if what is read is damaged.
     """
 
-    def __init__(self, folder: Path, threads: int = 2) -> None:
+    def __init__(self, folder: Path, threads: int = 2, *, whole: bool = True) -> None:
         self.folder, self.threads = folder, threads
         self._files: dict[int, int] = {}
         self._local = threading.local()
@@ -73,7 +93,9 @@ class Reader:
         try:
             self._take_lock()
             self.manifest: Manifest = read_manifest(folder)
-            self._check_sizes()
+            if whole:
+                for number in range(len(self.manifest.files)):
+                    self.check_file(number)
         except BaseException:
             self.close()
             raise
@@ -91,24 +113,34 @@ class Reader:
         self._files, self._lock = {}, None
 
     def _take_lock(self) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            self._lock = os.open(self.folder / FILE, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise CheckpointError(f"{self.folder} is being deleted") from error
-            except OSError:
-                pass  # not every file system has locks
+        path = self.folder / FILE
+        try:
+            self._lock = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except (OSError, ValueError):
+            return  # reading it will say why
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointError(f"{self.folder} is being deleted") from error
+        except OSError:
+            return  # not every file system has locks
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(self._lock), path.stat()):
+                return
+        raise CheckpointError(f"{self.folder} is being deleted")
 
-    def _check_sizes(self) -> None:
-        for file in self.manifest.files:
-            path = self.folder / file.name
-            try:
-                size = path.stat().st_size
-            except OSError as error:
-                raise CheckpointError(f"{path} is missing ({error.strerror})") from error
-            if size != file.bytes:
-                raise CheckpointError(f"{path} has {size} bytes where it had {file.bytes} when it was saved")
+    def check_file(self, number: int) -> None:
+        """Of `manifest.files`. Raises CheckpointError if it is missing, no file, or of another length."""
+        file = self.manifest.files[number]
+        path = self.folder / file.name
+        try:
+            about = path.stat()
+        except OSError as error:
+            raise CheckpointError(f"{path} is missing ({error.strerror})") from error
+        if not stat.S_ISREG(about.st_mode):
+            raise CheckpointError(f"{path} is no file")
+        if about.st_size != file.bytes:
+            raise CheckpointError(f"{path} has {about.st_size} bytes where it had {file.bytes} when it was saved")
 
     # -- what is wanted ------------------------------------------------------------------------------------------------
 
@@ -123,7 +155,8 @@ class Reader:
 
     def whole(self, name: str) -> Tensor:
         """A logical tensor, put together."""
-        stored = self.manifest.tensors[name]
+        if (stored := self.manifest.tensors.get(name)) is None:
+            raise CheckpointError(f"{self.folder} has no {name}")
         values = torch.empty(stored.shape, dtype=stored.dtype)
         self.read({name: [Target(whole_box(stored.shape), values)]})
         return values
@@ -132,25 +165,56 @@ class Reader:
         """Compare every checksum (of the files of these numbers). Returns the bytes read."""
         chosen = set(range(len(self.manifest.files)) if files is None else files)
         for number in chosen:
-            self._check_header(number)
-        chunks = [
-            _Chunk(name, tensor.dtype, piece, first * CHUNK_BYTES, [])
-            for name, tensor in self.manifest.tensors.items()
-            for piece in tensor.pieces
-            if piece.file in chosen
-            for first in range(len(piece.checksums))
-        ]
-        return self._run(chunks)
+            self.check_header(number)
+        every = (chunk for name in self.manifest.tensors for chunk in self._all_chunks(name))
+        return self._run([chunk for chunk in every if chunk.piece.file in chosen])
 
-    def _check_header(self, number: int) -> None:
+    def check_header(self, number: int) -> None:
+        """Compare the checksum of the header of a file, of that number."""
         stored, file = self.manifest.files[number], self._open(number)
-        length = 8 + int.from_bytes(os.pread(file, 8, 0), "little")
-        if length > stored.bytes or checksum(os.pread(file, length, 0)) != stored.header:
-            raise CheckpointError(f"{self.folder / stored.name} is damaged: the checksum of its header is wrong")
+        path = self.folder / stored.name
+        try:
+            length = 8 + int.from_bytes(os.pread(file, 8, 0), "little")
+            right = length <= stored.bytes and checksum(os.pread(file, length, 0)) == stored.header
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
+        if not right:
+            raise CheckpointError(f"{path} is damaged: the checksum of its header is wrong")
+
+    def scan(self, name: str, see: Callable[[Tensor], T]) -> Iterator[T | Damaged]:
+        """Read all of a tensor once, part by part, in no order that means anything.
+
+        Args:
+            see: is given the elements of a part: flat, at most `CHUNK_BYTES`, valid during the call; on any thread.
+
+        Yields:
+            For each part what `see` returns, or what is wrong with it.
+        """
+
+        def look(chunk: _Chunk) -> T | Damaged:
+            data = self._scratch()[: chunk.bytes]
+            try:
+                self._fill(chunk, data.data)
+                self._compare(chunk, data)
+            except CheckpointError as error:
+                return Damaged(name, self.manifest.files[chunk.piece.file].name, chunk.piece.box, str(error))
+            return see(torch.from_numpy(data).view(chunk.dtype))
+
+        with ThreadPoolExecutor(self.threads) as pool:
+            yield from pool.map(look, self._all_chunks(name))
+
+    def _all_chunks(self, name: str) -> Iterator[_Chunk]:
+        tensor = self.manifest.tensors[name]
+        for piece in tensor.pieces:
+            for number in range(len(piece.checksums)):
+                yield _Chunk(name, tensor.dtype, piece, number * CHUNK_BYTES, [])
 
     def _chunks(self, name: str, targets: Sequence[Target]) -> Iterator[_Chunk]:
         """What must be read of a tensor."""
-        tensor = self.manifest.tensors[name]
+        if (tensor := self.manifest.tensors.get(name)) is None:
+            raise CheckpointError(f"{self.folder} has no {name}")
+        if any(len(t.box.shape) != len(tensor.shape) for t in targets):
+            raise CheckpointError(f"{self.folder} has {name} of the shape {list(tensor.shape)}, which is not wanted")
         found = 0
         for piece in tensor.pieces:
             wanted = [(t, common) for t in targets if (common := piece.box.common(t.box)) is not None]
@@ -194,7 +258,7 @@ class Reader:
             if number not in self._files:
                 path = self.folder / self.manifest.files[number].name
                 try:
-                    self._files[number] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                    self._files[number] = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
                 except OSError as error:
                     raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
             return self._files[number]
@@ -202,22 +266,25 @@ class Reader:
     @torch.no_grad()
     def _read(self, chunk: _Chunk) -> int:
         """Read a chunk, compare its checksum, put what is wanted of it in place. Returns its bytes."""
-        count = min(CHUNK_BYTES, chunk.piece.box.numel * chunk.dtype.itemsize - chunk.first)
+        count = chunk.bytes
         straight = _straight(chunk, count)
         data = self._scratch()[:count] if straight is None else straight
         self._fill(chunk, data.data)
+        self._compare(chunk, data)
+        if straight is None:
+            self._put(chunk, torch.from_numpy(data))
+        return count
+
+    def _compare(self, chunk: _Chunk, data: _Bytes) -> None:
         if checksum(data) != chunk.piece.checksums[chunk.first // CHUNK_BYTES]:
             box = chunk.piece.box
             raise CheckpointError(
                 f"{self._path(chunk)} is damaged: the checksum of {chunk.name} from {list(box.offset)} to "
                 f"{list(box.end)} is wrong"
             )
-        if straight is None:
-            self._put(chunk, torch.from_numpy(data))
-        return count
 
     def _fill(self, chunk: _Chunk, data: memoryview) -> None:
-        file, at = self._files[chunk.piece.file], chunk.piece.start + chunk.first
+        file, at = self._open(chunk.piece.file), chunk.piece.start + chunk.first
         while data:
             try:
                 count = os.preadv(file, [data], at)
@@ -238,18 +305,18 @@ class Reader:
         for part, common, values in chunk.puts:
             values.copy_(common.of(parts[part], part.offset))
 
-    def _scratch(self) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    def _scratch(self) -> _Bytes:
         """Of this thread."""
         if not hasattr(self._local, "room"):
             self._local.room = np.empty(CHUNK_BYTES, np.uint8)
-        room: np.ndarray[tuple[int, ...], np.dtype[np.uint8]] = self._local.room
+        room: _Bytes = self._local.room
         return room
 
     def _path(self, chunk: _Chunk) -> Path:
         return self.folder / self.manifest.files[chunk.piece.file].name
 
 
-def _straight(chunk: _Chunk, count: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]] | None:
+def _straight(chunk: _Chunk, count: int) -> _Bytes | None:
     """The memory that a chunk can be read into, if all of it is wanted, and in one place."""
     at = first = chunk.puts[0][2].data_ptr() if chunk.puts else 0
     for part, common, values in chunk.puts:

@@ -7,9 +7,10 @@ over ranks segment by segment, each of these is a few boxes of the logical tenso
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from math import prod
+from operator import lt
 from typing import NamedTuple
 
 from torch import Tensor
@@ -66,6 +67,25 @@ class PlacedBox(NamedTuple):
 def whole_box(shape: tuple[int, ...]) -> Box:
     """All of a tensor."""
     return Box((0,) * len(shape), shape)
+
+
+def overlapping(boxes: Sequence[Box]) -> tuple[Box, Box] | None:
+    """Two boxes of one tensor that have something in common, None if there are none."""
+    if len(boxes) < 2:
+        return None
+    dims = range(len(boxes[0].shape))
+    if not dims:
+        return boxes[0], boxes[1]
+    dim = max(dims, key=lambda d: len({box.offset[d] for box in boxes}))  # along which fewest lie side by side
+    open_: list[tuple[Box, tuple[int, ...]]] = []
+    for box in sorted(boxes, key=lambda box: box.offset[dim]):
+        end = box.end
+        open_ = [found for found in open_ if found[1][dim] > box.offset[dim]]
+        for other, its_end in open_:
+            if all(map(lt, other.offset, end)) and all(map(lt, box.offset, its_end)):
+                return other, box
+        open_.append((box, end))
+    return None
 
 
 def boxes_of_range(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
