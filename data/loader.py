@@ -25,7 +25,7 @@ from data.config import DataConfig
 from data.datasets import Dataset
 from data.errors import UnreadableImageError
 from data.sampling import SampleOrder
-from data.workers import read_ahead
+from data.workers import begin_worker, read_ahead
 
 # What workers hold ready beyond what each is at work on: enough for a schedule that takes micro-batches in bursts.
 # Every one is an open file, and memory of the host in which few files may be open and little may be shared.
@@ -321,6 +321,7 @@ def _in_workers(
         sampler=keys,
         num_workers=config.workers,
         prefetch_factor=max(2, math.ceil(ready / config.workers)),
+        worker_init_fn=begin_worker,
         generator=torch.Generator(),  # its own, so that workers leave the global random state alone
     )
     return map(_read_well, read_ahead(loader))
