@@ -107,6 +107,35 @@ def resize_patch_kernel(weight: Tensor, channels: int, source: int, target: int)
     return kernel.flatten(1).to(weight.dtype)
 
 
+def can_resize_channels(source: int, target: int) -> bool:
+    """Whether `resize_channels` knows how."""
+    return source == target or target == 1 or source in (1, 3)
+
+
+def resize_channels(weight: Tensor, source: int, target: int) -> Tensor:
+    """The patch kernel for images of another number of channels, as timm does it: for one channel the kernels of all
+    are added up, else those of 1 or 3 channels are repeated in turn, times source / target.
+
+    A grey image whose channels are equal gives the tokens it gave before (to three channels and back exactly; where the
+    target is no multiple of the source, nearly).
+
+    Args:
+        weight: [D, source * P * P]. source, target: C and C', which `can_resize_channels`.
+
+    Returns:
+        [D, target * P * P]; `weight` itself where C == C'.
+    """
+    assert can_resize_channels(source, target), (source, target)
+    if source == target:
+        return weight
+    kernel = weight.double().reshape(len(weight), source, -1)  # [D, C, P * P]
+    if target == 1:
+        kernel = kernel.sum(1, keepdim=True)
+    else:
+        kernel = kernel.repeat(1, -(-target // source), 1)[:, :target] * (source / target)
+    return kernel.flatten(1).to(weight.dtype)
+
+
 def resize_weights(
     weights: Mapping[str, Tensor],
     *,

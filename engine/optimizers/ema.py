@@ -35,6 +35,12 @@ class WeightAverage:
         self._masters = [bucket.master for bucket in self._buckets]
         self.averages = [master.clone() for master in self._masters]
 
+    def restart(self) -> None:
+        """Begin from the weights as they are now."""
+        self.updates = 0
+        for average, master in zip(self.averages, self._masters, strict=True):
+            average.copy_(master)
+
     def update(self) -> None:
         """Take in the weights as they are now."""
         self.updates += 1

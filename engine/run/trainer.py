@@ -16,6 +16,7 @@ from engine.objectives import make_objective
 from engine.optimizers.schedules import check_schedule
 from engine.precision.precision import check_kernels, check_precision
 from engine.run.agreement import check_agreement, facts_of
+from engine.run.load import source_of, start_from
 from engine.run.loop import Loop
 from engine.run.metrics import MetricsWriter
 from engine.run.profile import StepProfiler
@@ -47,6 +48,7 @@ def pretrain(config: Config, world: World) -> None:
     check_kernels(Kernels(config.kernels), device)
     threads, matmul = prepare_cpu(world), set_matmul(config.precision, device)
     objective = make_objective(config)
+    source = source_of(config, objective)
 
     process_group.start(world, device, config.parallel.timeout)
     check_agreement(facts_of(config, device, train_set, eval_set), world_axis(world))
@@ -55,6 +57,7 @@ def pretrain(config: Config, world: World) -> None:
     assembly = assemble(config, grid, device, objective, device_memory=memory_share(device, world))
     images = describe_datasets(config.data.kind, train_set, eval_set, config.model.sizes.classes)
     report = startup_report(assembly, threads=threads, matmul=matmul, images=images)
+    report += start_from(assembly, source) if source is not None else []
     writer = None
     if world.rank == 0:
         writer = _begin(run, config, steps, grid.shape, config.to_yaml(given))

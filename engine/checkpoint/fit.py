@@ -1,0 +1,166 @@
+"""What of a checkpoint's weights fits a model of another geometry, depth or head, tensor by tensor.
+
+Names and shapes alone decide, but for positions and the patch kernel, whose shapes say too little (4 x 4 patches have
+as many positions as 2 x 8): there image and patch sizes of both models do.
+
+Legend: D width, C channels, P patch side.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from model.resize import can_resize_channels, resize_channels, resize_weights
+from parallel.sharding.boxes import Box, whole_box
+
+Shape = tuple[int, ...]
+How = Literal["taken", "resized", "new", "left out"]
+_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """What positions, patches and the blocks' numbers depend on.
+
+    Attributes:
+        grid: rows and columns of patches. depths: blocks of each stage.
+    """
+
+    grid: tuple[int, int]
+    patch: int
+    channels: int
+    position: str
+    class_tokens: int
+    depths: tuple[int, ...]
+
+    @staticmethod
+    def of(model: Mapping[str, Any]) -> Geometry:
+        """Of the resolved group `model` of a configuration, as nested keys. Raises KeyError if one is missing."""
+        side, patch, stages = model["image_size"], model["patch_size"], model["stages"]
+        rows, cols = (side, side) if isinstance(side, int) else side
+        return Geometry(
+            grid=(-(-rows // patch), -(-cols // patch)),
+            patch=patch,
+            channels=model["in_channels"],
+            position=model["position"],
+            class_tokens=int(model["pool"] == "cls"),
+            depths=tuple(stage["depth"] for stage in stages) if stages else (model["depth"],),
+        )
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """(stage, place in it) of each block, in order of their numbers."""
+        return ((stage, i) for stage, depth in enumerate(self.depths) for i in range(depth))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """A logical tensor of a model that starts from a checkpoint, or one of the checkpoint that it has no use for.
+
+    Attributes:
+        name: in the model; of what is left out, in the checkpoint. here, stored: shapes, None where there is none.
+        source: its name in the checkpoint, if it is there. how: what becomes of it. note: what was done beside.
+    """
+
+    name: str
+    here: Shape | None
+    stored: Shape | None
+    source: str | None
+    how: How
+    note: str = ""
+
+    def describe(self) -> str:
+        """For a message about checkpoints of another model."""
+        stored, here = (list(shape) if shape is not None else "none" for shape in (self.stored, self.here))
+        return f"{self.name}: {stored} in the checkpoint, {here} here"
+
+
+def fit(here: Mapping[str, Shape], stored: Mapping[str, Shape], source: Geometry, target: Geometry) -> tuple[Fit, ...]:
+    """What becomes of each tensor: those of the model in its order, then those that are left out.
+
+    Blocks correspond by their place in their stage of a pyramid, all else by name.
+
+    Args:
+        here, stored: shapes of the model's and the checkpoint's tensors. source, target: geometries of the two.
+    """
+    numbers = {place: number for number, place in enumerate(source.blocks())}
+    renamed = {number: numbers.get(place) for number, place in enumerate(target.blocks())}
+    fits = []
+    for name, shape in here.items():
+        origin: str | None = name
+        if block := _BLOCK.fullmatch(name):
+            number = renamed[int(block[1])]
+            origin = None if number is None else f"blocks.{number}.{block[2]}"
+        if origin is None or origin not in stored:
+            fits.append(Fit(name=name, here=shape, stored=None, source=None, how="new"))
+            continue
+        how, note = _how(name, shape, stored[origin], source, target)
+        fits.append(Fit(name=name, here=shape, stored=stored[origin], source=origin, how=how, note=note))
+    used = {f.source for f in fits}
+    left = (name for name in stored if name not in used)
+    return (*fits, *(Fit(name=n, here=None, stored=stored[n], source=n, how="left out") for n in left))
+
+
+def _how(name: str, here: Shape, stored: Shape, source: Geometry, target: Geometry) -> tuple[How, str]:
+    expected, wanted = _embedding_shape(name, here, source), _embedding_shape(name, here, target)
+    if expected is None:
+        return ("taken" if here == stored else "new"), ""
+    if stored != expected or here != wanted:
+        return "new", ""
+    if name == "embed.weight":
+        if not can_resize_channels(source.channels, target.channels):
+            return "new", ""
+        changed, same = source.channels != target.channels, source.patch == target.patch
+        how = "summed over" if target.channels == 1 else "repeated over"
+        note = f"{how} channels, {source.channels} to {target.channels}" if changed else ""
+        return ("taken" if same and not changed else "resized"), note
+    same = source.grid == target.grid
+    if name != "embed.pos" or source.class_tokens == target.class_tokens:
+        return ("taken" if same else "resized"), ""
+    return "resized", "the class token's is new" if target.class_tokens else "without the class token's"
+
+
+def _embedding_shape(name: str, here: Shape, geometry: Geometry) -> Shape | None:
+    """Of a tensor that can be resized, with the width that it has here; None for any other."""
+    rows, cols = geometry.grid
+    lengths = {
+        "embed.pos_row": rows, "embed.pos_col": cols, "embed.pos": geometry.class_tokens + rows * cols,
+    }  # fmt: skip
+    if name == "embed.weight":
+        return (here[0], geometry.channels * geometry.patch**2)
+    return (lengths[name], here[-1]) if name in lengths else None
+
+
+def resized(name: str, values: Tensor, source: Geometry, target: Geometry) -> tuple[Box, Tensor]:
+    """A tensor that is `resized`: what it becomes, and which box of the model's tensor that is.
+
+    Args:
+        values: the whole tensor of the checkpoint.
+    """
+    both = source.class_tokens and target.class_tokens
+    if name == "embed.weight":
+        values = resize_channels(values, source.channels, target.channels)
+    elif name == "embed.pos" and not both:
+        values = values[source.class_tokens :]
+    out = resize_weights(
+        {name: values},
+        position=target.position,
+        source_grid=source.grid,
+        target_grid=target.grid,
+        channels=target.channels,
+        source_patch=source.patch,
+        target_patch=target.patch,
+        class_token=bool(both),
+    )[name]
+    if name == "embed.pos" and target.class_tokens and not both:
+        return Box((1, 0), tuple(out.shape)), out
+    return whole_box(tuple(out.shape)), out
+
+
+def is_another_model(fits: Sequence[Fit]) -> bool:
+    """Whether no matrix of any block is taken: the rest is of no use without."""
+    return not any(f.how == "taken" and f.name.startswith("blocks.") and len(f.here or ()) > 1 for f in fits)

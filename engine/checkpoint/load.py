@@ -1,0 +1,156 @@
+"""Starting from a checkpoint's weights: read into the masters as far as they fit, in whatever layout either is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from engine.assemble import Assembly
+from engine.checkpoint.fit import Fit, Geometry, Shape, fit, is_another_model, resized
+from engine.checkpoint.manifest import CheckpointError
+from engine.checkpoint.read import Reader, Target
+from model import Build, LayerSpec, ModelConfig
+from parallel import comm
+from parallel.layout import info_of
+from parallel.sharding.boxes import Box, placed_boxes
+from parallel.sharding.pieces import StatePiece
+
+Which = Literal["weights", "average"]
+_UNSHAPED = ("preset", "drop_path", "head_bias")  # keys of the model that say nothing about its weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadPlan:
+    """What is to be loaded from where.
+
+    Attributes:
+        fits: of every tensor. stored: name in the manifest, by name in the model that was saved. source, target:
+            geometries of the two models. changed: (key of the model, its value there, here) where it is another.
+    """
+
+    fits: tuple[Fit, ...]
+    stored: Mapping[str, str]
+    source: Geometry
+    target: Geometry
+    changed: Sequence[tuple[str, Any, Any]]
+
+    def of(self, how: str) -> dict[str, Fit]:
+        """Those of one kind, by name."""
+        return {f.name: f for f in self.fits if f.how == how}
+
+
+def plan_load(reader: Reader, which: Which, model: ModelConfig, layers: Sequence[LayerSpec]) -> LoadPlan:
+    """Decide what is taken, by names and shapes alone.
+
+    Args:
+        which: the weights, or their average, beside which frozen ones have none. model: resolved. layers: of the whole
+            model.
+
+    Raises:
+        CheckpointError: it has no average, is of another model, or does not say of which.
+    """
+    names = _stored_names(reader, which)
+    there, here = reader.manifest.config.get("model", {}), json.loads(json.dumps(asdict(model)))
+    try:
+        source = Geometry.of(there)
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{reader.folder} does not say of which model it is: its config has no model") from error
+    target = Geometry.of(here)
+    shapes = {name: reader.manifest.tensors[stored].shape for name, stored in names.items()}
+    fits = fit(logical_shapes(model, layers), shapes, source, target)
+    if is_another_model(fits):
+        different = [f.describe() for f in fits if f.how != "taken"]
+        more = f"\n  and {len(different) - 10} more" if len(different) > 10 else ""
+        raise CheckpointError(
+            f"{reader.folder} is of another model: no matrix of a block fits. These differ, among others:\n  "
+            + "\n  ".join(different[:10])
+            + more
+        )
+    changed = [(k, there[k], v) for k, v in here.items() if k in there and there[k] != v and k not in _UNSHAPED]
+    return LoadPlan(fits=fits, stored=names, source=source, target=target, changed=changed)
+
+
+def _stored_names(reader: Reader, which: Which) -> dict[str, str]:
+    tensors = reader.manifest.tensors
+    names = {name.removeprefix("weights/"): name for name in tensors if name.startswith("weights/")}
+    if which == "average":
+        averages = {name.removeprefix("average/"): name for name in tensors if name.startswith("average/")}
+        if not averages:
+            raise CheckpointError(
+                f"{reader.folder} has no moving average of the weights (its run had no optimizer.ema_decay): leave out "
+                "checkpoint.load_weights"
+            )
+        names |= averages
+    return names
+
+
+def logical_shapes(model: ModelConfig, layers: Sequence[LayerSpec]) -> dict[str, Shape]:
+    """Of all parameters of a model, in order, by their names; nothing is allocated."""
+    shapes: dict[str, Shape] = {}
+    for spec in layers:
+        layer = spec.factory(Build(config=model, stage=spec.stage))
+        shapes |= {f"{spec.name}.{name}": info_of(p).layout.shape for name, p in layer.named_parameters()}
+    return shapes
+
+
+@torch.no_grad()
+def load_weights(a: Assembly, reader: Reader, plan: LoadPlan) -> None:
+    """Fill the masters of this rank, frozen ones too, and make all that hangs on them anew. Collective.
+
+    What is taken as it is, each rank reads itself, and of it what it holds alone. What is resized comes from the first
+    rank, so that copies are equal whatever processors have computed them.
+
+    Raises:
+        CheckpointError: on every rank, if one has found damage.
+    """
+    pieces = list(a.store.pieces("weights", {bucket: bucket.master for bucket in a.store.buckets}))
+    problem, changed = None, dict[str, tuple[Box, Tensor]]()
+    try:
+        reader.read(_targets(pieces, plan))
+        if a.grid.world.index == 0:
+            changed = {name: _resized(name, f, reader, plan) for name, f in plan.of("resized").items()}
+    except CheckpointError as error:
+        problem = str(error)
+    found = comm.gather_objects((problem, {name: box for name, (box, _) in changed.items()}), a.grid.world)
+    if (problem := next((p for p, _ in found if p is not None), None)) is not None:
+        raise CheckpointError(problem)
+    for name, box in found[0][1].items():
+        values = changed[name][1].to(a.device) if changed else torch.empty(box.shape, device=a.device)
+        _place(comm.broadcast(values, a.grid.world), box, (p for p in pieces if p.name == f"weights/{name}"))
+    a.store.loaded()
+    if a.average is not None:
+        a.average.restart()
+    if a.fp8 is not None:
+        a.fp8.forget_weights()
+
+
+def _targets(pieces: Iterable[StatePiece], plan: LoadPlan) -> dict[str, Sequence[Target]]:
+    """What this rank holds of tensors that are taken, to be read into, by their names in the manifest."""
+    taken, wanted = plan.of("taken"), dict[str, list[Target]]()
+    for piece in pieces:
+        found = taken.get(piece.name.removeprefix("weights/"))
+        if found is not None and found.source is not None:
+            placed = placed_boxes(piece.layout, piece.start, piece.stop)
+            targets = wanted.setdefault(plan.stored[found.source], [])
+            targets.extend(Target(box.box, box.of(piece.values)) for box in placed)
+    return dict(wanted)
+
+
+def _resized(name: str, found: Fit, reader: Reader, plan: LoadPlan) -> tuple[Box, Tensor]:
+    assert found.source is not None
+    box, values = resized(name, reader.whole(plan.stored[found.source]).float(), plan.source, plan.target)
+    return box, values.contiguous()
+
+
+def _place(values: Tensor, box: Box, pieces: Iterable[StatePiece]) -> None:
+    """Write what of a box of a logical tensor is in the pieces of it."""
+    for piece in pieces:
+        for placed in placed_boxes(piece.layout, piece.start, piece.stop):
+            if (common := placed.box.common(box)) is not None:
+                there = common.of(placed.of(piece.values), placed.box.offset)
+                there.copy_(common.of(values, box.offset))

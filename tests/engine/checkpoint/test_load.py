@@ -1,0 +1,365 @@
+"""Starting from a checkpoint: the same weights in every layout, resized where they must be, and told truly."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.assemble import Assembly, assemble, grid_of
+from engine.checkpoint.config import CheckpointConfig
+from engine.checkpoint.read import Reader
+from engine.checkpoint.saver import Saver
+from engine.config import Config, OptimizerConfig, PrecisionConfig, TrainConfig
+from engine.errors import ConfigError
+from engine.objectives import Supervised
+from engine.run.load import Source, source_of, start_from
+from engine.run.step import Stepper
+from model import ModelConfig, StageConfig, VisionTransformer
+from model.resize import resize_channels
+from parallel.config import ParallelConfig
+from parallel.process_group import World
+from tests.distributed import run_ranks
+from tests.engine.precision.test_scaled import batches_of
+from tests.engine.small import small
+from tests.engine.test_frozen import frozen
+
+CPU = torch.device("cpu")
+PYRAMID: dict[str, Any] = {
+    "width": None, "depth": None, "num_heads": None, "patch_size": 2, "pool": "gap",
+    "stages": (StageConfig(depth=2, width=16, num_heads=2), StageConfig(depth=2, width=32, num_heads=4)),
+}  # fmt: skip
+SOURCES: dict[str, dict[str, Any]] = {
+    "2d": {"position": "learned_2d", "block": "parallel", "qk_norm": True, "pool": "gap", "patch_size": 2},
+    "1d": {"position": "learned_1d", "pool": "cls", "patch_size": 2},
+    "map": {"position": "rope_2d", "pool": "map", "registers": 2, "in_channels": 3},
+    "pyramid": PYRAMID,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is started from which source; which tensors are then of which kind, all others taken."""
+
+    source: str
+    changes: dict[str, Any]
+    resized: tuple[str, ...] = ()
+    new: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
+    which: str = "weights"
+    dtype: str = "fp32"
+    frozen: tuple[str, ...] = ()
+    renamed: dict[str, str] = field(default_factory=dict)
+
+
+HEAD = ("head.fc.weight", "head.fc.bias")
+ROWS = ("embed.pos_row", "embed.pos_col")
+CASES = {
+    "all of it": Case("2d", {}, dtype="bf16", frozen=("embed", "blocks.0")),
+    "image, patch, classes": Case(
+        "2d", {"image_size": (24, 16), "patch_size": 4, "num_classes": 7}, ("embed.weight", *ROWS), HEAD,
+        frozen=("embed",),
+    ),
+    "average, image": Case("2d", {"image_size": 12}, ROWS, which="average"),
+    "average of a model whose embedding is frozen here, fp16": Case(
+        "2d", {"patch_size": 1}, ("embed.weight", *ROWS), which="average", dtype="fp16", frozen=("embed",)
+    ),
+    "class token kept": Case("1d", {"image_size": (8, 12)}, ("embed.pos",)),
+    "class token gone": Case("1d", {"pool": "gap"}, ("embed.pos",), left=("embed.cls",)),
+    "as many positions, another grid": Case("1d", {"image_size": (4, 16)}, ("embed.pos",)),
+    "other positions": Case("1d", {"position": "rope_2d"}, left=("embed.pos",)),
+    "registers, channels, pooling": Case(
+        "map", {"registers": 3, "in_channels": 1, "pool": "gap"}, ("embed.weight",), ("embed.registers",),
+        left=("head.pool.",),
+    ),
+    "deeper": Case("1d", {"depth": 5}, new=("blocks.4.",)),
+    "shallower": Case("1d", {"depth": 3}, left=("blocks.3.",)),
+    "deeper first stage": Case(
+        "pyramid",
+        {"stages": (StageConfig(depth=3, width=16, num_heads=2), StageConfig(depth=2, width=32, num_heads=4))},
+        new=("blocks.2.",), renamed={"blocks.3.": "blocks.2.", "blocks.4.": "blocks.3."},
+    ),
+    "wider second stage": Case(
+        "pyramid",
+        {"stages": (StageConfig(depth=2, width=16, num_heads=2), StageConfig(depth=2, width=48, num_heads=4))},
+        new=("merges.0.proj.", "blocks.2.", "blocks.3.", "head.norm.", "head.fc.weight"),
+    ),
+}  # fmt: skip
+P2, T2, C2 = {"pipeline_parallel_size": 2}, {"tensor_parallel_size": 2}, {"context_parallel_size": 2}
+LAYOUTS: tuple[dict[str, Any], ...] = (
+    T2 | P2, {"zero_stage": 3, "bucket_mib": 0.001}, T2 | {"zero_stage": 1}, C2 | {"zero_stage": 2},
+)  # fmt: skip
+
+
+def configured(case: Case, folder: Path, layout: dict[str, Any], world: World) -> Config:
+    return small(
+        **SOURCES[case.source] | case.changes,
+        train=TrainConfig(steps=2, global_batch_size=8, micro_batch_size=2, seed=1),
+        parallel=ParallelConfig(**layout),
+        optimizer=OptimizerConfig(ema_decay=0.5),
+        precision=PrecisionConfig(dtype=case.dtype),  # type: ignore[arg-type]
+        checkpoint=CheckpointConfig(load=str(folder / case.source), load_weights=case.which),  # type: ignore[arg-type]
+    ).resolve(world.size)
+
+
+def assembled(config: Config, world: World, names: Sequence[str]) -> Assembly:
+    objective = Supervised.of(config)
+    layers = [replace(s, factory=frozen(s.factory)) if s.name in names else s for s in objective.layers]
+    return assemble(config, grid_of(config, world, CPU), CPU, replace(objective, layers=tuple(layers)))
+
+
+def train_and_save(world: World, folder: Path, name: str, layout: dict[str, Any]) -> None:
+    config = replace(configured(Case(name, {}), folder, layout, world), checkpoint=CheckpointConfig())
+    config = replace(config, train=replace(config.train, seed=0))
+    stepper = Stepper(assembled(config, world, ("embed",) if name == "2d" else ()))
+    for step in range(2):
+        stepper.train_step(batches_of(stepper, step), 1e-2)
+    facts = {"config": {"model": asdict(config.model)}, "about": {}}
+    Saver(stepper.assembly, folder / name, CheckpointConfig(), facts).save(2, {}, {})
+
+
+def train_sources(world: World, folder: Path) -> None:
+    for name, layout in zip(SOURCES, LAYOUTS, strict=True):
+        train_and_save(world, folder, name, layout)
+
+
+def loaded(world: World, case: Case, folder: Path, layout: dict[str, Any]) -> tuple[Assembly, Source, list[str]]:
+    config = configured(case, folder, layout, world)
+    a = assembled(config, world, case.frozen)
+    source = source_of(config, a.objective)
+    assert source is not None
+    return a, source, start_from(a, source)
+
+
+def on_ranks(world: World, folder: Path, expected: dict[str, tuple[dict[str, Tensor], list[str]]]) -> None:
+    """The first case in all layouts, others in one: masters, what the model computes with, the average, the report."""
+    for number, (name, case) in enumerate(CASES.items()):
+        for layout in (LAYOUTS[number % 4],) if number else LAYOUTS:
+            a, _, lines = loaded(world, case, folder, layout)
+            masters, told = expected[name]
+            assert lines == told
+            assert a.average is not None and a.average.updates == 0
+            for average, master in zip(a.average.averages, a.average._masters, strict=True):
+                assert torch.equal(average, master)
+            for bucket in a.store.buckets:
+                weights = bucket.weights
+                if bucket.is_gathered:
+                    weights = bucket.gather_start(weights.new_empty(bucket.numel), weights).wait()
+                for slot in bucket.slots:
+                    local = slot.member.info.layout.local(masters[slot.name])
+                    assert torch.equal(slot.view(weights), local.to(bucket.kind.dtype)), (name, slot.name)
+            for slot_name, value in a.store.local_values().items():
+                layout_of = next(s.member.info.layout for s in a.store.slots if s.name == slot_name)
+                assert torch.equal(value.float(), layout_of.local(masters[slot_name]).to(value.dtype).float())
+            a.grid.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("sources")
+    run_ranks(4, train_sources, path, timeout=120)
+    return path
+
+
+class Alone(NamedTuple):
+    """What one process, in fp32 and with nothing frozen, loads, plans and tells; and the weights without."""
+
+    masters: dict[str, Tensor]
+    source: Source
+    lines: list[str]
+    initial: dict[str, Tensor]
+
+
+def one_process(case: Case, folder: Path) -> Alone:
+    case = replace(case, dtype="fp32", frozen=())
+    a, source, lines = loaded(World(), case, folder, {})
+    initial = assembled(configured(case, folder, {}, World()), World(), ()).store.local_values()
+    return Alone(a.store.local_values(), source, lines, initial)
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> dict[str, Alone]:
+    return {name: one_process(case, folder) for name, case in CASES.items()}
+
+
+def matches(name: str, prefixes: tuple[str, ...]) -> bool:
+    return any(name == p or (p.endswith(".") and name.startswith(p)) for p in prefixes)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_becomes_of_each_tensor(name: str, folder: Path, alone: dict[str, Alone]) -> None:
+    case = CASES[name]
+    masters, source, _, initial = alone[name]
+    with Reader(folder / case.source / "step-00000002") as reader:
+        tensors = reader.manifest.tensors
+        stored = {n.removeprefix("weights/"): reader.whole(n) for n in tensors if n.startswith("weights/")}
+        if case.which == "average":
+            stored |= {n.removeprefix("average/"): reader.whole(n) for n in tensors if n.startswith("average/")}
+    kinds = {f.name: f for f in source.plan.fits}
+    for key, value in masters.items():
+        f = kinds[key]
+        assert f.here == value.shape
+        if matches(key, case.new):
+            assert f.how == "new" and torch.equal(value, initial[key])
+            continue
+        origin = next((new + key.removeprefix(old) for old, new in case.renamed.items() if key.startswith(old)), key)
+        assert f.stored == stored[origin].shape and f.source == origin
+        assert f.how == ("resized" if key in case.resized else "taken"), key
+        assert f.how == "resized" or torch.equal(value, stored[origin])
+    left = {f.name for f in source.plan.fits if f.how == "left out"}
+    assert all(matches(key, case.left) for key in left) and bool(left) == bool(case.left)
+    assert left == {key for key in stored if key not in {f.source for f in kinds.values() if f.how != "left out"}}
+
+
+def test_every_layout_loads_the_same(folder: Path, alone: dict[str, Alone]) -> None:
+    expected = {name: (found.masters, found.lines) for name, found in alone.items()}
+    run_ranks(4, on_ranks, folder, expected, timeout=120)
+
+
+@pytest.mark.parametrize("name", ["image, patch, classes", "average, image", "class token kept"])
+def test_resized_as_the_model_itself_does(name: str, folder: Path, alone: dict[str, Alone]) -> None:
+    case = CASES[name]
+    masters, source, _, _ = alone[name]
+    model, there = source.reader.manifest.config["model"], configured(case, folder, {}, World()).model
+    trained = ModelConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in model.items()})
+    with Reader(source.reader.folder) as reader:
+        weights = {name: reader.whole(stored) for name, stored in source.plan.stored.items()}
+    oracle = VisionTransformer(replace(there, num_classes=trained.num_classes))
+    oracle.load(weights, trained)
+    for key, value in oracle.named_parameters():
+        if key not in case.new:
+            torch.testing.assert_close(masters[key], value.detach(), rtol=0, atol=1e-7)
+
+
+def test_enlarged_patches_give_the_same_outputs(folder: Path) -> None:
+    """Images four times as large: the same tokens where each patch is enlarged, so the same logits."""
+    case = Case("1d", {"image_size": 16, "patch_size": 4})
+    masters, source, _, _ = one_process(case, folder)
+    assert {f.name for f in source.plan.fits if f.how != "taken"} == {"embed.weight"}
+    small_model, large = (VisionTransformer(configured(c, folder, {}, World()).model) for c in (Case("1d", {}), case))
+    large.load(masters)
+    small_model.load(one_process(Case("1d", {}), folder)[0])
+    images = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    tiles = images.view(3, 4, 2, 4, 2).transpose(2, 3).reshape(-1, 1, 2, 2)
+    tiles = torch.nn.functional.interpolate(tiles, scale_factor=2, mode="bilinear").view(3, 4, 4, 4, 4)
+    enlarged = tiles.transpose(2, 3).reshape(3, 1, 16, 16)
+    torch.testing.assert_close(large.logits(enlarged), small_model.logits(images), rtol=1e-4, atol=1e-4)
+
+
+def test_class_token_that_was_not_there(folder: Path, tmp_path: Path) -> None:
+    """Only its row of the positions is new."""
+    train_and_save(World(), tmp_path, "1d", {})
+    gap = Case("1d", {"pool": "gap"})
+    config = replace(configured(gap, folder, {}, World()), checkpoint=CheckpointConfig())
+    a = assembled(config, World(), ())
+    facts = {"config": {"model": asdict(config.model)}, "about": {}}
+    Saver(a, tmp_path / "gap/1d", CheckpointConfig(), facts).save(2, {}, {})
+    masters, source, _, initial = one_process(Case("1d", {}), tmp_path / "gap")
+    assert torch.equal(masters["embed.pos"][:1], initial["embed.pos"][:1])
+    assert torch.equal(masters["embed.pos"][1:], a.store.local_values()["embed.pos"])
+    assert [f.name for f in source.plan.fits if f.how == "new"] == ["embed.cls"]
+
+
+@pytest.mark.parametrize(("source", "target"), [(3, 1), (1, 3), (1, 4), (3, 6)])
+def test_channels_of_grey_images(source: int, target: int) -> None:
+    weight, grey = torch.randn(5, source * 4, dtype=torch.float64), torch.randn(7, 4, dtype=torch.float64)
+    got = resize_channels(weight, source, target)
+    torch.testing.assert_close(grey.repeat(1, target) @ got.T, grey.repeat(1, source) @ weight.T)
+
+
+def test_the_average_begins_from_what_was_loaded(folder: Path) -> None:
+    a, _, _ = loaded(World(), CASES["all of it"], folder, {})
+    stepper = Stepper(a)
+    stepper.train_step(batches_of(stepper, 0), 1e-2)
+    assert a.average is not None
+    for average, master in zip(a.average.averages, a.average._masters, strict=True):
+        assert torch.equal(average, master)
+
+
+def test_the_report_names_everything_in_few_lines(alone: dict[str, Alone]) -> None:
+    lines = alone["image, patch, classes"].lines
+    assert any("embed.weight [16, 4] -> [16, 16]" in line for line in lines)
+    assert any("head.fc.weight [7, 16] (there [10, 16])" in line for line in lines)
+    assert any("model.num_classes 10 -> 7" in line for line in lines)
+    assert all(len(found.lines) <= 8 for found in alone.values())
+    assert any("blocks.0 to blocks.3" in line for line in alone["deeper"].lines)
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+def refused(folder: Path, changes: dict[str, Any], path: Path, which: str = "weights") -> str:
+    config = configured(Case("1d", changes, which=which), folder, {}, World())
+    config = replace(config, checkpoint=replace(config.checkpoint, load=str(path)))
+    with pytest.raises(ConfigError) as error:
+        source_of(config, Supervised.of(config))
+    return str(error.value)
+
+
+def damaged_copy(folder: Path, to: Path, old: bytes = b"{", new: bytes = b"{") -> Path:
+    """Of the checkpoint `1d`, `old` replaced where it comes first in the manifest."""
+    shutil.copytree(folder / "1d/step-00000002", to)
+    manifest = to / "manifest.json"
+    before, found, after = manifest.read_bytes().partition(old)
+    assert found
+    manifest.write_bytes(before + new + after)
+    return to
+
+
+def test_no_checkpoint(folder: Path, tmp_path: Path) -> None:
+    assert "does not exist" in refused(folder, {}, tmp_path / "none")
+    assert "none is in it" in refused(folder, {}, tmp_path)
+
+
+def test_manifests_that_are_of_no_use(folder: Path, tmp_path: Path) -> None:
+    at = damaged_copy(folder, tmp_path / "a", b'"F32"', b'"F23"')
+    assert "its checksum is wrong" in refused(folder, {}, at)
+    at = damaged_copy(folder, tmp_path / "b", b'"format_version": 1', b'"format_version": 2')
+    assert "format version 2" in refused(folder, {}, at)
+
+
+def test_no_average(folder: Path, tmp_path: Path) -> None:
+    config = configured(Case("1d", {}), folder, {}, World())
+    config = replace(config, optimizer=OptimizerConfig().resolve(), checkpoint=CheckpointConfig())
+    facts = {"config": {"model": asdict(config.model)}, "about": {}}
+    Saver(assembled(config, World(), ()), tmp_path, CheckpointConfig(), facts).save(1, {}, {})
+    assert "no moving average" in refused(folder, {}, tmp_path, "average")
+
+
+def test_another_model(folder: Path) -> None:
+    text = refused(folder, {"width": 24, "depth": 12}, folder / "1d")
+    lines = text.splitlines()
+    assert "another model" in lines[0] and lines[-1].endswith("more") and len(lines) == 12
+    assert lines[1].strip() == "embed.weight: [16, 4] in the checkpoint, [24, 4] here"
+
+
+def with_damage(world: World, folder: Path, path: Path) -> str:
+    config = configured(Case("1d", {}), folder, P2 | T2, world)
+    config = replace(config, checkpoint=replace(config.checkpoint, load=str(path)))
+    a = assembled(config, world, ())
+    source = source_of(config, a.objective)
+    assert source is not None
+    try:
+        start_from(a, source)
+    except ConfigError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_damage_is_told_by_all(folder: Path, tmp_path: Path) -> None:
+    """Of a tensor that two of the ranks read."""
+    with Reader(folder / "1d/step-00000002") as reader:
+        piece = reader.manifest.tensors["weights/head.fc.bias"].pieces[0]
+        name = reader.manifest.files[piece.file].name
+    at = damaged_copy(folder, tmp_path / "c")
+    data = bytearray((at / name).read_bytes())
+    data[piece.start] ^= 1
+    (at / name).write_bytes(data)
+    found = run_ranks(4, with_damage, folder, at)
+    assert len(set(found)) == 1 and "head.fc.bias" in found[0] and "checkpoint.load" in found[0]
