@@ -213,12 +213,18 @@ def _numbers(values: list[Any], least: int, what: str) -> tuple[int, ...]:
     return tuple(values)
 
 
+def _is_shallow(values: Any, levels: int = 20) -> bool:
+    inner = values.values() if type(values) is dict else values if type(values) is list else ()
+    return levels > 0 and all(_is_shallow(value, levels - 1) for value in inner)
+
+
 def _manifest_of(values: Mapping[str, Any]) -> Manifest:
     kinds = {"progress": dict, "config": dict, "about": dict, "evaluation": dict, "files": list, "tensors": dict}
     step, chunk, kind = _keys(values, "it", step=int, chunk_bytes=int, checksums=str)
     _want(chunk == CHUNK_BYTES and kind == "xxh3_64", f"it has checksums of another kind ({kind:.20}, {chunk} bytes)")
     _want(0 <= step < 1 << 63, "its step is not from 0 to 2^63 - 1")
     *facts, listed, tensors = _keys(values, "it", **kinds)
+    _want(all(map(_is_shallow, facts)), "its groups are nested too deeply")
     _want(all(type(figure) in (int, float) for figure in facts[-1].values()), "evaluation has what is no number")
     files = tuple(_file_of(file) for file in listed)
     _want(len({file.name for file in files}) == len(files), "two files have one name")

@@ -235,6 +235,7 @@ WRONG: dict[str, Change] = {
     "a step below 0": _set("step", to=-1),
     "a huge step": _set("step", to=10**400),
     "a config that is a list": _set("config", to=[]),
+    "a config that is deep": _set("config", to=json.loads('{"a":' * 300 + "1" + "}" * 300)),
     "an evaluation of texts": _set("evaluation", to={"loss": "low"}),
     "tensors in a list": _set("tensors", to=[]),
     "files in an object": _set("files", to={}),
