@@ -29,6 +29,7 @@ from torch import Tensor
 from parallel import host_collectives
 from parallel.failures import MismatchError, is_lost_peer
 from parallel.failures import PeerLostError as PeerLostError  # for those who catch what is raised here
+from parallel.heartbeat import Whereabouts
 from parallel.host import Channel
 
 # torch 2.13 renamed these two; 2.11 and 2.12 have the older names only.
@@ -43,12 +44,13 @@ class CommMeter:
     """Counts calls, bytes handed over and seconds spent waiting, per kind of operation, on this rank.
 
     Seconds are wall-clock time blocked in this process; on CUDA, where calls return before the work is done, they are
-    launch times only.
+    launch times only. `where` says what this rank is at, calls among it.
     """
 
     calls: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     bytes: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    where: Whereabouts = field(default_factory=Whereabouts, compare=False)
 
     def reset(self) -> None:
         """Forget everything counted so far."""
@@ -134,7 +136,9 @@ class Pending:
 @contextmanager
 def _watched(axis: Axis, kind: str, tensor: Tensor | None = None) -> Iterator[None]:
     """Meter a call, and turn a backend's complaint about a vanished peer into PeerLostError."""
-    start = time.perf_counter()
+    start, where = time.perf_counter(), axis.meter.where
+    where.waiting = kind, axis
+    where.moves += 1
     try:
         yield
     except MismatchError as error:
@@ -143,6 +147,8 @@ def _watched(axis: Axis, kind: str, tensor: Tensor | None = None) -> Iterator[No
         if not is_lost_peer(error):
             raise
         raise PeerLostError(f"{kind} along the {axis.name} axis {axis.ranks} failed: {error}") from error
+    where.waiting = None
+    where.moves += 1
     axis.meter.seconds[kind] += time.perf_counter() - start
     if tensor is not None:
         axis.meter.calls[kind] += 1

@@ -12,7 +12,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from parallel.rendezvous import Place, find_store, meet
+from parallel.heartbeat import Signs
+from parallel.rendezvous import Place, find_store, first_on_host, meet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +64,8 @@ def start(world: World, device: torch.device, timeout_seconds: float) -> None:
         return
     host, port = _master()
     os.environ.update(MASTER_ADDR=host, MASTER_PORT=str(port))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     hosts = world.rank == 0 and not _by_launcher()
-    place = Place(host=host, port=port, rank=world.rank, size=world.size, hosts=hosts, run=attempt)
+    place = Place(host=host, port=port, rank=world.rank, size=world.size, hosts=hosts, run=_attempt())
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
@@ -75,6 +75,20 @@ def start(world: World, device: torch.device, timeout_seconds: float) -> None:
         timeout=timedelta(seconds=timeout_seconds),
         device_id=device if device.type == "cuda" else None,
     )
+
+
+def signs(world: World, patience: float) -> Signs | None:
+    """Where ranks say how they are, over a connection of its own; None if there is but one, or no store answers.
+
+    Args:
+        patience: seconds that the store may take to answer.
+    """
+    store = None if world.size == 1 else find_store(*_master(), _STORE_PATIENCE)
+    if store is None:
+        return None
+    witness = socket.create_connection(_master(), timeout=_STORE_PATIENCE)
+    witness.setblocking(False)
+    return Signs(dist.PrefixStore(f"vitruvius/{_attempt()}/signs", store), witness, world.rank, world.size, patience)
 
 
 def stop() -> None:
@@ -95,10 +109,16 @@ def first_to_report(kind: str, rank: int) -> bool:
         store = _report_store(rank)
         if store is None:
             return rank == 0
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return bool(store.add(f"vitruvius/{attempt}/{kind}", 1) == 1)
+        return bool(store.add(f"vitruvius/{_attempt()}/{kind}", 1) == 1)
     except Exception:  # whatever is wrong with the store must not hide the failure itself
         return True
+
+
+def first_here_to_report(kind: str, world: World) -> bool:
+    """The same among the ranks of this host, which needs no store."""
+    host, port = _master()
+    place = Place(host=host, port=port, rank=world.rank, size=world.size, hosts=False, run=f"{_attempt()} {kind}")
+    return first_on_host(place) is not None
 
 
 _STORE_PATIENCE = 5.0
@@ -113,6 +133,11 @@ def _report_store(rank: int) -> dist.Store | None:
     if rank == 0 and not _by_launcher():
         return None
     return find_store(host, port, _STORE_PATIENCE)
+
+
+def _attempt() -> str:
+    """Which start of the ranks by their launcher this is."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
 def _by_launcher() -> bool:

@@ -65,7 +65,7 @@ def meet(place: Place, timeout: float) -> dist.Store:
         meeting = _Meeting(place, timeout, now + min(30.0, timeout / 2), now + timeout, say)
         meeting.start()
         meeting.join(meeting.notice - now)
-        if meeting.is_alive() and meeting.store is None and _first_on_host(place):
+        if meeting.is_alive() and meeting.store is None and first_on_host(place):
             say(f"rank {place.rank} of {place.size} is waiting for {meeting.missing}: {_HOW}")
         meeting.join(max(0.0, meeting.deadline + 3 * _GRACE_SECONDS - time.monotonic()))
     if meeting.error is not None:
@@ -123,7 +123,7 @@ class _Meeting(threading.Thread):
         return StartError(
             f"rank {self.place.rank} of {self.place.size} waited {self.timeout:g} s (parallel.timeout) for "
             f"{self.missing}: {_HOW}, and see that MASTER_ADDR and MASTER_PORT are rank 0's",
-            told=_first_on_host(self.place) is None,
+            told=first_on_host(self.place) is None,
         )
 
     def _seek(self) -> dist.TCPStore | None:
@@ -215,7 +215,7 @@ def _bind(place: Place) -> socket.socket:
 
 
 @functools.cache  # which keeps it, for as long as the process lives
-def _first_on_host(place: Place) -> socket.socket | None:
+def first_on_host(place: Place) -> socket.socket | None:
     """Something that only the first process of this host that asks can have."""
     claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     try:

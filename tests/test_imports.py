@@ -25,6 +25,7 @@ DISTRIBUTED = {
     "parallel/failures.py": "torch.distributed",  # the types of its errors
     "parallel/grid.py": "torch.distributed",
     "parallel/process_group.py": "torch.distributed",
+    "parallel/heartbeat.py": "torch.distributed",
     "parallel/rendezvous.py": "torch.distributed",
     "tools/launch.py": ("torch.distributed.run", "torch.distributed.elastic"),
     # yardsticks, programs of their own that share no process with the engine

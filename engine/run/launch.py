@@ -86,7 +86,7 @@ def _leave(code: int, world: World, message: str, *, told: bool | None = None) -
     skip the orderly shutdown that could wait for them.
     """
     sys.stdout.flush()
-    _note_for_torchrun(message)
+    note_for_torchrun(message)
     if told is None:
         told = not process_group.first_to_report("end", world.rank)
     if not told:
@@ -94,7 +94,7 @@ def _leave(code: int, world: World, message: str, *, told: bool | None = None) -
     return _exit(code, world)
 
 
-def _note_for_torchrun(message: str) -> None:
+def note_for_torchrun(message: str) -> None:
     """Leave the message where torchrun looks for it, so that its own page shows it as the cause.
 
     The form is that of torch.distributed.elastic's `record`, with our message in place of a traceback. Ranks that keep

@@ -95,10 +95,11 @@ class Loop:
 
     def run(self) -> None:
         """The steps of the run that are left, with evaluations and saves between and after them."""
-        progress, began = self.progress, time.perf_counter()
+        progress, began, where = self.progress, time.perf_counter(), self.stepper.assembly.grid.meter.where
         trained_before = progress.train_seconds
         interval = _Interval(self.train_stream.waited)
         for step, batches in zip(range(progress.step + 1, self.steps + 1), self._batches(), strict=False):
+            where.begin(step)
             lr, result = self._train(step, batches)
             interval.steps += 1
             last = step == self.steps
@@ -109,15 +110,18 @@ class Loop:
             pause = time.perf_counter()
             every = self.config.train.eval_interval
             if last or (every and step % every == 0):
-                self.evaluated = step, self._evaluate(step)
+                with where.during(phase="evaluation"):
+                    self.evaluated = step, self._evaluate(step)
                 if last:
                     self._check_end(self.evaluated[1])
             progress.train_seconds = trained_before + time.perf_counter() - began
             if self.saving is not None and (last or self.saving.is_due(step)):
-                self._save(self.saving)
+                with where.during(phase="saving a checkpoint"):
+                    self._save(self.saving)
             interval.paused += time.perf_counter() - pause
         if self.saving is not None:
-            self.saving.finish()
+            with where.during(phase="saving the last checkpoint"):
+                self.saving.finish()
 
     def _batches(self) -> Iterator[StepBatches]:
         return self.train_stream.steps(self.progress.step)

@@ -57,7 +57,9 @@ class _OnDevice(Sequence[MicroBatch]):
 
     def __getitem__(self, m: Any) -> Any:
         if self._moved is None or self._moved[0] != m:
-            self._moved = m, self._assembly.to_device(self._batches[m], training=True)
+            where = self._assembly.grid.meter.where
+            with where.during(f"reading images of micro-batch {m}"):
+                self._moved = m, self._assembly.to_device(self._batches[m], training=True)
         return self._moved[1]
 
 
@@ -91,6 +93,7 @@ class Stepper:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return replace(self._skip(batches, loss, norm), votes=total)
         o = a.config.optimizer
+        a.grid.meter.where.now("optimizer")
         self._finish_precision(overflow=False)
         factor = clip_factor(norm, o.clip_grad) / scale
         a.optimizer.update(
@@ -108,6 +111,7 @@ class Stepper:
         gradients = self.assembly.store.gradients
         gradients.start(len(micro_batches))
         losses = self._train.run(micro_batches, loss)
+        self.assembly.grid.meter.where.now("finishing gradients")
         gradients.finish()
         return self._totals(losses, votes())
 
@@ -140,8 +144,8 @@ class Stepper:
         """The objective's figures over all batches of all data ranks; images of weight 0 do not count."""
         a = self.assembly
         total = torch.zeros(len(a.objective.counted), dtype=torch.float64, device=a.device)
-        stream = iter(batches)
-        while group := list(islice(stream, 4 * a.grid.pipeline.size)):  # few at a time: bounded memory
+        stream, where = iter(batches), a.grid.meter.where
+        while group := list(where.each(islice(stream, 4 * a.grid.pipeline.size), "reading images")):  # bounded memory
             micro_batches = [a.to_device(batch, training=False) for batch in group]
             for counts in self._eval(len(group)).run(micro_batches, self._counts):
                 total += counts

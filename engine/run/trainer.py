@@ -24,6 +24,7 @@ from engine.run.provenance import provenance
 from engine.run.report import startup_report
 from engine.run.run_dir import RunDir, prepare_run_dir
 from engine.run.step import Stepper
+from engine.run.watchdog import watched
 from model.kernels import Kernels
 from parallel import process_group
 from parallel.grid import GridShape, world_axis
@@ -67,7 +68,9 @@ def pretrain(config: Config, world: World) -> None:
             writer.say(line)
     traced = config.log.profile_steps
     profiler = StepProfiler(traced, run_dir / "profile", world.rank) if traced else None
-    Loop(Stepper(assembly), train_set, eval_set, steps=steps, writer=writer, profiler=profiler).run()
+    loop = Loop(Stepper(assembly), train_set, eval_set, steps=steps, writer=writer, profiler=profiler)
+    with watched(grid, world, device, run_dir):
+        loop.run()
     if writer is not None:
         writer.close()
         run.close()

@@ -106,6 +106,12 @@ class Action:
     def __str__(self) -> str:
         return f"{self.stage}{self.kind.value}{'' if self.micro_batch is None else self.micro_batch}"
 
+    @property
+    def words(self) -> str:
+        """For people: `forward of micro-batch 0 on stage 2`."""
+        of = "" if self.micro_batch is None else f" of micro-batch {self.micro_batch}"
+        return f"{self.kind.name.lower().replace('_', ' ')}{of} on stage {self.stage}"
+
     @classmethod
     def parse(cls, text: str) -> Action:
         """The inverse of ``str``. Raises ValueError when the text is no action."""

@@ -153,6 +153,7 @@ class PipelineExecutor:
 
     def _do(self, action: Action) -> None:
         assert action.micro_batch is not None
+        self.axis.meter.where.now(action)
         self._run[action.kind](action.stage, action.micro_batch)
 
     # -- computing ----------------------------------------------------------------------------------------------------
