@@ -15,6 +15,7 @@ from data import Batch
 from engine.config import Config, PrecisionConfig
 from engine.device import memory_bytes
 from engine.errors import ConfigError
+from engine.frozen import Frozen, frozen_of
 from engine.objectives import Objective, make_objective
 from engine.optimizers import Optimizer, make_optimizer
 from engine.optimizers.ema import WeightAverage
@@ -48,6 +49,7 @@ class Assembly:
     objective: Objective
     placement: Placement
     build: Build
+    frozen: Frozen
     stages: dict[int, Stage]
     store: ParameterStore
     schedule: Schedule
@@ -71,6 +73,11 @@ class Assembly:
         """Whether this rank computes the loss."""
         return self.placement.last in self.stages
 
+    @property
+    def training_flops(self) -> int:
+        """FLOPs per image of forward and backward, matrix products alone: what MFU counts (Chowdhery et al. 2022)."""
+        return sum(layer.flops * n for layer, n in zip(self.layers, self.frozen.passes, strict=True))
+
     def parameters(self) -> dict[str, nn.Parameter]:
         """All that this rank holds, by their names in the model."""
         return {name: p for stage in self.stages.values() for name, p in stage.named_parameters()}
@@ -81,7 +88,10 @@ class Assembly:
         batch, precision = self.config.train.micro_batch_size, self.build.precision
         assert batch is not None
         before = [self.layers[r.start - 1] for r in self.placement.layers[1:]]
-        specs = [TensorSpec(layer.boundary(batch, self.build), precision.of_layer(layer.name)) for layer in before]
+        specs = [
+            TensorSpec(layer.boundary(batch, self.build), precision.of_layer(layer.name), r.start > self.frozen.front)
+            for layer, r in zip(before, self.placement.layers[1:], strict=True)
+        ]
         return [(), *((spec,) for spec in specs)]
 
     def executor(self, schedule: Schedule) -> PipelineExecutor:
@@ -197,6 +207,9 @@ def assemble(
         number: Stage([layers[i] for i in placement.layers[number]], build)
         for number in placement.on(grid.pipeline.index)
     }
+    frozen = frozen_of(config, layers)
+    for stage in stages.values():
+        frozen.apply(stage)
     available = comm.least(memory_bytes(device) if device_memory is None else device_memory, grid.world)
     policy = sharding_policy(config, available, on_cpu=device.type == "cpu")
     depths = {layer.name: depth for depth, layer in enumerate(layers)}
@@ -219,6 +232,7 @@ def assemble(
         objective=objective,
         placement=placement,
         build=build,
+        frozen=frozen,
         stages=stages,
         store=store,
         schedule=schedule,

@@ -143,7 +143,8 @@ def _one_pass(a: Assembly, stage: int, batch: MicroBatch) -> tuple[int, int]:
         if stage == a.placement.last:
             a.objective.loss_share(outputs, batch, a.grid, 1.0).backward()
         else:
-            torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
+            roots = [y for y in outputs if y.requires_grad]  # none behind a frozen front
+            torch.autograd.backward(roots, [torch.empty_like(y) for y in roots])
     return kept, counter.peak
 
 

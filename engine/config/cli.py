@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
@@ -24,6 +25,7 @@ from engine.config.keys import (
     key_types,
     nearest,
     takes_numbers,
+    takes_texts,
     wanted,
 )
 from engine.config.yaml_file import excess_of, read_value, read_yaml, yaml_problem
@@ -32,6 +34,7 @@ from engine.errors import ConfigError
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 _FAILURES = (jsonargparse.ArgumentError, ValueError, TypeError, KeyError, OverflowError)
+_NUMBERS = r"[-+.\deE_]+(,\s*[-+.\deE_]+)+,?"
 _LENGTHS = ("train.steps", "train.epochs")
 
 
@@ -85,12 +88,15 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _bracketed(flags: Sequence[str]) -> list[str]:
-    """Lists of numbers may come without brackets: --model.image_size 48,96."""
+    """Lists of numbers or texts may come without brackets: --model.image_size 48,96, --train.freeze embed,blocks.0."""
     out: list[str] = []
     for flag in flags:
         key, given, value = flag.rpartition("=") if flag.startswith("--") else (out[-1] if out else "", "", flag)
-        is_list = takes_numbers(key.removeprefix("--")) and re.fullmatch(r"[-+.\deE_]+(,\s*[-+.\deE_]+)+,?", value)
-        out.append(f"{key if given else ''}{given}[{value}]" if is_list else flag)
+        if takes_numbers(name := key.removeprefix("--")) and re.fullmatch(_NUMBERS, value):
+            value = f"[{value}]"
+        elif takes_texts(name) and not value.startswith(("[", "--")):
+            value = json.dumps([part.strip() for part in value.split(",")])
+        out.append(f"{key if given else ''}{given}{value}")
     return out
 
 

@@ -58,6 +58,11 @@ class TrainConfig:
     """Steps between comparisons, by hashes, of what several ranks have copies of; each save has one before it, too. 0:
     never. See docs/runs.md."""
 
+    freeze: tuple[str, ...] = ()
+    """Patterns such as blocks.[0-3], embed, *.bias, of whole names of parameters or of what they begin with up to a
+    dot: what is not trained.
+    """
+
     def __post_init__(self) -> None:
         for name in ("global_batch_size", "micro_batch_size", "steps", "epochs", "max_bad_steps"):
             value = getattr(self, name)

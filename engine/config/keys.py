@@ -53,6 +53,12 @@ def takes_numbers(key: str) -> bool:
     return any(get_origin(arg) is tuple and set(get_args(arg)) <= {int, float, ...} for arg in (hint, *get_args(hint)))
 
 
+def takes_texts(key: str) -> bool:
+    """Whether a key takes a list of texts, e.g. train.freeze."""
+    hint = key_types().get(key)
+    return get_origin(hint) is tuple and set(get_args(hint)) == {str, ...}
+
+
 def entries_of(key: str) -> dict[str, tuple[Any, bool]] | None:
     """Of a key that takes a list of groups (model.stages): (type, whether it must be given) of each key of a group;
     None for any other."""

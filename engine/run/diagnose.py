@@ -106,6 +106,8 @@ class Watch:
 
         until.callback(module.register_forward_hook(after).remove)
         for leaf, parameter in module.named_parameters():
+            if not parameter.requires_grad:
+                continue
             self._parameter(parameter, f"{name}.{leaf}", place, until)
 
     def _parameter(self, parameter: nn.Parameter, name: str, place: int, until: ExitStack) -> None:

@@ -23,7 +23,6 @@ from engine.run.progress import Progress
 from engine.run.replicas import check_before_saving, check_when_due
 from engine.run.saving import Saving
 from engine.run.step import Stepper, StepResult
-from model import training_flops
 from parallel import comm
 
 
@@ -90,7 +89,7 @@ class Loop:
         )
         self.eval_stream = EvalStream(eval_set, **place)
         self.images_per_epoch = len(train_set)
-        self.flops_per_image = training_flops(a.layers)
+        self.flops_per_image = a.training_flops
         self.evaluated: tuple[int, Mapping[str, float]] = (-1, {})
 
     def run(self) -> None:

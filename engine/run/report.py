@@ -11,7 +11,6 @@ import torch
 from engine.assemble import Assembly
 from engine.device import describe
 from engine.plan import states
-from model import training_flops
 from model.kernels import Kernels
 from parallel import comm
 from parallel.sharding.units import Unit
@@ -73,7 +72,10 @@ def _model_lines(a: Assembly) -> Iterator[str]:
             f"{stage.rows} x {stage.cols} patches; attention {kinds}"
         )
     parameters = sum(layer.parameters for layer in a.layers)
-    yield f"size: {parameters:,} parameters, {training_flops(a.layers) / 1e9:.3f} GFLOP per image, forward and backward"
+    yield f"size: {parameters:,} parameters, {a.training_flops / 1e9:.3f} GFLOP per image, forward and backward"
+    if a.frozen.names:
+        front = f"; nothing goes backward through the first {a.frozen.front} layer(s)" if a.frozen.front else ""
+        yield f"  frozen: {a.frozen.count:,} parameters, {len(a.frozen.names)} tensor(s){front}"
 
 
 def _batch_lines(a: Assembly) -> Iterator[str]:

@@ -12,6 +12,7 @@ from engine.config import MAX_COUNT, Config
 from engine.config.keys import key_types, value_of
 from engine.device import choose_device, memory_share, prepare_cpu, set_matmul
 from engine.errors import ConfigError
+from engine.frozen import frozen_of
 from engine.objectives import make_objective
 from engine.optimizers.schedules import check_schedule
 from engine.precision.precision import check_kernels, check_precision
@@ -49,6 +50,7 @@ def pretrain(config: Config, world: World) -> None:
     check_kernels(Kernels(config.kernels), device)
     threads, matmul = prepare_cpu(world), set_matmul(config.precision, device)
     objective = make_objective(config)
+    frozen_of(config, objective.layers)  # what it refuses is refused here
     source = source_of(config, objective)
 
     process_group.start(world, device, config.parallel.timeout)

@@ -56,7 +56,7 @@ class _ColumnParallel(torch.autograd.Function):
         weight8 = fp8.quantise_weight(weight, tp.axis, record=record)
         y = fp8.backend.forward(x8, weight8, x.dtype)
         _keep(ctx, fp8, x8, weight, weight8)
-        ctx.tp, ctx.split, ctx.has_bias = tp, split, bias is not None
+        ctx.tp, ctx.split = tp, split
         return y if bias is None else y.add_(bias)
 
     @staticmethod
@@ -68,7 +68,7 @@ class _ColumnParallel(torch.autograd.Function):
             pending = sum_start(grad_x, ctx.tp, ctx.split)
         x8 = ctx.shell.restore(ctx.saved_tensors)
         grad_weight = _weight_gradient(ctx.weight, backend, grad8, x8) if ctx.needs_input_grad[1] else None
-        grad_bias = grad.sum(0) if ctx.has_bias else None
+        grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
         return pending.wait() if pending else None, grad_weight, grad_bias, None, None, None, None, None
 
 
@@ -82,7 +82,7 @@ class _RowParallel(torch.autograd.Function):
         weight8 = fp8.quantise_weight(weight, tp.axis, record=record)
         out = sum_start(fp8.backend.forward(x8, weight8, x.dtype), tp, split).wait()
         _keep(ctx, fp8, x8, weight, weight8)
-        ctx.tp, ctx.split, ctx.has_bias, ctx.rows = tp, split, bias is not None, x.shape[0]
+        ctx.tp, ctx.split, ctx.rows = tp, split, x.shape[0]
         return out if bias is None else out.add_(bias)
 
     @staticmethod
@@ -94,7 +94,7 @@ class _RowParallel(torch.autograd.Function):
         x8 = ctx.shell.restore(ctx.saved_tensors)
         grad_weight = _weight_gradient(ctx.weight, backend, grad8, x8) if ctx.needs_input_grad[1] else None
         # With split rows each rank sums its own rows only: the bias is marked partial_over_tensor.
-        grad_bias = grad.sum(0) if ctx.has_bias else None
+        grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
         return grad_x, grad_weight, grad_bias, None, None, None, None
 
 

@@ -43,7 +43,7 @@ class _ColumnParallel(torch.autograd.Function):
     ) -> Tensor:
         full = comm.all_gather_rows(x, tp.axis)[:rows] if split else x
         ctx.save_for_backward(full, weight)
-        ctx.tp, ctx.split, ctx.has_bias = tp, split, bias is not None
+        ctx.tp, ctx.split = tp, split
         return _affine(full, weight, bias)
 
     @staticmethod
@@ -54,7 +54,7 @@ class _ColumnParallel(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             pending = sum_start(products.input_gradient(grad, weight), ctx.tp, ctx.split)
         grad_weight = weight_gradient(weight, grad, full) if ctx.needs_input_grad[1] else None
-        grad_bias = grad.sum(0) if ctx.has_bias else None
+        grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
         return pending.wait() if pending else None, grad_weight, grad_bias, None, None, None
 
 
@@ -62,7 +62,7 @@ class _RowParallel(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel, split: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.tp, ctx.split, ctx.has_bias = tp, split, bias is not None
+        ctx.tp, ctx.split = tp, split
         if tp.size == 1:
             return _affine(x, weight, bias)
         out = sum_start(products.linear(x, weight), tp, split).wait()
@@ -76,7 +76,7 @@ class _RowParallel(torch.autograd.Function):
         grad_x = products.input_gradient(full, weight) if ctx.needs_input_grad[0] else None
         grad_weight = weight_gradient(weight, full, x) if ctx.needs_input_grad[1] else None
         # With split rows each rank sums its own rows only: the bias is marked partial_over_tensor.
-        grad_bias = grad.sum(0) if ctx.has_bias else None
+        grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
         return grad_x, grad_weight, grad_bias, None, None
 
 

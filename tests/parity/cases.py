@@ -78,6 +78,7 @@ class Case:
     optimizer: str = "adamw"
     precision: str = "fp32"
     ema: float | None = None
+    freeze: tuple[str, ...] = ()
     placement: tuple[int, ...] = ()  # rank of each stage, where ranks hold several; then `schedule` is not used
 
     def __str__(self) -> str:
@@ -89,6 +90,7 @@ class Case:
         )
         how += f"-gather{self.gather}" if self.gather else ""
         how += ("-narrow" if self.gradients == "weights" else "") + (f"-ema{self.ema}" if self.ema else "")
+        how += f"-frozen[{','.join(self.freeze)}]" if self.freeze else ""
         schedule = f"on{''.join(map(str, self.placement))}" if self.placement else self.schedule
         layout = f"t{self.tensor}{sp}-p{self.pipeline}{schedule}-d{self.data}{cp}-m{self.micro_batches}"
         return f"{self.model}-{layout}{how}"
@@ -101,7 +103,10 @@ class Case:
     @property
     def one_process(self) -> Case:
         """What its numbers are held against."""
-        return Case(self.model, depth=self.depth, optimizer=self.optimizer, precision=self.precision, ema=self.ema)
+        return Case(
+            self.model, depth=self.depth, optimizer=self.optimizer, precision=self.precision, ema=self.ema,
+            freeze=self.freeze,
+        )  # fmt: skip
 
     def schedule_by_hand(self) -> Schedule | None:
         """That of `placement`."""
@@ -130,6 +135,7 @@ class Case:
                 micro_batch_size=GLOBAL_BATCH // self.data // self.micro_batches,
                 steps=STEPS,
                 loss=LOSSES[self.model],  # type: ignore[arg-type]
+                freeze=self.freeze,
                 **train,
             ),
             # eps: where a gradient is zero but for rounding (the key bias under a softmax), Adam with a tiny eps would
@@ -167,9 +173,9 @@ def _backwards(action: Action) -> tuple[int, int]:
 
 def cases(ranks: int) -> list[Case]:
     """Every layout of this many ranks, for every isotropic model (the mixed one on at most two ranks), those of
-    _FAMILY_LAYOUTS for the attention kinds, pyramids and uneven heads, and several stages per rank.
+    _FAMILY_LAYOUTS for the attention kinds, pyramids and uneven heads, several stages per rank, and frozen parts.
     """
-    return [*_isotropic(ranks), *_family(ranks), *_STAGES.get(ranks, ())]
+    return [*_isotropic(ranks), *_family(ranks), *_STAGES.get(ranks, ()), *_FROZEN.get(ranks, ())]
 
 
 # in turn, and as a V, where neighbours meet on a rank, which holds the first and the last stage
@@ -185,6 +191,25 @@ _STAGES = {
         Case("parallel", pipeline=2, context=2, micro_batches=2, placement=(1, 0, 0, 1), zero=1),
     ],
 }
+
+
+# the front, of which whole stages may be; the middle, through which gradients pass; kinds of parameters
+_FRONT, _MIDDLE, _PARTS = ("embed", "blocks.[01]"), ("blocks.[12]",), ("*.bias", "blocks.*.norm*", "head.fc.weight")
+_FROZEN = {
+    2: [
+        Case("sequential", pipeline=2, micro_batches=2, freeze=_FRONT),
+        Case("parallel", pipeline=2, micro_batches=2, freeze=_FRONT, placement=(0, 1, 1, 0)),
+        Case("parallel", tensor=2, sequence_parallel=True, freeze=_FRONT, optimizer="muon"),
+        Case("kinds", data=2, micro_batches=2, zero=3, freeze=_MIDDLE),
+        Case("sequential", tensor=2, sequence_parallel=True, micro_batches=2, freeze=_PARTS, optimizer="lamb"),
+    ],
+    4: [
+        Case("pyramid", pipeline=2, data=2, micro_batches=4, zero=2, freeze=(*_FRONT, "merges.0", "blocks.2")),
+        Case("parallel", tensor=2, pipeline=2, micro_batches=4, freeze=_MIDDLE, optimizer="adafactor"),
+        Case("heads", data=2, context=2, micro_batches=2, zero=1, freeze=_PARTS, ema=0.9),
+        Case("parallel", pipeline=4, micro_batches=4, freeze=_FRONT),
+    ],
+}  # fmt: skip
 
 
 # (tensor, sequence parallel, pipeline, data, context) of the family: every axis alone, every pair, and all that share

@@ -43,6 +43,8 @@ def results(ranks: int) -> dict[Case, Climb]:
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
     """Distance in units of their norm; NaN (a part that no rank holds) counts as far."""
+    if torch.equal(ours, theirs):  # frozen biases of zeros
+        return 0.0
     distance = ((ours - theirs).norm() / theirs.norm()).item()
     return distance if distance == distance else float("inf")
 

@@ -15,7 +15,6 @@ import torch
 from engine.device import peak_memory_bytes, peak_tflops
 from engine.run.replicas import check_replicas
 from engine.run.step import Stepper
-from model import training_flops
 from parallel import comm
 from parallel.process_group import World
 from tools.benchmark.bench import Bench, gemm_tflops, read_config, seconds, started
@@ -57,7 +56,7 @@ def measure(bench: Bench, steps: int, warmup: int) -> Row:
     checks = [seconds(lambda: check_replicas(a, 0), bench.device) for _ in range(_CHECKS + 1)][1:]
     memory = max(comm.gather_objects(peak_memory_bytes(bench.device), a.grid.world))
     images_per_second = config.train.global_batch_size / step_time
-    tflops = training_flops(a.layers) * images_per_second / 1e12
+    tflops = a.training_flops * images_per_second / 1e12
     on_gpu = bench.device.type == "cuda"
     peak = peak_tflops(bench.device, config.precision.dtype)
     return {
