@@ -205,7 +205,7 @@ _FROZEN = {
     ],
     4: [
         Case("pyramid", pipeline=2, data=2, micro_batches=4, zero=2, freeze=(*_FRONT, "merges.0", "blocks.2")),
-        Case("parallel", tensor=2, pipeline=2, micro_batches=4, freeze=_MIDDLE, optimizer="adafactor"),
+        Case("sequential", tensor=2, pipeline=2, micro_batches=4, freeze=_MIDDLE),
         Case("heads", data=2, context=2, micro_batches=2, zero=1, freeze=_PARTS, ema=0.9),
         Case("parallel", pipeline=4, micro_batches=4, freeze=_FRONT),
     ],

@@ -61,6 +61,7 @@ BAD_INPUT = [
     ("model.patch_size=8 parallel.context_parallel_size=2", "parallel.context_parallel_size 2 is more than the 1 row "),
     ("train.micro_batch_size=3", "train.global_batch_size 8 cannot be dealt to 2 data-parallel ranks"),
     ("train.global_batch_size=7", "train.global_batch_size 7 cannot be dealt to 2 data-parallel ranks"),
+    ("train.freeze=embed,block.3", "train.freeze holds 'block.3', which is the name of no parameter or layer"),
     ("model.patch_size=0", "model.patch_size is 0: it must be at least 1"),
     ("model.image_size=[8]", "model.image_size is [8]: it must be an integer, a list of 2 integers or null"),
     ("model.attention=[window,full]", "model.attention names 2 layers, but there are 4: give one kind for all"),
