@@ -23,6 +23,7 @@ BENCHMARKS = {
     "attention": "each kind of attention against the number of tokens; memory at high resolution; pyramids",
     "step": "a training step of a configuration in a layout: time, communication, memory, utilisation",
     "peers": "the same step against plain eager PyTorch, DDP, FSDP2 and DeepSpeed",
+    "checkpoint": "saving and loading a state against the disk's rate and torch.distributed.checkpoint",
     "kernels": "each native kernel against torch, and against the memory limit",
 }
 
@@ -30,7 +31,7 @@ BENCHMARKS = {
 def main(argv: Sequence[str], world: World) -> None:
     """Hand over to the benchmark named first."""
     if not argv or argv[0] not in BENCHMARKS:
-        lines = [f"  {name:9} {what}" for name, what in BENCHMARKS.items()]
+        lines = [f"  {name:10} {what}" for name, what in BENCHMARKS.items()]
         raise SystemExit("\n".join(["usage: python -m tools.benchmark NAME [options]", *lines]))
     importlib.import_module(f"tools.benchmark.{argv[0]}").main(argv[1:], world)
 
