@@ -7,9 +7,7 @@ tensor, then their bytes. Tensors of a file are boxes of logical tensors, and ar
 
 from __future__ import annotations
 
-import ctypes
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +18,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.checkpoint.blocks import BlockFile
 from engine.checkpoint.manifest import CHUNK_BYTES, DTYPES, StoredFile, checksum
 from parallel.sharding.boxes import Box, placed_boxes
 from parallel.sharding.pieces import StatePiece
-
-_FLUSH_BYTES = 64 << 20  # are handed to the disk while the rest is written
-_SYNC_FILE_RANGE_WRITE = 2
 
 
 class Item(NamedTuple):
@@ -87,24 +83,19 @@ def write_file(path: Path, items: Sequence[Item], metadata: dict[str, str]) -> W
         OSError: as of a full disk.
     """
     header = _header(items, metadata)
-    start, entries = len(header), []
-    with path.open("xb", buffering=CHUNK_BYTES) as file:
-        file.write(header)
-        flushed = 0
+    entries = []
+    with BlockFile(path) as file:
+        file.write(np.frombuffer(header, np.uint8))
         for item in items:
-            data = as_bytes(item.values.cpu()).data
+            start, data = file.size, as_bytes(item.values.cpu())
             chunks = [data[i : i + CHUNK_BYTES] for i in range(0, len(data), CHUNK_BYTES)]
             sums = []
             for chunk in chunks:
                 sums.append(checksum(chunk))
                 file.write(chunk)
-                if file.tell() - flushed >= _FLUSH_BYTES:
-                    flushed = _start_flush(file.fileno(), flushed, file.tell())
             entries.append((item.name, DTYPES[item.values.dtype], item.shape, item.box, start, tuple(sums)))
-            start += len(data)
-        file.flush()
-        os.fsync(file.fileno())
-    return Written(StoredFile(path.name, start, checksum(header)), entries)
+        file.sync()
+    return Written(StoredFile(path.name, file.size, checksum(header)), entries)
 
 
 def _header(items: Sequence[Item], metadata: dict[str, str]) -> bytes:
@@ -116,11 +107,3 @@ def _header(items: Sequence[Item], metadata: dict[str, str]) -> bytes:
     text = json.dumps(table).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def _start_flush(file: int, start: int, stop: int) -> int:
-    """Have the kernel begin to write what is in its memory, so that fsync does not find all of it. Returns `stop`."""
-    sync = getattr(ctypes.CDLL(None), "sync_file_range", None)  # Linux
-    if sync is not None:
-        sync(ctypes.c_int(file), ctypes.c_int64(start), ctypes.c_int64(stop - start), _SYNC_FILE_RANGE_WRITE)
-    return stop

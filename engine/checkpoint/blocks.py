@@ -1,0 +1,102 @@
+"""A new file, written from its beginning to its end, in blocks that go past the page cache.
+
+The disk then takes them straight from our memory: no copy by the kernel, no pages of other files pushed out, nothing
+left for fsync to write. `docs/checkpoints.md` has the figures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import mmap
+import os
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import NDArray
+
+BLOCK_BYTES = 1 << 20
+THREADS = 2  # that write
+_DIRECT = getattr(os, "O_DIRECT", 0)
+
+
+class BlockFile:
+    """A context manager. Blocks are written by threads while the next is filled; only `sync` tells of all of them.
+
+    Args:
+        path: of a file that does not exist yet.
+
+    Raises:
+        OSError: from every method, also of blocks before: as of a full disk.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._rooms = [np.frombuffer(mmap.mmap(-1, BLOCK_BYTES), np.uint8) for _ in range(THREADS + 1)]  # pages
+        self._filled = self._written = 0
+        self._writing: deque[Future[None]] = deque()
+        self._pool = ThreadPoolExecutor(THREADS, "checkpoint")
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        with contextlib.suppress(OSError):  # not every file system can
+            self._set_direct(True)
+
+    def __enter__(self) -> BlockFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._pool.shutdown()
+        os.close(self._file)
+
+    @property
+    def size(self) -> int:
+        """Bytes that it was given."""
+        return self._written + self._filled
+
+    def write(self, data: NDArray[np.uint8]) -> None:
+        """Append bytes."""
+        while len(data):
+            count = min(len(data), BLOCK_BYTES - self._filled)
+            np.copyto(self._rooms[0][self._filled : self._filled + count], data[:count])
+            self._filled += count
+            data = data[count:]
+            if self._filled == BLOCK_BYTES:
+                self._start_block()
+
+    def sync(self) -> None:
+        """Return when all of it is on the disk; nothing can follow."""
+        size = self.size
+        self._filled = -(-self._filled // mmap.PAGESIZE) * mmap.PAGESIZE  # only pages can be written so
+        self._start_block()
+        while self._writing:
+            self._writing.popleft().result()
+        os.ftruncate(self._file, size)
+        self._written = size
+        os.fsync(self._file)
+
+    def _start_block(self) -> None:
+        """Have the block written that is filled, and return when there is another to fill."""
+        self._writing.append(self._pool.submit(self._write, self._rooms[0][: self._filled].data, self._written))
+        self._written, self._filled = self._written + self._filled, 0
+        self._rooms.append(self._rooms.pop(0))
+        if len(self._writing) > THREADS:
+            self._writing.popleft().result()
+
+    def _write(self, data: memoryview, at: int) -> None:
+        direct = True
+        while data:
+            try:
+                count = os.pwrite(self._file, data, at)
+            except OSError as error:
+                if error.errno != errno.EINVAL or not direct:
+                    raise
+                direct = False  # the disk wants other blocks
+                self._set_direct(False)
+            else:
+                data, at = data[count:], at + count
+
+    def _set_direct(self, on: bool) -> None:
+        flags = fcntl.fcntl(self._file, fcntl.F_GETFL)
+        fcntl.fcntl(self._file, fcntl.F_SETFL, flags | _DIRECT if on else flags & ~_DIRECT)
