@@ -82,9 +82,9 @@ def damaged_files(reader: Reader, *, headers: bool) -> Iterator[tuple[str, str]]
     """(name, what is wrong) of each file that is missing, has another length, or, with `headers`, another header."""
     for number, file in enumerate(reader.manifest.files):
         try:
-            reader.check_file(number)
+            reader.files.check(number)
             if headers:
-                reader.check_header(number)
+                reader.files.check_header(number)
         except CheckpointError as error:
             yield file.name, str(error)
 

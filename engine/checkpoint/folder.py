@@ -13,7 +13,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from engine.checkpoint.config import CheckpointConfig
@@ -107,6 +107,35 @@ def set_damaged_aside(folder: Path, after: int) -> list[str]:
             path.rename(aside)
             names.append(aside.name)
     return names
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """No run deletes this checkpoint meanwhile, where the file system has locks. Raises CheckpointError if one does."""
+    manifest = None
+    with contextlib.suppress(OSError, ValueError):  # reading it will say why
+        manifest = os.open(path / FILE, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        if manifest is not None and not _shared(manifest, path / FILE):
+            raise CheckpointError(f"{path} is being deleted")
+        yield
+    finally:
+        if manifest is not None:
+            os.close(manifest)
+
+
+def _shared(manifest: int, path: Path) -> bool:
+    """Lock it: whether it is still the one that stands at the path."""
+    try:
+        fcntl.flock(manifest, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True  # not every file system has locks
+    try:
+        return os.path.samestat(os.fstat(manifest), path.stat())
+    except OSError:
+        return False
 
 
 def delete(path: Path) -> bool:

@@ -8,9 +8,7 @@ no run deletes the folder under it.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
-import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,9 +21,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.checkpoint.files import Files
+from engine.checkpoint.folder import locked
 from engine.checkpoint.manifest import (
     CHUNK_BYTES,
-    FILE,
     CheckpointError,
     Manifest,
     StoredPiece,
@@ -86,19 +85,14 @@ class Reader:
 
     def __init__(self, folder: Path, threads: int = 2, *, whole: bool = True) -> None:
         self.folder, self.threads = folder, threads
-        self._files: dict[int, int] = {}
         self._local = threading.local()
-        self._guard = threading.Lock()
-        self._lock: int | None = None
-        try:
-            self._take_lock()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(locked(folder))
             self.manifest: Manifest = read_manifest(folder)
-            if whole:
-                for number in range(len(self.manifest.files)):
-                    self.check_file(number)
-        except BaseException:
-            self.close()
-            raise
+            self.files = stack.enter_context(contextlib.closing(Files(folder, self.manifest.files)))
+            for number in range(len(self.manifest.files) if whole else 0):
+                self.files.check(number)
+            self._open = stack.pop_all()
 
     def __enter__(self) -> Reader:
         return self
@@ -108,39 +102,7 @@ class Reader:
 
     def close(self) -> None:
         """Let go of all files."""
-        for file in (*self._files.values(), *(() if self._lock is None else (self._lock,))):
-            os.close(file)
-        self._files, self._lock = {}, None
-
-    def _take_lock(self) -> None:
-        path = self.folder / FILE
-        try:
-            self._lock = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except (OSError, ValueError):
-            return  # reading it will say why
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CheckpointError(f"{self.folder} is being deleted") from error
-        except OSError:
-            return  # not every file system has locks
-        with contextlib.suppress(OSError):
-            if os.path.samestat(os.fstat(self._lock), path.stat()):
-                return
-        raise CheckpointError(f"{self.folder} is being deleted")
-
-    def check_file(self, number: int) -> None:
-        """Of `manifest.files`. Raises CheckpointError if it is missing, no file, or of another length."""
-        file = self.manifest.files[number]
-        path = self.folder / file.name
-        try:
-            about = path.stat()
-        except OSError as error:
-            raise CheckpointError(f"{path} is missing ({error.strerror})") from error
-        if not stat.S_ISREG(about.st_mode):
-            raise CheckpointError(f"{path} is no file")
-        if about.st_size != file.bytes:
-            raise CheckpointError(f"{path} has {about.st_size} bytes where it had {file.bytes} when it was saved")
+        self._open.close()
 
     # -- what is wanted ------------------------------------------------------------------------------------------------
 
@@ -165,21 +127,9 @@ class Reader:
         """Compare every checksum (of the files of these numbers). Returns the bytes read."""
         chosen = set(range(len(self.manifest.files)) if files is None else files)
         for number in chosen:
-            self.check_header(number)
+            self.files.check_header(number)
         every = (chunk for name in self.manifest.tensors for chunk in self._all_chunks(name))
         return self._run([chunk for chunk in every if chunk.piece.file in chosen])
-
-    def check_header(self, number: int) -> None:
-        """Compare the checksum of the header of a file, of that number."""
-        stored, file = self.manifest.files[number], self._open(number)
-        path = self.folder / stored.name
-        try:
-            length = 8 + int.from_bytes(os.pread(file, 8, 0), "little")
-            right = length <= stored.bytes and checksum(os.pread(file, length, 0)) == stored.header
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
-        if not right:
-            raise CheckpointError(f"{path} is damaged: the checksum of its header is wrong")
 
     def scan(self, name: str, see: Callable[[Tensor], T]) -> Iterator[T | Damaged]:
         """Read all of a tensor once, part by part, in no order that means anything.
@@ -242,8 +192,6 @@ class Reader:
     # -- reading -------------------------------------------------------------------------------------------------------
 
     def _run(self, chunks: Sequence[_Chunk]) -> int:
-        for number in {chunk.piece.file for chunk in chunks}:
-            self._open(number)
         if self.threads == 1 or len(chunks) < 2:
             return sum(map(self._read, chunks))
         with ThreadPoolExecutor(self.threads) as pool:
@@ -252,16 +200,6 @@ class Reader:
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-
-    def _open(self, number: int) -> int:
-        with self._guard:
-            if number not in self._files:
-                path = self.folder / self.manifest.files[number].name
-                try:
-                    self._files[number] = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-                except OSError as error:
-                    raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
-            return self._files[number]
 
     @torch.no_grad()
     def _read(self, chunk: _Chunk) -> int:
@@ -284,15 +222,16 @@ class Reader:
             )
 
     def _fill(self, chunk: _Chunk, data: memoryview) -> None:
-        file, at = self._open(chunk.piece.file), chunk.piece.start + chunk.first
-        while data:
-            try:
-                count = os.preadv(file, [data], at)
-            except OSError as error:
-                raise CheckpointError(f"{self._path(chunk)} cannot be read ({error.strerror})") from error
-            if not count:
-                raise CheckpointError(f"{self._path(chunk)} is shorter than when it was saved")
-            data, at = data[count:], at + count
+        at = chunk.piece.start + chunk.first
+        with self.files.opened(chunk.piece.file) as file:
+            while data:
+                try:
+                    count = os.preadv(file, [data], at)
+                except OSError as error:
+                    raise CheckpointError(f"{self._path(chunk)} cannot be read ({error.strerror})") from error
+                if not count:
+                    raise CheckpointError(f"{self._path(chunk)} is shorter than when it was saved")
+                data, at = data[count:], at + count
 
     def _put(self, chunk: _Chunk, data: Tensor) -> None:
         elements, start = data.view(chunk.dtype), 0

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from engine.checkpoint import files
 from engine.checkpoint import folder as folders
 from engine.checkpoint.manifest import FILE, CheckpointError, NoCheckpointError, checksum, read_manifest
 from engine.checkpoint.read import Damaged, Reader, Target
@@ -352,6 +353,28 @@ def test_what_is_not_in_it(step: Path) -> None:
                 reader.read({name: [Target(box, torch.empty(box.shape))]})
         with pytest.raises(CheckpointError, match="weights/x"):
             reader.whole("weights/x")
+
+
+def test_more_files_than_may_be_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as ranks that saved; they are read by several threads."""
+    values = {f"weights/{number}": torch.randn(40, 3) for number in range(5)}
+    step = make(tmp_path, 1, values, files=40)
+    monkeypatch.setattr(files, "_MOST_OPEN", 3)
+
+    def open_files() -> int:
+        links = [path.readlink() for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+        return sum(step in link.parents and link.name != FILE for link in links)
+
+    with Reader(step, threads=8) as reader:
+        for _ in range(3):
+            found = {name: torch.empty(40, 3) for name in values}
+            whole = Box((0, 0), (40, 3))
+            assert reader.read({name: [Target(whole, tensor)] for name, tensor in found.items()}) == 5 * 480
+            assert all(torch.equal(found[name], tensor) for name, tensor in values.items())
+            reader.verify()
+            assert not any(isinstance(part, Damaged) for name in values for part in reader.scan(name, len))
+            assert 0 < open_files() <= 3 + 8
+    assert not open_files()
 
 
 def test_figures_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
