@@ -22,6 +22,7 @@ from parallel.sharding.pieces import StatePiece
 
 Which = Literal["weights", "average"]
 _UNSHAPED = ("preset", "drop_path", "head_bias")  # keys of the model that say nothing about its weights
+_SHOWN = 10  # differing tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,11 @@ class LoadPlan:
     source: Geometry
     target: Geometry
     changed: Sequence[tuple[str, Any, Any]]
+
+    @property
+    def changes(self) -> str:
+        """`changed`, in words."""
+        return ", ".join(f"model.{key} {old} -> {new}" for key, old, new in self.changed)
 
     def of(self, how: str) -> dict[str, Fit]:
         """Those of one kind, by name."""
@@ -62,17 +68,27 @@ def plan_load(reader: Reader, which: Which, model: ModelConfig, layers: Sequence
         raise CheckpointError(f"{reader.folder} does not say of which model it is: its config has no model") from error
     target = Geometry.of(here)
     shapes = {name: reader.manifest.tensors[stored].shape for name, stored in names.items()}
-    fits = fit(logical_shapes(model, layers), shapes, source, target)
-    if is_another_model(fits):
-        different = [f.describe() for f in fits if f.how != "taken"]
-        more = f"\n  and {len(different) - 10} more" if len(different) > 10 else ""
-        raise CheckpointError(
-            f"{reader.folder} is of another model: no matrix of a block fits. These differ, among others:\n  "
-            + "\n  ".join(different[:10])
-            + more
-        )
-    changed = [(k, there[k], v) for k, v in here.items() if k in there and there[k] != v and k not in _UNSHAPED]
-    return LoadPlan(fits=fits, stored=names, source=source, target=target, changed=changed)
+    plan = LoadPlan(
+        fits=fit(logical_shapes(model, layers), shapes, source, target),
+        stored=names,
+        source=source,
+        target=target,
+        changed=[(k, there[k], v) for k, v in here.items() if k in there and there[k] != v and k not in _UNSHAPED],
+    )
+    if is_another_model(plan.fits):
+        raise CheckpointError(_difference(reader, plan))
+    return plan
+
+
+def _difference(reader: Reader, plan: LoadPlan) -> str:
+    different = [f.describe() for f in plan.fits if f.how != "taken"]
+    more = [f"and {len(different) - _SHOWN} more"] * (len(different) > _SHOWN)
+    cure = f" (other than there: {plan.changes})" if plan.changed else ""
+    head = (
+        f"{reader.folder} is of another model, no matrix of a block fits: give it the same blocks{cure}, or load another "
+        "checkpoint. These tensors differ:"
+    )
+    return "\n  ".join([head, *different[:_SHOWN], *more])
 
 
 def _stored_names(reader: Reader, which: Which) -> dict[str, str]:

@@ -17,6 +17,7 @@ from engine.config import Config
 from engine.errors import ConfigError
 from engine.objectives import Objective
 from engine.run.agreement import check_agreement
+from parallel import comm
 
 _MOST = 6  # groups of tensors on a line
 
@@ -43,22 +44,38 @@ def source_of(config: Config, objective: Objective) -> Source | None:
         reader = Reader(newest(Path(path)))
         return Source(reader, which, plan_load(reader, which, config.model, objective.layers))
     except CheckpointError as error:
-        raise ConfigError(f"checkpoint.load {path}: {error}") from error
+        raise ConfigError(f"checkpoint.load: {error}") from error
 
 
-def start_from(a: Assembly, source: Source) -> list[str]:
-    """Load the weights and close the checkpoint. Collective. Returns lines for the console.
+def start_from(a: Assembly, source: Source | None = None) -> list[str]:
+    """Load the weights and close the checkpoint. Collective. Returns lines for the console; none where the
+    configuration says nothing to start from.
+
+    Args:
+        source: from `source_of`, if that was called before.
 
     Raises:
         ConfigError: on every rank, if ranks have found different checkpoints, or one of them damage.
     """
+    source = source or source_of(a.config, a.objective)
+    if source is None:
+        return []
     with source.reader as reader:
         check_agreement({"the checkpoint of checkpoint.load": _identity(reader)}, a.grid.world)
         try:
             load_weights(a, reader, source.plan)
         except CheckpointError as error:
-            raise ConfigError(f"checkpoint.load {a.config.checkpoint.load}: {error}") from error
-    return list(report_lines(source))
+            raise ConfigError(f"checkpoint.load: {error}") from error
+    return [*report_lines(source), *_frozen_lines(a, source.plan)]
+
+
+def _frozen_lines(a: Assembly, plan: LoadPlan) -> list[str]:
+    """A warning of tensors that stay as they were initialised for good. Collective."""
+    new = plan.of("new")
+    own = [slot.name for slot in a.store.slots if slot.name in new and not slot.member.kind.trains]
+    names = [name for found in comm.gather_objects(own, a.grid.pipeline) for name in found]
+    shown = ", ".join(names[:_MOST]) + (f" and {len(names) - _MOST} more" if len(names) > _MOST else "")
+    return [f"  warning: new, and frozen as initialised: {shown}"] if names else []
 
 
 def _identity(reader: Reader) -> str:
@@ -83,7 +100,7 @@ def report_lines(source: Source) -> Iterator[str]:
         if how == "taken" or fits:
             yield f"  {how}: {len(fits)} tensor(s): {', '.join(shown)}"
     if plan.changed:
-        yield "  other than there: " + ", ".join(f"model.{key} {old} -> {new}" for key, old, new in plan.changed)
+        yield f"  other than there: {plan.changes}"
 
 
 def _groups(fits: Sequence[Fit], sizes: dict[str, int]) -> Iterator[str]:

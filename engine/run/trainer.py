@@ -60,7 +60,7 @@ def pretrain(config: Config, world: World) -> None:
     assembly = assemble(config, grid, device, objective, device_memory=memory_share(device, world))
     images = describe_datasets(config.data.kind, train_set, eval_set, config.model.sizes.classes)
     report = startup_report(assembly, threads=threads, matmul=matmul, images=images)
-    report += start_from(assembly, source) if source is not None else []
+    report += start_from(assembly, source)
     writer = None
     if world.rank == 0:
         writer = _begin(run, config, steps, grid.shape, config.to_yaml(given))
