@@ -85,8 +85,8 @@ def _difference(reader: Reader, plan: LoadPlan) -> str:
     more = [f"and {len(different) - _SHOWN} more"] * (len(different) > _SHOWN)
     cure = f" (other than there: {plan.changes})" if plan.changed else ""
     head = (
-        f"{reader.folder} is of another model, no matrix of a block fits: give it the same blocks{cure}, or load another "
-        "checkpoint. These tensors differ:"
+        f"{reader.folder} is of another model, no matrix of a block fits: give this one the same blocks{cure}, or load "
+        "another checkpoint. These tensors differ:"
     )
     return "\n  ".join([head, *different[:_SHOWN], *more])
 

@@ -17,7 +17,6 @@ from engine.config import Config
 from engine.errors import ConfigError
 from engine.objectives import Objective
 from engine.run.agreement import check_agreement
-from parallel import comm
 
 _MOST = 6  # groups of tensors on a line
 
@@ -70,10 +69,8 @@ def start_from(a: Assembly, source: Source | None = None) -> list[str]:
 
 
 def _frozen_lines(a: Assembly, plan: LoadPlan) -> list[str]:
-    """A warning of tensors that stay as they were initialised for good. Collective."""
-    new = plan.of("new")
-    own = [slot.name for slot in a.store.slots if slot.name in new and not slot.member.kind.trains]
-    names = [name for found in comm.gather_objects(own, a.grid.pipeline) for name in found]
+    """A warning of tensors that stay as they were initialised for good."""
+    names = [name for name in plan.of("new") if name in a.frozen.names]
     shown = ", ".join(names[:_MOST]) + (f" and {len(names) - _MOST} more" if len(names) > _MOST else "")
     return [f"  warning: new, and frozen as initialised: {shown}"] if names else []
 

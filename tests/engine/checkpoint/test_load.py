@@ -338,6 +338,7 @@ def test_another_model(folder: Path) -> None:
     text = refused(folder, {"width": 24, "depth": 12}, folder / "1d")
     lines = text.splitlines()
     assert "another model" in lines[0] and lines[-1].endswith("more") and len(lines) == 12
+    assert "model.width 16 -> 24" in lines[0]
     assert lines[1].strip() == "embed.weight: [16, 4] in the checkpoint, [24, 4] here"
 
 
