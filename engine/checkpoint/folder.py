@@ -47,11 +47,13 @@ def newest(path: Path) -> Path:
     """
     try:
         path.stat()
-        if (path / FILE).exists() or (_NAME.fullmatch(path.resolve().name) and path.is_dir()):
+        if (path / FILE).exists():
             return path
         for folder in (path, path / "checkpoints"):
             if folder.is_dir() and (steps := steps_in(folder)):
                 return folder / name_of(steps[-1])
+        if path.is_dir() and _NAME.fullmatch(path.resolve().name):
+            return path  # it was one, and reading it will say what is wrong
         what = "is no checkpoint, and none is in it" if path.is_dir() else "is no folder"
     except FileNotFoundError:
         what = "does not exist"

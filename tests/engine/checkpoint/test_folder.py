@@ -156,6 +156,9 @@ def test_what_a_path_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert folders.newest(folder / "step-00000003").name == "step-00000003"
     (newest / FILE).unlink()
     assert folders.newest(newest) == newest  # damaged, but it is what is meant
+    odd = tmp_path / "step-00000001"
+    make(odd / "checkpoints", 2, tensors())  # a run of that name
+    assert folders.newest(odd).name == "step-00000002"
     monkeypatch.chdir(newest)
     assert folders.newest(Path()).resolve() == newest
 
