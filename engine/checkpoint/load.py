@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -43,7 +43,8 @@ class LoadPlan:
     @property
     def changes(self) -> str:
         """`changed`, in words."""
-        return ", ".join(f"model.{key} {old} -> {new}" for key, old, new in self.changed)
+        values = ((key, *("null" if v is None else v for v in found)) for key, *found in self.changed)
+        return ", ".join(f"model.{key} {old} -> {new}" for key, old, new in values)
 
     def of(self, how: str) -> dict[str, Fit]:
         """Those of one kind, by name."""
@@ -73,11 +74,24 @@ def plan_load(reader: Reader, which: Which, model: ModelConfig, layers: Sequence
         stored=names,
         source=source,
         target=target,
-        changed=[(k, there[k], v) for k, v in here.items() if k in there and there[k] != v and k not in _UNSHAPED],
+        changed=_changed(dict(_flat(there)), dict(_flat(here))),
     )
     if is_another_model(plan.fits):
         raise CheckpointError(_difference(reader, plan))
     return plan
+
+
+def _flat(model: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Keys that say something about weights, those of stages one by one."""
+    for key, value in model.items():
+        if key == "stages" and value:
+            yield from ((f"stages[{i}].{k}", v) for i, stage in enumerate(value) for k, v in stage.items())
+        elif key not in _UNSHAPED:
+            yield key, value
+
+
+def _changed(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    return [(key, there[key], value) for key, value in here.items() if key in there and there[key] != value]
 
 
 def _difference(reader: Reader, plan: LoadPlan) -> str:

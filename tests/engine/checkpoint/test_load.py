@@ -275,21 +275,13 @@ def test_channels_of_grey_images(source: int, target: int) -> None:
     torch.testing.assert_close(grey.repeat(1, target) @ got.T, grey.repeat(1, source) @ weight.T)
 
 
-def test_the_average_begins_from_what_was_loaded(folder: Path) -> None:
-    a, _, _ = loaded(World(), CASES["all of it"], folder, {})
-    stepper = Stepper(a)
-    stepper.train_step(batches_of(stepper, 0), 1e-2)
-    assert a.average is not None
-    for average, master in zip(a.average.averages, a.average._masters, strict=True):
-        assert torch.equal(average, master)
-
-
 def test_the_report_names_everything_in_few_lines(alone: dict[str, Alone]) -> None:
     lines = alone["image, patch, classes"].lines
     assert any("embed.weight [16, 4] -> [16, 16]" in line for line in lines)
     assert any("head.fc.weight [7, 16] (there [10, 16])" in line for line in lines)
     assert any("model.num_classes 10 -> 7" in line for line in lines)
     assert all(len(found.lines) <= 8 for found in alone.values())
+    assert alone["deeper first stage"].lines[-1].strip() == "other than there: model.stages[0].depth 2 -> 3"
     assert any("blocks.0 to blocks.3" in line for line in alone["deeper"].lines)
 
 
