@@ -5,6 +5,7 @@ from __future__ import annotations
 EXIT_DONE = 0
 EXIT_FAULT = 1
 EXIT_USAGE = 2
+EXIT_STOPPED = 3
 EXIT_DIVERGED = 4
 
 

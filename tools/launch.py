@@ -3,6 +3,10 @@
 Takes torchrun's arguments. torchrun itself ends with code 1 whatever its ranks said, prints a page of its own about
 each, gives every rank one thread, leaves a folder behind and hears hang-ups through nohup; a batch script that must
 tell "wrong option" from "training diverged" starts ranks with this (or with srun).
+
+SIGTERM, SIGUSR1 and SIGINT are passed on once, and ranks that train then save and end with code 3, which is ours as
+well; they have --shutdown-timeout seconds for it, here 600. A second signal ends them at once. With --max-restarts
+ranks are started again after a failure, but not where another try would end alike: codes 2, 3 and 4.
 """
 
 from __future__ import annotations
@@ -13,21 +17,26 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous.api import RendezvousError
+from torch.distributed.launcher import api as launcher
 
-_INTERRUPTED = 128 + signal.SIGINT
+from engine.errors import EXIT_STOPPED
+from tools.agent import Agent, Stopped, ending, first_failure
+
+_SHUTDOWN_SECONDS = 600  # a large state on a slow disk
 _MOST_RANKS = 1024  # of one host: none has so many cores or GPUs
 
 
 def main(argv: Sequence[str]) -> int:
     """Run torchrun; returns the exit code of the rank that failed first, 128 + signal if it (or the launcher) was
-    ended by one, 2 for wrong arguments, 1 if the ranks could not be started, 0 if none failed.
+    ended by one, 3 if ranks saved before they ended so, 2 for wrong arguments, 1 if the ranks could not be started, 0
+    if none failed.
     """
     _silence("torch.distributed.elastic")
     arguments = torchrun.parse_args(list(argv))
@@ -35,21 +44,20 @@ def main(argv: Sequence[str]) -> int:
     try:
         share_cores(_checked_ranks(arguments))
         _leave_no_folder(arguments)
-        _leave_ignored_signals(arguments)
+        _heed_signals(arguments)
+        launcher.LocalElasticAgent, Agent.say = Agent, staticmethod(_say)  # type: ignore[misc]
         torchrun.run(arguments)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        rank, failure = first_failure(error.failures)
+        if how := ending(rank, failure):
+            _say(how)
         code: int = failure.exitcode
-        if code < 0:
-            _say(f"rank {rank} was killed by signal {-code} ({failure.signal_name()})")
-        elif code == _INTERRUPTED:  # by itself: it keeps quiet, as where all ranks and we are interrupted
-            _say(f"rank {rank} was interrupted")
         return code if code >= 0 else 128 - code
     except SignalException as error:
-        stopped_by = signal.Signals(error.sigval)
+        for name in filter(None, arguments.signals_to_handle.split(",")):
+            signal.signal(signal.Signals[name], signal.SIG_IGN)  # it is over
         _end(_children() - others)
-        _say(f"stopped by signal {stopped_by.value} ({stopped_by.name})")
-        return 128 + stopped_by.value
+        return _code_after(signal.Signals(error.sigval), error.codes if isinstance(error, Stopped) else [None])
     except (RendezvousError, RuntimeError) as error:
         _say(f"error: the launchers of {arguments.nnodes} host(s) could not start ranks: {_first_line(error)}")
         return 1
@@ -57,6 +65,22 @@ def main(argv: Sequence[str]) -> int:
         _say(f"error: {_first_line(error)}")
         return 2
     return 0
+
+
+def _code_after(stopped_by: signal.Signals, codes: Collection[int | None]) -> int:
+    """Our exit code after a signal, by those of the ranks; None: one had not ended."""
+    ended = {code for code in codes if code}
+    told = f"stopped by signal {stopped_by.value} ({stopped_by.name})"
+    if None not in codes and ended <= {EXIT_STOPPED}:
+        return max(ended, default=0)
+    if -signal.SIGKILL in ended:
+        _say(f"{told}; ranks that did not end in time (--shutdown-timeout) were killed")
+        return 128 + signal.SIGKILL
+    failed = ended - {EXIT_STOPPED, 128 + stopped_by}
+    if None in codes or not failed or min(failed) < 0:
+        _say(told)
+        return 128 + stopped_by
+    return max(failed)
 
 
 def _checked_ranks(arguments: argparse.Namespace) -> int:
@@ -84,9 +108,15 @@ def _leave_no_folder(arguments: argparse.Namespace) -> None:
         arguments.log_dir = os.devnull
 
 
-def _leave_ignored_signals(arguments: argparse.Namespace) -> None:
-    """Signals that whoever started us wants ignored (nohup, a shell's background jobs) stay ignored."""
+def _heed_signals(arguments: argparse.Namespace) -> None:
+    """Pass on what asks ranks to stop, and give them time. Signals that whoever started us wants ignored (nohup, a
+    shell's background jobs) stay ignored.
+    """
+    if arguments.shutdown_timeout is None and "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" not in os.environ:
+        arguments.shutdown_timeout = _SHUTDOWN_SECONDS
     names = [name.strip() for name in arguments.signals_to_handle.split(",")]
+    if arguments.signals_to_handle == torchrun.get_args_parser().get_default("signals_to_handle"):
+        names.append("SIGUSR1")
     unknown = [name for name in names if name not in signal.Signals.__members__]
     if unknown:
         raise ValueError(f"--signals-to-handle: {', '.join(unknown)} is no signal of this system")
@@ -129,4 +159,6 @@ def _say(message: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(code)  # torch's threads, which wait for files of ranks, are not waited for

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from tools import launch
 
 ROOT = Path(__file__).parents[2]
 Launch = Callable[..., tuple[int, str]]
-HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+HANDLED = (*STOPPING, signal.SIGHUP, signal.SIGQUIT)
 
 
 @pytest.fixture
@@ -27,10 +29,10 @@ def launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capt
     for name in ("OMP_NUM_THREADS", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
 
-    def run(source: str, ranks: int = 2) -> tuple[int, str]:
+    def run(source: str, *options: str) -> tuple[int, str]:
         script = tmp_path / "script.py"
         script.write_text(f"import os, signal, sys, time\nrank = int(os.environ['RANK'])\n{source}\n")
-        code = launch.main(["--nproc-per-node", str(ranks), str(script)])
+        code = launch.main(["--nproc-per-node", "2", *options, str(script)])
         return code, capfd.readouterr().err
 
     yield run
@@ -45,6 +47,26 @@ def test_all_well(launched: Launch) -> None:
 @pytest.mark.parametrize("code", [1, 2, 3, 4, 77])
 def test_the_code_of_the_rank_that_failed_is_ours(launched: Launch, code: int) -> None:
     assert launched(f"time.sleep(60) if rank == 0 else sys.exit({code})") == (code, "")
+
+
+@pytest.mark.parametrize("code", [2, 3, 4])
+def test_what_would_end_alike_is_not_tried_again(launched: Launch, code: int) -> None:
+    assert launched(
+        f"sys.exit({code} if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' else 1)", "--max-restarts=2"
+    ) == (
+        code,
+        "",
+    )
+
+
+@pytest.mark.parametrize(
+    ("fails", "told"),
+    [("sys.exit(1)", "ended with code 1"), ("os.kill(os.getpid(), 9)", "was killed by signal 9 (SIGKILL)")],
+)
+def test_ranks_start_again_after_a_failure(launched: Launch, fails: str, told: str) -> None:
+    source = f"if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0': {fails} if rank else time.sleep(60)"
+    expected = f"tools.launch: rank 1 {told}: all ranks start again (restart 1 of 3)\n"
+    assert launched(source, "--max-restarts=3") == (0, expected)
 
 
 def test_all_ranks_fail_alike(launched: Launch) -> None:
@@ -129,6 +151,42 @@ def test_a_signal_to_the_launcher_is_told(launched: Launch, number: signal.Signa
     assert launched(TELL_LAUNCHER.format(number.value, 60)) == expected
 
 
+WHEN_ALL_ARE_UP = """
+up = __file__ + ".up"
+rank and open(up, "w")
+while not rank and not os.path.exists(up):
+    time.sleep(0.01)
+rank or os.kill(os.getppid(), {0})
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", STOPPING)
+def test_ranks_that_stop_in_order_are_not_started_again(launched: Launch, number: signal.Signals) -> None:
+    ready = f"signal.signal({number.value}, lambda *_: sys.exit(3))"
+    assert launched(ready + WHEN_ALL_ARE_UP.format(number.value), "--max-restarts=2") == (3, "")
+
+
+@pytest.mark.parametrize(
+    ("handler", "code", "told"),
+    [
+        ("sys.exit(rank)", 1, ""),  # saving has failed, which the rank has told
+        ("sys.exit(0)", 0, ""),  # it was done anyway
+        (
+            "None",
+            137,
+            "stopped by signal 15 (SIGTERM); ranks that did not end in time (--shutdown-timeout) were killed",
+        ),
+    ],
+)
+def test_ranks_that_were_to_stop(launched: Launch, handler: str, code: int, told: str) -> None:
+    seconds = "1" if handler == "None" else "600"
+    ready = f"signal.signal(15, lambda *_: {handler})"
+    began = time.monotonic()
+    ended = launched(ready + WHEN_ALL_ARE_UP.format(15), "--shutdown-timeout", seconds)
+    assert ended == (code, told and f"tools.launch: {told}\n") and time.monotonic() - began < 50
+
+
 def test_a_signal_that_is_ignored_stays_ignored(launched: Launch) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     assert launched(TELL_LAUNCHER.format(signal.SIGHUP.value, 0.5)) == (0, "")
@@ -143,16 +201,25 @@ def test_no_folder_is_left(launched: Launch, monkeypatch: pytest.MonkeyPatch, tm
 
 
 @pytest.mark.slow
-def test_a_request_to_stop_reaches_the_ranks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("deaf", [False, True])
+def test_a_request_to_stop_reaches_the_ranks(deaf: bool, tmp_path: Path) -> None:
+    """The second ends those that it does not move, and the launcher."""
     script = tmp_path / "script.py"
-    script.write_text("import pathlib, time\npathlib.Path(__file__).with_suffix('.up').touch()\ntime.sleep(60)\n")
-    command = [sys.executable, "-m", "tools.launch", "--nproc-per-node", "2", str(script)]
+    ignore = "import signal; signal.signal(15, signal.SIG_IGN)\n" * deaf
+    script.write_text(
+        f"{ignore}import pathlib, time\npathlib.Path(__file__).with_suffix('.up').touch()\ntime.sleep(60)\n"
+    )
+    command = [sys.executable, "-m", "tools.launch", "--nproc-per-node", "1", str(script)]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
         while not script.with_suffix(".up").exists():
             assert process.poll() is None
         process.terminate()
-        _, error = process.communicate(timeout=60)
+        if deaf:
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(timeout=2)
+            process.terminate()
+        _, error = process.communicate(timeout=50)
     finally:
         process.kill()
     assert (process.returncode, error) == (128 + 15, "tools.launch: stopped by signal 15 (SIGTERM)\n")

@@ -1,0 +1,94 @@
+"""torchrun's agent, which looks after the ranks of one host, with our ways to stop them and to start them again."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from typing import Any
+
+from torch.distributed.elastic.agent.server.api import DEFAULT_ROLE, RunResult, WorkerGroup, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+from engine.errors import EXIT_DIVERGED, EXIT_STOPPED, EXIT_USAGE
+
+_FINAL = (EXIT_USAGE, EXIT_STOPPED, EXIT_DIVERGED)  # another try would end alike, or is not wanted
+_INTERRUPTED = 128 + signal.SIGINT
+
+
+class Stopped(SignalException):
+    """A signal has ended the agent. codes: what its ranks ended with; None: one had not ended."""
+
+    def __init__(self, error: SignalException, codes: Collection[int | None]) -> None:
+        super().__init__(str(error), error.sigval)
+        self.codes = codes
+
+
+class Agent(LocalElasticAgent):
+    """Passes signals on and waits until ranks have saved; starts ranks again where that can help, and says so."""
+
+    say: Callable[[str], None] = staticmethod(print)
+    _hurried = False
+
+    def run(self, role: str = DEFAULT_ROLE) -> RunResult:
+        """See there. Raises Stopped."""
+        try:
+            return super().run(role)
+        except SignalException as error:
+            raise Stopped(error, [None] if self._hurried else self._codes()) from None
+
+    def _codes(self) -> list[int | None]:
+        handlers: dict[int, Any] = getattr(self._pcontext, "subprocess_handlers", {})
+        return [handler.proc.poll() for handler in handlers.values()]
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        result = super()._monitor_workers(worker_group)
+        if result.state is WorkerState.FAILED:
+            rank, failure = first_failure(result.failures)
+            self._why = ending(rank, failure) or f"rank {rank} ended with code {failure.exitcode}"
+            if failure.exitcode == EXIT_STOPPED and self._others_wait():
+                return RunResult(state=WorkerState.HEALTHY)  # another host's agent has stopped them, to let a host in
+            if failure.exitcode in _FINAL:
+                self._remaining_restarts = 0
+        return result
+
+    def _others_wait(self) -> bool:
+        """Whether hosts wait to take part: those that have stopped their ranks to let one in, and that one."""
+        with suppress(Exception):  # the host with the store may be gone
+            return bool(self._worker_group.spec.rdzv_handler.num_nodes_waiting() > 0)
+        return False
+
+    def _restart_workers(self, worker_group: WorkerGroup) -> None:
+        if worker_group.state is WorkerState.HEALTHY:
+            self.say("other hosts have come: all ranks save, and start again")
+        else:
+            most = worker_group.spec.max_restarts
+            self.say(f"{self._why}: all ranks start again (restart {most - self._remaining_restarts} of {most})")
+        super()._restart_workers(worker_group)
+
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
+        try:
+            super()._shutdown(death_sig, 0 if self._hurried else timeout)
+        except SignalException:
+            self._hurried = True  # the second: `run` calls this again before it ends
+            raise
+
+    def _stop_workers(self, worker_group: WorkerGroup) -> None:
+        self._shutdown(timeout=self._shutdown_timeout)  # torch: 30 s, too short to save much
+
+
+def first_failure(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
+    """(rank, failure) of the rank that failed first."""
+    rank = min(failures, key=lambda rank: failures[rank].timestamp)
+    return rank, failures[rank]
+
+
+def ending(rank: int, failure: ProcessFailure) -> str:
+    """How a rank ended that could not tell itself; empty where it could."""
+    code = failure.exitcode
+    if code < 0:
+        return f"rank {rank} was killed by signal {-code} ({failure.signal_name()})"
+    # of its own accord it keeps quiet, as where all ranks and the launcher are interrupted
+    return f"rank {rank} was interrupted" if code == _INTERRUPTED else ""
