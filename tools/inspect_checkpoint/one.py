@@ -13,6 +13,7 @@ from engine.checkpoint.read import Reader
 from tools.inspect_checkpoint.text import (
     NUMBERS,
     bytes_of,
+    counted,
     facts,
     flat,
     grouped,
@@ -91,7 +92,7 @@ def _print_group(group: str, tensors: Sequence[StoredTensor]) -> None:
         print(f"\n{group}")
         return
     elements = sum(math.prod(tensor.shape) for tensor in tensors)
-    print(f"\n{group}: {len(tensors)} tensors, {elements:,} elements, {size(sum(map(bytes_of, tensors)))}")
+    print(f"\n{group}: {counted(len(tensors), 'tensor')}, {elements:,} elements, {size(sum(map(bytes_of, tensors)))}")
 
 
 def print_damage(damage: Sequence[Mapping[str, Any]], *, checked: bool) -> None:
@@ -105,5 +106,5 @@ def print_damage(damage: Sequence[Mapping[str, Any]], *, checked: bool) -> None:
         for found in damage:
             if found["file"] == file:
                 print(f"  {found['tensor'] or 'the file'}: {found['why']}")
-    tensors = {found["tensor"] for found in damage} - {None}
-    print(f"{len({found['file'] for found in damage})} files and {len(tensors)} tensors are damaged")
+    files, tensors = ({found[key] for found in damage} - {None} for key in ("file", "tensor"))
+    print(f"damaged: {counted(len(files), 'file')}, {counted(len(tensors), 'tensor')}")

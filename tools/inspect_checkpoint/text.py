@@ -15,10 +15,10 @@ NUMBERS = "numbers"  # the group of what is no tensor of the model
 
 def print_head(folder: Path, manifest: Manifest) -> None:
     """What there is to know of a checkpoint in a few lines."""
-    where = f"{len(manifest.files)} file{'s' * (len(manifest.files) != 1)}"
+    parts = f"{counted(len(manifest.files), 'file')}, {counted(len(manifest.tensors), 'tensor')}"
     pairs: list[tuple[str, Any]] = [("checkpoint", folder), ("step", manifest.step)]
     pairs += [*manifest.about.items(), ("progress", manifest.progress), ("evaluation", manifest.evaluation)]
-    pairs.append(("size", f"{size(manifest.bytes)} in {where}, {len(manifest.tensors)} tensors"))
+    pairs.append(("size", f"{size(manifest.bytes)} in {parts}"))
     print_pairs(pairs)
 
 
@@ -69,6 +69,11 @@ def short(name: str) -> str:
 def bytes_of(tensor: StoredTensor) -> int:
     """Of its elements."""
     return math.prod(tensor.shape) * tensor.dtype.itemsize
+
+
+def counted(count: int, what: str) -> str:
+    """So many of something."""
+    return f"{count} {what}{'s' * (count != 1)}"
 
 
 def size(count: int) -> str:
