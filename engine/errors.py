@@ -7,6 +7,7 @@ EXIT_FAULT = 1
 EXIT_USAGE = 2
 EXIT_STOPPED = 3
 EXIT_DIVERGED = 4
+FINAL = (EXIT_USAGE, EXIT_STOPPED, EXIT_DIVERGED)  # another try would end alike, or is not wanted
 
 
 class ConfigError(ValueError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
@@ -60,6 +61,7 @@ def start(world: World, device: torch.device, timeout_seconds: float) -> None:
     Raises:
         parallel.rendezvous.StartError: not all ranks have come in time.
     """
+    global _met
     if world.size == 1:
         return
     host, port = _master()
@@ -67,9 +69,10 @@ def start(world: World, device: torch.device, timeout_seconds: float) -> None:
     hosts = world.rank == 0 and not _by_launcher()
     place = Place(host=host, port=port, rank=world.rank, size=world.size, hosts=hosts, run=_attempt())
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
+    store, _met = meet(place, timeout_seconds)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        store=meet(place, timeout_seconds),
+        store=store,
         rank=world.rank,
         world_size=world.size,
         timeout=timedelta(seconds=timeout_seconds),
@@ -121,7 +124,32 @@ def first_here_to_report(kind: str, world: World) -> bool:
     return first_on_host(place) is not None
 
 
+def note_end(code: int, world: World) -> None:
+    """Leave word of this exit code to ranks that the launcher starts again; where it does not, nothing is done."""
+    if _starts_again() and (store := find_store(*_master(), _STORE_PATIENCE)) is not None:
+        with contextlib.suppress(RuntimeError):
+            store.set("vitruvius/ended", f"{code} {world.size}")
+
+
+def noted_end(world: World) -> tuple[int, int] | None:
+    """(exit code, ranks) that ranks of an earlier start have left word of."""
+    if _starts_again() and (store := find_store(*_master(), _STORE_PATIENCE)) is not None:
+        with contextlib.suppress(RuntimeError):
+            if store.check(["vitruvius/ended"]) and (found := store.get("vitruvius/ended")):
+                code, size = found.decode().split()
+                return int(code), int(size)
+    return None
+
+
+def forget_end(world: World) -> None:
+    """Nothing has ended: take back what was left word of."""
+    if world.rank == 0 and _starts_again() and (store := find_store(*_master(), _STORE_PATIENCE)) is not None:
+        with contextlib.suppress(RuntimeError):
+            store.delete_key("vitruvius/ended")
+
+
 _STORE_PATIENCE = 5.0
+_met = 0  # the number of the try in which ranks have come together
 
 
 def _report_store(rank: int) -> dist.Store | None:
@@ -136,8 +164,13 @@ def _report_store(rank: int) -> dist.Store | None:
 
 
 def _attempt() -> str:
-    """Which start of the ranks by their launcher this is."""
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    """Which start of the ranks by their launcher this is; hosts may count differently until they have met."""
+    return f"met {_met}" if _met else os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+
+def _starts_again() -> bool:
+    """Whether the launcher, who has the store, starts ranks again after a failure."""
+    return _by_launcher() and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
 
 
 def _by_launcher() -> bool:

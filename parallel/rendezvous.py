@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 _HOW = "start with srun or torchrun"
 _MOST_NAMED = 16
+_MOMENT = 0.25  # seconds
 _GRACE_SECONDS = 1.0  # for the others to read the verdict, before the store is gone; twice that for it to be told
 
 
@@ -50,9 +51,9 @@ class Place:
         return f"{self.host}:{self.port}"
 
 
-def meet(place: Place, timeout: float) -> dist.Store:
-    """The store, once all ranks have come. After half of the time, at most 30 s, one line on stderr names those that
-    have not.
+def meet(place: Place, timeout: float) -> tuple[dist.Store, int]:
+    """(store, number of this try) once all ranks have come; the store shows no keys of other tries. After half of the
+    time, at most 30 s, one line on stderr names those that have not come.
 
     Args:
         timeout: seconds.
@@ -72,7 +73,7 @@ def meet(place: Place, timeout: float) -> dist.Store:
         raise meeting.error
     if meeting.is_alive() or meeting.store is None:
         raise meeting.too_late()
-    return meeting.store
+    return meeting.store, meeting.number
 
 
 def find_store(host: str, port: int, seconds: float) -> dist.Store | None:
@@ -103,6 +104,7 @@ class _Meeting(threading.Thread):
         super().__init__(daemon=True)
         self.place, self.timeout, self.notice, self.deadline, self.say = place, timeout, notice, deadline, say
         self.store: dist.Store | None = None
+        self.number = 0
         self.missing = f"rank 0 at {place}"
         self.error: StartError | None = None
 
@@ -110,8 +112,9 @@ class _Meeting(threading.Thread):
         try:
             store = _listen(self.place, self.timeout) if self.place.hosts else self._seek()
             if store is not None:
-                self.store = dist.PrefixStore(f"vitruvius/{self.place.run}", store)
-                self._call_roll(self.store)
+                self.store = dist.PrefixStore("vitruvius", store)
+                self.store = met = self._call_roll(self.store)
+                self.number = met.number
         except StartError as error:
             self.error = error
         except RuntimeError as error:  # the store has ended
@@ -141,34 +144,79 @@ class _Meeting(threading.Thread):
             pause = min(0.25, 1.1 * pause)
         return None
 
-    def _call_roll(self, store: dist.Store) -> None:
-        """Wait until all have come. The first to see that they have, or that time is over, decides it for all."""
-        store.set(f"came/{self.place.rank}", "")
-        mine = f"over {self.place.rank}"
-        if store.add("number", 1) == self.place.size:
-            store.compare_set("verdict", "", "all")
-        if not _comes(store, self.notice):
-            if store.add("notice", 1) == 1:
-                self.say(f"waiting for {self._absent(store)}: {_HOW}")
-            if not _comes(store, self.deadline):
-                store.compare_set("verdict", "", mine)
-        verdict = store.get("verdict").decode()
+    def _call_roll(self, store: dist.Store) -> _Round:
+        """Wait until all have come; returns what is theirs alone of the store. Who sees that time is over ends it.
+
+        The launcher's store outlives ranks that it starts again, and hosts do not count alike how often they were. So
+        rank 0 begins a round, and only rank 0, which is alive then, closes it; a rank that waits in the round of
+        another, who has ended since, goes to the next as soon as there is one.
+        """
+        first = self.place.rank == 0
+        current, mine = (self._enter(store, store.add("rounds", 1)) if first else None), f"over {self.place.rank}"
+        until, told = self.notice, False
+        while (verdict := self._verdict(store, current)) is None:
+            current = current if first else self._newest(store, current)
+            if time.monotonic() < until:
+                continue
+            place = store if current is None or current.over else current
+            if told:
+                place.compare_set("verdict", "", mine)
+                verdict = place.get("verdict").decode()
+                break
+            until, told = self.deadline, True
+            if place.add("notice", 1) == 1:
+                self.say(f"waiting for {self._absent(current)}: {_HOW}")
         if verdict != "all":
-            told, waited = verdict != mine, f"waited {self.timeout:g} s (parallel.timeout) for {self._absent(store)}"
+            told, waited = verdict != mine, f"waited {self.timeout:g} s (parallel.timeout) for {self._absent(current)}"
             time.sleep(2 * _GRACE_SECONDS if told else _GRACE_SECONDS if self.place.hosts else 0.0)
             raise StartError(f"{waited}: {_HOW}", told=told)
+        assert current is not None
+        return current
 
-    def _absent(self, store: dist.Store) -> str:
+    def _enter(self, store: dist.Store, number: int) -> _Round | None:
+        """Come to a round; None if it was another's, or is over."""
+        entered = _Round(store, number)
+        if entered.add(f"came/{self.place.rank}", 1) > 1 or entered.check(["verdict"]):
+            return _Round(store, number, over=True)
+        if entered.add("number", 1) == self.place.size:
+            entered.set("full", "")
+        return entered
+
+    def _newest(self, store: dist.Store, current: _Round | None) -> _Round | None:
+        """The round that this rank is in now."""
+        number = int(store.get("rounds")) if store.check(["rounds"]) else 0
+        return current if number == (current.number if current else 0) else self._enter(store, number)
+
+    def _verdict(self, store: dist.Store, current: _Round | None) -> str | None:
+        """Of the round, if it comes within a moment."""
+        if current is None or current.over:
+            _comes(store, "rounds" if current is None else "never")
+            return None
+        if self.place.rank == 0 and _comes(current, "full"):
+            current.compare_set("verdict", "", "all")
+        return current.get("verdict").decode() if _comes(current, "verdict") else None
+
+    def _absent(self, current: _Round | None) -> str:
         size = self.place.size
-        ranks = [str(rank) for rank in range(size) if not store.check([f"came/{rank}"])]
+        if current is None or current.over:
+            return f"1 of {size} ranks (0)"  # the others cannot be seen without it
+        ranks = [str(rank) for rank in range(size) if not current.check([f"came/{rank}"])]
         named = ", ".join(ranks[:_MOST_NAMED]) + (", ..." if len(ranks) > _MOST_NAMED else "")
         return f"{len(ranks)} of {size} ranks ({named})"
 
 
-def _comes(store: dist.Store, until: float) -> bool:
-    """Whether there is a verdict in time."""
+class _Round(dist.PrefixStore):
+    """What belongs to one try of the ranks to come together. over: it was another's."""
+
+    def __init__(self, store: dist.Store, number: int, *, over: bool = False) -> None:
+        super().__init__(str(number), store)
+        self.number, self.over = number, over
+
+
+def _comes(store: dist.Store, key: str) -> bool:
+    """Whether the key is there, within a moment."""
     try:
-        store.wait(["verdict"], timedelta(seconds=max(0.01, until - time.monotonic())))
+        store.wait([key], timedelta(seconds=_MOMENT))
     except dist.DistStoreError:
         return False
     return True

@@ -12,9 +12,8 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from engine.errors import EXIT_DIVERGED, EXIT_STOPPED, EXIT_USAGE
+from engine.errors import EXIT_STOPPED, FINAL
 
-_FINAL = (EXIT_USAGE, EXIT_STOPPED, EXIT_DIVERGED)  # another try would end alike, or is not wanted
 _INTERRUPTED = 128 + signal.SIGINT
 
 
@@ -50,7 +49,7 @@ class Agent(LocalElasticAgent):
             self._why = ending(rank, failure) or f"rank {rank} ended with code {failure.exitcode}"
             if failure.exitcode == EXIT_STOPPED and self._others_wait():
                 return RunResult(state=WorkerState.HEALTHY)  # another host's agent has stopped them, to let a host in
-            if failure.exitcode in _FINAL:
+            if failure.exitcode in FINAL:
                 self._remaining_restarts = 0
         return result
 

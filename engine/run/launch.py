@@ -22,7 +22,9 @@ from engine.errors import (
     EXIT_DIVERGED,
     EXIT_DONE,
     EXIT_FAULT,
+    EXIT_STOPPED,
     EXIT_USAGE,
+    FINAL,
     ConfigError,
     DivergedError,
     DriftError,
@@ -46,6 +48,10 @@ def run_rank(main: Callable[[Sequence[str], World], None], argv: Sequence[str], 
     try:
         parent.interrupts_raise()
         world = _read_world()
+        if (ended := _ended_before(world)) is not None:
+            again = os.environ["TORCHELASTIC_RESTART_COUNT"] != "1"
+            message = f"{program}: the run has ended with code {ended}, and is not tried again"
+            return _leave(ended, world, message, told=True if again else None)
         main(argv, world)
         return _exit(EXIT_DONE, world)
     except SystemExit as error:  # --help
@@ -75,6 +81,20 @@ def _read_world() -> World:
         return read_world()
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def _ended_before(world: World) -> int | None:
+    """The exit code of ranks that the launcher has started again although another try would end alike, or is not
+    wanted. Ranks that were stopped to share the work with those of another host, and now are more, go on.
+    """
+    noted = process_group.noted_end(world)
+    if noted is None:
+        return None
+    code, ranks = noted
+    if code == EXIT_STOPPED and world.size > ranks:
+        process_group.forget_end(world)
+        return None
+    return code
 
 
 def _traceback() -> str:
@@ -113,6 +133,8 @@ def _exit(code: int, world: World) -> int:
     gloo's threads, still held by objects that only the interpreter's shutdown frees, now and then abort a process that
     has done all its work.
     """
+    if code in FINAL:
+        process_group.note_end(code, world)
     if world.size > 1:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -294,12 +294,13 @@ def test_a_rank_that_is_killed_ends_all(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_torchrun_itself_adds_its_report_to_our_one_message(tmp_path: Path) -> None:
     argv = flags(run_dir=str(tmp_path), parallel__tensor_parallel_size="4")
-    ended = two_ranks("torch.distributed.run", "pretrain_vit.py", argv)
+    ended = two_ranks("torch.distributed.run", "pretrain_vit.py", argv, PET_MAX_RESTARTS="1")
     assert ended.code == 1  # torchrun's, whatever the ranks said
     ours, _, page = ended.error.partition("Traceback")
     assert ours.count("pretrain_vit.py: error: 2 ranks cannot be shared among") == 1
+    assert ours.count("pretrain_vit.py: the run has ended with code 2, and is not tried again\n") == 1
     cause = page.partition("Root Cause")[2]
-    assert "exitcode  : 2" in cause and "traceback : pretrain_vit.py: error: 2 ranks cannot be shared among" in cause
+    assert "exitcode  : 2" in cause and "traceback : pretrain_vit.py: the run has ended with code 2" in cause
     assert "Traceback" not in page  # but torchrun's own
 
 

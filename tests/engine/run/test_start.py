@@ -15,8 +15,9 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+import torch.distributed as dist
 
-from parallel.rendezvous import find_store
+from parallel.rendezvous import Place, _Meeting, find_store
 from tests.distributed import free_port
 
 ROOT = Path(__file__).parents[3]
@@ -142,3 +143,28 @@ def test_looking_for_a_store_ends(capfd: pytest.CaptureFixture[str]) -> None:
             assert find_store("127.0.0.1", port, 0.5) is None and time.monotonic() - began < 5
     assert find_store("127.0.0.1", free_port(), 0.3) is None
     assert capfd.readouterr().err == ""
+
+
+def test_ranks_that_are_started_again_meet_their_like() -> None:
+    """Their launcher's store still has what those before them wrote, some of whom never came."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    earlier = dist.PrefixStore("vitruvius", server)
+    earlier.add("rounds", 1)
+    for key in ("came/0", "came/2"):
+        dist.PrefixStore("1", earlier).add(key, 1)
+    dist.PrefixStore("1", earlier).add("number", 2)
+
+    def comes(rank: int) -> _Meeting:
+        place, now = Place(host="127.0.0.1", port=server.port, rank=rank, size=3, hosts=False), time.monotonic()
+        meeting = _Meeting(place, 60.0, now + 50, now + 60, print)
+        meeting.start()
+        return meeting
+
+    for number in (2, 3):
+        meetings = [comes(1), comes(2)]
+        time.sleep(0.5)
+        assert all(meeting.is_alive() for meeting in meetings)  # rank 0 of then decides nothing any more
+        meetings.append(comes(0))
+        for meeting in meetings:
+            meeting.join(60)
+        assert [(meeting.number, meeting.error) for meeting in meetings] == [(number, None)] * 3
