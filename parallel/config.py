@@ -54,6 +54,10 @@ class ParallelConfig:
     shared_memory: bool = True
     """CPU ranks of one host pass collectives through shared memory instead of TCP."""
 
+    elastic: bool = False
+    """Under a launcher that goes on with fewer hosts or more (torchrun --nnodes MIN:MAX): keep the global batch, make
+    micro-batches smaller where they must be, and let ranks wait that it cannot be dealt to."""
+
     timeout: float = 600.0
     """Seconds after which a collective that a rank never joins is an error."""
 

@@ -7,6 +7,7 @@ import os
 import re
 import socket
 import subprocess
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -19,12 +20,17 @@ from parallel.rendezvous import Place, find_store, first_on_host, meet
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """Who this process is, before any group exists. Made by `read_world`."""
+    """Who this process is, before any group exists. Made by `read_world`.
+
+    Attributes:
+        idle: ranks from `size` on, which only wait for the others.
+    """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
+    idle: int = 0
 
 
 def read_world(environ: dict[str, str] | None = None) -> World:
@@ -54,22 +60,25 @@ def read_world(environ: dict[str, str] | None = None) -> World:
 
 
 def start(world: World, device: torch.device, timeout_seconds: float) -> None:
-    """Make the process group: NCCL for CUDA, gloo for the CPU. One process makes none.
+    """Make the process group: NCCL for CUDA, gloo for the CPU. One process makes none; idle ranks only come together.
 
     Under srun, MASTER_ADDR and MASTER_PORT default to the first host of the job and a port from the job's number.
 
     Raises:
         parallel.rendezvous.StartError: not all ranks have come in time.
     """
-    global _met
-    if world.size == 1:
+    global _met, _watched
+    if world.size + world.idle == 1:
         return
     host, port = _master()
     os.environ.update(MASTER_ADDR=host, MASTER_PORT=str(port))
-    hosts = world.rank == 0 and not _by_launcher()
-    place = Place(host=host, port=port, rank=world.rank, size=world.size, hosts=hosts, run=_attempt())
+    hosts = world.rank == 0 and not by_launcher()
+    place = Place(host=host, port=port, rank=world.rank, size=world.size + world.idle, hosts=hosts, run=_attempt())
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
     store, _met = meet(place, timeout_seconds)
+    _watched = store if world.idle else None
+    if world.rank >= world.size or world.size == 1:
+        return
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=store,
@@ -148,17 +157,33 @@ def forget_end(world: World) -> None:
             store.delete_key("vitruvius/ended")
 
 
+def tell_end(code: int) -> None:
+    """Let idle ranks know that this one ends, and how."""
+    if _watched is not None:
+        with contextlib.suppress(RuntimeError):
+            _watched.compare_set("end", "", str(code))
+
+
+def await_end() -> int:
+    """The exit code of the ranks that are not idle, once one has ended."""
+    assert _watched is not None
+    while not _watched.check(["end"]):
+        time.sleep(0.5)
+    return int(_watched.get("end"))
+
+
 _STORE_PATIENCE = 5.0
 _met = 0  # the number of the try in which ranks have come together
+_watched: dist.Store | None = None  # where idle ranks look
 
 
 def _report_store(rank: int) -> dist.Store | None:
     """The launcher's store, else rank 0's, None if there is none (yet)."""
     host, port = _master()
-    if dist.is_initialized() and not _by_launcher():
+    if dist.is_initialized() and not by_launcher():
         socket.create_connection((host, port), timeout=1).close()  # the store itself complains at length
         return dist.distributed_c10d._get_default_store()
-    if rank == 0 and not _by_launcher():
+    if rank == 0 and not by_launcher():
         return None
     return find_store(host, port, _STORE_PATIENCE)
 
@@ -170,10 +195,10 @@ def _attempt() -> str:
 
 def _starts_again() -> bool:
     """Whether the launcher, who has the store, starts ranks again after a failure."""
-    return _by_launcher() and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    return by_launcher() and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
 
 
-def _by_launcher() -> bool:
+def by_launcher() -> bool:
     """Whether the launcher has the store, not rank 0."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 

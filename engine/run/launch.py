@@ -133,6 +133,7 @@ def _exit(code: int, world: World) -> int:
     gloo's threads, still held by objects that only the interpreter's shutdown frees, now and then abort a process that
     has done all its work.
     """
+    process_group.tell_end(code)
     if code in FINAL:
         process_group.note_end(code, world)
     if world.size > 1:

@@ -17,6 +17,7 @@ from engine.objectives import make_objective
 from engine.optimizers.schedules import check_schedule
 from engine.precision.precision import check_kernels, check_precision
 from engine.run.agreement import check_agreement, facts_of
+from engine.run.elastic import fit, wait_for_the_others
 from engine.run.load import source_of, start_from
 from engine.run.loop import Loop
 from engine.run.metrics import MetricsWriter
@@ -39,7 +40,11 @@ def pretrain(config: Config, world: World) -> None:
         ConfigError: what is asked for cannot be. DivergedError: NaN or Inf that skipping did not cure.
         parallel.failures.PeerLostError: another rank is gone.
     """
-    given, config = config, config.resolve(world.size)
+    given = config
+    config, world, notes = fit(config, world)
+    config = config.resolve(world.size)
+    if world.rank >= world.size:
+        wait_for_the_others(config, world)
     run_dir = prepare_run_dir(config.run_dir)
     train_set, eval_set = _datasets(config, world)
     steps = total_steps(config, len(train_set))
@@ -66,7 +71,7 @@ def pretrain(config: Config, world: World) -> None:
         writer = _begin(run, config, steps, grid.shape, config.to_yaml(given))
         if train_set.class_names is not None:  # of each label, in their order
             run.write_classes(f"{json.dumps(list(train_set.class_names), indent=0)}\n", writer.say)
-        for line in report + [f"no effect: {what}" for what in config.without_effect(grid.shape, device.type)]:
+        for line in report + notes + [f"no effect: {what}" for what in config.without_effect(grid.shape, device.type)]:
             writer.say(line)
     traced = config.log.profile_steps
     profiler = StepProfiler(traced, run_dir / "profile", world.rank) if traced else None
