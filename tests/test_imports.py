@@ -27,7 +27,8 @@ DISTRIBUTED = {
     "parallel/process_group.py": "torch.distributed",
     "parallel/heartbeat.py": "torch.distributed",
     "parallel/rendezvous.py": "torch.distributed",
-    "tools/launch.py": ("torch.distributed.run", "torch.distributed.elastic"),
+    "tools/agent.py": "torch.distributed.elastic",
+    "tools/launch.py": ("torch.distributed.run", "torch.distributed.launcher", "torch.distributed.elastic"),
     # yardsticks, programs of their own that share no process with the engine
     "tools/benchmark/peer_torch.py": "torch.distributed",
     "tools/benchmark/peer_deepspeed.py": "torch.distributed",

@@ -42,6 +42,13 @@ class Agent(LocalElasticAgent):
         handlers: dict[int, Any] = getattr(self._pcontext, "subprocess_handlers", {})
         return [handler.proc.poll() for handler in handlers.values()]
 
+    def _rendezvous(self, worker_group: WorkerGroup) -> None:
+        """Have hosts that come later told where ranks meet: torch 2.13 tells it once, and they wait in vain."""
+        handler = worker_group.spec.rdzv_handler
+        if hasattr(handler, "_bootstrap_store_info"):
+            handler._bootstrap_store_info = None
+        super()._rendezvous(worker_group)
+
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result = super()._monitor_workers(worker_group)
         if result.state is WorkerState.FAILED:
