@@ -21,6 +21,7 @@ class Snapshot:
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._begun: torch.cuda.Event | None = None
+        self._device = torch.device("cpu")
 
     @property
     def nbytes(self) -> int:
@@ -29,6 +30,7 @@ class Snapshot:
 
     def begin(self, device: torch.device) -> None:
         """What is to be copied is as it is now."""
+        self._device = device
         if device.type == "cuda":
             self._begun = torch.cuda.Event()
             self._begun.record(torch.cuda.current_stream(device))
@@ -37,8 +39,7 @@ class Snapshot:
         """The items, their values copied."""
         size = sum(item.box.numel * item.values.itemsize for item in items)
         if self._memory.nbytes < size:
-            self._memory = torch.empty(0, dtype=torch.uint8)  # never two
-            self._memory = torch.empty(size, dtype=torch.uint8, pin_memory=self._begun is not None)
+            self._renew(size)
         copies, start = [], 0
         for item in items:
             stop = start + item.box.numel * item.values.itemsize
@@ -46,11 +47,21 @@ class Snapshot:
             copies.append(item._replace(values=room))
             start = stop
         if self._begun is not None:
-            _copy_from_gpu(self._begun, items, copies)
+            _copy_from_gpu(self._device, self._begun, items, copies)
         else:
             for item, copy in zip(items, copies, strict=True):
                 _copy(copy.values, item.values)
         return copies
+
+    def _renew(self, size: int) -> None:
+        """Never two; and pinned by the driver, as torch's allocator of pinned memory rounds up to a power of two."""
+        pins = self._device.type == "cuda"
+        if pins and self.nbytes:
+            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr())))
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._memory = torch.empty(size, dtype=torch.uint8)
+        if pins:
+            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(self._memory.data_ptr(), size, 0)))
 
 
 def _copy(to: Tensor, values: Tensor) -> None:
@@ -61,8 +72,10 @@ def _copy(to: Tensor, values: Tensor) -> None:
         to.copy_(values)
 
 
-def _copy_from_gpu(begun: torch.cuda.Event, items: Sequence[Item], copies: Sequence[Item]) -> None:
-    stream = torch.cuda.Stream()
+def _copy_from_gpu(
+    device: torch.device, begun: torch.cuda.Event, items: Sequence[Item], copies: Sequence[Item]
+) -> None:
+    stream = torch.cuda.Stream(device)  # a thread begins on the first GPU
     with torch.cuda.stream(stream):
         stream.wait_event(begun)
         for item, copy in zip(items, copies, strict=True):
