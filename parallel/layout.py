@@ -9,6 +9,7 @@ k, of v, and its part of the MLP. A segment that does not divide gives its first
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -61,14 +62,7 @@ class TensorLayout:
     @property
     def pieces(self) -> tuple[Piece, ...]:
         """One contiguous run per segment, along `dim`; the whole tensor along dim 0 if it is not split."""
-        if self.dim is None:
-            return (Piece(0, 0, self.shape[0] if self.shape else 1),)
-        out, offset, local = [], 0, 0
-        for segment, unit in zip(self.segments, self.units or (1,) * len(self.segments), strict=True):
-            start, stop = (unit * i for i in split_range(segment // unit, self.parts, self.index))
-            out.append(Piece(offset + start, local, stop - start))
-            offset, local = offset + segment, local + stop - start
-        return tuple(out)
+        return _pieces(self)
 
     @property
     def local_shape(self) -> tuple[int, ...]:
@@ -91,6 +85,19 @@ class TensorLayout:
             return
         for p in self.pieces:
             full.narrow(self.dim, p.global_start, p.length).copy_(local.narrow(self.dim, p.local_start, p.length))
+
+
+@cache
+def _pieces(layout: TensorLayout) -> tuple[Piece, ...]:
+    """Asked for often, of few layouts: the parameters of all blocks have the same."""
+    if layout.dim is None:
+        return (Piece(0, 0, layout.shape[0] if layout.shape else 1),)
+    out, offset, local = [], 0, 0
+    for segment, unit in zip(layout.segments, layout.units or (1,) * len(layout.segments), strict=True):
+        start, stop = (unit * i for i in split_range(segment // unit, layout.parts, layout.index))
+        out.append(Piece(offset + start, local, stop - start))
+        offset, local = offset + segment, local + stop - start
+    return tuple(out)
 
 
 @dataclass(frozen=True, kw_only=True)

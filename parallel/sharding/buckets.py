@@ -167,11 +167,12 @@ class Bucket:
                     continue
                 layout = member.info.layout
                 layout = layout if layout.dim is None else replace(layout, index=t)
+                end = offset + member.numel(t)
                 for rank, index in self._ranks(t):
                     part = slice(index * share, (index + 1) * share)
                     if whole or (not own and self.stage == 0):
                         part = slice(0, share * self.axis.size)
-                    first, last = max(offset, part.start), min(offset + member.numel(t), part.stop)
+                    first, last = max(offset, part.start), min(end, part.stop)
                     if first < last:
                         found[member.names[0]].append(Holding(rank, layout, first - offset, last - offset))
         return found
