@@ -7,6 +7,7 @@ left for fsync to write. `docs/checkpoints.md` has the figures.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import mmap
@@ -28,13 +29,13 @@ class BlockFile:
     """A context manager. Blocks are written by threads while the next is filled; only `sync` tells of all of them.
 
     Args:
-        path: of a file that does not exist yet.
+        path: of a file that does not exist yet. size: that it will have, so that the disk can give it one place.
 
     Raises:
         OSError: from every method, also of blocks before: as of a full disk.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, size: int) -> None:
         self._rooms = [np.frombuffer(mmap.mmap(-1, BLOCK_BYTES), np.uint8) for _ in range(THREADS + 1)]  # pages
         self._filled = self._written = 0
         self._writing: deque[Future[None]] = deque()
@@ -42,6 +43,8 @@ class BlockFile:
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         with contextlib.suppress(OSError):  # not every file system can
             self._set_direct(True)
+        if size and (allocate := getattr(ctypes.CDLL(None), "fallocate", None)) is not None:  # Linux
+            allocate(ctypes.c_int(self._file), 0, ctypes.c_int64(0), ctypes.c_int64(size))  # where it cannot, no harm
 
     def __enter__(self) -> BlockFile:
         return self

@@ -120,7 +120,7 @@ class Saver:
     def poll(self, total: Votes) -> None:
         """At the end of a step: go on with a save that is under way, as far as it can without waiting."""
         if self._save is not None and (total.failed or not total.busy):
-            self._advance()
+            self._advance(well=not total.failed)
 
     def before_change(self) -> None:
         """The state is about to change: return when what is being saved has been copied."""
@@ -183,14 +183,15 @@ class Saver:
             self._save.blocked += time.perf_counter() - began
             self._advance()
 
-    def _advance(self) -> None:
-        """All ranks' tasks have ended, or one has failed: the next stage."""
+    def _advance(self, *, well: bool = False) -> None:
+        """All ranks' tasks have ended, or one has failed: the next stage. well: no rank's has, as votes have told."""
         save, task = self._save, self._task
         assert save is not None
         began = time.perf_counter()
         if task is not None and task.error is None and task.is_alive():
             task.join()  # beside a rank that has failed
-        self._raise_if_any(task.error if task is not None else None, save.temporary)
+        if not well:
+            self._raise_if_any(task.error if task is not None else None, save.temporary)
         if save.committing:
             self._end(save, task)
             return

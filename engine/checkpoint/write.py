@@ -84,7 +84,8 @@ def write_file(path: Path, items: Sequence[Item], metadata: dict[str, str]) -> W
     """
     header = _header(items, metadata)
     entries = []
-    with BlockFile(path) as file:
+    size = len(header) + sum(item.box.numel * item.values.itemsize for item in items)
+    with BlockFile(path, size) as file:
         file.write(np.frombuffer(header, np.uint8))
         for item in items:
             start, data = file.size, as_bytes(item.values.cpu())

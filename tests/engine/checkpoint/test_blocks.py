@@ -19,7 +19,7 @@ real_pwrite = os.pwrite
 
 def check(path: Path) -> None:
     values = np.random.default_rng(0).integers(256, size=sum(SIZES), dtype=np.uint8)
-    with BlockFile(path) as file:
+    with BlockFile(path, sum(SIZES)) as file:
         for end, size in zip(np.cumsum(SIZES), SIZES, strict=True):
             assert file.size == end - size
             file.write(values[end - size : end])
@@ -31,8 +31,8 @@ def check(path: Path) -> None:
 def test_all_bytes_in_order(tmp_path: Path) -> None:
     check(tmp_path / "file")
     with pytest.raises(FileExistsError):
-        BlockFile(tmp_path / "file")
-    with BlockFile(tmp_path / "empty") as file:
+        BlockFile(tmp_path / "file", 1)
+    with BlockFile(tmp_path / "empty", 0) as file:
         file.sync()
     assert (tmp_path / "empty").stat().st_size == 0
 
@@ -65,6 +65,6 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "pwrite", pwrite)
-    with pytest.raises(OSError, match="No space left"), BlockFile(tmp_path / "file") as file:
+    with pytest.raises(OSError, match="No space left"), BlockFile(tmp_path / "file", 1) as file:
         file.write(np.zeros(size, np.uint8))
         file.sync()
