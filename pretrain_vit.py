@@ -15,20 +15,22 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     parent.spin_briefly()
 
 from engine.config.cli import parse
+from engine.errors import EXIT_DONE
 from engine.run.launch import run_rank
 from engine.run.trainer import pretrain
 from parallel.process_group import World
 
 
-def main(argv: Sequence[str], world: World) -> None:
-    """Parse the command line and train, or print the resolved configuration."""
+def main(argv: Sequence[str], world: World) -> int:
+    """Parse the command line and train, or print the resolved configuration. Returns the exit code."""
     quiet = contextlib.nullcontext() if world.rank == 0 else contextlib.redirect_stdout(io.StringIO())
     with quiet:  # --help on rank 0 alone
         config, only_print = parse(argv)
     if not only_print:
-        pretrain(config, world)
-    elif world.rank == 0:
+        return pretrain(config, world)
+    if world.rank == 0:
         print(config.resolve(world.size).to_yaml(config), end="")
+    return EXIT_DONE
 
 
 if __name__ == "__main__":

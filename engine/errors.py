@@ -5,7 +5,7 @@ from __future__ import annotations
 EXIT_DONE = 0
 EXIT_FAULT = 1
 EXIT_USAGE = 2
-EXIT_STOPPED = 3
+EXIT_STOPPED = 3  # on request, after saving: the same command goes on
 EXIT_DIVERGED = 4
 FINAL = (EXIT_USAGE, EXIT_STOPPED, EXIT_DIVERGED)  # another try would end alike, or is not wanted
 

@@ -66,8 +66,8 @@ class Difference:
 
 
 def shapes_of(a: Assembly) -> dict[str, tuple[int, ...]]:
-    """Of the logical tensors that this rank has a part of."""
-    return {piece.name: piece.layout.shape for piece in state_pieces(a)}
+    """Of the logical tensors of which this rank accounts for a part: those of all ranks are all that there are."""
+    return {piece.name: piece.layout.shape for piece in state_pieces(a) if piece.own.start < piece.own.stop}
 
 
 def differences(shapes: dict[str, tuple[int, ...]], reader: Reader) -> list[Difference]:
@@ -88,7 +88,11 @@ def restore(a: Assembly, reader: Reader) -> int:
         CheckpointError: what is read is damaged: the state is of no use then. Other ranks may find theirs well.
     """
     stored = reader.manifest.tensors
-    count = reader.read(targets(piece for piece in held_pieces(a) if piece.name in stored))
+    held = targets(piece for piece in held_pieces(a) if piece.name in stored)
+    count = reader.read({name: found for name, found in held.items() if name.startswith("weights/")})
+    if a.average is not None:
+        a.average.restart()  # what has no average yet begins with the weights
+    count += reader.read({name: found for name, found in held.items() if not name.startswith("weights/")})
     numbers = {name: reader.whole(name) for name in stored if "/" not in name}
     if "optimizer.steps" in numbers:
         a.optimizer.steps = int(numbers["optimizer.steps"])

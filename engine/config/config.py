@@ -63,8 +63,16 @@ class TrainConfig:
     dot: what is not trained.
     """
 
+    stop_step: int | None = None
+    """Stop after this step with the schedule as it is, save, and end with exit code 3; null: go to the end."""
+
+    time_limit: float | None = None
+    """Minutes from the start after which no step is begun that would not end in time: save, exit code 3."""
+
     def __post_init__(self) -> None:
-        for name in ("global_batch_size", "micro_batch_size", "steps", "epochs", "max_bad_steps"):
+        for name in (
+            "global_batch_size", "micro_batch_size", "steps", "epochs", "max_bad_steps", "stop_step", "time_limit",
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"train.{name} is {value}: it must be positive")
@@ -195,13 +203,15 @@ class Config:
             )
         return micro
 
-    def without_effect(self, shape: GridShape, device_type: str) -> list[str]:
+    def without_effect(self, shape: GridShape, device_type: str, steps: int) -> list[str]:
         """Keys of a resolved configuration that are set and do nothing in this run, each with the reason.
 
         They are told, not refused: the same configuration may serve other ranks and devices. What does nothing in any
         run is refused.
         """
         p, found = self.parallel, []
+        if self.train.stop_step is not None and self.train.stop_step >= steps:
+            found.append(f"train.stop_step {self.train.stop_step}: the run has {steps} steps")
         if shape.pipeline == 1 and p.schedule != ParallelConfig.schedule:
             found.append(f"parallel.schedule {p.schedule}: there is one pipeline stage")
         if shape.tensor == 1 and not p.sequence_parallel:

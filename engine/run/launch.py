@@ -40,8 +40,8 @@ from parallel.rendezvous import StartError
 _GRACE_SECONDS = 3.0
 
 
-def run_rank(main: Callable[[Sequence[str], World], None], argv: Sequence[str], program: str) -> int:
-    """Call `main(argv, world)`; returns the exit code of this rank, or leaves the process where others may be
+def run_rank(main: Callable[[Sequence[str], World], int | None], argv: Sequence[str], program: str) -> int:
+    """Call `main(argv, world)`; returns the exit code of this rank (what `main` gives), or leaves where others may be
     waiting.
     """
     world = World()
@@ -52,8 +52,8 @@ def run_rank(main: Callable[[Sequence[str], World], None], argv: Sequence[str], 
             again = os.environ["TORCHELASTIC_RESTART_COUNT"] != "1"
             message = f"{program}: the run has ended with code {ended}, and is not tried again"
             return _leave(ended, world, message, told=True if again else None)
-        main(argv, world)
-        return _exit(EXIT_DONE, world)
+        code = main(argv, world)
+        return _exit(EXIT_DONE if code is None else code, world)
     except SystemExit as error:  # --help
         return error.code if isinstance(error.code, int) else EXIT_FAULT
     except ConfigError as error:

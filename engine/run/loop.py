@@ -23,6 +23,7 @@ from engine.run.progress import Progress
 from engine.run.replicas import check_before_saving, check_when_due
 from engine.run.saving import Saving
 from engine.run.step import Stepper, StepResult
+from engine.run.stopping import StopRequests
 from parallel import comm
 
 
@@ -51,7 +52,7 @@ class Loop:
     Args:
         stepper: runs steps. train_set, eval_set: images. steps: of the whole run.
         writer: on rank 0 alone. profiler: traces some of the steps. saving: saves the state; None: never.
-        progress: to go on from.
+        progress: to go on from. requests: to stop early.
     """
 
     def __init__(
@@ -65,9 +66,13 @@ class Loop:
         profiler: StepProfiler | None = None,
         saving: Saving | None = None,
         progress: Progress | None = None,
+        requests: StopRequests | None = None,
     ) -> None:
         self.stepper, self.steps, self.writer, self.profiler = stepper, steps, writer, profiler
-        self.saving, self.progress = saving, progress or Progress()
+        self.saving, self.progress, self.requests = saving, progress or Progress(), requests
+        self._is_wanted = False  # that the run stops, by a vote
+        if saving is not None:
+            stepper.before_change = saving.saver.before_change
         a = stepper.assembly
         self.config = a.config
         micro = a.config.train.micro_batch_size
@@ -92,12 +97,17 @@ class Loop:
         self.flops_per_image = a.training_flops
         self.evaluated: tuple[int, Mapping[str, float]] = (-1, {})
 
-    def run(self) -> None:
-        """The steps of the run that are left, with evaluations and saves between and after them."""
+    def run(self) -> str | None:
+        """The steps of the run that are left, with evaluations and saves between and after them.
+
+        Returns:
+            why it was stopped before the last step, None if it was not.
+        """
         progress, began, where = self.progress, time.perf_counter(), self.stepper.assembly.grid.meter.where
         trained_before = progress.train_seconds
         interval = _Interval(self.train_stream.waited)
-        for step, batches in zip(range(progress.step + 1, self.steps + 1), self._batches(), strict=False):
+        first = self.steps + 1 if self._stops else progress.step + 1
+        for step, batches in zip(range(first, self.steps + 1), self._batches(), strict=False):
             where.begin(step)
             lr, result = self._train(step, batches)
             interval.steps += 1
@@ -114,13 +124,32 @@ class Loop:
                 if last:
                     self._check_end(self.evaluated[1])
             progress.train_seconds = trained_before + time.perf_counter() - began
-            if self.saving is not None and (last or self.saving.is_due(step)):
+            stops = self._stops and not last
+            if self.saving is not None and (last or stops or self.saving.is_due(step)):
                 with where.during(phase="saving a checkpoint"):
                     self._save(self.saving)
+            if stops:
+                break
             interval.paused += time.perf_counter() - pause
+        if self.profiler is not None:
+            self.profiler.finish()
         if self.saving is not None:
             with where.during(phase="saving the last checkpoint"):
                 self.saving.finish()
+        return self._reason()
+
+    @property
+    def _stops(self) -> bool:
+        """Whether no other step is to be begun."""
+        return self._is_wanted or (self.requests is not None and self.requests.is_at_end(self.progress.step))
+
+    def _reason(self) -> str | None:
+        if self.progress.step == self.steps or not self._stops:
+            return None
+        assert self.requests is not None
+        if self._is_wanted:
+            return self.requests.reason(self.stepper.assembly.grid.world)
+        return f"train.stop_step {self.requests.stop_step}"
 
     def _batches(self) -> Iterator[StepBatches]:
         return self.train_stream.steps(self.progress.step)
@@ -138,12 +167,18 @@ class Loop:
         check_when_due(self.stepper.assembly, step)
         if self.writer is not None:
             self.writer.advance(result.loss)
+        wants_stop, *votes = result.votes
+        self._is_wanted = wants_stop > 0
         if self.saving is not None:
-            self.saving.after_step(step, Votes(*result.votes))
+            self.saving.after_step(step, Votes(*votes))
         return lr, result
 
     def _votes(self) -> Sequence[float]:
-        return () if self.saving is None else self.saving.votes()
+        """This rank's: whether to stop, and of saving."""
+        return (
+            0.0 if self.requests is None else self.requests.vote(),
+            *(() if self.saving is None else self.saving.votes()),
+        )
 
     def _save(self, saving: Saving) -> None:
         step, (evaluated_at, figures) = self.progress.step, self.evaluated

@@ -33,7 +33,12 @@ class StepProfiler:
 
     def after(self, step: int) -> None:
         """Call after step `step`."""
-        if step == self.last and self._records:
+        if step == self.last:
+            self.finish()
+
+    def finish(self) -> None:
+        """No step comes any more: write what was recorded, if anything is."""
+        if self._records:
             self._records = False
             self._profile.stop()
             try:

@@ -20,6 +20,7 @@ from engine.checkpoint.states import Difference, differences, restore, shapes_of
 from engine.config import Config
 from engine.config.keys import key_types, value_of
 from engine.errors import ConfigError
+from engine.run.progress import Progress
 from parallel import comm
 
 # Keys that may change without a word: how a run is spread and watched, and where things are.
@@ -33,13 +34,23 @@ class Resumed:
     """What a run goes on from.
 
     Attributes:
-        manifest: of the checkpoint; None: there is none, the run starts anew. notes: what to say. damaged: whether the
-            state was spoiled by a checkpoint that turned out to be damaged, and must be made anew.
+        manifest: of the checkpoint; None: there is none, the run starts anew. notes: what to say. spoiled: whether
+            the state was overwritten by a checkpoint that turned out to be damaged, and must be made anew.
     """
 
     manifest: Manifest | None = None
     notes: list[str] = field(default_factory=list)
-    damaged: bool = False
+    spoiled: bool = False
+
+    @property
+    def step(self) -> int | None:
+        """That was done."""
+        return None if self.manifest is None else self.manifest.step
+
+    @property
+    def progress(self) -> Progress:
+        """Of the loop."""
+        return Progress() if self.manifest is None else Progress.of(self.manifest.progress)
 
 
 def checkpoint_dir(config: Config, run_dir: Path) -> Path:
@@ -52,6 +63,14 @@ def goes_on(config: Config) -> bool:
     failure, those there are this run's, whatever it was told of earlier ones.
     """
     return config.checkpoint.resume != "never" or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
+def may_resume(config: Config, folder: Path) -> bool:
+    """Whether there seems to be something to go on from."""
+    try:
+        return goes_on(config) and bool(folders.steps_in(folder))
+    except CheckpointError:
+        return False
 
 
 def check_resume(config: Config, folder: Path) -> None:
@@ -86,13 +105,16 @@ def resume(assembly: Assembly, folder: Path, *, steps: int, facts: Mapping[str, 
         manifest, problem = _try(assembly, path, steps, notes)
         if manifest is not None:
             notes += _changes(assembly, manifest, facts)
-            return Resumed(manifest=manifest, notes=[f"resume: from {path}, step {step} of {steps}", *notes])
+            where = f"resume: from {path}, step {step} of {steps}"
+            if step == steps:
+                where += ": nothing is left; give more train.steps, another run_dir, or checkpoint.resume never"
+            return Resumed(manifest=manifest, notes=[where, *notes])
         notes.append(f"warning: {path} is damaged: {problem}")
     if candidates and config.checkpoint.resume == "must":
         raise ConfigError(f"checkpoint.resume is must, and no checkpoint in {folder} is whole: {'; '.join(notes)}")
     if candidates:
         notes.append(f"warning: no checkpoint in {folder} is whole: the run starts anew, they are set aside")
-    return Resumed(notes=notes, damaged=bool(candidates))
+    return Resumed(notes=notes, spoiled=bool(candidates))
 
 
 def _try(a: Assembly, path: Path, steps: int, notes: list[str]) -> tuple[Manifest | None, str]:
@@ -134,8 +156,8 @@ def _check_state(a: Assembly, reader: Reader) -> list[str]:
     Raises:
         ConfigError: on every rank: it is the state of something else.
     """
-    ours = shapes_of(a) if a.grid.along("data", "context", "tensor").index == 0 else {}
-    shapes = {name: shape for found in comm.gather_objects(ours, a.grid.world) for name, shape in found.items()}
+    everywhere = comm.gather_objects(shapes_of(a), a.grid.world)
+    shapes = {name: shape for found in everywhere for name, shape in found.items()}
     found = differences(shapes, reader)
     weights = [d for d in found if d.name.startswith("weights/")]
     if weights:

@@ -38,7 +38,11 @@ def prepare_run_dir(run_dir: str | None) -> Path:
     if run_dir is None or not run_dir.strip():
         shown = "not set" if run_dir is None else "empty"
         raise ConfigError(f"run_dir is {shown}: give the folder for metrics and config, e.g. --run_dir runs/demo")
-    path = Path(run_dir)
+    return prepare_folder(Path(run_dir), "run_dir")
+
+
+def prepare_folder(path: Path, key: str) -> Path:
+    """Make a folder and see that bytes can be written to it. Raises ConfigError, with the key that names it, if not."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path, buffering=0) as file:
@@ -48,7 +52,7 @@ def prepare_run_dir(run_dir: str | None) -> Path:
             os.fsync(file.fileno())  # quotas, and disks of other hosts, may refuse only now
     except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
         reason = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(f"run_dir {run_dir} cannot be written to ({reason}): choose a folder that can be") from error
+        raise ConfigError(f"{key} {path} cannot be written to ({reason}): choose a folder that can be") from error
     return path
 
 
@@ -59,14 +63,14 @@ class RunDir:
     process that took it, however that ends, and is not inherited by its data workers.
 
     Args:
-        path: from `prepare_run_dir`. world: all ranks.
+        path: from `prepare_run_dir` or `prepare_folder`. world: all ranks. key: that names the folder.
 
     Raises:
         ConfigError: on every rank, if another run holds the folder.
     """
 
-    def __init__(self, path: Path, world: Axis) -> None:
-        self.path, self._notes = path, list[str]()
+    def __init__(self, path: Path, world: Axis, key: str = "run_dir") -> None:
+        self.path, self._key, self._notes = path, key, list[str]()
         self._lock: int | None = None
         self._config: Journal | None = None
         refusal = self._take_lock() if world.index == 0 else None
@@ -147,7 +151,7 @@ class RunDir:
         try:
             self._lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
             if not stat.S_ISREG(os.fstat(self._lock).st_mode):
-                return f"run_dir {self.path} cannot be locked ({path} is no file): choose another folder"
+                return f"{self._key} {self.path} cannot be locked ({path} is no file): choose another folder"
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in _NO_LOCKS:
@@ -156,10 +160,10 @@ class RunDir:
                 )
                 return None
             if self._lock is None:
-                return f"run_dir {self.path} cannot be locked ({path}: {error.strerror}): choose another folder"
+                return f"{self._key} {self.path} cannot be locked ({path}: {error.strerror}): choose another folder"
             holder = os.read(self._lock, 200).decode(errors="replace").partition("\n")[0]
             return (
-                f"run_dir {self.path} is in use by another run ({holder or 'it has just begun'}): "
+                f"{self._key} {self.path} is in use by another run ({holder or 'it has just begun'}): "
                 "wait until it has ended, or choose another folder"
             )
         os.ftruncate(self._lock, 0)

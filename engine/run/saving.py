@@ -23,15 +23,51 @@ from engine.errors import ConfigError
 from engine.run.finite import check_finite
 from engine.run.metrics import MetricsWriter
 from engine.run.provenance import commit, version
-from engine.run.resume import plain
+from engine.run.resume import check_resume, checkpoint_dir, plain
+from engine.run.run_dir import RunDir, prepare_folder, set_aside
 from parallel import comm
 from parallel.comm import Axis
+from parallel.grid import GridShape
 
 _PATIENCE = 10.0  # seconds until a network file system shows a new file everywhere
 
 
-def check_saving(config: Config) -> None:
-    """Raise ConfigError for keys of `checkpoint` that contradict others."""
+def prepare_checkpoints(config: Config, run_dir: Path) -> Path:
+    """The folder of all checkpoints, made and tried if the run saves any.
+
+    Raises:
+        ConfigError: it cannot be written to, there is nothing to resume that must be, keys contradict each other.
+    """
+    _check_keys(config)
+    folder = checkpoint_dir(config, run_dir)
+    check_resume(config, folder)
+    if config.checkpoint.save_interval is not None:
+        prepare_folder(folder, "checkpoint.dir")
+    return folder
+
+
+def lock_folders(config: Config, run_dir: Path, folder: Path, world: Axis) -> tuple[RunDir, ...]:
+    """run_dir, and the folder of checkpoints if that is elsewhere: no other run writes there. Collective."""
+    run = RunDir(run_dir, world)
+    if config.checkpoint.save_interval is None or config.checkpoint.dir is None:
+        return (run,)
+    return run, RunDir(folder, world, key="checkpoint.dir")
+
+
+def prepare_to_save(config: Config, folder: Path, resumed_at: int | None) -> None:
+    """On rank 0, once nothing can be refused any more: clear the folder of what a run that starts, or goes on after a
+    step, must not meet there. What is whole is set aside, not deleted.
+    """
+    if config.checkpoint.save_interval is None:
+        return
+    folders.clean(folder)
+    if resumed_at is not None:
+        folders.set_damaged_aside(folder, after=resumed_at)
+    elif config.checkpoint.dir is not None:  # else it is set aside with all of run_dir
+        set_aside(folder, ["step-*"])
+
+
+def _check_keys(config: Config) -> None:
     c, evaluations = config.checkpoint, config.train.eval_interval
     if (
         c.keep_best
@@ -48,18 +84,18 @@ def check_saving(config: Config) -> None:
         raise ConfigError(f"checkpoint.keep_best {c.keep_best} goes by evaluations: set train.eval_interval")
 
 
-def facts_for_manifests(assembly: Assembly, train_set: Dataset, eval_set: Dataset) -> dict[str, Any]:
+def facts_for_manifests(config: Config, shape: GridShape, train_set: Dataset, eval_set: Dataset) -> dict[str, Any]:
     """`config` and `about` of this run's manifests."""
     about = {
         "version": version(),
         "commit": commit(),
         "torch": torch.__version__,
-        "layout": asdict(assembly.grid.shape),
-        "zero_stage": assembly.config.parallel.zero_stage,
+        "layout": asdict(shape),
+        "zero_stage": config.parallel.zero_stage,
         "training images": f"{len(train_set)} of {train_set.fingerprint}",
         "held-out images": f"{len(eval_set)} of {eval_set.fingerprint}",
     }
-    return {"config": plain(asdict(assembly.config)), "about": about}
+    return {"config": plain(asdict(config)), "about": about}
 
 
 def check_folder(folder: Path, assembly: Assembly) -> list[str]:
@@ -128,6 +164,12 @@ class Saving:
         self.interval = assembly.config.checkpoint.save_interval
         self.saver = Saver(assembly, folder, assembly.config.checkpoint, facts, self._report)
 
+    @property
+    def newest(self) -> Path | None:
+        """That this run has completed."""
+        step = self.saver.newest
+        return None if step is None else self.saver.folder / folders.name_of(step)
+
     def is_due(self, step: int) -> bool:
         """Whether the interval is over."""
         return bool(self.interval) and step % (self.interval or 1) == 0
@@ -151,6 +193,8 @@ class Saving:
         if self.saver.newest == step:
             return
         check_finite(self._assembly, step)
+        if self._writer is not None:
+            self._writer.sync()  # what tells of this step is on the disk before the checkpoint is
         self.saver.save(step, progress, evaluation)
 
     def finish(self) -> None:

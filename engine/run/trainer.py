@@ -4,48 +4,121 @@ from __future__ import annotations
 
 import json
 import math
+import time
+from collections.abc import Mapping
 from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
 
 from data import Dataset, build_datasets, describe_datasets
-from engine.assemble import assemble, grid_of
+from engine.assemble import Assembly, assemble, grid_of
 from engine.config import MAX_COUNT, Config
 from engine.config.keys import key_types, value_of
 from engine.device import choose_device, memory_share, prepare_cpu, set_matmul
-from engine.errors import ConfigError
+from engine.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
 from engine.frozen import frozen_of
-from engine.objectives import make_objective
+from engine.objectives import Objective, make_objective
 from engine.optimizers.schedules import check_schedule
 from engine.precision.precision import check_kernels, check_precision
 from engine.run.agreement import check_agreement, facts_of
 from engine.run.elastic import fit, wait_for_the_others
-from engine.run.load import source_of, start_from
+from engine.run.load import Source, source_of, start_from
 from engine.run.loop import Loop
 from engine.run.metrics import MetricsWriter
 from engine.run.profile import StepProfiler
 from engine.run.provenance import provenance
 from engine.run.report import startup_report
+from engine.run.resume import Resumed, may_resume, resume
 from engine.run.run_dir import RunDir, prepare_run_dir
+from engine.run.saving import (
+    Saving,
+    check_folder,
+    facts_for_manifests,
+    lock_folders,
+    prepare_checkpoints,
+    prepare_to_save,
+)
 from engine.run.step import Stepper
+from engine.run.stopping import StopRequests
 from engine.run.watchdog import watched
 from model.kernels import Kernels
-from parallel import process_group
-from parallel.grid import GridShape, world_axis
+from parallel import comm, process_group
+from parallel.grid import Grid, GridShape, world_axis
 from parallel.process_group import World
 
 
-def pretrain(config: Config, world: World) -> None:
-    """Train as `config` says. Everything that can be refused is refused before ranks talk to each other.
+class _Inputs(NamedTuple):
+    """What a run is made of before ranks talk: found, and found to be possible, by the same code on every rank."""
+
+    run_dir: Path
+    checkpoints: Path
+    train_set: Dataset
+    eval_set: Dataset
+    steps: int
+    device: torch.device
+    objective: Objective
+    source: Source | None
+
+
+def pretrain(config: Config, world: World) -> int:
+    """Train as `config` says, from the newest checkpoint if there is one. Everything that can be refused is refused
+    before ranks talk to each other.
+
+    Returns:
+        the exit code: done, or stopped on request.
 
     Raises:
         ConfigError: what is asked for cannot be. DivergedError: NaN or Inf that skipping did not cure.
+        OutputError: what a run must write cannot be written.
         parallel.failures.PeerLostError: another rank is gone.
     """
-    given = config
+    began, given = time.monotonic(), config
     config, world, notes = fit(config, world)
     config = config.resolve(world.size)
     if world.rank >= world.size:
         wait_for_the_others(config, world)
+    inputs = _inputs(config, world)
+    threads, matmul = prepare_cpu(world), set_matmul(config.precision, inputs.device)
+
+    process_group.start(world, inputs.device, config.parallel.timeout)
+    check_agreement(facts_of(config, inputs.device, inputs.train_set, inputs.eval_set), world_axis(world))
+    grid = grid_of(config, world, inputs.device)
+    run, *others = lock_folders(config, inputs.run_dir, inputs.checkpoints, grid.world)
+    facts = facts_for_manifests(config, grid.shape, inputs.train_set, inputs.eval_set)
+    assembly, resumed = _state(config, world, grid, inputs, facts)
+    notes += resumed.notes
+    if config.checkpoint.save_interval is not None:
+        notes += check_folder(inputs.checkpoints, assembly)
+    images = describe_datasets(config.data.kind, inputs.train_set, inputs.eval_set, config.model.sizes.classes)
+    report = startup_report(assembly, threads=threads, matmul=matmul, images=images)
+    writer = None
+    if world.rank == 0:
+        prepare_to_save(config, inputs.checkpoints, resumed.step)
+        writer = _begin(run, config, inputs.steps, grid.shape, config.to_yaml(given), resumed_at=resumed.step)
+        if (names := inputs.train_set.class_names) is not None:  # of each label, in their order
+            run.write_classes(f"{json.dumps(list(names), indent=0)}\n", writer.say)
+        unused = config.without_effect(grid.shape, inputs.device.type, inputs.steps)
+        for line in report + notes + [f"no effect: {what}" for what in unused]:
+            writer.say(line)
+    with StopRequests(config.train, world.rank, began) as requests:
+        loop = _loop(assembly, inputs, facts, writer, resumed, requests)
+        with watched(grid, world, inputs.device, inputs.run_dir):
+            stopped = loop.run()
+        if writer is not None:
+            writer.close()
+            for locked in (run, *others):
+                locked.close()
+            _say_farewell(writer, config, loop, stopped)
+        comm.barrier(grid.world)  # a rank that has ended has its launcher end the others
+        process_group.stop()  # not after a failure: the others may be gone, or waiting
+    return EXIT_DONE if stopped is None else EXIT_STOPPED
+
+
+def _inputs(config: Config, world: World) -> _Inputs:
     run_dir = prepare_run_dir(config.run_dir)
+    checkpoints = prepare_checkpoints(config, run_dir)
     train_set, eval_set = _datasets(config, world)
     steps = total_steps(config, len(train_set))
     check_schedule(config.schedule, steps)
@@ -53,40 +126,72 @@ def pretrain(config: Config, world: World) -> None:
     device = choose_device(config.device, world)
     check_precision(config.precision, device)
     check_kernels(Kernels(config.kernels), device)
-    threads, matmul = prepare_cpu(world), set_matmul(config.precision, device)
     objective = make_objective(config)
     frozen_of(config, objective.layers)  # what it refuses is refused here
-    source = source_of(config, objective)
+    source = None if may_resume(config, checkpoints) else source_of(config, objective)
+    return _Inputs(run_dir, checkpoints, train_set, eval_set, steps, device, objective, source)
 
-    process_group.start(world, device, config.parallel.timeout)
-    check_agreement(facts_of(config, device, train_set, eval_set), world_axis(world))
-    grid = grid_of(config, world, device)
-    run = RunDir(run_dir, grid.world)
-    assembly = assemble(config, grid, device, objective, device_memory=memory_share(device, world))
-    images = describe_datasets(config.data.kind, train_set, eval_set, config.model.sizes.classes)
-    report = startup_report(assembly, threads=threads, matmul=matmul, images=images)
-    report += start_from(assembly, source)
-    writer = None
-    if world.rank == 0:
-        writer = _begin(run, config, steps, grid.shape, config.to_yaml(given))
-        if train_set.class_names is not None:  # of each label, in their order
-            run.write_classes(f"{json.dumps(list(train_set.class_names), indent=0)}\n", writer.say)
-        for line in report + notes + [f"no effect: {what}" for what in config.without_effect(grid.shape, device.type)]:
-            writer.say(line)
-    traced = config.log.profile_steps
-    profiler = StepProfiler(traced, run_dir / "profile", world.rank) if traced else None
-    loop = Loop(Stepper(assembly), train_set, eval_set, steps=steps, writer=writer, profiler=profiler)
-    with watched(grid, world, device, run_dir):
-        loop.run()
-    if writer is not None:
-        writer.close()
-        run.close()
-        writer.say(f"config      {run_dir / 'config.yaml'}\nmetrics     {writer.path}")
-        if config.log.tensorboard:
-            writer.say(f"TensorBoard {run_dir} (tensorboard --logdir {run_dir})")
-        if profiler is not None:
-            writer.say(f"traces      {profiler.path.parent}")
-    process_group.stop()  # not after a failure: the others may be gone, or waiting
+
+def _state(
+    config: Config, world: World, grid: Grid, inputs: _Inputs, facts: Mapping[str, Any]
+) -> tuple[Assembly, Resumed]:
+    """What this rank trains: as an earlier attempt has left it, else from other weights, else new. Collective."""
+
+    def build() -> Assembly:
+        memory = memory_share(inputs.device, world)
+        return assemble(config, grid, inputs.device, inputs.objective, device_memory=memory)
+
+    assembly = build()
+    resumed = resume(assembly, inputs.checkpoints, steps=inputs.steps, facts=facts["about"])
+    if resumed.spoiled:
+        del assembly
+        assembly = build()
+    if resumed.manifest is None:
+        resumed.notes.extend(start_from(assembly, inputs.source))
+    elif config.checkpoint.load is not None:
+        resumed.notes.append(f"resume: checkpoint.load {config.checkpoint.load} is of no effect in a run that goes on")
+    return assembly, resumed
+
+
+def _loop(
+    assembly: Assembly,
+    inputs: _Inputs,
+    facts: Mapping[str, Any],
+    writer: MetricsWriter | None,
+    resumed: Resumed,
+    requests: StopRequests,
+) -> Loop:
+    config = assembly.config
+    traced, saves = config.log.profile_steps, config.checkpoint.save_interval is not None
+    return Loop(
+        Stepper(assembly),
+        inputs.train_set,
+        inputs.eval_set,
+        steps=inputs.steps,
+        writer=writer,
+        profiler=StepProfiler(traced, inputs.run_dir / "profile", assembly.grid.world.index) if traced else None,
+        saving=Saving(assembly, inputs.checkpoints, facts, writer) if saves else None,
+        progress=resumed.progress,
+        requests=requests,
+    )
+
+
+def _say_farewell(writer: MetricsWriter, config: Config, loop: Loop, stopped: str | None) -> None:
+    folder = writer.path.parent
+    writer.say(f"config      {folder / 'config.yaml'}\nmetrics     {writer.path}")
+    if config.log.tensorboard:
+        writer.say(f"TensorBoard {folder} (tensorboard --logdir {folder})")
+    if loop.profiler is not None:
+        writer.say(f"traces      {loop.profiler.path.parent}")
+    if loop.saving is not None and loop.saving.newest is not None:
+        writer.say(f"checkpoint  {loop.saving.newest}")
+    if stopped is not None:
+        how = "the same command goes on from there"
+        if loop.requests is not None and loop.requests.is_at_end(loop.progress.step):
+            how = "without that, or with a later one, the same command goes on from there"
+        if loop.saving is None:
+            how = "nothing was saved (checkpoint.save_interval null)"
+        writer.say(f"stopped after step {loop.progress.step} of {loop.steps} ({stopped}): {how}")
 
 
 def _begin(

@@ -273,12 +273,12 @@ def test_keys_that_do_nothing_in_this_run_are_told() -> None:
     config = small(parallel=alone, precision=PrecisionConfig(cpu_matmul="mkl")).resolve(1)
 
     def told(device: str) -> list[str]:
-        return [line.split()[0] for line in config.without_effect(config.grid_shape(1), device)]
+        return [line.split()[0] for line in config.without_effect(config.grid_shape(1), device, 10)]
 
     parallel = [f"parallel.{key}" for key in ("schedule", "sequence_parallel", "zero_stage", "gather_memory")]
     assert told("cpu") == [*parallel, "parallel.shared_memory"]
     assert told("cuda") == [*parallel, "precision.cpu_matmul", "parallel.shared_memory"]
     shared = replace(alone, tensor_parallel_size=2, pipeline_parallel_size=2)
     eight = replace(config, parallel=shared, train=TrainConfig(steps=1, global_batch_size=8)).resolve(8)
-    assert eight.without_effect(eight.grid_shape(8), "cpu") == []
-    assert small().resolve(1).without_effect(small().grid_shape(1), "cpu") == []
+    assert eight.without_effect(eight.grid_shape(8), "cpu", 10) == []
+    assert small().resolve(1).without_effect(small().grid_shape(1), "cpu", 1) == []

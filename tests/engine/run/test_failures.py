@@ -371,7 +371,7 @@ def test_srun_starts_ranks_that_train_together(tmp_path: Path) -> None:
     assert [process.returncode for process in ranks] == [0, 0], shown
     assert [error for _, error in shown] == ["", ""]
     assert "x tensor 2 = 2 rank(s)" in shown[0][0] and shown[1][0] == ""
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3  # train, eval, save
 
 
 @pytest.mark.slow

@@ -142,13 +142,14 @@ def test_a_lock_that_is_no_file_is_refused(tmp_path: Path, kind: str) -> None:
 def test_what_an_earlier_run_wrote_is_set_aside_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
     for seed in (1, 2, 3):
-        assert train(folder, train__seed=str(seed), log__tensorboard="true") == EXIT_DONE
+        changed = {"train__seed": str(seed), "checkpoint__resume": "never", "log__tensorboard": "true"}
+        assert train(folder, **changed) == EXIT_DONE
         said = capsys.readouterr().out
         assert (f"files of an earlier run were moved to {folder / 'earlier' / str(seed - 1)}" in said) == (seed > 1)
     for seed, place in ((1, folder / "earlier" / "1"), (2, folder / "earlier" / "2"), (3, folder)):
         assert parse(["--config", str(place / "config.yaml")])[0].train.seed == seed
         assert len(list(place.glob("events.out.tfevents.*"))) == 1
-        assert len((place / "metrics.jsonl").read_text().splitlines()) == 2
+        assert len((place / "metrics.jsonl").read_text().splitlines()) == 3
 
 
 def test_links_and_pipes_are_moved_not_followed(tmp_path: Path) -> None:
@@ -275,7 +276,8 @@ def test_a_run_that_could_not_write_its_metrics_says_so_and_fails(
             writer(self, step, values)
 
         monkeypatch.setattr(MetricsWriter, "train", fill)
-        assert train(tmp_path, log__tensorboard="true", train__steps="2", log__interval="1") == EXIT_FAULT
+        changed = {"log__tensorboard": "true", "train__steps": "2", "log__interval": "1"}
+        assert train(tmp_path, checkpoint__save_interval="null", **changed) == EXIT_FAULT
     shown = capsys.readouterr()
     assert len(shown.err.splitlines()) == 1 and "is not complete: File too large" in shown.err
     assert shown.out.count("metrics.jsonl cannot be written") == 1
@@ -291,7 +293,7 @@ def test_a_folder_deleted_during_the_run_is_made_again(tmp_path: Path, monkeypat
     monkeypatch.setattr(MetricsWriter, "evaluation", delete)
     assert train(folder, log__tensorboard="true") == EXIT_DONE
     lines = [json.loads(line)["event"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert lines == ["train", "eval"]
+    assert lines == ["train", "eval", "save"]
     assert (folder / "config.yaml").exists() and list(folder.glob("events.out.tfevents.*"))
 
 
