@@ -43,7 +43,7 @@ $(PEERS)/installed: $(PEERS_LIST)
 
 train: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m tools.launch --nproc-per-node 8 pretrain_vit.py --config configs/digits.yaml \
-		--parallel.tensor_parallel_size 2 --parallel.pipeline_parallel_size 2 --run_dir $(RUN_DIR)
+		--parallel.tensor_parallel_size 2 --parallel.pipeline_parallel_size 2 --run_dir $(RUN_DIR) --checkpoint.resume never
 
 test: setup lint
 	$(BIN)/python -m pytest
