@@ -99,7 +99,7 @@ def resume(assembly: Assembly, folder: Path, *, steps: int, facts: Mapping[str, 
     if not goes_on(config):
         return Resumed()
     notes: list[str] = []
-    candidates: list[int] = comm.gather_objects(folders.steps_in(folder), world)[0]
+    candidates: list[int] = comm.gather_objects(folders.steps_in(folder) if world.index == 0 else [], world)[0]
     for step in reversed(candidates):
         path = folder / folders.name_of(step)
         manifest, problem = _try(assembly, path, steps, notes)
