@@ -320,6 +320,7 @@ def _in_workers(
         batch_size=None,  # items are batches already
         sampler=keys,
         num_workers=config.workers,
+        multiprocessing_context="fork",  # else, from Python 3.14 on, a server's children, which do not end with us
         prefetch_factor=max(2, math.ceil(ready / config.workers)),
         worker_init_fn=begin_worker,
         generator=torch.Generator(),  # its own, so that workers leave the global random state alone
