@@ -79,17 +79,22 @@ def set_matmul(config: PrecisionConfig, device: torch.device) -> str:
         return "cublas"
     wanted = config.cpu_matmul
     if wanted == "auto":
-        wanted = "onednn" if _cpu_vendor() == "AuthenticAMD" else "mkl"
+        wanted = "onednn" if _cpu_field("vendor_id") == "AuthenticAMD" else "mkl"
     torch.set_float32_matmul_precision("high" if wanted == "onednn" else "highest")
     return wanted
 
 
-def _cpu_vendor() -> str:
+def processor(device: torch.device) -> str:
+    """Its name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_field("model name") or "CPU"
+
+
+def _cpu_field(name: str) -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return ""
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), "")
+    return next((line.split(":", 1)[1] for line in lines if line.startswith(name)), "").strip()
 
 
 def peak_tflops(device: torch.device, dtype: str) -> float | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from engine.checkpoint.manifest import CheckpointError
 from engine.checkpoint.read import Damaged, Reader, Target
-from parallel.sharding.boxes import boxes_of_range
+from parallel.sharding.boxes import Box, boxes_of_range, whole_box
 
 BLOCK_BYTES = 128 << 20  # of a tensor, that are compared at once; some chunks at both ends are read twice
 _AT_ONCE = 1 << 20  # elements, in float64
@@ -89,6 +89,34 @@ def damaged_files(reader: Reader, *, headers: bool) -> Iterator[tuple[str, str]]
             yield file.name, str(error)
 
 
+@dataclass
+class Differences:
+    """Of elements that are given in parts: how many differ, by how much at most, which first. See `Different`."""
+
+    count: int = 0
+    largest: float | None = None
+    first: tuple[int, ...] | None = None
+    values: tuple[float, float] | None = None
+
+    def add(self, left: Tensor, right: Tensor, box: Box, start: int = 0) -> None:
+        """Compare flat elements, of a box of the tensor, those from `start` on."""
+        for at in range(0, left.numel(), _AT_ONCE):
+            x, y = left[at : at + _AT_ONCE], right[at : at + _AT_ONCE]
+            where = _differing(x, y)
+            if not where.numel():
+                continue
+            x, y = x[where].double(), y[where].double()
+            if self.first is None:
+                within = np.unravel_index(start + at + int(where[0]), box.shape) if box.shape else ()
+                self.first = tuple(int(i) + offset for i, offset in zip(within, box.offset, strict=True))
+                self.values = float(x[0]), float(y[0])
+            apart = (x - y).abs()
+            apart = apart[apart.isfinite()]
+            self.count += where.numel()
+            if apart.numel():
+                self.largest = max(self.largest or 0.0, float(apart.max()))
+
+
 class Different(NamedTuple):
     """How a tensor's elements differ in two checkpoints.
 
@@ -111,25 +139,12 @@ def compare(one: Reader, other: Reader, name: str) -> Different:
     """
     a, b = one.manifest.tensors[name], other.manifest.tensors[name]
     total, length = math.prod(a.shape), BLOCK_BYTES // max(a.dtype.itemsize, b.dtype.itemsize)
-    count, largest, first, values = 0, None, None, None
+    found = Differences()
     for start in range(0, total, length):
         stop = min(start + length, total)
         left, right = (_block(reader, name, start, stop) for reader in (one, other))
-        for at in range(0, stop - start, _AT_ONCE):
-            x, y = left[at : at + _AT_ONCE], right[at : at + _AT_ONCE]
-            where = _differing(x, y)
-            if not where.numel():
-                continue
-            x, y = x[where].double(), y[where].double()
-            if first is None:
-                index = np.unravel_index(start + at + int(where[0]), a.shape) if a.shape else ()
-                first, values = tuple(map(int, index)), (float(x[0]), float(y[0]))
-            apart = (x - y).abs()
-            apart = apart[apart.isfinite()]
-            count += where.numel()
-            if apart.numel():
-                largest = max(largest or 0.0, float(apart.max()))
-    return Different(count, largest, first, values)
+        found.add(left, right, whole_box(a.shape), start)
+    return Different(found.count, found.largest, found.first, found.values)
 
 
 def _block(reader: Reader, name: str, start: int, stop: int) -> Tensor:

@@ -54,8 +54,13 @@ def make_parser(program: str = "pretrain_vit.py") -> ArgumentParser:
     return parser
 
 
-def parse(argv: Sequence[str], program: str = "pretrain_vit.py") -> tuple[Config, bool]:
+def parse(
+    argv: Sequence[str], program: str = "pretrain_vit.py", *, stored: Mapping[str, Any] | None = None
+) -> tuple[Config, bool]:
     """(the configuration as given, whether it is only to be printed).
+
+    Args:
+        stored: groups and keys that all files and flags win over.
 
     Raises:
         ConfigError: an unknown key (the nearest valid one is named), a wrong type, a value out of range, a file that
@@ -65,6 +70,8 @@ def parse(argv: Sequence[str], program: str = "pretrain_vit.py") -> tuple[Config
     parser = make_parser(program)
     files, flags = _split(argv)
     given: Namespace | None = None
+    if stored is not None:
+        given = _translated(lambda: parser.parse_object(dict(stored)), "stored: ")
     for file in files:
         values = _keys_of(file)
         given = _translated(lambda v=values, g=given: parser.parse_object(v, g), f"{file}: ")

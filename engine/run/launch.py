@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from data import UnreadableImageError
+from engine.checkpoint.manifest import CheckpointError
 from engine.errors import (
     EXIT_DIVERGED,
     EXIT_DONE,
@@ -58,7 +59,7 @@ def run_rank(main: Callable[[Sequence[str], World], int | None], argv: Sequence[
         return error.code if isinstance(error.code, int) else EXIT_FAULT
     except ConfigError as error:
         return _leave(EXIT_USAGE, world, f"{program}: error: {error}")
-    except (DriftError, OutputError, UnreadableImageError) as error:
+    except (CheckpointError, DriftError, OutputError, UnreadableImageError) as error:
         return _leave(EXIT_FAULT, world, f"{program}: {error}")
     except DivergedError as error:
         return _leave(EXIT_DIVERGED, world, f"{program}: training diverged: {error}")

@@ -138,6 +138,21 @@ class Loop:
                 self.saving.finish()
         return self._reason()
 
+    def replay(self, last: int) -> Iterator[tuple[int, float, StepResult]]:
+        """Train up to step `last`, and nothing else: no evaluation, report or save.
+
+        Yields:
+            (step, loss that a line of metrics of this step would have, result) of each step.
+        """
+        progress, where = self.progress, self.stepper.assembly.grid.meter.where
+        for step, batches in zip(range(progress.step + 1, last + 1), self._batches(), strict=False):
+            where.begin(step)
+            _, result = self._train(step, batches)
+            loss = self._interval_loss(result)
+            if step % self.config.log.interval == 0:
+                progress.interval_losses = []
+            yield step, loss, result
+
     @property
     def _stops(self) -> bool:
         """Whether no other step is to be begun."""
@@ -226,7 +241,7 @@ class Loop:
         peak = peak_tflops(a.device, self.config.precision.dtype)
         values = {
             "samples": self.progress.samples,
-            "loss": statistics.fmean(self.progress.interval_losses or [result.loss]),
+            "loss": self._interval_loss(result),
             "lr": lr,
             "grad_norm": result.grad_norm,
             "loss_scale": result.loss_scale,
@@ -242,6 +257,10 @@ class Loop:
         }
         if self.writer is not None:
             self.writer.train(step, values)
+
+    def _interval_loss(self, result: StepResult) -> float:
+        """Mean since the last line of metrics, up to the step of this result."""
+        return statistics.fmean(self.progress.interval_losses or [result.loss])
 
     def _evaluate(self, step: int) -> Mapping[str, float]:
         synchronise(self.stepper.assembly.device)

@@ -14,6 +14,10 @@ from pathlib import Path
 
 import torch
 
+from engine.config import Config
+from engine.device import processor
+from engine.run.agreement import code_version
+from model.kernels import Kernels
 from parallel.grid import GridShape
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -31,6 +35,18 @@ def provenance(shape: GridShape) -> dict[str, str]:
         "host": socket.gethostname(),
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "command": _printable(shlex.join(sys.argv)),
+    }
+
+
+def machine(config: Config, device: torch.device) -> dict[str, str | int]:
+    """What the very bits of a step hang on beside configuration and layout, as this rank has it."""
+    return {
+        "code": code_version(),
+        "torch": torch.__version__,
+        "processor": processor(device),
+        "threads": torch.get_num_threads(),
+        "kernels": Kernels(config.kernels).describe(device)[0].removeprefix("kernels: "),
+        "fp32 products": torch.get_float32_matmul_precision(),
     }
 
 

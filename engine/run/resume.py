@@ -7,7 +7,7 @@ named, and the one before it is taken.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,7 @@ def resume(assembly: Assembly, folder: Path, *, steps: int, facts: Mapping[str, 
     candidates: list[int] = comm.gather_objects(folders.steps_in(folder) if world.index == 0 else [], world)[0]
     for step in reversed(candidates):
         path = folder / folders.name_of(step)
-        manifest, problem = _try(assembly, path, steps, notes)
+        manifest, problem = take(assembly, path, steps, notes)
         if manifest is not None:
             notes += _changes(assembly, manifest, facts)
             where = f"resume: from {path}, step {step} of {steps}"
@@ -117,8 +117,15 @@ def resume(assembly: Assembly, folder: Path, *, steps: int, facts: Mapping[str, 
     return Resumed(notes=notes, spoiled=bool(candidates))
 
 
-def _try(a: Assembly, path: Path, steps: int, notes: list[str]) -> tuple[Manifest | None, str]:
-    """(the manifest, "") of a checkpoint that was restored, or (None, what is wrong with it). Collective."""
+def take(a: Assembly, path: Path, steps: int, notes: list[str]) -> tuple[Manifest | None, str]:
+    """(the manifest, "") of a checkpoint that was restored, or (None, what is wrong with it). Collective.
+
+    Args:
+        steps: of the whole run. notes: are added to, where state begins anew or is left out.
+
+    Raises:
+        ConfigError: on every rank: it is the state of something else.
+    """
     manifest, problem = None, None
     try:
         reader = Reader(path, threads=2)
@@ -196,17 +203,28 @@ def _changes(a: Assembly, manifest: Manifest, facts: Mapping[str, Any]) -> list[
     if (before := manifest.about.get("layout")) != shape:
         axes = (" x ".join(f"{axis} {size}" for axis, size in (layout or {}).items()) for layout in (before, shape))
         lines.append("resume: saved by {}, read by {}: the same up to rounding from here on".format(*axes))
-    changed = [
-        f"{key} {_shown(then)} -> {_shown(now)}"
-        for key in key_types()
-        if not _is_free(key) and (then := _stored(manifest.config, key)) != (now := plain(value_of(a.config, key)))
-    ]
+    changed = changed_keys(a.config, manifest, but=_is_free)
     if changed:
         lines.append(f"resume: changed since: {'; '.join(changed)}")
-    for name in ("training images", "held-out images"):
-        if manifest.about.get(name) != facts.get(name):
-            lines.append(f"warning: the list of {name} is another than when the checkpoint was saved")
-    return lines
+    return lines + changed_images(manifest, facts)
+
+
+def changed_keys(config: Config, manifest: Manifest, but: Callable[[str], bool] = lambda key: False) -> list[str]:
+    """What a resolved configuration has otherwise than that of a checkpoint, as `key then -> now`."""
+    return [
+        f"{key} {_shown(then)} -> {_shown(now)}"
+        for key in key_types()
+        if not but(key) and (then := _stored(manifest.config, key)) != (now := plain(value_of(config, key)))
+    ]
+
+
+def changed_images(manifest: Manifest, facts: Mapping[str, Any]) -> list[str]:
+    """A warning for each list of images that is another than in a checkpoint."""
+    return [
+        f"warning: the list of {name} is another than when the checkpoint was saved"
+        for name in ("training images", "held-out images")
+        if manifest.about.get(name) != facts.get(name)
+    ]
 
 
 def _is_free(key: str) -> bool:

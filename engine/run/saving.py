@@ -22,7 +22,7 @@ from engine.config import Config
 from engine.errors import ConfigError
 from engine.run.finite import check_finite
 from engine.run.metrics import MetricsWriter
-from engine.run.provenance import commit, version
+from engine.run.provenance import commit, machine, version
 from engine.run.resume import check_resume, checkpoint_dir, plain
 from engine.run.run_dir import RunDir, prepare_folder, set_aside
 from parallel import comm
@@ -84,12 +84,14 @@ def _check_keys(config: Config) -> None:
         raise ConfigError(f"checkpoint.keep_best {c.keep_best} goes by evaluations: set train.eval_interval")
 
 
-def facts_for_manifests(config: Config, shape: GridShape, train_set: Dataset, eval_set: Dataset) -> dict[str, Any]:
+def facts_for_manifests(
+    config: Config, shape: GridShape, device: torch.device, train_set: Dataset, eval_set: Dataset
+) -> dict[str, Any]:
     """`config` and `about` of this run's manifests."""
     about = {
         "version": version(),
         "commit": commit(),
-        "torch": torch.__version__,
+        "machine": machine(config, device),
         "layout": asdict(shape),
         "zero_stage": config.parallel.zero_stage,
         "training images": f"{len(train_set)} of {train_set.fingerprint}",

@@ -49,7 +49,7 @@ from parallel.grid import Grid, GridShape, world_axis
 from parallel.process_group import World
 
 
-class _Inputs(NamedTuple):
+class Inputs(NamedTuple):
     """What a run is made of before ranks talk: found, and found to be possible, by the same code on every rank."""
 
     run_dir: Path
@@ -79,14 +79,15 @@ def pretrain(config: Config, world: World) -> int:
     config = config.resolve(world.size)
     if world.rank >= world.size:
         wait_for_the_others(config, world)
-    inputs = _inputs(config, world)
+    run_dir = prepare_run_dir(config.run_dir)
+    inputs = inputs_of(config, world, run_dir, prepare_checkpoints(config, run_dir))
     threads, matmul = prepare_cpu(world), set_matmul(config.precision, inputs.device)
 
     process_group.start(world, inputs.device, config.parallel.timeout)
     check_agreement(facts_of(config, inputs.device, inputs.train_set, inputs.eval_set), world_axis(world))
     grid = grid_of(config, world, inputs.device)
     run, *others = lock_folders(config, inputs.run_dir, inputs.checkpoints, grid.world)
-    facts = facts_for_manifests(config, grid.shape, inputs.train_set, inputs.eval_set)
+    facts = facts_for_manifests(config, grid.shape, inputs.device, inputs.train_set, inputs.eval_set)
     assembly, resumed = _state(config, world, grid, inputs, facts)
     notes += resumed.notes
     if config.checkpoint.save_interval is not None:
@@ -116,9 +117,12 @@ def pretrain(config: Config, world: World) -> int:
     return EXIT_DONE if stopped is None else EXIT_STOPPED
 
 
-def _inputs(config: Config, world: World) -> _Inputs:
-    run_dir = prepare_run_dir(config.run_dir)
-    checkpoints = prepare_checkpoints(config, run_dir)
+def inputs_of(config: Config, world: World, run_dir: Path, checkpoints: Path) -> Inputs:
+    """Of a resolved configuration, and the folders of the run and its checkpoints. Writes nothing.
+
+    Raises:
+        ConfigError: what is asked for cannot be.
+    """
     train_set, eval_set = _datasets(config, world)
     steps = total_steps(config, len(train_set))
     check_schedule(config.schedule, steps)
@@ -129,23 +133,23 @@ def _inputs(config: Config, world: World) -> _Inputs:
     objective = make_objective(config)
     frozen_of(config, objective.layers)  # what it refuses is refused here
     source = None if may_resume(config, checkpoints) else source_of(config, objective)
-    return _Inputs(run_dir, checkpoints, train_set, eval_set, steps, device, objective, source)
+    return Inputs(run_dir, checkpoints, train_set, eval_set, steps, device, objective, source)
+
+
+def build(config: Config, world: World, grid: Grid, inputs: Inputs) -> Assembly:
+    """A new model on this rank, and the means to train it. Collective."""
+    return assemble(config, grid, inputs.device, inputs.objective, device_memory=memory_share(inputs.device, world))
 
 
 def _state(
-    config: Config, world: World, grid: Grid, inputs: _Inputs, facts: Mapping[str, Any]
+    config: Config, world: World, grid: Grid, inputs: Inputs, facts: Mapping[str, Any]
 ) -> tuple[Assembly, Resumed]:
     """What this rank trains: as an earlier attempt has left it, else from other weights, else new. Collective."""
-
-    def build() -> Assembly:
-        memory = memory_share(inputs.device, world)
-        return assemble(config, grid, inputs.device, inputs.objective, device_memory=memory)
-
-    assembly = build()
+    assembly = build(config, world, grid, inputs)
     resumed = resume(assembly, inputs.checkpoints, steps=inputs.steps, facts=facts["about"])
     if resumed.spoiled:
         del assembly
-        assembly = build()
+        assembly = build(config, world, grid, inputs)
     if resumed.manifest is None:
         resumed.notes.extend(start_from(assembly, inputs.source))
     elif config.checkpoint.load is not None:
@@ -155,7 +159,7 @@ def _state(
 
 def _loop(
     assembly: Assembly,
-    inputs: _Inputs,
+    inputs: Inputs,
     facts: Mapping[str, Any],
     writer: MetricsWriter | None,
     resumed: Resumed,
