@@ -62,7 +62,9 @@ class _Task(threading.Thread):
         try:
             self.result = self._work()
         except OSError as error:
-            self.error = f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
+            self.error = (error.strerror or str(error) or type(error).__name__) + (
+                f" ({error.filename})" if error.filename else ""
+            )
         except Exception as error:
             self.error = f"{type(error).__name__}: {error}"
 
