@@ -48,6 +48,7 @@ from engine.run.rerun import (
     run_again,
     stored,
 )
+from engine.run.progress import Progress
 from engine.run.resume import changed_images, changed_keys
 from engine.run.saving import facts_for_manifests
 from engine.run.trainer import Inputs, inputs_of
@@ -77,6 +78,7 @@ def main(argv: Sequence[str], world: World) -> int:
         other = stack.enter_context(opened(task.against)) if task.against is not None else None
         config = _config(start.manifest, flags, world, options.path)
         inputs = inputs_of(config, world, task.start.parent, task.start.parent)
+        inputs = inputs.after(Progress.of(start.manifest.progress), config)
         last = _last(task, start.manifest, None if other is None else other.manifest, inputs.steps)
         well = _run(config, world, inputs, task, (start, other), last, say)
     return EXIT_DONE if well else EXIT_FAULT

@@ -115,7 +115,7 @@ def run_again(
         CheckpointError: it is damaged. ConfigError: it is of another model.
     """
     assembly = build(config, world, grid, inputs)
-    manifest, problem = take(assembly, start, inputs.steps, notes)
+    manifest, problem = take(assembly, start, lambda done: inputs.steps, notes)
     if manifest is None:
         raise CheckpointError(problem)
     loop = Loop(

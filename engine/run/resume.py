@@ -26,7 +26,8 @@ from parallel import comm
 # Keys that may change without a word: how a run is spread and watched, and where things are.
 _FREE = ("parallel.", "log.", "checkpoint.", "run_dir", "device", "data.path", "data.val_path", "data.workers")
 _FREE_TRAIN = ("micro_batch_size", "eval_interval", "stop_step", "time_limit", "check_interval", "max_bad_steps")
-_SHOWN = 10  # differing tensors
+_TRAINED_BY = ("drop_path", "layer_scale", "head_bias", "preset")  # keys of the model that say how
+_SHOWN = 10  # of what differs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,11 +87,12 @@ def check_resume(config: Config, folder: Path) -> None:
         )
 
 
-def resume(assembly: Assembly, folder: Path, *, steps: int, facts: Mapping[str, Any]) -> Resumed:
+def resume(assembly: Assembly, folder: Path, *, steps: Callable[[Progress], int], facts: Mapping[str, Any]) -> Resumed:
     """Take the state of the newest checkpoint that is whole. Collective.
 
     Args:
-        steps: of the whole run. facts: `about` of this run, as manifests have it, to be compared.
+        steps: of the whole run, by what was done of it.
+        facts: `about` of this run, as manifests have it, to be compared.
 
     Raises:
         ConfigError: on every rank: it is of another model or optimizer; or all are damaged, and one was a must.
@@ -105,8 +107,9 @@ def resume(assembly: Assembly, folder: Path, *, steps: int, facts: Mapping[str, 
         manifest, problem = take(assembly, path, steps, notes)
         if manifest is not None:
             notes += _changes(assembly, manifest, facts)
-            where = f"resume: from {path}, step {step} of {steps}"
-            if step == steps:
+            last = steps(Progress.of(manifest.progress))
+            where = f"resume: from {path}, step {step} of {last}"
+            if step == last:
                 where += ": nothing is left; give more train.steps, another run_dir, or checkpoint.resume never"
             return Resumed(manifest=manifest, notes=[where, *notes])
         notes.append(f"warning: {path} is damaged: {problem}")
@@ -117,11 +120,11 @@ def resume(assembly: Assembly, folder: Path, *, steps: int, facts: Mapping[str, 
     return Resumed(notes=notes, spoiled=bool(candidates))
 
 
-def take(a: Assembly, path: Path, steps: int, notes: list[str]) -> tuple[Manifest | None, str]:
+def take(a: Assembly, path: Path, steps: Callable[[Progress], int], notes: list[str]) -> tuple[Manifest | None, str]:
     """(the manifest, "") of a checkpoint that was restored, or (None, what is wrong with it). Collective.
 
     Args:
-        steps: of the whole run. notes: are added to, where state begins anew or is left out.
+        steps: of the whole run, by what was done of it. notes: are added to, where state begins anew or is left out.
 
     Raises:
         ConfigError: on every rank: it is the state of something else.
@@ -135,9 +138,10 @@ def take(a: Assembly, path: Path, steps: int, notes: list[str]) -> tuple[Manifes
         return None, found
     with reader:
         manifest = reader.manifest
-        if manifest.step > steps:
+        last = steps(Progress.of(manifest.progress))
+        if manifest.step > last:
             raise ConfigError(
-                f"train.steps is {steps}, and {path} is at step {manifest.step} already: give more, another "
+                f"train.steps is {last}, and {path} is at step {manifest.step} already: give more, another "
                 "run_dir, or checkpoint.resume never"
             )
         notes_here = _check_state(a, reader)
@@ -166,13 +170,14 @@ def _check_state(a: Assembly, reader: Reader) -> list[str]:
     everywhere = comm.gather_objects(shapes_of(a), a.grid.world)
     shapes = {name: shape for found in everywhere for name, shape in found.items()}
     found = differences(shapes, reader)
-    weights = [d for d in found if d.name.startswith("weights/")]
-    if weights:
-        more = f" and {len(weights) - _SHOWN} more" if len(weights) > _SHOWN else ""
-        listed = "; ".join(d.describe().removeprefix("weights/") for d in weights[:_SHOWN])
+    differ = [d.describe().removeprefix("weights/") for d in found if d.name.startswith("weights/")]
+    if not differ:  # what computes something else with the same tensors
+        differ = changed_keys(a.config, reader.manifest, but=lambda key: not _is_of_the_function(key))
+    if differ:
+        more = f" and {len(differ) - _SHOWN} more" if len(differ) > _SHOWN else ""
         raise ConfigError(
-            f"{reader.folder} is of another model: {listed}{more}. Use the model's configuration of then, another "
-            "run_dir, checkpoint.resume never, or checkpoint.load to start a new run from its weights"
+            f"{reader.folder} is of another model: {'; '.join(differ[:_SHOWN])}{more}. Use the model's configuration "
+            "of then, another run_dir, checkpoint.resume never, or checkpoint.load to start a new run from its weights"
         )
     stored = _stored(reader.manifest.config, "optimizer.name")
     if stored != a.config.optimizer.name:
@@ -225,6 +230,12 @@ def changed_images(manifest: Manifest, facts: Mapping[str, Any]) -> list[str]:
         for name in ("training images", "held-out images")
         if manifest.about.get(name) != facts.get(name)
     ]
+
+
+def _is_of_the_function(key: str) -> bool:
+    """Whether it decides what is computed with given weights, and not how they begin or are trained."""
+    group, _, name = key.partition(".")
+    return key == "objective" or (group == "model" and name not in _TRAINED_BY)
 
 
 def _is_free(key: str) -> bool:

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Mapping
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from engine.run.load import Source, source_of, start_from
 from engine.run.loop import Loop
 from engine.run.metrics import MetricsWriter
 from engine.run.profile import StepProfiler
+from engine.run.progress import Progress
 from engine.run.provenance import provenance
 from engine.run.report import startup_report
 from engine.run.resume import Resumed, may_resume, resume
@@ -61,6 +63,12 @@ class Inputs(NamedTuple):
     objective: Objective
     source: Source | None
 
+    def after(self, done: Progress, config: Config) -> Inputs:
+        """For a run that goes on: epochs are other steps where earlier ones had another number of images."""
+        steps = total_steps(config, len(self.train_set), done)
+        check_schedule(config.schedule, steps)
+        return self._replace(steps=steps)
+
 
 def pretrain(config: Config, world: World) -> int:
     """Train as `config` says, from the newest checkpoint if there is one. Everything that can be refused is refused
@@ -89,6 +97,7 @@ def pretrain(config: Config, world: World) -> int:
     run, *others = lock_folders(config, inputs.run_dir, inputs.checkpoints, grid.world)
     facts = facts_for_manifests(config, grid.shape, inputs.device, inputs.train_set, inputs.eval_set)
     assembly, resumed = _state(config, world, grid, inputs, facts)
+    inputs = inputs.after(resumed.progress, config)
     notes += resumed.notes
     if config.checkpoint.save_interval is not None:
         notes += check_folder(inputs.checkpoints, assembly)
@@ -146,7 +155,8 @@ def _state(
 ) -> tuple[Assembly, Resumed]:
     """What this rank trains: as an earlier attempt has left it, else from other weights, else new. Collective."""
     assembly = build(config, world, grid, inputs)
-    resumed = resume(assembly, inputs.checkpoints, steps=inputs.steps, facts=facts["about"])
+    steps = partial(total_steps, config, len(inputs.train_set))
+    resumed = resume(assembly, inputs.checkpoints, steps=steps, facts=facts["about"])
     if resumed.spoiled:
         del assembly
         assembly = build(config, world, grid, inputs)
@@ -229,12 +239,17 @@ def check_profile(config: Config, steps: int) -> None:
         raise ConfigError(f"log.profile_steps {list(traced)} reaches beyond the {steps} steps of the run: lower it")
 
 
-def total_steps(config: Config, train_images: int) -> int:
-    """Steps of the run. Epochs count as the decimal number that was written: 1.1 is eleven tenths, to the last step."""
+def total_steps(config: Config, train_images: int, done: Progress | None = None) -> int:
+    """Steps of the run. Epochs count as the decimal number that was written: 1.1 is eleven tenths, to the last step.
+
+    done: what a run goes on from, whose steps may have had another number of images.
+    """
     if config.train.steps is not None:
         return config.train.steps
     assert config.train.epochs is not None
-    steps = max(1, math.ceil(Fraction(repr(config.train.epochs)) * train_images / config.train.global_batch_size))
+    step, samples = (0, 0) if done is None else (done.step, done.samples)
+    images = Fraction(repr(config.train.epochs)) * train_images
+    steps = max(1, step + math.ceil((images - samples) / config.train.global_batch_size))
     if steps > MAX_COUNT:
         raise ConfigError(f"train.epochs {config.train.epochs} are {steps} steps: at most {MAX_COUNT} can be")
     return steps
