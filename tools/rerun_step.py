@@ -33,6 +33,7 @@ from engine.device import prepare_cpu, set_matmul
 from engine.errors import EXIT_DONE, EXIT_FAULT, ConfigError
 from engine.run.agreement import check_agreement, facts_of
 from engine.run.launch import run_rank
+from engine.run.progress import Progress
 from engine.run.rerun import (
     Apart,
     Compared,
@@ -48,7 +49,6 @@ from engine.run.rerun import (
     run_again,
     stored,
 )
-from engine.run.progress import Progress
 from engine.run.resume import changed_images, changed_keys
 from engine.run.saving import facts_for_manifests
 from engine.run.trainer import Inputs, inputs_of
