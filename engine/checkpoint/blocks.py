@@ -13,6 +13,7 @@ import fcntl
 import mmap
 import os
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 
 BLOCK_BYTES = 1 << 20
 THREADS = 2  # that write
+_FLUSHED_BYTES = 256 << 20  # so many wait in the page cache at most, where the file system knows no other way
 _DIRECT = getattr(os, "O_DIRECT", 0)
 
 
@@ -30,14 +32,16 @@ class BlockFile:
 
     Args:
         path: of a file that does not exist yet. size: that it will have, so that the disk can give it one place.
+        on_disk: called by threads, with the bytes that the disk has taken since.
 
     Raises:
         OSError: from every method, also of blocks before: as of a full disk.
     """
 
-    def __init__(self, path: Path, size: int) -> None:
+    def __init__(self, path: Path, size: int, on_disk: Callable[[int], None] = lambda count: None) -> None:
         self._rooms = [np.frombuffer(mmap.mmap(-1, BLOCK_BYTES), np.uint8) for _ in range(THREADS + 1)]  # pages
         self._filled = self._written = 0
+        self._on_disk, self._direct = on_disk, False
         self._writing: deque[Future[None]] = deque()
         self._pool = ThreadPoolExecutor(THREADS, "checkpoint")
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -88,18 +92,22 @@ class BlockFile:
             self._writing.popleft().result()
 
     def _write(self, data: memoryview, at: int) -> None:
-        direct = True
+        total, may_change = len(data), True
         while data:
             try:
                 count = os.pwrite(self._file, data, at)
             except OSError as error:
-                if error.errno != errno.EINVAL or not direct:
+                if error.errno != errno.EINVAL or not may_change:
                     raise
-                direct = False  # the disk wants other blocks
+                may_change = False  # the disk wants other blocks
                 self._set_direct(False)
             else:
                 data, at = data[count:], at + count
+        if not self._direct and at % _FLUSHED_BYTES < total:  # else fsync would wait for all of them, and tell nothing
+            os.fdatasync(self._file)
+        self._on_disk(total)
 
     def _set_direct(self, on: bool) -> None:
         flags = fcntl.fcntl(self._file, fcntl.F_GETFL)
         fcntl.fcntl(self._file, fcntl.F_SETFL, flags | _DIRECT if on else flags & ~_DIRECT)
+        self._direct = on and _DIRECT != 0

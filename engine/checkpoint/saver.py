@@ -109,6 +109,7 @@ class Saver:
         self._save: _Save | None = None
         self._task: _Task | None = None
         self._copied: threading.Event | None = None
+        self._bytes = 0  # that this rank has written of the save that is under way
 
     # -- around a step -------------------------------------------------------------------------------------------------
 
@@ -151,7 +152,7 @@ class Saver:
             except OSError as problem:
                 error = f"{problem.strerror or problem} ({problem.filename})"
         self._raise_if_any(error, temporary)  # and nobody writes before the folder is there
-        self._save = _Save(step, temporary, facts, began)
+        self._save, self._bytes = _Save(step, temporary, facts, began), 0
         self._begin_to_write(in_order(items_of(state_pieces(self.assembly))))
         self._save.blocked = time.perf_counter() - began
         if not self.config.async_save:
@@ -162,7 +163,7 @@ class Saver:
         path = self._save.temporary / f"rank-{self.world.index:05d}.safetensors"
         metadata = {"step": str(self._save.step), "rank": str(self.world.index), "format": "vitruvius"}
         if not self.config.async_save:
-            self._task = _Task(lambda: write_file(path, items, metadata))
+            self._task = _Task(lambda: write_file(path, items, metadata, self._count))
             return
         copied = self._copied = threading.Event()
         self.snapshot.begin(self.assembly.device)
@@ -172,28 +173,45 @@ class Saver:
                 copies = self.snapshot.take(items)
             finally:
                 copied.set()
-            return write_file(path, copies, metadata)
+            return write_file(path, copies, metadata, self._count)
 
         self._task = _Task(copy_and_write)
 
     def finish(self) -> None:
         """Return when no save is under way."""
         while self._save is not None:
-            began = time.perf_counter()
-            if self._task is not None:
-                self._task.join()
-            self._save.blocked += time.perf_counter() - began
             self._advance()
+
+    def _count(self, count: int) -> None:
+        self._bytes += count  # by several threads: one may be lost, but that there are more is seen
+
+    def _wait(self) -> None:
+        """Return when the tasks of all ranks have ended. Collective.
+
+        Ranks meet now and then as long as all that still write get on, so that a slow disk is not taken for a run that
+        hangs, here or on ranks that have written; one whose disk has stopped stays away, and is.
+        """
+        where, interval = self.assembly.grid.meter.where, min(1.0, self.assembly.grid.timeout / 20)
+        busy = True
+        while busy:
+            before = self._bytes
+            if self._task is not None:
+                self._task.join(interval)
+                while self._task.is_alive() and self._bytes == before:
+                    self._task.join(interval)
+            own = self._task is not None and self._task.is_alive()
+            where.now(f"writing a checkpoint, {self._bytes / 1e9:.3g} GB so far" if own else None)
+            busy = any(comm.gather_objects(own, self.world))
 
     def _advance(self, *, well: bool = False) -> None:
         """All ranks' tasks have ended, or one has failed: the next stage. well: no rank's has, as votes have told."""
         save, task = self._save, self._task
         assert save is not None
         began = time.perf_counter()
-        if task is not None and task.error is None and task.is_alive():
-            task.join()  # beside a rank that has failed
         if not well:
+            self._wait()
             self._raise_if_any(task.error if task is not None else None, save.temporary)
+        save.blocked, began = save.blocked + time.perf_counter() - began, time.perf_counter()
         if save.committing:
             self._end(save, task)
             return

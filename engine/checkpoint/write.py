@@ -8,7 +8,7 @@ tensor, then their bytes. Tensors of a file are boxes of logical tensors, and ar
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -73,11 +73,13 @@ def as_bytes(values: Tensor) -> NDArray[np.uint8]:
     return values.contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
-def write_file(path: Path, items: Sequence[Item], metadata: dict[str, str]) -> Written:
+def write_file(
+    path: Path, items: Sequence[Item], metadata: dict[str, str], on_disk: Callable[[int], None] = lambda count: None
+) -> Written:
     """Write a new file and see it on the disk.
 
     Args:
-        items: `in_order`. metadata: for the header.
+        items: `in_order`. metadata: for the header. on_disk: see BlockFile.
 
     Raises:
         OSError: as of a full disk.
@@ -85,7 +87,7 @@ def write_file(path: Path, items: Sequence[Item], metadata: dict[str, str]) -> W
     header = _header(items, metadata)
     entries = []
     size = len(header) + sum(item.box.numel * item.values.itemsize for item in items)
-    with BlockFile(path, size) as file:
+    with BlockFile(path, size, on_disk) as file:
         file.write(np.frombuffer(header, np.uint8))
         for item in items:
             start, data = file.size, as_bytes(item.values.cpu())

@@ -37,6 +37,21 @@ def test_all_bytes_in_order(tmp_path: Path) -> None:
     assert (tmp_path / "empty").stat().st_size == 0
 
 
+@pytest.mark.parametrize("direct", [True, False])
+def test_what_the_disk_has_taken_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: bool) -> None:
+    """Where blocks go through the page cache, they are flushed now and then: else only fsync would write."""
+    flushed, taken, blocks_ = [], [], 9
+    real = os.fdatasync
+    monkeypatch.setattr(os, "fdatasync", lambda file: (flushed.append(file), real(file))[1])
+    monkeypatch.setattr(blocks, "_FLUSHED_BYTES", 4 * BLOCK_BYTES)
+    with BlockFile(tmp_path / "file", blocks_ * BLOCK_BYTES, taken.append) as file:
+        if not direct or not file._direct:
+            file._set_direct(direct := False)
+        file.write(np.zeros(blocks_ * BLOCK_BYTES, np.uint8))
+        file.sync()
+    assert sum(taken) == blocks_ * BLOCK_BYTES and len(flushed) == (0 if direct else 2)
+
+
 def test_a_disk_that_wants_other_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused = []
 

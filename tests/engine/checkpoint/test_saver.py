@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +18,11 @@ from engine.checkpoint.config import CheckpointConfig
 from engine.checkpoint.read import Reader
 from engine.checkpoint.saver import Saver, SaveReport, Votes
 from engine.checkpoint.states import state_pieces
-from engine.checkpoint.write import Item, Written
+from engine.checkpoint.write import Item, Written, write_file
 from engine.errors import OutputError
 from engine.run.step import Stepper
 from parallel.process_group import World
+from tests.distributed import run_ranks
 from tests.engine.checkpoint.test_layouts import Layout, assembled
 from tests.engine.precision.test_scaled import batches_of
 
@@ -29,8 +30,8 @@ from tests.engine.precision.test_scaled import batches_of
 class Training:
     """One process, and the saver that goes with it."""
 
-    def __init__(self, kind: str, folder: Path) -> None:
-        self.a: Assembly = assembled(kind, Layout(1, {}), World())
+    def __init__(self, kind: str, folder: Path, timeout: float = 600.0) -> None:
+        self.a: Assembly = assembled(kind, Layout(1, {"timeout": timeout}), World())
         self.reports: list[SaveReport] = []
         config = CheckpointConfig(async_save=True)
         self.saver = Saver(self.a, folder, config, {"config": {}, "about": {}}, self.reports.append)
@@ -115,7 +116,7 @@ def test_a_disk_that_fails_ends_the_run_at_a_later_step(tmp_path: Path, monkeypa
     run.saver.finish()
     run.step()
 
-    def fail(path: Path, items: list[Item], metadata: dict[str, str]) -> Written:
+    def fail(path: Path, *_: object) -> Written:
         path.write_bytes(b"some of it")
         raise OSError(28, "No space left on device", str(path))
 
@@ -126,3 +127,51 @@ def test_a_disk_that_fails_ends_the_run_at_a_later_step(tmp_path: Path, monkeypa
             run.step()
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000000"]
     check(tmp_path, 0, state)
+
+
+def test_a_disk_that_writes_is_progress_and_one_that_has_stopped_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Training("adamw, fp16", tmp_path, timeout=1.0)
+    where, moves, places = run.a.grid.meter.where, list[int](), set[str]()
+
+    def slow(path: Path, items: list[Item], metadata: dict[str, str], on_disk: Callable[[int], None]) -> Written:
+        for wait in (*(0.1 for _ in range(10)), 0.5, 0.5):  # then it has stopped
+            on_disk(1 if wait < 0.5 else 0)
+            time.sleep(wait)
+            moves.append(where.moves)
+            places.add(where.place)
+        return write_file(path, items, metadata, on_disk)
+
+    monkeypatch.setattr(saver_module, "write_file", slow)
+    state = run.save()
+    run.changing.set()
+    run.saver.finish()
+    assert len(set(moves[:10])) >= 5 and moves[10] == moves[11], moves
+    assert any("writing a checkpoint, " in place for place in places)
+    check(tmp_path, 0, state)
+
+
+def save_on_slow_disk(world: World, folder: Path, timeout: float) -> int:
+    """Rank 1 writes for longer than any collective may take. Returns this rank's moves."""
+    a = assembled("adamw, fp16", Layout(2, {"timeout": timeout}), world)
+
+    def slow(path: Path, items: list[Item], metadata: dict[str, str], on_disk: Callable[[int], None]) -> Written:
+        until = time.monotonic() + 1.4 * timeout * world.rank
+        while time.monotonic() < until:
+            time.sleep(0.1)
+            on_disk(1)
+        return write_file(path, items, metadata, on_disk)
+
+    saver_module.write_file = slow
+    before = a.grid.meter.where.moves
+    Saver(a, folder, CheckpointConfig(), {"config": {}, "about": {}}).save(1, {}, {})
+    a.grid.close()
+    return a.grid.meter.where.moves - before
+
+
+@pytest.mark.slow
+def test_ranks_wait_for_a_slow_disk_longer_than_for_each_other(tmp_path: Path) -> None:
+    assert min(run_ranks(2, save_on_slow_disk, tmp_path, 5.0)) > 10
+    with Reader(tmp_path / "step-00000001") as reader:
+        reader.verify()
