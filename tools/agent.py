@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Collection
 from contextlib import suppress
@@ -14,6 +15,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from engine.errors import EXIT_STOPPED, FINAL
 
+_LEFT_OVER_SECONDS = 30
 _INTERRUPTED = 128 + signal.SIGINT
 
 
@@ -72,6 +74,7 @@ class Agent(LocalElasticAgent):
         else:
             most = worker_group.spec.max_restarts
             self.say(f"{self._why}: all ranks start again (restart {most - self._remaining_restarts} of {most})")
+        os.environ["VITRUVIUS_STARTED_AGAIN"] = "1"  # torch's count is of failures alone
         super()._restart_workers(worker_group)
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
@@ -82,7 +85,9 @@ class Agent(LocalElasticAgent):
             raise
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
-        self._shutdown(timeout=self._shutdown_timeout)  # torch: 30 s, too short to save much
+        """Ranks that are well save (torch gives them 30 s); those that are left after a failure cannot."""
+        well = worker_group.state is WorkerState.HEALTHY
+        self._shutdown(timeout=self._shutdown_timeout if well else min(self._shutdown_timeout, _LEFT_OVER_SECONDS))
 
 
 def first_failure(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFailure]:

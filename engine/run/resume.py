@@ -60,10 +60,11 @@ def checkpoint_dir(config: Config, run_dir: Path) -> Path:
 
 
 def goes_on(config: Config) -> bool:
-    """Whether a checkpoint in the folder is one to go on from. Where the launcher has started the ranks again after a
-    failure, those there are this run's, whatever it was told of earlier ones.
+    """Whether a checkpoint in the folder is one to go on from. Where the launcher has started this rank again, after a
+    failure or because hosts have come, those there are this run's, whatever it was told of earlier ones.
     """
-    return config.checkpoint.resume != "never" or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" or "VITRUVIUS_STARTED_AGAIN" in os.environ
+    return config.checkpoint.resume != "never" or again
 
 
 def may_resume(config: Config, folder: Path) -> bool:
@@ -98,7 +99,7 @@ def resume(assembly: Assembly, folder: Path, *, steps: Callable[[Progress], int]
         ConfigError: on every rank: it is of another model or optimizer; or all are damaged, and one was a must.
     """
     config, world = assembly.config, assembly.grid.world
-    if not goes_on(config):
+    if not any(comm.gather_objects(goes_on(config), world)):  # a host that has just come knows of no earlier start
         return Resumed()
     notes: list[str] = []
     candidates: list[int] = comm.gather_objects(folders.steps_in(folder) if world.index == 0 else [], world)[0]
