@@ -101,8 +101,12 @@ def climb(
     before_training: Callable[[Stepper], None] | None = None,
     steps: int = STEPS,
     schedule: Schedule | None = None,
+    first: int = 0,
+    after_training: Callable[[Stepper], None] | None = None,
 ) -> Climb:
-    """Train for some steps and evaluate; the same result on every rank. schedule: instead of the configuration's."""
+    """Train for some steps and evaluate; the same result on every rank. schedule: instead of the configuration's.
+    first: steps that were done before.
+    """
     grid = make_grid(config.grid_shape(world.size), world)
     assembly = assemble(config, grid, torch.device("cpu"), schedule=schedule)
     poison(assembly.store.gatherer)
@@ -129,7 +133,7 @@ def climb(
         update(lr=lr, grad_factor=grad_factor, decay_factor=decay_factor)
 
     assembly.optimizer.update = recording  # type: ignore[method-assign]
-    for batches in islice(stream.steps(0), steps):
+    for batches in islice(stream.steps(first), steps):
         part = factor(config.schedule, assembly.optimizer.steps, STEPS)
         result = stepper.train_step(batches, config.optimizer.lr * part, part)
         out.losses.append(result.loss)
@@ -141,6 +145,8 @@ def climb(
         out.average = evaluated(stepper.evaluate_average(EvalStream(eval_set, **place)))
     if assembly.fp8 is not None:
         out.fp8 = comm.gather_objects(assembly.fp8.state_dict(), grid.world)
+    if after_training is not None:
+        after_training(stepper)
     grid.close()
     if len(list(Path("/proc/self/task").iterdir())) > MANY_THREADS:  # of groups that wait for the garbage collector
         gc.collect()
