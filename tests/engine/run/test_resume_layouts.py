@@ -49,12 +49,12 @@ class Variant:
     changes: dict[str, Any] = field(default_factory=dict)
 
     def config(self, folder: Path) -> Config:
-        """Four micro-batches a step on each data rank where there are two of them."""
+        """Two images a micro-batch: two of these a step on each data rank where there are two."""
         precision = fp16() if self.dtype == "fp16" else {"precision": PrecisionConfig(dtype=self.dtype)}  # type: ignore[arg-type]
         changes = precision | (MODEL8 if self.dtype == "fp8" else {}) | self.changes
         return config_of(
             folder,
-            train={"global_batch_size": 8, "micro_batch_size": 1, "check_interval": 0},
+            train={"global_batch_size": 8, "micro_batch_size": 2, "check_interval": 0},
             parallel=ParallelConfig(**self.parallel),
             optimizer=OptimizerConfig(name=self.optimizer, ema_decay=self.ema),  # type: ignore[arg-type]
             log=LogConfig(interval=3, tensorboard=False),
@@ -90,7 +90,7 @@ def attempt(world: World, variant: Variant, folder: Path, until: int | None, asy
     config = replace(config, train=replace(config.train, stop_step=until), checkpoint=checkpoint).resolve(world.size)
     cpu = torch.device("cpu")
     grid = grid_of(config, world, cpu)
-    micro_batches = 8 // grid.data.size
+    micro_batches = 4 // grid.data.size
     schedule = by_stages(variant.placement, micro_batches) if variant.placement else None
     a = assemble(config, grid, cpu, schedule=schedule)
     checkpoints = checkpoint_dir(config, folder)
