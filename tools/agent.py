@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Callable, Collection
 from contextlib import suppress
@@ -74,7 +73,6 @@ class Agent(LocalElasticAgent):
         else:
             most = worker_group.spec.max_restarts
             self.say(f"{self._why}: all ranks start again (restart {most - self._remaining_restarts} of {most})")
-        os.environ["VITRUVIUS_STARTED_AGAIN"] = "1"  # torch's count is of failures alone
         super()._restart_workers(worker_group)
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:

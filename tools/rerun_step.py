@@ -182,7 +182,7 @@ def _compare(
     say: Callable[[str], None],
 ) -> bool:
     start, other = readers
-    about = facts_for_manifests(config, grid.shape, inputs.device, inputs.train_set, inputs.eval_set)["about"]
+    about = facts_for_manifests(config, grid, inputs.device, inputs.train_set, inputs.eval_set)["about"]
     for line in _warnings(config, start.manifest, about):
         say(line)
     say(f"from      {task.start} (step {start.manifest.step})")

@@ -44,6 +44,10 @@ class CheckpointConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"checkpoint.{name} is {value}: it must be {least} or more, or left out")
+        for name in ("dir", "load"):
+            value = getattr(self, name)
+            if value is not None and not value.strip():
+                raise ValueError(f"checkpoint.{name} is empty: give a folder, or leave it out")
         if self.resume == "must" and self.load is not None:
             raise ValueError(
                 "checkpoint.load starts a new run and checkpoint.resume must goes on with one: give one of the two"

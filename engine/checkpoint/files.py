@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.checkpoint.manifest import CheckpointError, StoredFile, checksum
+from engine.checkpoint.manifest import CheckpointError, StoredFile, checksum, unread
 
 _MOST_OPEN = 256  # files at once; there may be as many as ranks that saved
 
@@ -49,7 +49,7 @@ class Files:
         try:
             about = path.stat()
         except OSError as error:
-            raise CheckpointError(f"{path} is missing ({error.strerror})") from error
+            raise unread(f"{path} is missing", error) from error
         if not stat.S_ISREG(about.st_mode):
             raise CheckpointError(f"{path} is no file")
         if about.st_size != file.bytes:
@@ -64,7 +64,7 @@ class Files:
                 length = 8 + int.from_bytes(os.pread(file, 8, 0), "little")
                 right = length <= stored.bytes and checksum(os.pread(file, length, 0)) == stored.header
             except OSError as error:
-                raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
+                raise unread(f"{path} cannot be read", error) from error
         if not right:
             raise CheckpointError(f"{path} is damaged: the checksum of its header is wrong")
 
@@ -77,7 +77,7 @@ class Files:
                 try:
                     self._files[number] = _File(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
                 except OSError as error:
-                    raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
+                    raise unread(f"{path} cannot be read", error) from error
             file = self._files[number]
             self._files.move_to_end(number)
             file.users += 1

@@ -20,6 +20,7 @@ from engine.checkpoint.config import CheckpointConfig
 from engine.checkpoint.manifest import FILE, CheckpointError, Manifest, NoCheckpointError, read_manifest, reason
 
 _NAME = re.compile(r"step-(\d{8}|[1-9]\d{8,18})", re.ASCII)
+SEEN = ".seen-by-all-"  # begins the name of what ranks look for to see that they have one folder
 _TEMPORARY, _DELETED, _DAMAGED = ".writing", ".deleted", ".damaged"
 
 
@@ -63,9 +64,11 @@ def newest(path: Path) -> Path:
 
 
 def begin(folder: Path, step: int) -> Path:
-    """Make the temporary folder of a checkpoint, anew."""
+    """Make the temporary folder of a checkpoint, anew; what else stands where it is to be is set aside."""
     temporary = folder / (name_of(step) + _TEMPORARY)
     _remove(temporary)
+    if os.path.lexists(final := folder / name_of(step)):
+        _set_aside(final)
     temporary.mkdir(parents=True)
     return temporary
 
@@ -80,7 +83,8 @@ def commit(temporary: Path, manifest: Manifest) -> Path:
     final = temporary.with_name(temporary.name.removesuffix(_TEMPORARY))
     temporary.rename(final)
     _sync(final.parent)
-    _sync(final.parent.parent)  # where the folder of all may be new
+    with contextlib.suppress(PermissionError):  # to list it
+        _sync(final.parent.parent)  # where the folder of all may be new
     return final
 
 
@@ -91,7 +95,7 @@ def discard(temporary: Path) -> None:
 
 def clean(folder: Path) -> None:
     """Remove what saves and deletions that were cut off have left."""
-    for pattern in (f"step-*{_TEMPORARY}", f"step-*{_DELETED}"):
+    for pattern in (f"step-*{_TEMPORARY}", f"step-*{_DELETED}", f"{SEEN}*"):
         for path in folder.glob(pattern):
             _remove(path)
 
@@ -103,12 +107,18 @@ def set_damaged_aside(folder: Path, after: int) -> list[str]:
     names = []
     for step in steps_in(folder):
         if step > after:
-            path = folder / name_of(step)
-            aside = path.with_name(path.name + _DAMAGED)
-            _remove(aside)
-            path.rename(aside)
-            names.append(aside.name)
+            names.append(_set_aside(folder / name_of(step)).name)
     return names
+
+
+def _set_aside(path: Path) -> Path:
+    """Rename it, to a name that is free."""
+    aside, count = path.with_name(path.name + _DAMAGED), 1
+    while os.path.lexists(aside):
+        count += 1
+        aside = path.with_name(f"{path.name}{_DAMAGED}-{count}")
+    path.rename(aside)
+    return aside
 
 
 @contextlib.contextmanager
@@ -146,7 +156,7 @@ def delete(path: Path) -> bool:
     _remove(doomed)  # an earlier one
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):  # of a damaged one: nobody reads it
-            manifest = os.open(path / FILE, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            manifest = _open_to_lock(path / FILE)
             stack.callback(os.close, manifest)
             try:
                 fcntl.flock(manifest, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until renamed
@@ -162,17 +172,27 @@ def delete(path: Path) -> bool:
     return True
 
 
-def prune(folder: Path, config: CheckpointConfig) -> list[int]:
-    """Delete what is not to be kept. Returns the steps that went."""
+def _open_to_lock(path: Path) -> int:
+    """For writing, where that is allowed: network file systems lock nothing alone that is open for reading only."""
+    flags = os.O_CLOEXEC | os.O_NONBLOCK
+    try:
+        return os.open(path, os.O_RDWR | flags)
+    except OSError:
+        return os.open(path, os.O_RDONLY | flags)
+
+
+def prune(folder: Path, config: CheckpointConfig) -> tuple[list[int], list[int]]:
+    """Delete what is not to be kept. Returns the steps that went, and those that could not go."""
     steps = steps_in(folder)
     if config.keep is None:
-        return []
+        return [], []
     kept = set(steps[-config.keep :])
     if config.keep_every:
         kept |= {step for step in steps if step % config.keep_every == 0}
     if config.keep_best:
         kept |= set(best(folder, steps)[: config.keep_best])
-    return [step for step in steps if step not in kept and delete(folder / name_of(step))]
+    gone = {step: delete(folder / name_of(step)) for step in steps if step not in kept}
+    return [step for step, went in gone.items() if went], [step for step, went in gone.items() if not went]
 
 
 def best(folder: Path, steps: list[int]) -> list[int]:
@@ -193,8 +213,8 @@ def _merit(figures: Mapping[str, float]) -> tuple[bool, float] | None:
 
 
 def _remove(path: Path) -> None:
-    """A folder and all in it, or a link, as far as that can be."""
-    if path.is_symlink():
+    """A folder and all in it, or a link or a file, as far as that can be."""
+    if path.is_symlink() or path.is_file():
         with contextlib.suppress(OSError):
             path.unlink()
     else:

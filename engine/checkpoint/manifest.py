@@ -6,6 +6,7 @@ checksum of itself. `docs/checkpoints.md` describes the format.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -41,6 +42,26 @@ class CheckpointError(RuntimeError):
 
 class NoCheckpointError(CheckpointError):
     """There is none that this program can know: nothing at all, or something of another format."""
+
+
+class UnreadableError(CheckpointError):
+    """It may be whole, but cannot be read now: no permission, a file system that is away, too many open files."""
+
+
+_NOW = {
+    getattr(errno, name)
+    for name in (
+        "EACCES", "EPERM", "ESTALE", "EMFILE", "ENFILE", "ENOMEM", "ETIMEDOUT", "ENOTCONN", "EHOSTDOWN", "EHOSTUNREACH",
+        "ENETDOWN", "ENETUNREACH", "EREMOTEIO", "ECONNREFUSED", "ECONNRESET", "EAGAIN",
+    )
+    if hasattr(errno, name)
+}  # fmt: skip
+
+
+def unread(message: str, error: Exception) -> CheckpointError:
+    """What an error of the operating system says of a checkpoint: that it is damaged, or out of reach for now."""
+    kind = UnreadableError if isinstance(error, OSError) and error.errno in _NOW else CheckpointError
+    return kind(f"{message} ({reason(error)})")
 
 
 def checksum(data: Any) -> str:
@@ -144,15 +165,13 @@ def read_manifest(folder: Path) -> Manifest:
     """Of a checkpoint's folder: what it says is possible, and its tensors' pieces cover them once.
 
     Raises:
-        CheckpointError: it is damaged, of another format (then a NoCheckpointError), or not to be read.
+        CheckpointError: it is damaged, of another format (then a NoCheckpointError), or out of reach (UnreadableError).
     """
     path = folder / FILE
     try:
         text = read_regular(path, _MOST_BYTES)
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder} is no complete checkpoint: its {FILE} cannot be read ({reason(error)})"
-        ) from error
+        raise unread(f"{folder} is no complete checkpoint: its {FILE} cannot be read", error) from error
     body, seal, end = text.rpartition(_SEAL.encode())
     sealed = bool(seal) and end == f"{checksum(body)}{_END}".encode()
     try:

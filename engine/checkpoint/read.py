@@ -30,6 +30,7 @@ from engine.checkpoint.manifest import (
     StoredPiece,
     checksum,
     read_manifest,
+    unread,
 )
 from parallel.sharding.boxes import Box, boxes_of_range, whole_box
 
@@ -228,7 +229,7 @@ class Reader:
                 try:
                     count = os.preadv(file, [data], at)
                 except OSError as error:
-                    raise CheckpointError(f"{self._path(chunk)} cannot be read ({error.strerror})") from error
+                    raise unread(f"{self._path(chunk)} cannot be read", error) from error
                 if not count:
                     raise CheckpointError(f"{self._path(chunk)} is shorter than when it was saved")
                 data, at = data[count:], at + count

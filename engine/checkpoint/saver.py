@@ -32,7 +32,7 @@ class SaveReport:
 
     Attributes:
         path: of the checkpoint. step: its. bytes: of all files. blocked: seconds that training stood still for it.
-        seconds: from its beginning until it was complete. deleted: steps of older ones that went.
+        seconds: from its beginning until it was complete. deleted, stuck: steps of older ones that went, or could not.
     """
 
     path: Path
@@ -41,6 +41,7 @@ class SaveReport:
     blocked: float
     seconds: float
     deleted: Sequence[int]
+    stuck: Sequence[int]
 
 
 class Votes(NamedTuple):
@@ -223,18 +224,24 @@ class Saver:
             self._task = _Task(lambda: self._complete(save.temporary, manifest))
         save.blocked += time.perf_counter() - began
 
-    def _complete(self, temporary: Path, manifest: Manifest) -> tuple[Path, list[int]]:
+    def _complete(self, temporary: Path, manifest: Manifest) -> tuple[Path, tuple[list[int], list[int]]]:
         path = folders.commit(temporary, manifest)
         return path, folders.prune(self.folder, self.config)
 
     def _end(self, save: _Save, task: _Task | None) -> None:
         self._save, self._task, self.newest = None, None, save.step
         if task is not None and self._report is not None:
-            path, deleted = task.result
+            path, (deleted, stuck) = task.result
             seconds = time.perf_counter() - save.began
             self._report(
                 SaveReport(
-                    path=path, step=save.step, bytes=save.bytes, blocked=save.blocked, seconds=seconds, deleted=deleted
+                    path=path,
+                    step=save.step,
+                    bytes=save.bytes,
+                    blocked=save.blocked,
+                    seconds=seconds,
+                    deleted=deleted,
+                    stuck=stuck,
                 )
             )
 

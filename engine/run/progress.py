@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
+
+from engine.checkpoint.manifest import CheckpointError
 
 
 @dataclass
@@ -31,5 +33,12 @@ class Progress:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
-        """What `to_json` gave."""
-        return cls(**values)
+        """What `to_json` gave; a later version may have put more into it. Raises CheckpointError for what is none."""
+        known = {field.name: values[field.name] for field in fields(cls) if field.name in values}
+        for name, value in known.items():
+            is_count = type(value) in (int, float) and value >= 0
+            if not (isinstance(value, list) if name == "interval_losses" else is_count):
+                raise CheckpointError(
+                    f"what the checkpoint says of the run's progress cannot be: {name} is {value!r:.40}"
+                )
+        return cls(**known)

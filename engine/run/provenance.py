@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shlex
 import socket
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from engine.checkpoint.manifest import checksum
 from engine.config import Config
 from engine.device import processor
 from engine.run.agreement import code_version
@@ -48,6 +50,17 @@ def machine(config: Config, device: torch.device) -> dict[str, str | int]:
         "kernels": Kernels(config.kernels).describe(device)[0].removeprefix("kernels: "),
         "fp32 products": torch.get_float32_matmul_precision(),
     }
+
+
+def launcher() -> str | None:
+    """Who started this rank, and starts it again: torchrun or tools.launch, as that process on its host; else None."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    try:
+        since = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        since = ""
+    return checksum(f"{socket.gethostname()} {os.getppid()} {since}".encode())
 
 
 def _printable(text: str) -> str:

@@ -6,7 +6,6 @@ named, and the one before it is taken.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 from engine.assemble import Assembly
 from engine.checkpoint import folder as folders
-from engine.checkpoint.manifest import CheckpointError, Manifest
+from engine.checkpoint.manifest import CheckpointError, Manifest, NoCheckpointError, UnreadableError, read_manifest
 from engine.checkpoint.read import Reader
 from engine.checkpoint.states import Difference, differences, restore, shapes_of
 from engine.config import Config
@@ -35,13 +34,11 @@ class Resumed:
     """What a run goes on from.
 
     Attributes:
-        manifest: of the checkpoint; None: there is none, the run starts anew. notes: what to say. spoiled: whether
-            the state was overwritten by a checkpoint that turned out to be damaged, and must be made anew.
+        manifest: of the checkpoint; None: there is none, the run starts anew. notes: what to say.
     """
 
     manifest: Manifest | None = None
     notes: list[str] = field(default_factory=list)
-    spoiled: bool = False
 
     @property
     def step(self) -> int | None:
@@ -59,18 +56,10 @@ def checkpoint_dir(config: Config, run_dir: Path) -> Path:
     return Path(config.checkpoint.dir) if config.checkpoint.dir is not None else run_dir / "checkpoints"
 
 
-def goes_on(config: Config) -> bool:
-    """Whether a checkpoint in the folder is one to go on from. Where the launcher has started this rank again, after a
-    failure or because hosts have come, those there are this run's, whatever it was told of earlier ones.
-    """
-    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" or "VITRUVIUS_STARTED_AGAIN" in os.environ
-    return config.checkpoint.resume != "never" or again
-
-
 def may_resume(config: Config, folder: Path) -> bool:
     """Whether there seems to be something to go on from."""
     try:
-        return goes_on(config) and bool(folders.steps_in(folder))
+        return config.checkpoint.resume != "never" and bool(folders.steps_in(folder))
     except CheckpointError:
         return False
 
@@ -88,58 +77,90 @@ def check_resume(config: Config, folder: Path) -> None:
         )
 
 
-def resume(assembly: Assembly, folder: Path, *, steps: Callable[[Progress], int], facts: Mapping[str, Any]) -> Resumed:
-    """Take the state of the newest checkpoint that is whole. Collective.
+def resume(
+    build: Callable[[], Assembly], folder: Path, *, steps: Callable[[Progress], int], facts: Mapping[str, Any]
+) -> tuple[Assembly, Resumed]:
+    """Make what this rank trains, with the state of the newest checkpoint that is whole, if there is one. Collective.
 
     Args:
-        steps: of the whole run, by what was done of it.
+        build: makes it new. steps: of the whole run, by what was done of it.
         facts: `about` of this run, as manifests have it, to be compared.
 
     Raises:
-        ConfigError: on every rank: it is of another model or optimizer; or all are damaged, and one was a must.
+        ConfigError: on every rank: a checkpoint is of another model, optimizer or version of the format; or all are
+            damaged, and one was a must.
+        UnreadableError: on every rank: one cannot be read now, on some rank. Nothing was changed.
     """
-    config, world = assembly.config, assembly.grid.world
-    if not any(comm.gather_objects(goes_on(config), world)):  # a host that has just come knows of no earlier start
-        return Resumed()
-    notes: list[str] = []
-    candidates: list[int] = comm.gather_objects(folders.steps_in(folder) if world.index == 0 else [], world)[0]
+    a = build()
+    wanted, notes = a.config.checkpoint.resume, list[str]()
+    candidates = _candidates(a, folder, facts)
     for step in reversed(candidates):
         path = folder / folders.name_of(step)
-        manifest, problem = take(assembly, path, steps, notes)
+        manifest, problem = take(a, path, steps, notes)
         if manifest is not None:
-            notes += _changes(assembly, manifest, facts)
+            notes += _changes(a, manifest, facts)
             last = steps(Progress.of(manifest.progress))
             where = f"resume: from {path}, step {step} of {last}"
             if step == last:
                 where += ": nothing is left; give more train.steps, another run_dir, or checkpoint.resume never"
-            return Resumed(manifest=manifest, notes=[where, *notes])
-        notes.append(f"warning: {path} is damaged: {problem}")
-    if candidates and config.checkpoint.resume == "must":
-        raise ConfigError(f"checkpoint.resume is must, and no checkpoint in {folder} is whole: {'; '.join(notes)}")
+            return a, Resumed(manifest=manifest, notes=[where, *notes])
+        notes.append(f"warning: a checkpoint is damaged: {problem}")
+        del a  # some of its state is that checkpoint's
+        a = build()
+    if candidates and wanted == "must":
+        raise ConfigError(
+            f"checkpoint.resume is must, and no checkpoint in {folder} is whole: "
+            + "; ".join(note.removeprefix("warning: a checkpoint is damaged: ") for note in notes)
+        )
     if candidates:
         notes.append(f"warning: no checkpoint in {folder} is whole: the run starts anew, they are set aside")
-    return Resumed(notes=notes, spoiled=bool(candidates))
+    return a, Resumed(notes=notes)
+
+
+def _candidates(a: Assembly, folder: Path, facts: Mapping[str, Any]) -> list[int]:
+    """Steps of the checkpoints to go on from, ascending, as rank 0 finds them. Collective.
+
+    Where no earlier run is to be gone on with, those of this one are: a launcher starts its ranks again after a
+    failure, or when hosts have come or gone. They are known by the launchers, of which those of then and now share one.
+    """
+    steps: list[int] = []
+    if a.grid.world.index == 0:
+        steps = folders.steps_in(folder)
+        if a.config.checkpoint.resume == "never":
+            steps = [step for step in steps if _is_ours(folder / folders.name_of(step), facts)]
+    found: list[int] = comm.gather_objects(steps, a.grid.world)[0]
+    return found
+
+
+def _is_ours(path: Path, facts: Mapping[str, Any]) -> bool:
+    try:
+        return bool(set(read_manifest(path).about.get("launchers", ())) & set(facts.get("launchers", ())))
+    except CheckpointError:
+        return False
 
 
 def take(a: Assembly, path: Path, steps: Callable[[Progress], int], notes: list[str]) -> tuple[Manifest | None, str]:
-    """(the manifest, "") of a checkpoint that was restored, or (None, what is wrong with it). Collective.
+    """(the manifest, "") of a checkpoint that was restored, or (None, how it is damaged). Collective.
 
     Args:
         steps: of the whole run, by what was done of it. notes: are added to, where state begins anew or is left out.
 
     Raises:
-        ConfigError: on every rank: it is the state of something else.
+        ConfigError, UnreadableError: as `resume`.
     """
-    manifest, problem = None, None
+    reader, manifest, problem = None, None, None
     try:
         reader = Reader(path, threads=2)
-    except CheckpointError as error:
-        problem = str(error)
-    if (found := _first(a, problem)) is not None:
-        return None, found
-    with reader:
         manifest = reader.manifest
         last = steps(Progress.of(manifest.progress))
+        if path.name != folders.name_of(manifest.step):
+            raise CheckpointError(f"{path} says that it is of step {manifest.step}: it was renamed, or copied")
+    except CheckpointError as error:
+        problem = error
+    if (found := _worst(a, problem)) is not None:
+        return None, found
+    assert reader is not None and manifest is not None
+    with reader:
         if manifest.step > last:
             raise ConfigError(
                 f"train.steps is {last}, and {path} is at step {manifest.step} already: give more, another "
@@ -149,17 +170,31 @@ def take(a: Assembly, path: Path, steps: Callable[[Progress], int], notes: list[
         try:
             restore(a, reader)
         except CheckpointError as error:
-            problem = str(error)
-    if (found := _first(a, problem)) is not None:
+            problem = error
+    if (found := _worst(a, problem)) is not None:
         return None, found
     a.store.loaded()
     notes += notes_here
     return manifest, ""
 
 
-def _first(a: Assembly, problem: str | None) -> str | None:
-    """Of all ranks' problems. Collective."""
-    return next((found for found in comm.gather_objects(problem, a.grid.world) if found is not None), None)
+def _worst(a: Assembly, problem: CheckpointError | None) -> str | None:
+    """The first of all ranks' problems, None if there is none. Collective.
+
+    Raises:
+        ConfigError, UnreadableError: on every rank, if one rank's is no damage.
+    """
+    kinds = (NoCheckpointError, UnreadableError, CheckpointError)
+    own = None if problem is None else (next(i for i, k in enumerate(kinds) if isinstance(problem, k)), str(problem))
+    found = [p for p in comm.gather_objects(own, a.grid.world) if p is not None]
+    if not found:
+        return None
+    kind, message = min(found, key=lambda p: p[0])
+    if kinds[kind] is NoCheckpointError:
+        raise ConfigError(f"{message}. Or start anew: checkpoint.resume never sets it aside")
+    if kinds[kind] is UnreadableError:
+        raise UnreadableError(f"{message}: see to that and start again; nothing was changed")
+    return message
 
 
 def _check_state(a: Assembly, reader: Reader) -> list[str]:

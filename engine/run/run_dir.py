@@ -28,7 +28,7 @@ from parallel.comm import Axis
 
 # What a run writes and the next one must not mix with its own.
 _FILES = ("config.yaml", "classes.json", "metrics.jsonl", EVENTS)
-WRITTEN = (*_FILES, "profile", "hang", "checkpoints")
+WRITTEN = (*_FILES, "profile", "hang", "checkpoints/step-*")
 _PROBE_BYTES = 65536  # a full disk may still have room for a name, or for a few bytes beside it
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -185,6 +185,7 @@ def set_aside(folder: Path, patterns: Sequence[str] = WRITTEN) -> Path | None:
             return None
         aside = _new_earlier(folder)
         for name in names:
+            (aside / name).parent.mkdir(exist_ok=True)
             (folder / name).rename(aside / name)
         sync_folder(aside)
         sync_folder(folder)
@@ -204,7 +205,12 @@ def _new_earlier(folder: Path) -> Path:
 
 
 def _names(folder: Path, pattern: str) -> list[str]:
-    """What is in the folder under such names, whatever it is; nothing where there is no folder."""
+    """What is in the folder under such names, whatever it is; nothing where there is no folder, or where the folder of
+    the pattern is a link: what it leads to may be on another disk.
+    """
+    if "/" in pattern:
+        within, _, rest = pattern.partition("/")
+        return [] if (folder / within).is_symlink() else [f"{within}/{name}" for name in _names(folder / within, rest)]
     return fnmatch.filter([path.name for path in folder.iterdir()], pattern) if folder.is_dir() else []
 
 

@@ -22,12 +22,12 @@ from engine.config import Config
 from engine.errors import ConfigError
 from engine.run.finite import check_finite
 from engine.run.metrics import MetricsWriter
-from engine.run.provenance import commit, machine, version
+from engine.run.provenance import commit, launcher, machine, version
 from engine.run.resume import check_resume, checkpoint_dir, plain
 from engine.run.run_dir import RunDir, prepare_folder, set_aside
 from parallel import comm
 from parallel.comm import Axis
-from parallel.grid import GridShape
+from parallel.grid import Grid
 
 _PATIENCE = 10.0  # seconds until a network file system shows a new file everywhere
 
@@ -47,9 +47,9 @@ def prepare_checkpoints(config: Config, run_dir: Path) -> Path:
 
 
 def lock_folders(config: Config, run_dir: Path, folder: Path, world: Axis) -> tuple[RunDir, ...]:
-    """run_dir, and the folder of checkpoints if that is elsewhere: no other run writes there. Collective."""
+    """run_dir, and the folder of checkpoints, which may be elsewhere: no other run writes there. Collective."""
     run = RunDir(run_dir, world)
-    if config.checkpoint.save_interval is None or config.checkpoint.dir is None:
+    if config.checkpoint.save_interval is None:
         return (run,)
     return run, RunDir(folder, world, key="checkpoint.dir")
 
@@ -63,7 +63,7 @@ def prepare_to_save(config: Config, folder: Path, resumed_at: int | None) -> Non
     folders.clean(folder)
     if resumed_at is not None:
         folders.set_damaged_aside(folder, after=resumed_at)
-    elif config.checkpoint.dir is not None:  # else it is set aside with all of run_dir
+    elif config.checkpoint.dir is not None or folder.is_symlink():  # else with all that is in run_dir
         set_aside(folder, ["step-*"])
 
 
@@ -85,14 +85,15 @@ def _check_keys(config: Config) -> None:
 
 
 def facts_for_manifests(
-    config: Config, shape: GridShape, device: torch.device, train_set: Dataset, eval_set: Dataset
+    config: Config, grid: Grid, device: torch.device, train_set: Dataset, eval_set: Dataset
 ) -> dict[str, Any]:
-    """`config` and `about` of this run's manifests."""
+    """`config` and `about` of this run's manifests. Collective."""
     about = {
         "version": version(),
         "commit": commit(),
         "machine": machine(config, device),
-        "layout": asdict(shape),
+        "layout": asdict(grid.shape),
+        "launchers": sorted({known for known in comm.gather_objects(launcher(), grid.world) if known}),
         "zero_stage": config.parallel.zero_stage,
         "training images": f"{len(train_set)} of {train_set.fingerprint}",
         "held-out images": f"{len(eval_set)} of {eval_set.fingerprint}",
@@ -128,7 +129,7 @@ def check_folder(folder: Path, assembly: Assembly) -> list[str]:
 
 def _check_shared(folder: Path, world: Axis) -> None:
     token = comm.gather_objects(secrets.token_hex(8), world)[0]
-    mark = folder / f".seen-by-all-{token}"
+    mark = folder / f"{folders.SEEN}{token}"
     if world.index == 0:
         mark.touch()
     comm.barrier(world)
@@ -163,6 +164,7 @@ class Saving:
         self, assembly: Assembly, folder: Path, facts: Mapping[str, Any], writer: MetricsWriter | None
     ) -> None:
         self._assembly, self._writer, self._step = assembly, writer, 0
+        self._stuck: set[int] = set()
         self.interval = assembly.config.checkpoint.save_interval
         self.saver = Saver(assembly, folder, assembly.config.checkpoint, facts, self._report)
 
@@ -217,3 +219,8 @@ class Saving:
         )
         deleted = f"; deleted {', '.join(map(str, report.deleted))}" if report.deleted else ""
         self._writer.say(f" saved {report.path}: {_megabytes(report.bytes)} in {report.seconds:.2f} s{waited}{deleted}")
+        for step in sorted(set(report.stuck) - self._stuck):
+            self._writer.say(
+                f"warning: checkpoint {folders.name_of(step)} is being read, or cannot be deleted: it stays"
+            )
+        self._stuck = set(report.stuck)

@@ -95,7 +95,7 @@ def pretrain(config: Config, world: World) -> int:
     check_agreement(facts_of(config, inputs.device, inputs.train_set, inputs.eval_set), world_axis(world))
     grid = grid_of(config, world, inputs.device)
     run, *others = lock_folders(config, inputs.run_dir, inputs.checkpoints, grid.world)
-    facts = facts_for_manifests(config, grid.shape, inputs.device, inputs.train_set, inputs.eval_set)
+    facts = facts_for_manifests(config, grid, inputs.device, inputs.train_set, inputs.eval_set)
     assembly, resumed = _state(config, world, grid, inputs, facts)
     inputs = inputs.after(resumed.progress, config)
     notes += resumed.notes
@@ -154,15 +154,15 @@ def _state(
     config: Config, world: World, grid: Grid, inputs: Inputs, facts: Mapping[str, Any]
 ) -> tuple[Assembly, Resumed]:
     """What this rank trains: as an earlier attempt has left it, else from other weights, else new. Collective."""
-    assembly = build(config, world, grid, inputs)
     steps = partial(total_steps, config, len(inputs.train_set))
-    resumed = resume(assembly, inputs.checkpoints, steps=steps, facts=facts["about"])
-    if resumed.spoiled:
-        del assembly
-        assembly = build(config, world, grid, inputs)
+    make = partial(build, config, world, grid, inputs)
+    assembly, resumed = resume(make, inputs.checkpoints, steps=steps, facts=facts["about"])
     if resumed.manifest is None:
         resumed.notes.extend(start_from(assembly, inputs.source))
-    elif config.checkpoint.load is not None:
+        return assembly, resumed
+    if inputs.source is not None:
+        inputs.source.reader.close()
+    if config.checkpoint.load is not None:
         resumed.notes.append(f"resume: checkpoint.load {config.checkpoint.load} is of no effect in a run that goes on")
     return assembly, resumed
 

@@ -182,7 +182,7 @@ def test_a_path_that_means_none(tmp_path: Path) -> None:
 def steps_kept(tmp_path: Path, figures: Mapping[int, Mapping[str, float]], **keys: Any) -> list[int]:
     for step, evaluation in figures.items():
         make(tmp_path, step, {"weights/a": torch.ones(2)}, files=1, evaluation=evaluation)
-    gone = folders.prune(tmp_path, CheckpointConfig(**keys))
+    gone, _ = folders.prune(tmp_path, CheckpointConfig(**keys))
     left = folders.steps_in(tmp_path)
     assert sorted(left + gone) == sorted(figures)
     return left
@@ -228,7 +228,7 @@ def test_the_best_of_those_that_can_be_read(tmp_path: Path) -> None:
     (tmp_path / "step-00000001" / FILE).write_bytes(b"")
     for step, loss in ((2, 0.5), (3, 0.7)):
         make(tmp_path, step, tensors(), evaluation={"loss": loss})
-    assert folders.prune(tmp_path, CheckpointConfig(keep=1, keep_best=1)) == [1] and complete(tmp_path) == [2, 3]
+    assert folders.prune(tmp_path, CheckpointConfig(keep=1, keep_best=1)) == ([1], []) and complete(tmp_path) == [2, 3]
 
 
 def test_what_is_read_stays(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +93,11 @@ def attempt(world: World, variant: Variant, folder: Path, until: int | None, asy
     grid = grid_of(config, world, cpu)
     micro_batches = 4 // grid.data.size
     schedule = by_stages(variant.placement, micro_batches) if variant.placement else None
-    a = assemble(config, grid, cpu, schedule=schedule)
     checkpoints = checkpoint_dir(config, folder)
     sets = build_datasets(config.data, image_size=8, channels=1, num_classes=10, seed=0)
-    facts = facts_for_manifests(config, grid.shape, cpu, *sets)
-    resumed = resume(a, checkpoints, steps=lambda done: STEPS, facts=facts["about"])
+    facts = facts_for_manifests(config, grid, cpu, *sets)
+    build = partial(assemble, config, grid, cpu, schedule=schedule)
+    a, resumed = resume(build, checkpoints, steps=lambda done: STEPS, facts=facts["about"])
     writer = None
     if world.rank == 0:
         checkpoints.mkdir(parents=True, exist_ok=True)
