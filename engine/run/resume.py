@@ -104,13 +104,13 @@ def resume(
             if step == last:
                 where += ": nothing is left; give more train.steps, another run_dir, or checkpoint.resume never"
             return a, Resumed(manifest=manifest, notes=[where, *notes])
-        notes.append(f"warning: a checkpoint is damaged: {problem}")
+        notes.append(f"warning: {path} is damaged: {problem}")
         del a  # some of its state is that checkpoint's
         a = build()
     if candidates and wanted == "must":
         raise ConfigError(
             f"checkpoint.resume is must, and no checkpoint in {folder} is whole: "
-            + "; ".join(note.removeprefix("warning: a checkpoint is damaged: ") for note in notes)
+            + "; ".join(note.removeprefix("warning: ") for note in notes)
         )
     if candidates:
         notes.append(f"warning: no checkpoint in {folder} is whole: the run starts anew, they are set aside")

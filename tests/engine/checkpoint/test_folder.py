@@ -235,9 +235,9 @@ def test_what_is_read_stays(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         make(tmp_path, step, tensors())
     with Reader(tmp_path / "step-00000001") as one, Reader(tmp_path / "step-00000001"):
-        assert folders.prune(tmp_path, CheckpointConfig(keep=1)) == [2]
+        assert folders.prune(tmp_path, CheckpointConfig(keep=1)) == ([2], [1])
         assert torch.equal(one.whole("weights/a"), tensors()["weights/a"])
-    assert folders.prune(tmp_path, CheckpointConfig(keep=1)) == [1]
+    assert folders.prune(tmp_path, CheckpointConfig(keep=1)) == ([1], [])
 
 
 def test_what_cannot_be_opened_can_be_deleted(tmp_path: Path) -> None:

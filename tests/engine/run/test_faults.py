@@ -66,11 +66,11 @@ Stepper.train_step = step
 WHILE_IT_WRITES = """
 from engine.checkpoint import saver
 import os
-def write(path, items, metadata, write=saver.write_file):
+def write(path, items, metadata, tell, write=saver.write_file):
     if rank == 1 and "step-00000006" in str(path):
-        write(path, items[: len(items) // 2], metadata)
+        write(path, items[: len(items) // 2], metadata, tell)
         os.kill(os.getpid(), 9)
-    return write(path, items, metadata)
+    return write(path, items, metadata, tell)
 saver.write_file = write
 """
 BEFORE_THE_RENAME = """
