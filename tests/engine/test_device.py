@@ -48,7 +48,7 @@ def kept_settings() -> Iterator[None]:
 def test_the_library_of_products(
     vendor: str, library: str, kept_settings: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device, "_cpu_vendor", lambda: vendor)
+    monkeypatch.setattr(device, "_cpu_field", lambda name: {"vendor_id": vendor}[name])
     assert set_matmul(PrecisionConfig(), torch.device("cpu")) == library
     assert torch.get_float32_matmul_precision() == ("high" if library == "onednn" else "highest")
     assert set_matmul(PrecisionConfig(cpu_matmul="mkl"), torch.device("cpu")) == "mkl"

@@ -20,11 +20,11 @@ from engine.run.launch import run_rank
 
 attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 
-def write(path, items, metadata, write=saver.write_file):
+def write(path, items, metadata, tell, write=saver.write_file):
     if attempt == 0 and os.environ["RANK"] == "1" and "00000015" in str(path):
-        write(path, items[:3], metadata)
+        write(path, items[:3], metadata, tell)
         os.kill(os.getpid(), 9)
-    return write(path, items, metadata)
+    return write(path, items, metadata, tell)
 
 def sync(folder, sync=folders._sync):
     if attempt == 1 and "00000020.writing" in str(folder):
@@ -46,7 +46,7 @@ def check(job: Job) -> None:
     lines = [json.loads(line) for line in (job.run_dir / "metrics.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in lines if line["event"] == "train"]
     assert steps == list(range(1, len(steps) + 1))
-    names = sorted(path.name for path in (job.run_dir / "checkpoints").iterdir())
+    names = sorted(path.name for path in (job.run_dir / "checkpoints").iterdir() if path.name != ".lock")
     assert names[-1] == f"step-{len(steps):08d}" and all(len(name) == 13 for name in names), names
 
 

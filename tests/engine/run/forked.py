@@ -122,7 +122,7 @@ def wait_for_step(run_dir: Path, step: int, lives: Callable[[], bool], said: Cal
 
 def checkpoints(run_dir: Path) -> list[str]:
     """What is in the folder of checkpoints."""
-    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir() if path.name != ".lock")
 
 
 def _main(

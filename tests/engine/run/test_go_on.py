@@ -282,6 +282,7 @@ def test_a_new_run_sets_checkpoints_aside_in_any_folder(tmp_path: Path) -> None:
     assert all((tmp_path / "checkpoints" / place / "manifest.json").exists() for place in kept)
     assert (tmp_path / "checkpoints" / "notes").exists()
     (tmp_path / "checkpoints" / "step-3").mkdir()
+    (tmp_path / "checkpoints" / "step-3" / "manifest.json").write_text("{}")
     begin(tmp_path, None)
     assert (tmp_path / "earlier" / "1" / "checkpoints" / "step-3").exists()
     assert (tmp_path / "checkpoints" / "notes").exists()  # and the lock: the folder is this run's now
