@@ -203,8 +203,13 @@ def _reached(seen: int, value: int) -> bool:
 
 
 def _lives(pid: int) -> bool:
+    status = process_status(pid)
+    return bool(status) and status[0] not in "ZX"
+
+
+def process_status(pid: int) -> list[str]:
+    """What Linux says of a process after its name: its state first (proc(5)); nothing where there is none."""
     try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return False
-    return state not in "ZX"
+        return []

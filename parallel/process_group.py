@@ -135,14 +135,14 @@ def first_here_to_report(kind: str, world: World) -> bool:
 
 def note_end(code: int, world: World) -> None:
     """Leave word of this exit code to ranks that the launcher starts again; where it does not, nothing is done."""
-    if _starts_again() and (store := find_store(*_master(), _STORE_PATIENCE)) is not None:
+    if (store := _store_of_starts()) is not None:
         with contextlib.suppress(RuntimeError):
             store.set("vitruvius/ended", f"{code} {world.size}")
 
 
-def noted_end(world: World) -> tuple[int, int] | None:
+def noted_end() -> tuple[int, int] | None:
     """(exit code, ranks) that ranks of an earlier start have left word of."""
-    if _starts_again() and (store := find_store(*_master(), _STORE_PATIENCE)) is not None:
+    if (store := _store_of_starts()) is not None:
         with contextlib.suppress(RuntimeError):
             if store.check(["vitruvius/ended"]) and (found := store.get("vitruvius/ended")):
                 code, size = found.decode().split()
@@ -152,7 +152,7 @@ def noted_end(world: World) -> tuple[int, int] | None:
 
 def forget_end(world: World) -> None:
     """Nothing has ended: take back what was left word of."""
-    if world.rank == 0 and _starts_again() and (store := find_store(*_master(), _STORE_PATIENCE)) is not None:
+    if world.rank == 0 and (store := _store_of_starts()) is not None:
         with contextlib.suppress(RuntimeError):
             store.delete_key("vitruvius/ended")
 
@@ -193,9 +193,10 @@ def _attempt() -> str:
     return f"met {_met}" if _met else os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
-def _starts_again() -> bool:
-    """Whether the launcher, who has the store, starts ranks again after a failure."""
-    return by_launcher() and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+def _store_of_starts() -> dist.Store | None:
+    """The launcher's store, if it starts ranks again after a failure and answers."""
+    starts_again = by_launcher() and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    return find_store(*_master(), _STORE_PATIENCE) if starts_again else None
 
 
 def by_launcher() -> bool:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from engine.assemble import grid_of
 from engine.checkpoint.manifest import Manifest
@@ -62,6 +62,19 @@ _SHOWN = 10  # differing tensors
 _PROGRAM = "tools.rerun_step"
 
 
+class _Job(NamedTuple):
+    """What the command comes to. start, other: the task's checkpoints, open. last: step to be run. say: on rank 0."""
+
+    config: Config
+    world: World
+    inputs: Inputs
+    task: Task
+    start: Reader
+    other: Reader | None
+    last: int
+    say: Callable[[str], None]
+
+
 def main(argv: Sequence[str], world: World) -> int:
     """Run again, compare, print on rank 0. Returns the exit code.
 
@@ -80,7 +93,7 @@ def main(argv: Sequence[str], world: World) -> int:
         inputs = inputs_of(config, world, task.start.parent, task.start.parent)
         inputs = inputs.after(Progress.of(start.manifest.progress), config)
         last = _last(task, start.manifest, None if other is None else other.manifest, inputs.steps)
-        well = _run(config, world, inputs, task, (start, other), last, say)
+        well = _run(_Job(config, world, inputs, task, start, other, last, say))
     return EXIT_DONE if well else EXIT_FAULT
 
 
@@ -148,57 +161,44 @@ def _last(task: Task, start: Manifest, other: Manifest | None, steps: int) -> in
     return last
 
 
-def _run(
-    config: Config,
-    world: World,
-    inputs: Inputs,
-    task: Task,
-    readers: tuple[Reader, Reader | None],
-    last: int,
-    say: Callable[[str], None],
-) -> bool:
+def _run(job: _Job) -> bool:
     """Whether all is equal, on every rank."""
+    config, world, inputs, task = job.config, job.world, job.inputs, job.task
     prepare_cpu(world)
     set_matmul(config.precision, inputs.device)
     process_group.start(world, inputs.device, config.parallel.timeout)
     facts = facts_of(config, inputs.device, inputs.train_set, inputs.eval_set)
-    of_task = {"checkpoint": str(task.start), "other checkpoint": str(task.against), "last step": str(last)}
+    of_task = {"checkpoint": str(task.start), "other checkpoint": str(task.against), "last step": str(job.last)}
     check_agreement(facts | of_task, world_axis(world))
     grid = grid_of(config, world, inputs.device)
-    well = _compare(config, world, grid, inputs, task, readers, last, say)
+    well = _compare(job, grid)
     comm.barrier(grid.world)  # a rank that has ended has its launcher end the others
     process_group.stop()
     return well
 
 
-def _compare(
-    config: Config,
-    world: World,
-    grid: Grid,
-    inputs: Inputs,
-    task: Task,
-    readers: tuple[Reader, Reader | None],
-    last: int,
-    say: Callable[[str], None],
-) -> bool:
-    start, other = readers
+def _compare(job: _Job, grid: Grid) -> bool:
+    config, inputs, task, say = job.config, job.inputs, job.task, job.say
     about = facts_for_manifests(config, grid, inputs.device, inputs.train_set, inputs.eval_set)["about"]
-    for line in _warnings(config, start.manifest, about):
+    for line in _warnings(config, job.start.manifest, about):
         say(line)
-    say(f"from      {task.start} (step {start.manifest.step})")
-    first, notes = start.manifest.step + 1, list[str]()
-    say(f"run       {_span(first, last)}")
-    ran = run_again(config, world, grid, inputs, task.start, last, notes)
+    say(f"from      {task.start} (step {job.start.manifest.step})")
+    notes = list[str]()
+    say(f"run       {_span(job.start.manifest.step + 1, job.last)}")
+
+    def again(notes: list[str]) -> Ran:
+        return run_again(config, job.world, grid, inputs, task.start, job.last, notes)
+
+    ran = again(notes)
     for line in notes:
         say(f"warning: {line}")
-    alike = _compare_metrics(task.start, start.manifest, ran, say) if world.rank == 0 else True
+    alike = _compare_metrics(task.start, job.start.manifest, ran, say) if job.world.rank == 0 else True
     metrics: bool = comm.gather_objects(alike, grid.world)[0]
-    if other is not None:
+    if (other := job.other) is not None:
         return _tell(ran, stored(other), f"with {task.against}", other.manifest.tensors, grid.world, say) and metrics
     then, at_first = kept(ran.assembly), ran.steps
     del ran  # before there is another
-    again = lambda: run_again(config, world, grid, inputs, task.start, last, [])  # noqa: E731
-    return _tell_tries(again, then, at_first, task.times, grid.world, say) and metrics
+    return _tell_tries(lambda: again([]), then, at_first, task.times, grid.world, say) and metrics
 
 
 def _tell_tries(

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from engine.checkpoint.manifest import shapes_apart
 from model.resize import can_resize_channels, resize_channels, resize_weights
 from parallel.sharding.boxes import Box, whole_box
 
@@ -75,8 +76,7 @@ class Fit:
 
     def describe(self) -> str:
         """For a message about checkpoints of another model."""
-        stored, here = (list(shape) if shape is not None else "none" for shape in (self.stored, self.here))
-        return f"{self.name}: {stored} in the checkpoint, {here} here"
+        return shapes_apart(self.name, self.stored, self.here)
 
 
 def fit(here: Mapping[str, Shape], stored: Mapping[str, Shape], source: Geometry, target: Geometry) -> tuple[Fit, ...]:

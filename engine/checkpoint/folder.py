@@ -63,14 +63,24 @@ def newest(path: Path) -> Path:
     raise NoCheckpointError(f"{path} {what}: give the folder of a step, of all steps, or of a run")
 
 
+def temporary_path(folder: Path, step: int) -> Path:
+    """Where a checkpoint is written."""
+    return folder / (name_of(step) + _TEMPORARY)
+
+
+def final_path(temporary: Path) -> Path:
+    """What it is called when it is complete."""
+    return temporary.with_name(temporary.name.removesuffix(_TEMPORARY))
+
+
 def begin(folder: Path, step: int) -> Path:
     """Make the temporary folder of a checkpoint, anew; what else stands where it is to be is set aside."""
-    temporary = folder / (name_of(step) + _TEMPORARY)
-    _remove(temporary)
-    if os.path.lexists(final := folder / name_of(step)):
-        _set_aside(final)
-    temporary.mkdir(parents=True)
-    return temporary
+    path = temporary_path(folder, step)
+    _remove(path)
+    if os.path.lexists(final_path(path)):
+        _set_aside(final_path(path))
+    path.mkdir(parents=True)
+    return path
 
 
 def commit(temporary: Path, manifest: Manifest) -> Path:
@@ -79,13 +89,13 @@ def commit(temporary: Path, manifest: Manifest) -> Path:
         file.write(manifest.to_json())
         file.flush()
         os.fsync(file.fileno())
-    _sync(temporary)
-    final = temporary.with_name(temporary.name.removesuffix(_TEMPORARY))
-    temporary.rename(final)
-    _sync(final.parent)
+    sync(temporary)
+    path = final_path(temporary)
+    temporary.rename(path)
+    sync(path.parent)
     with contextlib.suppress(PermissionError):  # to list it
-        _sync(final.parent.parent)  # where the folder of all may be new
-    return final
+        sync(path.parent.parent)  # where the folder of all may be new
+    return path
 
 
 def discard(temporary: Path) -> None:
@@ -221,7 +231,8 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
+    """See that names in a folder outlive a power cut. Raises OSError."""
     file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(file)

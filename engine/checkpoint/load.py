@@ -13,11 +13,12 @@ from torch import Tensor
 from engine.assemble import Assembly
 from engine.checkpoint.fit import Fit, Geometry, Shape, fit, is_another_model, resized
 from engine.checkpoint.manifest import CheckpointError
-from engine.checkpoint.read import Reader, Target
+from engine.checkpoint.read import Reader
+from engine.checkpoint.states import targets, weight_pieces
 from model import Build, LayerSpec, ModelConfig
 from parallel import comm
 from parallel.layout import info_of
-from parallel.sharding.boxes import Box, placed_boxes
+from parallel.sharding.boxes import Box
 from parallel.sharding.pieces import StatePiece
 
 Which = Literal["weights", "average"]
@@ -138,10 +139,11 @@ def load_weights(a: Assembly, reader: Reader, plan: LoadPlan) -> None:
     Raises:
         CheckpointError: on every rank, if one has found damage.
     """
-    pieces = list(a.store.pieces("weights", {bucket: bucket.master for bucket in a.store.buckets}))
+    pieces = list(weight_pieces(a))
+    taken = {f"weights/{name}": plan.stored[f.source] for name, f in plan.of("taken").items() if f.source is not None}
     problem, changed = None, dict[str, tuple[Box, Tensor]]()
     try:
-        reader.read(_targets(pieces, plan))
+        reader.read(targets(pieces, taken))
         if a.grid.world.index == 0:
             changed = {name: _resized(name, f, reader, plan) for name, f in plan.of("resized").items()}
     except CheckpointError as error:
@@ -159,18 +161,6 @@ def load_weights(a: Assembly, reader: Reader, plan: LoadPlan) -> None:
         a.fp8.forget_weights()
 
 
-def _targets(pieces: Iterable[StatePiece], plan: LoadPlan) -> dict[str, Sequence[Target]]:
-    """What this rank holds of tensors that are taken, to be read into, by their names in the manifest."""
-    taken, wanted = plan.of("taken"), dict[str, list[Target]]()
-    for piece in pieces:
-        found = taken.get(piece.name.removeprefix("weights/"))
-        if found is not None and found.source is not None:
-            placed = placed_boxes(piece.layout, piece.start, piece.stop)
-            targets = wanted.setdefault(plan.stored[found.source], [])
-            targets.extend(Target(box.box, box.of(piece.values)) for box in placed)
-    return dict(wanted)
-
-
 def _resized(name: str, found: Fit, reader: Reader, plan: LoadPlan) -> tuple[Box, Tensor]:
     assert found.source is not None
     box, values = resized(name, reader.whole(plan.stored[found.source]).float(), plan.source, plan.target)
@@ -180,7 +170,6 @@ def _resized(name: str, found: Fit, reader: Reader, plan: LoadPlan) -> tuple[Box
 def _place(values: Tensor, box: Box, pieces: Iterable[StatePiece]) -> None:
     """Write what of a box of a logical tensor is in the pieces of it."""
     for piece in pieces:
-        for placed in placed_boxes(piece.layout, piece.start, piece.stop):
-            if (common := placed.box.common(box)) is not None:
-                there = common.of(placed.of(piece.values), placed.box.offset)
-                there.copy_(common.of(values, box.offset))
+        for held, elements in piece.boxes():
+            if (common := held.common(box)) is not None:
+                common.of(elements, held.offset).copy_(common.of(values, box.offset))

@@ -74,6 +74,12 @@ def reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
+def shapes_apart(name: str, stored: Sequence[int] | None, here: Sequence[int] | None) -> str:
+    """How a tensor of a checkpoint is not that of a model, for a message; None: there is none of it."""
+    there, ours = (list(shape) if shape is not None else "none" for shape in (stored, here))
+    return f"{name}: {there} in the checkpoint, {ours} here"
+
+
 class StoredPiece(NamedTuple):
     """A box of a logical tensor in a file.
 

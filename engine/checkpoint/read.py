@@ -181,9 +181,7 @@ class Reader:
         length = CHUNK_BYTES // dtype.itemsize
         for first in range(0, piece.box.numel, length):
             puts = []
-            for within in boxes_of_range(piece.box.shape, first, min(first + length, piece.box.numel)):
-                offset = tuple(a + b for a, b in zip(within.offset, piece.box.offset, strict=True))
-                part = Box(offset, within.shape)
+            for part in _parts(piece.box, first, min(first + length, piece.box.numel)):
                 for target, _ in wanted:
                     if (common := part.common(target.box)) is not None:
                         puts.append((part, common, common.of(target.values, target.box.offset)))
@@ -238,10 +236,9 @@ class Reader:
         elements, start = data.view(chunk.dtype), 0
         parts: dict[Box, Tensor] = {}
         first, count = chunk.first // chunk.dtype.itemsize, elements.numel()
-        for within in boxes_of_range(chunk.piece.box.shape, first, first + count):
-            offset = tuple(a + b for a, b in zip(within.offset, chunk.piece.box.offset, strict=True))
-            parts[Box(offset, within.shape)] = elements[start : start + within.numel].view(within.shape)
-            start += within.numel
+        for part in _parts(chunk.piece.box, first, first + count):
+            parts[part] = elements[start : start + part.numel].view(part.shape)
+            start += part.numel
         for part, common, values in chunk.puts:
             values.copy_(common.of(parts[part], part.offset))
 
@@ -254,6 +251,12 @@ class Reader:
 
     def _path(self, chunk: _Chunk) -> Path:
         return self.folder / self.manifest.files[chunk.piece.file].name
+
+
+def _parts(box: Box, start: int, stop: int) -> Iterator[Box]:
+    """Elements [start, stop) of a flattened box of a tensor, as boxes of that tensor, in order."""
+    for within in boxes_of_range(box.shape, start, stop):
+        yield Box(tuple(a + b for a, b in zip(within.offset, box.offset, strict=True)), within.shape)
 
 
 def _straight(chunk: _Chunk, count: int) -> _Bytes | None:

@@ -15,10 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from engine.assemble import Assembly
 from engine.checkpoint import folder as folders
 from engine.checkpoint.config import CheckpointConfig
-from engine.checkpoint.manifest import DTYPES, Manifest, StoredPiece, StoredTensor
+from engine.checkpoint.manifest import Manifest, StoredPiece, StoredTensor
 from engine.checkpoint.snapshot import Snapshot
 from engine.checkpoint.states import state_pieces
 from engine.checkpoint.write import Item, Written, in_order, items_of, write_file
@@ -63,9 +65,7 @@ class _Task(threading.Thread):
         try:
             self.result = self._work()
         except OSError as error:
-            self.error = (error.strerror or str(error) or type(error).__name__) + (
-                f" ({error.filename})" if error.filename else ""
-            )
+            self.error = _in_words(error)
         except Exception as error:
             self.error = f"{type(error).__name__}: {error}"
 
@@ -145,13 +145,13 @@ class Saver:
         began = time.perf_counter()
         self.finish()
         facts = {**self._facts, "progress": dict(progress), "evaluation": dict(evaluation)}
-        temporary = self.folder / f"{folders.name_of(step)}.writing"
+        temporary = folders.temporary_path(self.folder, step)
         error = None
         if self.world.index == 0:
             try:
                 folders.begin(self.folder, step)
             except OSError as problem:
-                error = f"{problem.strerror or problem} ({problem.filename})"
+                error = _in_words(problem)
         self._raise_if_any(error, temporary)  # and nobody writes before the folder is there
         self._save, self._bytes = _Save(step, temporary, facts, began), 0
         self._begin_to_write(in_order(items_of(state_pieces(self.assembly))))
@@ -255,20 +255,23 @@ class Saver:
         if self.world.index == 0:
             folders.discard(temporary)
         raise OutputError(
-            f"checkpoint {temporary.name.removesuffix('.writing')} cannot be written to {self.folder}: rank {rank}: "
+            f"checkpoint {folders.final_path(temporary).name} cannot be written to {self.folder}: rank {rank}: "
             f"{found[rank]}. Earlier ones are complete: make room, or see to the disk, and start again to go on"
         )
 
 
+def _in_words(error: OSError) -> str:
+    """What it is, and of which file."""
+    what = error.strerror or str(error) or type(error).__name__
+    return what + (f" ({error.filename})" if error.filename else "")
+
+
 def _manifest(save: _Save, written: Sequence[Written]) -> Manifest:
-    names = {name: dtype for dtype, name in DTYPES.items()}
     pieces: dict[str, list[StoredPiece]] = {}
-    kinds: dict[str, tuple[str, tuple[int, ...]]] = {}
+    kinds: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for number, rank in enumerate(written):
         for name, dtype, shape, box, start, sums in rank.entries:
             pieces.setdefault(name, []).append(StoredPiece(number, box, start, sums))
             kinds[name] = dtype, shape
-    tensors = {
-        name: StoredTensor(names[kinds[name][0]], kinds[name][1], tuple(found)) for name, found in pieces.items()
-    }
+    tensors = {name: StoredTensor(*kinds[name], tuple(found)) for name, found in pieces.items()}
     return Manifest(step=save.step, files=tuple(rank.file for rank in written), tensors=tensors, **save.facts)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from engine.assemble import Assembly
+from engine.checkpoint.manifest import shapes_apart
 from engine.checkpoint.read import Reader, Target
 from parallel.comm import Axis
-from parallel.sharding.boxes import placed_boxes
 from parallel.sharding.pieces import StatePiece, whole_piece
 
 
@@ -27,10 +27,15 @@ def state_pieces(a: Assembly) -> Iterator[StatePiece]:
 
 def held_pieces(a: Assembly) -> Iterator[StatePiece]:
     """Those whose values are the state's own memory."""
-    yield from a.store.pieces("weights", {bucket: bucket.master for bucket in a.store.buckets})
+    yield from weight_pieces(a)
     yield from a.optimizer.pieces()
     if a.average is not None:
         yield from a.average.pieces()
+
+
+def weight_pieces(a: Assembly) -> Iterator[StatePiece]:
+    """Of the weights, in fp32 where there are masters, frozen ones too."""
+    return a.store.pieces("weights", {bucket: bucket.master for bucket in a.store.buckets})
 
 
 def _copies(a: Assembly) -> dict[str, tuple[Tensor, Axis]]:
@@ -61,8 +66,7 @@ class Difference:
 
     def describe(self) -> str:
         """For a message."""
-        stored, here = (list(s) if s is not None else "none" for s in (self.stored, self.here))
-        return f"{self.name}: {stored} in the checkpoint, {here} here"
+        return shapes_apart(self.name, self.stored, self.here)
 
 
 def shapes_of(a: Assembly) -> dict[str, tuple[int, ...]]:
@@ -88,7 +92,7 @@ def restore(a: Assembly, reader: Reader) -> int:
         CheckpointError: what is read is damaged: the state is of no use then. Other ranks may find theirs well.
     """
     stored = reader.manifest.tensors
-    held = targets(piece for piece in held_pieces(a) if piece.name in stored)
+    held = targets(held_pieces(a), {name: name for name in stored})
     count = reader.read({name: found for name, found in held.items() if name.startswith("weights/")})
     if a.average is not None:
         a.average.restart()  # what has no average yet begins with the weights
@@ -108,10 +112,14 @@ def restore(a: Assembly, reader: Reader) -> int:
     return count
 
 
-def targets(pieces: Iterator[StatePiece]) -> dict[str, Sequence[Target]]:
-    """All that is held of the pieces' tensors, to be read into."""
+def targets(pieces: Iterable[StatePiece], stored: Mapping[str, str]) -> dict[str, Sequence[Target]]:
+    """All that is held of the pieces' tensors, to be read into, by their names in a manifest.
+
+    Args:
+        stored: those names, by the pieces' own; of others nothing is read.
+    """
     wanted: dict[str, list[Target]] = {}
     for piece in pieces:
-        placed = placed_boxes(piece.layout, piece.start, piece.stop)
-        wanted.setdefault(piece.name, []).extend(Target(box.box, box.of(piece.values)) for box in placed)
+        if (name := stored.get(piece.name)) is not None:
+            wanted.setdefault(name, []).extend(Target(*found) for found in piece.boxes())
     return dict(wanted)

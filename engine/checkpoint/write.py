@@ -20,7 +20,7 @@ from torch import Tensor
 
 from engine.checkpoint.blocks import BlockFile
 from engine.checkpoint.manifest import CHUNK_BYTES, DTYPES, StoredFile, checksum
-from parallel.sharding.boxes import Box, placed_boxes
+from parallel.sharding.boxes import Box
 from parallel.sharding.pieces import StatePiece
 
 
@@ -46,21 +46,18 @@ class Written:
     """What a rank has written.
 
     Attributes:
-        file: of it. entries: (name, dtype, logical shape, box, start in the file, checksums) of each item, as plain
-            values.
+        file: of it. entries: (name, dtype, logical shape, box, start in the file, checksums) of each item.
     """
 
     file: StoredFile
-    entries: list[tuple[str, str, tuple[int, ...], Box, int, tuple[str, ...]]]
+    entries: list[tuple[str, torch.dtype, tuple[int, ...], Box, int, tuple[str, ...]]]
 
 
 def items_of(pieces: Iterable[StatePiece]) -> Iterator[Item]:
     """What of this rank's pieces it alone is to write: what it accounts for, as boxes."""
     for piece in pieces:
-        start, stop = piece.start + piece.own.start, piece.start + piece.own.stop
-        flat = piece.values[piece.own]
-        for placed in placed_boxes(piece.layout, start, stop):
-            yield Item(piece.name, piece.layout.shape, placed.box, placed.of(flat))
+        for box, values in piece.boxes(own=True):
+            yield Item(piece.name, piece.layout.shape, box, values)
 
 
 def in_order(items: Iterable[Item]) -> list[Item]:
@@ -96,7 +93,7 @@ def write_file(
             for chunk in chunks:
                 sums.append(checksum(chunk))
                 file.write(chunk)
-            entries.append((item.name, DTYPES[item.values.dtype], item.shape, item.box, start, tuple(sums)))
+            entries.append((item.name, item.values.dtype, item.shape, item.box, start, tuple(sums)))
         file.sync()
     return Written(StoredFile(path.name, file.size, checksum(header)), entries)
 

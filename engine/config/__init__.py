@@ -1,7 +1,9 @@
 """The configuration of a run: its keys as frozen dataclasses, YAML files and flags. Groups live where they are used."""
 
-from engine.config.config import MAX_COUNT, Config, LogConfig, TrainConfig
+from engine.config.config import MAX_COUNT, Config, LogConfig, TrainConfig, plain
 from engine.optimizers.config import OptimizerConfig, ScheduleConfig
 from engine.precision.config import PrecisionConfig
 
-__all__ = ["MAX_COUNT", "Config", "LogConfig", "OptimizerConfig", "PrecisionConfig", "ScheduleConfig", "TrainConfig"]
+__all__ = [
+    "MAX_COUNT", "Config", "LogConfig", "OptimizerConfig", "PrecisionConfig", "ScheduleConfig", "TrainConfig", "plain",
+]  # fmt: skip

@@ -245,7 +245,7 @@ class Config:
         With the configuration as it was given before it was resolved, a micro-batch that was left open stays open, as
         it follows from the number of ranks: the file serves another number, too, and a comment tells what it was.
         """
-        text = yaml.safe_dump(_plain(asdict(self)), sort_keys=False)
+        text = yaml.safe_dump(plain(asdict(self)), sort_keys=False)
         if given is None or given.train.micro_batch_size is not None:
             return text
         line = f"\n  micro_batch_size: {self.train.micro_batch_size}\n"
@@ -265,8 +265,8 @@ def _check_stages(model: ModelConfig, shape: GridShape) -> None:
         )
 
 
-def _plain(value: Any) -> Any:
-    """Tuples as lists, which is what YAML has."""
+def plain(value: Any) -> Any:
+    """Tuples as lists, which is what YAML and JSON have."""
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
+        return {k: plain(v) for k, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, tuple | list) else value

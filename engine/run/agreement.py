@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from hashlib import blake2b
 from pathlib import Path
@@ -70,13 +70,14 @@ def check_agreement(facts: Mapping[str, str], world: Axis) -> None:
     ranks_with: dict[str, list[int]] = {}
     for rank, given in enumerate(everywhere):
         ranks_with.setdefault(given.get(different[0], "unknown"), []).append(rank)
-    found = ", ".join(f"{value} on {_ranks(ranks)}" for value, ranks in ranks_with.items())
+    found = ", ".join(f"{value} on {named_ranks(ranks)}" for value, ranks in ranks_with.items())
     more = f" (so do {', '.join(different[1:4])}{', ...' if len(different) > 4 else ''})" if len(different) > 1 else ""
     raise ConfigError(
         f"{different[0]} differs between ranks: {found}{more}; start all ranks with the same code, files and settings"
     )
 
 
-def _ranks(ranks: list[int]) -> str:
+def named_ranks(ranks: Sequence[int]) -> str:
+    """In words: `rank 3`, `ranks 0, 2`, at most eight one by one."""
     shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
     return f"rank{'s' if len(ranks) > 1 else ''} {shown}"

@@ -9,6 +9,7 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
+from engine.checkpoint import folder as folders
 from engine.errors import OutputError
 
 
@@ -106,11 +107,7 @@ class Journal:
 def sync_folder(path: Path) -> None:
     """See that names in a folder outlive a power cut, where its file system can do that."""
     with contextlib.suppress(OSError):
-        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        folders.sync(path)
 
 
 def _create(path: Path) -> int:

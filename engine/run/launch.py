@@ -88,7 +88,7 @@ def _ended_before(world: World) -> int | None:
     """The exit code of ranks that the launcher has started again although another try would end alike, or is not
     wanted. Ranks that were stopped to share the work with those of another host, and now are more, go on.
     """
-    noted = process_group.noted_end(world)
+    noted = process_group.noted_end()
     if noted is None:
         return None
     code, ranks = noted

@@ -21,6 +21,7 @@ from engine.device import processor
 from engine.run.agreement import code_version
 from model.kernels import Kernels
 from parallel.grid import GridShape
+from parallel.host import process_status
 
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -56,10 +57,7 @@ def launcher() -> str | None:
     """Who started this rank, and starts it again: torchrun or tools.launch, as that process on its host; else None."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
-    try:
-        since = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        since = ""
+    since = "".join(process_status(os.getppid())[19:20])  # which no later process of its number shares
     return checksum(f"{socket.gethostname()} {os.getppid()} {since}".encode())
 
 

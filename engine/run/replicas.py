@@ -24,12 +24,12 @@ from torch import Tensor
 from engine.assemble import Assembly, layer_of
 from engine.checkpoint.states import state_pieces
 from engine.errors import DriftError
+from engine.run.agreement import named_ranks
 from parallel import comm
 from parallel.digest import digest, signed
 from parallel.layout import TensorLayout
 from parallel.sharding.pieces import StatePiece
 
-_SHOWN = 8  # ranks named one by one
 _END = (
     "; copies must have the same bits: the memory or the device of a rank is faulty, or does not compute what those of "
     "the others do. Nothing of this step is saved"
@@ -177,10 +177,5 @@ def _who(groups: Sequence[Sequence[int]]) -> str:
     most, *rest = sorted(groups, key=lambda group: -len(group))
     if len(most) > len(rest[0]):
         few = sorted(rank for group in rest for rank in group)
-        return f"differ on {_named(few)} from those on {_named(most)}"
-    return "differ between " + " and ".join(map(_named, groups))
-
-
-def _named(ranks: Sequence[int]) -> str:
-    shown = ", ".join(map(str, ranks[:_SHOWN])) + (f" and {len(ranks) - _SHOWN} more" if len(ranks) > _SHOWN else "")
-    return f"rank{'s' if len(ranks) > 1 else ''} {shown}"
+        return f"differ on {named_ranks(few)} from those on {named_ranks(most)}"
+    return "differ between " + " and ".join(map(named_ranks, groups))

@@ -32,7 +32,7 @@ from engine.run.step import Stepper
 from engine.run.trainer import Inputs, build
 from parallel.grid import Grid
 from parallel.process_group import World
-from parallel.sharding.boxes import Box, placed_boxes
+from parallel.sharding.boxes import Box
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,8 +197,7 @@ def kept(a: Assembly) -> Then:
 def _held(a: Assembly) -> _Held:
     found: _Held = {}
     for piece in state_pieces(a):
-        placed = placed_boxes(piece.layout, piece.start, piece.stop)
-        found.setdefault(piece.name, []).extend((box.box, box.of(piece.values)) for box in placed)
+        found.setdefault(piece.name, []).extend(piece.boxes())
     return {name: boxes for name, boxes in found.items() if boxes}
 
 

@@ -16,7 +16,7 @@ from engine.checkpoint import folder as folders
 from engine.checkpoint.manifest import CheckpointError, Manifest, NoCheckpointError, UnreadableError, read_manifest
 from engine.checkpoint.read import Reader
 from engine.checkpoint.states import Difference, differences, restore, shapes_of
-from engine.config import Config
+from engine.config import Config, plain
 from engine.config.keys import key_types, value_of
 from engine.errors import ConfigError
 from engine.run.progress import Progress
@@ -277,13 +277,6 @@ def _is_of_the_function(key: str) -> bool:
 def _is_free(key: str) -> bool:
     group, _, name = key.partition(".")
     return key.startswith(_FREE) or (group == "train" and name in _FREE_TRAIN)
-
-
-def plain(value: Any) -> Any:
-    """As JSON would give it back."""
-    if isinstance(value, Mapping):
-        return {key: plain(part) for key, part in value.items()}
-    return [plain(part) for part in value] if isinstance(value, tuple | list) else value
 
 
 _MISSING = object()

@@ -18,12 +18,13 @@ from engine.assemble import Assembly
 from engine.checkpoint import folder as folders
 from engine.checkpoint.saver import Saver, SaveReport, Votes
 from engine.checkpoint.states import state_pieces
-from engine.config import Config
+from engine.config import Config, plain
 from engine.errors import ConfigError
+from engine.run.agreement import named_ranks
 from engine.run.finite import check_finite
 from engine.run.metrics import MetricsWriter
 from engine.run.provenance import commit, launcher, machine, version
-from engine.run.resume import check_resume, checkpoint_dir, plain
+from engine.run.resume import check_resume, checkpoint_dir
 from engine.run.run_dir import RunDir, prepare_folder, set_aside
 from parallel import comm
 from parallel.comm import Axis
@@ -144,7 +145,7 @@ def _check_shared(folder: Path, world: Axis) -> None:
             mark.unlink()
     if blind:
         raise ConfigError(
-            f"{folder} is not one folder for all ranks: rank{'s' * (len(blind) > 1)} {', '.join(map(str, blind[:8]))} "
+            f"{folder} is not one folder for all ranks: {named_ranks(blind)} "
             "cannot see what rank 0 writes there: give a checkpoint.dir on a file system that all hosts share"
         )
 

@@ -25,10 +25,12 @@ from pathlib import Path
 import torch
 
 from engine.errors import EXIT_FAULT
+from engine.run.agreement import named_ranks
 from engine.run.launch import note_for_torchrun
 from parallel import process_group
 from parallel.grid import Grid
 from parallel.heartbeat import Attempt, Sign, Signs, Whereabouts
+from parallel.host import process_status
 from parallel.process_group import World
 
 _SHARE = 0.8  # of parallel.timeout, after which ranks that wait end with an error that knows less
@@ -200,12 +202,12 @@ def verdict(here: Mapping[int, Sign], lost: Mapping[int, Sign], states: Mapping[
     for rank, sign in sorted(here.items()):
         if rank not in blamed:
             waiting[sign.wait or "no collective"].append(rank)
-    lines += [f"{_named(ranks)} {'wait' if ranks[1:] else 'waits'} in {wait}" for wait, ranks in waiting.items()]
+    lines += [f"{named_ranks(ranks)} {'wait' if ranks[1:] else 'waits'} in {wait}" for wait, ranks in waiting.items()]
     head = "all ranks wait for each other: " if blamed is here else ""
     unwritten = [rank for rank, sign in (*here.items(), *lost.items()) if sign.stacks is None]
     stacks = _stacks([sign.stacks for sign in here.values()])
     return f"the run hangs: {head}{'; '.join(lines)}\nstacks: {stacks}" + (
-        f"; none of {_named(sorted(unwritten))}" if unwritten else ""
+        f"; none of {named_ranks(sorted(unwritten))}" if unwritten else ""
     )
 
 
@@ -238,12 +240,6 @@ def _at(sign: Sign) -> str:
     return f"at {sign.place}" + (f", in {sign.wait}" if sign.wait else "")
 
 
-def _named(ranks: list[int]) -> str:
-    more = len(ranks) - _MOST_NAMED
-    named = ", ".join(map(str, ranks[:_MOST_NAMED])) + (f" and {more} more" if more > 0 else "")
-    return f"{'ranks' if ranks[1:] else 'rank'} {named}"
-
-
 def _stacks(files: list[str | None]) -> str:
     """The folder of several, else the file."""
     written = [file for file in files if file is not None]
@@ -255,8 +251,6 @@ def _state(sign: Sign) -> str:
     """Of a rank's process, as far as can be seen from here."""
     if sign.host != socket.gethostname():
         return "on another host"
-    try:
-        letter = Path(f"/proc/{sign.pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return "gone"
-    return {"T": "stopped", "t": "stopped", "D": "in the kernel", "Z": "ended"}.get(letter, "running")
+    letter, *_ = process_status(sign.pid) or [""]
+    known = {"": "gone", "T": "stopped", "t": "stopped", "D": "in the kernel", "Z": "ended"}
+    return known.get(letter, "running")

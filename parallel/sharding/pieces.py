@@ -13,6 +13,7 @@ from torch import Tensor
 
 from parallel.comm import Axis
 from parallel.layout import TensorLayout
+from parallel.sharding.boxes import Box, placed_boxes
 from parallel.sharding.fragments import Holding, Part
 
 
@@ -38,6 +39,17 @@ class StatePiece:
     values: Tensor = field(repr=False)
     axis: Axis = field(repr=False)
     holders: Sequence[Holding] = field(repr=False)
+
+    def boxes(self, *, own: bool = False) -> Iterator[tuple[Box, Tensor]]:
+        """Boxes of the logical tensor that its elements are, each with a view of `values`, of the box's shape.
+
+        Args:
+            own: of what this rank accounts for alone.
+        """
+        part = self.own if own else slice(0, self.stop - self.start)
+        values = self.values[part]
+        for placed in placed_boxes(self.layout, self.start + part.start, self.start + part.stop):
+            yield placed.box, placed.of(values)
 
 
 def pieces_of(

@@ -26,12 +26,12 @@ def write(path, items, metadata, tell, write=saver.write_file):
         os.kill(os.getpid(), 9)
     return write(path, items, metadata, tell)
 
-def sync(folder, sync=folders._sync):
+def sync(folder, sync=folders.sync):
     if attempt == 1 and "00000020.writing" in str(folder):
         os.kill(os.getpid(), 9)
     return sync(folder)
 
-saver.write_file, folders._sync = write, sync
+saver.write_file, folders.sync = write, sync
 sys.exit(run_rank(pretrain_vit.main, sys.argv[1:], "pretrain_vit.py"))
 """
 

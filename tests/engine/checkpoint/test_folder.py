@@ -121,10 +121,10 @@ def test_all_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: 
 
 def test_a_file_system_that_syncs_no_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda file: (_ for _ in ()).throw(OSError(22, "Invalid argument")))
-    folders._sync(tmp_path)
+    folders.sync(tmp_path)
     monkeypatch.setattr(os, "fsync", lambda file: (_ for _ in ()).throw(OSError(5, "Input/output error")))
     with pytest.raises(OSError, match="Input/output"):
-        folders._sync(tmp_path)
+        folders.sync(tmp_path)
 
 
 # -- which there are ---------------------------------------------------------------------------------------------------

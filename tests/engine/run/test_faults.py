@@ -76,11 +76,11 @@ saver.write_file = write
 BEFORE_THE_RENAME = """
 from engine.checkpoint import folder as folders
 import os
-def sync(folder, sync=folders._sync):
+def sync(folder, sync=folders.sync):
     if "step-00000006.writing" in str(folder):
         os.kill(os.getpid(), 9)
     return sync(folder)
-folders._sync = sync
+folders.sync = sync
 """
 
 
