@@ -17,7 +17,7 @@ from engine.checkpoint.manifest import CheckpointError, Manifest, NoCheckpointEr
 from engine.checkpoint.read import Reader
 from engine.checkpoint.states import Difference, differences, restore, shapes_of
 from engine.config import Config, plain
-from engine.config.keys import key_types, value_of
+from engine.config.keys import key_types
 from engine.errors import ConfigError
 from engine.run.progress import Progress
 from parallel import comm
@@ -252,10 +252,11 @@ def _changes(a: Assembly, manifest: Manifest, facts: Mapping[str, Any]) -> list[
 
 def changed_keys(config: Config, manifest: Manifest, but: Callable[[str], bool] = lambda key: False) -> list[str]:
     """What a resolved configuration has otherwise than that of a checkpoint, as `key then -> now`."""
+    here = plain(asdict(config))
     return [
         f"{key} {_shown(then)} -> {_shown(now)}"
         for key in key_types()
-        if not but(key) and (then := _stored(manifest.config, key)) != (now := plain(value_of(config, key)))
+        if not but(key) and (then := _stored(manifest.config, key)) != (now := _stored(here, key))
     ]
 
 

@@ -60,6 +60,17 @@ def test_nothing_of_a_damaged_checkpoint_is_left_in_the_state(tmp_path: Path) ->
         assert all(one.whole(name).equal(other.whole(name)) for name in one.manifest.tensors)
 
 
+def test_a_pyramid_is_not_another_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its stages are groups of keys in a list."""
+    keys = {"model__patch_size": "2"} | {f"model__{name}": "null" for name in ("width", "depth", "num_heads")}
+    stages = "[{{depth: {}, width: 16, num_heads: 4}}, {{depth: 1, width: 32, num_heads: 4}}]"
+    for until in (2, 4):
+        assert train(tmp_path, until, model__stages=stages.format(1), **keys) == EXIT_STOPPED
+    assert "changed since" not in capsys.readouterr().out
+    assert train(tmp_path, model__stages=stages.format(2), **keys) == EXIT_USAGE
+    assert "is of another model: blocks.1." in capsys.readouterr().err
+
+
 def test_what_is_not_damaged_is_refused_and_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "checkpoints"
     assert train(tmp_path, 4) == EXIT_STOPPED
