@@ -40,8 +40,12 @@ class Agent(LocalElasticAgent):
             raise Stopped(error, [None] if self._hurried else self._codes()) from None
 
     def _codes(self) -> list[int | None]:
+        """Of each rank of this host; None also for those that torch was just starting, and does not know of."""
         handlers: dict[int, Any] = getattr(self._pcontext, "subprocess_handlers", {})
-        return [handler.proc.poll() for handler in handlers.values()]
+        return [
+            handlers[rank].proc.poll() if rank in handlers else None
+            for rank in range(self._worker_group.spec.local_world_size)
+        ]
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
         """Have hosts that come later told where ranks meet: torch 2.13 tells it once, and they wait in vain."""

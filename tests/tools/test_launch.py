@@ -9,10 +9,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from tools import launch
+from tools.agent import Agent
 
 ROOT = Path(__file__).parents[2]
 Launch = Callable[..., tuple[int, str]]
@@ -149,6 +151,17 @@ TELL_LAUNCHER = "rank or os.kill(os.getppid(), {0}); time.sleep({1})"
 def test_a_signal_to_the_launcher_is_told(launched: Launch, number: signal.Signals) -> None:
     expected = (128 + number, f"tools.launch: stopped by signal {number.value} ({number.name})\n")
     assert launched(TELL_LAUNCHER.format(number.value, 60)) == expected
+
+
+def test_ranks_that_were_just_being_started_have_not_ended() -> None:
+    """A signal interrupts torch's list of them: with no rank on it the launcher must not say that all is done."""
+    agent = Agent.__new__(Agent)
+    agent._worker_group = Mock(spec_set=["spec"])
+    agent._worker_group.spec.local_world_size = 2
+    agent._pcontext = None
+    assert agent._codes() == [None, None]
+    agent._pcontext = Mock(subprocess_handlers={0: Mock(**{"proc.poll.return_value": 3})})
+    assert agent._codes() == [3, None]
 
 
 WHEN_ALL_ARE_UP = """
