@@ -16,11 +16,12 @@ NATIVE := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 
 setup: $(VENV)/installed $(VENV)/built
 
-$(VENV)/installed: requirements.txt
+$(VENV)/installed: requirements.txt tests/libraries.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Vitruvius needs Python 3.11 or later; $(PYTHON) is `$(PYTHON) --version`. Try: make PYTHON=python3.11"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement tests/libraries.txt
 	@touch $@
 
 $(VENV)/built: $(VENV)/installed $(NATIVE)

@@ -25,8 +25,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from engine.assemble import grid_of
-from engine.checkpoint.manifest import Manifest
-from engine.checkpoint.read import Reader
 from engine.config import Config
 from engine.config.cli import parse
 from engine.device import prepare_cpu, set_matmul
@@ -53,6 +51,8 @@ from engine.run.resume import changed_images, changed_keys
 from engine.run.saving import facts_for_manifests
 from engine.run.trainer import Inputs, inputs_of
 from parallel import comm, process_group
+from parallel.checkpoint.manifest import Manifest
+from parallel.checkpoint.read import Reader
 from parallel.comm import Axis
 from parallel.grid import Grid, world_axis
 from parallel.process_group import World

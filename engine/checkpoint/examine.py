@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.checkpoint.manifest import CheckpointError
-from engine.checkpoint.read import Damaged, Reader, Target
+from parallel.checkpoint.manifest import CheckpointError
+from parallel.checkpoint.read import Damaged, Reader, Target
 from parallel.sharding.boxes import Box, boxes_of_range, whole_box
 
 BLOCK_BYTES = 128 << 20  # of a tensor, that are compared at once; some chunks at both ends are read twice

@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from engine.checkpoint.manifest import shapes_apart
 from model.resize import can_resize_channels, resize_channels, resize_weights
+from parallel.checkpoint.manifest import shapes_apart
 from parallel.sharding.boxes import Box, whole_box
 
 Shape = tuple[int, ...]

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from engine.assemble import Assembly
 from engine.checkpoint.fit import Fit, Geometry, Shape, fit, is_another_model, resized
-from engine.checkpoint.manifest import CheckpointError
-from engine.checkpoint.read import Reader
 from engine.checkpoint.states import targets, weight_pieces
 from model import Build, LayerSpec, ModelConfig
 from parallel import comm
+from parallel.checkpoint.manifest import CheckpointError
+from parallel.checkpoint.read import Reader
 from parallel.layout import info_of
 from parallel.sharding.boxes import Box
 from parallel.sharding.pieces import StatePiece

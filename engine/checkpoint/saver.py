@@ -20,12 +20,12 @@ import torch
 from engine.assemble import Assembly
 from engine.checkpoint import folder as folders
 from engine.checkpoint.config import CheckpointConfig
-from engine.checkpoint.manifest import Manifest, StoredPiece, StoredTensor
 from engine.checkpoint.snapshot import Snapshot
 from engine.checkpoint.states import state_pieces
-from engine.checkpoint.write import Item, Written, in_order, items_of, write_file
 from engine.errors import OutputError
 from parallel import comm
+from parallel.checkpoint.manifest import Manifest, StoredPiece, StoredTensor
+from parallel.checkpoint.write import Item, Written, in_order, items_of, write_file
 
 
 @dataclass(frozen=True, kw_only=True)

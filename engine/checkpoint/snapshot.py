@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.checkpoint.write import Item, as_bytes
+from parallel.checkpoint.write import Item, as_bytes
 
 
 class Snapshot:

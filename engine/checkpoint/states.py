@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from engine.assemble import Assembly
-from engine.checkpoint.manifest import shapes_apart
-from engine.checkpoint.read import Reader, Target
+from parallel.checkpoint.manifest import shapes_apart
+from parallel.checkpoint.read import Reader, Target
 from parallel.comm import Axis
 from parallel.sharding.pieces import StatePiece, whole_piece
 

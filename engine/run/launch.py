@@ -18,7 +18,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from data import UnreadableImageError
-from engine.checkpoint.manifest import CheckpointError
 from engine.errors import (
     EXIT_DIVERGED,
     EXIT_DONE,
@@ -32,6 +31,7 @@ from engine.errors import (
     OutputError,
 )
 from parallel import parent, process_group
+from parallel.checkpoint.manifest import CheckpointError
 from parallel.comm import PeerLostError
 from parallel.process_group import World, read_world
 from parallel.rendezvous import StartError

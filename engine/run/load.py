@@ -9,14 +9,14 @@ from pathlib import Path
 
 from engine.assemble import Assembly, layer_of
 from engine.checkpoint.fit import Fit
-from engine.checkpoint.folder import newest
 from engine.checkpoint.load import LoadPlan, Which, load_weights, plan_load
-from engine.checkpoint.manifest import CheckpointError, Manifest, checksum
-from engine.checkpoint.read import Reader
 from engine.config import Config
 from engine.errors import ConfigError
 from engine.objectives import Objective
 from engine.run.agreement import check_agreement
+from parallel.checkpoint.manifest import CheckpointError, Manifest, checksum
+from parallel.checkpoint.place import newest
+from parallel.checkpoint.read import Reader
 
 _MOST = 6  # groups of tensors on a line
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
-from engine.checkpoint.manifest import CheckpointError
+from parallel.checkpoint.manifest import CheckpointError
 
 
 @dataclass

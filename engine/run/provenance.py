@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
-from engine.checkpoint.manifest import checksum
 from engine.config import Config
 from engine.device import processor
 from engine.run.agreement import code_version
 from model.kernels import Kernels
+from parallel.checkpoint.manifest import checksum
 from parallel.grid import GridShape
 from parallel.host import process_status
 

@@ -18,10 +18,7 @@ import torch
 from torch import Tensor
 
 from engine.assemble import Assembly
-from engine.checkpoint import folder as folders
 from engine.checkpoint.examine import Differences
-from engine.checkpoint.manifest import FILE, CheckpointError, NoCheckpointError
-from engine.checkpoint.read import Reader, Target
 from engine.checkpoint.states import state_pieces
 from engine.config import Config
 from engine.errors import ConfigError
@@ -30,6 +27,9 @@ from engine.run.progress import Progress
 from engine.run.resume import take
 from engine.run.step import Stepper
 from engine.run.trainer import Inputs, build
+from parallel.checkpoint import place
+from parallel.checkpoint.manifest import FILE, CheckpointError, NoCheckpointError
+from parallel.checkpoint.read import Reader, Target
 from parallel.grid import Grid
 from parallel.process_group import World
 from parallel.sharding.boxes import Box
@@ -57,25 +57,25 @@ def choose(path: Path, against: Path | None, steps: int | None, times: int | Non
         ConfigError: there is no such checkpoint, or options contradict each other.
     """
     try:
-        is_step, last = (path / FILE).exists(), folders.newest(path)
-        there = folders.steps_in(last.parent)
+        is_step, last = (path / FILE).exists(), place.newest(path)
+        there = place.steps_in(last.parent)
         repeats = steps is not None or times is not None
         if against is not None and repeats:
             raise ConfigError("--steps and --times compare several tries with each other: leave them out, or --against")
         if against is not None:
-            other = folders.newest(against)
+            other = place.newest(against)
             return Task(start=last if is_step else _before(last.parent, there, other), against=other)
-        if not repeats and is_step and (later := [step for step in there if last.name < folders.name_of(step)]):
-            return Task(start=last, against=last.parent / folders.name_of(later[0]))
+        if not repeats and is_step and (later := [step for step in there if last.name < place.name_of(step)]):
+            return Task(start=last, against=last.parent / place.name_of(later[0]))
         if not repeats and not is_step and len(there) > 1:
-            return Task(start=last.parent / folders.name_of(there[-2]), against=last)
+            return Task(start=last.parent / place.name_of(there[-2]), against=last)
     except CheckpointError as error:
         raise ConfigError(str(error)) from error
     return Task(start=last, against=None, steps=steps or 1, times=times or 2)
 
 
 def _before(folder: Path, steps: Sequence[int], other: Path) -> Path:
-    earlier = [path for step in steps if (path := folder / folders.name_of(step)).name < other.name]
+    earlier = [path for step in steps if (path := folder / place.name_of(step)).name < other.name]
     if not earlier:
         raise ConfigError(f"{folder} has no checkpoint before {other.name}, to run on from")
     return earlier[-1]

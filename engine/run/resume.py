@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from engine.assemble import Assembly
-from engine.checkpoint import folder as folders
-from engine.checkpoint.manifest import CheckpointError, Manifest, NoCheckpointError, UnreadableError, read_manifest
-from engine.checkpoint.read import Reader
 from engine.checkpoint.states import Difference, differences, restore, shapes_of
 from engine.config import Config, plain
 from engine.config.keys import key_types
 from engine.errors import ConfigError
 from engine.run.progress import Progress
 from parallel import comm
+from parallel.checkpoint import place
+from parallel.checkpoint.manifest import CheckpointError, Manifest, NoCheckpointError, UnreadableError, read_manifest
+from parallel.checkpoint.read import Reader
 
 # Keys that may change without a word: how a run is spread and watched, and where things are.
 _FREE = ("parallel.", "log.", "checkpoint.", "run_dir", "device", "data.path", "data.val_path", "data.workers")
@@ -59,7 +59,7 @@ def checkpoint_dir(config: Config, run_dir: Path) -> Path:
 def may_resume(config: Config, folder: Path) -> bool:
     """Whether there seems to be something to go on from."""
     try:
-        return config.checkpoint.resume != "never" and bool(folders.steps_in(folder))
+        return config.checkpoint.resume != "never" and bool(place.steps_in(folder))
     except CheckpointError:
         return False
 
@@ -67,7 +67,7 @@ def may_resume(config: Config, folder: Path) -> bool:
 def check_resume(config: Config, folder: Path) -> None:
     """Raise ConfigError, before ranks talk, where there is nothing to go on from and there must be."""
     try:
-        steps = folders.steps_in(folder)
+        steps = place.steps_in(folder)
     except CheckpointError as error:
         raise ConfigError(f"checkpoint.dir: {error}") from error
     if config.checkpoint.resume == "must" and not steps:
@@ -95,7 +95,7 @@ def resume(
     wanted, notes = a.config.checkpoint.resume, list[str]()
     candidates = _candidates(a, folder, facts)
     for step in reversed(candidates):
-        path = folder / folders.name_of(step)
+        path = folder / place.name_of(step)
         manifest, problem = take(a, path, steps, notes)
         if manifest is not None:
             notes += _changes(a, manifest, facts)
@@ -125,9 +125,9 @@ def _candidates(a: Assembly, folder: Path, facts: Mapping[str, Any]) -> list[int
     """
     steps: list[int] = []
     if a.grid.world.index == 0:
-        steps = folders.steps_in(folder)
+        steps = place.steps_in(folder)
         if a.config.checkpoint.resume == "never":
-            steps = [step for step in steps if _is_ours(folder / folders.name_of(step), facts)]
+            steps = [step for step in steps if _is_ours(folder / place.name_of(step), facts)]
     found: list[int] = comm.gather_objects(steps, a.grid.world)[0]
     return found
 
@@ -153,7 +153,7 @@ def take(a: Assembly, path: Path, steps: Callable[[Progress], int], notes: list[
         reader = Reader(path, threads=2)
         manifest = reader.manifest
         last = steps(Progress.of(manifest.progress))
-        if path.name != folders.name_of(manifest.step):
+        if path.name != place.name_of(manifest.step):
             raise CheckpointError(f"{path} says that it is of step {manifest.step}: it was renamed, or copied")
     except CheckpointError as error:
         problem = error

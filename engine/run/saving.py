@@ -27,6 +27,7 @@ from engine.run.provenance import commit, launcher, machine, version
 from engine.run.resume import check_resume, checkpoint_dir
 from engine.run.run_dir import RunDir, prepare_folder, set_aside
 from parallel import comm
+from parallel.checkpoint import place
 from parallel.comm import Axis
 from parallel.grid import Grid
 
@@ -120,7 +121,7 @@ def check_folder(folder: Path, assembly: Assembly) -> list[str]:
         )
     kept = assembly.config.checkpoint.keep
     wanted = size * ((kept or 0) + 1)
-    if wanted > free and len(folders.steps_in(folder)) <= (kept or 0):
+    if wanted > free and len(place.steps_in(folder)) <= (kept or 0):
         return [
             f"warning: {kept} checkpoints and one that is being written take {_megabytes(wanted)}; {folder} has "
             f"{_megabytes(free)} free"
@@ -173,7 +174,7 @@ class Saving:
     def newest(self) -> Path | None:
         """That this run has completed."""
         step = self.saver.newest
-        return None if step is None else self.saver.folder / folders.name_of(step)
+        return None if step is None else self.saver.folder / place.name_of(step)
 
     def is_due(self, step: int) -> bool:
         """Whether the interval is over."""
@@ -221,7 +222,5 @@ class Saving:
         deleted = f"; deleted {', '.join(map(str, report.deleted))}" if report.deleted else ""
         self._writer.say(f" saved {report.path}: {_megabytes(report.bytes)} in {report.seconds:.2f} s{waited}{deleted}")
         for step in sorted(set(report.stuck) - self._stuck):
-            self._writer.say(
-                f"warning: checkpoint {folders.name_of(step)} is being read, or cannot be deleted: it stays"
-            )
+            self._writer.say(f"warning: checkpoint {place.name_of(step)} is being read, or cannot be deleted: it stays")
         self._stuck = set(report.stuck)

@@ -10,11 +10,11 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from engine.checkpoint.config import CheckpointConfig
-from engine.checkpoint.read import Reader
 from engine.checkpoint.saver import Saver
 from engine.checkpoint.states import differences, restore, shapes_of
 from engine.run.step import Stepper
 from parallel import comm
+from parallel.checkpoint.read import Reader
 from parallel.process_group import World
 from tests.distributed import run_ranks
 from tests.parity.cases import STEPS, Case

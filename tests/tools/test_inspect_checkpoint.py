@@ -14,7 +14,7 @@ import torch
 
 from engine.checkpoint import examine
 from engine.checkpoint.examine import Figures
-from engine.checkpoint.manifest import FILE
+from parallel.checkpoint.manifest import FILE
 from tests.engine.checkpoint.making import make, tensors
 from tools.inspect_checkpoint.__main__ import Refusal, main
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.checkpoint.manifest import FILE, CheckpointError, checksum, read_manifest
 from engine.errors import ConfigError
 from engine.run.rerun import compare_state, kept
+from parallel.checkpoint.manifest import FILE, CheckpointError, checksum, read_manifest
 from parallel.process_group import World
 from tests.distributed import free_port
 from tests.engine.checkpoint.test_layouts import Layout, assembled

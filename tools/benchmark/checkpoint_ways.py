@@ -23,9 +23,9 @@ import torch.distributed.checkpoint as dcp
 
 from engine.assemble import Assembly
 from engine.checkpoint.config import CheckpointConfig
-from engine.checkpoint.read import Reader
 from engine.checkpoint.saver import Saver
 from engine.checkpoint.states import held_pieces, restore
+from parallel.checkpoint.read import Reader
 
 _BLOCK = 8 << 20
 

@@ -21,10 +21,10 @@ from typing import Any, TextIO
 
 import torch
 
-from engine.checkpoint.folder import newest
-from engine.checkpoint.manifest import FILE, CheckpointError, NoCheckpointError
-from engine.checkpoint.read import Reader
 from engine.errors import EXIT_DONE, EXIT_FAULT, EXIT_USAGE
+from parallel.checkpoint.manifest import FILE, CheckpointError, NoCheckpointError
+from parallel.checkpoint.place import newest
+from parallel.checkpoint.read import Reader
 from tools.inspect_checkpoint.one import inspect, print_damage
 from tools.inspect_checkpoint.text import finite
 from tools.inspect_checkpoint.two import compare_two

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engine.checkpoint.examine import Examined, damaged_files, examine
-from engine.checkpoint.manifest import DTYPES, Manifest, StoredTensor
-from engine.checkpoint.read import Reader
+from parallel.checkpoint.manifest import DTYPES, Manifest, StoredTensor
+from parallel.checkpoint.read import Reader
 from tools.inspect_checkpoint.text import (
     NUMBERS,
     bytes_of,

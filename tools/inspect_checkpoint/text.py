@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoint.manifest import Manifest, StoredTensor
+from parallel.checkpoint.manifest import Manifest, StoredTensor
 
 NUMBERS = "numbers"  # the group of what is no tensor of the model
 

@@ -9,8 +9,8 @@ from typing import Any
 from tqdm import tqdm
 
 from engine.checkpoint.examine import Different, compare
-from engine.checkpoint.manifest import DTYPES, CheckpointError
-from engine.checkpoint.read import Reader
+from parallel.checkpoint.manifest import DTYPES, CheckpointError
+from parallel.checkpoint.read import Reader
 from tools.inspect_checkpoint.text import bytes_of, facts, flat, natural, print_head, shown
 
 

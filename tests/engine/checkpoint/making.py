@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint import folder as folders
-from engine.checkpoint.manifest import Manifest, StoredPiece, StoredTensor
-from engine.checkpoint.write import Item, in_order, write_file
+from parallel.checkpoint.manifest import Manifest, StoredPiece, StoredTensor
+from parallel.checkpoint.write import Item, in_order, write_file
 from parallel.sharding.boxes import Box, boxes_of_range
 
 FACTS: dict[str, Any] = {"progress": {"samples": 8}, "config": {"train": {"steps": 2, "seed": 0}}, "about": {}}

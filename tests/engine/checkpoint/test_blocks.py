@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.checkpoint import blocks
-from engine.checkpoint.blocks import BLOCK_BYTES, BlockFile
+from parallel.checkpoint import blocks
+from parallel.checkpoint.blocks import BLOCK_BYTES, BlockFile
 
 SIZES = (0, 1, mmap.PAGESIZE, BLOCK_BYTES - 1, BLOCK_BYTES, 2 * BLOCK_BYTES + 5, 9 * BLOCK_BYTES + mmap.PAGESIZE)
 real_pwrite = os.pwrite

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from engine.checkpoint import files
 from engine.checkpoint import folder as folders
-from engine.checkpoint.manifest import FILE, CheckpointError, NoCheckpointError, checksum, read_manifest
-from engine.checkpoint.read import Damaged, Reader, Target
+from parallel.checkpoint import files, place
+from parallel.checkpoint.manifest import FILE, CheckpointError, NoCheckpointError, checksum, read_manifest
+from parallel.checkpoint.read import Damaged, Reader, Target
 from parallel.sharding.boxes import Box, overlapping
 from tests.engine.checkpoint.making import in_child, make, tensors
 
@@ -157,11 +157,11 @@ def test_may_not_be_read() -> None:
                 denied(lambda: read_all(step))
             own(step, 0)
             denied(lambda: read_all(step))
-            denied(lambda: folders.newest(step))
+            denied(lambda: place.newest(step))
             for mode in (0o444, 0):
                 own(parent, mode)
-                denied(lambda: folders.steps_in(parent))
-                denied(lambda: folders.newest(parent))
+                denied(lambda: place.steps_in(parent))
+                denied(lambda: place.newest(parent))
             own(parent, 0o755)
             own(step, 0o755)
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine.checkpoint.manifest import FILE
+from parallel.checkpoint.manifest import FILE
 from tests.engine.checkpoint.making import make, tensors
 
 PAGE = (Path(__file__).parents[3] / "docs/checkpoints.md").read_text()

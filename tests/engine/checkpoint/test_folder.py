@@ -14,8 +14,9 @@ import torch
 
 from engine.checkpoint import folder as folders
 from engine.checkpoint.config import CheckpointConfig
-from engine.checkpoint.manifest import FILE, CheckpointError, NoCheckpointError
-from engine.checkpoint.read import Reader
+from parallel.checkpoint import place
+from parallel.checkpoint.manifest import FILE, CheckpointError, NoCheckpointError
+from parallel.checkpoint.read import Reader
 from tests.engine.checkpoint.making import in_child, make, tensors, write
 
 KILLED = 77
@@ -24,9 +25,9 @@ CALLS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink",
 
 def complete(folder: Path) -> list[int]:
     """The steps that are listed, each found to be all there."""
-    steps = folders.steps_in(folder)
+    steps = place.steps_in(folder)
     for step in steps:
-        with Reader(folder / folders.name_of(step), threads=1) as reader:
+        with Reader(folder / place.name_of(step), threads=1) as reader:
             reader.verify()
             assert reader.manifest.step == step
             assert all(torch.equal(reader.whole(name), values) for name, values in tensors().items())
@@ -67,7 +68,7 @@ def test_killed_while_it_is_saved(tmp_path: Path) -> None:
 
     def prepare() -> None:
         """What a run does that starts again; what the last one left may lie there."""
-        folders.delete(tmp_path / folders.name_of(2))
+        folders.delete(tmp_path / place.name_of(2))
 
     found = at_every_point(tmp_path, prepare, lambda: make(tmp_path, 2, tensors()))
     assert len(found) > 6 and found[0] == [1] and found[-1] == [1, 2]
@@ -79,14 +80,14 @@ def test_killed_while_it_is_saved(tmp_path: Path) -> None:
 @pytest.mark.parametrize("what", ["delete", "prune", "set_damaged_aside"])
 def test_killed_while_it_is_deleted(tmp_path: Path, what: str) -> None:
     work: Mapping[str, Callable[[], object]] = {
-        "delete": lambda: folders.delete(tmp_path / folders.name_of(1)),
+        "delete": lambda: folders.delete(tmp_path / place.name_of(1)),
         "prune": lambda: folders.prune(tmp_path, CheckpointConfig(keep=1)),
         "set_damaged_aside": lambda: folders.set_damaged_aside(tmp_path, after=2),
     }
     ends = {"delete": [2, 3], "prune": [3], "set_damaged_aside": [1, 2]}
 
     def prepare() -> None:
-        for step in {1, 2, 3} - set(folders.steps_in(tmp_path)):
+        for step in {1, 2, 3} - set(place.steps_in(tmp_path)):
             make(tmp_path, step, tensors())
 
     found = at_every_point(tmp_path, prepare, work[what])
@@ -94,7 +95,7 @@ def test_killed_while_it_is_deleted(tmp_path: Path, what: str) -> None:
     assert all(set(ends[what]) <= set(steps) for steps in found)
     folders.clean(tmp_path)
     left = {path.name for path in tmp_path.iterdir() if not path.name.endswith(".damaged")}
-    assert left == {folders.name_of(step) for step in ends[what]}
+    assert left == {place.name_of(step) for step in ends[what]}
 
 
 def test_all_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +135,7 @@ def test_names_and_order(tmp_path: Path) -> None:
     """By number, also beyond eight digits; what only looks like one is none."""
     steps = [0, 99_999_999, 100_000_000, 9_999_999_999, 7]
     for step in steps:
-        (tmp_path / folders.name_of(step)).mkdir()
+        (tmp_path / place.name_of(step)).mkdir()
     for name in (
         "step-1", "step-000000100", "step-00000002.writing", "step-00000003.deleted", "step-00000004.damaged",
         "step-0000000\u0665", "step-00000006 ", "Step-00000008", "step--0000001",
@@ -143,8 +144,8 @@ def test_names_and_order(tmp_path: Path) -> None:
     (tmp_path / "step-00000009").write_text("a file")
     (tmp_path / "step-00000010").symlink_to("nowhere")
     (tmp_path / "step-00000011").symlink_to("step-00000011")
-    assert folders.steps_in(tmp_path) == sorted(steps)
-    assert folders.newest(tmp_path).name == "step-9999999999"
+    assert place.steps_in(tmp_path) == sorted(steps)
+    assert place.newest(tmp_path).name == "step-9999999999"
 
 
 def test_what_a_path_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,15 +153,15 @@ def test_what_a_path_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     make(folder, 3, tensors())
     newest = make(folder, 20, tensors())
     for path in (newest, folder, folder.parent):
-        assert folders.newest(path) == newest
-    assert folders.newest(folder / "step-00000003").name == "step-00000003"
+        assert place.newest(path) == newest
+    assert place.newest(folder / "step-00000003").name == "step-00000003"
     (newest / FILE).unlink()
-    assert folders.newest(newest) == newest  # damaged, but it is what is meant
+    assert place.newest(newest) == newest  # damaged, but it is what is meant
     odd = tmp_path / "step-00000001"
     make(odd / "checkpoints", 2, tensors())  # a run of that name
-    assert folders.newest(odd).name == "step-00000002"
+    assert place.newest(odd).name == "step-00000002"
     monkeypatch.chdir(newest)
-    assert folders.newest(Path()).resolve() == newest
+    assert place.newest(Path()).resolve() == newest
 
 
 def test_a_path_that_means_none(tmp_path: Path) -> None:
@@ -169,11 +170,11 @@ def test_a_path_that_means_none(tmp_path: Path) -> None:
     (tmp_path / "circle").symlink_to("circle")
     for name in ("empty", "empty/checkpoints", "file", "none", "none/none"):
         with pytest.raises(NoCheckpointError, match=name):
-            folders.newest(tmp_path / name)
+            place.newest(tmp_path / name)
     for name in ("circle", "file/step-00000001", "x" * 300, "a\0b"):
         with pytest.raises(CheckpointError):
-            folders.newest(tmp_path / name)
-    assert folders.steps_in(tmp_path / "none") == []
+            place.newest(tmp_path / name)
+    assert place.steps_in(tmp_path / "none") == []
 
 
 # -- which are kept ----------------------------------------------------------------------------------------------------
@@ -183,7 +184,7 @@ def steps_kept(tmp_path: Path, figures: Mapping[int, Mapping[str, float]], **key
     for step, evaluation in figures.items():
         make(tmp_path, step, {"weights/a": torch.ones(2)}, files=1, evaluation=evaluation)
     gone, _ = folders.prune(tmp_path, CheckpointConfig(**keys))
-    left = folders.steps_in(tmp_path)
+    left = place.steps_in(tmp_path)
     assert sorted(left + gone) == sorted(figures)
     return left
 

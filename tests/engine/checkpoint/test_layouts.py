@@ -12,12 +12,12 @@ from torch import Tensor
 
 from engine.assemble import Assembly, assemble, grid_of
 from engine.checkpoint.config import CheckpointConfig
-from engine.checkpoint.read import Reader
 from engine.checkpoint.saver import Saver
 from engine.checkpoint.states import differences, restore, shapes_of, state_pieces
 from engine.config import OptimizerConfig, PrecisionConfig, TrainConfig
 from engine.run.step import Stepper
 from parallel import comm
+from parallel.checkpoint.read import Reader
 from parallel.config import ParallelConfig
 from parallel.process_group import World
 from parallel.sharding.boxes import placed_boxes

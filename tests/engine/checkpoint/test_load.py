@@ -14,7 +14,6 @@ from torch import Tensor
 
 from engine.assemble import Assembly, assemble, grid_of
 from engine.checkpoint.config import CheckpointConfig
-from engine.checkpoint.read import Reader
 from engine.checkpoint.saver import Saver
 from engine.config import Config, OptimizerConfig, PrecisionConfig, TrainConfig
 from engine.errors import ConfigError
@@ -23,6 +22,7 @@ from engine.run.load import Source, source_of, start_from
 from engine.run.step import Stepper
 from model import ModelConfig, StageConfig, VisionTransformer
 from model.resize import resize_channels
+from parallel.checkpoint.read import Reader
 from parallel.config import ParallelConfig
 from parallel.process_group import World
 from tests.distributed import run_ranks

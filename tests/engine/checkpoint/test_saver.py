@@ -15,12 +15,12 @@ from torch import Tensor
 from engine.assemble import Assembly
 from engine.checkpoint import saver as saver_module
 from engine.checkpoint.config import CheckpointConfig
-from engine.checkpoint.read import Reader
 from engine.checkpoint.saver import Saver, SaveReport, Votes
 from engine.checkpoint.states import state_pieces
-from engine.checkpoint.write import Item, Written, write_file
 from engine.errors import OutputError
 from engine.run.step import Stepper
+from parallel.checkpoint.read import Reader
+from parallel.checkpoint.write import Item, Written, write_file
 from parallel.process_group import World
 from tests.distributed import run_ranks
 from tests.engine.checkpoint.test_layouts import Layout, assembled

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.checkpoint.manifest import read_manifest
+from parallel.checkpoint.manifest import read_manifest
 from tests.engine.run.forked import checkpoints, long_run, running, steps_told
 from tools.inspect_checkpoint.__main__ import main as inspect_checkpoint
 

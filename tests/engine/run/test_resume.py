@@ -19,12 +19,12 @@ from torch import Tensor
 from data import DataConfig
 from engine.checkpoint import folder as folders
 from engine.checkpoint.config import CheckpointConfig
-from engine.checkpoint.read import Reader
 from engine.config import Config, LogConfig, OptimizerConfig, PrecisionConfig, ScheduleConfig, TrainConfig
 from engine.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, DivergedError, OutputError
 from engine.run.loop import Loop
 from engine.run.saving import Saving
 from engine.run.trainer import pretrain
+from parallel.checkpoint.read import Reader
 from parallel.process_group import World
 from tests.engine.small import small
 

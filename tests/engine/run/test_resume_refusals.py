@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 import pretrain_vit
-from engine.checkpoint import manifest as manifests
-from engine.checkpoint.folder import name_of
-from engine.checkpoint.read import Reader
 from engine.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, EXIT_USAGE
 from engine.run.launch import run_rank
 from engine.run.resume import _is_ours
+from parallel.checkpoint import manifest as manifests
+from parallel.checkpoint.place import name_of
+from parallel.checkpoint.read import Reader
 from tests.engine.small import flags
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.checkpoint.manifest import CheckpointError, StoredFile, checksum, unread
+from parallel.checkpoint.manifest import CheckpointError, StoredFile, checksum, unread
 
 _MOST_OPEN = 256  # files at once; there may be as many as ranks that saved
 

@@ -21,9 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.checkpoint.files import Files
-from engine.checkpoint.folder import locked
-from engine.checkpoint.manifest import (
+from parallel.checkpoint.files import Files
+from parallel.checkpoint.manifest import (
     CHUNK_BYTES,
     CheckpointError,
     Manifest,
@@ -32,6 +31,7 @@ from engine.checkpoint.manifest import (
     read_manifest,
     unread,
 )
+from parallel.checkpoint.place import locked
 from parallel.sharding.boxes import Box, boxes_of_range, whole_box
 
 _Bytes = NDArray[np.uint8]

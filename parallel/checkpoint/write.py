@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.checkpoint.blocks import BlockFile
-from engine.checkpoint.manifest import CHUNK_BYTES, DTYPES, StoredFile, checksum
+from parallel.checkpoint.blocks import BlockFile
+from parallel.checkpoint.manifest import CHUNK_BYTES, DTYPES, StoredFile, checksum
 from parallel.sharding.boxes import Box
 from parallel.sharding.pieces import StatePiece
 
