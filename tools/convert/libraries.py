@@ -19,7 +19,7 @@ def library(name: str) -> ModuleType:
     """An installed library by its name: `timm`, `open_clip`, `transformers`.
 
     timm and open_clip import torchvision when they are imported, for image transforms and convolutional networks, and
-    run none of it in a Vision Transformer. Where torchvision is not installed (there is no build of it for every torch),
+    run none of it in a Vision Transformer. Where torchvision is not installed (not every torch has a build of it),
     its names stand for nothing while they are imported: each raises an ImportError when it is used.
 
     Raises:
@@ -27,9 +27,7 @@ def library(name: str) -> ModuleType:
     """
     if name in sys.modules or importlib.util.find_spec(_STOOD_IN) is not None:
         return importlib.import_module(name)
-    if (
-        importlib.util.find_spec("transformers") is not None
-    ):  # which looks for torchvision once, and open_clip imports it
+    if importlib.util.find_spec("transformers") is not None:  # open_clip imports it, and it looks once
         importlib.import_module("transformers.utils").is_torchvision_available()
     with _stand_in():
         return importlib.import_module(name)
