@@ -21,6 +21,7 @@ from model.embed import Embedding
 from model.heads import Head
 from model.inputs import MicroBatch
 from model.merge import PatchMerge
+from parallel.layout import info_of
 
 Factory = Callable[[Build], nn.Module]
 
@@ -52,6 +53,23 @@ class LayerSpec:
 
 def build_layers(config: ModelConfig) -> list[LayerSpec]:
     """The layers of a resolved configuration, in order: `embed`, `blocks.0` ..., `merges.0` between stages, `head`."""
+    return _measure(_layers(config), config)
+
+
+def logical_shapes(config: ModelConfig, layers: Sequence[LayerSpec] | None = None) -> dict[str, tuple[int, ...]]:
+    """Of all parameters of a model, in order, by their names; nothing is allocated.
+
+    Args:
+        config: resolved. layers: if they are others than the configuration's own.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for spec in layers or _layers(config):
+        layer = spec.factory(Build(config=config, stage=spec.stage))
+        shapes |= {f"{spec.name}.{name}": info_of(p).layout.shape for name, p in layer.named_parameters()}
+    return shapes
+
+
+def _layers(config: ModelConfig) -> list[LayerSpec]:
     sizes, block = config.sizes, BLOCKS[config.block or "sequential"]
     layers = [LayerSpec(name="embed", factory=Embedding)]
     done = 0
@@ -65,7 +83,7 @@ def build_layers(config: ModelConfig) -> list[LayerSpec]:
             layers.append(LayerSpec(name=f"blocks.{i}", factory=factory, stage=stage.index))
         done += stage.depth
     layers.append(LayerSpec(name="head", factory=Head, stage=sizes.last.index))
-    return _measure(layers, config)
+    return layers
 
 
 def _measure(layers: Sequence[LayerSpec], config: ModelConfig) -> list[LayerSpec]:

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from engine.assemble import Assembly
-from engine.checkpoint.fit import Fit, Geometry, Shape, fit, is_another_model, resized
+from engine.checkpoint.fit import Fit, Geometry, fit, is_another_model, resized
 from engine.checkpoint.states import targets, weight_pieces
-from model import Build, LayerSpec, ModelConfig
+from model import LayerSpec, ModelConfig
+from model.layers import logical_shapes
 from parallel import comm
 from parallel.checkpoint.manifest import CheckpointError
 from parallel.checkpoint.read import Reader
-from parallel.layout import info_of
 from parallel.sharding.boxes import Box
 from parallel.sharding.pieces import StatePiece
 
@@ -118,15 +118,6 @@ def _stored_names(reader: Reader, which: Which) -> dict[str, str]:
             )
         names |= averages
     return names
-
-
-def logical_shapes(model: ModelConfig, layers: Sequence[LayerSpec]) -> dict[str, Shape]:
-    """Of all parameters of a model, in order, by their names; nothing is allocated."""
-    shapes: dict[str, Shape] = {}
-    for spec in layers:
-        layer = spec.factory(Build(config=model, stage=spec.stage))
-        shapes |= {f"{spec.name}.{name}": info_of(p).layout.shape for name, p in layer.named_parameters()}
-    return shapes
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ tensor, then their bytes. Tensors of a file are boxes of logical tensors, and ar
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +74,7 @@ def as_bytes(values: Tensor) -> NDArray[np.uint8]:
 def write_file(
     path: Path, items: Sequence[Item], metadata: dict[str, str], on_disk: Callable[[int], None] = lambda count: None
 ) -> Written:
-    """Write a new file and see it on the disk.
+    """Write a rank's file and see it on the disk.
 
     Args:
         items: `in_order`. metadata: for the header. on_disk: see BlockFile.
@@ -81,29 +82,80 @@ def write_file(
     Raises:
         OSError: as of a full disk.
     """
-    header = _header(items, metadata)
-    entries = []
-    size = len(header) + sum(item.box.numel * item.values.itemsize for item in items)
-    with BlockFile(path, size, on_disk) as file:
+    entries = [FileEntry(item.key, item.box.shape, item.values.dtype) for item in items]
+    places = write_tensors(path, entries, (item.values for item in items), metadata, on_disk)
+    written = [
+        (item.name, item.values.dtype, item.shape, item.box, place.start, place.checksums)
+        for item, place in zip(items, places.tensors, strict=True)
+    ]
+    return Written(places.file, written)
+
+
+class FileEntry(NamedTuple):
+    """A tensor of a file: its name there, its shape and type."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        """Of its elements."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Place(NamedTuple):
+    """Where a tensor starts in its file, and the checksums of each `CHUNK_BYTES` of it."""
+
+    start: int
+    checksums: tuple[str, ...]
+
+
+class WrittenFile(NamedTuple):
+    """A file that was written, and where its tensors are, in their order."""
+
+    file: StoredFile
+    tensors: list[Place]
+
+
+def write_tensors(
+    path: Path,
+    entries: Sequence[FileEntry],
+    tensors: Iterable[Tensor],
+    metadata: dict[str, str],
+    on_disk: Callable[[int], None] = lambda count: None,
+) -> WrittenFile:
+    """Write a new safetensors file and see it on the disk.
+
+    Args:
+        entries: wide numbers first, so that all are aligned. tensors: of the entries, each asked for when the one
+            before is written. metadata: for the header. on_disk: see BlockFile.
+
+    Raises:
+        OSError: as of a full disk.
+    """
+    header = _header(entries, metadata)
+    places = []
+    with BlockFile(path, len(header) + sum(entry.bytes for entry in entries), on_disk) as file:
         file.write(np.frombuffer(header, np.uint8))
-        for item in items:
-            start, data = file.size, as_bytes(item.values.cpu())
-            chunks = [data[i : i + CHUNK_BYTES] for i in range(0, len(data), CHUNK_BYTES)]
+        for entry, values in zip(entries, tensors, strict=True):
+            assert (tuple(values.shape), values.dtype) == entry[1:], entry
+            start, data = file.size, as_bytes(values.cpu())
             sums = []
-            for chunk in chunks:
-                sums.append(checksum(chunk))
-                file.write(chunk)
-            entries.append((item.name, item.values.dtype, item.shape, item.box, start, tuple(sums)))
+            for i in range(0, len(data), CHUNK_BYTES):
+                sums.append(checksum(data[i : i + CHUNK_BYTES]))
+                file.write(data[i : i + CHUNK_BYTES])
+            places.append(Place(start, tuple(sums)))
         file.sync()
-    return Written(StoredFile(path.name, file.size, checksum(header)), entries)
+    return WrittenFile(StoredFile(path.name, file.size, checksum(header)), places)
 
 
-def _header(items: Sequence[Item], metadata: dict[str, str]) -> bytes:
+def _header(entries: Sequence[FileEntry], metadata: dict[str, str]) -> bytes:
     table: dict[str, object] = {"__metadata__": metadata}
     end = 0
-    for item in items:
-        start, end = end, end + item.box.numel * item.values.itemsize
-        table[item.key] = {"dtype": DTYPES[item.values.dtype], "shape": item.box.shape, "data_offsets": (start, end)}
+    for entry in entries:
+        start, end = end, end + entry.bytes
+        table[entry.key] = {"dtype": DTYPES[entry.dtype], "shape": entry.shape, "data_offsets": (start, end)}
     text = json.dumps(table).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,131 @@
+"""Opening weights of any kind, and writing them as any other."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.formats.base import ConversionError
+from model.formats.registry import FORMATS, KINDS, VITRUVIUS, format_of
+from model.formats.sources import open_source
+from model.formats.weights import CheckpointWeights, ForeignWeights, Weights, Which
+from model.formats.writing import jobs_as, jobs_as_ours, write_checkpoint, write_json, write_npz, write_shards
+from parallel.checkpoint.manifest import FILE, CheckpointError, NoCheckpointError
+from parallel.checkpoint.place import newest
+
+
+@contextlib.contextmanager
+def open_weights(
+    path: Path,
+    kind: str = "auto",
+    *,
+    config: Path | None = None,
+    given: Mapping[str, Any] | None = None,
+    leave_out: Sequence[str] = (),
+    which: Which = "weights",
+) -> Iterator[Weights]:
+    """Weights of any kind, open for reading.
+
+    Args:
+        path: of a checkpoint of this program (a step's folder, that of all steps, of a run), or of a file or folder of
+            another library. kind: one of KINDS, or `auto`. config: their `config.json`, if it is not beside them.
+        given: keys of the model for what they do not say. leave_out: patterns of names of tensors there that may be
+            dropped. which: of a checkpoint of this program, the weights or their average.
+
+    Raises:
+        ConversionError: there is none, it is damaged, of another kind, or has what our model has not.
+    """
+    if kind not in ("auto", *KINDS):
+        raise ConversionError(f"kind {kind!r} is unknown: choose among {', '.join(KINDS)}")
+    weights: Weights
+    if (folder := _checkpoint(path, kind)) is not None:
+        weights = CheckpointWeights(folder, which)
+    else:
+        if which != "weights":
+            raise ConversionError(f"{path} is no checkpoint of this program: only such a one has a moving average")
+        source = open_source(path, config)
+        weights = ForeignWeights(source, format_of(source, kind), given=given, leave_out=leave_out)
+    with contextlib.closing(weights):
+        yield weights
+
+
+def _checkpoint(path: Path, kind: str) -> Path | None:
+    """The folder of a step that a path means, if it is of this program; None if it is something else."""
+    try:
+        folder = newest(path)
+    except NoCheckpointError as error:
+        if kind == VITRUVIUS:
+            raise ConversionError(str(error)) from error
+        return None
+    except CheckpointError as error:
+        raise ConversionError(str(error)) from error
+    if kind not in ("auto", VITRUVIUS):
+        raise ConversionError(f"{path} is of kind {VITRUVIUS} (it has a {FILE}), not {kind}")
+    return folder
+
+
+def save_weights(
+    weights: Weights,
+    path: Path,
+    kind: str = VITRUVIUS,
+    *,
+    dtype: torch.dtype | None = None,
+    leave_out: Sequence[str] = (),
+) -> None:
+    """Write weights as a kind: a folder, or, of big_vision, a file. It is complete, or it is not there.
+
+    Args:
+        dtype: of the tensors (default: as they are). leave_out: patterns of carried tensors that may be dropped.
+
+    Raises:
+        ConversionError: the place is taken or cannot be written to, or the kind cannot express the model; then nothing
+            is written.
+    """
+    if kind not in KINDS:
+        raise ConversionError(f"kind {kind!r} is unknown: choose among {', '.join(KINDS)}")
+    if os.path.lexists(path):
+        raise ConversionError(f"{path} exists: give another place, or remove it")
+    with _complete(path) as temporary:
+        if kind == VITRUVIUS:
+            temporary.mkdir()
+            write_checkpoint(temporary, weights, jobs_as_ours(weights, dtype))
+            return
+        form = FORMATS[kind]
+        files, jobs = form.files(weights.description), jobs_as(form, weights, dtype, leave_out)
+        if form.container == "npz":
+            write_npz(temporary, jobs)
+            return
+        temporary.mkdir()
+        write_shards(temporary, jobs, form.container)
+        for name, values in files.items():
+            write_json(temporary / name, values)
+
+
+@contextlib.contextmanager
+def _complete(path: Path) -> Iterator[Path]:
+    """A place to write to, which gets its name when all is written; what fails leaves nothing behind."""
+    if os.path.lexists(path):
+        raise ConversionError(f"{path} exists: give another place, or remove it")
+    temporary = path.with_name(f"{path.name}.writing")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove(temporary)
+        yield temporary
+        temporary.rename(path)
+    except OSError as error:
+        raise ConversionError(f"{path} cannot be written: {error.strerror or error}") from error
+    finally:
+        _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

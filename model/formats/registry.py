@@ -1,0 +1,36 @@
+"""Which formats there are, and which of them a source is of."""
+
+from __future__ import annotations
+
+from model.formats.base import ConversionError
+from model.formats.huggingface.vit import HfVit
+from model.formats.sources import Source
+from model.formats.weights import Format
+
+VITRUVIUS = "vitruvius"
+_ALL: tuple[Format, ...] = (HfVit(),)
+FORMATS: dict[str, Format] = {form.kind: form for form in _ALL}
+KINDS: tuple[str, ...] = (VITRUVIUS, *FORMATS)
+
+
+def format_of(source: Source, kind: str = "auto") -> Format:
+    """The format of a source.
+
+    Args:
+        kind: what it is said to be, or `auto`.
+
+    Raises:
+        ConversionError: it is of another kind than is said, or of none that is known.
+    """
+    found = [name for name, form in FORMATS.items() if form.recognises(source)]
+    if kind != "auto" and kind in found:
+        return FORMATS[kind]
+    if len(found) == 1 and kind == "auto":
+        return FORMATS[found[0]]
+    if found:
+        what = f"is of kind {' or '.join(found)}"
+        raise ConversionError(f"{source.path} {what}" + (f", not {kind}" if kind != "auto" else ": say which"))
+    shown = ", ".join(list(source.tensors)[:3])
+    raise ConversionError(
+        f"{source.path} is of none of the kinds {', '.join(FORMATS)}: its tensors are called {shown or 'nothing'}"
+    )

@@ -1,0 +1,283 @@
+"""Tensors of a file or folder of any of the usual containers, read one at a time.
+
+Nothing is executed: safetensors and npz hold numbers alone, and PyTorch's own files are read with `weights_only`, which
+refuses all but tensors. Only one tensor is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import pickle
+import struct
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from model.formats.base import ConversionError, Shape
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+_TORCH = (".bin", ".pt", ".pth")
+_NAMES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
+
+
+class Entry(NamedTuple):
+    """A tensor of a source."""
+
+    shape: Shape
+    dtype: torch.dtype
+
+
+class Source(Protocol):
+    """Tensors by name, and the JSON files beside them.
+
+    Attributes:
+        path: what was given. tensors: of all files, in their order. files: the JSON files of the folder that describe
+            the model, by name: `config.json`, `preprocessor_config.json`, `open_clip_config.json`.
+    """
+
+    path: Path
+    tensors: Mapping[str, Entry]
+    files: Mapping[str, Any]
+
+    def read(self, name: str, index: int | None = None) -> Tensor:
+        """A tensor, or one entry of its first dim. Raises ConversionError if it cannot be read."""
+
+
+def open_source(path: Path, config: Path | None = None) -> Source:
+    """What is at a path: a file, or a folder with one, or with the shards of one and their index.
+
+    Args:
+        config: the `config.json` to use, where it is not beside the tensors.
+
+    Raises:
+        ConversionError: there is nothing that can be read; why, and what can be done.
+    """
+    try:
+        folder = path if path.is_dir() else path.parent
+        files = _json_files(folder, config)
+        if not path.exists():
+            raise ConversionError(f"{path} does not exist")
+        shards = _shards(path)
+        suffix = next(iter(shards)).suffix
+        if suffix == ".npz":
+            return _Npz(path, next(iter(shards)), files)
+        return (_Torch if suffix in _TORCH else _Safetensors)(path, shards, files)
+    except OSError as error:
+        raise ConversionError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _json_files(folder: Path, config: Path | None) -> dict[str, Any]:
+    found = {}
+    named = {p.name: p for p in folder.glob("*.json") if p.name.endswith("config.json")} if folder.is_dir() else {}
+    if config is not None:
+        named["config.json"] = config
+    for name, path in named.items():
+        try:
+            found[name] = json.loads(path.read_text())
+        except (ValueError, RecursionError) as error:
+            raise ConversionError(f"{path} is no JSON: {error}") from error
+        if not isinstance(found[name], dict):
+            raise ConversionError(f"{path} is no JSON object")
+    return found
+
+
+def _shards(path: Path) -> list[Path]:
+    """The files of tensors."""
+    if path.is_file() and path.name.endswith(".index.json"):
+        return _indexed(path)
+    if path.is_file():
+        if path.suffix not in (".safetensors", ".npz", *_TORCH):
+            raise ConversionError(f"{path} is no .safetensors, .npz, .bin, .pt or .pth file, and no folder with one")
+        return [path]
+    if indices := sorted(path.glob("*.index.json")):
+        preferred = [i for i in indices if "safetensors" in i.name] or indices
+        return _indexed(preferred[0])
+    for name in _NAMES:
+        if (path / name).is_file():
+            return [path / name]
+    found = sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".npz", *_TORCH) and p.is_file())
+    if len(found) != 1:
+        if not found:
+            raise ConversionError(f"{path} is no checkpoint: it has no .safetensors, .npz, .bin, .pt or .pth file")
+        raise ConversionError(f"{path} has {', '.join(p.name for p in found[:5])}: give the file that is meant")
+    return found
+
+
+def _indexed(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        shards = [index.parent / name for name in names]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConversionError(f"{index} is no index of shards: it has no weight_map") from error
+    if strange := [n for n in names if Path(n).name != n]:
+        raise ConversionError(f"{index} names {strange[0]}, which is not in its folder")
+    if missing := [s.name for s in shards if not s.is_file()]:
+        raise ConversionError(f"{index} names {missing[0]}, which is not there ({len(missing)} of {len(names)} files)")
+    if not shards:
+        raise ConversionError(f"{index} names no file")
+    return shards
+
+
+# -- safetensors -------------------------------------------------------------------------------------------------------
+
+
+class _Safetensors:
+    def __init__(self, path: Path, shards: list[Path], files: Mapping[str, Any]) -> None:
+        self.path, self.files = path, files
+        tensors: dict[str, Entry] = {}
+        self._shard: dict[str, Path] = {}
+        for shard in shards:
+            for name, entry in self._entries(shard).items():
+                if name in tensors:
+                    raise ConversionError(f"{name} is in {self._shard[name].name} and in {shard.name}")
+                tensors[name], self._shard[name] = entry, shard
+        self.tensors: Mapping[str, Entry] = tensors
+
+    def _entries(self, shard: Path) -> dict[str, Entry]:
+        try:
+            with safe_open(shard, framework="pt") as file:
+                slices = {name: file.get_slice(name) for name in file.offset_keys()}
+                return {
+                    name: Entry(tuple(s.get_shape()), self._dtype(shard, name, s.get_dtype()))
+                    for name, s in slices.items()
+                }
+        except SafetensorError as error:
+            raise ConversionError(f"{shard} is no whole safetensors file ({error}): fetch it again") from error
+
+    def _dtype(self, shard: Path, name: str, dtype: str) -> torch.dtype:
+        if dtype not in _DTYPES:
+            raise ConversionError(f"{shard}: {name} is of {dtype}, which is none of {', '.join(_DTYPES)}")
+        return _DTYPES[dtype]
+
+    def read(self, name: str, index: int | None = None) -> Tensor:
+        """As Source."""
+        try:  # opened anew: what is mapped goes when it is closed, and pages that were read are not held
+            with safe_open(self._shard[name], framework="pt") as file:
+                return file.get_tensor(name).clone() if index is None else file.get_slice(name)[index].clone()
+        except SafetensorError as error:
+            raise ConversionError(f"{self._shard[name]}: {name} cannot be read ({error})") from error
+
+
+# -- files of PyTorch --------------------------------------------------------------------------------------------------
+
+
+class _Torch:
+    def __init__(self, path: Path, shards: list[Path], files: Mapping[str, Any]) -> None:
+        self.path, self.files = path, files
+        self._values: dict[str, Tensor] = {}
+        for shard in shards:
+            self._values |= _state_dict(shard)
+        self.tensors: Mapping[str, Entry] = {n: Entry(tuple(x.shape), x.dtype) for n, x in self._values.items()}
+
+    def read(self, name: str, index: int | None = None) -> Tensor:
+        """As Source."""
+        x = self._values[name]
+        return (x if index is None else x[index]).clone()
+
+
+def _state_dict(path: Path) -> dict[str, Tensor]:
+    mapped = zipfile.is_zipfile(path)  # the format since torch 1.6, which needs not be in memory
+    try:
+        values = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        raise ConversionError(
+            f"{path} is a pickle with more than tensors in it, which could run any code when it is loaded: it is not. "
+            "Where you trust it, load it with the program that wrote it, and save model.state_dict() with "
+            f"safetensors.torch.save_file ({str(error).splitlines()[0]:.200})"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, struct.error, KeyError) as error:
+        raise ConversionError(f"{path} is no whole file of torch.save ({error}): fetch it again") from error
+    for wrapper in ("state_dict_ema", "model_ema", "state_dict", "model", "module"):
+        if isinstance(values, Mapping) and isinstance(values.get(wrapper), Mapping):
+            values = values[wrapper]
+    if not isinstance(values, Mapping):
+        raise ConversionError(f"{path} has no tensors by name, but one {type(values).__name__}")
+    return {str(k).removeprefix("module."): v for k, v in values.items() if isinstance(v, Tensor)}
+
+
+# -- npz ---------------------------------------------------------------------------------------------------------------
+
+
+class _Npz:
+    """A zip of .npy files: those that are not compressed are mapped, the others read."""
+
+    def __init__(self, path: Path, file: Path, files: Mapping[str, Any]) -> None:
+        self.path, self.files, self._file = path, files, file
+        self._places: dict[str, tuple[int, Shape, np.dtype[Any]]] = {}  # of the first byte; -1: compressed
+        try:
+            with zipfile.ZipFile(file) as archive:
+                for info in archive.infolist():
+                    name = info.filename.removesuffix(".npy")
+                    with archive.open(info) as member:
+                        shape, dtype, length = _npy_header(member, f"{file}: {name}")
+                    stored = info.compress_type == zipfile.ZIP_STORED
+                    self._places[name] = (self._start(info) + length if stored else -1, shape, dtype)
+        except (zipfile.BadZipFile, EOFError, struct.error, NotImplementedError) as error:
+            raise ConversionError(f"{file} is no whole npz file ({error}): fetch it again") from error
+        self.tensors: Mapping[str, Entry] = {
+            name: Entry(shape, _torch_dtype(dtype)) for name, (_, shape, dtype) in self._places.items()
+        }
+
+    def _start(self, info: zipfile.ZipInfo) -> int:
+        with self._file.open("rb") as raw:
+            raw.seek(info.header_offset + 26)
+            names, extra = struct.unpack("<HH", raw.read(4))
+        return int(info.header_offset) + 30 + int(names) + int(extra)
+
+    def read(self, name: str, index: int | None = None) -> Tensor:
+        """As Source."""
+        start, shape, dtype = self._places[name]
+        try:
+            if start < 0:
+                with np.load(self._file, allow_pickle=False) as archive:
+                    values = archive[name]
+            else:
+                values = np.memmap(self._file, dtype, "r", start, shape) if shape else np.fromfile(
+                    self._file, dtype, 1, offset=start
+                ).reshape(())  # fmt: skip
+            part = np.array(values if index is None else values[index])
+        except (ValueError, zipfile.BadZipFile) as error:
+            raise ConversionError(f"{self._file}: {name} cannot be read ({error}): fetch it again") from error
+        return _from_numpy(part)
+
+
+def _npy_header(member: Any, what: str) -> tuple[Shape, np.dtype[Any], int]:
+    """(shape, dtype, bytes of the header) of a .npy file. Raises ConversionError for objects, which are pickles."""
+    magic = member.read(8)
+    if magic[:6] != b"\x93NUMPY":
+        raise ConversionError(f"{what} is no array")
+    size = 2 if magic[6] == 1 else 4
+    length = int.from_bytes(member.read(size), "little")
+    try:
+        header = ast.literal_eval(member.read(length).decode("latin1"))
+        dtype, shape, fortran = np.dtype(header["descr"]), tuple(header["shape"]), header["fortran_order"]
+    except (ValueError, SyntaxError, KeyError, TypeError) as error:
+        raise ConversionError(f"{what} is no array ({error})") from error
+    if dtype.hasobject:
+        raise ConversionError(f"{what} is an array of objects, a pickle, which could run any code when it is loaded")
+    if fortran:
+        raise ConversionError(f"{what} is stored column by column: save it again with numpy.ascontiguousarray")
+    return shape, dtype, 8 + size + length
+
+
+def _torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:
+    return _from_numpy(np.empty(0, dtype)).dtype
+
+
+def _from_numpy(values: np.ndarray[Any, Any]) -> Tensor:
+    if values.dtype.kind == "V" and values.dtype.itemsize == 2:  # JAX's bfloat16, which numpy does not know
+        return torch.from_numpy(np.ascontiguousarray(values).view(np.int16)).view(torch.bfloat16)
+    try:
+        return torch.from_numpy(np.ascontiguousarray(values).reshape(values.shape))
+    except TypeError as error:
+        raise ConversionError(f"an array is of {values.dtype}, which torch has no name for") from error

@@ -1,0 +1,270 @@
+"""A model's weights wherever they lie: tensors by our names, read one at a time, beside a description of the model."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig, StageConfig
+from model.formats.base import ConversionError, Description, Origin, Preprocessing, Rule, Shape, expected
+from model.formats.sources import Entry, Source
+from model.layers import logical_shapes
+from parallel.checkpoint.manifest import CheckpointError, Manifest
+from parallel.checkpoint.read import Reader
+
+Which = Literal["weights", "average"]
+CARRIED = "carried/"  # begins the names of tensors in a checkpoint that are kept for the way back
+_SHOWN = 10
+
+
+class Format(Protocol):
+    """The format of another library.
+
+    Attributes:
+        kind: its name on the command line. title: in words.
+        container: `npz`, or how its safetensors file is called: `model`.
+    """
+
+    kind: str
+    title: str
+    container: str
+
+    def recognises(self, source: Source) -> bool:
+        """Whether names of tensors, or the JSON files beside them, say that it is of this kind."""
+
+    def describe(self, source: Source, given: Mapping[str, Any]) -> Description:
+        """The model, from JSON files and shapes.
+
+        Args:
+            given: keys of the model for what the source does not say (number of heads, epsilon).
+
+        Raises:
+            ConversionError: by name, for what our model has not, and for what is not known.
+        """
+
+    def rules(self, description: Description) -> list[Rule]:
+        """One for each of our tensors. Raises ConversionError, by name, for what this format cannot express."""
+
+    def carries(self, name: str) -> bool:
+        """Whether a tensor has no part in what the model makes of an image (a text tower, a mask token), and is kept as
+        it is for the way back."""
+
+    def files(self, description: Description) -> dict[str, Any]:
+        """JSON files that belong beside the tensors. Raises ConversionError, as `rules`."""
+
+
+class Weights(Protocol):
+    """Tensors by our names.
+
+    Attributes:
+        path: where they lie. kind: of format. description: of the model. tensors: of the model, whole.
+        carried: tensors of `description.origin.kind` that are kept for the way back, by their names there.
+    """
+
+    path: Path
+    kind: str
+    description: Description
+    tensors: Mapping[str, Entry]
+    carried: Mapping[str, Entry]
+
+    def read(self, name: str) -> Tensor:
+        """One of `tensors`. Raises ConversionError if it is damaged."""
+
+    def read_carried(self, name: str) -> Tensor:
+        """One of `carried`."""
+
+    def close(self) -> None:
+        """Let go of all files."""
+
+
+class ForeignWeights:
+    """Those of another library's checkpoint.
+
+    Args:
+        given: keys of the model for what the source does not say. leave_out: patterns of names there (`text_model.*`)
+            of what may be dropped.
+
+    Raises:
+        ConversionError: tensors are missing, surplus, or of other shapes: the first ten.
+    """
+
+    def __init__(
+        self, source: Source, form: Format, *, given: Mapping[str, Any] | None = None, leave_out: Sequence[str] = ()
+    ) -> None:
+        self._source = source
+        self.path, self.kind = source.path, form.kind
+        self.description = form.describe(source, given or {})
+        rules = form.rules(self.description)
+        shapes = logical_shapes(self.description.model)
+        wanted = expected(rules, shapes)
+        others = [name for name in source.tensors if name not in wanted and not matches(name, leave_out)]
+        self.carried: Mapping[str, Entry] = {name: source.tensors[name] for name in others if form.carries(name)}
+        _check(source, form, wanted, [name for name in others if name not in self.carried])
+        self._rules = {r.ours: r for r in rules if r.ours}
+        self.tensors: Mapping[str, Entry] = {name: Entry(shape, self._dtype(name)) for name, shape in shapes.items()}
+        self.left_out = [name for name in source.tensors if name not in wanted and name not in self.carried]
+
+    def _dtype(self, name: str) -> torch.dtype:
+        dtypes = [self._source.tensors[there].dtype for there in self._rules[name].theirs]
+        found = dtypes[0] if dtypes else self._usual_dtype()
+        for dtype in dtypes[1:]:
+            found = torch.promote_types(found, dtype)
+        return found
+
+    def _usual_dtype(self) -> torch.dtype:
+        return next(e.dtype for e in self._source.tensors.values() if e.dtype.is_floating_point)
+
+    def read(self, name: str) -> Tensor:
+        """As Weights."""
+        found = self._rules[name]
+        values = found.to_ours([self._source.read(there) for there in found.theirs])
+        return values.to(self.tensors[name].dtype)
+
+    def read_carried(self, name: str) -> Tensor:
+        """As Weights."""
+        return self._source.read(name)
+
+    def close(self) -> None:
+        """As Weights."""
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a name is one of the patterns, of shells."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _check(source: Source, form: Format, wanted: Mapping[str, Shape], surplus: Sequence[str]) -> None:
+    there = source.tensors
+    wrong = [f"{n}: missing, it should be {list(shape)}" for n, shape in wanted.items() if n not in there]
+    wrong += [f"{n} {list(there[n].shape)}: of no use to this model" for n in surplus]
+    wrong += [
+        f"{n}: {list(there[n].shape)}, it should be {list(shape)}"
+        for n, shape in wanted.items()
+        if n in there and there[n].shape != shape
+    ]
+    if not wrong:
+        return
+    more = [f"and {len(wrong) - _SHOWN} more"] * (len(wrong) > _SHOWN)
+    cure = " (--leave_out PATTERN drops what you do not need)" if surplus else ""
+    head = f"{source.path} does not have the tensors of {form.title}{cure}:"
+    raise ConversionError("\n  ".join([head, *wrong[:_SHOWN], *more]))
+
+
+class CheckpointWeights:
+    """Those of a checkpoint of this program, whatever layout saved it.
+
+    Args:
+        folder: of one step. which: the weights, or their moving average (frozen ones have none: theirs as they are).
+
+    Raises:
+        ConversionError: it is damaged, has no average, or does not say of which model it is.
+    """
+
+    kind = "vitruvius"
+
+    def __init__(self, folder: Path, which: Which = "weights") -> None:
+        self.path = folder
+        try:
+            self._reader = Reader(folder)
+        except CheckpointError as error:
+            raise ConversionError(str(error)) from error
+        self.manifest = self._reader.manifest
+        names = stored_names(self.manifest, which, folder)
+        self._names = names
+        self.description = description_of(self.manifest, folder)
+        shapes = logical_shapes(self.description.model)
+        stored = {name: self.manifest.tensors[there] for name, there in names.items()}
+        wrong = [
+            f"{n}: {list(stored[n].shape) if n in stored else 'none'} there, {list(shapes.get(n, ()))} in its model"
+            for n in {**shapes, **stored}
+            if n not in stored or n not in shapes or stored[n].shape != shapes[n]
+        ]
+        if wrong:
+            raise ConversionError("\n  ".join([f"{folder} has not the tensors of its own model:", *wrong[:_SHOWN]]))
+        self.tensors: Mapping[str, Entry] = {name: Entry(stored[name].shape, stored[name].dtype) for name in shapes}
+        self.carried: Mapping[str, Entry] = {
+            name.removeprefix(CARRIED): Entry(t.shape, t.dtype)
+            for name, t in self.manifest.tensors.items()
+            if name.startswith(CARRIED)
+        }
+
+    def read(self, name: str) -> Tensor:
+        """As Weights."""
+        return self._read(self._names[name])
+
+    def read_carried(self, name: str) -> Tensor:
+        """As Weights."""
+        return self._read(CARRIED + name)
+
+    def _read(self, name: str) -> Tensor:
+        try:
+            return self._reader.whole(name)
+        except CheckpointError as error:
+            raise ConversionError(str(error)) from error
+
+    def close(self) -> None:
+        """As Weights."""
+        self._reader.close()
+
+
+def stored_names(manifest: Manifest, which: Which, folder: Path) -> dict[str, str]:
+    """Names in a manifest, by names in the model. Raises ConversionError if it has no average."""
+    tensors = manifest.tensors
+    names = {name.removeprefix("weights/"): name for name in tensors if name.startswith("weights/")}
+    if which == "average":
+        averages = {name.removeprefix("average/"): name for name in tensors if name.startswith("average/")}
+        if not averages:
+            raise ConversionError(f"{folder} has no moving average of the weights: its run had no optimizer.ema_decay")
+        names |= averages
+    return names
+
+
+# -- descriptions in a manifest ----------------------------------------------------------------------------------------
+
+
+def about_of(description: Description) -> dict[str, Any]:
+    """What a manifest's `about` says of a model that came from elsewhere; `description_of` is the inverse."""
+    d = description
+    about: dict[str, Any] = {"labels": list(d.labels)} if d.labels else {}
+    if d.preprocessing is not None:
+        about["preprocessing"] = asdict(d.preprocessing)
+    if d.origin is not None:
+        about["origin"] = asdict(d.origin)
+    return about
+
+
+def description_of(manifest: Manifest, folder: Path) -> Description:
+    """Of the model of a checkpoint. Raises ConversionError if it does not say."""
+    config, about = manifest.config, manifest.about
+    try:
+        model = model_of(config["model"])
+        data = config.get("data", {})
+        images = about.get("preprocessing") or {k: data[k] for k in ("mean", "std") if k in data}
+        preprocessing = Preprocessing(**_tuples(images)) if images else None
+        origin = Origin(**about["origin"]) if "origin" in about else None
+        return Description(
+            model=model, preprocessing=preprocessing, origin=origin, labels=tuple(about.get("labels", ()))
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConversionError(f"{folder} does not say of which model it is: {error}") from error
+
+
+def model_of(values: Mapping[str, Any]) -> ModelConfig:
+    """Resolved, from the keys of a configuration as JSON has them. Raises ValueError."""
+    known = {f.name for f in fields(ModelConfig)}
+    if strange := sorted(set(values) - known):
+        raise ValueError(f"model.{strange[0]} is no key of this version")
+    given = dict(_tuples(values))
+    if given.get("stages"):
+        given["stages"] = tuple(StageConfig(**_tuples(stage)) for stage in given["stages"])
+    return ModelConfig(**given).resolve()
+
+
+def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}

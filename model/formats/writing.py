@@ -1,0 +1,188 @@
+"""Weights as files: tensor by tensor, the next read while the one before is written."""
+
+from __future__ import annotations
+
+import json
+import struct
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.formats.base import ConversionError, expected
+from model.formats.weights import CARRIED, Format, Weights, about_of, matches
+from parallel.checkpoint.manifest import FILE, Manifest, StoredFile, StoredPiece, StoredTensor
+from parallel.checkpoint.write import FileEntry, as_bytes, write_tensors
+from parallel.sharding.boxes import whole_box
+
+SHARD_BYTES = 5_000_000_000  # of a file, of tensors
+_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Job:
+    """Some tensors that are made at once: how they are called, and they, when they are asked for."""
+
+    entries: tuple[FileEntry, ...]
+    make: Callable[[], Sequence[Tensor]]
+
+    @property
+    def bytes(self) -> int:
+        """Of all of them."""
+        return sum(entry.bytes for entry in self.entries)
+
+
+def jobs_as_ours(weights: Weights, dtype: torch.dtype | None = None) -> list[Job]:
+    """For a checkpoint of this program, with what is carried."""
+
+    def job(prefix: str, name: str, shape: tuple[int, ...], kind: torch.dtype, read: Callable[[str], Tensor]) -> Job:
+        return Job((FileEntry(prefix + name, shape, kind),), lambda: [read(name).to(kind)])
+
+    jobs = [job("weights/", n, e.shape, dtype or e.dtype, weights.read) for n, e in weights.tensors.items()]
+    jobs += [job(CARRIED, n, e.shape, e.dtype, weights.read_carried) for n, e in weights.carried.items()]
+    return _in_order(jobs)
+
+
+def jobs_as(
+    form: Format, weights: Weights, dtype: torch.dtype | None = None, leave_out: Sequence[str] = ()
+) -> list[Job]:
+    """For another library's checkpoint.
+
+    Raises:
+        ConversionError: it cannot express the model, or would lose tensors that are carried for a third one.
+    """
+    origin = weights.description.origin
+    back = origin is not None and origin.kind == form.kind
+    lost = [] if back else [name for name in weights.carried if not matches(name, leave_out)]
+    if lost and origin is not None:
+        more = f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
+        raise ConversionError(
+            f"{form.title} has no place for what came from {origin.kind}: {', '.join(lost[:_SHOWN])}{more} "
+            "(--leave_out PATTERN drops it)"
+        )
+    jobs = []
+    for rule in form.rules(weights.description):
+        kind = dtype or (weights.tensors[rule.ours].dtype if rule.ours else _usual_dtype(weights))
+        shapes = expected([rule], {rule.ours: weights.tensors[rule.ours].shape} if rule.ours else {})
+
+        def make(rule: Any = rule, kind: torch.dtype = kind) -> list[Tensor]:
+            ours = weights.read(rule.ours) if rule.ours else torch.zeros(0)
+            return [x.to(kind) for x in rule.to_theirs(ours)]
+
+        jobs.append(Job(tuple(FileEntry(name, shape, kind) for name, shape in shapes.items()), make))
+    for name, entry in weights.carried.items() if back else ():
+        kept = FileEntry(name, entry.shape, entry.dtype)
+        jobs.append(Job((kept,), lambda name=name: [weights.read_carried(name)]))  # type: ignore[misc]
+    return _in_order([job for job in jobs if job.entries])
+
+
+def _usual_dtype(weights: Weights) -> torch.dtype:
+    return next(iter(weights.tensors.values())).dtype
+
+
+def _in_order(jobs: Sequence[Job]) -> list[Job]:
+    """Wide numbers first, so that all are aligned in a file."""
+    return sorted(jobs, key=lambda job: -job.entries[0].dtype.itemsize)
+
+
+def tensors_of(jobs: Iterable[Job]) -> Iterator[Tensor]:
+    """All of them in order; a job's are made while those of the one before are used."""
+    with ThreadPoolExecutor(1, "convert") as pool:
+        following = None
+        for job in jobs:
+            current, following = following, pool.submit(job.make)
+            if current is not None:
+                yield from current.result()
+                del current  # its tensors go before the job after the next is made
+        if following is not None:
+            yield from following.result()
+
+
+def _shards(jobs: Sequence[Job], most: int) -> list[list[Job]]:
+    shards: list[list[Job]] = [[]]
+    size = 0
+    for job in jobs:
+        if shards[-1] and size + job.bytes > most:
+            shards.append([])
+            size = 0
+        shards[-1].append(job)
+        size += job.bytes
+    return shards
+
+
+def _entries(jobs: Iterable[Job]) -> list[FileEntry]:
+    return [entry for job in jobs for entry in job.entries]
+
+
+def write_shards(folder: Path, jobs: Sequence[Job], stem: str, most: int = SHARD_BYTES) -> None:
+    """As safetensors: one file, or, where there is more than `most` bytes, several and an index."""
+    shards = _shards(jobs, most)
+    count = len(shards)
+    names = [f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    if count == 1:
+        names = [f"{stem}.safetensors"]
+    for name, shard in zip(names, shards, strict=True):
+        write_tensors(folder / name, _entries(shard), tensors_of(shard), {"format": "pt"})
+    if count > 1:
+        places = {e.key: name for name, shard in zip(names, shards, strict=True) for e in _entries(shard)}
+        index = {"metadata": {"total_size": sum(job.bytes for job in jobs)}, "weight_map": places}
+        write_json(folder / f"{stem}.safetensors.index.json", index)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Two spaces deep, as these libraries write it."""
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def write_checkpoint(folder: Path, weights: Weights, jobs: Sequence[Job], most: int = SHARD_BYTES) -> None:
+    """As a checkpoint of this program, of weights alone."""
+    files: list[StoredFile] = []
+    tensors: dict[str, StoredTensor] = {}
+    for number, shard in enumerate(_shards(jobs, most)):
+        written = write_tensors(folder / f"weights-{number:05d}.safetensors", _entries(shard), tensors_of(shard), {})
+        files.append(written.file)
+        for entry, place in zip(_entries(shard), written.tensors, strict=True):
+            piece = StoredPiece(number, whole_box(entry.shape), *place)
+            tensors[entry.key] = StoredTensor(entry.dtype, entry.shape, (piece,))
+    d = weights.description
+    config: dict[str, Any] = {"model": asdict(d.model)}
+    if d.preprocessing is not None:
+        config["data"] = {"mean": d.preprocessing.mean, "std": d.preprocessing.std}
+    about = {"converted_from": weights.kind, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **about_of(d)}
+    manifest = Manifest(
+        step=getattr(weights, "step", 0), progress={}, config=config, about=about, files=tuple(files), tensors=tensors
+    )
+    (folder / FILE).write_text(manifest.to_json(), encoding="utf-8")
+
+
+def write_npz(path: Path, jobs: Sequence[Job]) -> None:
+    """As a zip of .npy files, not compressed, so that they can be mapped; bf16 as JAX stores it, two bytes of no type.
+
+    A tensor may come in several parts, one after the other.
+    """
+    parts = tensors_of(jobs)
+    with zipfile.ZipFile(path, "x", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        for entry in _entries(jobs):
+            with archive.open(f"{entry.key}.npy", "w", force_zip64=True) as member:
+                member.write(_npy_header(entry))
+                left = entry.bytes
+                while left > 0:
+                    data = as_bytes(next(parts))
+                    member.write(data.data)
+                    left -= data.nbytes
+                assert left == 0, entry
+
+
+def _npy_header(entry: FileEntry) -> bytes:
+    types = {torch.bfloat16: "|V2"}
+    descr = types.get(entry.dtype) or np.dtype(str(entry.dtype).removeprefix("torch.")).str
+    text = repr({"descr": descr, "fortran_order": False, "shape": tuple(entry.shape)}).encode("latin1")
+    text += b" " * (-(len(text) + 11) % 64) + b"\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text
