@@ -1,0 +1,27 @@
+"""What the other libraries' own classes make of images, to compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Outputs(NamedTuple):
+    """Of a model in fp32, without gradients.
+
+    Attributes:
+        features: [B, D], the pooled vector that the classifier sees. logits: [B, C]; None without a classifier.
+    """
+
+    features: Tensor
+    logits: Tensor | None
+
+
+Runner = Callable[[Path, Tensor], Outputs]
+"""From the folder or file of a checkpoint, and images [B, C, H, W], prepared. Raises ImportError where the library is
+not installed."""
+
+RUNNERS: dict[str, Runner] = {}
