@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +13,13 @@ from torch.func import functional_call
 
 from model.build import Build
 from model.config import ModelConfig
+from model.formats.api import open_weights, save_weights
+from model.formats.base import Description, Preprocessing
+from model.formats.weights import Which
 from model.inputs import MicroBatch
 from model.kernels import Backend, Kernels
 from model.layers import build_layers
+from model.pretrained import ModuleWeights, fill
 from model.resize import resize_weights
 from model.stage import Layers
 from parallel.layout import attach_info, info_of
@@ -30,7 +36,8 @@ class VisionTransformer(Layers):
     torch's generator, anew at each call.
 
     Args:
-        config: resolved or not. seed: of the weights. device: where it lives. kernels: which form of them runs;
+        config: resolved or not. seed: of the weights; None: they are whatever is in memory, to be
+            filled. device: where it lives. kernels: which form of them runs;
             `reference` is plain PyTorch, which every exporter knows.
         dynamic_image_size: whether images of other sizes are taken, with learned positions interpolated (bicubic), the
             others computed. Without, they are a ValueError.
@@ -45,24 +52,106 @@ class VisionTransformer(Layers):
         self,
         config: ModelConfig,
         *,
-        seed: int = 0,
+        seed: int | None = 0,
         device: torch.device | str = "cpu",
         kernels: Backend = "auto",
         dynamic_image_size: bool = False,
     ) -> None:
         config = config.resolve()
-        build = Build(config=config, seed=seed, kernels=Kernels(kernels))
+        build = Build(config=config, seed=seed or 0, kernels=Kernels(kernels))
         super().__init__(build_layers(config), build)
         self._build = build
         self.dynamic_image_size = dynamic_image_size
+        self._description, self._carried = Description(model=config), dict[str, Tensor]()
         self._other_sizes: dict[tuple[object, ...], Layers] = {}
         for name, meta in list(self.named_parameters()):
             owner, _, leaf = name.rpartition(".")
             parameter = nn.Parameter(torch.empty(meta.shape, device=device))
             attach_info(parameter, info_of(meta))
             setattr(self.get_submodule(owner), leaf, parameter)
-        initialise(self, seed)
+        if seed is not None:
+            initialise(self, seed)
         self.to(device)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        kind: str = "auto",
+        *,
+        config: str | Path | None = None,
+        weights: Which = "weights",
+        leave_out: Sequence[str] = (),
+        given: Mapping[str, Any] | None = None,
+        device: torch.device | str = "cpu",
+        kernels: Backend = "auto",
+        dynamic_image_size: bool = False,
+    ) -> VisionTransformer:
+        """A model with the weights of a checkpoint, of this program or of another library (docs/conversion.md).
+
+        Weights are fp32, whatever they are stored as. Nothing is downloaded, no code is run, and the other library need
+        not be installed.
+
+        Args:
+            path: of a file or a folder. kind: one of `tools.convert`, or `auto`: it is recognised. config: their
+                `config.json`, if it is not beside the tensors. weights: or `average`, of a run with a moving average.
+            leave_out: patterns of names of tensors there that may be dropped. given: keys of the model for what the
+                checkpoint does not say. device, kernels, dynamic_image_size: as for the class.
+
+        Raises:
+            ValueError: there is none, it is damaged, or it has what this model has not; by name.
+        """
+        source = open_weights(
+            Path(path),
+            kind,
+            config=None if config is None else Path(config),
+            given=given,
+            leave_out=leave_out,
+            which=weights,
+        )
+        with source as found:
+            model = cls(
+                found.description.model,
+                seed=None,
+                device=device,
+                kernels=kernels,
+                dynamic_image_size=dynamic_image_size,
+            )
+            fill(model, found)
+            model._description = found.description
+            model._carried = {name: found.read_carried(name) for name in found.carried}
+        return model.eval()
+
+    def save_pretrained(
+        self,
+        path: str | Path,
+        kind: str = "vitruvius",
+        *,
+        dtype: torch.dtype | None = None,
+        leave_out: Sequence[str] = (),
+        preprocessing: Preprocessing | None = None,
+    ) -> None:
+        """Write the weights as a checkpoint of this program, or for another library.
+
+        What came from elsewhere and has no part in this model (a text tower) goes back to where it came from.
+
+        Args:
+            path: of a folder (big_vision: a file) that does not exist yet. kind: one of `tools.convert`. dtype: of the
+                tensors (default: that of the weights). leave_out: patterns of what may be dropped.
+            preprocessing: of images (default: `self.preprocessing`).
+
+        Raises:
+            ValueError: the place is taken, or the kind cannot express this model; by name. Nothing is written then.
+        """
+        description = replace(self._description, preprocessing=preprocessing or self.preprocessing)
+        save_weights(
+            ModuleWeights(self, description, self._carried), Path(path), kind, dtype=dtype, leave_out=leave_out
+        )
+
+    @property
+    def preprocessing(self) -> Preprocessing | None:
+        """How images are prepared, if where the weights came from has said so."""
+        return self._description.preprocessing
 
     def forward(self, images: Tensor | MicroBatch) -> Tensor:
         """[B, C, H, W], or a micro-batch, whose sample ids drop-path goes by -> logits [B, classes]."""

@@ -1,0 +1,139 @@
+"""`python -m tools.convert --to KIND SRC DST`: weights from one format to another, on a CPU, tensor by tensor.
+
+SRC is a checkpoint of this program (a step's folder, that of all steps, of a run), or a file or folder of another
+library, whose kind is recognised. Neither library needs to be installed, no model is built, nothing is downloaded, and
+nothing in SRC is executed. What DST cannot express is refused by name; what has no part in the model (a text tower) is
+kept in a checkpoint of this program for the way back. docs/conversion.md has what each kind carries.
+
+Keys of the model are flags (--model.num_heads 12) for what SRC does not say.
+
+Exit codes: 0 done; 1 converted, but the two differ (--verify); 2 refused, then nothing is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.config.cli import parse
+from engine.errors import EXIT_DONE, EXIT_FAULT, EXIT_USAGE, ConfigError
+from model import ModelConfig
+from model.formats.api import open_weights, save_weights
+from model.formats.base import ConversionError
+from model.formats.registry import KINDS, VITRUVIUS
+from model.formats.weights import Weights
+from tools.convert import report, verify
+from tools.convert.runners import vitruvius
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Convert, print, and return the exit code. Raises ConversionError or ConfigError for what is refused."""
+    options, flags = _parser().parse_known_args(argv)
+    if options.to is None:
+        raise ConversionError(f"--to is missing: say which kind {options.destination} is to be: {', '.join(KINDS)}")
+    given = _given(flags)
+    with open_weights(
+        options.source,
+        options.kind,
+        config=options.source_config,
+        given=given,
+        leave_out=options.leave_out,
+        which="average" if options.weights in ("ema", "average") else "weights",
+    ) as weights:
+        _check_given(weights, given)
+        if options.verify:
+            _check_libraries(weights.kind, options.to)
+        print("\n".join(report.lines_of(weights)), flush=True)
+        started = time.perf_counter()
+        save_weights(
+            weights, options.destination, options.to, dtype=_DTYPES.get(options.dtype), leave_out=options.leave_out
+        )
+        print(report.written(options.destination, options.to, time.perf_counter() - started), flush=True)
+        return _verified(weights, options) if options.verify else EXIT_DONE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tools.convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    kinds = ", ".join(KINDS)
+    parser.add_argument("source", type=Path, metavar="SRC", help="file or folder")
+    parser.add_argument(
+        "destination", type=Path, metavar="DST", help="folder (big_vision: .npz file) that is not there yet"
+    )
+    parser.add_argument("--from", dest="kind", metavar="KIND", default="auto", help=f"of SRC: auto (default), {kinds}")
+    parser.add_argument("--to", metavar="KIND", help=f"of DST: {kinds}")
+    parser.add_argument("--dtype", choices=_DTYPES, help="of the tensors in DST (default: as in SRC)")
+    parser.add_argument(
+        "--weights", choices=("weights", "average", "ema"), default="weights", help="of a run: average (ema) of them"
+    )
+    parser.add_argument(
+        "--leave_out",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="tensors that may be dropped: 'text_model.*'",
+    )
+    parser.add_argument("--source_config", type=Path, metavar="FILE", help="config.json of SRC, if it is not beside it")
+    parser.add_argument("--verify", action="store_true", help="run both models on photographs and compare, in fp32")
+    return parser
+
+
+def _given(flags: Sequence[str]) -> dict[str, Any]:
+    """Keys of the model among the flags. Raises ConfigError for any other flag."""
+    for flag in flags:
+        if flag.startswith("--") and not flag.startswith("--model."):
+            raise ConfigError(
+                f"{flag.partition('=')[0]} is no flag of tools.convert: see --help; of keys, --model.* are"
+            )
+    model = parse([*flags], "tools.convert")[0].model
+    values = {f.name: getattr(model, f.name) for f in fields(ModelConfig)}
+    return {f.name: values[f.name] for f in fields(ModelConfig) if values[f.name] != f.default}
+
+
+def _check_given(weights: Weights, given: dict[str, Any]) -> None:
+    model = weights.description.model
+    for key, value in given.items():
+        if (there := getattr(model, key)) != value:
+            raise ConversionError(
+                f"{weights.path} says that model.{key} is {there}, not {value}: leave --model.{key} out"
+            )
+
+
+def _check_libraries(*kinds: str) -> None:
+    for kind in kinds:
+        if (name := verify.missing_library(kind)) is not None:
+            raise ConversionError(f"--verify runs {kind} by {name}, which is not installed: pip install {name}")
+
+
+def _verified(weights: Weights, options: argparse.Namespace) -> int:
+    """Compare, and print each difference."""
+    images = verify.images_for(weights.description)
+    if options.dtype is None and options.weights == "weights":
+        source, what = verify.outputs(options.source, weights.kind, images), weights.kind
+    else:  # the same numbers, which SRC has not
+        source = vitruvius.run_weights(weights, images, _DTYPES.get(options.dtype))
+        what = f"{VITRUVIUS} with {options.weights} of SRC" + (f" in {options.dtype}" if options.dtype else "")
+    found = list(verify.differences(source, verify.outputs(options.destination, options.to, images)))
+    print("\n".join(report.verified(found, what, options.to)))
+    return EXIT_DONE if all(d.small for d in found) else EXIT_FAULT
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (ConversionError, ConfigError) as refused:
+        print(f"tools.convert: {refused}", file=sys.stderr)
+        sys.exit(EXIT_USAGE)

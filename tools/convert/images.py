@@ -1,0 +1,68 @@
+"""Real photographs, from packages that are installed anyway, prepared as a model wants them."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.formats.base import Preprocessing
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+NAMES = ("china.jpg", "flower.jpg", "rocket.jpg", "ihc.png")
+_SEEN = {"nearest": "NEAREST", "bilinear": "BILINEAR", "bicubic": "BICUBIC", "lanczos": "LANCZOS"}
+
+
+def photographs(channels: int, size: tuple[int, int], how: Preprocessing | None) -> Tensor:
+    """[4, channels, rows, columns]: two of scikit-learn and two of scikit-image, as the model was trained to see them.
+
+    Args:
+        how: they are prepared; None: as by default.
+    """
+    how = how or Preprocessing()
+    return torch.stack([_prepared(path, channels, size, how) for path in _paths()])
+
+
+def _paths() -> list[Path]:
+    folders = [_installed("sklearn") / "datasets" / "images", _installed("skimage") / "data"]
+    return [next(p for folder in folders if (p := folder / name).exists()) for name in NAMES]
+
+
+def _installed(package: str) -> Path:
+    """Its folder, without importing it."""
+    found = importlib.util.find_spec(package)
+    assert found is not None and found.submodule_search_locations, package
+    return Path(found.submodule_search_locations[0])
+
+
+def _prepared(path: Path, channels: int, size: tuple[int, int], how: Preprocessing) -> Tensor:
+    from PIL import Image  # some seconds on a cold disk
+
+    with Image.open(path) as image:
+        pixels = _resized(image.convert("RGB"), size, how)
+    x = torch.from_numpy(np.asarray(pixels, np.float32) / 255).permute(2, 0, 1)
+    if channels != 3:
+        x = x.mean(0, keepdim=True).repeat(channels, 1, 1)
+    mean, std = (
+        torch.tensor(v if len(v) == channels else v[:1] * channels)[:, None, None] for v in (how.mean, how.std)
+    )
+    return (x - mean) / std
+
+
+def _resized(image: Image.Image, size: tuple[int, int], how: Preprocessing) -> Image.Image:
+    from PIL import Image
+
+    rows, cols = size
+    resample = Image.Resampling[_SEEN[how.interpolation]]
+    if how.squash:
+        return image.resize((cols, rows), resample)
+    scale = max(rows / image.height, cols / image.width) / how.crop_fraction
+    wide, high = round(image.width * scale), round(image.height * scale)
+    left, top = (wide - cols) // 2, (high - rows) // 2
+    return image.resize((wide, high), resample).crop((left, top, left + cols, top + rows))

@@ -1,0 +1,55 @@
+"""What a conversion tells."""
+
+from __future__ import annotations
+
+import math
+import resource
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from model.formats.weights import Weights
+from parallel.checkpoint.manifest import DTYPES
+from tools.convert.images import NAMES
+from tools.convert.verify import LEAST_COSINE, MOST_APART, Difference
+
+_SHOWN = 4
+
+
+def lines_of(weights: Weights) -> Iterator[str]:
+    """What is in a source."""
+    d, m = weights.description, weights.description.model
+    sizes = m.sizes
+    count = sum(math.prod(entry.shape) for entry in weights.tensors.values())
+    kinds = sorted({DTYPES.get(entry.dtype, str(entry.dtype)) for entry in weights.tensors.values()})
+    yield f"from      {weights.path} ({weights.kind}): {count / 1e6:,.1f} M parameters, {', '.join(kinds)}"
+    shape = ", ".join(f"{s.depth} blocks of width {s.width} with {s.heads} heads" for s in sizes.stages)
+    head = f"{m.num_classes} classes" if m.num_classes else "no classifier"
+    rows, cols = sizes.image
+    yield f"model     {shape}; images {rows} x {cols}, patches {sizes.patch}; pool {m.pool}, {head}"
+    if (p := d.preprocessing) is not None:
+        mean, std = (", ".join(f"{v:g}" for v in values) for values in (p.mean, p.std))
+        crop = "both sides resized" if p.squash else f"centre crop {p.crop_fraction:.4g}"
+        yield f"images    mean {mean}; std {std}; {p.interpolation}, {crop}"
+    for what, names in (("carried", list(weights.carried)), ("left out", getattr(weights, "left_out", []))):
+        if names:
+            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+            yield f"{what:<9} {len(names)} tensor(s): {', '.join(names[:_SHOWN])}{more}"
+
+
+def written(path: Path, kind: str, seconds: float) -> str:
+    """That it is done."""
+    files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
+    size = sum(p.stat().st_size for p in files)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return (
+        f"to        {path} ({kind}): {size / 1e6:,.1f} MB in {seconds:.1f} s, {size / 1e6 / seconds:,.0f} MB/s, "
+        f"peak memory of the process {peak / 1e9:.2f} GB"
+    )
+
+
+def verified(found: Sequence[Difference], source: str, target: str) -> Iterator[str]:
+    """How far two models are apart."""
+    yield f"verify    {source} and {target} on {', '.join(NAMES)}, in fp32:"
+    for d in found:
+        verdict = "equal but for rounding" if d.small else f"more than {MOST_APART:g}, or cosine below {LEAST_COSINE}"
+        yield f"          {d.what:<9} largest difference {d.largest:.2e}, cosine 1 - {1 - d.cosine:.1e}: {verdict}"
