@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from model.build import Build
 from model.groups import GroupPlan, grid, windows
 from model.kernels.reference import depthwise_conv
-from model.norm import EPS, Norm
+from model.norm import Norm
 from model.regions import Regions
 from model.sizes import Tokens
 from model.tables import WithTables
@@ -29,6 +29,8 @@ from parallel import comm
 from parallel.context import attend_everywhere, heads_to_tokens, share_first, sum_over, tokens_to_heads
 from parallel.layout import Init, ParameterInfo, TensorLayout, make_parameter
 from parallel.tensor.products import attention
+
+_DENOMINATOR = 1e-6  # added to that of linear attention
 
 
 class Mixer(Protocol):
@@ -132,7 +134,7 @@ class LinearAttention(nn.Module):
             comm.all_reduce(sums, axis)
 
         over_ranks = reduce if axis.size > 1 else None
-        out = self.kernels.linear_attention(q, k, v, self.feature_map, EPS, reduce=over_ranks)
+        out = self.kernels.linear_attention(q, k, v, self.feature_map, _DENOMINATOR, reduce=over_ranks)
         if self.conv_weight is not None:
             out = out + self._conv(v)
         return out.transpose(1, 2)
@@ -218,7 +220,9 @@ class Attention(WithTables):
         """[R, 3 * h * K] -> q, k, v [B, S, h, K], normalised and rotated."""
         if self.q_norm is not None and self.k_norm is not None:
             rms = self.q_norm.rms
-            parts = self.kernels.qk_norm(qkv, self.heads, self.q_norm.weight, self.k_norm.weight, EPS, rms=rms)
+            parts = self.kernels.qk_norm(
+                qkv, self.heads, self.q_norm.weight, self.k_norm.weight, self.q_norm.eps, rms=rms
+            )
         else:
             parts = qkv.unflatten(1, (3, self.heads, self.head_dim)).unbind(1)
         q, k, v = (part.unflatten(0, (-1, self.tokens)) for part in parts)

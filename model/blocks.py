@@ -109,6 +109,12 @@ class Mlp(nn.Module):
         return self.regions("output", self.fc2, y)
 
 
+def _qkv_biases(build: Build) -> tuple[bool, bool, bool]:
+    """Which of q, k and v have a bias."""
+    form = build.config.qkv_bias
+    return form != "none", form == "all", form != "none"
+
+
 class SelfAttention(nn.Module):
     """The sequential block's attention: qkv, attention, proj."""
 
@@ -116,8 +122,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         width, tp, head = build.here.width, build.tp, build.here.head_dim
         self.regions = regions
-        bias = bool(build.config.bias)
-        self.qkv = ColumnParallelLinear(width, (width,) * 3, tp=tp, units=(head,) * 3, bias=bias)
+        self.qkv = ColumnParallelLinear(width, (width,) * 3, tp=tp, units=(head,) * 3, bias=_qkv_biases(build))
         self.core = Attention(build, kind, regions)
         self.proj = RowParallelLinear((width,), width, tp=tp, units=(head,))
 
@@ -163,22 +168,23 @@ class ParallelBlock(nn.Module):
     """y = Norm(x); x + Attention(y) + Mlp(y), as in ViT-22B (Dehghani et al. 2023, after Wang and Komatsuzaki 2021).
 
     q, k, v and fc1 are one matrix [3D + M, D]; the attention's output projection and fc2 another, [D, D + M], whose
-    one bias is the sum of theirs. Without `bias`, only fc1 and the output have one, as in the paper.
+    one bias is the sum of theirs. Where q, k and v have none, fc1's is a tensor of its own, as in the paper.
     """
 
     def __init__(self, name: str, drop_rate: float, kind: str, build: Build) -> None:
         super().__init__()
-        here, tp, bias = build.here, build.tp, bool(build.config.bias)
+        here, tp, biases = build.here, build.tp, _qkv_biases(build)
         hidden = hidden_segments(here.mlp, build.config.mlp or "gelu")
         self.tokens = build.tokens.count
         self.split = (3 * build.part(here.heads) * here.head_dim, len(hidden) * build.part(here.mlp))
         self.activation = Activation(build, build.config.mlp or "gelu")
         self.norm = Norm.of(build, here.width)
         segments, units = (*[here.width] * 3, *hidden), (*[here.head_dim] * 3, *[1] * len(hidden))
-        self.in_proj = ColumnParallelLinear(here.width, segments, tp=tp, units=units, bias=bias)
+        joined = (*biases, *[any(biases)] * len(hidden))
+        self.in_proj = ColumnParallelLinear(here.width, segments, tp=tp, units=units, bias=joined)
         self.regions = Regions(name, build.policy)
         self.core = Attention(build, kind, self.regions)
-        self.fc1_bias = None if bias else sharded_bias(hidden, tp)
+        self.fc1_bias = None if any(biases) else sharded_bias(hidden, tp)
         self.out_proj = RowParallelLinear((here.width, here.mlp), here.width, tp=tp, units=(here.head_dim, 1))
         self.scale = layer_scale(build)
         self.drop = DropPath(name, drop_rate, build)

@@ -53,6 +53,12 @@ class Build:
         """Which tokens of an image this rank holds in this stage."""
         return Tokens.of(self.sizes, self.stage, self.context)
 
+    @property
+    def eps(self) -> float:
+        """Of every norm."""
+        assert self.config.norm_eps is not None, "not resolved"
+        return self.config.norm_eps
+
     def part(self, length: int) -> int:
         """This tensor rank's share of `length` heads or features."""
         start, stop = split_range(length, self.tp.size, self.tp.axis.index)

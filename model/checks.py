@@ -34,6 +34,7 @@ _LIMITS = {
     "linear_conv": (0, 255),
     "layer_scale": (0, 10_000),
     "rope_base": (1e-3, 1e9),
+    "norm_eps": (1e-15, 1),
     "head_bias": (-10_000, 10_000),
 }
 _WINDOWED = {"window", "shifted_window", "global_tokens"}
@@ -139,6 +140,10 @@ def _unused(config: ModelConfig, sizes: Sizes) -> Iterator[tuple[str, Any, str]]
         yield "global_tokens", config.global_tokens, f"no layer attends to them: {cure}"
     if config.position != "rope_2d":
         yield "rope_base", config.rope_base, f"model.position is {config.position}, not rope_2d: {_CURE}"
+    if config.norm == "rmsnorm":
+        yield "norm_bias", config.norm_bias, f"model.norm is rmsnorm, which has none: {_CURE}"
+    if config.norm_bias != config.bias and config.qkv_bias != ("all" if config.bias else "none"):
+        yield "bias", config.bias, f"model.norm_bias and model.qkv_bias both say otherwise: {_CURE}"
     if config.mlp == "swiglu" and config.pool != "map":  # whose own MLP has a GELU
         yield "gelu", config.gelu, f"model.mlp swiglu has none: {_CURE}"
     if sizes.depth == 1 and config.drop_path:

@@ -16,6 +16,7 @@ _DEFAULTS: dict[str, Any] = {
     "in_channels": 3,
     "block": "sequential",
     "norm": "layernorm",
+    "norm_eps": 1e-6,
     "mlp": "gelu",
     "layer_scale": 0.0,
     "qk_norm": False,
@@ -101,6 +102,9 @@ class ModelConfig:
     norm: Literal["layernorm", "rmsnorm"] | None = None
     """LayerNorm, or RMSNorm, which has no mean and no bias."""
 
+    norm_eps: float | None = None
+    """Added to the variance in every norm of the model (usually 1e-6)."""
+
     mlp: Literal["gelu", "swiglu"] | None = None
     """fc1, GELU, fc2; or gated: silu(gate) * value between them (Shazeer 2020)."""
 
@@ -111,7 +115,15 @@ class ModelConfig:
     """Norm of queries and keys per head (ViT-22B)."""
 
     bias: bool | None = None
-    """Biases on q, k, v and the LayerNorms; the MLP, the output projections and the head always have theirs."""
+    """Biases on q, k, v and the LayerNorms; the MLP, the output projections, attention pooling, patch merges and the
+    head always have theirs."""
+
+    norm_bias: bool | None = None
+    """Biases on the LayerNorms; null as bias."""
+
+    qkv_bias: Literal["all", "none", "qv"] | None = None
+    """Biases on queries, keys and values: on all, on none, or on queries and values (BEiT, DINOv3), as one on the keys
+    changes nothing under a softmax; null all or none, as bias."""
 
     gelu: Literal["erf", "tanh"] | None = None
     """The exact GELU, or its tanh approximation."""
@@ -196,13 +208,15 @@ class ModelConfig:
                 )
                 for s in stages
             )
+        usual = {"norm_bias": merged["bias"], "qkv_bias": "all" if merged["bias"] else "none"} | base
+        merged |= {key: usual[key] for key in ("norm_bias", "qkv_bias") if merged[key] is None}
         if merged["grid_size"] is None:
             merged["grid_size"] = merged["window_size"]
         resolved = replace(self, **merged)
         check_numbers(resolved)
         sizes = resolved.sizes
         check_fit(resolved, sizes)
-        check_used(resolved, sizes, given=self, usual=base)
+        check_used(resolved, sizes, given=self, usual=usual)
         return resolved
 
     @property

@@ -35,7 +35,7 @@ class AttentionPool(nn.Module):
         self.q = ColumnParallelLinear(width, (width,), tp=tp, units=(head,), split_input=False)
         self.kv = ColumnParallelLinear(width, (width, width), tp=tp, units=(head, head))
         self.proj = RowParallelLinear((width,), width, tp=tp, units=(head,), split_output=False)
-        self.norm = Norm(width, bias=True, partial=False, kernels=build.kernels)
+        self.norm = Norm(width, bias=True, partial=False, kernels=build.kernels, eps=build.eps)
         self.mlp = Mlp(build, kind="gelu", split=False)
 
     def forward(self, x: Tensor, batch: MicroBatch) -> Tensor:

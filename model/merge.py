@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from model.build import Build
 from model.inputs import MicroBatch
-from model.norm import EPS, Norm
+from model.norm import Norm
 from model.regions import Regions
 from parallel.layout import Init, ParameterInfo, TensorLayout, make_parameter, split_range
 from parallel.tensor import enter, leave, linear
@@ -52,7 +52,7 @@ class PatchMerge(nn.Module):
         before = build.at(build.stage - 1)
         self.tp, self.tokens, self.kernels = build.tp, before.tokens, build.kernels
         c, d = before.here.width, build.here.width
-        self.norm = Norm(4 * c, bias=True, partial=build.tp.size > 1, kernels=build.kernels)
+        self.norm = Norm(4 * c, bias=True, partial=build.tp.size > 1, kernels=build.kernels, eps=build.eps)
         self.proj = SharedLinear(4 * c, d, build)
         self.prefix = SharedLinear(c, d, build) if self.tokens.prefix else None
 
@@ -67,7 +67,7 @@ class PatchMerge(nn.Module):
         maps = x[:, own:].reshape(b, rows, t.cols, -1)
         if rows % 2 or t.cols % 2:
             maps = F.pad(maps, (0, 0, 0, t.cols % 2, 0, rows % 2))
-        merged = self.kernels.patch_merge(maps, self.norm.weight, self.norm.bias, EPS)
+        merged = self.kernels.patch_merge(maps, self.norm.weight, self.norm.bias, self.norm.eps)
         y = self.proj(merged.flatten(1, 2))
         if self.prefix is not None:
             y = torch.cat([self.prefix(x[:, :own]), y], 1)

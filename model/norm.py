@@ -12,8 +12,6 @@ from parallel.layout import Init, ParameterInfo, TensorLayout, make_parameter
 if TYPE_CHECKING:
     from model.build import Build
 
-EPS = 1e-6
-
 
 class Norm(nn.Module):
     """y = (x - mean) / sqrt(var + eps) * weight + bias (Ba et al. 2016), or without mean and bias (Zhang et al. 2019).
@@ -21,12 +19,14 @@ class Norm(nn.Module):
     Args:
         width: of the last dim. bias: whether there is one (ViT-22B has none).
         partial: whether each tensor rank sees only part of the rows or heads, so that gradients must be summed.
-        kernels: which form of the kernel runs. rms: RMSNorm.
+        kernels: which form of the kernel runs. eps: added to the variance. rms: RMSNorm.
     """
 
-    def __init__(self, width: int, *, bias: bool, partial: bool, kernels: Kernels, rms: bool = False) -> None:
+    def __init__(
+        self, width: int, *, bias: bool, partial: bool, kernels: Kernels, eps: float, rms: bool = False
+    ) -> None:
         super().__init__()
-        self.kernels, self.rms = kernels, rms
+        self.kernels, self.eps, self.rms = kernels, eps, rms
         layout = TensorLayout(shape=(width,))
         ones, zeros = (Init(kind="constant", scales=(value,)) for value in (1.0, 0.0))
         self.weight = make_parameter(ParameterInfo(layout=layout, init=ones, partial_over_tensor=partial))
@@ -39,18 +39,19 @@ class Norm(nn.Module):
         """Of the kind that the model has; by default with its bias, over rows that sequence parallelism may split."""
         return Norm(
             width,
-            bias=bool(build.config.bias) if bias is None else bias,
+            bias=bool(build.config.norm_bias) if bias is None else bias,
             partial=build.tp.splits_rows if partial is None else partial,
             kernels=build.kernels,
+            eps=build.eps,
             rms=build.config.norm == "rmsnorm",
         )
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
         norm = self.kernels.rms_norm if self.rms else self.kernels.layer_norm
-        return norm(x, self.weight, self.bias, EPS)
+        return norm(x, self.weight, self.bias, self.eps)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """(norm of x + residual, x + residual) in one pass: [..., D] each."""
         norm = self.kernels.add_rms_norm if self.rms else self.kernels.add_layer_norm
-        return norm(x, residual, self.weight, self.bias, EPS)
+        return norm(x, residual, self.weight, self.bias, self.eps)

@@ -143,7 +143,7 @@ class ColumnParallelLinear(nn.Module):
             split by itself.
         units: per segment, what is never cut, e.g. the features of a head (default 1).
         tp: the tensor axis. init: initial weights (default Xavier uniform per segment).
-        bias: whether there is one. bias_init: its initial value.
+        bias: whether there is one, or of which segments. bias_init: its initial value.
         split_input: whether x comes in row parts (the default under sequence parallelism) or whole.
         decay: weight-decay group of the weight.
 
@@ -158,7 +158,7 @@ class ColumnParallelLinear(nn.Module):
         *,
         tp: TensorParallel,
         units: Sequence[int] = (),
-        bias: bool = True,
+        bias: bool | Sequence[bool] = True,
         init: Init | None = None,
         bias_init: float = 0.0,
         split_input: bool | None = None,
@@ -170,7 +170,11 @@ class ColumnParallelLinear(nn.Module):
         layout = _split((sum(segments), in_features), 0, segments, units, tp)
         init = init or xavier_uniform(in_features, *segments)
         self.weight = make_parameter(ParameterInfo(layout=layout, init=init, decay=decay))
-        self.bias = sharded_bias(segments, tp, bias_init, units) if bias else None
+        biased = [bias] * len(segments) if isinstance(bias, bool) else list(bias)
+        units = tuple(units) or (1,) * len(segments)
+        kept = [of for *of, has in zip(segments, units, biased, strict=True) if has]
+        self.bias = sharded_bias([s for s, _ in kept], tp, bias_init, [u for _, u in kept]) if kept else None
+        self._biased = [(piece.length, has) for piece, has in zip(layout.pieces, biased, strict=True)]
         self.products: Products = PlainProducts()
 
     def forward(self, x: Tensor, rows: int | None = None, *, add_bias: bool = True) -> Tensor:
@@ -181,8 +185,15 @@ class ColumnParallelLinear(nn.Module):
             add_bias: False leaves the bias to the caller, who fuses it with what comes next.
         """
         rows = x.shape[0] if rows is None else rows
-        bias = self.bias if add_bias else None
+        bias = self._bias() if add_bias else None
         return self.products.column(x, self.weight, bias, self.tp, rows, self.split_input)
+
+    def _bias(self) -> Tensor | None:
+        """[F/T], zero for segments that have none."""
+        if self.bias is None or all(has for _, has in self._biased):
+            return self.bias
+        parts = iter(self.bias.split([length for length, has in self._biased if has]))
+        return torch.cat([next(parts) if has else self.bias.new_zeros(length) for length, has in self._biased])
 
 
 class RowParallelLinear(nn.Module):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from model import PRESETS, ModelConfig, StageConfig, check_parallel
+from model import PRESETS, Build, ModelConfig, StageConfig, build_layers, check_parallel
 from tests.model.small import TINY
 
 STAGES = (
@@ -32,6 +32,30 @@ def test_resolve_fills_in() -> None:
     assert TINY.resolve().mlp_dim == 64
     assert (TINY.resolve().window_size, TINY.resolve().grid_size) == (7, 7)
     assert replace(TINY, window_size=4, attention="window").resolve().grid_size == 4
+    assert TINY.resolve().norm_eps == 1e-6
+
+
+@pytest.mark.parametrize(
+    ("given", "norm_bias", "qkv_bias"),
+    [
+        ({}, True, "all"),
+        ({"bias": False}, False, "none"),
+        ({"bias": False, "norm_bias": True}, True, "none"),
+        ({"qkv_bias": "qv"}, True, "qv"),
+        ({"qkv_bias": "none", "norm_bias": False}, False, "none"),
+    ],
+    ids=str,
+)
+def test_which_biases(given: dict[str, Any], norm_bias: bool, qkv_bias: str) -> None:
+    config = replace(TINY, **given).resolve()
+    assert (config.norm_bias, config.qkv_bias) == (norm_bias, qkv_bias)
+    heads = {"all": 3, "qv": 2, "none": 0}[qkv_bias]
+    for block, own in (("sequential", 0), ("parallel", 64)):
+        layers = {layer.name: layer for layer in build_layers(replace(config, block=block))}
+        parameters = dict(layers["blocks.0"].factory(Build(config=replace(config, block=block))).named_parameters())
+        name = "attn.qkv.bias" if block == "sequential" else "in_proj.bias"
+        assert (parameters[name].shape[0] if name in parameters else own) == 16 * heads + own
+        assert any("norm" in key and key.endswith("bias") for key in parameters) is norm_bias
 
 
 @pytest.mark.parametrize(
@@ -46,6 +70,11 @@ def test_resolve_fills_in() -> None:
         ModelConfig(preset="hiera_b", attention="grid", window_size=3),
         ModelConfig(preset="vit_22b", mlp="swiglu", pool="gap"),  # nor is its GELU
         ModelConfig(preset="dinov3_7b", position="learned_2d"),
+        replace(TINY, bias=False, qkv_bias="all"),
+        ModelConfig(
+            preset="vit_22b", norm_bias=True, qkv_bias="qv"
+        ),  # whose bias then says nothing, but is the preset's
+        ModelConfig(preset="internvit_6b", bias=True, norm_eps=1e-5),
     ],
     ids=str,
 )
@@ -164,6 +193,18 @@ def test_what_layers_of_kind_global_tokens_attend_to(given: dict[str, Any]) -> N
         ({"rope_base": 50.0}, r"model\.rope_base is 50\.0, but model\.position is learned_2d, not rope_2d: .*"),
         ({"gelu": "tanh", "mlp": "swiglu", "pool": "gap"}, r"model\.gelu is tanh, but model\.mlp swiglu has none: .*"),
         ({"gelu": "tanh", "mlp": "swiglu", "pool": "map"}, None),  # the pooling's own MLP has a GELU
+        ({"norm_eps": 0.0}, r"model\.norm_eps is 0\.0: it must be at least 1e-15"),
+        ({"norm_eps": 2.0}, r"model\.norm_eps is 2\.0: it must be at most 1"),
+        (
+            {"norm": "rmsnorm", "norm_bias": False},
+            r"model\.norm_bias is False, but model\.norm is rmsnorm, which has none: leave it out, or null",
+        ),
+        ({"norm": "rmsnorm", "norm_bias": True}, None),  # as every resolved configuration says
+        (
+            {"bias": False, "norm_bias": True, "qkv_bias": "qv"},
+            r"model\.bias is False, but model\.norm_bias and model\.qkv_bias both say otherwise: .*",
+        ),
+        ({"bias": False, "norm_bias": True}, None),
         ({"depth": 1, "drop_path": 0.1}, r"model\.drop_path is 0\.1, but its rates grow from 0 .*: set it to 0"),
         (with_stage(0, window_size=4), r"model\.stages\[0\]\.window_size is 4, but none of its layers is window, .*"),
         (with_stage(1, grid_size=4), r"model\.stages\[1\]\.grid_size is 4, but none of its layers is grid: .*"),

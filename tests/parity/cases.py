@@ -37,11 +37,12 @@ MODELS = {
     "kinds": replace(
         _FAMILY, block="sequential", attention="window, shifted_window, grid, linear, global_tokens, full",
         global_tokens=2, position="rope_2d", norm="rmsnorm", mlp="swiglu", layer_scale=0.5, linear_conv=3, qk_norm=True,
-        pool="gap",
+        pool="gap", qkv_bias="qv",
     ),
     "pyramid": replace(
         _FAMILY, width=None, depth=None, num_heads=None, mlp_dim=None, block="parallel", pool="map", bias=False,
         position="learned_2d", attention="[shifted_window, grid] * 2, full, linear", mlp="swiglu", layer_scale=0.5,
+        norm_eps=1e-4,
         stages=(
             StageConfig(depth=2, width=16, num_heads=4), StageConfig(depth=3, width=32, num_heads=4),
             StageConfig(depth=1, width=48, num_heads=4, mlp_dim=64),
@@ -50,7 +51,7 @@ MODELS = {
     "heads": replace(
         _FAMILY, width=40, depth=3, num_heads=5, block="parallel", pool="cls", position="learned_1d", qk_norm=True,
         attention="linear, global_tokens, full", feature_map="focused", grid_size=None, registers=0,
-        global_tokens=1,
+        global_tokens=1, qkv_bias="qv", norm_bias=False, norm_eps=1e-3,
     ),
 }  # fmt: skip
 FAMILY = ("kinds", "pyramid", "heads")

@@ -57,6 +57,7 @@ class Shape:
     feature_map: str = "elu"  # or relu, focused
     power: int = 3
     stages: tuple[StageShape, ...] = ()
+    eps: float = 1e-6  # of the norms
 
     def all_stages(self) -> tuple[StageShape, ...]:
         """One of an isotropic model, several of a pyramid."""
@@ -107,24 +108,33 @@ def under(w: Weights, prefix: str) -> Weights:
     return {name.removeprefix(prefix): value for name, value in w.items() if name.startswith(prefix)}
 
 
-def layernorm(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def layernorm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     """LayerNorm over the last dim."""
     centred = x - x.mean(-1, keepdim=True)
-    y = centred / torch.sqrt((centred * centred).mean(-1, keepdim=True) + 1e-6) * weight
+    y = centred / torch.sqrt((centred * centred).mean(-1, keepdim=True) + eps) * weight
     return y if bias is None else y + bias
 
 
-def rmsnorm(x: Tensor, weight: Tensor) -> Tensor:
+def rmsnorm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """RMSNorm over the last dim."""
-    return x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-6) * weight
+    return x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps) * weight
 
 
 def norm(w: Weights, prefix: str, x: Tensor, shape: Shape) -> Tensor:
     """The model's kind of norm."""
     if shape.norm == "rmsnorm":
         assert f"{prefix}bias" not in w
-        return rmsnorm(x, w[f"{prefix}weight"])
-    return layernorm(x, w[f"{prefix}weight"], w.get(f"{prefix}bias"))
+        return rmsnorm(x, w[f"{prefix}weight"], shape.eps)
+    return layernorm(x, w[f"{prefix}weight"], w.get(f"{prefix}bias"), shape.eps)
+
+
+def with_keys(bias: Tensor | None, weight: Tensor) -> Tensor | None:
+    """A bias of [q, k, v, ...]; keys that have none get zeros."""
+    if bias is None or len(bias) == len(weight):
+        return bias
+    d = weight.shape[1]
+    assert len(bias) == len(weight) - d
+    return torch.cat([bias[:d], torch.zeros(d).to(bias), bias[d:]])
 
 
 def rotate(x: Tensor, site: Site, base: float) -> Tensor:
@@ -240,13 +250,14 @@ def block(w: Weights, x: Tensor, shape: Shape, site: Site) -> Tensor:
         d = x.shape[-1]
         y = norm(w, "norm.", x, shape)
         attention_in, mlp_in = w["in_proj.weight"][: 3 * d], w["in_proj.weight"][3 * d :]
-        bias = w.get("in_proj.bias")
+        bias = with_keys(w.get("in_proj.bias"), w["in_proj.weight"])
         qkv_bias, mlp_bias = (bias[: 3 * d], bias[3 * d :]) if bias is not None else (None, w["fc1_bias"])
         attended = self_attention(under(w, "core."), F.linear(y, attention_in, qkv_bias), shape, site)
         hidden = activate(F.linear(y, mlp_in, mlp_bias), shape)
         out = w["out_proj.weight"]
         return x + w.get("scale", 1.0) * (attended @ out[:, :d].T + hidden @ out[:, d:].T + w["out_proj.bias"])
-    qkv = F.linear(norm(w, "norm1.", x, shape), w["attn.qkv.weight"], w.get("attn.qkv.bias"))
+    bias = with_keys(w.get("attn.qkv.bias"), w["attn.qkv.weight"])
+    qkv = F.linear(norm(w, "norm1.", x, shape), w["attn.qkv.weight"], bias)
     attended = self_attention(under(w, "attn.core."), qkv, shape, site)
     x = x + w.get("scale1", 1.0) * F.linear(attended, w["attn.proj.weight"], w["attn.proj.bias"])
     return x + w.get("scale2", 1.0) * mlp(w, "mlp.", norm(w, "norm2.", x, shape), shape)
@@ -266,7 +277,7 @@ def mlp(w: Weights, prefix: str, x: Tensor, shape: Shape) -> Tensor:
     return F.linear(hidden, w[f"{prefix}fc2.weight"], w[f"{prefix}fc2.bias"])
 
 
-def merge(w: Weights, x: Tensor, grid: Grid, prefix: int) -> tuple[Tensor, Grid]:
+def merge(w: Weights, x: Tensor, grid: Grid, prefix: int, eps: float = 1e-6) -> tuple[Tensor, Grid]:
     """Patch merging, 2 x 2 into one: [B, S, C] -> [B, S', D'] and the new grid; `w` has the merge's own names."""
     rows, columns = grid
     places = x[:, prefix:].unflatten(1, grid)
@@ -277,7 +288,7 @@ def merge(w: Weights, x: Tensor, grid: Grid, prefix: int) -> tuple[Tensor, Grid]
         for j in range(half_columns):
             four = [(2 * i, 2 * j), (2 * i + 1, 2 * j), (2 * i, 2 * j + 1), (2 * i + 1, 2 * j + 1)]
             merged.append(torch.cat([places[:, row, column] for row, column in four], -1))
-    patches = layernorm(torch.stack(merged, 1), w["norm.weight"], w["norm.bias"]) @ w["proj.weight"].T
+    patches = layernorm(torch.stack(merged, 1), w["norm.weight"], w["norm.bias"], eps) @ w["proj.weight"].T
     if prefix:
         patches = torch.cat([x[:, :prefix] @ w["prefix.weight"].T, patches], 1)
     return patches, (half_rows, half_columns)
@@ -292,7 +303,7 @@ def attention_pool(w: Weights, x: Tensor, shape: Shape) -> Tensor:
     q, k, v = (t.reshape(b, -1, heads, d // heads).transpose(1, 2) for t in (q, k, v))
     pooled = softmax_attention(q, k, v).transpose(1, 2).reshape(b, d)
     y = F.linear(pooled, w["head.pool.proj.weight"], w["head.pool.proj.bias"])
-    normed = layernorm(y, w["head.pool.norm.weight"], w["head.pool.norm.bias"])
+    normed = layernorm(y, w["head.pool.norm.weight"], w["head.pool.norm.bias"], shape.eps)
     return y + mlp(w, "head.pool.mlp.", normed, replace(shape, mlp="gelu"))
 
 
@@ -303,7 +314,7 @@ def logits(w: Weights, images: Tensor, shape: Shape) -> Tensor:
     number = 0  # of the block, through all stages
     for j, stage in enumerate(shape.all_stages()):
         if j:
-            x, grid = merge(under(w, f"merges.{j - 1}."), x, grid, prefix)
+            x, grid = merge(under(w, f"merges.{j - 1}."), x, grid, prefix, shape.eps)
         for kind in stage.kinds:
             x = block(under(w, f"blocks.{number}."), x, shape, Site(kind, stage, grid, prefix))
             number += 1

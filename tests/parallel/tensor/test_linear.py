@@ -133,6 +133,26 @@ def _check_row(
     _check_grads(ours, theirs, tp, what)
 
 
+def _check_biases_of_some_segments(tp: TensorParallel) -> None:
+    theirs, rows, gap = _reference(WIDTH, sum(HEADS[0]), True), 7, slice(15, 30)
+    ours = ColumnParallelLinear(WIDTH, HEADS[0], tp=tp, units=HEADS[1], bias=(True, False, True, True))
+
+    def without_gap(x: Tensor) -> Tensor:
+        return torch.cat([x[: gap.start], x[gap.stop :]])
+
+    with torch.no_grad():
+        theirs.bias[gap] = 0
+    full = {"weight": theirs.weight.detach(), "bias": without_gap(theirs.bias.detach())}
+    _materialise(ours, lambda name, shape: full[name].view(shape))
+    x, weights, local = _random(rows, WIDTH), _random(rows, sum(HEADS[0]), seed=1), info_of(ours.weight).layout.local
+    y, expected = ours(slice_rows(x, tp), rows), theirs(x)
+    _close(y, local(expected.t()).t(), "some biases")
+    y.backward(local(weights.t()).t())
+    expected.backward(weights)
+    assert theirs.bias.grad is not None and ours.bias is not None
+    _close(ours.bias.grad, info_of(ours.bias).layout.local(without_gap(theirs.bias.grad)), "some biases")
+
+
 def _check_linears(world: World) -> None:
     axis = make_grid(GridShape(tensor=world.size), world).tensor
     for sequence_parallel, rows, bias in product((True, False), (1, 7, 8), (True, False)):
@@ -142,6 +162,7 @@ def _check_linears(world: World) -> None:
             _check_row(tp, rows, bias, split)
         _check_column(tp, rows, bias, None, *HEADS)
         _check_row(tp, rows, bias, None, *HEADS)
+    _check_biases_of_some_segments(tp)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -153,6 +174,7 @@ def test_linears_on_one_rank() -> None:
     tp = TensorParallel(axis=no_tensor_parallel().axis, sequence_parallel=True)
     _check_column(tp, 7, True, None)
     _check_row(tp, 7, True, None)
+    _check_biases_of_some_segments(tp)
     assert not tp.axis.meter.calls
 
 
