@@ -33,8 +33,8 @@ class CheckpointConfig:
     that starts anew are set aside."""
 
     load: str | None = None
-    """Start from the weights of this checkpoint, or of the newest in this folder: for fine-tuning. Positions and
-    patches are resized, other layers that do not fit are new."""
+    """Start from the weights of this checkpoint, or of the newest in this folder, or of another library's file or
+    folder: for fine-tuning. Positions and patches are resized, other layers that do not fit are new."""
 
     load_weights: Literal["weights", "average"] = "weights"
     """With load: the weights themselves, or their moving average."""

@@ -5,24 +5,28 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from data import DataConfig
 from engine.assemble import Assembly
+from engine.checkpoint.config import CheckpointConfig
 from engine.checkpoint.fit import Fit, Geometry, fit, is_another_model, resized
 from engine.checkpoint.states import targets, weight_pieces
 from model import LayerSpec, ModelConfig
+from model.formats.api import stored_weights
+from model.formats.base import ConversionError
+from model.formats.weights import StoredWeights
 from model.layers import logical_shapes
 from parallel import comm
-from parallel.checkpoint.manifest import CheckpointError
-from parallel.checkpoint.read import Reader
 from parallel.sharding.boxes import Box
 from parallel.sharding.pieces import StatePiece
 
-Which = Literal["weights", "average"]
 _UNSHAPED = ("preset", "drop_path", "head_bias")  # keys of the model that say nothing about its weights
+_UNSAID = ("num_heads", "norm_eps", "gelu", "rope_base", "window_size", "grid_size")  # that shapes do not say
 _SHOWN = 10  # differing tensors
 
 
@@ -31,12 +35,12 @@ class LoadPlan:
     """What is to be loaded from where.
 
     Attributes:
-        fits: of every tensor. stored: name in the manifest, by name in the model that was saved. source, target:
-            geometries of the two models. changed: (key of the model, its value there, here) where it is another.
+        fits: of every tensor. unused: names of others there that have no part in the model of the checkpoint.
+        source, target: geometries of the two models. changed: (key, its value there, here) where it is another.
     """
 
     fits: tuple[Fit, ...]
-    stored: Mapping[str, str]
+    unused: Sequence[str]
     source: Geometry
     target: Geometry
     changed: Sequence[tuple[str, Any, Any]]
@@ -45,40 +49,48 @@ class LoadPlan:
     def changes(self) -> str:
         """`changed`, in words."""
         values = ((key, *("null" if v is None else v for v in found)) for key, *found in self.changed)
-        return ", ".join(f"model.{key} {old} -> {new}" for key, old, new in values)
+        return ", ".join(f"{key} {old} -> {new}" for key, old, new in values)
 
     def of(self, how: str) -> dict[str, Fit]:
         """Those of one kind, by name."""
         return {f.name: f for f in self.fits if f.how == how}
 
 
-def plan_load(reader: Reader, which: Which, model: ModelConfig, layers: Sequence[LayerSpec]) -> LoadPlan:
+def open_to_load(config: CheckpointConfig, model: ModelConfig) -> StoredWeights:
+    """What `checkpoint.load` means, of any kind. What has no part in the model may be there.
+
+    Args:
+        model: of the run, resolved: what another library's files say nothing of is as there.
+
+    Raises:
+        ConversionError: there is none, it is damaged, has no average, or has what our model has not.
+    """
+    assert config.load is not None
+    given = {key: value for key in _UNSAID if (value := getattr(model, key, None)) is not None}
+    return stored_weights(Path(config.load), given=given, leave_out=("*",), which=config.load_weights)
+
+
+def plan_load(weights: StoredWeights, model: ModelConfig, layers: Sequence[LayerSpec], images: DataConfig) -> LoadPlan:
     """Decide what is taken, by names and shapes alone.
 
     Args:
-        which: the weights, or their average, beside which frozen ones have none. model: resolved. layers: of the whole
-            model.
+        model: resolved. layers: of the whole model. images: that it will see.
 
     Raises:
-        CheckpointError: it has no average, is of another model, or does not say of which.
+        ConversionError: it is of another model.
     """
-    names = _stored_names(reader, which)
-    there, here = reader.manifest.config.get("model", {}), json.loads(json.dumps(asdict(model)))
-    try:
-        source = Geometry.of(there)
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{reader.folder} does not say of which model it is: its config has no model") from error
-    target = Geometry.of(here)
-    shapes = {name: reader.manifest.tensors[stored].shape for name, stored in names.items()}
+    there, here = (json.loads(json.dumps(asdict(m))) for m in (weights.description.model, model))
+    source, target = Geometry.of(there), Geometry.of(here)
+    shapes = {name: entry.shape for name, entry in weights.tensors.items()}
     plan = LoadPlan(
         fits=fit(logical_shapes(model, layers), shapes, source, target),
-        stored=names,
+        unused=[*weights.carried, *weights.left_out],
         source=source,
         target=target,
-        changed=_changed(dict(_flat(there)), dict(_flat(here))),
+        changed=[*_changed(dict(_flat(there)), dict(_flat(here))), *_changed_images(weights, images)],
     )
     if is_another_model(plan.fits):
-        raise CheckpointError(_difference(reader, plan))
+        raise ConversionError(_difference(weights, plan))
     return plan
 
 
@@ -86,62 +98,60 @@ def _flat(model: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Keys that say something about weights, those of stages one by one."""
     for key, value in model.items():
         if key == "stages" and value:
-            yield from ((f"stages[{i}].{k}", v) for i, stage in enumerate(value) for k, v in stage.items())
+            yield from ((f"model.stages[{i}].{k}", v) for i, stage in enumerate(value) for k, v in stage.items())
         elif key not in _UNSHAPED:
-            yield key, value
+            yield f"model.{key}", value
 
 
 def _changed(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     return [(key, there[key], value) for key, value in here.items() if key in there and there[key] != value]
 
 
-def _difference(reader: Reader, plan: LoadPlan) -> str:
+def _changed_images(weights: StoredWeights, images: DataConfig) -> Iterator[tuple[str, Any, Any]]:
+    """Of what pixels are normalised with, if that is known; one number is that of all channels."""
+    if (before := weights.description.preprocessing) is None:
+        return
+    for key in ("mean", "std"):
+        there, here = getattr(before, key), getattr(images, key)
+        channels = max(len(there), len(here))
+        if (there * channels)[:channels] != (here * channels)[:channels]:
+            yield f"data.{key}", list(there), list(here)
+
+
+def _difference(weights: StoredWeights, plan: LoadPlan) -> str:
     different = [f.describe() for f in plan.fits if f.how != "taken"]
     more = [f"and {len(different) - _SHOWN} more"] * (len(different) > _SHOWN)
     cure = f" (other than there: {plan.changes})" if plan.changed else ""
     head = (
-        f"{reader.folder} is of another model, no matrix of a block fits: give this one the same blocks{cure}, or load "
+        f"{weights.path} is of another model, no matrix of a block fits: give this one the same blocks{cure}, or load "
         "another checkpoint. These tensors differ:"
     )
     return "\n  ".join([head, *different[:_SHOWN], *more])
 
 
-def _stored_names(reader: Reader, which: Which) -> dict[str, str]:
-    tensors = reader.manifest.tensors
-    names = {name.removeprefix("weights/"): name for name in tensors if name.startswith("weights/")}
-    if which == "average":
-        averages = {name.removeprefix("average/"): name for name in tensors if name.startswith("average/")}
-        if not averages:
-            raise CheckpointError(
-                f"{reader.folder} has no moving average of the weights (its run had no optimizer.ema_decay): leave out "
-                "checkpoint.load_weights"
-            )
-        names |= averages
-    return names
-
-
 @torch.no_grad()
-def load_weights(a: Assembly, reader: Reader, plan: LoadPlan) -> None:
+def load_weights(a: Assembly, weights: StoredWeights, plan: LoadPlan) -> None:
     """Fill the masters of this rank, frozen ones too, and make all that hangs on them anew. Collective.
 
-    What is taken as it is, each rank reads itself, and of it what it holds alone. What is resized comes from the first
-    rank, so that copies are equal whatever processors have computed them.
+    What is taken as it is, each rank reads itself: of a checkpoint of this program what it holds alone, of another
+    library's the tensors that it holds some of, one at a time. What is resized comes from the first rank, so that
+    copies are equal whatever processors have computed them.
 
     Raises:
-        CheckpointError: on every rank, if one has found damage.
+        ConversionError: on every rank, if one has found damage.
     """
     pieces = list(weight_pieces(a))
-    taken = {f"weights/{name}": plan.stored[f.source] for name, f in plan.of("taken").items() if f.source is not None}
+    taken = {f"weights/{name}": f.source for name, f in plan.of("taken").items() if f.source is not None}
     problem, changed = None, dict[str, tuple[Box, Tensor]]()
     try:
-        reader.read(targets(pieces, taken))
+        weights.fill(targets(pieces, taken))
         if a.grid.world.index == 0:
-            changed = {name: _resized(name, f, reader, plan) for name, f in plan.of("resized").items()}
-    except CheckpointError as error:
+            changed = {name: _resized(name, f, weights, plan) for name, f in plan.of("resized").items()}
+    except (ConversionError, OSError) as error:
         problem = str(error)
     found = comm.gather_objects((problem, {name: box for name, (box, _) in changed.items()}), a.grid.world)
     if (problem := next((p for p, _ in found if p is not None), None)) is not None:
-        raise CheckpointError(problem)
+        raise ConversionError(problem)
     for name, box in found[0][1].items():
         values = changed[name][1].to(a.device) if changed else torch.empty(box.shape, device=a.device)
         _place(comm.broadcast(values, a.grid.world), box, (p for p in pieces if p.name == f"weights/{name}"))
@@ -152,9 +162,9 @@ def load_weights(a: Assembly, reader: Reader, plan: LoadPlan) -> None:
         a.fp8.forget_weights()
 
 
-def _resized(name: str, found: Fit, reader: Reader, plan: LoadPlan) -> tuple[Box, Tensor]:
+def _resized(name: str, found: Fit, weights: StoredWeights, plan: LoadPlan) -> tuple[Box, Tensor]:
     assert found.source is not None
-    box, values = resized(name, reader.whole(plan.stored[found.source]).float(), plan.source, plan.target)
+    box, values = resized(name, weights.read(found.source).float(), plan.source, plan.target)
     return box, values.contiguous()
 
 

@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from itertools import groupby
-from pathlib import Path
+from itertools import groupby, takewhile
 
 from engine.assemble import Assembly, layer_of
 from engine.checkpoint.fit import Fit
-from engine.checkpoint.load import LoadPlan, Which, load_weights, plan_load
+from engine.checkpoint.load import LoadPlan, load_weights, open_to_load, plan_load
 from engine.config import Config
 from engine.errors import ConfigError
 from engine.objectives import Objective
 from engine.run.agreement import check_agreement
-from parallel.checkpoint.manifest import CheckpointError, Manifest, checksum
-from parallel.checkpoint.place import newest
-from parallel.checkpoint.read import Reader
+from model.formats.base import ConversionError
+from model.formats.weights import CheckpointWeights, StoredWeights, Which
 
 _MOST = 6  # groups of tensors on a line
 
 
 @dataclass(frozen=True)
 class Source:
-    """The checkpoint that a run starts from, open for reading, and what is to be taken of it."""
+    """The weights that a run starts from, open for reading, and what is to be taken of them."""
 
-    reader: Reader
+    weights: StoredWeights
     which: Which
     plan: LoadPlan
 
@@ -36,13 +35,13 @@ def source_of(config: Config, objective: Objective) -> Source | None:
     Raises:
         ConfigError: there is no such checkpoint, it cannot be read, or it is of another model.
     """
-    path, which = config.checkpoint.load, config.checkpoint.load_weights
-    if path is None:
+    if config.checkpoint.load is None:
         return None
     try:
-        reader = Reader(newest(Path(path)))
-        return Source(reader, which, plan_load(reader, which, config.model, objective.layers))
-    except CheckpointError as error:
+        weights = open_to_load(config.checkpoint, config.model)
+        plan = plan_load(weights, config.model, objective.layers, config.data)
+        return Source(weights, config.checkpoint.load_weights, plan)
+    except ConversionError as error:
         raise ConfigError(f"checkpoint.load: {error}") from error
 
 
@@ -59,11 +58,11 @@ def start_from(a: Assembly, source: Source | None = None) -> list[str]:
     source = source or source_of(a.config, a.objective)
     if source is None:
         return []
-    with source.reader as reader:
-        check_agreement({"the checkpoint of checkpoint.load": _identity(reader)}, a.grid.world)
+    with closing(source.weights) as weights:
+        check_agreement({"the checkpoint of checkpoint.load": _identity(weights)}, a.grid.world)
         try:
-            load_weights(a, reader, source.plan)
-        except CheckpointError as error:
+            load_weights(a, weights, source.plan)
+        except ConversionError as error:
             raise ConfigError(f"checkpoint.load: {error}") from error
     return [*report_lines(source), *_frozen_lines(a, source.plan)]
 
@@ -75,17 +74,21 @@ def _frozen_lines(a: Assembly, plan: LoadPlan) -> list[str]:
     return [f"  warning: new, and frozen as initialised: {shown}"] if names else []
 
 
-def _identity(reader: Reader) -> str:
-    m: Manifest = reader.manifest
-    key = checksum(repr((m.step, m.progress, m.config, m.about, m.files)).encode())
-    return f"{reader.folder} ({key})"
+def _identity(weights: StoredWeights) -> str:
+    try:
+        return weights.identity
+    except ConversionError as error:  # the ranks that still find it are told
+        return str(error)
 
 
 def report_lines(source: Source) -> Iterator[str]:
     """What was taken, resized, new and left out, tensors grouped by layer."""
-    plan, folder = source.plan, source.reader.folder
+    plan, weights = source.plan, source.weights
     average = ", their moving average" if source.which == "average" else ""
-    yield f"weights from {folder} (step {source.reader.manifest.step}){average}"
+    what, origin = weights.kind, weights.description.origin
+    if isinstance(weights, CheckpointWeights):
+        what = f"step {weights.manifest.step}" + (f", converted from {origin.kind}" if origin is not None else "")
+    yield f"weights from {weights.path} ({what}){average}"
     sizes: dict[str, int] = {}
     for f in plan.fits:
         if f.here is not None:
@@ -96,8 +99,20 @@ def report_lines(source: Source) -> Iterator[str]:
         shown = groups[:_MOST] + [f"and {len(groups) - _MOST} more"] * (len(groups) > _MOST)
         if how == "taken" or fits:
             yield f"  {how}: {len(fits)} tensor(s): {', '.join(shown)}"
+    if plan.unused:
+        groups = list(_unused(plan.unused))
+        shown = groups[:_MOST] + [f"and {len(groups) - _MOST} more"] * (len(groups) > _MOST)
+        yield f"  of no use here: {len(plan.unused)} tensor(s): {', '.join(shown)}"
     if plan.changed:
         yield f"  other than there: {plan.changes}"
+
+
+def _unused(names: Sequence[str]) -> Iterator[str]:
+    """Those that begin alike, in words."""
+    for _, group in groupby(sorted(name.split(".") for name in names), key=lambda path: path[0]):
+        alike = list(group)
+        start = (parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*alike, strict=False)))
+        yield ".".join(start) + (f" ({len(alike)} tensors)" if len(alike) > 1 else "")
 
 
 def _groups(fits: Sequence[Fit], sizes: dict[str, int]) -> Iterator[str]:

@@ -161,7 +161,7 @@ def _state(
         resumed.notes.extend(start_from(assembly, inputs.source))
         return assembly, resumed
     if inputs.source is not None:
-        inputs.source.reader.close()
+        inputs.source.weights.close()
     if config.checkpoint.load is not None:
         resumed.notes.append(f"resume: checkpoint.load {config.checkpoint.load} is of no effect in a run that goes on")
     return assembly, resumed

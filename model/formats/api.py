@@ -14,7 +14,7 @@ import torch
 from model.formats.base import ConversionError
 from model.formats.registry import FORMATS, KINDS, VITRUVIUS, format_of
 from model.formats.sources import open_source
-from model.formats.weights import CheckpointWeights, ForeignWeights, Weights, Which
+from model.formats.weights import CheckpointWeights, ForeignWeights, StoredWeights, Weights, Which
 from model.formats.writing import jobs_as, jobs_as_ours, write_checkpoint, write_json, write_npz, write_shards
 from parallel.checkpoint.manifest import FILE, CheckpointError, NoCheckpointError
 from parallel.checkpoint.place import newest
@@ -41,18 +41,32 @@ def open_weights(
     Raises:
         ConversionError: there is none, it is damaged, of another kind, or has what our model has not.
     """
-    if kind not in ("auto", *KINDS):
-        raise ConversionError(f"kind {kind!r} is unknown: choose among {', '.join(KINDS)}")
-    weights: Weights
-    if (folder := _checkpoint(path, kind)) is not None:
-        weights = CheckpointWeights(folder, which)
-    else:
-        if which != "weights":
-            raise ConversionError(f"{path} is no checkpoint of this program: only such a one has a moving average")
-        source = open_source(path, config)
-        weights = ForeignWeights(source, format_of(source, kind), given=given, leave_out=leave_out)
+    weights = stored_weights(path, kind, config=config, given=given, leave_out=leave_out, which=which)
     with contextlib.closing(weights):
         yield weights
+
+
+def stored_weights(
+    path: Path,
+    kind: str = "auto",
+    *,
+    config: Path | None = None,
+    given: Mapping[str, Any] | None = None,
+    leave_out: Sequence[str] = (),
+    which: Which = "weights",
+) -> StoredWeights:
+    """As `open_weights`, to be closed by who asks for it."""
+    if kind not in ("auto", *KINDS):
+        raise ConversionError(f"kind {kind!r} is unknown: choose among {', '.join(KINDS)}")
+    if (folder := _checkpoint(path, kind)) is not None:
+        return CheckpointWeights(folder, which)
+    if which != "weights":
+        raise ConversionError(
+            f"{path} is no checkpoint of this program: only such a one has a moving average; take the weights "
+            "themselves"
+        )
+    source = open_source(path, config)
+    return ForeignWeights(source, format_of(source, kind), given=given, leave_out=leave_out)
 
 
 def _checkpoint(path: Path, kind: str) -> Path | None:

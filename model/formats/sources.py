@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import pickle
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -21,12 +22,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from model.formats.base import ConversionError, Shape
+from parallel.checkpoint.manifest import checksum
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 _TORCH = (".bin", ".pt", ".pth")
+_SAMPLES, _SAMPLE = 64, 4096  # places in a file and bytes at each, that tell files of one length apart
 _NAMES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
 
 
@@ -43,9 +46,11 @@ class Source(Protocol):
     Attributes:
         path: what was given. tensors: of all files, in their order. files: the JSON files of the folder that describe
             the model, by name: `config.json`, `preprocessor_config.json`, `open_clip_config.json`.
+        shards: the files of tensors.
     """
 
     path: Path
+    shards: Sequence[Path]
     tensors: Mapping[str, Entry]
     files: Mapping[str, Any]
 
@@ -74,6 +79,22 @@ def open_source(path: Path, config: Path | None = None) -> Source:
         return (_Torch if suffix in _TORCH else _Safetensors)(path, shards, files)
     except OSError as error:
         raise ConversionError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def fingerprint(source: Source) -> str:
+    """A hash of what a source is: names, shapes, JSON files, and of each file its length and some of its bytes, all
+    over it. Raises ConversionError if a file is gone.
+    """
+    found: list[Any] = [sorted(source.files.items()), list(source.tensors.items())]
+    try:
+        for path in source.shards:
+            with path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                places = [(size - _SAMPLE) * i // (_SAMPLES - 1) for i in range(_SAMPLES)]
+                found += [path.name, size, *(os.pread(file.fileno(), _SAMPLE, max(0, at)) for at in places)]
+    except OSError as error:
+        raise ConversionError(f"{source.path} cannot be read: {error.strerror or error}") from error
+    return checksum(repr(found).encode())
 
 
 def _json_files(folder: Path, config: Path | None) -> dict[str, Any]:
@@ -132,8 +153,8 @@ def _indexed(index: Path) -> list[Path]:
 
 
 class _Safetensors:
-    def __init__(self, path: Path, shards: list[Path], files: Mapping[str, Any]) -> None:
-        self.path, self.files = path, files
+    def __init__(self, path: Path, shards: Sequence[Path], files: Mapping[str, Any]) -> None:
+        self.path, self.files, self.shards = path, files, shards
         tensors: dict[str, Entry] = {}
         self._shard: dict[str, Path] = {}
         for shard in shards:
@@ -172,8 +193,8 @@ class _Safetensors:
 
 
 class _Torch:
-    def __init__(self, path: Path, shards: list[Path], files: Mapping[str, Any]) -> None:
-        self.path, self.files = path, files
+    def __init__(self, path: Path, shards: Sequence[Path], files: Mapping[str, Any]) -> None:
+        self.path, self.files, self.shards = path, files, shards
         self._values: dict[str, Tensor] = {}
         for shard in shards:
             self._values |= _state_dict(shard)
@@ -213,6 +234,7 @@ class _Npz:
 
     def __init__(self, path: Path, file: Path, files: Mapping[str, Any]) -> None:
         self.path, self.files, self._file = path, files, file
+        self.shards: Sequence[Path] = [file]
         self._places: dict[str, tuple[int, Shape, np.dtype[Any]]] = {}  # of the first byte; -1: compressed
         try:
             with zipfile.ZipFile(file) as archive:

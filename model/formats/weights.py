@@ -13,10 +13,10 @@ from torch import Tensor
 
 from model.config import ModelConfig, StageConfig
 from model.formats.base import ConversionError, Description, Origin, Preprocessing, Rule, Shape, expected
-from model.formats.sources import Entry, Source
+from model.formats.sources import Entry, Source, fingerprint
 from model.layers import logical_shapes
-from parallel.checkpoint.manifest import CheckpointError, Manifest
-from parallel.checkpoint.read import Reader
+from parallel.checkpoint.manifest import CheckpointError, Manifest, checksum
+from parallel.checkpoint.read import Reader, Target
 
 Which = Literal["weights", "average"]
 CARRIED = "carried/"  # begins the names of tensors in a checkpoint that are kept for the way back
@@ -83,6 +83,23 @@ class Weights(Protocol):
         """Let go of all files."""
 
 
+class StoredWeights(Weights, Protocol):
+    """Weights that lie in files.
+
+    Attributes:
+        left_out: names of tensors there that are neither of the model nor carried.
+    """
+
+    left_out: Sequence[str]
+
+    @property
+    def identity(self) -> str:
+        """Path, kind, and a hash that another file or folder is not likely to have; not all of it is read for it."""
+
+    def fill(self, wanted: Mapping[str, Sequence[Target]]) -> None:
+        """Fill boxes of `tensors`, whole tensors in memory one at a time. Raises ConversionError if one is damaged."""
+
+
 class ForeignWeights:
     """Those of another library's checkpoint.
 
@@ -108,7 +125,12 @@ class ForeignWeights:
         _check(source, form, wanted, [name for name in others if name not in self.carried])
         self._rules = {r.ours: r for r in rules if r.ours}
         self.tensors: Mapping[str, Entry] = {name: Entry(shape, self._dtype(name)) for name, shape in shapes.items()}
-        self.left_out = [name for name in source.tensors if name not in wanted and name not in self.carried]
+        self.left_out: Sequence[str] = [
+            name for name in source.tensors if name not in wanted and name not in self.carried
+        ]
+        for r in rules:
+            if not r.ours:  # what our model has no place for must be what it is without
+                r.to_ours([source.read(there) for there in r.theirs])
 
     def _dtype(self, name: str) -> torch.dtype:
         dtypes = [self._source.tensors[there].dtype for there in self._rules[name].theirs]
@@ -129,6 +151,18 @@ class ForeignWeights:
     def read_carried(self, name: str) -> Tensor:
         """As Weights."""
         return self._source.read(name)
+
+    @property
+    def identity(self) -> str:
+        """As StoredWeights."""
+        return f"{self.path} ({self.kind}, {fingerprint(self._source)})"
+
+    def fill(self, wanted: Mapping[str, Sequence[Target]]) -> None:
+        """As StoredWeights."""
+        for name, targets in wanted.items():
+            values = self.read(name)
+            for box, place in targets:
+                place.copy_(box.of(values, (0,) * values.dim()))
 
     def close(self) -> None:
         """As Weights."""
@@ -167,6 +201,7 @@ class CheckpointWeights:
     """
 
     kind = "vitruvius"
+    left_out: Sequence[str] = ()
 
     def __init__(self, folder: Path, which: Which = "weights") -> None:
         self.path = folder
@@ -208,6 +243,20 @@ class CheckpointWeights:
         except CheckpointError as error:
             raise ConversionError(str(error)) from error
 
+    @property
+    def identity(self) -> str:
+        """As StoredWeights."""
+        m = self.manifest
+        key = checksum(repr((m.step, m.progress, m.config, m.about, m.files)).encode())
+        return f"{self.path} ({key})"
+
+    def fill(self, wanted: Mapping[str, Sequence[Target]]) -> None:
+        """As StoredWeights; only bytes that are wanted are read."""
+        try:
+            self._reader.read({self._names[name]: targets for name, targets in wanted.items()})
+        except CheckpointError as error:
+            raise ConversionError(str(error)) from error
+
     def close(self) -> None:
         """As Weights."""
         self._reader.close()
@@ -220,7 +269,10 @@ def stored_names(manifest: Manifest, which: Which, folder: Path) -> dict[str, st
     if which == "average":
         averages = {name.removeprefix("average/"): name for name in tensors if name.startswith("average/")}
         if not averages:
-            raise ConversionError(f"{folder} has no moving average of the weights: its run had no optimizer.ema_decay")
+            raise ConversionError(
+                f"{folder} has no moving average of the weights (its run had no optimizer.ema_decay): take the weights "
+                "themselves"
+            )
         names |= averages
     return names
 

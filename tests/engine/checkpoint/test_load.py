@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine.assemble import Assembly, assemble, grid_of
@@ -20,7 +21,10 @@ from engine.errors import ConfigError
 from engine.objectives import Supervised
 from engine.run.load import Source, source_of, start_from
 from engine.run.step import Stepper
-from model import ModelConfig, StageConfig, VisionTransformer
+from model import StageConfig, VisionTransformer
+from model.formats.api import open_weights, save_weights
+from model.formats.base import Preprocessing
+from model.formats.sources import fingerprint, open_source
 from model.resize import resize_channels
 from parallel.checkpoint.read import Reader
 from parallel.config import ParallelConfig
@@ -99,7 +103,7 @@ LAYOUTS: tuple[dict[str, Any], ...] = (
 
 def configured(case: Case, folder: Path, layout: dict[str, Any], world: World) -> Config:
     return small(
-        **SOURCES[case.source] | case.changes,
+        **SOURCES["1d" if case.source == "hf" else case.source] | case.changes,
         train=TrainConfig(steps=2, global_batch_size=8, micro_batch_size=2, seed=1),
         parallel=ParallelConfig(**layout),
         optimizer=OptimizerConfig(ema_decay=0.5),
@@ -129,6 +133,18 @@ def train_sources(world: World, folder: Path) -> None:
         train_and_save(world, folder, name, layout)
 
 
+def as_hf_vit(folder: Path) -> None:
+    """The weights of `1d` as transformers has them, with a layer that our model has not."""
+    with open_weights(folder / "1d") as weights:
+        weights.description = replace(
+            weights.description, preprocessing=Preprocessing(mean=(0.5,), std=(0.25,)), labels=tuple("abcdefghij")
+        )
+        save_weights(weights, folder / "hf", "hf_vit")
+    tensors = load_file(folder / "hf/model.safetensors")
+    tensors |= {f"vit.pooler.dense.{k}": torch.ones(16, *more) for k, more in (("weight", (16,)), ("bias", ()))}
+    save_file(tensors | {"logit_scale": torch.ones(())}, folder / "hf/model.safetensors", {"format": "pt"})
+
+
 def loaded(world: World, case: Case, folder: Path, layout: dict[str, Any]) -> tuple[Assembly, Source, list[str]]:
     config = configured(case, folder, layout, world)
     a = assembled(config, world, case.frozen)
@@ -146,6 +162,12 @@ def on_ranks(world: World, folder: Path, expected: dict[str, tuple[dict[str, Ten
             warning = [line for line in lines if "warning" in line]
             assert [line for line in lines if line not in warning] == told
             assert bool(warning) == any(matches(f"{layer}.weight", case.new) for layer in case.frozen)
+            if case.source == "1d":
+                of_hf, _, lines = loaded(world, replace(case, source="hf"), folder, layout)
+                for ours, theirs in zip(a.store.buckets, of_hf.store.buckets, strict=True):
+                    assert torch.equal(ours.master, theirs.master) and torch.equal(ours.weights, theirs.weights)
+                of_hf.grid.close()
+                assert [told[1], lines[0]] == [lines[1], f"weights from {folder / 'hf'} (hf_vit)"]
             assert a.average is not None and a.average.updates == 0
             for average, master in zip(a.average.averages, a.average._masters, strict=True):
                 assert torch.equal(average, master)
@@ -166,6 +188,7 @@ def on_ranks(world: World, folder: Path, expected: dict[str, tuple[dict[str, Ten
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("sources")
     run_ranks(4, train_sources, path, timeout=120)
+    as_hf_vit(path)
     return path
 
 
@@ -227,11 +250,10 @@ def test_every_layout_loads_the_same(folder: Path, alone: dict[str, Alone]) -> N
 @pytest.mark.parametrize("name", ["image, patch, classes", "average, image", "class token kept"])
 def test_resized_as_the_model_itself_does(name: str, folder: Path, alone: dict[str, Alone]) -> None:
     case = CASES[name]
-    masters, source, _, _ = alone[name]
-    model, there = source.reader.manifest.config["model"], configured(case, folder, {}, World()).model
-    trained = ModelConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in model.items()})
-    with Reader(source.reader.folder) as reader:
-        weights = {name: reader.whole(stored) for name, stored in source.plan.stored.items()}
+    masters = alone[name].masters
+    there = configured(case, folder, {}, World()).model
+    with open_weights(folder / case.source, which=case.which) as opened:  # type: ignore[arg-type]
+        trained, weights = opened.description.model, {name: opened.read(name) for name in opened.tensors}
     oracle = VisionTransformer(replace(there, num_classes=trained.num_classes))
     oracle.load(weights, trained)
     for key, value in oracle.named_parameters():
@@ -285,6 +307,29 @@ def test_the_report_names_everything_in_few_lines(alone: dict[str, Alone]) -> No
     assert any("blocks.0 to blocks.3" in line for line in alone["deeper"].lines)
 
 
+def test_the_report_of_another_librarys_weights(folder: Path, alone: dict[str, Alone]) -> None:
+    found = one_process(Case("hf", {"num_heads": 2, "pool": "gap"}), folder)
+    assert found.lines[0] == f"weights from {folder / 'hf'} (hf_vit)"
+    assert any("of no use here: 3 tensor(s): logit_scale, vit.pooler.dense (2 tensors)" in line for line in found.lines)
+    last = found.lines[-1]
+    assert "model.num_heads 4 -> 2" in last and "model.pool cls -> gap" in last
+    assert "data.std [0.25] -> [0.5]" in last and "data.mean" not in last
+    for name, value in alone["class token gone"].masters.items():
+        if name != "embed.pos":
+            assert torch.equal(found.masters[name], value), name
+
+
+def test_files_of_one_length_are_told_apart(folder: Path, tmp_path: Path) -> None:
+    """Ranks compare what they have found without reading all of it."""
+    shutil.copytree(folder / "hf", tmp_path / "a")
+    assert fingerprint(open_source(tmp_path / "a")) == fingerprint(open_source(folder / "hf"))
+    tensors = load_file(tmp_path / "a/model.safetensors")
+    tensors["classifier.bias"] += 1
+    save_file(tensors, tmp_path / "a/model.safetensors", {"format": "pt"})
+    assert (tmp_path / "a/model.safetensors").stat().st_size == (folder / "hf/model.safetensors").stat().st_size
+    assert fingerprint(open_source(tmp_path / "a")) != fingerprint(open_source(folder / "hf"))
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
@@ -308,7 +353,7 @@ def damaged_copy(folder: Path, to: Path, old: bytes = b"{", new: bytes = b"{") -
 
 def test_no_checkpoint(folder: Path, tmp_path: Path) -> None:
     assert "does not exist" in refused(folder, {}, tmp_path / "none")
-    assert "none is in it" in refused(folder, {}, tmp_path)
+    assert "is no checkpoint" in refused(folder, {}, tmp_path)
 
 
 def test_manifests_that_are_of_no_use(folder: Path, tmp_path: Path) -> None:
@@ -324,6 +369,17 @@ def test_no_average(folder: Path, tmp_path: Path) -> None:
     facts = {"config": {"model": asdict(config.model)}, "about": {}}
     Saver(assembled(config, World(), ()), tmp_path, CheckpointConfig(), facts).save(1, {}, {})
     assert "no moving average" in refused(folder, {}, tmp_path, "average")
+
+
+def test_another_librarys_that_is_of_no_use(folder: Path, tmp_path: Path) -> None:
+    assert "only such a one has a moving average" in refused(folder, {}, folder / "hf", "average")
+    assert "another model" in refused(folder, {"width": 24}, folder / "hf")
+    shutil.copytree(folder / "hf", tmp_path / "torn")
+    with (tmp_path / "torn/model.safetensors").open("r+b") as file:
+        file.truncate(10_000)
+    assert "no whole safetensors file" in refused(folder, {}, tmp_path / "torn")
+    save_file({"a.weight": torch.ones(2)}, tmp_path / "other.safetensors")
+    assert "is of none of the kinds" in refused(folder, {}, tmp_path / "other.safetensors")
 
 
 def test_another_model(folder: Path) -> None:
