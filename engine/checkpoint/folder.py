@@ -7,7 +7,6 @@ it goes by being renamed first. So a folder of that name is complete, whenever a
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import math
 import os
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from engine.checkpoint.config import CheckpointConfig
 from parallel.checkpoint.manifest import FILE, CheckpointError, Manifest, read_manifest
-from parallel.checkpoint.place import name_of, steps_in
+from parallel.checkpoint.place import name_of, steps_in, sync, write_text
 
 SEEN = ".seen-by-all-"  # begins the name of what ranks look for to see that they have one folder
 _TEMPORARY, _DELETED, _DAMAGED = ".writing", ".deleted", ".damaged"
@@ -45,10 +44,7 @@ def begin(folder: Path, step: int) -> Path:
 
 def commit(temporary: Path, manifest: Manifest) -> Path:
     """Write the manifest, and make the checkpoint what it is: complete. Raises OSError if it cannot be."""
-    with (temporary / FILE).open("x", encoding="utf-8") as file:
-        file.write(manifest.to_json())
-        file.flush()
-        os.fsync(file.fileno())
+    write_text(temporary / FILE, manifest.to_json())
     sync(temporary)
     path = final_path(temporary)
     temporary.rename(path)
@@ -160,15 +156,3 @@ def _remove(path: Path) -> None:
             path.unlink()
     else:
         shutil.rmtree(path, ignore_errors=True)
-
-
-def sync(folder: Path) -> None:
-    """See that names in a folder outlive a power cut. Raises OSError."""
-    file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(file)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems do so without being asked
-            raise
-    finally:
-        os.close(file)

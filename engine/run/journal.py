@@ -9,8 +9,8 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
-from engine.checkpoint import folder as folders
 from engine.errors import OutputError
+from parallel.checkpoint.place import sync
 
 
 class Journal:
@@ -107,7 +107,7 @@ class Journal:
 def sync_folder(path: Path) -> None:
     """See that names in a folder outlive a power cut, where its file system can do that."""
     with contextlib.suppress(OSError):
-        folders.sync(path)
+        sync(path)
 
 
 def _create(path: Path) -> int:

@@ -17,7 +17,7 @@ from model.formats.sources import open_source
 from model.formats.weights import CheckpointWeights, ForeignWeights, StoredWeights, Weights, Which
 from model.formats.writing import jobs_as, jobs_as_ours, write_checkpoint, write_json, write_npz, write_shards
 from parallel.checkpoint.manifest import FILE, CheckpointError, NoCheckpointError
-from parallel.checkpoint.place import newest
+from parallel.checkpoint.place import newest, sync
 
 
 @contextlib.contextmanager
@@ -131,7 +131,10 @@ def _complete(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove(temporary)
         yield temporary
+        if temporary.is_dir():
+            sync(temporary)
         temporary.rename(path)
+        sync(path.parent)
     except OSError as error:
         raise ConversionError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import time
 import zipfile
@@ -19,6 +20,7 @@ from torch import Tensor
 from model.formats.base import ConversionError, expected
 from model.formats.weights import CARRIED, Format, Weights, about_of, matches
 from parallel.checkpoint.manifest import FILE, Manifest, StoredFile, StoredPiece, StoredTensor
+from parallel.checkpoint.place import write_text
 from parallel.checkpoint.write import FileEntry, as_bytes, write_tensors
 from parallel.sharding.boxes import whole_box
 
@@ -138,7 +140,7 @@ def write_shards(folder: Path, jobs: Sequence[Job], stem: str, most: int = SHARD
 
 def write_json(path: Path, values: Any) -> None:
     """Two spaces deep, as these libraries write it."""
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(values, indent=2) + "\n")
 
 
 def write_checkpoint(folder: Path, weights: Weights, jobs: Sequence[Job], most: int = SHARD_BYTES) -> None:
@@ -159,7 +161,7 @@ def write_checkpoint(folder: Path, weights: Weights, jobs: Sequence[Job], most: 
     manifest = Manifest(
         step=getattr(weights, "step", 0), progress={}, config=config, about=about, files=tuple(files), tensors=tensors
     )
-    (folder / FILE).write_text(manifest.to_json(), encoding="utf-8")
+    write_text(folder / FILE, manifest.to_json())
 
 
 def write_npz(path: Path, jobs: Sequence[Job]) -> None:
@@ -178,6 +180,8 @@ def write_npz(path: Path, jobs: Sequence[Job]) -> None:
                     member.write(data.data)
                     left -= data.nbytes
                 assert left == 0, entry
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 def _npy_header(entry: FileEntry) -> bytes:

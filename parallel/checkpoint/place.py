@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
@@ -80,3 +81,23 @@ def _shared(manifest: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(manifest), path.stat())
     except OSError:
         return False
+
+
+def write_text(path: Path, text: str) -> None:
+    """A new file, seen on the disk. Raises OSError."""
+    with path.open("x", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync(folder: Path) -> None:
+    """See that names in a folder outlive a power cut. Raises OSError."""
+    file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(file)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems do so without being asked
+            raise
+    finally:
+        os.close(file)
