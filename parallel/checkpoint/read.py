@@ -12,6 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, TypeVar
@@ -43,6 +44,13 @@ class Target(NamedTuple):
 
     box: Box
     values: Tensor
+
+
+class Cost(NamedTuple):
+    """Of reading something: bytes, and places in files that do not follow on one another."""
+
+    bytes: int
+    places: int
 
 
 class Damaged(NamedTuple):
@@ -115,6 +123,17 @@ class Reader:
         """
         chunks = [chunk for name, targets in wanted.items() for chunk in self._chunks(name, targets)]
         return self._run(chunks)
+
+    def cost(self, wanted: Mapping[str, Sequence[Box]]) -> Cost:
+        """What reading these boxes would take."""
+        chunks = [
+            chunk
+            for name, boxes in wanted.items()
+            for chunk in self._chunks(name, [Target(box, torch.empty(box.shape, device="meta")) for box in boxes])
+        ]
+        spans = sorted((c.piece.file, start := c.piece.start + c.first, start + c.bytes) for c in chunks)
+        breaks = sum(a[0] != b[0] or a[2] != b[1] for a, b in pairwise(spans))
+        return Cost(sum(chunk.bytes for chunk in chunks), breaks + bool(spans))
 
     def whole(self, name: str) -> Tensor:
         """A logical tensor, put together."""

@@ -7,6 +7,9 @@ kept in a checkpoint of this program for the way back. docs/conversion.md has wh
 
 Keys of the model are flags (--model.num_heads 12) for what SRC does not say.
 
+`python -m tools.convert --reshard "tensor=2 data=4 zero=3" SRC DST` rewrites a checkpoint of this program, with all its
+state, into the files that ranks of that layout would have written; keys of the configuration are flags.
+
 Exit codes: 0 done; 1 converted, but the two differ (--verify); 2 refused, then nothing is written.
 """
 
@@ -30,6 +33,7 @@ from model.formats.base import ConversionError
 from model.formats.registry import KINDS, VITRUVIUS
 from model.formats.weights import Weights
 from tools.convert import report, verify
+from tools.convert.reshard import reshard
 from tools.convert.runners import vitruvius
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -38,6 +42,10 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def main(argv: Sequence[str]) -> int:
     """Convert, print, and return the exit code. Raises ConversionError or ConfigError for what is refused."""
     options, flags = _parser().parse_known_args(argv)
+    if options.reshard is not None:
+        _check_alone(options)
+        reshard(options.source, options.destination, options.reshard, flags)
+        return EXIT_DONE
     if options.to is None:
         raise ConversionError(f"--to is missing: say which kind {options.destination} is to be: {', '.join(KINDS)}")
     given = _given(flags)
@@ -86,9 +94,19 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PATTERN",
         help="tensors that may be dropped: 'text_model.*'",
     )
+    parser.add_argument("--reshard", metavar="LAYOUT", help="instead: cut for 'tensor=2 pipeline=2 data=4 zero=3'")
     parser.add_argument("--source_config", type=Path, metavar="FILE", help="config.json of SRC, if it is not beside it")
     parser.add_argument("--verify", action="store_true", help="run both models on photographs and compare, in fp32")
     return parser
+
+
+def _check_alone(options: argparse.Namespace) -> None:
+    """Raise ConversionError for what --reshard, which changes no tensor, has no use for."""
+    others = ("kind", "to", "dtype", "weights", "leave_out", "source_config", "verify")
+    for name in others:
+        if getattr(options, name) != _parser().get_default(name):
+            flag = "from" if name == "kind" else name
+            raise ConversionError(f"--{flag} and --reshard, which changes no tensor: give one of the two")
 
 
 def _given(flags: Sequence[str]) -> dict[str, Any]:
