@@ -68,7 +68,7 @@ class Activation(nn.Module):
     def __init__(self, build: Build, kind: str) -> None:
         super().__init__()
         self.kernels, self.kind = build.kernels, kind
-        self.approximate = "none" if build.config.gelu == "erf" else "tanh"
+        self.approximate = {"erf": "none"}.get(str(build.config.gelu), str(build.config.gelu))
 
     def forward(self, x: Tensor, bias: Tensor | None, beside: Tensor | None = None) -> Tensor:
         """[R, M], [M] -> [R, M]; gated: [R, 2 M], [2 M] -> [R, M]; beside [R, D]: -> [R, D + M]."""

@@ -72,7 +72,7 @@ def check_parallel(config: ModelConfig, tensor_size: int, context_size: int = 1)
     bounds = [
         (f"model.stages[{heads[1]}].num_heads" if config.stages else "model.num_heads", heads[0]),
         (f"model.stages[{mlp[1]}].mlp_dim" if config.stages else "model.mlp_dim", mlp[0]),
-        ("model.num_classes", sizes.classes),
+        *[("model.num_classes", sizes.classes)] * (sizes.classes > 0),
     ]
     for name, value in bounds:
         if value < tensor_size:

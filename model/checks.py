@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from model.kinds import MOST_LAYERS
-from model.sizes import Sizes, StageSizes
+from model.sizes import Sizes, StageSizes, class_tokens_of
 
 if TYPE_CHECKING:
     from model.config import ModelConfig, StageConfig
@@ -28,7 +28,8 @@ _STAGE_LIMITS = {
 _LIMITS = {
     "patch_size": (1, 4096),
     "in_channels": (1, 2**16),
-    "num_classes": (1, 2**31 - 1),
+    "num_classes": (0, 2**31 - 1),
+    "class_tokens": (0, 2),
     "registers": (0, 2**16),
     "global_tokens": (0, 2**16),
     "linear_conv": (0, 255),
@@ -81,6 +82,15 @@ def check_fit(config: ModelConfig, sizes: Sizes) -> None:
     """Raise ValueError where numbers of a resolved configuration contradict each other."""
     for stage in sizes.stages:
         _check_stage(config, stage, f"model.stages[{stage.index}]." if config.stages else "model.")
+    if class_tokens_of(config.pool) and not sizes.class_tokens:
+        raise ValueError(
+            f"model.pool is {config.pool}, but model.class_tokens is 0: set it to 1, or model.pool to gap or map"
+        )
+    if sizes.class_tokens == 2 and config.pool != "cls":
+        raise ValueError(
+            f"model.class_tokens is 2, the second with a classifier of its own, but model.pool is {config.pool}: set "
+            "model.pool to cls, or model.class_tokens to 1 or 0"
+        )
     if "global_tokens" in _kinds(sizes) and not sizes.prefix:
         raise ValueError("model.attention global_tokens needs model.global_tokens (or registers, or pool cls): set it")
 
@@ -144,6 +154,16 @@ def _unused(config: ModelConfig, sizes: Sizes) -> Iterator[tuple[str, Any, str]]
         yield "norm_bias", config.norm_bias, f"model.norm is rmsnorm, which has none: {_CURE}"
     if config.norm_bias != config.bias and config.qkv_bias != ("all" if config.bias else "none"):
         yield "bias", config.bias, f"model.norm_bias and model.qkv_bias both say otherwise: {_CURE}"
+    if config.position != "learned_1d":
+        why = f"model.position is {config.position}, which has no table of one row per token: {_CURE}"
+        yield "class_position", config.class_position, why
+    elif not sizes.class_tokens:
+        yield "class_position", config.class_position, f"there are no class tokens: {_CURE}"
+    if not sizes.classes:
+        for key, value in (("classifier_bias", config.classifier_bias), ("head_bias", config.head_bias or None)):
+            yield key, value, f"model.num_classes is 0, so there is no classifier: {_CURE}"
+    elif not config.classifier_bias:
+        yield "head_bias", config.head_bias or None, f"model.classifier_bias is false: {_CURE}"
     if config.mlp == "swiglu" and config.pool != "map":  # whose own MLP has a GELU
         yield "gelu", config.gelu, f"model.mlp swiglu has none: {_CURE}"
     if sizes.depth == 1 and config.drop_path:

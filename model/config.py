@@ -8,7 +8,7 @@ from typing import Any, Literal
 from model.checks import check_fit, check_numbers, check_used
 from model.kinds import KINDS, parse_kinds
 from model.presets import PRESETS
-from model.sizes import Sizes, StageSizes
+from model.sizes import Sizes, StageSizes, class_rows, class_tokens_of
 
 _DEFAULTS: dict[str, Any] = {
     "image_size": 224,
@@ -22,9 +22,14 @@ _DEFAULTS: dict[str, Any] = {
     "qk_norm": False,
     "bias": True,
     "gelu": "erf",
+    "patch_bias": True,
+    "pre_norm": False,
     "position": "learned_2d",
+    "class_position": True,
     "rope_base": 100.0,
     "pool": "map",
+    "norm_after_pool": False,
+    "classifier_bias": True,
     "registers": 0,
     "global_tokens": 0,
     "attention": "full",
@@ -125,12 +130,21 @@ class ModelConfig:
     """Biases on queries, keys and values: on all, on none, or on queries and values (BEiT, DINOv3), as one on the keys
     changes nothing under a softmax; null all or none, as bias."""
 
-    gelu: Literal["erf", "tanh"] | None = None
-    """The exact GELU, or its tanh approximation."""
+    gelu: Literal["erf", "tanh", "quick"] | None = None
+    """The exact GELU, its tanh approximation, or x * sigmoid(1.702 x) (OpenAI's CLIP)."""
 
-    position: Literal["learned_2d", "learned_1d", "sincos_2d", "rope_2d"] | None = None
-    """Position: a learned row table plus a learned column table, one learned table, fixed sines, or queries and keys
-    rotated by row and column."""
+    patch_bias: bool | None = None
+    """Bias of the patch embedding (usually true; CLIP has none)."""
+
+    pre_norm: bool | None = None
+    """Norm of the tokens after the embedding (CLIP's ln_pre, Swin's patch norm)."""
+
+    position: Literal["learned_2d", "learned_1d", "sincos_2d", "rope_2d", "none"] | None = None
+    """Position: a learned row table plus a learned column table, one learned table, fixed sines, queries and keys
+    rotated by row and column, or none."""
+
+    class_position: bool | None = None
+    """Whether class tokens have rows of their own in the table of position learned_1d (usually true)."""
 
     rope_base: float | None = None
     """Longest period of rope_2d, in units of half the image (usually 100)."""
@@ -151,8 +165,16 @@ class ModelConfig:
     linear_conv: int | None = None
     """Side of the depth-wise convolution of v that linear attention adds, odd; 0: none."""
 
-    pool: Literal["map", "cls", "gap"] | None = None
-    """From tokens to one vector: attention pooling with a learned probe, a class token, or the mean."""
+    pool: Literal["map", "cls", "gap", "cls_gap"] | None = None
+    """From tokens to one vector: attention pooling with a learned probe, a class token, the mean of the patches, or
+    class token and mean side by side (DINOv2)."""
+
+    norm_after_pool: bool | None = None
+    """Whether the final norm is of the pooled vector (timm's fc_norm) rather than of the tokens."""
+
+    class_tokens: int | None = None
+    """Learned tokens that may be pooled: 0, 1, or 2, of which the second is DeiT's distillation token, with a
+    classifier of its own, and logits are the mean of both; null: 1 where pool is cls or cls_gap, else 0."""
 
     registers: int | None = None
     """Extra learned tokens without an output of their own (Darcet et al. 2023)."""
@@ -164,7 +186,10 @@ class ModelConfig:
     """Largest rate of stochastic depth, that of the last block; rates grow linearly from 0."""
 
     num_classes: int | None = None
-    """Classes of the head (usually 1000)."""
+    """Classes of the head (usually 1000); 0: no classifier, the model gives the pooled features."""
+
+    classifier_bias: bool | None = None
+    """Bias of the classifier (usually true; CLIP's projection has none)."""
 
     head_bias: float | None = None
     """Initial bias of the head: null means -10 for the sigmoid loss (ViT-22B), 0 for softmax."""
@@ -212,6 +237,8 @@ class ModelConfig:
         merged |= {key: usual[key] for key in ("norm_bias", "qkv_bias") if merged[key] is None}
         if merged["grid_size"] is None:
             merged["grid_size"] = merged["window_size"]
+        if merged["class_tokens"] is None:
+            merged["class_tokens"] = class_tokens_of(merged["pool"])
         resolved = replace(self, **merged)
         check_numbers(resolved)
         sizes = resolved.sizes
@@ -228,14 +255,16 @@ class ModelConfig:
     @property
     def sizes(self) -> Sizes:
         """The numbers of a resolved configuration. Raises ValueError where model.attention does not fit its depth."""
-        assert self.patch_size and self.in_channels and self.num_classes and self.attention is not None, "not resolved"
+        assert self.patch_size and self.in_channels and self.num_classes is not None, "not resolved"
+        assert self.attention is not None and self.class_tokens is not None
         assert self.registers is not None and self.global_tokens is not None
         return Sizes(
             image=self.image,
             patch=self.patch_size,
             channels=self.in_channels,
             classes=self.num_classes,
-            class_tokens=int(self.pool == "cls"),
+            class_tokens=self.class_tokens,
+            class_rows=class_rows(self.position, self.class_tokens, self.class_position),
             registers=self.registers,
             global_tokens=self.global_tokens,
             stages=tuple(self._stages()),

@@ -1,9 +1,9 @@
-"""From images to rows of tokens: patches, class token, registers, positions.
+"""From images to rows of tokens: patches, class tokens, registers, positions, and perhaps a norm.
 
 Legend: B images, P patch side, N patches, S = prefix + N tokens (on this rank), D width, R = B * S rows.
 
 The embedding of a patch is one linear over its unfolded pixels. Everything that depends on the place alone (position,
-bias, class token, registers) is one table [S, D] added to it, so that a tensor rank that holds only some rows computes
+bias, class tokens, registers) is one table [S, D] added to it, so that a tensor rank that holds only some rows computes
 just those.
 """
 
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from model.build import Build
 from model.inputs import MicroBatch
+from model.norm import Norm
 from model.tables import WithTables
 from parallel.layout import Init, ParameterInfo, TensorLayout, make_parameter
 from parallel.tensor import linear, slice_rows
@@ -59,7 +60,7 @@ def _add_in_turn(x: Tensor, table: Tensor, first: int) -> Tensor:
 
 
 class Embedding(WithTables):
-    """Patch embedding, prefix tokens and positions."""
+    """Patch embedding, prefix tokens and positions; then a norm, where the model has one there."""
 
     pos_fixed: Tensor
 
@@ -76,18 +77,20 @@ class Embedding(WithTables):
             info = ParameterInfo(layout=layout, init=init, decay=decay, partial_over_tensor=partial)
             return make_parameter(info)
 
+        self.class_rows = sizes.class_rows
         self.weight = table(width, sizes.patch_features, std=1 / math.sqrt(sizes.patch_features), decay="body")
-        self.bias = table(width, std=0.0)
-        self.cls = table(1, width) if sizes.class_tokens else None
+        self.bias = table(width, std=0.0) if build.config.patch_bias else None
+        self.cls = table(sizes.class_tokens, width) if sizes.class_tokens else None
         self.registers = table(sizes.registers, width) if sizes.registers else None
         self.global_tokens = table(sizes.global_tokens, width) if sizes.global_tokens else None
         if self.position == "learned_2d":
             self.pos_row = table(rows, width, std=_TABLE_STD / math.sqrt(2))
             self.pos_col = table(cols, width, std=_TABLE_STD / math.sqrt(2))
         elif self.position == "learned_1d":
-            self.pos = table(sizes.class_tokens + rows * cols, width)
+            self.pos = table(sizes.class_rows + rows * cols, width)
         elif self.position == "sincos_2d":
             self.register_buffer("pos_fixed", sincos_table(rows, cols, width), persistent=False)
+        self.norm = Norm.of(build, width) if build.config.pre_norm else None
 
     def forward(self, x: Tensor | None, batch: MicroBatch) -> Tensor:
         """Images of the micro-batch -> [R, D], or this rank's rows of it."""
@@ -107,9 +110,11 @@ class Embedding(WithTables):
         local = slice_rows(patches.reshape(rows, features), self.tp)
         y = linear(local.to(self.weight.dtype), self.weight, None)
         table = self._table(y.device).to(y.dtype)
-        if not self.tp.splits_rows:
-            return (y.view(b, -1, y.shape[1]) + table).flatten(0, 1)
-        return _add_in_turn(y, table, self.tp.row_range(rows)[0])
+        if self.tp.splits_rows:
+            y = _add_in_turn(y, table, self.tp.row_range(rows)[0])
+        else:
+            y = (y.view(b, -1, y.shape[1]) + table).flatten(0, 1)
+        return y if self.norm is None else self.norm(y)
 
     def _table(self, device: torch.device) -> Tensor:
         """[S, D] of this rank's tokens: prefix tokens, then position + bias of each patch.
@@ -122,12 +127,11 @@ class Embedding(WithTables):
         if self.position == "learned_2d":
             pos = (self.pos_row[t.first : t.stop, None] + self.pos_col).flatten(0, 1)
         elif self.position == "learned_1d":
-            count = 0 if self.cls is None else 1
-            pos = self.pos[count:][here]
-            if self.cls is not None:
-                prefix[0] = prefix[0] + self.pos[: count * own]
+            pos = self.pos[self.class_rows :][here]
+            if self.class_rows:
+                prefix[0] = prefix[0] + self.pos[: self.class_rows * own]
         elif self.position == "sincos_2d":
             pos = self.pos_fixed.to(device)[here]
-        else:
-            pos = self.bias.new_zeros(t.patches, 1)  # rope_2d: queries and keys are rotated in each block
-        return torch.cat([*prefix, pos + self.bias])
+        else:  # none, or rope_2d: queries and keys are rotated in each block
+            pos = self.weight.new_zeros(t.patches, len(self.weight))
+        return torch.cat([*prefix, pos if self.bias is None else pos + self.bias])

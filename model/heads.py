@@ -1,4 +1,4 @@
-"""From the last block's rows to class logits: final norm, pooling, classifier.
+"""From the last block's rows to class logits or pooled features: final norm, pooling, classifier.
 
 Legend: B images, S tokens, R = B * S rows, D width, H heads, K head dim, C classes, T tensor-parallel size, h = H/T.
 
@@ -50,36 +50,62 @@ class AttentionPool(nn.Module):
 
 
 class Head(nn.Module):
-    """Final LayerNorm, pooling and the class-sharded classifier."""
+    """Final norm and pooling, in this order or the other, and the class-sharded classifier.
+
+    Two class tokens have a classifier each, whose logits are averaged (Touvron et al. 2021, DeiT). Without classes the
+    pooled features are what comes out.
+    """
 
     def __init__(self, build: Build) -> None:
         super().__init__()
         self.tp, self.kind, self.tokens = build.tp, build.config.pool, build.tokens
-        self.norm = Norm.of(build, build.here.width)
+        self.class_tokens, self.norm_last = build.sizes.class_tokens, bool(build.config.norm_after_pool)
+        width = build.here.width
+        features = 2 * width if self.kind == "cls_gap" else width
+        self.norm = Norm.of(build, features, partial=False) if self.norm_last else Norm.of(build, width)
         self.pool = AttentionPool(build) if self.kind == "map" else None
-        self.fc = ColumnParallelLinear(
-            build.here.width,
-            (build.sizes.classes,),
-            tp=build.tp,
-            split_input=False,
-            init=Init(kind="truncated_normal", scales=(_STD,)),
-            bias_init=build.config.head_bias or 0.0,
-            decay="head",
-        )
+        own = build.sizes.classes > 0
+        self.fc = _classifier(build, features) if own else None
+        self.fc_distill = _classifier(build, features) if own and self.class_tokens == 2 else None
 
     def forward(self, x: Tensor, batch: MicroBatch) -> Tensor:
-        """[R, D] (or this rank's rows) -> logits [B, C/T] of this rank's classes."""
-        x = self.norm(x)
-        return self.fc(self._pooled(x, batch))
+        """[R, D] (or this rank's rows) -> logits [B, C/T] of this rank's classes; without classes [B, D], or [B, 2D]
+        of class token and mean, on every tensor rank."""
+        if self.norm_last:
+            outputs = [self.norm(pooled) for pooled in self._pooled(x, batch)]
+        else:
+            outputs = self._pooled(self.norm(x), batch)
+        if self.fc is not None:
+            outputs = [fc(y) for fc, y in zip((self.fc, self.fc_distill), outputs, strict=False) if fc is not None]
+        return outputs[0] if len(outputs) == 1 else (outputs[0] + outputs[1]) / 2
 
-    def _pooled(self, x: Tensor, batch: MicroBatch) -> Tensor:
+    def _pooled(self, x: Tensor, batch: MicroBatch) -> list[Tensor]:
+        """One vector per image [B, D], or that of each of two class tokens."""
         if self.pool is not None:
-            return self.pool(x, batch)
+            return [self.pool(x, batch)]
         t = self.tokens
         tokens = gather_rows(x, self.tp, batch.size * t.count).unflatten(0, (batch.size, t.count))
-        if self.kind == "cls":
-            return share_first(tokens, min(1, t.own_prefix), 1, t.context)[:, 0]
-        patches = tokens[:, t.own_prefix :].sum(
-            1, dtype=torch.promote_types(tokens.dtype, torch.float32)
-        )  # registers and global tokens have no output
-        return (sum_over(patches, t.context) / (t.rows * t.cols)).to(x.dtype)
+        if self.kind == "gap":
+            return [self._mean(tokens)]
+        count = self.class_tokens
+        own = list(share_first(tokens, min(count, t.own_prefix), count, t.context).unbind(1))
+        return own if self.kind == "cls" else [torch.cat([own[0], self._mean(tokens)], 1)]
+
+    def _mean(self, tokens: Tensor) -> Tensor:
+        """Of the patches: prefix tokens have no part in it. [B, S, D] -> [B, D]."""
+        t = self.tokens
+        patches = tokens[:, t.own_prefix :].sum(1, dtype=torch.promote_types(tokens.dtype, torch.float32))
+        return (sum_over(patches, t.context) / (t.rows * t.cols)).to(tokens.dtype)
+
+
+def _classifier(build: Build, features: int) -> ColumnParallelLinear:
+    return ColumnParallelLinear(
+        features,
+        (build.sizes.classes,),
+        tp=build.tp,
+        split_input=False,
+        bias=bool(build.config.classifier_bias),
+        init=Init(kind="truncated_normal", scales=(_STD,)),
+        bias_init=build.config.head_bias or 0.0,
+        decay="head",
+    )

@@ -145,7 +145,7 @@ def resize_weights(
     channels: int,
     source_patch: int,
     target_patch: int,
-    class_token: bool,
+    class_rows: int,
     mode: ResizeMode = "bicubic",
 ) -> dict[str, Tensor]:
     """Weights of a model of one geometry, for a model of another.
@@ -158,7 +158,7 @@ def resize_weights(
         channels: channels of the image.
         source_patch: side of a patch as trained, in pixels.
         target_patch: the side wanted.
-        class_token: whether the first entry of `embed.pos` belongs to a class token; it is kept as it is.
+        class_rows: how many of the first rows of `embed.pos` belong to class tokens; they are kept as they are.
         mode: how positions are interpolated, "bicubic" or "bilinear".
 
     Returns:
@@ -173,10 +173,10 @@ def resize_weights(
         _check_kernel("embed.weight", kernel, channels, source_patch)
         out["embed.weight"] = resize_patch_kernel(kernel, channels, source_patch, target_patch)
     if position == "learned_1d" and (table := weights.get("embed.pos")) is not None:
-        _check_positions("embed.pos", table, source_grid, class_token)
-        patches = table[class_token:]
+        _check_positions("embed.pos", table, source_grid, class_rows)
+        patches = table[class_rows:]
         resized = resize_grid(patches, source_grid, target_grid, mode=mode)
-        out["embed.pos"] = table if resized is patches else torch.cat([table[:class_token], resized])
+        out["embed.pos"] = table if resized is patches else torch.cat([table[:class_rows], resized])
     if position == "learned_2d":
         for axis, name in enumerate(("embed.pos_row", "embed.pos_col")):
             if (line := weights.get(name)) is not None:
@@ -196,10 +196,11 @@ def _resize_last(x: Tensor, size: int, mode: ResizeMode) -> Tensor:
     return F.interpolate(lines, size=(1, size), mode=mode, antialias=True).reshape(*x.shape[:-1], size)
 
 
-def _check_positions(name: str, table: Tensor, grid: tuple[int, ...], class_token: bool = False) -> None:
-    rows = torch.Size(grid).numel() + class_token
+def _check_positions(name: str, table: Tensor, grid: tuple[int, ...], class_rows: int = 0) -> None:
+    rows = torch.Size(grid).numel() + class_rows
     if table.ndim != 2 or table.shape[0] != rows:
-        sides = ("1 class token + " if class_token else "") + " * ".join(map(str, grid))
+        of_class = f"{class_rows} class token{'s' * (class_rows > 1)} + " if class_rows else ""
+        sides = of_class + " * ".join(map(str, grid))
         raise ValueError(f"{name} has shape {list(table.shape)}: expected [{rows}, D], for {sides} positions")
 
 

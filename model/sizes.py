@@ -8,6 +8,16 @@ from parallel.comm import Axis, single_axis
 from parallel.layout import split_range
 
 
+def class_tokens_of(pool: str | None) -> int:
+    """How many class tokens a kind of pooling asks for."""
+    return int(pool in ("cls", "cls_gap"))
+
+
+def class_rows(position: str | None, class_tokens: int, class_position: bool | None) -> int:
+    """How many of the first rows of `embed.pos` belong to class tokens."""
+    return class_tokens if position == "learned_1d" and class_position else 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class StageSizes:
     """One stage of a pyramid; a model without one has a single stage.
@@ -42,7 +52,8 @@ class Sizes:
 
     Attributes:
         image: rows and columns of pixels. patch: side of a patch, in pixels. channels: of the image.
-        classes: of the head. class_tokens, registers, global_tokens: how many of each stand before the patches.
+        classes: of the head; 0: it gives pooled features. class_tokens, registers, global_tokens: how many of each
+            stand before the patches. class_rows: of the table of learned positions, of class tokens.
         stages: at least one.
     """
 
@@ -51,6 +62,7 @@ class Sizes:
     channels: int
     classes: int
     class_tokens: int
+    class_rows: int
     registers: int
     global_tokens: int
     stages: tuple[StageSizes, ...]
@@ -72,7 +84,7 @@ class Sizes:
 
     @property
     def prefix(self) -> int:
-        """Tokens before the patches: class token, registers, global tokens, in this order."""
+        """Tokens before the patches: class tokens, registers, global tokens, in this order."""
         return self.class_tokens + self.registers + self.global_tokens
 
     @property

@@ -154,7 +154,8 @@ class VisionTransformer(Layers):
         return self._description.preprocessing
 
     def forward(self, images: Tensor | MicroBatch) -> Tensor:
-        """[B, C, H, W], or a micro-batch, whose sample ids drop-path goes by -> logits [B, classes]."""
+        """[B, C, H, W], or a micro-batch, whose sample ids drop-path goes by -> logits [B, classes]; pooled features
+        [B, D] of a model without classes."""
         batch = images if isinstance(images, MicroBatch) else MicroBatch.of_images(images, training=self.training)
         geometry, x = self._geometry(batch), None
         for spec in self.specs:
@@ -163,7 +164,7 @@ class VisionTransformer(Layers):
         return x
 
     def logits(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, classes]: calls the model."""
+        """[B, C, H, W] -> [B, classes], or pooled features: calls the model."""
         y: Tensor = self(images)
         return y
 
@@ -227,7 +228,8 @@ class VisionTransformer(Layers):
     def _run(self, name: str, geometry: Layers, x: Tensor | None, batch: MicroBatch) -> Tensor:
         """One layer, as `geometry` has it, with our weights; in the format of its matrices, or of autocast."""
         own, layer = self.get_submodule(name), geometry.get_submodule(name)
-        matrix = next(w for w in own.parameters() if w.dim() == 2)
+        matrix = next((w for w in own.parameters() if w.dim() == 2), x)  # a head may have none
+        assert matrix is not None
         device, dtype = matrix.device.type, matrix.dtype
         narrows = (
             dtype == torch.float32 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
@@ -258,5 +260,5 @@ def _resized(weights: Mapping[str, Tensor], source: ModelConfig, target: ModelCo
         channels=now.channels,
         source_patch=before.patch,
         target_patch=now.patch,
-        class_token=bool(before.class_tokens),
+        class_rows=before.class_rows,
     )

@@ -62,7 +62,7 @@ struct Gelu {
   float* partial;     // backward
   int64_t rows, dim, chunk_rows;
   int64_t x_stride, y_stride, grad_stride;
-  bool tanh;
+  GeluForm form;
   bool stream;  // write y or grad_input past the caches
 };
 

@@ -116,16 +116,16 @@ Param param(Address data, int type) { return {ptr(data), DType(type)}; }
 Output output(Address data, int type) { return {ptr(data), DType(type)}; }
 
 void bias_gelu_forward(Address x, int64_t x_stride, Address bias, int bias_type, Address y, int64_t y_stride, int64_t rows, int64_t dim,
-                       int type, bool tanh, int threads) {
+                       int type, int form, int threads) {
   Gelu a{};
-  a.x = ptr(x), a.y = ptr(y), a.rows = rows, a.dim = dim, a.tanh = tanh, a.x_stride = x_stride, a.y_stride = y_stride;
+  a.x = ptr(x), a.y = ptr(y), a.rows = rows, a.dim = dim, a.form = GeluForm(form), a.x_stride = x_stride, a.y_stride = y_stride;
   gelu_forward(a, DType(type), param(bias, bias_type), threads);
 }
 
 void bias_gelu_backward(Address grad, int64_t grad_stride, Address x, int64_t x_stride, Address bias, int bias_type, Address grad_input,
-                        Address grad_bias, int grad_bias_type, int64_t rows, int64_t dim, int type, bool tanh, int threads) {
+                        Address grad_bias, int grad_bias_type, int64_t rows, int64_t dim, int type, int form, int threads) {
   Gelu a{};
-  a.grad = ptr(grad), a.x = ptr(x), a.grad_input = ptr(grad_input), a.rows = rows, a.dim = dim, a.tanh = tanh;
+  a.grad = ptr(grad), a.x = ptr(x), a.grad_input = ptr(grad_input), a.rows = rows, a.dim = dim, a.form = GeluForm(form);
   a.grad_stride = grad_stride, a.x_stride = x_stride;
   gelu_backward(a, DType(type), param(bias, bias_type), output(grad_bias, grad_bias_type), threads);
 }

@@ -13,6 +13,9 @@ struct f16 {
   uint16_t bits;
 };
 
+// s cdf(s), its approximation by tanh, and s sigmoid(1.702 s).
+enum class GeluForm : int { erf = 0, tanh = 1, quick = 2 };
+
 inline int64_t size_of(DType t) { return t == DType::f32 ? 4 : 2; }
 
 }  // namespace vit

@@ -44,14 +44,14 @@ void layer_norm_backward(Address grad, Address saved, Address grad_sum, Address 
 }
 
 void bias_gelu_forward(Address x, int64_t x_stride, Address bias, int bias_type, Address y, int64_t y_stride, int64_t rows, int64_t dim,
-                       int type, bool tanh, Address stream) {
-  const Gelu a{ptr(x), nullptr, ptr(y), nullptr, param(bias, bias_type), rows, dim, x_stride, 0, y_stride, tanh};
+                       int type, int form, Address stream) {
+  const Gelu a{ptr(x), nullptr, ptr(y), nullptr, param(bias, bias_type), rows, dim, x_stride, 0, y_stride, GeluForm(form)};
   gelu_forward(a, DType(type), stream_of(stream));
 }
 
 void bias_gelu_backward(Address grad, int64_t grad_stride, Address x, int64_t x_stride, Address bias, int bias_type, Address grad_input,
-                        Address grad_bias, int grad_bias_type, int64_t rows, int64_t dim, int type, bool tanh, Address stream) {
-  const Gelu a{ptr(x), ptr(grad), nullptr, ptr(grad_input), param(bias, bias_type), rows, dim, x_stride, grad_stride, 0, tanh};
+                        Address grad_bias, int grad_bias_type, int64_t rows, int64_t dim, int type, int form, Address stream) {
+  const Gelu a{ptr(x), ptr(grad), nullptr, ptr(grad_input), param(bias, bias_type), rows, dim, x_stride, grad_stride, 0, GeluForm(form)};
   gelu_backward(a, DType(type), output(grad_bias, grad_bias_type), stream_of(stream));
 }
 

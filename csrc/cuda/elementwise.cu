@@ -17,12 +17,17 @@ __global__ void reduce_kernel(const float* partial, int64_t parts, int64_t strid
   from_float(sum, out[i]);
 }
 
-__device__ inline void gelu(float s, bool tanh_form, float& value, float& slope) {
-  if (tanh_form) {
+__device__ inline void gelu(float s, GeluForm form, float& value, float& slope) {
+  if (form == GeluForm::tanh) {
     const float c = 0.797884561f, inner = c * (s + 0.044715f * s * s * s);
     const float t = tanhf(inner), rest = (1.0f - t) * (1.0f + t), cdf = 0.5f * (1.0f + t);
     value = s * cdf;
     slope = cdf + (rest > 0.0f ? 0.5f * s * rest * c * (1.0f + 3 * 0.044715f * s * s) : 0.0f);
+  } else if (form == GeluForm::quick) {  // as in csrc/cpu/leaf/elementwise.h
+    const float half = expf(-0.5f * fabsf(1.702f * s)), tail = half * half, large = 1.0f / (1.0f + tail);
+    const float small = s * half * half * large;
+    value = s > 0.0f ? s * large : small;
+    slope = (s > 0.0f ? large : tail * large) + 1.702f * small * large;
   } else {
     const float cdf = 0.5f * erfcf(-0.707106781f * s);
     value = s * cdf;
@@ -38,7 +43,7 @@ __global__ void gelu_forward_kernel(Gelu a) {
     float v[N], slope;
     load<T, N>(static_cast<const T*>(a.x) + row * a.x_stride + column, v);
 #pragma unroll
-    for (int j = 0; j < N; ++j) gelu(v[j] + param(a.bias, column + j, 0.0f), a.tanh, v[j], slope);
+    for (int j = 0; j < N; ++j) gelu(v[j] + param(a.bias, column + j, 0.0f), a.form, v[j], slope);
     store<T, N>(static_cast<T*>(a.y) + row * a.y_stride + column, v);
   }
 }
@@ -59,7 +64,7 @@ __global__ void gelu_backward_kernel(Gelu a, int64_t chunk_rows, float* partial)
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       float value, slope;
-      gelu(x[j] + bias[j], a.tanh, value, slope);
+      gelu(x[j] + bias[j], a.form, value, slope);
       grad[j] *= slope;
       sum[j] += grad[j];
     }

@@ -51,7 +51,7 @@ struct Gelu {
   Param bias;
   int64_t rows, dim;
   int64_t x_stride, grad_stride, y_stride;  // between rows; those of grad_input are dense
-  bool tanh;
+  GeluForm form;
 };
 
 struct AdamW {

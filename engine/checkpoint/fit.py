@@ -16,8 +16,9 @@ from typing import Any, Literal
 from torch import Tensor
 
 from model.resize import can_resize_channels, resize_channels, resize_weights
+from model.sizes import class_rows, class_tokens_of
 from parallel.checkpoint.manifest import shapes_apart
-from parallel.sharding.boxes import Box, whole_box
+from parallel.sharding.boxes import Box
 
 Shape = tuple[int, ...]
 How = Literal["taken", "resized", "new", "left out"]
@@ -29,7 +30,8 @@ class Geometry:
     """What positions, patches and the blocks' numbers depend on.
 
     Attributes:
-        grid: rows and columns of patches. depths: blocks of each stage.
+        grid: rows and columns of patches. class_rows: of embed.pos, those of class tokens. depths: blocks of each
+            stage.
     """
 
     grid: tuple[int, int]
@@ -37,19 +39,23 @@ class Geometry:
     channels: int
     position: str
     class_tokens: int
+    class_rows: int
     depths: tuple[int, ...]
 
     @staticmethod
     def of(model: Mapping[str, Any]) -> Geometry:
-        """Of the resolved group `model` of a configuration, as nested keys. Raises KeyError if one is missing."""
+        """Of the resolved group `model` of a configuration, as nested keys. Raises KeyError if one is missing that
+        every checkpoint has."""
         side, patch, stages = model["image_size"], model["patch_size"], model["stages"]
         rows, cols = (side, side) if isinstance(side, int) else side
+        tokens = model.get("class_tokens", class_tokens_of(model["pool"]))
         return Geometry(
             grid=(-(-rows // patch), -(-cols // patch)),
             patch=patch,
             channels=model["in_channels"],
             position=model["position"],
-            class_tokens=int(model["pool"] == "cls"),
+            class_tokens=tokens,
+            class_rows=class_rows(model["position"], tokens, model.get("class_position", True)),
             depths=tuple(stage["depth"] for stage in stages) if stages else (model["depth"],),
         )
 
@@ -118,34 +124,46 @@ def _how(name: str, here: Shape, stored: Shape, source: Geometry, target: Geomet
         how = "summed over" if target.channels == 1 else "repeated over"
         note = f"{how} channels, {source.channels} to {target.channels}" if changed else ""
         return ("taken" if same and not changed else "resized"), note
-    same = source.grid == target.grid
-    if name != "embed.pos" or source.class_tokens == target.class_tokens:
-        return ("taken" if same else "resized"), ""
-    return "resized", "the class token's is new" if target.class_tokens else "without the class token's"
+    if name == "embed.cls":
+        return _of_class_tokens(source.class_tokens, target.class_tokens, "")
+    if name != "embed.pos" or source.class_rows == target.class_rows:
+        return ("taken" if source.grid == target.grid else "resized"), ""
+    return _of_class_tokens(source.class_rows, target.class_rows, "'s")
+
+
+def _of_class_tokens(before: int, now: int, what: str) -> tuple[How, str]:
+    """What becomes of a tensor with so many rows of class tokens, the first the class token's itself."""
+    if before == now:
+        return "taken", ""
+    which = "the distillation token" if before and now else "the class token" if before + now == 1 else "class tokens"
+    return "resized", f"{which}{what} is new" if now > before else f"without {which}{what}"
 
 
 def _embedding_shape(name: str, here: Shape, geometry: Geometry) -> Shape | None:
     """Of a tensor that can be resized, with the width that it has here; None for any other."""
     rows, cols = geometry.grid
     lengths = {
-        "embed.pos_row": rows, "embed.pos_col": cols, "embed.pos": geometry.class_tokens + rows * cols,
+        "embed.pos_row": rows, "embed.pos_col": cols, "embed.pos": geometry.class_rows + rows * cols,
+        "embed.cls": geometry.class_tokens,
     }  # fmt: skip
     if name == "embed.weight":
         return (here[0], geometry.channels * geometry.patch**2)
     return (lengths[name], here[-1]) if name in lengths else None
 
 
-def resized(name: str, values: Tensor, source: Geometry, target: Geometry) -> tuple[Box, Tensor]:
-    """A tensor that is `resized`: what it becomes, and which box of the model's tensor that is.
+def resized(name: str, values: Tensor, source: Geometry, target: Geometry) -> list[tuple[Box, Tensor]]:
+    """A tensor that is `resized`: what it becomes, and which boxes of the model's tensor that is.
 
     Args:
         values: the whole tensor of the checkpoint.
     """
-    both = source.class_tokens and target.class_tokens
+    if name == "embed.cls":
+        return [_rows(0, values[: min(source.class_tokens, target.class_tokens)])]
+    kept = values[: min(source.class_rows, target.class_rows)]
     if name == "embed.weight":
         values = resize_channels(values, source.channels, target.channels)
-    elif name == "embed.pos" and not both:
-        values = values[source.class_tokens :]
+    elif name == "embed.pos":
+        values = values[source.class_rows :]
     out = resize_weights(
         {name: values},
         position=target.position,
@@ -154,11 +172,16 @@ def resized(name: str, values: Tensor, source: Geometry, target: Geometry) -> tu
         channels=target.channels,
         source_patch=source.patch,
         target_patch=target.patch,
-        class_token=bool(both),
+        class_rows=0,
     )[name]
-    if name == "embed.pos" and target.class_tokens and not both:
-        return Box((1, 0), tuple(out.shape)), out
-    return whole_box(tuple(out.shape)), out
+    if name != "embed.pos":
+        return [_rows(0, out)]
+    return [_rows(0, kept)] * (len(kept) > 0) + [_rows(target.class_rows, out)]
+
+
+def _rows(first: int, values: Tensor) -> tuple[Box, Tensor]:
+    """Rows of a tensor from the `first` on."""
+    return Box((first, 0), tuple(values.shape)), values
 
 
 def is_another_model(fits: Sequence[Fit]) -> bool:

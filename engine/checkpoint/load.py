@@ -142,18 +142,18 @@ def load_weights(a: Assembly, weights: StoredWeights, plan: LoadPlan) -> None:
     """
     pieces = list(weight_pieces(a))
     taken = {f"weights/{name}": f.source for name, f in plan.of("taken").items() if f.source is not None}
-    problem, changed = None, dict[str, tuple[Box, Tensor]]()
+    problem, changed = None, list[tuple[str, Box, Tensor]]()
     try:
         weights.fill(targets(pieces, taken))
         if a.grid.world.index == 0:
-            changed = {name: _resized(name, f, weights, plan) for name, f in plan.of("resized").items()}
+            changed = [part for name, f in plan.of("resized").items() for part in _resized(name, f, weights, plan)]
     except (ConversionError, OSError) as error:
         problem = str(error)
-    found = comm.gather_objects((problem, {name: box for name, (box, _) in changed.items()}), a.grid.world)
+    found = comm.gather_objects((problem, [(name, box) for name, box, _ in changed]), a.grid.world)
     if (problem := next((p for p, _ in found if p is not None), None)) is not None:
         raise ConversionError(problem)
-    for name, box in found[0][1].items():
-        values = changed[name][1].to(a.device) if changed else torch.empty(box.shape, device=a.device)
+    for i, (name, box) in enumerate(found[0][1]):
+        values = changed[i][2].to(a.device) if changed else torch.empty(box.shape, device=a.device)
         _place(comm.broadcast(values, a.grid.world), box, (p for p in pieces if p.name == f"weights/{name}"))
     a.store.loaded()
     if a.average is not None:
@@ -162,10 +162,10 @@ def load_weights(a: Assembly, weights: StoredWeights, plan: LoadPlan) -> None:
         a.fp8.forget_weights()
 
 
-def _resized(name: str, found: Fit, weights: StoredWeights, plan: LoadPlan) -> tuple[Box, Tensor]:
+def _resized(name: str, found: Fit, weights: StoredWeights, plan: LoadPlan) -> Iterator[tuple[str, Box, Tensor]]:
     assert found.source is not None
-    box, values = resized(name, weights.read(found.source).float(), plan.source, plan.target)
-    return box, values.contiguous()
+    for box, values in resized(name, weights.read(found.source).float(), plan.source, plan.target):
+        yield name, box, values.contiguous()
 
 
 def _place(values: Tensor, box: Box, pieces: Iterable[StatePiece]) -> None:

@@ -171,7 +171,12 @@ class Config:
             self.precision.check_depth(model.sizes.depth)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        if model.head_bias is None:
+        if self.objective == "supervised" and not model.num_classes:
+            raise ConfigError(
+                "model.num_classes is 0, so the model has no classifier, but objective supervised trains one: set "
+                "model.num_classes to the number of classes of the data"
+            )
+        if model.head_bias is None and model.num_classes and model.classifier_bias:
             model = replace(model, head_bias=-10.0 if self.train.loss == "sigmoid" else 0.0)
         _check_stages(model, shape)
         if (self.train.steps is None) == (self.train.epochs is None):

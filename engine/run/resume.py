@@ -7,7 +7,7 @@ named, and the one before it is taken.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -256,7 +256,7 @@ def changed_keys(config: Config, manifest: Manifest, but: Callable[[str], bool] 
     return [
         f"{key} {_shown(then)} -> {_shown(now)}"
         for key in key_types()
-        if not but(key) and (then := _stored(manifest.config, key)) != (now := _stored(here, key))
+        if not but(key) and (then := _then(manifest.config, key, config)) != (now := _stored(here, key))
     ]
 
 
@@ -288,6 +288,18 @@ def _stored(config: Mapping[str, Any], key: str) -> Any:
     for name in key.split("."):
         value = value.get(name, _MISSING) if isinstance(value, Mapping) else _MISSING
     return value
+
+
+def _then(config: Mapping[str, Any], key: str, here: Config) -> Any:
+    """As _stored; of a key of the model that is younger than the checkpoint, what it is where it is left out."""
+    value, (group, _, name) = _stored(config, key), key.partition(".")
+    if value is not _MISSING or group != "model":
+        return value
+    absent: dict[str, Any] = {name: None}
+    try:
+        return plain(getattr(replace(here.model, **absent).resolve(), name))
+    except ValueError:  # it cannot be left out
+        return _MISSING
 
 
 def _shown(value: Any) -> str:

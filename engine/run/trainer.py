@@ -101,7 +101,7 @@ def pretrain(config: Config, world: World) -> int:
     notes += resumed.notes
     if config.checkpoint.save_interval is not None:
         notes += check_folder(inputs.checkpoints, assembly)
-    images = describe_datasets(config.data.kind, inputs.train_set, inputs.eval_set, config.model.sizes.classes)
+    images = describe_datasets(config.data.kind, inputs.train_set, inputs.eval_set, config.model.sizes.classes or None)
     report = startup_report(assembly, threads=threads, matmul=matmul, images=images)
     writer = None
     if world.rank == 0:
@@ -262,7 +262,7 @@ def _datasets(config: Config, world: World) -> tuple[Dataset, Dataset]:
             config.data,
             image_size=sizes.image,
             channels=sizes.channels,
-            num_classes=sizes.classes,
+            num_classes=sizes.classes or None,
             seed=config.train.seed,
             readers=world.local_size,
         )

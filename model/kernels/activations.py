@@ -13,9 +13,12 @@ from torch import Tensor
 from . import checks, native
 from .registry import LIBRARY, differentiable
 
-LIBRARY.define("bias_gelu(Tensor x, Tensor? bias, bool tanh, Tensor? beside=None) -> Tensor")
+FORMS = {"none": 0, "tanh": 1, "quick": 2}
+"""Of GELU, by the names that users give them, as csrc/cpu/types.h numbers them."""
+
+LIBRARY.define("bias_gelu(Tensor x, Tensor? bias, int form, Tensor? beside=None) -> Tensor")
 LIBRARY.define(
-    "bias_gelu_backward(Tensor grad, Tensor x, Tensor? bias, bool tanh) -> (Tensor grad_input, Tensor grad_bias)"
+    "bias_gelu_backward(Tensor grad, Tensor x, Tensor? bias, int form) -> (Tensor grad_input, Tensor grad_bias)"
 )
 
 
@@ -28,7 +31,7 @@ def _rows(x: Tensor) -> tuple[int, int]:
     return x.numel() // x.shape[-1], x.shape[-1]
 
 
-def _forward(x: Tensor, bias: Tensor | None, tanh: bool, beside: Tensor | None = None) -> Tensor:
+def _forward(x: Tensor, bias: Tensor | None, form: int, beside: Tensor | None = None) -> Tensor:
     whole = y = _empty(x, beside)
     if beside is not None:
         left = beside.shape[-1]
@@ -38,50 +41,52 @@ def _forward(x: Tensor, bias: Tensor | None, tanh: bool, beside: Tensor | None =
     module, where = native.target(x)
     module.bias_gelu_forward(
         native.address(x), x_stride, *native.pointer(bias), native.address(y), y_stride, *_rows(x),
-        native.DTYPE_CODE[x.dtype], tanh, where,
+        native.DTYPE_CODE[x.dtype], form, where,
     )  # fmt: skip
     return whole
 
 
-def _backward(grad: Tensor, x: Tensor, bias: Tensor | None, tanh: bool) -> tuple[Tensor, Tensor]:
-    grad_input, grad_bias = grads = _fake_backward(grad, x, bias, tanh)
+def _backward(grad: Tensor, x: Tensor, bias: Tensor | None, form: int) -> tuple[Tensor, Tensor]:
+    grad_input, grad_bias = grads = _fake_backward(grad, x, bias, form)
     (grad, grad_stride), (x, x_stride) = native.rows(grad), native.rows(x)
     bias = None if bias is None else bias.contiguous()
     module, where = native.target(x)
     module.bias_gelu_backward(
         native.address(grad), grad_stride, native.address(x), x_stride, *native.pointer(bias),
-        native.address(grad_input), *native.pointer(grad_bias), *_rows(x), native.DTYPE_CODE[x.dtype], tanh, where,
+        native.address(grad_input), *native.pointer(grad_bias), *_rows(x), native.DTYPE_CODE[x.dtype], form, where,
     )  # fmt: skip
     return grads
 
 
-def _fake_forward(x: Tensor, bias: Tensor | None, tanh: bool, beside: Tensor | None = None) -> Tensor:
+def _fake_forward(x: Tensor, bias: Tensor | None, form: int, beside: Tensor | None = None) -> Tensor:
     return _empty(x, beside)
 
 
-def _fake_backward(grad: Tensor, x: Tensor, bias: Tensor | None, tanh: bool) -> tuple[Tensor, Tensor]:
+def _fake_backward(grad: Tensor, x: Tensor, bias: Tensor | None, form: int) -> tuple[Tensor, Tensor]:
     return _empty(x), torch.empty(0, dtype=x.dtype, device=x.device) if bias is None else torch.empty_like(bias)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, bias, ctx.tanh, beside = inputs
+    x, bias, ctx.form, beside = inputs
     ctx.left = 0 if beside is None else beside.shape[-1]
     ctx.save_for_backward(x, bias)
 
 
 def _differentiate(backward: Callable[..., Any], ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, bias = ctx.saved_tensors
-    grad_input, grad_bias = backward(grad[..., ctx.left :], x, bias, ctx.tanh)
+    grad_input, grad_bias = backward(grad[..., ctx.left :], x, bias, ctx.form)
     return grad_input, None if bias is None else grad_bias, None, grad[..., : ctx.left] if ctx.left else None
 
 
-def _check(x: Tensor, bias: Tensor | None, tanh: bool, beside: Tensor | None = None) -> None:
+def _check(x: Tensor, bias: Tensor | None, form: int, beside: Tensor | None = None) -> None:
+    if form not in FORMS.values():
+        raise ValueError(f"form: {form} is not one of {', '.join(map(str, FORMS.values()))}")
     checks.gelu_input(x, bias, "none", beside)
     checks.native_types(x=x, bias=bias)
 
 
-def _check_backward(grad: Tensor, x: Tensor, bias: Tensor | None, tanh: bool) -> None:
-    _check(x, bias, tanh)
+def _check_backward(grad: Tensor, x: Tensor, bias: Tensor | None, form: int) -> None:
+    _check(x, bias, form)
     checks.shaped("grad", grad, x.shape, x)
 
 

@@ -190,13 +190,13 @@ class Kernels(Selection):
     ) -> Tensor:
         """gelu(x + bias), or [beside, gelu(x + bias)] in one tensor, as the input of one product.
 
-        x: [..., D], perhaps a slice of wider rows; bias: [D] or None; approximate: `none` (erf) or `tanh`;
-        beside: [..., E] -> [..., E + D].
+        x: [..., D], perhaps a slice of wider rows; bias: [D] or None; approximate: `none` (erf), `tanh`,
+        or `quick`, y sigmoid(1.702 y); beside: [..., E] -> [..., E + D].
         """
         checks.gelu_input(x, bias, approximate, beside)
         if self._native("bias_gelu_forward", x, bias):
-            return activations.bias_gelu(x, bias, approximate == "tanh", beside)
-        y = reference.bias_gelu(x, bias, approximate == "tanh")
+            return activations.bias_gelu(x, bias, activations.FORMS[approximate], beside)
+        y = reference.bias_gelu(x, bias, approximate)
         return y if beside is None else torch.cat([beside, y], -1)
 
     def patch_merge(

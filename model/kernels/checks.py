@@ -179,8 +179,8 @@ def gelu_input(x: object, bias: Tensor | None, approximate: str, beside: Tensor 
     if checked.dim() == 0 or checked.shape[-1] == 0:
         raise ValueError(f"x: expected [..., D] with D > 0, got shape {list(checked.shape)}")
     _vector("bias", bias, checked.shape[-1], checked)
-    if approximate not in ("none", "tanh"):
-        raise ValueError(f"approximate: '{approximate}' is not one of none, tanh")
+    if approximate not in ("none", "tanh", "quick"):
+        raise ValueError(f"approximate: '{approximate}' is not one of none, tanh, quick")
     if beside is None:
         return
     same_device("beside", tensor("beside", beside), "x", checked)

@@ -125,11 +125,14 @@ def depthwise_conv(v: Tensor, weight: Tensor, bias: Tensor | None, grid: tuple[i
     return F.pad(out, (0, 0, prefix, 0))
 
 
-def bias_gelu(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
+def bias_gelu(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
     """gelu(x + bias), the sum kept in fp32 where the types differ."""
     if bias is not None:
         x = (x + bias.to(x.dtype)) if bias.dtype == x.dtype else _gelu_wide(x, bias)
-    return F.gelu(x, approximate="tanh" if tanh else "none")
+    if approximate != "quick":
+        return F.gelu(x, approximate=approximate)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.sigmoid(1.702 * wide)).to(x.dtype)
 
 
 def _gelu_wide(x: Tensor, bias: Tensor) -> Tensor:

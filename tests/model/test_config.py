@@ -31,6 +31,8 @@ def test_resolve_fills_in() -> None:
     assert (resolved.width, resolved.depth, resolved.image_size, resolved.pool) == (768, 3, 384, "cls")
     assert TINY.resolve().mlp_dim == 64
     assert (TINY.resolve().window_size, TINY.resolve().grid_size) == (7, 7)
+    pools = ("map", "gap", "cls", "cls_gap")
+    assert [replace(TINY, pool=pool).resolve().class_tokens for pool in pools] == [0, 0, 1, 1]
     assert replace(TINY, window_size=4, attention="window").resolve().grid_size == 4
     assert TINY.resolve().norm_eps == 1e-6
 
@@ -75,6 +77,9 @@ def test_which_biases(given: dict[str, Any], norm_bias: bool, qkv_bias: str) -> 
             preset="vit_22b", norm_bias=True, qkv_bias="qv"
         ),  # whose bias then says nothing, but is the preset's
         ModelConfig(preset="internvit_6b", bias=True, norm_eps=1e-5),
+        replace(TINY, pool="cls", class_tokens=2, position="learned_1d", class_position=False, classifier_bias=False),
+        replace(TINY, pool="cls_gap", num_classes=0, pre_norm=True, norm_after_pool=True, patch_bias=False),
+        replace(TINY, pool="gap", class_tokens=1, position="none", gelu="quick"),
     ],
     ids=str,
 )
@@ -130,7 +135,7 @@ def test_what_layers_of_kind_global_tokens_attend_to(given: dict[str, Any]) -> N
         ({"preset": "vit_xxl"}, rf"model\.preset 'vit_xxl' is unknown: choose one of {', '.join(PRESETS)}"),
         ({"width": None}, r"model\.width is not set: give it, or a model\.preset, or model\.stages"),
         ({"depth": 0}, r"model\.depth is 0: it must be at least 1"),
-        ({"num_classes": -3}, r"model\.num_classes is -3: it must be at least 1"),
+        ({"num_classes": -3}, r"model\.num_classes is -3: it must be 0 or more"),
         ({"patch_size": 0}, r"model\.patch_size is 0: it must be at least 1"),
         ({"image_size": 0}, r"model\.image_size is 0: it must be at least 1"),
         ({"image_size": (8, -8)}, r"model\.image_size is \(8, -8\): it must be at least 1"),
@@ -191,6 +196,25 @@ def test_what_layers_of_kind_global_tokens_attend_to(given: dict[str, Any]) -> N
         ({"window_size": 4, "grid_size": 5, "attention": "grid"}, r"model\.window_size is 4, but no layer .*"),
         ({"grid_size": 4, "attention": "window"}, r"model\.grid_size is 4, but no layer .* is grid and goes by it: .*"),
         ({"rope_base": 50.0}, r"model\.rope_base is 50\.0, but model\.position is learned_2d, not rope_2d: .*"),
+        # class tokens, and a head without classes
+        ({"class_tokens": 3}, r"model\.class_tokens is 3: it must be at most 2"),
+        ({"pool": "cls", "class_tokens": 0}, r"model\.pool is cls, but model\.class_tokens is 0: set it to 1, or .*"),
+        ({"pool": "cls_gap", "class_tokens": 0}, r"model\.pool is cls_gap, but model\.class_tokens is 0: .*"),
+        ({"pool": "gap", "class_tokens": 2}, r"model\.class_tokens is 2, .*, but model\.pool is gap: set .*"),
+        ({"pool": "cls_gap", "class_tokens": 2}, r"model\.class_tokens is 2, .*, but model\.pool is cls_gap: set .*"),
+        ({"pool": "gap", "class_tokens": 1}, None),
+        (
+            {"pool": "cls", "class_position": False},
+            r"model\.class_position is False, but model\.position is learned_2d, which has no table of .*",
+        ),
+        (
+            {"pool": "gap", "position": "learned_1d", "class_position": False},
+            r"model\.class_position is False, but there are no class tokens: leave it out, or null",
+        ),
+        ({"num_classes": 0, "head_bias": -1.0}, r"model\.head_bias is -1\.0, but model\.num_classes is 0, so .*"),
+        ({"num_classes": 0, "head_bias": 0.0}, None),  # as a run of a softmax loss has it
+        ({"num_classes": 0, "classifier_bias": False}, r"model\.classifier_bias is False, but .*num_classes is 0, .*"),
+        ({"classifier_bias": False, "head_bias": -1.0}, r"model\.head_bias is -1\.0, .*classifier_bias is false: .*"),
         ({"gelu": "tanh", "mlp": "swiglu", "pool": "gap"}, r"model\.gelu is tanh, but model\.mlp swiglu has none: .*"),
         ({"gelu": "tanh", "mlp": "swiglu", "pool": "map"}, None),  # the pooling's own MLP has a GELU
         ({"norm_eps": 0.0}, r"model\.norm_eps is 0\.0: it must be at least 1e-15"),
@@ -289,6 +313,7 @@ def test_what_tensor_parallelism_cannot_split() -> None:
     _refused(
         replace(TINY, num_classes=1), r"model\.num_classes 1 .* parallel\.tensor_parallel_size 2: .* of at most 1", 2
     )
+    check_parallel(replace(TINY, num_classes=0).resolve(), 4)  # there is nothing to split
     _refused(replace(TINY, num_classes=3), r"model\.num_heads 4 .* parallel\.tensor_parallel_size 5: .* at most 3", 5)
 
 

@@ -170,7 +170,7 @@ def test_kernel_identity_and_dtype() -> None:
 
 SAME: dict[str, Any] = {
     "source_grid": (4, 3), "target_grid": (4, 3), "channels": 3, "source_patch": 4, "target_patch": 4,
-    "class_token": False,
+    "class_rows": 0,
 }  # fmt: skip
 
 
@@ -181,7 +181,7 @@ def _weights(**tables: Tensor) -> dict[str, Tensor]:
 
 def test_weights_learned_1d() -> None:
     weights = _weights(pos=torch.randn(13, 8), cls=torch.randn(1, 8))
-    geometry = SAME | {"target_grid": (6, 7), "target_patch": 6, "class_token": True}
+    geometry = SAME | {"target_grid": (6, 7), "target_patch": 6, "class_rows": 1}
     got = resize_weights(weights, position="learned_1d", mode="bilinear", **geometry)
     assert list(got) == list(weights)
     assert torch.equal(got["embed.pos"][:1], weights["embed.pos"][:1])
@@ -207,11 +207,11 @@ def test_weights_without_tables(position: str) -> None:
     assert all(got[name] is weight for name, weight in weights.items()) and len(got) == len(weights)
 
 
-@pytest.mark.parametrize("class_token", [False, True])
-def test_weights_of_the_same_geometry_are_untouched(class_token: bool) -> None:
-    weights = _weights(pos=torch.randn(12 + class_token, 8), pos_row=torch.randn(4, 8), pos_col=torch.randn(3, 8))
+@pytest.mark.parametrize("class_rows", [0, 1, 2])
+def test_weights_of_the_same_geometry_are_untouched(class_rows: int) -> None:
+    weights = _weights(pos=torch.randn(12 + class_rows, 8), pos_row=torch.randn(4, 8), pos_col=torch.randn(3, 8))
     for position in ("learned_1d", "learned_2d"):
-        got = resize_weights(weights, position=position, **SAME | {"class_token": class_token})
+        got = resize_weights(weights, position=position, **SAME | {"class_rows": class_rows})
         assert all(got[name] is weight for name, weight in weights.items())
 
 
@@ -234,7 +234,7 @@ def test_a_part_of_the_weights() -> None:
             {},
             r"embed\.pos has shape \[13, 8\]: expected \[12, D\], for 4 \* 3 positions",
         ),
-        ("learned_1d", {"pos": (12, 8)}, {"class_token": True}, r"expected \[13, D\], for 1 class token \+ 4 \* 3"),
+        ("learned_1d", {"pos": (12, 8)}, {"class_rows": 1}, r"expected \[13, D\], for 1 class token \+ 4 \* 3"),
         ("learned_2d", {"pos_row": (3, 8)}, {}, r"embed\.pos_row has shape \[3, 8\]: expected \[4, D\]"),
         ("learned_2d", {"pos_col": (4, 8)}, {}, r"embed\.pos_col has shape \[4, 8\]: expected \[3, D\]"),
         (

@@ -53,6 +53,14 @@ MODELS = {
         attention="linear, global_tokens, full", feature_map="focused", grid_size=None, registers=0,
         global_tokens=1, qkv_bias="qv", norm_bias=False, norm_eps=1e-3,
     ),
+    "distilled": replace(
+        _SMALL, block="sequential", position="learned_1d", pool="cls", class_tokens=2, class_position=False,
+        registers=1, pre_norm=True, patch_bias=False, norm_after_pool=True, gelu="quick", classifier_bias=False,
+    ),
+    "beside": replace(
+        _SMALL, block="parallel", position="none", pool="cls_gap", registers=1, pre_norm=True, norm="rmsnorm",
+        norm_after_pool=True, gelu="quick",
+    ),
 }  # fmt: skip
 FAMILY = ("kinds", "pyramid", "heads")
 LOSSES = defaultdict(lambda: "softmax", mixed="sigmoid")
@@ -174,9 +182,11 @@ def _backwards(action: Action) -> tuple[int, int]:
 
 def cases(ranks: int) -> list[Case]:
     """Every layout of this many ranks, for every isotropic model (the mixed one on at most two ranks), those of
-    _FAMILY_LAYOUTS for the attention kinds, pyramids and uneven heads, several stages per rank, and frozen parts.
+    _FAMILY_LAYOUTS for the attention kinds, pyramids and uneven heads, several stages per rank, frozen parts, and
+    other embeddings and heads.
     """
-    return [*_isotropic(ranks), *_family(ranks), *_STAGES.get(ranks, ()), *_FROZEN.get(ranks, ())]
+    several = (_STAGES, _FROZEN, _OUTER)
+    return [*_isotropic(ranks), *_family(ranks), *(case for known in several for case in known.get(ranks, ()))]
 
 
 # in turn, and as a V, where neighbours meet on a rank, which holds the first and the last stage
@@ -211,6 +221,23 @@ _FROZEN = {
         Case("parallel", pipeline=4, micro_batches=4, freeze=_FRONT),
     ],
 }  # fmt: skip
+
+
+# Two class tokens and no bias in embedding and head; class token and mean side by side.
+_OUTER = {
+    2: [
+        Case("distilled", tensor=2, sequence_parallel=True, micro_batches=2),
+        Case("distilled", context=2, micro_batches=2, zero=2),
+        Case("distilled", pipeline=2, micro_batches=2, freeze=("embed", "head.fc")),
+        Case("beside", tensor=2, micro_batches=2),
+        Case("beside", context=2, zero=1),
+        Case("beside", data=2, micro_batches=2, zero=3),
+    ],
+    4: [
+        Case("distilled", tensor=2, pipeline=2, micro_batches=4),
+        Case("beside", tensor=2, sequence_parallel=True, context=2, micro_batches=2, zero=1),
+    ],
+}
 
 
 # (tensor, sequence parallel, pipeline, data, context) of the family: every axis alone, every pair, and all that share

@@ -44,9 +44,9 @@ class Shape:
     heads: int
     depth: int
     block: str  # parallel, sequential
-    position: str  # learned_2d, learned_1d, sincos_2d, rope_2d
-    pool: str  # map, cls, gap
-    gelu: str  # none, tanh
+    position: str  # learned_2d, learned_1d, sincos_2d, rope_2d, none
+    pool: str  # map, cls, gap, cls_gap
+    gelu: str  # erf, tanh, quick
     image: tuple[int, int] | None = None  # rows and columns of pixels; None: those of the images that come
     norm: str = "layernorm"  # or rmsnorm
     mlp: str = "gelu"  # or swiglu
@@ -56,6 +56,7 @@ class Shape:
     grid_size: int = 0
     feature_map: str = "elu"  # or relu, focused
     power: int = 3
+    norm_after_pool: bool = False
     stages: tuple[StageShape, ...] = ()
     eps: float = 1e-6  # of the norms
 
@@ -214,7 +215,7 @@ def embed(w: Weights, images: Tensor, shape: Shape) -> tuple[Tensor, Grid]:
     assert shape.image in (None, (height, width))
     images = F.pad(images, (0, -width % shape.patch, 0, -height % shape.patch))
     kernel = w["embed.weight"].view(-1, c, shape.patch, shape.patch)
-    patches = F.conv2d(images, kernel, w["embed.bias"], stride=shape.patch)
+    patches = F.conv2d(images, kernel, w.get("embed.bias"), stride=shape.patch)
     rows, columns = patches.shape[2:]
     x = patches.flatten(2).transpose(1, 2)
     prefix = [w[name] for name in PREFIX if name in w]
@@ -223,13 +224,14 @@ def embed(w: Weights, images: Tensor, shape: Shape) -> tuple[Tensor, Grid]:
         x = x + torch.stack([row[i] + column[j] for i in range(rows) for j in range(columns)])
     elif shape.position == "learned_1d":
         x = x + w["embed.pos"][-rows * columns :]
-        if "embed.cls" in w:
-            prefix[0] = prefix[0] + w["embed.pos"][:1]
+        if len(w["embed.pos"]) > rows * columns:  # rows of class tokens
+            prefix[0] = prefix[0] + w["embed.pos"][: -rows * columns]
     elif shape.position == "sincos_2d":
         x = x + _sincos(rows, columns, x.shape[-1]).to(x)
     else:
-        assert shape.position == "rope_2d"
-    return torch.cat([*(p.expand(b, -1, -1) for p in prefix), x], 1), (rows, columns)
+        assert shape.position in ("rope_2d", "none")
+    x = torch.cat([*(p.expand(b, -1, -1) for p in prefix), x], 1)
+    return (norm(w, "embed.norm.", x, shape) if "embed.norm.weight" in w else x), (rows, columns)
 
 
 def _sincos(rows: int, columns: int, width: int) -> Tensor:
@@ -268,7 +270,9 @@ def activate(hidden: Tensor, shape: Shape) -> Tensor:
     if shape.mlp == "swiglu":
         gate, value = hidden.chunk(2, -1)
         return F.silu(gate) * value
-    return F.gelu(hidden, approximate=shape.gelu)
+    if shape.gelu == "quick":
+        return hidden / (1 + torch.exp(-1.702 * hidden))
+    return F.gelu(hidden, approximate="tanh" if shape.gelu == "tanh" else "none")
 
 
 def mlp(w: Weights, prefix: str, x: Tensor, shape: Shape) -> Tensor:
@@ -308,7 +312,7 @@ def attention_pool(w: Weights, x: Tensor, shape: Shape) -> Tensor:
 
 
 def logits(w: Weights, images: Tensor, shape: Shape) -> Tensor:
-    """[B, C, H, W] -> [B, classes]."""
+    """[B, C, H, W] -> [B, classes], or, without a classifier, the pooled features."""
     x, grid = embed(w, images, shape)
     prefix = sum(len(w[name]) for name in PREFIX if name in w)
     number = 0  # of the block, through all stages
@@ -318,14 +322,27 @@ def logits(w: Weights, images: Tensor, shape: Shape) -> Tensor:
         for kind in stage.kinds:
             x = block(under(w, f"blocks.{number}."), x, shape, Site(kind, stage, grid, prefix))
             number += 1
-    x = norm(w, "head.norm.", x, shape)
+    if not shape.norm_after_pool:
+        x = norm(w, "head.norm.", x, shape)
+    pooled = pool(w, x, shape, prefix)
+    if shape.norm_after_pool:
+        pooled = [norm(w, "head.norm.", one, shape) for one in pooled]
+    if "head.fc.weight" in w:
+        names = ["head.fc", "head.fc_distill"][: len(pooled)]
+        pooled = [F.linear(y, w[f"{n}.weight"], w.get(f"{n}.bias")) for y, n in zip(pooled, names, strict=True)]
+    return torch.stack(pooled).mean(0)
+
+
+def pool(w: Weights, x: Tensor, shape: Shape, prefix: int) -> list[Tensor]:
+    """[B, S, D] -> a vector per image, or that of each of two class tokens."""
+    patches = x[:, prefix:]
     if shape.pool == "map":
-        pooled = attention_pool(w, x, shape)
-    elif shape.pool == "cls":
-        pooled = x[:, 0]
-    else:
-        pooled = x[:, prefix:].mean(1)  # patches only
-    return F.linear(pooled, w["head.fc.weight"], w["head.fc.bias"])
+        return [attention_pool(w, x, shape)]
+    if shape.pool == "gap":
+        return [patches.mean(1)]
+    if shape.pool == "cls_gap":
+        return [torch.cat([x[:, 0], patches.mean(1)], 1)]
+    return [x[:, i] for i in range(len(w["embed.cls"]))]
 
 
 def loss_of(scores: Tensor, labels: Tensor, loss: str) -> Tensor:

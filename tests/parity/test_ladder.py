@@ -89,8 +89,8 @@ def test_one_process_equals_a_plain_vit(model: str) -> None:
     m, sizes = config.model, config.model.sizes
     shape = plain_vit.Shape(
         patch=sizes.patch, heads=sizes.last.heads, depth=sizes.depth, block=m.block, position=m.position, pool=m.pool,
-        gelu="none" if m.gelu == "erf" else "tanh", image=sizes.image, norm=m.norm, mlp=m.mlp, rope_base=m.rope_base,
-        feature_map=m.feature_map, eps=m.norm_eps,
+        gelu=m.gelu, image=sizes.image, norm=m.norm, mlp=m.mlp, rope_base=m.rope_base, feature_map=m.feature_map,
+        eps=m.norm_eps, norm_after_pool=m.norm_after_pool,
         stages=tuple(plain_vit.StageShape(s.depth, s.heads, s.kinds, s.window, s.grid) for s in sizes.stages),
     )  # fmt: skip
     rates = [config.optimizer.lr * factor(config.schedule, step, STEPS) for step in range(STEPS)]

@@ -14,7 +14,7 @@ from tests.parity import plain_vit
 from tests.parity.plain_vit import Shape, Site, StageShape, Weights
 
 SHAPE = Shape(
-    patch=2, heads=2, depth=2, block="sequential", position="learned_2d", pool="gap", gelu="none", image=(6, 8)
+    patch=2, heads=2, depth=2, block="sequential", position="learned_2d", pool="gap", gelu="erf", image=(6, 8)
 )
 
 

@@ -31,7 +31,8 @@ _ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
 _PLAIN = {
     "block": "sequential", "norm": "layernorm", "mlp": "gelu", "gelu": "erf", "layer_scale": 0.0, "qk_norm": False,
     "bias": True, "position": "learned_1d", "pool": "cls", "registers": 0, "global_tokens": 0, "attention": "full",
-    "drop_path": 0.0, "stages": None,
+    "drop_path": 0.0, "stages": None, "patch_bias": True, "classifier_bias": True, "pre_norm": False, "class_tokens": 1,
+    "class_position": True, "norm_after_pool": False,
 }  # fmt: skip
 
 

@@ -5,10 +5,13 @@
 
 namespace {
 
-// gelu(s) and its derivative. erf form: s cdf(s). tanh form: s (1 + tanh(c (s + 0.044715 s^3))) / 2, c = sqrt(2 / pi).
-template <bool TANH>
+using vit::GeluForm;
+
+// gelu(s) and its derivative. erf form: s cdf(s). tanh form: s (1 + tanh(c (s + 0.044715 s^3))) / 2, c = sqrt(2 / pi). quick form:
+// s sigmoid(c s), c = 1.702.
+template <GeluForm FORM>
 inline void gelu(F s, F& value, F& slope) {
-  if constexpr (TANH) {
+  if constexpr (FORM == GeluForm::tanh) {
     const F square = s * s, half = set1(0.5f);
     const F inner = set1(0.797884561f) * fma(s * square, set1(0.044715f), s);
     const F t = tanh(inner);
@@ -19,6 +22,13 @@ inline void gelu(F s, F& value, F& slope) {
     // far out the slope is 0 or 1; there s^2 may overflow and meet rest = 0
     const F bump = blend_gt(rest, set1(0), half * s * rest * inner_slope, set1(0));
     slope = cdf + bump;
+  } else if constexpr (FORM == GeluForm::quick) {
+    const F size = abs(s * set1(1.702f));  // |z|
+    // exp(-|z|) = half^2, which underflows where its product with s, taken in two steps, does not
+    const F half = blend_gt(size, set1(174.0f), set1(0), exp(size * set1(-0.5f))), tail = half * half;
+    const F large = reciprocal(set1(1.0f) + tail), small = s * half * half * large;  // sigmoid(|z|); s sigmoid(-|z|)
+    value = select_gt0(s, s * large, small);
+    slope = fma(small * large, set1(1.702f), select_gt0(s, large, tail * large));
   } else {
     F cdf, density;
     normal(s, cdf, density);
@@ -27,28 +37,28 @@ inline void gelu(F s, F& value, F& slope) {
   }
 }
 
-template <class T, bool TANH>
+template <class T, GeluForm FORM>
 void gelu_forward_rows(const vit::Gelu& a, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const T* x = (const T*)a.x + row * a.x_stride;
     T* y = (T*)a.y + row * a.y_stride;
     columns(a.dim, [&](int64_t i, auto kind) VIT_INLINE {
       F value, slope;
-      gelu<TANH>(take(x + i, kind) + load(a.bias + i, kind), value, slope);
+      gelu<FORM>(take(x + i, kind) + load(a.bias + i, kind), value, slope);
       put(y + i, value, kind, a.stream);
     });
   }
   if (a.stream) stream_fence();
 }
 
-template <class T, bool TANH>
+template <class T, GeluForm FORM>
 void gelu_backward_rows(const vit::Gelu& a, int64_t begin, int64_t end, float* dbias) {
   for (int64_t row = begin; row < end; ++row) {
     const T *x = (const T*)a.x + row * a.x_stride, *grad = (const T*)a.grad + row * a.grad_stride;
     T* out = (T*)a.grad_input + row * a.dim;
     columns(a.dim, [&](int64_t i, auto kind) VIT_INLINE {
       F value, slope;
-      gelu<TANH>(take(x + i, kind) + load(a.bias + i, kind), value, slope);
+      gelu<FORM>(take(x + i, kind) + load(a.bias + i, kind), value, slope);
       const F d = take(grad + i, kind) * slope;
       put(out + i, d, kind, a.stream);
       if (dbias) store(dbias + i, load(dbias + i, kind) + d, kind);
@@ -59,7 +69,11 @@ void gelu_backward_rows(const vit::Gelu& a, int64_t begin, int64_t end, float* d
 
 template <class T>
 void gelu_forward(const vit::Gelu& a, int64_t begin, int64_t end) {
-  a.tanh ? gelu_forward_rows<T, true>(a, begin, end) : gelu_forward_rows<T, false>(a, begin, end);
+  switch (a.form) {
+    case GeluForm::erf: return gelu_forward_rows<T, GeluForm::erf>(a, begin, end);
+    case GeluForm::tanh: return gelu_forward_rows<T, GeluForm::tanh>(a, begin, end);
+    case GeluForm::quick: return gelu_forward_rows<T, GeluForm::quick>(a, begin, end);
+  }
 }
 
 template <class T>
@@ -68,7 +82,11 @@ void gelu_backward(const vit::Gelu& a, int64_t chunk) {
   if (dbias)
     for (int64_t i = 0; i < a.dim; ++i) dbias[i] = 0;
   const int64_t begin = chunk * a.chunk_rows, end = begin + a.chunk_rows < a.rows ? begin + a.chunk_rows : a.rows;
-  a.tanh ? gelu_backward_rows<T, true>(a, begin, end, dbias) : gelu_backward_rows<T, false>(a, begin, end, dbias);
+  switch (a.form) {
+    case GeluForm::erf: return gelu_backward_rows<T, GeluForm::erf>(a, begin, end, dbias);
+    case GeluForm::tanh: return gelu_backward_rows<T, GeluForm::tanh>(a, begin, end, dbias);
+    case GeluForm::quick: return gelu_backward_rows<T, GeluForm::quick>(a, begin, end, dbias);
+  }
 }
 
 template <class TG, class TM>

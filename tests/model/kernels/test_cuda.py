@@ -39,6 +39,7 @@ CASES: dict[str, tuple[Callable[[Kernels], Op], list[tuple[int, ...]]]] = {
     "bias_gelu_beside": (lambda k: lambda x, b: k.bias_gelu(x, b, beside=-x[..., :24]), [(130, 67), (67,)]),
     "bias_gelu_beside_full": (lambda k: lambda x, b: k.bias_gelu(x, b, beside=-x[..., :5]), [(130, 67), (67,)]),
     "bias_gelu_beside_odd": (lambda k: lambda x, b: k.bias_gelu(x, b, beside=-x[..., :25]), [(130, 64), (64,)]),
+    "bias_gelu_quick": (lambda k: lambda x, b: k.bias_gelu(x, b, approximate="quick"), [(130, 64), (64,)]),
     "bias_gelu_tanh": (lambda k: lambda x, b: k.bias_gelu(x, b, approximate="tanh"), [(130, 64), (64,)]),
     "patch_merge": (lambda k: k.patch_merge, [(3, 10, 14, 24), (96,), (96,)]),
     "empty": (lambda k: k.layer_norm, [(0, 64), (64,), (64,)]),

@@ -45,6 +45,7 @@ def merge(kernels: Kernels) -> Callable[..., Tensor]:
 CASES: dict[str, tuple[Case, Callable[[torch.dtype], list[Tensor]]]] = {
     "gelu": (gelu("none"), lambda t: [randn(130, 67, dtype=t), randn(67, seed=1)]),
     "gelu_tanh": (gelu("tanh"), lambda t: [randn(130, 67, dtype=t), randn(67, seed=1)]),
+    "gelu_quick": (gelu("quick"), lambda t: [randn(130, 67, dtype=t), randn(67, seed=1)]),
     "gelu_beside": (gelu_beside, lambda t: [randn(130, 67, dtype=t), randn(67, seed=1)]),
     "gelu_beside_aligned": (gelu_beside, lambda t: [randn(2, 65, 64, dtype=t), randn(64, seed=1)]),
     "qk_norm": (qk(3), lambda t: [randn(4, 50, 3 * 3 * 20, dtype=t), randn(20, seed=1), randn(20, seed=2)]),
@@ -132,7 +133,7 @@ def test_compiles_without_graph_break(case: str) -> None:
     assert_same([got, *got_grads], [eager, *eager_grads])
 
 
-@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("approximate", ["none", "tanh", "quick"])
 def test_gelu_over_its_whole_range(approximate: str) -> None:
     """Value and slope from the far tails through zero: relative in the value where it is not tiny, absolute in the
     slope."""

@@ -36,7 +36,7 @@ def run_weights(weights: Weights, images: Tensor, dtype: torch.dtype | None = No
     logits = None
     if config.num_classes:
         logits = _model(config, whole)(images)
-        config = replace(config, num_classes=0).resolve()
+        config = replace(config, num_classes=0, head_bias=None, classifier_bias=None).resolve()
         whole = {name: x for name, x in whole.items() if not name.startswith("head.fc")}
     return Outputs(_model(config, whole)(images), logits)
 
