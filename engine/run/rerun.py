@@ -85,12 +85,19 @@ def opened(path: Path) -> Reader:
     """For reading, so that no run deletes it meanwhile.
 
     Raises:
-        ConfigError: it is no checkpoint. CheckpointError: it is damaged.
+        ConfigError: it is no checkpoint of a run. CheckpointError: it is damaged.
     """
     try:
-        return Reader(path)
+        reader = Reader(path)
     except NoCheckpointError as error:
         raise ConfigError(str(error)) from error
+    if reader.manifest.is_of_weights_alone:
+        reader.close()
+        raise ConfigError(
+            f"{path} has weights alone, as a conversion writes them: there is no state of training, and no step to be "
+            "run again"
+        )
+    return reader
 
 
 # -- running -----------------------------------------------------------------------------------------------------------

@@ -19,7 +19,14 @@ from engine.errors import ConfigError
 from engine.run.progress import Progress
 from parallel import comm
 from parallel.checkpoint import place
-from parallel.checkpoint.manifest import CheckpointError, Manifest, NoCheckpointError, UnreadableError, read_manifest
+from parallel.checkpoint.manifest import (
+    FILE,
+    CheckpointError,
+    Manifest,
+    NoCheckpointError,
+    UnreadableError,
+    read_manifest,
+)
 from parallel.checkpoint.read import Reader
 
 # Keys that may change without a word: how a run is spread and watched, and where things are.
@@ -65,10 +72,17 @@ def may_resume(config: Config, folder: Path) -> bool:
 
 
 def check_resume(config: Config, folder: Path) -> None:
-    """Raise ConfigError, before ranks talk, where there is nothing to go on from and there must be."""
+    """Raise ConfigError, before ranks talk, where there is nothing to go on from and there must be, or where the folder
+    is no folder of checkpoints, but one of them.
+    """
     try:
+        if (folder / FILE).exists():
+            raise ConfigError(
+                f"checkpoint.dir {folder} is one checkpoint, and a folder of all of a run's is meant: give the folder "
+                "that it is in, or give it as checkpoint.load"
+            )
         steps = place.steps_in(folder)
-    except CheckpointError as error:
+    except (CheckpointError, OSError) as error:
         raise ConfigError(f"checkpoint.dir: {error}") from error
     if config.checkpoint.resume == "must" and not steps:
         raise ConfigError(
@@ -203,6 +217,11 @@ def _check_state(a: Assembly, reader: Reader) -> list[str]:
     Raises:
         ConfigError: on every rank: it is the state of something else.
     """
+    if reader.manifest.is_of_weights_alone:
+        raise ConfigError(
+            f"{reader.folder} has weights alone, as a conversion writes them, and no state of training to go on with: "
+            "give it as checkpoint.load, and another run_dir or checkpoint.dir"
+        )
     everywhere = comm.gather_objects(shapes_of(a), a.grid.world)
     shapes = {name: shape for found in everywhere for name, shape in found.items()}
     found = differences(shapes, reader)

@@ -210,6 +210,7 @@ class CheckpointWeights:
         except CheckpointError as error:
             raise ConversionError(str(error)) from error
         self.manifest = self._reader.manifest
+        self.step = self.manifest.step
         names = stored_names(self.manifest, which, folder)
         self._names = names
         self.description = description_of(self.manifest, folder)

@@ -136,6 +136,11 @@ class Manifest:
         """Of all files."""
         return sum(file.bytes for file in self.files)
 
+    @property
+    def is_of_weights_alone(self) -> bool:
+        """Whether there is no state of training beside them, as of what was converted: no run can go on from it."""
+        return "optimizer.steps" not in self.tensors and not self.progress
+
     def to_json(self) -> str:
         """The text of the file."""
         head = {"format": FORMAT, "format_version": VERSION, "chunk_bytes": CHUNK_BYTES, "checksums": "xxh3_64"}

@@ -11,6 +11,7 @@ from typing import Any
 from parallel.checkpoint.manifest import Manifest, StoredTensor
 
 NUMBERS = "numbers"  # the group of what is no tensor of the model
+_LONG = 600  # characters of a value, such as names of a thousand classes
 
 
 def print_head(folder: Path, manifest: Manifest) -> None:
@@ -29,7 +30,9 @@ def print_pairs(named: Iterable[tuple[str, Any]]) -> None:
     for key, value in pairs:
         if isinstance(value, Mapping):
             value = ", ".join(f"{shown(name)} {shown(part)}" for name, part in flat(value)) or "none"
-        print(f"{key:<{width}}  {shown(value)}")
+        text = shown(value)
+        more = f" ... ({len(text):,} characters: --json has all)" if len(text) > _LONG else ""
+        print(f"{key:<{width}}  {text[:_LONG]}{more}")
 
 
 def facts(folder: Path, manifest: Manifest) -> dict[str, Any]:

@@ -1,0 +1,97 @@
+"""A checkpoint of weights alone, as a conversion writes it, given where those of runs are: it works, or is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.errors import ConfigError
+from model import ModelConfig, VisionTransformer
+from model.formats.api import open_weights, save_weights
+from model.formats.base import Preprocessing
+from parallel.checkpoint.read import Reader
+from parallel.process_group import World
+from tests.engine.run.forked import running
+from tests.engine.small import MODEL, flags
+from tools.convert.reshard import reshard
+from tools.inspect_checkpoint.__main__ import main as inspect
+from tools.rerun_step import main as rerun
+
+VIT = MODEL | {"position": "learned_1d", "pool": "cls", "block": "sequential", "width": 32, "num_classes": 400}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`hf`, of transformers; `ours`, of it; and that once more where a run has its checkpoints."""
+    path = tmp_path_factory.mktemp("converted")
+    model = VisionTransformer(ModelConfig(**VIT), seed=3)
+    model.save_pretrained(path / "hf", "hf_vit", preprocessing=Preprocessing(mean=(0.5,), std=(0.25,)))
+    for to in ("ours", "run/checkpoints/step-00000000"):
+        with open_weights(path / "hf") as weights:
+            weights.description = replace(weights.description, labels=tuple(f"class {i}" for i in range(400)))
+            save_weights(weights, path / to)
+    return path
+
+
+def command(folder: Path, **changes: str) -> list[str]:
+    given = {f"model__{key}": str(value) for key, value in VIT.items()} | {"optimizer__ema_decay": "0.9"}
+    return flags(**given | changes)
+
+
+def test_a_run_starts_from_it(folder: Path, tmp_path: Path) -> None:
+    """As from the other library's, and what it tells is where it came from."""
+    ends = []
+    for name in ("hf", "ours"):
+        argv = command(folder, run_dir=str(tmp_path / name), checkpoint__load=str(folder / name))
+        with running(tmp_path / f"t {name}", 2, argv) as run:
+            assert run.codes() == [0, 0], run.said()
+            said = run.said(0)
+        assert "data.std [0.25] -> [0.5]" in said and "taken: 56 tensor(s)" in said
+        assert f"weights from {folder / name} ({'hf_vit' if name == 'hf' else 'step 0, converted from hf_vit'})" in said
+        with Reader(tmp_path / name / "checkpoints/step-00000001") as reader:
+            ends.append({key: reader.whole(key) for key in reader.manifest.tensors})
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
+
+
+def test_no_run_goes_on_from_it(folder: Path, tmp_path: Path) -> None:
+    run_dir = folder / "run"
+    before = sorted(run_dir.rglob("*"))
+    for number, (changes, why) in enumerate(
+        [
+            ({"run_dir": str(run_dir)}, "has weights alone"),
+            ({"checkpoint__resume": "must", "run_dir": str(run_dir)}, "has weights alone"),
+            ({"checkpoint__dir": str(folder / "ours"), "run_dir": str(tmp_path / "r")}, "is one checkpoint"),
+        ]
+    ):
+        with running(tmp_path / f"{number}", 2, command(folder, **changes)) as run:
+            assert run.codes() == [2, 2], run.said()
+            assert why in run.said() and "checkpoint.load" in run.said()
+    assert set(run_dir.rglob("step-*")) == {p for p in before if p.name.startswith("step-")}
+
+
+def test_no_step_of_it_is_run_again(folder: Path) -> None:
+    for path in (folder / "ours", folder / "run"):
+        with pytest.raises(ConfigError, match="has weights alone"):
+            rerun([str(path)], World())
+
+
+def test_it_is_shown(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert inspect([str(folder / "ours"), "--norms", "--json", str(tmp_path / "found.json")]) == 0
+    shown = capsys.readouterr().out
+    assert "every checksum is right" in shown and "converted_from" in shown and "hf_vit" in shown
+    assert max(map(len, shown.splitlines())) < 700  # though there are 400 names of classes
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["about"]["labels"][399] == "class 399"
+    assert inspect([str(folder / "ours"), str(folder / "run")]) == 0
+
+
+def test_it_is_cut_for_a_layout(folder: Path, tmp_path: Path) -> None:
+    path = reshard(folder / "ours", tmp_path / "cut", "tensor=2 data=2 zero=3", (), lambda line: None)
+    with open_weights(folder / "ours") as one, open_weights(path) as other:
+        assert one.description == other.description and one.tensors == other.tensors
+        assert all(torch.equal(one.read(name), other.read(name)) for name in one.tensors)
