@@ -5,11 +5,10 @@ A source of random numbers in the tensors of a real model is written, forgotten 
 the same folder. A row for each conversion:
 
     GB                      of the source
-    seconds, imports_s      of the whole process, and of one that imports the same and ends; median over rounds
-    MB_per_s                of the conversion alone, imports taken off
+    seconds, MB_per_s       of the conversion, without the program's start; median over rounds
     of_write, of_copy       the rate of the conversion over that of writing so many bytes and seeing them on the disk,
                             and over that of reading them from the disk and writing them
-    peak_GB, above_GB       most memory of the process, what it has mapped included; what of it is beyond its imports
+    memory_GB               most that the process held beyond what it had before
 
     python -m tools.benchmark convert --model.preset vit_l16 --from hf_vit --to vitruvius
     python -m tools.benchmark convert --model.preset vit_22b --model.depth 4 --dtype bf16 --from vitruvius --to timm
@@ -18,6 +17,7 @@ the same folder. A row for each conversion:
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import statistics
@@ -27,7 +27,6 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,6 +41,7 @@ from model.layers import logical_shapes
 from parallel.process_group import World
 from tools.benchmark.checkpoint_ways import Plain, forget_pages
 from tools.benchmark.table import Row, show
+from tools.convert.report import size_of
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -62,8 +62,7 @@ def main(argv: Sequence[str], world: World) -> None:
     with tempfile.TemporaryDirectory(prefix="convert-", dir=options.dir) as name:
         source = Path(name) / ("source.npz" if options.source == "big_vision" else "source")
         save_weights(RandomWeights(model, _DTYPES[options.dtype]), source, options.source)
-        idle = [_run([sys.executable, "-c", "import tools.convert.__main__"]) for _ in range(options.repeats)]
-        rows = [_row(source, options.source, kind, idle, options.repeats) for kind in options.to]
+        rows = [_row(source, options.source, kind, options.repeats) for kind in options.to]
     show(rows, options.json)
 
 
@@ -90,35 +89,20 @@ class RandomWeights:
         """As Weights."""
 
 
-class Measured(NamedTuple):
-    """Of a process: seconds, and most bytes of memory."""
-
-    seconds: float
-    peak: int
-
-
-def _run(command: Sequence[str]) -> Measured:
-    started = time.perf_counter()
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, used = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
-        raise SystemExit(f"{' '.join(command)} failed")
-    return Measured(time.perf_counter() - started, used.ru_maxrss * 1024)
-
-
-def _row(source: Path, kind: str, to: str, idle: Sequence[Measured], repeats: int) -> Row:
+def _row(source: Path, kind: str, to: str, repeats: int) -> Row:
     target = source.with_name("target.npz" if to == "big_vision" else "target")
     files = [p for p in source.rglob("*") if p.is_file()] if source.is_dir() else [source]
-    size = sum(p.stat().st_size for p in files)
+    size = size_of(source)
     plain = Plain(0, size)
-    copied, peak = source.with_name("copied"), 0
+    copied, figures, memory = source.with_name("copied"), source.with_name("figures.json"), 0
+    command = [sys.executable, "-m", "tools.convert", "--from", kind, "--to", to, str(source), str(target)]
 
     def convert() -> float:
-        nonlocal peak
-        done = _run([sys.executable, "-m", "tools.convert", "--from", kind, "--to", to, str(source), str(target)])
-        peak = max(peak, done.peak)
-        return done.seconds
+        nonlocal memory
+        subprocess.run([*command, "--json", str(figures)], check=True, stdout=subprocess.DEVNULL)
+        found = json.loads(figures.read_text())
+        memory = max(memory, found["memory_bytes"])
+        return float(found["seconds"])
 
     def copy() -> float:
         return _seconds(lambda: _copy(files, copied))
@@ -135,19 +119,16 @@ def _row(source: Path, kind: str, to: str, idle: Sequence[Measured], repeats: in
             times[name].append(way())
     _remove(target, copied)
     seconds = {name: statistics.median(found) for name, found in times.items()}
-    imports = statistics.median(run.seconds for run in idle)
-    alone = seconds["convert"] - imports
+    alone = seconds["convert"]
     return {
         "from": kind,
         "to": to,
         "GB": size / 1e9,
-        "seconds": seconds["convert"],
-        "imports_s": imports,
+        "seconds": alone,
         "MB_per_s": size / 1e6 / alone,
         "of_write": seconds["write"] / alone,
         "of_copy": seconds["copy"] / alone,
-        "peak_GB": peak / 1e9,
-        "above_GB": (peak - max(run.peak for run in idle)) / 1e9,
+        "memory_GB": memory / 1e9,
     }
 
 

@@ -16,16 +16,18 @@ Exit codes: 0 done; 1 converted, but the two differ (--verify); 2 refused, then 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from engine.config.cli import parse
+from engine.device import peak_memory_bytes
 from engine.errors import EXIT_DONE, EXIT_FAULT, EXIT_USAGE, ConfigError
 from model import ModelConfig
 from model.formats.api import open_weights, save_weights
@@ -61,12 +63,24 @@ def main(argv: Sequence[str]) -> int:
         if options.verify:
             _check_libraries(weights.kind, options.to)
         print("\n".join(report.lines_of(weights)), flush=True)
-        started = time.perf_counter()
+        started, before = time.perf_counter(), peak_memory_bytes(torch.device("cpu"))
         save_weights(
             weights, options.destination, options.to, dtype=_DTYPES.get(options.dtype), leave_out=options.leave_out
         )
-        print(report.written(options.destination, options.to, time.perf_counter() - started), flush=True)
-        return _verified(weights, options) if options.verify else EXIT_DONE
+        done = report.Written(
+            options.destination,
+            options.to,
+            report.size_of(options.destination),
+            time.perf_counter() - started,
+            peak_memory_bytes(torch.device("cpu")) - before,
+        )
+        print(done.line(), flush=True)
+        found = _verified(weights, options) if options.verify else []
+        if options.json:
+            facts = {"from": weights.kind, "to": done.kind, "bytes": done.bytes, "seconds": done.seconds}
+            facts |= {"memory_bytes": done.above, "verified": [asdict(d) for d in found]}
+            options.json.write_text(json.dumps(facts, indent=1) + "\n")
+        return EXIT_DONE if all(d.small for d in found) else EXIT_FAULT
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -97,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--reshard", metavar="LAYOUT", help="instead: cut for 'tensor=2 pipeline=2 data=4 zero=3'")
     parser.add_argument("--source_config", type=Path, metavar="FILE", help="config.json of SRC, if it is not beside it")
     parser.add_argument("--verify", action="store_true", help="run both models on photographs and compare, in fp32")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write figures to this file")
     return parser
 
 
@@ -136,7 +151,7 @@ def _check_libraries(*kinds: str) -> None:
             raise ConversionError(f"--verify runs {kind} by {name}, which is not installed: pip install {name}")
 
 
-def _verified(weights: Weights, options: argparse.Namespace) -> int:
+def _verified(weights: Weights, options: argparse.Namespace) -> list[verify.Difference]:
     """Compare, and print each difference."""
     images = verify.images_for(weights.description)
     if options.dtype is None and options.weights == "weights":
@@ -146,7 +161,7 @@ def _verified(weights: Weights, options: argparse.Namespace) -> int:
         what = f"{VITRUVIUS} with {options.weights} of SRC" + (f" in {options.dtype}" if options.dtype else "")
     found = list(verify.differences(source, verify.outputs(options.destination, options.to, images)))
     print("\n".join(report.verified(found, what, options.to)))
-    return EXIT_DONE if all(d.small for d in found) else EXIT_FAULT
+    return found
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import resource
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from model.formats.weights import Weights
@@ -36,15 +36,34 @@ def lines_of(weights: Weights) -> Iterator[str]:
             yield f"{what:<9} {len(names)} tensor(s): {', '.join(names[:_SHOWN])}{more}"
 
 
-def written(path: Path, kind: str, seconds: float) -> str:
-    """That it is done."""
+@dataclass(frozen=True)
+class Written:
+    """What was written.
+
+    Attributes:
+        path, kind: where, and as what. bytes: of all files. seconds: that it took. above: most bytes of memory beyond
+            those of the program before it began.
+    """
+
+    path: Path
+    kind: str
+    bytes: int
+    seconds: float
+    above: int
+
+    def line(self) -> str:
+        """In words."""
+        mb = self.bytes / 1e6
+        return (
+            f"to        {self.path} ({self.kind}): {mb:,.1f} MB in {self.seconds:.1f} s, "
+            f"{mb / self.seconds:,.0f} MB/s, {self.above / 1e6:,.0f} MB of memory above the program's own"
+        )
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files of a folder."""
     files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
-    size = sum(p.stat().st_size for p in files)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return (
-        f"to        {path} ({kind}): {size / 1e6:,.1f} MB in {seconds:.1f} s, {size / 1e6 / seconds:,.0f} MB/s, "
-        f"peak memory of the process {peak / 1e9:.2f} GB"
-    )
+    return sum(p.stat().st_size for p in files)
 
 
 def verified(found: Sequence[Difference], source: str, target: str) -> Iterator[str]:
