@@ -212,8 +212,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("tune_allocator", &tune_allocator);
   m.def("layer_norm_forward", &layer_norm_forward, release());
   m.def("layer_norm_backward", &layer_norm_backward, release());
-  m.def("bias_gelu_forward", &bias_gelu_forward, release());
-  m.def("bias_gelu_backward", &bias_gelu_backward, release());
+  m.def("gelu_forward", &bias_gelu_forward, release());
+  m.def("gelu_backward", &bias_gelu_backward, release());
   m.def("qk_norm_forward", &qk_forward, release());
   m.def("qk_norm_backward", &qk_backward, release());
   m.def("patch_merge_forward", &merge_forward, release());

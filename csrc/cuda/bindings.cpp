@@ -180,8 +180,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("device_count", &device_count, "0 where there is no driver.");
   m.def("layer_norm_forward", &layer_norm_forward);
   m.def("layer_norm_backward", &layer_norm_backward);
-  m.def("bias_gelu_forward", &bias_gelu_forward);
-  m.def("bias_gelu_backward", &bias_gelu_backward);
+  m.def("gelu_forward", &bias_gelu_forward);
+  m.def("gelu_backward", &bias_gelu_backward);
   m.def("qk_norm_forward", &qk_forward);
   m.def("qk_norm_backward", &qk_backward);
   m.def("patch_merge_forward", &merge_forward);

@@ -39,7 +39,7 @@ def _forward(x: Tensor, bias: Tensor | None, form: int, beside: Tensor | None = 
         y = whole[..., left:]
     (x, x_stride), (y, y_stride), bias = native.rows(x), native.rows(y), None if bias is None else bias.contiguous()
     module, where = native.target(x)
-    module.bias_gelu_forward(
+    module.gelu_forward(
         native.address(x), x_stride, *native.pointer(bias), native.address(y), y_stride, *_rows(x),
         native.DTYPE_CODE[x.dtype], form, where,
     )  # fmt: skip
@@ -51,7 +51,7 @@ def _backward(grad: Tensor, x: Tensor, bias: Tensor | None, form: int) -> tuple[
     (grad, grad_stride), (x, x_stride) = native.rows(grad), native.rows(x)
     bias = None if bias is None else bias.contiguous()
     module, where = native.target(x)
-    module.bias_gelu_backward(
+    module.gelu_backward(
         native.address(grad), grad_stride, native.address(x), x_stride, *native.pointer(bias),
         native.address(grad_input), *native.pointer(grad_bias), *_rows(x), native.DTYPE_CODE[x.dtype], form, where,
     )  # fmt: skip

@@ -194,7 +194,7 @@ class Kernels(Selection):
         or `quick`, y sigmoid(1.702 y); beside: [..., E] -> [..., E + D].
         """
         checks.gelu_input(x, bias, approximate, beside)
-        if self._native("bias_gelu_forward", x, bias):
+        if self._native("gelu_forward", x, bias):
             return activations.bias_gelu(x, bias, activations.FORMS[approximate], beside)
         y = reference.bias_gelu(x, bias, approximate)
         return y if beside is None else torch.cat([beside, y], -1)

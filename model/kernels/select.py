@@ -18,7 +18,7 @@ NATIVE_OPS = {
     "add_layer_norm": "layer_norm_forward",
     "add_rms_norm": "layer_norm_forward",
     "qk_norm": "qk_norm_forward",
-    "bias_gelu": "bias_gelu_forward",
+    "bias_gelu": "gelu_forward",
     "linear_attention": "linear_attention_forward",
     "patch_merge": "patch_merge_forward",
     "adamw": "adamw",
