@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from model.formats.base import ConversionError
+from model.formats.positions import with_table
 from model.formats.registry import FORMATS, KINDS, VITRUVIUS, format_of
 from model.formats.sources import open_source
 from model.formats.weights import CheckpointWeights, ForeignWeights, StoredWeights, Weights, Which
@@ -110,7 +111,7 @@ def save_weights(
             temporary.mkdir()
             write_checkpoint(temporary, weights, jobs_as_ours(weights, dtype))
             return
-        form = FORMATS[kind]
+        form, weights = FORMATS[kind], with_table(weights)
         files, jobs = form.files(weights.description), jobs_as(form, weights, dtype, leave_out)
         if form.container == "npz":
             write_npz(temporary, jobs)
