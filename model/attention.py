@@ -12,6 +12,7 @@ Which tokens see which, with class token, registers and global tokens together c
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
@@ -21,13 +22,15 @@ from torch.nn import functional as F
 from model.build import Build
 from model.groups import GroupPlan, grid, windows
 from model.kernels.reference import depthwise_conv
-from model.norm import Norm
+from model.qk_norm import QkNorm, qk_norm
 from model.regions import Regions
+from model.relative import relative_bias, relative_table
 from model.sizes import Tokens
 from model.tables import WithTables
 from parallel import comm
 from parallel.context import attend_everywhere, heads_to_tokens, share_first, sum_over, tokens_to_heads
 from parallel.layout import Init, ParameterInfo, TensorLayout, make_parameter
+from parallel.tensor.biased import biased_attention
 from parallel.tensor.products import attention
 
 _DENOMINATOR = 1e-6  # added to that of linear attention
@@ -63,7 +66,8 @@ class FullAttention(nn.Module):
 
 
 class GroupedAttention(nn.Module):
-    """Softmax attention inside groups of patches, the groups folded into the batch."""
+    """Softmax attention inside groups of patches, the groups folded into the batch; in windows perhaps with a table of
+    relative positions."""
 
     def __init__(self, build: Build, kind: str) -> None:
         super().__init__()
@@ -73,6 +77,8 @@ class GroupedAttention(nn.Module):
         else:
             groups = windows(here.rows, here.cols, here.window, shifted=kind == "shifted_window")
         self.plan = GroupPlan(groups, build.tokens)
+        self.sides = here.window_sides
+        self.relative_position = relative_table(build) if build.config.relative_position else None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """As Mixer."""
@@ -84,9 +90,7 @@ class GroupedAttention(nn.Module):
                 self._with_prefix(share_first(x, own, prefix, axis), grouped) for x, grouped in ((k, keys), (v, values))
             )
             mask = None if mask is None else F.pad(mask, (prefix, 0), value=True)
-        if mask is not None:
-            mask = mask.to(q.device)[:, None].repeat(q.shape[0], 1, 1, 1)
-        out = softmax_attention(queries, keys, values, mask)
+        out = self._attend(queries, keys, values, None if mask is None else mask.to(q.device))
         patches = self.plan.scatter(out.reshape(q.shape[0], -1, q.shape[2] * q.shape[3]))
         patches = patches.unflatten(2, q.shape[2:])
         if not prefix:
@@ -94,6 +98,15 @@ class GroupedAttention(nn.Module):
         first = share_first(q, own, prefix, axis).transpose(1, 2)
         seen = attend_everywhere(first, k.transpose(1, 2), v.transpose(1, 2), axis).transpose(1, 2)
         return torch.cat([seen[:, :own], patches], 1)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """[B * G, L, h, K] each, mask [G, L, L] -> [B * G, L, h, K]."""
+        if self.relative_position is not None:
+            bias = relative_bias(self.relative_position, self.sides)
+            return biased_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias, mask).transpose(1, 2)
+        if mask is not None:
+            mask = mask[:, None].repeat(len(q) // max(1, self.plan.count), 1, 1, 1)
+        return softmax_attention(q, k, v, mask)
 
     def _group(self, x: Tensor) -> Tensor:
         """[B, N, h, K] -> [B * G, L, h, K]."""
@@ -185,11 +198,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(WithTables):
-    """Attention of one kind on this rank's heads, with optional QK normalisation and rotary positions.
-
-    QK normalisation (Dehghani et al. 2023) is a norm over each head's features, its scale shared by the heads, no
-    bias: it keeps attention logits from growing without bound at scale.
-    """
+    """Attention of one kind on this rank's heads, with optional QK normalisation and rotary positions."""
 
     cos: Tensor
     sin: Tensor
@@ -197,7 +206,7 @@ class Attention(WithTables):
     def __init__(self, build: Build, kind: str, regions: Regions | None = None) -> None:
         super().__init__()
         self.regions = regions or Regions()
-        here, self.tokens, self.kernels = build.here, build.tokens.count, build.kernels
+        here, self.tokens = build.here, build.tokens.count
         self.heads, self.head_dim = build.part(here.heads), here.head_dim
         self.mixer: Mixer = MIXERS[kind](build, kind)
         self.rotates = build.config.position == "rope_2d"
@@ -205,11 +214,8 @@ class Attention(WithTables):
             cos, sin = rotary_table(build.tokens, self.head_dim, build.config.rope_base or 100.0)
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
-        self.q_norm: Norm | None = None
-        self.k_norm: Norm | None = None
-        if build.config.qk_norm:  # each tensor rank sees its own heads only: partial
-            self.q_norm = Norm.of(build, self.head_dim, bias=False, partial=True)
-            self.k_norm = Norm.of(build, self.head_dim, bias=False, partial=True)
+        self.normalise = QkNorm(build)
+        self.q_norm, self.k_norm = (qk_norm(build) if build.config.qk_norm else None for _ in range(2))
 
     def forward(self, qkv: Tensor) -> Tensor:
         """[R, 3 * h * K], this rank's heads of q, then of k, then of v -> [R, h * K]."""
@@ -218,14 +224,10 @@ class Attention(WithTables):
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[R, 3 * h * K] -> q, k, v [B, S, h, K], normalised and rotated."""
+        parts: Iterable[Tensor] = qkv.unflatten(1, (3, -1)).unbind(1)
         if self.q_norm is not None and self.k_norm is not None:
-            rms = self.q_norm.rms
-            parts = self.kernels.qk_norm(
-                qkv, self.heads, self.q_norm.weight, self.k_norm.weight, self.q_norm.eps, rms=rms
-            )
-        else:
-            parts = qkv.unflatten(1, (3, self.heads, self.head_dim)).unbind(1)
-        q, k, v = (part.unflatten(0, (-1, self.tokens)) for part in parts)
+            parts = self.normalise(qkv, self.q_norm, self.k_norm)
+        q, k, v = (part.reshape(-1, self.tokens, self.heads, self.head_dim) for part in parts)
         if self.rotates:
             cos, sin = self.cos.to(q.device), self.sin.to(q.device)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)

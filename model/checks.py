@@ -39,6 +39,7 @@ _LIMITS = {
     "head_bias": (-10_000, 10_000),
 }
 _WINDOWED = {"window", "shifted_window", "global_tokens"}
+_RELATIVE = {"window", "shifted_window"}
 _WINDOWS, _CURE = "window, shifted_window or global_tokens", "leave it out, or null"
 
 
@@ -93,6 +94,15 @@ def check_fit(config: ModelConfig, sizes: Sizes) -> None:
         )
     if "global_tokens" in _kinds(sizes) and not sizes.prefix:
         raise ValueError("model.attention global_tokens needs model.global_tokens (or registers, or pool cls): set it")
+    _check_relative(config, sizes)
+
+
+def _check_relative(config: ModelConfig, sizes: Sizes) -> None:
+    if config.relative_position and (others := sorted(_kinds(sizes) - _RELATIVE)):
+        raise ValueError(
+            f"model.relative_position is true, but layers of model.attention are {', '.join(others)}, whose patches "
+            f"have no offset in a window: use {' and '.join(sorted(_RELATIVE, reverse=True))} alone, or set it to false"
+        )
 
 
 def _check_stage(config: ModelConfig, stage: StageSizes, prefix: str) -> None:
@@ -152,6 +162,10 @@ def _unused(config: ModelConfig, sizes: Sizes) -> Iterator[tuple[str, Any, str]]
         yield "rope_base", config.rope_base, f"model.position is {config.position}, not rope_2d: {_CURE}"
     if config.norm == "rmsnorm":
         yield "norm_bias", config.norm_bias, f"model.norm is rmsnorm, which has none: {_CURE}"
+        yield "qk_norm_bias", config.qk_norm_bias, f"model.norm is rmsnorm, which has none: {_CURE}"
+    if not config.qk_norm:
+        yield "qk_norm_over", config.qk_norm_over, f"model.qk_norm is {config.qk_norm}: {_CURE}, or set model.qk_norm"
+        yield "qk_norm_bias", config.qk_norm_bias, f"model.qk_norm is {config.qk_norm}: {_CURE}, or set model.qk_norm"
     if config.norm_bias != config.bias and config.qkv_bias != ("all" if config.bias else "none"):
         yield "bias", config.bias, f"model.norm_bias and model.qkv_bias both say otherwise: {_CURE}"
     if config.position != "learned_1d":

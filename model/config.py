@@ -20,6 +20,8 @@ _DEFAULTS: dict[str, Any] = {
     "mlp": "gelu",
     "layer_scale": 0.0,
     "qk_norm": False,
+    "qk_norm_over": "head",
+    "qk_norm_bias": False,
     "bias": True,
     "gelu": "erf",
     "patch_bias": True,
@@ -27,6 +29,7 @@ _DEFAULTS: dict[str, Any] = {
     "position": "learned_2d",
     "class_position": True,
     "rope_base": 100.0,
+    "relative_position": False,
     "pool": "map",
     "norm_after_pool": False,
     "classifier_bias": True,
@@ -117,7 +120,14 @@ class ModelConfig:
     """Initial factor of each branch, learned per feature (Touvron et al. 2021, CaiT); 0: none."""
 
     qk_norm: bool | None = None
-    """Norm of queries and keys per head (ViT-22B)."""
+    """Norm of queries and keys (ViT-22B)."""
+
+    qk_norm_over: Literal["head", "width"] | None = None
+    """What that norm is taken over: each head's features, with a scale that the heads share, or those of all heads
+    together (InternViT)."""
+
+    qk_norm_bias: bool | None = None
+    """Biases on that norm."""
 
     bias: bool | None = None
     """Biases on q, k, v and the LayerNorms; the MLP, the output projections, attention pooling, patch merges and the
@@ -148,6 +158,10 @@ class ModelConfig:
 
     rope_base: float | None = None
     """Longest period of rope_2d, in units of half the image (usually 100)."""
+
+    relative_position: bool | None = None
+    """A learned table per layer, head and offset of two patches in a window, added to attention's logits (Liu et al.
+    2021, Swin); all layers of model.attention must be window or shifted_window."""
 
     attention: str | tuple[str, ...] | None = None
     """Kind of attention of all layers, or of each: a list, or a pattern such as '[window, window, full] * 4'. Kinds:

@@ -19,15 +19,24 @@ class Norm(nn.Module):
     Args:
         width: of the last dim. bias: whether there is one (ViT-22B has none).
         partial: whether each tensor rank sees only part of the rows or heads, so that gradients must be summed.
-        kernels: which form of the kernel runs. eps: added to the variance. rms: RMSNorm.
+        kernels: which form of the kernel runs. eps: added to the variance. rms: RMSNorm. layout: of weight and bias, if
+            they are split over ranks (whose statistics `forward` does not see).
     """
 
     def __init__(
-        self, width: int, *, bias: bool, partial: bool, kernels: Kernels, eps: float, rms: bool = False
+        self,
+        width: int,
+        *,
+        bias: bool,
+        partial: bool,
+        kernels: Kernels,
+        eps: float,
+        rms: bool = False,
+        layout: TensorLayout | None = None,
     ) -> None:
         super().__init__()
         self.kernels, self.eps, self.rms = kernels, eps, rms
-        layout = TensorLayout(shape=(width,))
+        layout = layout or TensorLayout(shape=(width,))
         ones, zeros = (Init(kind="constant", scales=(value,)) for value in (1.0, 0.0))
         self.weight = make_parameter(ParameterInfo(layout=layout, init=ones, partial_over_tensor=partial))
         self.bias: nn.Parameter | None = None
@@ -35,7 +44,14 @@ class Norm(nn.Module):
             self.bias = make_parameter(ParameterInfo(layout=layout, init=zeros, partial_over_tensor=partial))
 
     @staticmethod
-    def of(build: Build, width: int, *, bias: bool | None = None, partial: bool | None = None) -> Norm:
+    def of(
+        build: Build,
+        width: int,
+        *,
+        bias: bool | None = None,
+        partial: bool | None = None,
+        layout: TensorLayout | None = None,
+    ) -> Norm:
         """Of the kind that the model has; by default with its bias, over rows that sequence parallelism may split."""
         return Norm(
             width,
@@ -44,6 +60,7 @@ class Norm(nn.Module):
             kernels=build.kernels,
             eps=build.eps,
             rms=build.config.norm == "rmsnorm",
+            layout=layout,
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -2,10 +2,9 @@
 
 Shapes: Ti, S, B, L, H from Touvron et al. 2021 (DeiT) and Dosovitskiy et al. 2021; g, G from Zhai et al. 2022 (Scaling
 Vision Transformers); e from Chen et al. 2022 (PaLI); 22B from Dehghani et al. 2023; SigLIP 2 g-opt from Tschannen et
-al. 2025; InternViT-6B from Chen et al. 2023 (its QK norm spans all heads, ours is per head); DINOv3-7B from Siméoni et
-al. 2025 (with biases on q, k and v). A number after the name is the patch size. swin_t and hiera_b have the shapes of
-Liu et al. 2021 and Ryali et al. 2023, with rotary and learned positions in the place of relative ones, and patch merges
-in the place of pooled queries.
+al. 2025; InternViT-6B from Chen et al. 2023; DINOv3-7B from Siméoni et al. 2025. A number after the name is the patch
+size. swin_t is from Liu et al. 2021; hiera_b has the shapes of Ryali et al. 2023, with patch merges in the place of
+pooled queries.
 """
 
 from __future__ import annotations
@@ -66,7 +65,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "siglip2_gopt16": _classic(1536, 40, 16, 6144, 16) | {"image_size": 256, "pool": "map", "gelu": "tanh"},
     "internvit_6b": _classic(3200, 48, 25, 12800, 14)
-    | {"image_size": 448, "norm": "rmsnorm", "qk_norm": True, "bias": False, "layer_scale": 0.1},
+    | {
+        "image_size": 448,
+        "norm": "rmsnorm",
+        "qk_norm": True,
+        "qk_norm_over": "width",
+        "bias": False,
+        "layer_scale": 0.1,
+    },
     "dinov3_7b": _classic(4096, 40, 32, 8192, 16)
     | {
         "image_size": 256,
@@ -74,6 +80,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "position": "rope_2d",
         "registers": 4,
         "layer_scale": 1e-5,
+        "norm_eps": 1e-5,
+        "qkv_bias": "none",
     },
     "swin_t": _pyramid(
         (2, 96, 3, "window, shifted_window"),
@@ -81,6 +89,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         (6, 384, 12, "[window, shifted_window] * 3"),
         (2, 768, 24, "window, shifted_window"),
     )
-    | {"position": "rope_2d"},
+    | {"position": "none", "pre_norm": True, "relative_position": True, "norm_eps": 1e-5},
     "hiera_b": _pyramid((2, 96, 1, "window", 8), (3, 192, 2, "window", 4), (16, 384, 4, "full"), (3, 768, 8, "full")),
 }

@@ -45,6 +45,11 @@ class StageSizes:
         """Features per head."""
         return self.width // self.heads
 
+    @property
+    def window_sides(self) -> tuple[int, int]:
+        """Rows and columns of a window, which is no larger than the map."""
+        return min(self.window, self.rows), min(self.window, self.cols)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:

@@ -2,6 +2,7 @@
 
 from parallel.tensor.linear import ColumnParallelLinear, RowParallelLinear, linear, xavier_uniform
 from parallel.tensor.loss import LOSSES, sigmoid_cross_entropy, softmax_cross_entropy, top_class
+from parallel.tensor.norm import norm_over_ranks
 from parallel.tensor.rows import (
     TensorParallel,
     copy_in,
@@ -26,6 +27,7 @@ __all__ = [
     "leave",
     "linear",
     "no_tensor_parallel",
+    "norm_over_ranks",
     "sigmoid_cross_entropy",
     "slice_rows",
     "softmax_cross_entropy",

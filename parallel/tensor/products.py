@@ -99,7 +99,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     """softmax(q k' / sqrt(K)) v, statistics in fp32: [B, h, P, K], [B, h, S, K] twice -> [B, h, P, K].
 
     Args:
-        mask: [B, 1, P, S], true where a query sees a key; every query sees one.
+        mask: [B, 1, P, S], true where a query sees a key; every query sees one. Not on CPUs also [B, h, P, S] in the
+            operands' format, added to the logits.
     """
     if q.is_meta:  # keeps what a fused kernel keeps; torch would keep P x S scores here
         bias = None if mask is None else mask.to(q.dtype)

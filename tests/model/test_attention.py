@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,8 +20,9 @@ from model.sizes import Tokens
 from parallel import comm
 from parallel.comm import Axis, single_axis
 from parallel.grid import GridShape, make_grid
-from parallel.layout import split_range
+from parallel.layout import TensorLayout, info_of, split_range
 from parallel.process_group import World
+from parallel.tensor import TensorParallel
 from tests.distributed import run_ranks
 from tests.model.small import context_axis, real
 from tests.model.test_groups import expected as patches_that_see
@@ -41,11 +42,12 @@ def config_of(kind: str, rows: int, cols: int, side: int, prefix: int = 0, **cha
 
 
 def attention_of(build: Build, kind: str) -> Any:
-    """With parameters that are the same on every rank, in float64."""
+    """With the same logical parameters on every rank, in float64."""
     attention = real(Attention(build, kind)).double()
     generator = torch.Generator().manual_seed(7)
     for parameter in attention.parameters():
-        nn.init.normal_(parameter, generator=generator)
+        layout = info_of(parameter).layout
+        parameter.data.copy_(layout.local(torch.randn(layout.shape, generator=generator, dtype=torch.float64)))
     return attention
 
 
@@ -75,6 +77,29 @@ def turned(x: Tensor, config: ModelConfig, prefix: int) -> Tensor:
     return torch.cat([pairs.real, pairs.imag], 1)
 
 
+def normed(x: Tensor, norm: Any, config: ModelConfig, head: int) -> Tensor:
+    """[S, D] of queries or keys -> [S, K] of a head."""
+    own = slice(HEAD_DIM * head, HEAD_DIM * (head + 1))
+    if not config.qk_norm:
+        return x[:, own]
+    x = x if config.qk_norm_over == "width" else x[:, own]
+    centred = x if config.norm == "rmsnorm" else x - x.mean(1, keepdim=True)
+    y = centred / (centred.square().mean(1, keepdim=True) + config.norm_eps).sqrt() * norm.weight
+    y = y if norm.bias is None else y + norm.bias
+    return y[:, own] if config.qk_norm_over == "width" else y
+
+
+def relative(table: Tensor, rows: int, cols: int, side: int, prefix: int) -> Tensor:
+    """[P] of a head -> what is added to its scores: [S, S], of pairs that share a window; zero for others."""
+    high, wide = min(side, rows), min(side, cols)
+    added = torch.zeros(prefix + rows * cols, prefix + rows * cols, dtype=table.dtype)
+    for i, j in product(range(rows * cols), repeat=2):
+        down, right = i // cols - j // cols, i % cols - j % cols
+        if abs(down) < high and abs(right) < wide:
+            added[prefix + i, prefix + j] = table[(down + high - 1) * (2 * wide - 1) + right + wide - 1]
+    return added
+
+
 def explicit(attention: Any, qkv: Tensor, config: ModelConfig, kind: str, side: int, prefix: int) -> Tensor:
     """[B * S, 3 * D] -> [B * S, D], image by image and head by head."""
     rows, cols = config.sizes.image
@@ -83,17 +108,19 @@ def explicit(attention: Any, qkv: Tensor, config: ModelConfig, kind: str, side: 
     for image in qkv.split(len(sees)):
         heads = []
         for head in range(HEADS):
-            q, k, v = (image[:, WIDTH * i + HEAD_DIM * head :][:, :HEAD_DIM] for i in range(3))
-            if config.qk_norm:
-                q = F.layer_norm(q, (HEAD_DIM,), attention.q_norm.weight, None, 1e-6)
-                k = F.layer_norm(k, (HEAD_DIM,), attention.k_norm.weight, None, 1e-6)
+            q, k, v = image.split(WIDTH, 1)
+            q, k = normed(q, attention.q_norm, config, head), normed(k, attention.k_norm, config, head)
+            v = v[:, HEAD_DIM * head :][:, :HEAD_DIM]
             if config.position == "rope_2d":
                 q, k = turned(q, config, prefix), turned(k, config, prefix)
             if kind == "linear":
                 weights = (F.elu(q) + 1) @ (F.elu(k) + 1).t()
                 out = weights @ v / (weights.sum(1, keepdim=True) + 1e-6)
             else:
-                scores = torch.exp(q @ k.t() / math.sqrt(HEAD_DIM)) * sees
+                scores = q @ k.t() / math.sqrt(HEAD_DIM)
+                if config.relative_position:
+                    scores = scores + relative(attention.mixer.relative_position[head], rows, cols, side, prefix)
+                scores = torch.exp(scores) * sees
                 out = scores / scores.sum(1, keepdim=True) @ v
             if config.linear_conv:
                 patches = v[prefix:].t().unflatten(1, (rows, cols))
@@ -108,9 +135,18 @@ def explicit(attention: Any, qkv: Tensor, config: ModelConfig, kind: str, side: 
 SHAPES = [(4, 4, 2, 0), (4, 6, 2, 2), (5, 7, 3, 1), (3, 5, 4, 0), (3, 2, 4, 2)]  # rows, cols, side, prefix tokens
 
 
-@pytest.mark.parametrize("options", [{}, {"qk_norm": True, "position": "rope_2d", "rope_base": 9.0}], ids=str)
+WIDE: dict[str, Any] = {"qk_norm": True, "qk_norm_over": "width", "norm_eps": 0.5}
+RELATIVE: dict[str, Any] = {"relative_position": True, "qk_norm": True, "qk_norm_bias": True, "norm_eps": 0.1}
+OPTIONS: list[dict[str, Any]] = [
+    {}, {"qk_norm": True, "position": "rope_2d", "rope_base": 9.0}, WIDE | {"qk_norm_bias": True},
+    WIDE | {"norm": "rmsnorm"}, RELATIVE,
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "options"), [(k, o) for k in KINDS for o in OPTIONS if "window" in k or o is not RELATIVE], ids=str
+)
 def test_it_is_what_its_definition_says(kind: str, shape: tuple[int, int, int, int], options: dict[str, Any]) -> None:
     rows, cols, side, prefix = shape
     prefix = max(1, prefix) if kind == "global_tokens" else prefix
@@ -211,7 +247,9 @@ def _check_over_ranks(axis: Axis, kind: str, rows: int, cols: int, side: int, pr
     what = (kind, rows, cols, side, prefix, axis.size)
     prefix = max(1, prefix) if kind == "global_tokens" else prefix
     options = {"linear_conv": 3} if kind == "linear" else {}
-    config = config_of(kind, rows, cols, side, prefix, qk_norm=True, position="rope_2d", **options)
+    if "window" in kind:
+        options = RELATIVE
+    config = config_of(kind, rows, cols, side, prefix, **{"qk_norm": True, "position": "rope_2d"} | options)
     alone, shared = (Build(config=config, context=context) for context in (single_axis("context"), axis))
     t = shared.tokens
     count, start = config.sizes.tokens, sum(t.counts[: axis.index])
@@ -240,6 +278,49 @@ def _all_kinds(world: World) -> None:
     for kind in KINDS:
         for shape in ((4, 6, 2, 2), (5, 7, 3, 1), (3, 2, 4, 0)):  # the last has fewer groups than ranks
             _check_over_ranks(axis, kind, *shape)
+
+
+# -- over a tensor axis ------------------------------------------------------------------------------------------------
+
+
+def _check_over_tensor(axis: Axis, kind: str, options: dict[str, Any]) -> None:
+    config = config_of(kind, 5, 7, 3, 1, **options)
+    tp = TensorParallel(axis=axis)
+    alone, shared = (attention_of(build, kind) for build in (Build(config=config), Build(config=config, tp=tp)))
+    heads = TensorLayout(
+        shape=(3 * WIDTH,), dim=0, segments=(WIDTH,) * 3, units=(HEAD_DIM,) * 3, parts=axis.size, index=axis.index
+    )
+    of_v = replace(heads, shape=(WIDTH,), segments=(WIDTH,), units=(HEAD_DIM,))
+
+    def part(x: Tensor, layout: TensorLayout) -> Tensor:
+        return layout.local(x.detach().t()).t().contiguous()
+
+    qkv, weights = numbers(IMAGES * 36, 3 * WIDTH, seed=1).requires_grad_(), numbers(IMAGES * 36, WIDTH, seed=2)
+    own = part(qkv, heads).requires_grad_()
+    out, expected = shared(own), alone(qkv)
+    (out * part(weights, of_v)).sum().backward()
+    (expected * weights).sum().backward()
+    assert own.grad is not None and qkv.grad is not None
+    exact = {"rtol": 1e-9, "atol": 1e-9, "msg": lambda m: f"{kind} {options} {axis.size}: {m}"}
+    torch.testing.assert_close(out, part(expected, of_v), **exact)
+    torch.testing.assert_close(own.grad, part(qkv.grad, heads), **exact)
+    for ours, whole in zip(shared.parameters(), alone.parameters(), strict=True):
+        info = info_of(ours)
+        grad = comm.all_reduce(ours.grad.clone(), axis) if info.partial_over_tensor else ours.grad
+        torch.testing.assert_close(grad, info.layout.local(whole.grad), **exact)
+
+
+def _tensor_options(world: World) -> None:
+    axis = make_grid(GridShape(tensor=world.size), world).tensor
+    for options in (WIDE, WIDE | {"qk_norm_bias": True}, WIDE | {"norm": "rmsnorm"}):
+        _check_over_tensor(axis, "full", options)
+    _check_over_tensor(axis, "shifted_window", RELATIVE)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_over_tensor_ranks_it_is_as_on_one(ranks: int) -> None:
+    """Three heads: two and one on two ranks."""
+    run_ranks(ranks, _tensor_options)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

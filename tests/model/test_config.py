@@ -80,6 +80,8 @@ def test_which_biases(given: dict[str, Any], norm_bias: bool, qkv_bias: str) -> 
         replace(TINY, pool="cls", class_tokens=2, position="learned_1d", class_position=False, classifier_bias=False),
         replace(TINY, pool="cls_gap", num_classes=0, pre_norm=True, norm_after_pool=True, patch_bias=False),
         replace(TINY, pool="gap", class_tokens=1, position="none", gelu="quick"),
+        ModelConfig(preset="internvit_6b", qk_norm=False),
+        ModelConfig(preset="swin_t", relative_position=False),
     ],
     ids=str,
 )
@@ -229,6 +231,23 @@ def test_what_layers_of_kind_global_tokens_attend_to(given: dict[str, Any]) -> N
             r"model\.bias is False, but model\.norm_bias and model\.qkv_bias both say otherwise: .*",
         ),
         ({"bias": False, "norm_bias": True}, None),
+        (
+            {"qk_norm": True, "norm": "rmsnorm", "qk_norm_bias": True},
+            r"model\.qk_norm_bias is True, but model\.norm is rmsnorm, which has none: leave it out, or null",
+        ),
+        ({"qk_norm_over": "width"}, r"model\.qk_norm_over is width, but model\.qk_norm is False: .*, or set .*"),
+        ({"qk_norm_bias": True}, r"model\.qk_norm_bias is True, but model\.qk_norm is False: .* set model\.qk_norm"),
+        (
+            {"relative_position": True, "attention": "window, full"},
+            r"model\.relative_position is true, but layers of model\.attention are full, .*: "
+            r"use window and shifted_window alone, or set it to false",
+        ),
+        (
+            {"relative_position": True, "attention": "global_tokens, grid", "global_tokens": 1},
+            r"model\.relative_position is true, but layers of model\.attention are global_tokens, grid, .*",
+        ),
+        ({"relative_position": True}, r"model\.relative_position is true, but layers of .* are full, .*"),
+        ({"relative_position": True, "attention": "shifted_window"}, None),
         ({"depth": 1, "drop_path": 0.1}, r"model\.drop_path is 0\.1, but its rates grow from 0 .*: set it to 0"),
         (with_stage(0, window_size=4), r"model\.stages\[0\]\.window_size is 4, but none of its layers is window, .*"),
         (with_stage(1, grid_size=4), r"model\.stages\[1\]\.grid_size is 4, but none of its layers is grid: .*"),
@@ -286,7 +305,7 @@ def test_the_preset_of_a_pyramid(preset: str) -> None:
         ValueError, match=rf"^model\.preset {preset} is a pyramid: change model\.stages, not model\.wid"
     ):
         ModelConfig(preset=preset, width=8).resolve()
-    config = ModelConfig(preset=preset, stages=STAGES).resolve()
+    config = ModelConfig(preset=preset, stages=STAGES, attention="window").resolve()
     assert [stage.width for stage in config.sizes.stages] == [16, 24, 24]
     assert ModelConfig(preset="vit_b16", stages=STAGES).resolve().depth is None  # the stages win over its shape
 

@@ -107,7 +107,7 @@ def check(world: World, model: str, kernels: str = "auto", fp8: bool = False) ->
 @pytest.mark.parametrize("kernels", [pytest.param("native", marks=needs_cpu_module), "reference"])
 def test_all_that_is_kept_is_kept_in_a_region(model: str, kernels: str) -> None:
     seen = check(World(), model, kernels)
-    expected = ALL | ({"merge"} if model == "pyramid" else set())
+    expected = ALL | ({"merge"} if MODELS[model].stages else set())
     assert seen == expected - (set() if MODELS[model].qk_norm or MODELS[model].position == "rope_2d" else {"qk_norm"})
 
 

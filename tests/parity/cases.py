@@ -51,7 +51,14 @@ MODELS = {
     "heads": replace(
         _FAMILY, width=40, depth=3, num_heads=5, block="parallel", pool="cls", position="learned_1d", qk_norm=True,
         attention="linear, global_tokens, full", feature_map="focused", grid_size=None, registers=0,
-        global_tokens=1, qkv_bias="qv", norm_bias=False, norm_eps=1e-3,
+        global_tokens=1, qkv_bias="qv", norm_bias=False, norm_eps=1e-3, qk_norm_over="width",
+    ),
+    # windows larger than the last map, and three heads
+    "swin": replace(
+        _FAMILY, width=None, depth=None, num_heads=None, mlp_dim=None, grid_size=None, window_size=4, pool="gap",
+        attention="[window, shifted_window] * 2", relative_position=True, norm_eps=1e-5, qk_norm=True,
+        qk_norm_bias=True, position="rope_2d",  # else a bias of keys changes nothing
+        stages=(StageConfig(depth=2, width=24, num_heads=3), StageConfig(depth=2, width=48, num_heads=6)),
     ),
     "distilled": replace(
         _SMALL, block="sequential", position="learned_1d", pool="cls", class_tokens=2, class_position=False,
@@ -218,6 +225,7 @@ _FROZEN = {
         Case("pyramid", pipeline=2, data=2, micro_batches=4, zero=2, freeze=(*_FRONT, "merges.0", "blocks.2")),
         Case("sequential", tensor=2, pipeline=2, micro_batches=4, freeze=_MIDDLE),
         Case("heads", data=2, context=2, micro_batches=2, zero=1, freeze=_PARTS, ema=0.9),
+        Case("swin", data=2, context=2, micro_batches=2, zero=3, freeze=("*.relative_position",)),
         Case("parallel", pipeline=4, micro_batches=4, freeze=_FRONT),
     ],
 }  # fmt: skip
@@ -251,10 +259,14 @@ _FAMILY_LAYOUTS = {
     ],
     8: [(2, True, 2, 1, 2)],
 }  # fmt: skip
+_SWIN_LAYOUTS = {
+    2: [(2, True, 1, 1, 1), (1, False, 2, 1, 1), (1, False, 1, 1, 2)],
+    4: [(2, False, 1, 2, 1), (2, True, 1, 1, 2)],
+}
 
 
 def _family(ranks: int) -> Iterator[Case]:
-    for model, layout in product(FAMILY, _FAMILY_LAYOUTS[ranks]):
+    for model, layout in (*product(FAMILY, _FAMILY_LAYOUTS[ranks]), *product(("swin",), _SWIN_LAYOUTS.get(ranks, ()))):
         tensor, sequence_parallel, pipeline, data, context = layout
         if context <= 2 or model != "pyramid":
             yield Case(model, tensor, sequence_parallel, pipeline, data, context, micro_batches=max(pipeline, 2))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -103,6 +104,19 @@ class Site:
         tokens = range(self.prefix + self.grid[0] * self.grid[1])
         return torch.tensor([[self.sees(i, j) for j in tokens] for i in tokens])
 
+    def relative(self, table: Tensor) -> Tensor:
+        """Of [H, offsets], what is added to each pair of patches that may share a window: [H, S, S]."""
+        rows, columns = self.grid
+        high, wide = min(self.stage.window, rows), min(self.stage.window, columns)
+        entries = torch.full((rows, columns, rows, columns), table.shape[1])
+        for row, column, other_row, other_column in product(range(rows), range(columns), range(rows), range(columns)):
+            down, right = row - other_row, column - other_column
+            if abs(down) < high and abs(right) < wide:
+                entry = (down + high - 1) * (2 * wide - 1) + right + wide - 1
+                entries[row, column, other_row, other_column] = entry
+        by_pair = F.pad(table, (0, 1))[:, entries.flatten()].view(-1, rows * columns, rows * columns)
+        return F.pad(by_pair, (self.prefix, 0, self.prefix, 0))
+
 
 def under(w: Weights, prefix: str) -> Weights:
     """Those whose names begin so, without the beginning."""
@@ -155,9 +169,20 @@ def rotate(x: Tensor, site: Site, base: float) -> Tensor:
     return torch.cat([prefix, rotated], 2)
 
 
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def over_heads(w: Weights, prefix: str, x: Tensor, shape: Shape) -> Tensor:
+    """The norm of [B, H, S, K] over each head, or over all where its weight has as many entries."""
+    b, heads, s, k = x.shape
+    if len(w[f"{prefix}weight"]) == k:
+        return norm(w, prefix, x, shape)
+    return norm(w, prefix, x.transpose(1, 2).reshape(b, s, -1), shape).view(b, s, heads, k).transpose(1, 2)
+
+
+def softmax_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
     """[B, H, S, K] each."""
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+    scores = scores if bias is None else scores + bias
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
     weights = torch.exp(scores - scores.amax(-1, keepdim=True))
@@ -197,7 +222,7 @@ def self_attention(core: Weights, qkv: Tensor, shape: Shape, site: Site) -> Tens
     b, s, _ = qkv.shape
     q, k, v = (part.view(b, s, site.stage.heads, -1).transpose(1, 2) for part in qkv.chunk(3, -1))
     if "q_norm.weight" in core:
-        q, k = norm(core, "q_norm.", q, shape), norm(core, "k_norm.", k, shape)
+        q, k = (over_heads(core, f"{name}.", x, shape) for name, x in (("q_norm", q), ("k_norm", k)))
     if shape.position == "rope_2d":
         q, k = rotate(q, site, shape.rope_base), rotate(k, site, shape.rope_base)
     if site.kind == "linear":
@@ -205,7 +230,8 @@ def self_attention(core: Weights, qkv: Tensor, shape: Shape, site: Site) -> Tens
         if "mixer.conv_weight" in core:
             y = y + convolve(v, core["mixer.conv_weight"], core["mixer.conv_bias"], site)
     else:
-        y = softmax_attention(q, k, v, site.mask())
+        table = core.get("mixer.relative_position")
+        y = softmax_attention(q, k, v, site.mask(), site.relative(table) if table is not None else None)
     return y.transpose(1, 2).reshape(b, s, -1)
 
 

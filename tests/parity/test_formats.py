@@ -39,6 +39,7 @@ LAYOUTS = [
     Case("pyramid", pipeline=2, micro_batches=4),
     Case("kinds", context=2, micro_batches=2),
     Case("mixed", data=2, micro_batches=2, zero=3),
+    Case("swin", tensor=2, sequence_parallel=True, micro_batches=2),
     Case("parallel", tensor=2, sequence_parallel=True, data=2),
     Case("sequential", tensor=2, sequence_parallel=True, pipeline=2, micro_batches=4),
     Case("heads", data=2, context=2, micro_batches=2),
