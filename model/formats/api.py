@@ -13,7 +13,7 @@ import torch
 
 from model.formats.base import ConversionError
 from model.formats.positions import with_table
-from model.formats.registry import FORMATS, KINDS, VITRUVIUS, format_of
+from model.formats.registry import KINDS, VITRUVIUS, format_of, target
 from model.formats.sources import open_source
 from model.formats.weights import CheckpointWeights, ForeignWeights, StoredWeights, Weights, Which
 from model.formats.writing import jobs_as, jobs_as_ours, write_checkpoint, write_json, write_npz, write_shards
@@ -92,11 +92,13 @@ def save_weights(
     *,
     dtype: torch.dtype | None = None,
     leave_out: Sequence[str] = (),
+    scan: bool = False,
 ) -> None:
     """Write weights as a kind: a folder, or, of big_vision, a file. It is complete, or it is not there.
 
     Args:
         dtype: of the tensors (default: as they are). leave_out: patterns of carried tensors that may be dropped.
+        scan: of big_vision, stack the layers, as models that scan over them have them.
 
     Raises:
         ConversionError: the place is taken or cannot be written to, or the kind cannot express the model; then nothing
@@ -104,6 +106,8 @@ def save_weights(
     """
     if kind not in KINDS:
         raise ConversionError(f"kind {kind!r} is unknown: choose among {', '.join(KINDS)}")
+    if scan:
+        target(kind, scan=True)
     if os.path.lexists(path):
         raise ConversionError(f"{path} exists: give another place, or remove it")
     with _complete(path) as temporary:
@@ -111,10 +115,10 @@ def save_weights(
             temporary.mkdir()
             write_checkpoint(temporary, weights, jobs_as_ours(weights, dtype))
             return
-        form, weights = FORMATS[kind], with_table(weights)
+        form, weights = target(kind, scan=scan), with_table(weights)
         files, jobs = form.files(weights.description), jobs_as(form, weights, dtype, leave_out)
         if form.container == "npz":
-            write_npz(temporary, jobs)
+            write_npz(temporary, jobs, files)
             return
         temporary.mkdir()
         write_shards(temporary, jobs, form.container)

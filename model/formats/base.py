@@ -290,6 +290,27 @@ def rule(ours: str, *theirs: str, way: Way | None = None) -> Rule:
     return Rule(ours=ours, theirs=theirs, way=way or Same())
 
 
+def entry(stack: str, index: int) -> str:
+    """The name, in a rule, of one entry along the first dim of a tensor there: layers that are stacked (big_vision's
+    scan). So rules are the same where they are not."""
+    return f"{stack}#{index}"
+
+
+def place_of(name: str) -> tuple[str, int | None]:
+    """Of a name in a rule: the tensor there, and the entry of it; None for the whole."""
+    stack, _, index = name.partition("#")
+    return stack, int(index) if index else None
+
+
+def stacked(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Shapes of the tensors there, from those of the names in rules."""
+    found: dict[str, Shape] = {}
+    for name, shape in shapes.items():
+        stack, index = place_of(name)
+        found[stack] = shape if index is None else (max(index + 1, *found.get(stack, (0,))[:1]), *shape)
+    return found
+
+
 def expected(rules: Sequence[Rule], shapes: Mapping[str, Shape]) -> dict[str, Shape]:
     """Names and shapes of the other library's tensors, in the order of the rules.
 

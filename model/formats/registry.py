@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from model.formats.base import ConversionError
+from model.formats.big_vision import BigVision
 from model.formats.huggingface.vit import HfVit
 from model.formats.sources import Source
 from model.formats.weights import Format
 
 VITRUVIUS = "vitruvius"
-_ALL: tuple[Format, ...] = (HfVit(),)
+_ALL: tuple[Format, ...] = (HfVit(), BigVision())
 FORMATS: dict[str, Format] = {form.kind: form for form in _ALL}
 KINDS: tuple[str, ...] = (VITRUVIUS, *FORMATS)
 
@@ -34,3 +35,19 @@ def format_of(source: Source, kind: str = "auto") -> Format:
     raise ConversionError(
         f"{source.path} is of none of the kinds {', '.join(FORMATS)}: its tensors are called {shown or 'nothing'}"
     )
+
+
+def target(kind: str, *, scan: bool = False) -> Format:
+    """The format to write a kind in.
+
+    Args:
+        scan: with the layers stacked.
+
+    Raises:
+        ConversionError: the kind has no such form.
+    """
+    if not scan:
+        return FORMATS[kind]
+    if kind != BigVision.kind:
+        raise ConversionError(f"--scan stacks the layers of a {BigVision.kind} file: {kind} has no such form")
+    return BigVision(scan=True)

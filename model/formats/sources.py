@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import os
 import pickle
 import struct
@@ -79,6 +80,14 @@ def open_source(path: Path, config: Path | None = None) -> Source:
         return (_Torch if suffix in _TORCH else _Safetensors)(path, shards, files)
     except OSError as error:
         raise ConversionError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+class Without:
+    """A source as if some tensors were not in it."""
+
+    def __init__(self, source: Source, left_out: frozenset[str]) -> None:
+        self.path, self.shards, self.files, self.read = source.path, source.shards, source.files, source.read
+        self.tensors: Mapping[str, Entry] = {name: x for name, x in source.tensors.items() if name not in left_out}
 
 
 def fingerprint(source: Source) -> str:
@@ -238,10 +247,15 @@ class _Npz:
         self._places: dict[str, tuple[int, Shape, np.dtype[Any]]] = {}  # of the first byte; -1: compressed
         try:
             with zipfile.ZipFile(file) as archive:
+                self.files = {**files, **_comment(archive)}
                 for info in archive.infolist():
                     name = info.filename.removesuffix(".npy")
                     with archive.open(info) as member:
                         shape, dtype, length = _npy_header(member, f"{file}: {name}")
+                    if info.file_size != length + math.prod(shape) * dtype.itemsize:
+                        raise ConversionError(f"{file}: {name} has not as many bytes as its shape: fetch it again")
+                    if name in self._places:
+                        raise ConversionError(f"{file} has two arrays {name}")
                     stored = info.compress_type == zipfile.ZIP_STORED
                     self._places[name] = (self._start(info) + length if stored else -1, shape, dtype)
         except (zipfile.BadZipFile, EOFError, struct.error, NotImplementedError) as error:
@@ -271,6 +285,15 @@ class _Npz:
         except (ValueError, zipfile.BadZipFile) as error:
             raise ConversionError(f"{self._file}: {name} cannot be read ({error}): fetch it again") from error
         return _from_numpy(part)
+
+
+def _comment(archive: zipfile.ZipFile) -> Mapping[str, Any]:
+    """What this program wrote beside the tensors; another's comment says nothing to it."""
+    try:
+        values = json.loads(archive.comment)
+    except (ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def _npy_header(member: Any, what: str) -> tuple[Shape, np.dtype[Any], int]:

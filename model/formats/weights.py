@@ -12,8 +12,18 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig, StageConfig
-from model.formats.base import ConversionError, Description, Origin, Preprocessing, Rule, Shape, expected
-from model.formats.sources import Entry, Source, fingerprint
+from model.formats.base import (
+    ConversionError,
+    Description,
+    Origin,
+    Preprocessing,
+    Rule,
+    Shape,
+    expected,
+    place_of,
+    stacked,
+)
+from model.formats.sources import Entry, Source, Without, fingerprint
 from model.layers import logical_shapes
 from parallel.checkpoint.manifest import CheckpointError, Manifest, checksum
 from parallel.checkpoint.read import Reader, Target
@@ -114,26 +124,25 @@ class ForeignWeights:
     def __init__(
         self, source: Source, form: Format, *, given: Mapping[str, Any] | None = None, leave_out: Sequence[str] = ()
     ) -> None:
-        self._source = source
+        self.left_out: Sequence[str] = [name for name in source.tensors if matches(name, leave_out)]
+        self._source: Source = Without(source, frozenset(self.left_out))
+        source = self._source
         self.path, self.kind = source.path, form.kind
         self.description = form.describe(source, given or {})
         rules = form.rules(self.description)
         shapes = logical_shapes(self.description.model)
-        wanted = expected(rules, shapes)
-        others = [name for name in source.tensors if name not in wanted and not matches(name, leave_out)]
+        wanted = stacked(expected(rules, shapes))
+        others = [name for name in source.tensors if name not in wanted]
         self.carried: Mapping[str, Entry] = {name: source.tensors[name] for name in others if form.carries(name)}
         _check(source, form, wanted, [name for name in others if name not in self.carried])
         self._rules = {r.ours: r for r in rules if r.ours}
         self.tensors: Mapping[str, Entry] = {name: Entry(shape, self._dtype(name)) for name, shape in shapes.items()}
-        self.left_out: Sequence[str] = [
-            name for name in source.tensors if name not in wanted and name not in self.carried
-        ]
         for r in rules:
             if not r.ours:  # what our model has no place for must be what it is without
-                r.to_ours([source.read(there) for there in r.theirs])
+                r.to_ours([source.read(*place_of(there)) for there in r.theirs])
 
     def _dtype(self, name: str) -> torch.dtype:
-        dtypes = [self._source.tensors[there].dtype for there in self._rules[name].theirs]
+        dtypes = [self._source.tensors[place_of(there)[0]].dtype for there in self._rules[name].theirs]
         found = dtypes[0] if dtypes else self._usual_dtype()
         for dtype in dtypes[1:]:
             found = torch.promote_types(found, dtype)
@@ -145,7 +154,7 @@ class ForeignWeights:
     def read(self, name: str) -> Tensor:
         """As Weights."""
         found = self._rules[name]
-        values = found.to_ours([self._source.read(there) for there in found.theirs])
+        values = found.to_ours([self._source.read(*place_of(there)) for there in found.theirs])
         return values.to(self.tensors[name].dtype)
 
     def read_carried(self, name: str) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import os
 import struct
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.formats.base import ConversionError, expected
+from model.formats.base import ConversionError, expected, place_of
 from model.formats.weights import CARRIED, Format, Weights, about_of, matches
 from parallel.checkpoint.manifest import FILE, Manifest, StoredFile, StoredPiece, StoredTensor
 from parallel.checkpoint.place import write_text
@@ -82,7 +84,32 @@ def jobs_as(
     for name, entry in weights.carried.items() if back else ():
         kept = FileEntry(name, entry.shape, entry.dtype)
         jobs.append(Job((kept,), lambda name=name: [weights.read_carried(name)]))  # type: ignore[misc]
-    return _in_order([job for job in jobs if job.entries])
+    return _in_order(_stacks([job for job in jobs if job.entries]))
+
+
+def _stacks(jobs: Sequence[Job]) -> list[Job]:
+    """With the entries of a stack (`base.entry`) one after the other and of one dtype, each made alone: a tensor that
+    goes into several stacks is read once for each, so that no stack is in memory."""
+    out, stacks = [], dict[str, dict[int, tuple[Job, int]]]()
+    for job in jobs:
+        for k, e in enumerate(job.entries):
+            stack, index = place_of(e.key)
+            if index is not None:
+                stacks.setdefault(stack, {})[index] = (job, k)
+        if place_of(job.entries[0].key)[1] is None:
+            out.append(job)
+    for parts in stacks.values():
+        entries = [parts[i][0].entries[parts[i][1]] for i in range(len(parts))]
+        dtype = functools.reduce(torch.promote_types, [e.dtype for e in entries])
+        for i, e in enumerate(entries):
+            job, k = parts[i]
+            make = functools.partial(_made_alone, job, k, dtype)
+            out.append(Job((e._replace(dtype=dtype),), make))
+    return out
+
+
+def _made_alone(job: Job, k: int, dtype: torch.dtype) -> list[Tensor]:
+    return [job.make()[k].to(dtype)]
 
 
 def _usual_dtype(weights: Weights) -> torch.dtype:
@@ -164,14 +191,16 @@ def write_checkpoint(folder: Path, weights: Weights, jobs: Sequence[Job], most: 
     write_text(folder / FILE, manifest.to_json())
 
 
-def write_npz(path: Path, jobs: Sequence[Job]) -> None:
+def write_npz(path: Path, jobs: Sequence[Job], files: Mapping[str, Any] | None = None) -> None:
     """As a zip of .npy files, not compressed, so that they can be mapped; bf16 as JAX stores it, two bytes of no type.
 
-    A tensor may come in several parts, one after the other.
+    Args:
+        jobs: the entries of a stack in a row, each a job. files: what is to be known beside the tensors, as the
+            comment of the zip, which numpy does not look at.
     """
     parts = tensors_of(jobs)
     with zipfile.ZipFile(path, "x", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        for entry in _entries(jobs):
+        for entry in _whole(_entries(jobs)):
             with archive.open(f"{entry.key}.npy", "w", force_zip64=True) as member:
                 member.write(_npy_header(entry))
                 left = entry.bytes
@@ -180,8 +209,17 @@ def write_npz(path: Path, jobs: Sequence[Job]) -> None:
                     member.write(data.data)
                     left -= data.nbytes
                 assert left == 0, entry
+        if files:
+            archive.comment = json.dumps(files).encode()
     with path.open("rb+") as file:
         os.fsync(file.fileno())
+
+
+def _whole(entries: Sequence[FileEntry]) -> Iterator[FileEntry]:
+    for stack, group in itertools.groupby(entries, lambda e: place_of(e.key)[0]):
+        parts = list(group)
+        stands = parts[0].shape if place_of(parts[0].key)[1] is None else (len(parts), *parts[0].shape)
+        yield FileEntry(stack, stands, parts[0].dtype)
 
 
 def _npy_header(entry: FileEntry) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -24,4 +25,15 @@ Runner = Callable[[Path, Tensor], Outputs]
 """From the folder or file of a checkpoint, and images [B, C, H, W], prepared. Raises ImportError where the library is
 not installed."""
 
-RUNNERS: dict[str, Runner] = {}
+
+def _of(module: str) -> Runner:
+    """`run` of a module of this package, which is imported when it is called."""
+
+    def run(path: Path, images: Tensor) -> Outputs:
+        found: Outputs = importlib.import_module(f"{__name__}.{module}").run(path, images)
+        return found
+
+    return run
+
+
+RUNNERS: dict[str, Runner] = {"big_vision": _of("big_vision")}
