@@ -48,7 +48,6 @@ from model.formats.sources import Source
 
 _OTHER_TOWERS = re.compile(r"(params/|opt/target/)?(txt/.*|t|b)")
 _MOSTKEPT = 60_000  # bytes of a comment
-_FREE = ("image_size", "gelu", "norm_eps")  # keys that a file does not say
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,10 @@ class _Sines:
     def to_theirs(self, ours: Tensor) -> list[Tensor]:
         """As Way."""
         if not ours.is_meta and not torch.equal(ours, self.table().to(ours.dtype)):
-            raise ConversionError("positions came as big_vision's fixed sines, and were trained away from them")
+            raise ConversionError(
+                "the positions came as big_vision's fixed sines, for which a file has no place, and were trained away "
+                "from them: freeze embed.pos in training"
+            )
         return []
 
 
@@ -112,17 +114,20 @@ class BigVision:
         if cls and pooled:
             raise ConversionError(f"{source.path} has {p}cls and {p}MAPHead_0: this kind has one or the other")
         head = seen.of(f"{p}head/kernel", 2) if f"{p}head/kernel" in source.tensors else (0, 0)
-        keys: dict[str, Any] = {"gelu": "tanh"} | {k: given[k] for k in _FREE if k in given}
-        if cls and not class_position:
-            keys["class_position"] = False
         model = ModelConfig(
-            **keys
-            | {"image_size": image}
-            | {"patch_size": patch[0], "in_channels": patch[2], "width": patch[3], "depth": blocks[0]}
-            | {"num_heads": attention[-2], "mlp_dim": mlp[-1], "num_classes": head[1]},
+            image_size=image,
+            patch_size=patch[0],
+            in_channels=patch[2],
+            width=patch[3],
+            depth=blocks[0],
+            num_heads=attention[-2],
+            mlp_dim=mlp[-1],
             block="sequential",
+            gelu="tanh",
             position="learned_1d",
+            class_position=class_position if cls else None,
             pool="cls" if cls else "map" if pooled else "gap",
+            num_classes=head[1],
         ).resolve()
         return Description(
             model=model,
@@ -146,10 +151,9 @@ class BigVision:
         width, side = last.width, sizes.patch
         kernel = Permuted((side, side, sizes.channels, width), (3, 2, 0, 1), (width, sizes.patch_features))
         rules = [rule("embed.weight", f"{p}embedding/kernel", way=kernel), rule("embed.bias", f"{p}embedding/bias")]
-        tokens = last.rows * last.cols
+        tokens = sizes.class_rows + last.rows * last.cols
         if m.pool == "cls":
             rules.append(rule("embed.cls", f"{p}cls", way=Same((1, width), (1, 1, width))))
-            tokens += bool(getattr(m, "class_position", True))
         if layout.position:
             position = Same((tokens, width), (1, tokens, width))
             rules.append(rule("embed.pos", p + layout.position, way=position))

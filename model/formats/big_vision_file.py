@@ -97,7 +97,7 @@ def image_of(source: Source, layout: Layout, patch: int, given: Any) -> tuple[in
     if not layout.position:
         if size is None:
             raise ConversionError(f"{source.path} has no positions (they are sines), so no size: give model.image_size")
-        return size, True
+        return size, False
     count = Shapes(source).of(layout.prefix + layout.position, 3)[1]
     cls = f"{layout.prefix}cls" in source.tensors
     if size is not None:

@@ -128,7 +128,7 @@ class ForeignWeights:
         self._source: Source = Without(source, frozenset(self.left_out))
         source = self._source
         self.path, self.kind = source.path, form.kind
-        self.description = form.describe(source, given or {})
+        self.description = _described(source, form, given or {})
         rules = form.rules(self.description)
         shapes = logical_shapes(self.description.model)
         wanted = stacked(expected(rules, shapes))
@@ -175,6 +175,15 @@ class ForeignWeights:
 
     def close(self) -> None:
         """As Weights."""
+
+
+def _described(source: Source, form: Format, given: Mapping[str, Any]) -> Description:
+    try:
+        return form.describe(source, given)
+    except ConversionError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError) as error:  # its JSON, or its shapes, make no sense
+        raise ConversionError(f"{source.path} does not describe {form.title}: {error}") from error
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:

@@ -74,6 +74,8 @@ def jobs_as(
     jobs = []
     for rule in form.rules(weights.description):
         kind = dtype or (weights.tensors[rule.ours].dtype if rule.ours else _usual_dtype(weights))
+        if not rule.theirs:  # nothing is written of it, so it must be what the other library takes it for
+            rule.to_theirs(weights.read(rule.ours))
         shapes = expected([rule], {rule.ours: weights.tensors[rule.ours].shape} if rule.ours else {})
 
         def make(rule: Any = rule, kind: torch.dtype = kind) -> list[Tensor]:
