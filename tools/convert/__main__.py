@@ -65,7 +65,12 @@ def main(argv: Sequence[str]) -> int:
         print("\n".join(report.lines_of(weights)), flush=True)
         started, before = time.perf_counter(), peak_memory_bytes(torch.device("cpu"))
         save_weights(
-            weights, options.destination, options.to, dtype=_DTYPES.get(options.dtype), leave_out=options.leave_out
+            weights,
+            options.destination,
+            options.to,
+            dtype=_DTYPES.get(options.dtype),
+            leave_out=options.leave_out,
+            scan=options.scan,
         )
         done = report.Written(
             options.destination,
@@ -109,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
         help="tensors that may be dropped: 'text_model.*'",
     )
     parser.add_argument("--reshard", metavar="LAYOUT", help="instead: cut for 'tensor=2 pipeline=2 data=4 zero=3'")
+    parser.add_argument("--scan", action="store_true", help="to big_vision: layers stacked, for models that scan")
     parser.add_argument("--source_config", type=Path, metavar="FILE", help="config.json of SRC, if it is not beside it")
     parser.add_argument("--verify", action="store_true", help="run both models on photographs and compare, in fp32")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write figures to this file")
