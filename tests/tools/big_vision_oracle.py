@@ -6,8 +6,8 @@
     /tmp/jax/bin/python tests/tools/big_vision_oracle.py make /tmp/oracle /tmp/big_vision
     python tests/tools/big_vision_oracle.py compare /tmp/oracle
 
-`make` runs big_vision/models/vit.py with random parameters, saves them as its checkpoints are, and its logits; `compare`
-prints the largest difference to what this program makes of the same files.
+`make` runs big_vision/models/vit.py with random parameters, saves them as its checkpoints are, and its logits;
+`compare` prints the largest difference to what this program makes of the same files.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ MHA = "MultiHeadDotProductAttention"
 
 @dataclass(frozen=True, kw_only=True)
 class Form:
-    """A file of big_vision: its pool, the prefix of its names, layers stacked or not, named as vision_transformer does."""
+    """A file of big_vision: its pool, the prefix of its names, layers stacked or not, with the old names or not."""
 
     pool: str = "gap"
     prefix: str = "params/"
