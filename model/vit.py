@@ -228,8 +228,7 @@ class VisionTransformer(Layers):
     def _run(self, name: str, geometry: Layers, x: Tensor | None, batch: MicroBatch) -> Tensor:
         """One layer, as `geometry` has it, with our weights; in the format of its matrices, or of autocast."""
         own, layer = self.get_submodule(name), geometry.get_submodule(name)
-        matrix = next((w for w in own.parameters() if w.dim() == 2), x)  # a head may have none
-        assert matrix is not None
+        matrix = next(w for w in (*own.parameters(), *self.parameters()) if w.dim() == 2)  # a head may have none
         device, dtype = matrix.device.type, matrix.dtype
         narrows = (
             dtype == torch.float32 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

@@ -32,7 +32,8 @@ PYRAMID = ModelConfig(
         StageConfig(depth=1, width=16, num_heads=2, attention="full"),
     ),
 )  # fmt: skip
-MODELS = {"map": TINY, "classic": CLASSIC, "everything": EVERYTHING, "pyramid": PYRAMID}
+FEATURES = replace(TINY, pool="cls_gap", position="none", pre_norm=True, patch_bias=False, num_classes=0)
+MODELS = {"map": TINY, "classic": CLASSIC, "everything": EVERYTHING, "pyramid": PYRAMID, "features": FEATURES}
 every_model = pytest.mark.parametrize("name", MODELS)
 
 

@@ -13,6 +13,7 @@ from model import Build, Stage, VisionTransformer, build_layers
 from model.blocks import BLOCKS, DropPath, Mlp
 from model.embed import Embedding, sincos_table, unfold
 from tests.model.small import TINY, batch_of, real
+from tests.parity import plain_vit
 
 # -- the whole model ---------------------------------------------------------------------------------------------------
 
@@ -56,6 +57,49 @@ def test_shapes_with_everything_else_there_is(block: Any) -> None:
     assert config.sizes.tokens == tokens
     assert [layer.output for layer in model.specs] == [(tokens, 16)] * 7 + [(1, 5)]
     assert sum(layer.parameters for layer in model.specs) == sum(p.numel() for p in model.parameters())
+
+
+OUTER: dict[str, dict[str, Any]] = {
+    "CLIP": {
+        "pool": "cls", "position": "learned_1d", "pre_norm": True, "norm_after_pool": True, "gelu": "quick",
+        "patch_bias": False, "classifier_bias": False,
+    },
+    "DeiT": {"pool": "cls", "position": "learned_1d", "class_tokens": 2, "norm_after_pool": True, "registers": 1},
+    "no class position": {"pool": "cls", "position": "learned_1d", "class_tokens": 2, "class_position": False},
+    "features of two tokens": {"pool": "cls", "class_tokens": 2, "num_classes": 0},
+    "DINOv2": {"pool": "cls_gap", "registers": 2, "position": "learned_1d"},
+    "beside, normed after": {"pool": "cls_gap", "norm_after_pool": True, "norm": "rmsnorm", "position": "none"},
+    "gap beside a class token": {"pool": "gap", "class_tokens": 1, "num_classes": 0, "norm_after_pool": True},
+    "probe, then norm": {"pool": "map", "class_tokens": 1, "norm_after_pool": True, "patch_bias": False},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OUTER)
+def test_other_embeddings_and_heads(name: str) -> None:
+    """Against the plain ViT in float64, with all its weights drawn anew; then images of another size."""
+    config = replace(TINY, **OUTER[name]).resolve()
+    model = VisionTransformer(config, dynamic_image_size=True).double()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(torch.randn_like(weight) / 4)
+    shape = plain_vit.Shape(
+        patch=2, heads=4, depth=2, block="sequential", position=str(config.position), pool=str(config.pool),
+        gelu=str(config.gelu), norm=str(config.norm), norm_after_pool=bool(config.norm_after_pool), eps=1e-6,
+    )  # fmt: skip
+    images = torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    found = model(images)
+    weights = {key: weight.detach() for key, weight in model.named_parameters()}
+    torch.testing.assert_close(found, plain_vit.logits(weights, images, shape), rtol=1e-9, atol=1e-9)
+    assert found.shape == (3, config.num_classes or 16 * (1 + (config.pool == "cls_gap")))
+    found.square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())  # nothing is left out
+    assert [layer.output for layer in model.specs] == [(config.sizes.tokens, 16)] * 3 + [(1, found.shape[1])]
+    wide = replace(config, image_size=(8, 12)).resolve()
+    other = VisionTransformer(wide).double()
+    other.load(weights, config)
+    images = torch.randn(2, 3, 8, 12, dtype=torch.float64)
+    torch.testing.assert_close(model(images), other(images))
+    assert [tuple(x.shape) for x, _ in model.features(images)] == [(2, 16, 4, 6)]
 
 
 def test_images_that_do_not_fill_their_patches_are_padded_with_zeros() -> None:

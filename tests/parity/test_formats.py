@@ -44,8 +44,12 @@ LAYOUTS = [
     Case("sequential", tensor=2, sequence_parallel=True, pipeline=2, micro_batches=4),
     Case("heads", data=2, context=2, micro_batches=2),
 ]
+OUTER = [
+    Case("distilled", tensor=2, sequence_parallel=True, micro_batches=2, precision="fp8"),
+    Case("beside", context=2, micro_batches=2, zero=2, precision="bf16"),
+]
 FORMATS = ("bf16", "fp16", "fp8")
-ALL = [replace(case, precision=dtype) for dtype in FORMATS for case in LAYOUTS]
+ALL = [*(replace(case, precision=dtype) for dtype in FORMATS for case in LAYOUTS), *OUTER]
 E4M3, E5M2 = torch.finfo(torch.float8_e4m3fn).eps, torch.finfo(torch.float8_e5m2).eps
 
 

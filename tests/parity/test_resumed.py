@@ -44,6 +44,10 @@ PAIRS: list[Pair] = [
         Case("parallel", pipeline=2, data=2, micro_batches=4, placement=(0, 1, 0, 1), zero=3),
         Case("parallel", pipeline=4, micro_batches=4),
     ),
+    (
+        Case("distilled", tensor=2, sequence_parallel=True, pipeline=2, micro_batches=4),
+        Case("distilled", data=2, context=2, micro_batches=2, zero=3),
+    ),
     (ONE_MUON, replace(ONE_MUON, tensor=2, sequence_parallel=True, pipeline=2, micro_batches=4)),
     (replace(ONE_MUON, pipeline=2, data=2, micro_batches=4, zero=2), ONE_MUON),
     (

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from engine.assemble import Assembly, assemble, grid_of
 from engine.checkpoint.config import CheckpointConfig
+from engine.checkpoint.fit import Geometry, resized
 from engine.checkpoint.saver import Saver
 from engine.config import Config, OptimizerConfig, PrecisionConfig, TrainConfig
 from engine.errors import ConfigError
@@ -76,6 +77,10 @@ CASES = {
     ),
     "class token kept": Case("1d", {"image_size": (8, 12)}, ("embed.pos",)),
     "class token gone": Case("1d", {"pool": "gap"}, ("embed.pos",), left=("embed.cls",)),
+    "a distillation token": Case(
+        "1d", {"image_size": (8, 12), "class_tokens": 2}, ("embed.cls", "embed.pos"), new=("head.fc_distill.",)
+    ),
+    "class token without a position": Case("1d", {"class_position": False}, ("embed.pos",)),
     "as many positions, another grid": Case("1d", {"image_size": (4, 16)}, ("embed.pos",)),
     "other positions": Case("1d", {"position": "rope_2d"}, left=("embed.pos",)),
     "registers, channels, pooling": Case(
@@ -288,6 +293,25 @@ def test_class_token_that_was_not_there(folder: Path, tmp_path: Path) -> None:
     assert torch.equal(masters["embed.pos"][:1], initial["embed.pos"][:1])
     assert torch.equal(masters["embed.pos"][1:], a.store.local_values()["embed.pos"])
     assert [f.name for f in source.plan.fits if f.how == "new"] == ["embed.cls"]
+
+
+@pytest.mark.parametrize(("before", "now"), [(0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1), (2, 2)])
+def test_class_tokens_come_first(before: int, now: int) -> None:
+    """Those that both models have are taken, with their rows of the positions; those of the patches follow."""
+    model = small(position="learned_1d", pool="cls").resolve(1).model
+    one = Geometry.of(asdict(model))
+    source, target = (replace(one, class_tokens=n, class_rows=n) for n in (before, now))
+    patches = one.grid[0] * one.grid[1]
+    for name, rest in (("embed.cls", 0), ("embed.pos", patches)):
+        if not rest and not (before and now):
+            continue  # there is none on one side
+        stored = torch.randn(before + rest, 4)
+        whole = torch.full((now + rest, 4), torch.nan)
+        for box, values in resized(name, stored, source, target):
+            whole[box.offset[0] : box.offset[0] + box.shape[0]] = values
+        both = min(before, now)
+        assert torch.equal(whole[:both], stored[:both]) and whole[both:now].isnan().all()
+        assert torch.equal(whole[now:], stored[before:])
 
 
 @pytest.mark.parametrize(("source", "target"), [(3, 1), (1, 3), (1, 4), (3, 6)])

@@ -68,6 +68,7 @@ def test_resolving_fills_in_what_follows() -> None:
     assert config.resolve(1) == config
     sigmoid = small(train=TrainConfig(steps=1, loss="sigmoid")).resolve(1)
     assert sigmoid.model.head_bias == -10.0
+    assert small(classifier_bias=False).resolve(1).model.head_bias is None  # there is none to begin with
     decay = small(optimizer=OptimizerConfig(head_weight_decay=3.0)).resolve(1)
     assert decay.optimizer.head_weight_decay == 3.0
 
@@ -114,6 +115,7 @@ REFUSED = [
     (small(image_size=0), 1, ["model.image_size is 0", "at least 1"]),
     (small(drop_path=1.0), 1, ["model.drop_path is 1.0", "below 1"]),
     (small(registers=-1), 1, ["model.registers is -1", "0 or more"]),
+    (small(num_classes=0), 1, ["model.num_classes is 0", "no classifier", "supervised", "number of classes"]),
     (small(num_classes=1, num_heads=2, tensor=2), 2, ["model.num_classes 1", "tensor_parallel_size 2", "at most 1"]),
     (small(preset="vit_b61"), 1, ["model.preset 'vit_b61'", "unknown", "vit_b16"]),
     (Config(train=TrainConfig(steps=1)), 1, ["model.width is not set", "model.preset"]),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,10 @@ from torch import Tensor
 from data import DataConfig
 from engine.checkpoint import folder as folders
 from engine.checkpoint.config import CheckpointConfig
-from engine.config import Config, LogConfig, OptimizerConfig, PrecisionConfig, ScheduleConfig, TrainConfig
+from engine.config import Config, LogConfig, OptimizerConfig, PrecisionConfig, ScheduleConfig, TrainConfig, plain
 from engine.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, DivergedError, OutputError
 from engine.run.loop import Loop
+from engine.run.resume import changed_keys
 from engine.run.saving import Saving
 from engine.run.trainer import pretrain
 from parallel.checkpoint.read import Reader
@@ -331,6 +333,7 @@ OTHER_MODELS: list[tuple[dict[str, Any], str]] = [
     ({"num_classes": 7}, r"another model: head\.\S+: \[10\] in the checkpoint, \[7\] here"),
     ({"num_heads": 4}, r"another model: model\.num_heads 2 -> 4"),
     ({"gelu": "tanh"}, r"another model: model\.gelu erf -> tanh"),
+    ({"norm_after_pool": True}, r"another model: model\.norm_after_pool False -> True"),
     ({"optimizer": OptimizerConfig(name="lamb", ema_decay=0.9)}, r"optimizer adamw.*lamb"),
 ]
 
@@ -343,6 +346,17 @@ def test_what_is_of_another_model_or_optimizer_is_refused_and_nothing_touched(tm
             run(config_of(tmp_path, **changes))
         assert str(refused.value).count(" in the checkpoint, ") <= 10
     assert contents(tmp_path) == before
+
+
+def test_a_key_that_is_younger_than_the_checkpoint_has_its_usual_value_there() -> None:
+    config = small(pool="cls").resolve(1)
+    stored = plain(asdict(config))
+    for key in ("class_tokens", "norm_after_pool", "patch_bias", "qkv_bias", "norm_eps"):
+        del stored["model"][key]
+    manifest: Any = SimpleNamespace(config=stored)
+    assert changed_keys(config, manifest) == []
+    other = small(pool="cls", class_tokens=2, patch_bias=False).resolve(1)
+    assert changed_keys(other, manifest) == ["model.patch_bias True -> False", "model.class_tokens 1 -> 2"]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
