@@ -24,6 +24,7 @@ BENCHMARKS = {
     "step": "a training step of a configuration in a layout: time, communication, memory, utilisation",
     "peers": "the same step against plain eager PyTorch, DDP, FSDP2 and DeepSpeed",
     "checkpoint": "saving and loading a state against the disk's rate and torch.distributed.checkpoint",
+    "reshard": "a checkpoint cut for a layout: what that costs, and what loading gains",
     "convert": "weights converted between formats: rate against the disk's, and memory",
     "kernels": "each native kernel against torch, and against the memory limit",
 }

@@ -66,7 +66,7 @@ def main(argv: Sequence[str], world: World) -> None:
         if options.ranks:
             _show([row for ranks in options.ranks for row in _in_ranks(ranks, argv, Path(name))], options.json)
             return
-        sizes = [*_model_of(options.gigabytes), "--parallel.zero_stage", "1", "--train.global_batch_size", "8"]
+        sizes = [*model_of(options.gigabytes), "--parallel.zero_stage", "1", "--train.global_batch_size", "8"]
         with started(read_config([*sizes, *flags]), world) as bench:
             folder = Path(comm.gather_objects(name, bench.assembly.grid.world)[0])
             rows = measure(bench.assembly, folder, options.repeats, options.pause)
@@ -85,7 +85,7 @@ def _in_ranks(ranks: int, argv: Sequence[str], folder: Path) -> list[Row]:
     return rows
 
 
-def _model_of(gigabytes: float) -> list[str]:
+def model_of(gigabytes: float) -> list[str]:
     """Flags of a ViT of this size: its depth is what fits."""
     width = 1024 if gigabytes >= 1 else 256
     depth = max(1, round(gigabytes * 1e9 / _STATE_BYTES / (12 * width**2)))
