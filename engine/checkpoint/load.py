@@ -67,7 +67,11 @@ def open_to_load(config: CheckpointConfig, model: ModelConfig) -> StoredWeights:
     """
     assert config.load is not None
     given = {key: value for key in _UNSAID if (value := getattr(model, key, None)) is not None}
-    return stored_weights(Path(config.load), given=given, leave_out=("*",), which=config.load_weights)
+    path, which = Path(config.load), config.load_weights
+    try:  # as many positions may be of images of several ratios: if it can be the run's, it is
+        return stored_weights(path, given=given | {"image_size": model.image_size}, only_model=True, which=which)
+    except ConversionError:
+        return stored_weights(path, given=given, only_model=True, which=which)
 
 
 def plan_load(weights: StoredWeights, model: ModelConfig, layers: Sequence[LayerSpec], images: DataConfig) -> LoadPlan:

@@ -55,8 +55,13 @@ def stored_weights(
     given: Mapping[str, Any] | None = None,
     leave_out: Sequence[str] = (),
     which: Which = "weights",
+    only_model: bool = False,
 ) -> StoredWeights:
-    """As `open_weights`, to be closed by who asks for it."""
+    """As `open_weights`, to be closed by who asks for it.
+
+    Args:
+        only_model: whatever has no part in the model may be there, and is not carried.
+    """
     if kind not in ("auto", *KINDS):
         raise ConversionError(f"kind {kind!r} is unknown: choose among {', '.join(KINDS)}")
     if (folder := _checkpoint(path, kind)) is not None:
@@ -67,7 +72,7 @@ def stored_weights(
             "themselves"
         )
     source = open_source(path, config)
-    return ForeignWeights(source, format_of(source, kind), given=given, leave_out=leave_out)
+    return ForeignWeights(source, format_of(source, kind), given=given, leave_out=leave_out, only_model=only_model)
 
 
 def _checkpoint(path: Path, kind: str) -> Path | None:

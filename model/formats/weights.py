@@ -115,14 +115,20 @@ class ForeignWeights:
 
     Args:
         given: keys of the model for what the source does not say. leave_out: patterns of names there (`text_model.*`)
-            of what may be dropped.
+            of what may be dropped. only_model: whatever has no part in the model is dropped, nothing is carried.
 
     Raises:
         ConversionError: tensors are missing, surplus, or of other shapes: the first ten.
     """
 
     def __init__(
-        self, source: Source, form: Format, *, given: Mapping[str, Any] | None = None, leave_out: Sequence[str] = ()
+        self,
+        source: Source,
+        form: Format,
+        *,
+        given: Mapping[str, Any] | None = None,
+        leave_out: Sequence[str] = (),
+        only_model: bool = False,
     ) -> None:
         self.left_out: Sequence[str] = [name for name in source.tensors if matches(name, leave_out)]
         self._source: Source = Without(source, frozenset(self.left_out))
@@ -133,6 +139,8 @@ class ForeignWeights:
         shapes = logical_shapes(self.description.model)
         wanted = stacked(expected(rules, shapes))
         others = [name for name in source.tensors if name not in wanted]
+        if only_model:
+            self.left_out, others = [*self.left_out, *others], []
         self.carried: Mapping[str, Entry] = {name: source.tensors[name] for name in others if form.carries(name)}
         _check(source, form, wanted, [name for name in others if name not in self.carried])
         self._rules = {r.ours: r for r in rules if r.ours}

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,6 +17,7 @@ from torch import Tensor
 from engine.assemble import Assembly, assemble, grid_of
 from engine.checkpoint.config import CheckpointConfig
 from engine.checkpoint.fit import Geometry, resized
+from engine.checkpoint.load import open_to_load, plan_load
 from engine.checkpoint.saver import Saver
 from engine.config import Config, OptimizerConfig, PrecisionConfig, TrainConfig
 from engine.errors import ConfigError
@@ -341,6 +343,23 @@ def test_the_report_of_another_librarys_weights(folder: Path, alone: dict[str, A
     for name, value in alone["class token gone"].masters.items():
         if name != "embed.pos":
             assert torch.equal(found.masters[name], value), name
+
+
+def test_sizes_of_images_that_a_file_does_not_say(tmp_path: Path) -> None:
+    """Where it is not the run's, it is a square."""
+    wide = {"position": "learned_1d", "pool": "gap", "gelu": "tanh", "image_size": (4, 16), "patch_size": 2}
+    model = VisionTransformer(small(**wide).resolve(1).model, seed=5)
+    model.save_pretrained(tmp_path / "a.npz", "big_vision")
+    with np.load(tmp_path / "a.npz") as arrays:
+        np.savez(tmp_path / "b.npz", **arrays)  # without what the other has of it in its comment
+    found = []
+    for image_size in ((4, 16), (16, 4), 8, 32):
+        config = small(**wide | {"image_size": image_size}).resolve(1)
+        weights = open_to_load(CheckpointConfig(load=str(tmp_path / "b.npz")), config.model)
+        found.append(weights.description.model.image)
+        plan = plan_load(weights, config.model, Supervised.of(config).layers, config.data)
+        assert plan.of("resized").keys() == ({"embed.pos"} if image_size == 32 else set())
+    assert found == [(4, 16), (16, 4), (8, 8), (8, 8)]
 
 
 def test_files_of_one_length_are_told_apart(folder: Path, tmp_path: Path) -> None:
