@@ -43,7 +43,7 @@ from model.formats.big_vision_file import (
     layout_of,
     preprocessing_of,
 )
-from model.formats.expressible import ANY, check_expressible
+from model.formats.expressible import ANY, check_expressible, check_whole_patches
 from model.formats.sources import Source
 
 _OTHER_TOWERS = re.compile(r"(params/|opt/target/)?(txt/.*|t|b)")
@@ -146,6 +146,7 @@ class BigVision:
         """As Format."""
         m = description.model
         check_expressible(self.title, m, _allowed(m))
+        check_whole_patches(self.title, m)
         sizes, layout = m.sizes, self._layout_for(description)
         last, p = sizes.last, layout.prefix
         width, side = last.width, sizes.patch
@@ -219,7 +220,7 @@ class BigVision:
         if description.preprocessing not in (None, Preprocessing(squash=True)):
             assert description.preprocessing is not None
             kept["preprocessing"] = asdict(description.preprocessing)
-        if m.image[0] != m.image[1] or m.image[0] % m.sizes.patch:
+        if m.image[0] != m.image[1]:
             kept["image_size"] = list(m.image)
         labels = {"labels": list(description.labels)} if description.labels else {}
         if len(json.dumps(kept | labels)) < _MOSTKEPT:

@@ -36,3 +36,18 @@ def check_expressible(title: str, model: ModelConfig, allowed: Mapping[str, obje
         if value not in choices:
             shown = ", ".join(sorted(str(c).lower() if isinstance(c, bool) else str(c) for c in choices))
             raise ConversionError(f"model.{f.name} is {value}: {title} has no such models, only {shown}")
+
+
+def check_whole_patches(title: str, model: ModelConfig) -> None:
+    """Refuse images that do not fill their patches: ours are padded, those of convolutions cut.
+
+    Raises:
+        ConversionError: names the size, and the next smaller one.
+    """
+    patch = model.sizes.patch
+    if any(side % patch for side in model.image):
+        cut = [side // patch * patch for side in model.image]
+        raise ConversionError(
+            f"model.image_size {model.image_size} is no multiple of model.patch_size {patch}: {title} leaves out the "
+            f"rest, where this model pads it; its images would be {cut}"
+        )

@@ -5,11 +5,12 @@ from __future__ import annotations
 from model.formats.base import ConversionError
 from model.formats.big_vision import BigVision
 from model.formats.huggingface.vit import HfVit
+from model.formats.open_clip import OpenClip
 from model.formats.sources import Source
 from model.formats.weights import Format
 
 VITRUVIUS = "vitruvius"
-_ALL: tuple[Format, ...] = (HfVit(), BigVision())
+_ALL: tuple[Format, ...] = (HfVit(), OpenClip(), BigVision())
 FORMATS: dict[str, Format] = {form.kind: form for form in _ALL}
 KINDS: tuple[str, ...] = (VITRUVIUS, *FORMATS)
 

@@ -28,6 +28,7 @@ from parallel.sharding.boxes import whole_box
 
 SHARD_BYTES = 5_000_000_000  # of a file, of tensors
 _SHOWN = 10
+_ONE_FILE = ("open_clip_model",)  # which the other library looks for, and for no index
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def _entries(jobs: Iterable[Job]) -> list[FileEntry]:
 
 def write_shards(folder: Path, jobs: Sequence[Job], stem: str, most: int = SHARD_BYTES) -> None:
     """As safetensors: one file, or, where there is more than `most` bytes, several and an index."""
-    shards = _shards(jobs, most)
+    shards = [list(jobs)] if stem in _ONE_FILE else _shards(jobs, most)
     count = len(shards)
     names = [f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     if count == 1:

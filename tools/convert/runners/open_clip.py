@@ -1,0 +1,45 @@
+"""open_clip's own classes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from tools.convert.libraries import library
+from tools.convert.runners import Outputs
+
+
+def run(path: Path, images: Tensor) -> Outputs:
+    """Of a folder with `open_clip_config.json`: a whole model by its loader, a tower alone by the class of towers."""
+    folder = path if path.is_dir() else path.parent
+    library("open_clip")
+    tower = _whole(folder) if _has_text(folder) else _alone(folder)
+    tower.eval()
+    tower.output_tokens = False
+    with torch.no_grad():
+        logits = tower(images)
+        tower.proj = None
+        return Outputs(tower(images), logits)
+
+
+def _has_text(folder: Path) -> bool:
+    return "text_cfg" in json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
+
+
+def _whole(folder: Path) -> Any:
+    return library("open_clip.factory").create_model(f"local-dir:{folder}").visual
+
+
+def _alone(folder: Path) -> Any:
+    cfg = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
+    tower = library("open_clip.model")._build_vision_tower(
+        cfg["embed_dim"], cfg["vision_cfg"], cfg.get("quick_gelu", False)
+    )
+    with safe_open(folder / "open_clip_model.safetensors", framework="pt") as file:
+        tower.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()})  # noqa: SIM118
+    return tower
