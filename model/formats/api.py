@@ -16,7 +16,15 @@ from model.formats.positions import with_table
 from model.formats.registry import KINDS, VITRUVIUS, format_of, target
 from model.formats.sources import open_source
 from model.formats.weights import CheckpointWeights, ForeignWeights, StoredWeights, Weights, Which
-from model.formats.writing import jobs_as, jobs_as_ours, write_checkpoint, write_json, write_npz, write_shards
+from model.formats.writing import (
+    jobs_as,
+    jobs_as_ours,
+    most_bytes,
+    write_checkpoint,
+    write_json,
+    write_npz,
+    write_shards,
+)
 from parallel.checkpoint.manifest import FILE, CheckpointError, NoCheckpointError
 from parallel.checkpoint.place import newest, sync
 
@@ -126,7 +134,7 @@ def save_weights(
             write_npz(temporary, jobs, files)
             return
         temporary.mkdir()
-        write_shards(temporary, jobs, form.container)
+        write_shards(temporary, jobs, form.container, most_bytes(kind))
         for name, values in files.items():
             write_json(temporary / name, values)
 

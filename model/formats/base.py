@@ -197,6 +197,40 @@ class Chosen:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """One tensor, of which ours has some ranges along a dim; on the way back the others are zeros.
+
+    Attributes:
+        ranges: (first, stop) of what is kept. length: there. theirs, ours: shapes, as in `Same`; `dim` is of theirs.
+    """
+
+    ranges: tuple[tuple[int, int], ...]
+    length: int
+    dim: int = 0
+    ours: Shape | None = None
+    theirs: Shape | None = None
+
+    def to_ours(self, theirs: Sequence[Tensor]) -> Tensor:
+        """As Way."""
+        (x,) = theirs
+        kept = torch.cat([x.narrow(self.dim, a, b - a) for a, b in self.ranges], self.dim)
+        return kept if self.ours is None else kept.reshape(self.ours)
+
+    def to_theirs(self, ours: Tensor) -> list[Tensor]:
+        """As Way."""
+        shape = list(self.theirs or ours.shape)
+        shape[self.dim] = self.length
+        whole, done = ours.new_zeros(shape), 0
+        sides = list(shape)
+        sides[self.dim] = sum(b - a for a, b in self.ranges)
+        kept = ours.reshape(sides)
+        for a, b in self.ranges:
+            whole.narrow(self.dim, a, b - a).copy_(kept.narrow(self.dim, done, b - a))
+            done += b - a
+        return [whole]
+
+
+@dataclass(frozen=True)
 class Sum:
     """Ours is the sum of several of equal shape there (two biases that are added to the same output); on the way back
     the first has all of it, the others are zero."""
@@ -262,11 +296,18 @@ class Rule:
 
     Attributes:
         ours: its name, empty with the way `Void`. theirs: names there. way: between them.
+        reads: names there that another rule writes, of which ours is made too: the way has them after `theirs`.
     """
 
     ours: str
     theirs: tuple[str, ...]
     way: Way = field(default_factory=Same)
+    reads: tuple[str, ...] = ()
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """All tensors there that ours is made of."""
+        return self.theirs + self.reads
 
     def to_ours(self, theirs: Sequence[Tensor]) -> Tensor:
         """Raises ConversionError, which names the tensor."""

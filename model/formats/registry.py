@@ -7,10 +7,11 @@ from model.formats.big_vision import BigVision
 from model.formats.huggingface.vit import HfVit
 from model.formats.open_clip import OpenClip
 from model.formats.sources import Source
+from model.formats.timm.format import Timm
 from model.formats.weights import Format
 
 VITRUVIUS = "vitruvius"
-_ALL: tuple[Format, ...] = (HfVit(), OpenClip(), BigVision())
+_ALL: tuple[Format, ...] = (HfVit(), Timm(), OpenClip(), BigVision())
 FORMATS: dict[str, Format] = {form.kind: form for form in _ALL}
 KINDS: tuple[str, ...] = (VITRUVIUS, *FORMATS)
 

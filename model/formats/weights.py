@@ -31,6 +31,7 @@ from parallel.checkpoint.read import Reader, Target
 Which = Literal["weights", "average"]
 CARRIED = "carried/"  # begins the names of tensors in a checkpoint that are kept for the way back
 _SHOWN = 10
+_DERIVED = (".relative_position_index", ".attn_mask")  # buffers that older files hold, made of sizes alone
 
 
 class Format(Protocol):
@@ -130,7 +131,9 @@ class ForeignWeights:
         leave_out: Sequence[str] = (),
         only_model: bool = False,
     ) -> None:
-        self.left_out: Sequence[str] = [name for name in source.tensors if matches(name, leave_out)]
+        self.left_out: Sequence[str] = [
+            name for name in source.tensors if matches(name, leave_out) or name.endswith(_DERIVED)
+        ]
         self._source: Source = Without(source, frozenset(self.left_out))
         source = self._source
         self.path, self.kind = source.path, form.kind
@@ -162,7 +165,7 @@ class ForeignWeights:
     def read(self, name: str) -> Tensor:
         """As Weights."""
         found = self._rules[name]
-        values = found.to_ours([self._source.read(*place_of(there)) for there in found.theirs])
+        values = found.to_ours([self._source.read(*place_of(there)) for there in found.sources])
         return values.to(self.tensors[name].dtype)
 
     def read_carried(self, name: str) -> Tensor:

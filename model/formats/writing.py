@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import struct
+import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,8 +28,8 @@ from parallel.checkpoint.write import FileEntry, as_bytes, write_tensors
 from parallel.sharding.boxes import whole_box
 
 SHARD_BYTES = 5_000_000_000  # of a file, of tensors
+_ONE_FILE = {"timm", "open_clip"}  # libraries that read no shards
 _SHOWN = 10
-_ONE_FILE = ("open_clip_model",)  # which the other library looks for, and for no index
 
 
 @dataclass(frozen=True)
@@ -153,9 +154,14 @@ def _entries(jobs: Iterable[Job]) -> list[FileEntry]:
     return [entry for job in jobs for entry in job.entries]
 
 
+def most_bytes(kind: str) -> int:
+    """Of a file of a kind: those of libraries that read no shards are as large as the model."""
+    return sys.maxsize if kind in _ONE_FILE else SHARD_BYTES
+
+
 def write_shards(folder: Path, jobs: Sequence[Job], stem: str, most: int = SHARD_BYTES) -> None:
     """As safetensors: one file, or, where there is more than `most` bytes, several and an index."""
-    shards = [list(jobs)] if stem in _ONE_FILE else _shards(jobs, most)
+    shards = _shards(jobs, most)
     count = len(shards)
     names = [f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     if count == 1:

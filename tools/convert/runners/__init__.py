@@ -36,4 +36,4 @@ def _of(module: str) -> Runner:
     return run
 
 
-RUNNERS: dict[str, Runner] = {name: _of(name) for name in ("open_clip", "big_vision")}
+RUNNERS: dict[str, Runner] = {name: _of(name) for name in ("timm", "open_clip", "big_vision")}
