@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,13 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+
+
+class Entry(NamedTuple):
+    """A tensor of a source."""
+
+    shape: Shape
+    dtype: torch.dtype
 
 
 class ConversionError(ValueError):

@@ -6,23 +6,19 @@ refuses all but tensors. Only one tensor is in memory at a time.
 
 from __future__ import annotations
 
-import ast
 import json
-import math
 import os
-import pickle
-import struct
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from model.formats.base import ConversionError, Shape
+from model.formats.base import ConversionError, Entry
+from model.formats.npz import Npz
+from model.formats.torch_files import TorchFiles
 from parallel.checkpoint.manifest import checksum
 
 _DTYPES = {
@@ -32,13 +28,6 @@ _DTYPES = {
 _TORCH = (".bin", ".pt", ".pth")
 _SAMPLES, _SAMPLE = 64, 4096  # places in a file and bytes at each, that tell files of one length apart
 _NAMES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
-
-
-class Entry(NamedTuple):
-    """A tensor of a source."""
-
-    shape: Shape
-    dtype: torch.dtype
 
 
 class Source(Protocol):
@@ -76,8 +65,8 @@ def open_source(path: Path, config: Path | None = None) -> Source:
         shards = _shards(path)
         suffix = next(iter(shards)).suffix
         if suffix == ".npz":
-            return _Npz(path, next(iter(shards)), files)
-        return (_Torch if suffix in _TORCH else _Safetensors)(path, shards, files)
+            return Npz(path, next(iter(shards)), files)
+        return (TorchFiles if suffix in _TORCH else _Safetensors)(path, shards, files)
     except OSError as error:
         raise ConversionError(f"{path} cannot be read: {error.strerror or error}") from error
 
@@ -196,133 +185,3 @@ class _Safetensors:
                 return file.get_tensor(name).clone() if index is None else file.get_slice(name)[index].clone()
         except SafetensorError as error:
             raise ConversionError(f"{self._shard[name]}: {name} cannot be read ({error})") from error
-
-
-# -- files of PyTorch --------------------------------------------------------------------------------------------------
-
-
-class _Torch:
-    def __init__(self, path: Path, shards: Sequence[Path], files: Mapping[str, Any]) -> None:
-        self.path, self.files, self.shards = path, files, shards
-        self._values: dict[str, Tensor] = {}
-        for shard in shards:
-            self._values |= _state_dict(shard)
-        self.tensors: Mapping[str, Entry] = {n: Entry(tuple(x.shape), x.dtype) for n, x in self._values.items()}
-
-    def read(self, name: str, index: int | None = None) -> Tensor:
-        """As Source."""
-        x = self._values[name]
-        return (x if index is None else x[index]).clone()
-
-
-def _state_dict(path: Path) -> dict[str, Tensor]:
-    mapped = zipfile.is_zipfile(path)  # the format since torch 1.6, which needs not be in memory
-    try:
-        values = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
-        raise ConversionError(
-            f"{path} is a pickle with more than tensors in it, which could run any code when it is loaded: it is not. "
-            "Where you trust it, load it with the program that wrote it, and save model.state_dict() with "
-            f"safetensors.torch.save_file ({str(error).splitlines()[0]:.200})"
-        ) from error
-    except (RuntimeError, EOFError, ValueError, struct.error, KeyError) as error:
-        raise ConversionError(f"{path} is no whole file of torch.save ({error}): fetch it again") from error
-    for wrapper in ("state_dict_ema", "model_ema", "state_dict", "model", "module"):
-        if isinstance(values, Mapping) and isinstance(values.get(wrapper), Mapping):
-            values = values[wrapper]
-    if not isinstance(values, Mapping):
-        raise ConversionError(f"{path} has no tensors by name, but one {type(values).__name__}")
-    return {str(k).removeprefix("module."): v for k, v in values.items() if isinstance(v, Tensor)}
-
-
-# -- npz ---------------------------------------------------------------------------------------------------------------
-
-
-class _Npz:
-    """A zip of .npy files: those that are not compressed are mapped, the others read."""
-
-    def __init__(self, path: Path, file: Path, files: Mapping[str, Any]) -> None:
-        self.path, self.files, self._file = path, files, file
-        self.shards: Sequence[Path] = [file]
-        self._places: dict[str, tuple[int, Shape, np.dtype[Any]]] = {}  # of the first byte; -1: compressed
-        try:
-            with zipfile.ZipFile(file) as archive:
-                self.files = {**files, **_comment(archive)}
-                for info in archive.infolist():
-                    name = info.filename.removesuffix(".npy")
-                    with archive.open(info) as member:
-                        shape, dtype, length = _npy_header(member, f"{file}: {name}")
-                    if info.file_size != length + math.prod(shape) * dtype.itemsize:
-                        raise ConversionError(f"{file}: {name} has not as many bytes as its shape: fetch it again")
-                    if name in self._places:
-                        raise ConversionError(f"{file} has two arrays {name}")
-                    stored = info.compress_type == zipfile.ZIP_STORED
-                    self._places[name] = (self._start(info) + length if stored else -1, shape, dtype)
-        except (zipfile.BadZipFile, EOFError, struct.error, NotImplementedError) as error:
-            raise ConversionError(f"{file} is no whole npz file ({error}): fetch it again") from error
-        self.tensors: Mapping[str, Entry] = {
-            name: Entry(shape, _torch_dtype(dtype)) for name, (_, shape, dtype) in self._places.items()
-        }
-
-    def _start(self, info: zipfile.ZipInfo) -> int:
-        with self._file.open("rb") as raw:
-            raw.seek(info.header_offset + 26)
-            names, extra = struct.unpack("<HH", raw.read(4))
-        return int(info.header_offset) + 30 + int(names) + int(extra)
-
-    def read(self, name: str, index: int | None = None) -> Tensor:
-        """As Source."""
-        start, shape, dtype = self._places[name]
-        try:
-            if start < 0:
-                with np.load(self._file, allow_pickle=False) as archive:
-                    values = archive[name]
-            else:
-                values = np.memmap(self._file, dtype, "r", start, shape) if shape else np.fromfile(
-                    self._file, dtype, 1, offset=start
-                ).reshape(())  # fmt: skip
-            part = np.array(values if index is None else values[index])
-        except (ValueError, zipfile.BadZipFile) as error:
-            raise ConversionError(f"{self._file}: {name} cannot be read ({error}): fetch it again") from error
-        return _from_numpy(part)
-
-
-def _comment(archive: zipfile.ZipFile) -> Mapping[str, Any]:
-    """What this program wrote beside the tensors; another's comment says nothing to it."""
-    try:
-        values = json.loads(archive.comment)
-    except (ValueError, RecursionError):
-        return {}
-    return values if isinstance(values, dict) else {}
-
-
-def _npy_header(member: Any, what: str) -> tuple[Shape, np.dtype[Any], int]:
-    """(shape, dtype, bytes of the header) of a .npy file. Raises ConversionError for objects, which are pickles."""
-    magic = member.read(8)
-    if magic[:6] != b"\x93NUMPY":
-        raise ConversionError(f"{what} is no array")
-    size = 2 if magic[6] == 1 else 4
-    length = int.from_bytes(member.read(size), "little")
-    try:
-        header = ast.literal_eval(member.read(length).decode("latin1"))
-        dtype, shape, fortran = np.dtype(header["descr"]), tuple(header["shape"]), header["fortran_order"]
-    except (ValueError, SyntaxError, KeyError, TypeError) as error:
-        raise ConversionError(f"{what} is no array ({error})") from error
-    if dtype.hasobject:
-        raise ConversionError(f"{what} is an array of objects, a pickle, which could run any code when it is loaded")
-    if fortran:
-        raise ConversionError(f"{what} is stored column by column: save it again with numpy.ascontiguousarray")
-    return shape, dtype, 8 + size + length
-
-
-def _torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:
-    return _from_numpy(np.empty(0, dtype)).dtype
-
-
-def _from_numpy(values: np.ndarray[Any, Any]) -> Tensor:
-    if values.dtype.kind == "V" and values.dtype.itemsize == 2:  # JAX's bfloat16, which numpy does not know
-        return torch.from_numpy(np.ascontiguousarray(values).view(np.int16)).view(torch.bfloat16)
-    try:
-        return torch.from_numpy(np.ascontiguousarray(values).reshape(values.shape))
-    except TypeError as error:
-        raise ConversionError(f"an array is of {values.dtype}, which torch has no name for") from error
