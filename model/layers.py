@@ -96,8 +96,8 @@ def _measure(layers: Sequence[LayerSpec], config: ModelConfig) -> list[LayerSpec
     for spec in layers:
         kind = (getattr(spec.factory, "func", spec.factory), getattr(spec.factory, "args", ())[2:], spec.stage)
         if kind not in known:
-            layer = spec.factory(Build(config=config, stage=spec.stage))
-            with FlopCounterMode(display=False) as counter, torch.no_grad():
+            with torch.inference_mode(False), FlopCounterMode(display=False) as counter, torch.no_grad():
+                layer = spec.factory(Build(config=config, stage=spec.stage))
                 y = layer(x, batch)
             known[kind] = (counter.get_total_flops(), sum(p.numel() for p in layer.parameters()), y)
         flops, parameters, x = known[kind]

@@ -298,3 +298,9 @@ def test_layer_scale(block: Any) -> None:
         for p in other.attn.proj.parameters():
             nn.init.zeros_(p)
     torch.testing.assert_close(ours, (other(x, batch_of([0, 1])) - x) * factors, atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_is_made_where_nothing_is_to_be_learned() -> None:
+    with torch.inference_mode():
+        made = VisionTransformer(TINY)(torch.zeros(1, 3, 8, 8))
+    assert torch.equal(made, VisionTransformer(TINY)(torch.zeros(1, 3, 8, 8)))

@@ -101,6 +101,7 @@ def saved(model: Any, folder: Path, *, safe: bool = True) -> None:
     importlib.import_module("timm.models").save_for_hf(model, folder, safe_serialization=safe)
 
 
+@torch.no_grad()
 def checked(folder: Path, summed: Sequence[str] = ()) -> Weights:
     """What timm has saved in `theirs`: read, compared with timm's own outputs, taken into a checkpoint of this program
     and back, and, without what is known of where it came from, to timm once more.
