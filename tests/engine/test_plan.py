@@ -35,6 +35,15 @@ MODELS: dict[str, dict[str, Any]] = {
     "shifted windows, masked": {"attention": "shifted_window", "window_size": 4},
     "global tokens": {"attention": "global_tokens", "window_size": 4, "global_tokens": 2},
     "linear": {"attention": "linear"},
+    "two class tokens, outer norms, quick": {
+        "block": "sequential",
+        "pool": "cls",
+        "class_tokens": 2,
+        "pre_norm": True,
+        "norm_after_pool": True,
+        "gelu": "quick",
+        "patch_bias": False,
+    },
     "gated": {"mlp": "swiglu", "norm": "rmsnorm", "block": "sequential"},
 }
 
