@@ -1,19 +1,22 @@
 """A trained model at another image size, aspect ratio or patch size: its position tables and patch kernel, resized.
 
-Run once when weights are loaded. Only the embedding depends on these sizes; rope_2d and sincos_2d compute their
-positions and have nothing to resize.
+Run once when weights are loaded. The embedding depends on these sizes, and relative positions on the windows, which are
+no larger than the map; rope_2d and sincos_2d compute their positions and have nothing to resize.
 
 Legend: D width, C channels, P patch side, g a grid side in patches; a prime marks the size after.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+_RELATIVE = re.compile(r"blocks\.(\d+)\..*\brelative_position")
 
 ResizeMode = Literal["bicubic", "bilinear"]
 
@@ -107,6 +110,25 @@ def resize_patch_kernel(weight: Tensor, channels: int, source: int, target: int)
     return kernel.flatten(1).to(weight.dtype)
 
 
+def resize_relative(table: Tensor, source: tuple[int, int], target: tuple[int, int]) -> Tensor:
+    """A table of relative positions for windows of another size, bicubic over its offsets as in Swin's own loader (timm
+    stretches the outer offsets more than the inner ones), with anti-aliasing.
+
+    Args:
+        table: [H, (2a - 1) * (2b - 1)]. source: (a, b), the window as trained. target: (a', b'), that wanted.
+
+    Returns:
+        [H, (2a' - 1) * (2b' - 1)]; `table` itself where `source == target`.
+
+    Raises:
+        ValueError: `table` is not of size `source`.
+    """
+    if source == target:
+        return table
+    sides = [(2 * high - 1, 2 * wide - 1) for high, wide in (source, target)]
+    return resize_grid(table.T, sides[0], sides[1]).T.contiguous()
+
+
 def can_resize_channels(source: int, target: int) -> bool:
     """Whether `resize_channels` knows how."""
     return source == target or target == 1 or source in (1, 3)
@@ -146,6 +168,8 @@ def resize_weights(
     source_patch: int,
     target_patch: int,
     class_rows: int,
+    source_windows: Sequence[tuple[int, int]] = (),
+    target_windows: Sequence[tuple[int, int]] = (),
     mode: ResizeMode = "bicubic",
 ) -> dict[str, Tensor]:
     """Weights of a model of one geometry, for a model of another.
@@ -159,10 +183,12 @@ def resize_weights(
         source_patch: side of a patch as trained, in pixels.
         target_patch: the side wanted.
         class_rows: how many of the first rows of `embed.pos` belong to class tokens; they are kept as they are.
-        mode: how positions are interpolated, "bicubic" or "bilinear".
+        source_windows, target_windows: of each block, for tables of relative positions.
+        mode: how positions of the embedding are interpolated, "bicubic" or "bilinear".
 
     Returns:
-        The same names; `embed.weight` and the tables of `position` resized, every other tensor the very same object.
+        The same names; `embed.weight`, the tables of `position` and of relative positions resized, every other tensor
+        the very same object.
 
     Raises:
         ValueError: a tensor does not have the size that the source geometry gives it, or one of the arguments is out
@@ -182,7 +208,16 @@ def resize_weights(
             if (line := weights.get(name)) is not None:
                 _check_positions(name, line, (source_grid[axis],))
                 out[name] = resize_line(line, target_grid[axis], mode)
+    for name, table in weights.items():
+        if (number := block_of_relative(name)) is not None and target_windows:
+            out[name] = resize_relative(table, source_windows[number], target_windows[number])
     return out
+
+
+def block_of_relative(name: str) -> int | None:
+    """The block whose table of relative positions this is."""
+    found = _RELATIVE.fullmatch(name)
+    return int(found[1]) if found else None
 
 
 def _precise(x: Tensor) -> torch.dtype:

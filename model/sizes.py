@@ -102,6 +102,11 @@ class Sizes:
         return self.prefix + self.stages[stage].rows * self.stages[stage].cols
 
     @property
+    def windows(self) -> tuple[tuple[int, int], ...]:
+        """Rows and columns of a window, of each block."""
+        return tuple(stage.window_sides for stage in self.stages for _ in range(stage.depth))
+
+    @property
     def fewest_heads(self) -> int:
         """Of the narrowest stage: the most tensor-parallel ranks that attention can be split over."""
         return min(stage.heads for stage in self.stages)

@@ -260,4 +260,6 @@ def _resized(weights: Mapping[str, Tensor], source: ModelConfig, target: ModelCo
         source_patch=before.patch,
         target_patch=now.patch,
         class_rows=before.class_rows,
+        source_windows=before.windows,
+        target_windows=now.windows,
     )

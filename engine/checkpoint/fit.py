@@ -9,13 +9,13 @@ Legend: D width, C channels, P patch side.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor
 
-from model.resize import can_resize_channels, resize_channels, resize_weights
+from model.resize import block_of_relative, can_resize_channels, resize_channels, resize_relative, resize_weights
 from model.sizes import class_rows, class_tokens_of
 from parallel.checkpoint.manifest import shapes_apart
 from parallel.sharding.boxes import Box
@@ -31,7 +31,7 @@ class Geometry:
 
     Attributes:
         grid: rows and columns of patches. class_rows: of embed.pos, those of class tokens. depths: blocks of each
-            stage.
+            stage. windows: rows and columns of a window, of each stage.
     """
 
     grid: tuple[int, int]
@@ -41,6 +41,7 @@ class Geometry:
     class_tokens: int
     class_rows: int
     depths: tuple[int, ...]
+    windows: tuple[tuple[int, int], ...]
 
     @staticmethod
     def of(model: Mapping[str, Any]) -> Geometry:
@@ -49,19 +50,29 @@ class Geometry:
         side, patch, stages = model["image_size"], model["patch_size"], model["stages"]
         rows, cols = (side, side) if isinstance(side, int) else side
         tokens = model.get("class_tokens", class_tokens_of(model["pool"]))
+        grid = (-(-rows // patch), -(-cols // patch))
         return Geometry(
-            grid=(-(-rows // patch), -(-cols // patch)),
+            grid=grid,
             patch=patch,
             channels=model["in_channels"],
             position=model["position"],
             class_tokens=tokens,
             class_rows=class_rows(model["position"], tokens, model.get("class_position", True)),
             depths=tuple(stage["depth"] for stage in stages) if stages else (model["depth"],),
+            windows=tuple(_windows(grid, [stage["window_size"] for stage in stages or [model]])),
         )
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """(stage, place in it) of each block, in order of their numbers."""
         return ((stage, i) for stage, depth in enumerate(self.depths) for i in range(depth))
+
+
+def _windows(grid: tuple[int, int], sides: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """No larger than the map, which each stage of a pyramid halves."""
+    rows, cols = grid
+    for side in sides:
+        yield min(side, rows), min(side, cols)
+        rows, cols = -(-rows // 2), -(-cols // 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +123,8 @@ def fit(here: Mapping[str, Shape], stored: Mapping[str, Shape], source: Geometry
 
 
 def _how(name: str, here: Shape, stored: Shape, source: Geometry, target: Geometry) -> tuple[How, str]:
+    if (number := block_of_relative(name)) is not None:
+        return _of_relative(here, stored, *_window_of(number, source, target))
     expected, wanted = _embedding_shape(name, here, source), _embedding_shape(name, here, target)
     if expected is None:
         return ("taken" if here == stored else "new"), ""
@@ -129,6 +142,19 @@ def _how(name: str, here: Shape, stored: Shape, source: Geometry, target: Geomet
     if name != "embed.pos" or source.class_rows == target.class_rows:
         return ("taken" if source.grid == target.grid else "resized"), ""
     return _of_class_tokens(source.class_rows, target.class_rows, "'s")
+
+
+def _window_of(number: int, source: Geometry, target: Geometry) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Of a block of the model, and of its like in the checkpoint: there, here."""
+    stage, _ = list(target.blocks())[number]
+    return source.windows[stage], target.windows[stage]
+
+
+def _of_relative(here: Shape, stored: Shape, before: tuple[int, int], now: tuple[int, int]) -> tuple[How, str]:
+    shapes = [(here[0], (2 * high - 1) * (2 * wide - 1)) for high, wide in (now, before)]
+    if [here, stored] != shapes:
+        return "new", ""
+    return ("taken" if before == now else "resized"), ""
 
 
 def _of_class_tokens(before: int, now: int, what: str) -> tuple[How, str]:
@@ -157,6 +183,8 @@ def resized(name: str, values: Tensor, source: Geometry, target: Geometry) -> li
     Args:
         values: the whole tensor of the checkpoint.
     """
+    if (number := block_of_relative(name)) is not None:
+        return [_rows(0, resize_relative(values, *_window_of(number, source, target)))]
     if name == "embed.cls":
         return [_rows(0, values[: min(source.class_tokens, target.class_tokens)])]
     kept = values[: min(source.class_rows, target.class_rows)]

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from parallel.tensor import products
 
@@ -27,12 +28,13 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor
         bias: [h, L, L]. mask: bool [G, L, L], true where a query (row) sees a key, of the groups of each image in turn;
             None where all see all.
     """
-    if q.device.type == "cpu":
+    whole = torch.compiler.is_compiling()  # a compiler or exporter gets it as one operation
+    if q.device.type == "cpu" and not whole:
         out: Tensor = _BiasedAttention.apply(q, k, v, bias, mask)
         return out
     added = _added(bias.to(q.dtype), mask)
-    images = len(q) // max(1, len(added))
-    return products.attention(q, k, v, added.expand(images, *added.shape).flatten(0, 1))
+    added = added.expand(len(q) // max(1, len(added)), *added.shape).flatten(0, 1)
+    return F.scaled_dot_product_attention(q, k, v, added) if whole else products.attention(q, k, v, added)
 
 
 def _added(bias: Tensor, mask: Tensor | None) -> Tensor:

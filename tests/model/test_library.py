@@ -33,7 +33,13 @@ PYRAMID = ModelConfig(
     ),
 )  # fmt: skip
 FEATURES = replace(TINY, pool="cls_gap", position="none", pre_norm=True, patch_bias=False, num_classes=0)
-MODELS = {"map": TINY, "classic": CLASSIC, "everything": EVERYTHING, "pyramid": PYRAMID, "features": FEATURES}
+SWIN = replace(
+    PYRAMID, relative_position=True, window_size=4, position="none",
+    stages=tuple(replace(stage, attention=f"[shifted_window] * {stage.depth}") for stage in PYRAMID.stages or ()),
+)  # fmt: skip
+MODELS = {
+    "map": TINY, "classic": CLASSIC, "everything": EVERYTHING, "pyramid": PYRAMID, "features": FEATURES, "swin": SWIN
+}  # fmt: skip
 every_model = pytest.mark.parametrize("name", MODELS)
 
 
@@ -82,7 +88,7 @@ def test_images_of_another_shape_are_refused(name: str, change: tuple[int, int, 
 @pytest.mark.parametrize(
     ("name", "position"),
     [("classic", "learned_1d"), ("classic", "learned_2d"), ("map", "sincos_2d"), ("map", "rope_2d"),
-     ("everything", "rope_2d"), ("pyramid", "learned_2d")],
+     ("everything", "rope_2d"), ("pyramid", "learned_2d"), ("swin", "none")],
 )  # fmt: skip
 def test_on_request_positions_are_resized(name: str, position: Any) -> None:
     """As in a model that is made for the size, with the weights loaded; and what is learned learns from it."""

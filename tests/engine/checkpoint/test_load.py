@@ -16,22 +16,23 @@ from torch import Tensor
 
 from engine.assemble import Assembly, assemble, grid_of
 from engine.checkpoint.config import CheckpointConfig
-from engine.checkpoint.fit import Geometry, resized
-from engine.checkpoint.load import open_to_load, plan_load
+from engine.checkpoint.fit import Geometry, fit, resized
+from engine.checkpoint.load import logical_shapes, open_to_load, plan_load
 from engine.checkpoint.saver import Saver
 from engine.config import Config, OptimizerConfig, PrecisionConfig, TrainConfig
 from engine.errors import ConfigError
 from engine.objectives import Supervised
 from engine.run.load import Source, source_of, start_from
 from engine.run.step import Stepper
-from model import StageConfig, VisionTransformer
+from model import ModelConfig, StageConfig, VisionTransformer, build_layers
 from model.formats.api import open_weights, save_weights
 from model.formats.base import Preprocessing
 from model.formats.sources import fingerprint, open_source
-from model.resize import resize_channels
+from model.resize import resize_channels, resize_relative
 from parallel.checkpoint.read import Reader
 from parallel.config import ParallelConfig
 from parallel.process_group import World
+from parallel.sharding.boxes import Box
 from tests.distributed import run_ranks
 from tests.engine.precision.test_scaled import batches_of
 from tests.engine.small import small
@@ -314,6 +315,35 @@ def test_class_tokens_come_first(before: int, now: int) -> None:
         both = min(before, now)
         assert torch.equal(whole[:both], stored[:both]) and whole[both:now].isnan().all()
         assert torch.equal(whole[now:], stored[before:])
+
+
+def test_relative_positions_of_windows_of_another_size() -> None:
+    """Blocks of stages that are deeper or shallower now; a map of 4 x 4 holds no window of 5."""
+    stages = (StageConfig(depth=2, width=8, num_heads=2), StageConfig(depth=1, width=8, num_heads=2))
+    there = ModelConfig(
+        stages=stages, image_size=16, patch_size=2, in_channels=1, num_classes=2, attention="window", window_size=5,
+        relative_position=True, position="none", pool="gap",
+    )  # fmt: skip
+    here = replace(there, stages=(replace(stages[0], depth=1), replace(stages[1], depth=2)), window_size=3)
+    wider = replace(there, image_size=32, window_size=4, stages=(stages[0], replace(stages[1], num_heads=4)))
+
+    def fits(target: ModelConfig) -> tuple[dict[str, tuple[str, str | None]], Geometry, Geometry]:
+        shapes = [logical_shapes(c.resolve(), build_layers(c.resolve())) for c in (target, there)]
+        source, own = (Geometry.of(asdict(c.resolve())) for c in (there, target))
+        found = fit(shapes[0], shapes[1], source, own)
+        return {f.name: (f.how, f.source) for f in found if "relative" in f.name and f.here}, source, own
+
+    table = "blocks.{}.attn.core.mixer.relative_position".format
+    found, source, target = fits(here)
+    assert found == {
+        table(0): ("resized", table(0)), table(1): ("resized", table(2)), table(2): ("new", None),
+    }  # fmt: skip
+    assert fits(there)[0] == {table(i): ("taken", table(i)) for i in range(3)}
+    assert fits(wider)[0] == {table(i): (how, table(i)) for i, how in enumerate(("resized", "resized", "new"))}
+    values = torch.randn(2, 49)
+    ((box, values_here),) = resized(table(1), values, source, target)
+    assert box == Box((0, 0), (2, 25))
+    torch.testing.assert_close(values_here, resize_relative(values, (4, 4), (3, 3)))
 
 
 @pytest.mark.parametrize(("source", "target"), [(3, 1), (1, 3), (1, 4), (3, 6)])
