@@ -90,7 +90,7 @@ class GroupedAttention(nn.Module):
                 self._with_prefix(share_first(x, own, prefix, axis), grouped) for x, grouped in ((k, keys), (v, values))
             )
             mask = None if mask is None else F.pad(mask, (prefix, 0), value=True)
-        out = self._attend(queries, keys, values, None if mask is None else mask.to(q.device))
+        out = self._attend(queries, keys, values, None if mask is None else mask.to(q.device), q.shape[0])
         patches = self.plan.scatter(out.reshape(q.shape[0], -1, q.shape[2] * q.shape[3]))
         patches = patches.unflatten(2, q.shape[2:])
         if not prefix:
@@ -99,13 +99,13 @@ class GroupedAttention(nn.Module):
         seen = attend_everywhere(first, k.transpose(1, 2), v.transpose(1, 2), axis).transpose(1, 2)
         return torch.cat([seen[:, :own], patches], 1)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, images: int) -> Tensor:
         """[B * G, L, h, K] each, mask [G, L, L] -> [B * G, L, h, K]."""
         if self.relative_position is not None:
             bias = relative_bias(self.relative_position, self.sides)
             return biased_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias, mask).transpose(1, 2)
         if mask is not None:
-            mask = mask[:, None].repeat(len(q) // max(1, self.plan.count), 1, 1, 1)
+            mask = mask[:, None].repeat(images, 1, 1, 1)
         return softmax_attention(q, k, v, mask)
 
     def _group(self, x: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor
         out: Tensor = _BiasedAttention.apply(q, k, v, bias, mask)
         return out
     added = _added(bias.to(q.dtype), mask)
-    added = added.expand(len(q) // max(1, len(added)), *added.shape).flatten(0, 1)
+    added = added.expand(q.shape[0] // max(1, len(added)), *added.shape).flatten(0, 1)
     return F.scaled_dot_product_attention(q, k, v, added) if whole else products.attention(q, k, v, added)
 
 
