@@ -1,7 +1,7 @@
 """Which arguments timm's architectures have: what names stand for that are functions in timm 1.0.31.
 
-Those of its classes VisionTransformer, VisionTransformerDistilled (DeiT) and SwinTransformer, without what is the
-class's default, also those with arguments that this program refuses. Made by `python -m
+Those of its classes VisionTransformer, VisionTransformerDistilled (DeiT), SwinTransformer and Hiera, without what is
+the class's default, also those with arguments that this program refuses. Made by `python -m
 tests.model.formats.timm_models`, and compared with the timm that is installed by tests/model/formats/test_timm.py.
 """
 
@@ -337,6 +337,17 @@ swin_s3_small_224 window_size=(14,14,14,7) depths=(2,2,18,2)
 swin_s3_tiny_224 window_size=(7,7,14,7)
 swin_small_patch4_window7_224 depths=(2,2,18,2)
 swin_tiny_patch4_window7_224
+""",
+    "Hiera": """
+hiera_base_224
+hiera_base_abswin_256 abs_win_pos_embed=True init_values=1e-05
+hiera_base_plus_224 embed_dim=112 num_heads=2
+hiera_huge_224 embed_dim=256 num_heads=4 stages=(2,6,36,4)
+hiera_large_224 embed_dim=144 num_heads=2 stages=(2,6,36,4)
+hiera_small_224 stages=(1,2,11,2)
+hiera_small_abswin_256 stages=(1,2,11,2) abs_win_pos_embed=True global_pos_size=(16,16) init_values=1e-05
+  use_expand_proj=False
+hiera_tiny_224 stages=(1,2,7,2)
 """,
 }
 

@@ -14,7 +14,7 @@ from typing import Any
 from model.formats.base import ConversionError
 from model.formats.timm.architectures import ARCHITECTURES
 
-VIT, DISTILLED, SWIN = "VisionTransformer", "VisionTransformerDistilled", "SwinTransformer"
+VIT, DISTILLED, SWIN, HIERA = "VisionTransformer", "VisionTransformerDistilled", "SwinTransformer", "Hiera"
 
 _VIT_DEFAULTS: dict[str, Any] = {
     "img_size": 224, "patch_size": 16, "in_chans": 3, "num_classes": 1000, "global_pool": "token", "embed_dim": 768,
@@ -23,26 +23,37 @@ _VIT_DEFAULTS: dict[str, Any] = {
     "no_embed_class": False, "reg_tokens": 0, "pre_norm": False, "final_norm": True, "fc_norm": None,
     "pool_include_prefix": False, "embed_layer": "PatchEmbed", "embed_norm_layer": None, "norm_layer": "layernorm",
     "norm_eps": 1e-6, "act_layer": "gelu", "block_fn": "Block", "mlp_layer": "Mlp", "attn_layer": "attn",
+    "dynamic_img_pad": False,
 }  # fmt: skip
 _SWIN_DEFAULTS: dict[str, Any] = {
     "img_size": 224, "patch_size": 4, "in_chans": 3, "num_classes": 1000, "global_pool": "avg", "embed_dim": 96,
     "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24), "head_dim": None, "window_size": 7, "always_partition": False,
     "mlp_ratio": 4.0, "qkv_bias": True, "embed_layer": "PatchEmbed", "norm_layer": "layernorm", "norm_eps": 1e-5,
 }  # fmt: skip
-DEFAULTS: dict[str, dict[str, Any]] = {VIT: _VIT_DEFAULTS, DISTILLED: _VIT_DEFAULTS, SWIN: _SWIN_DEFAULTS}
+_HIERA_DEFAULTS: dict[str, Any] = {
+    "img_size": 224, "in_chans": 3, "num_classes": 1000, "global_pool": "avg", "embed_dim": 96, "num_heads": 1,
+    "stages": (2, 3, 16, 3), "q_pool": 3, "q_stride": (2, 2), "mask_unit_size": (8, 8),
+    "mask_unit_attn": (True, True, False, False), "use_expand_proj": True, "dim_mul": 2.0, "head_mul": 2.0,
+    "patch_kernel": (7, 7), "patch_stride": (4, 4), "patch_padding": (3, 3), "mlp_ratio": 4.0, "init_values": None,
+    "norm_layer": "layernorm", "norm_eps": 1e-6, "sep_pos_embed": False, "abs_win_pos_embed": False,
+    "global_pos_size": (14, 14),
+}  # fmt: skip
+DEFAULTS: dict[str, dict[str, Any]] = {
+    VIT: _VIT_DEFAULTS, DISTILLED: _VIT_DEFAULTS, SWIN: _SWIN_DEFAULTS, HIERA: _HIERA_DEFAULTS,
+}  # fmt: skip
 
 _OFF = ("features_only", "use_naflex", "pruned")
 _NO_MATTER = {  # of training, of first weights, of images of other sizes than its own, of how it is run
     "drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate",
-    "drop_block_rate", "weight_init", "fix_init", "dynamic_img_size", "dynamic_img_pad", "strict_img_size", "device",
-    "dtype", "out_indices", "pretrained_strict", "scriptable", "exportable", "no_jit", "cache_dir", *_OFF,
+    "drop_block_rate", "weight_init", "fix_init", "head_init_scale", "dynamic_img_size", "strict_img_size",
+    "device", "dtype", "out_indices", "pretrained_strict", "scriptable", "exportable", "no_jit",
+    "cache_dir", *_OFF,
 }  # fmt: skip
 _OTHERS = {  # first parts of the names of architectures of other classes
     "vit_relpos": "VisionTransformerRelPos", "vit_srelpos": "VisionTransformerRelPos", "samvit": "VisionTransformerSAM",
     "naflexvit": "NaFlexVit", "vitamin": "ViTamin", "eva": "Eva", "vit_pe": "Eva", "vit_small_patch16_rope": "Eva",
     "vit_base_patch16_rope": "Eva", "vit_large_patch16_rope": "Eva", "vit_medium_patch16_rope": "Eva",
     "beit_": "Beit", "beitv2": "Beit", "swinv2_cr": "SwinTransformerV2Cr", "swinv2": "SwinTransformerV2",
-    "hiera": "Hiera, which pools its queries by their maximum and embeds patches that overlap",
     "sam2": "HieraDet", "vit_small_r": "a ViT on a ResNet", "vit_base_r": "a ViT on a ResNet",
     "vit_large_r": "a ViT on a ResNet", "vit_tiny_r": "a ViT on a ResNet",
 }  # fmt: skip

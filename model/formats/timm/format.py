@@ -10,11 +10,11 @@ from typing import Any
 from model.config import ModelConfig
 from model.formats.base import ConversionError, Description, Origin, Rule
 from model.formats.sources import Source
-from model.formats.timm import images, shapes, swin, vit
+from model.formats.timm import hiera, images, shapes, swin, vit
 from model.formats.timm.architectures import ARCHITECTURES
-from model.formats.timm.arguments import DEFAULTS, DISTILLED, SWIN, VIT, Constructor, constructor_of
+from model.formats.timm.arguments import DEFAULTS, DISTILLED, HIERA, SWIN, VIT, Constructor, constructor_of
 
-_MODULES: dict[str, ModuleType] = {VIT: vit, DISTILLED: vit, SWIN: swin}
+_MODULES: dict[str, ModuleType] = {VIT: vit, DISTILLED: vit, SWIN: swin, HIERA: hiera}
 _BASES = {  # architectures that others are made of by other arguments: between them those that JSON cannot say
     VIT: ("vit_base_patch16_224", "vit_base_patch16_clip_224", "vit_base_patch16_xp_224", "vit_giant_patch14_dinov2"),
     DISTILLED: ("deit_base_distilled_patch16_224",),

@@ -23,8 +23,8 @@ def preprocessing_of(config: Mapping[str, Any], made: Constructor) -> Preprocess
         raise ConversionError(f"interpolation {values['interpolation']}: images are resized by {', '.join(_SEEN)} here")
     if values["crop_mode"] not in ("center", "squash"):
         raise ConversionError(f"crop_mode {values['crop_mode']}: images are cropped by center or squash here")
-    size, seen = made["img_size"], image_of(made)
-    first, kept = (x if isinstance(x, int) else x[0] for x in (size, seen))
+    seen = image_of(made) if "patch_size" in made.arguments else made["img_size"]
+    first, kept = (x if isinstance(x, int) else x[0] for x in (made["img_size"], seen))
     return Preprocessing(
         mean=tuple(values["mean"]),
         std=tuple(values["std"]),

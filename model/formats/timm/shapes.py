@@ -33,6 +33,9 @@ _OTHERS = {  # names that tensors of other classes have
     "embeds.": "NaFlexVit",
     "patch_embed.backbone.": "a ViT on a ResNet",
     "layers.0.blocks.0.attn.logit_scale": "SwinTransformerV2",
+    "pos_embed_win": "Hiera without a config.json",
+    "blocks.0.proj.": "Hiera without a config.json",
+    "head.norm.": "Hiera without a config.json",
     "layers.0.downsample.": "Swin as Microsoft publishes it (timm loads and saves it with other names)",
 }
 

@@ -28,12 +28,12 @@ from tools.convert.runners import Outputs, vitruvius
 from tools.convert.runners.timm import run
 from tools.convert.verify import differences, images_for
 
-OURS = ("vision_transformer", "deit", "swin_transformer")
+OURS = ("vision_transformer", "deit", "swin_transformer", "hiera")
 OTHERS = (
-    "beit", "eva", "hiera", "hieradet_sam2", "naflexvit", "swin_transformer_v2", "swin_transformer_v2_cr", "vitamin",
+    "beit", "eva", "hieradet_sam2", "naflexvit", "swin_transformer_v2", "swin_transformer_v2_cr", "vitamin",
     "vision_transformer_hybrid", "vision_transformer_relpos", "vision_transformer_sam",
 )  # fmt: skip
-_RUN = {"pretrained_filter_fn", "pretrained_strict", "feature_cfg", "dynamic_img_size"}
+_RUN = {"pretrained_filter_fn", "pretrained_strict", "feature_cfg", "dynamic_img_size", "weight_init"}
 
 
 def entry_points(module: str) -> Iterator[tuple[str, type, dict[str, Any]]]:
@@ -151,8 +151,8 @@ def same(first: Outputs, second: Outputs) -> None:
 
 _HEAD = '''"""Which arguments timm's architectures have: what names stand for that are functions in timm 1.0.31.
 
-Those of its classes VisionTransformer, VisionTransformerDistilled (DeiT) and SwinTransformer, without what is the
-class's default, also those with arguments that this program refuses. Made by `python -m
+Those of its classes VisionTransformer, VisionTransformerDistilled (DeiT), SwinTransformer and Hiera, without what is
+the class's default, also those with arguments that this program refuses. Made by `python -m
 tests.model.formats.timm_models`, and compared with the timm that is installed by tests/model/formats/test_timm.py.
 """
 

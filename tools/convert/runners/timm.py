@@ -36,5 +36,5 @@ def load(path: Path) -> Any:
 
 def _whole(model: Any, images: Tensor) -> Tensor:
     """With the rows and columns that a patch embedding drops, where the image is no multiple of the patch."""
-    rows, cols = model.patch_embed.img_size
+    rows, cols = getattr(model.patch_embed, "img_size", images.shape[2:])
     return F.pad(images, (0, cols - images.shape[3], 0, rows - images.shape[2]))
