@@ -75,7 +75,7 @@ class OpenClip:
     def rules(self, description: Description) -> list[Rule]:
         """As Format."""
         m, origin = description.model, description.origin
-        check_expressible(self.title, m, _ALLOWED)
+        check_expressible(self.title, m, _ALLOWED | {"qk_norm_bias": bool(m.qk_norm)})
         check_whole_patches(self.title, m)
         if m.in_channels != 3 or not m.num_classes:
             key = "num_classes" if m.in_channels == 3 else "in_channels"
@@ -92,7 +92,7 @@ class OpenClip:
             rule("embed.pos", f"{start}positional_embedding", way=Same((tokens, width), (tokens, width))),
         ]
         for i in range(sizes.depth):
-            rules += _block(f"blocks.{i}.", f"{start}transformer.resblocks.{i}.", bool(m.layer_scale))
+            rules += _block(f"blocks.{i}.", f"{start}transformer.resblocks.{i}.", m)
         norms = {"embed.norm": "ln_pre"} if m.pre_norm else {}
         for ours, theirs in {**norms, "head.norm": "ln_post"}.items():
             rules += [rule(f"{ours}.{k}", f"{start}{theirs}.{k}") for k in ("weight", "bias")]
@@ -120,14 +120,16 @@ class OpenClip:
 
 _ALLOWED: dict[str, object] = {
     "norm_eps": ANY, "gelu": ANY, "layer_scale": ANY, "patch_bias": False, "pre_norm": ANY, "pool": {"cls", "gap"},
-    "class_tokens": 1, "norm_after_pool": ANY, "classifier_bias": False,
+    "class_tokens": 1, "norm_after_pool": ANY, "classifier_bias": False, "qk_norm": ANY,
 }  # fmt: skip
 
 
-def _block(ours: str, theirs: str, scaled: bool) -> list[Rule]:
-    rules = [rule(f"{ours}{b}.{k}", f"{theirs}{a}.{k}") for a, b in _LAYERS.items() for k in ("weight", "bias")]
-    rules += [rule(f"{ours}attn.qkv.{k}", f"{theirs}attn.in_proj_{k}") for k in ("weight", "bias")]
-    return rules + [rule(f"{ours}scale{i}", f"{theirs}ls_{i}.gamma") for i in (1, 2) if scaled]
+def _block(ours: str, theirs: str, m: ModelConfig) -> list[Rule]:
+    both = ("weight", "bias")
+    layers = _LAYERS | ({"attn.ln_q": "attn.core.q_norm", "attn.ln_k": "attn.core.k_norm"} if m.qk_norm else {})
+    rules = [rule(f"{ours}{b}.{k}", f"{theirs}{a}.{k}") for a, b in layers.items() for k in both]
+    rules += [rule(f"{ours}attn.qkv.{k}", f"{theirs}attn.in_proj_{k}") for k in both]
+    return rules + [rule(f"{ours}scale{i}", f"{theirs}ls_{i}.gamma") for i in (1, 2) if m.layer_scale]
 
 
 def model_of_config(path: Path, cfg: Mapping[str, Any]) -> ModelConfig:
@@ -155,6 +157,8 @@ def model_of_config(path: Path, cfg: Mapping[str, Any]) -> ModelConfig:
         position="learned_1d",
         class_tokens=1,
         pool="cls" if vision["pool_type"] == "tok" else "gap",
+        qk_norm=vision["qk_norm"],
+        qk_norm_bias=True if vision["qk_norm"] else None,
         norm_after_pool=bool(vision["final_ln_after_pool"]),
         classifier_bias=False,
         num_classes=cfg["embed_dim"],

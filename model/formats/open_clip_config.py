@@ -16,10 +16,10 @@ _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27
 _READ: dict[str, Any] = {
     "layers": 12, "width": 768, "head_width": 64, "mlp_ratio": 4.0, "patch_size": 16, "image_size": 224,
     "ls_init_value": None, "no_ln_pre": False, "final_ln_after_pool": False, "pool_type": "tok", "act_kwargs": None,
-    "norm_kwargs": None, "pos_embed_type": "learnable", "block_type": None,
+    "norm_kwargs": None, "pos_embed_type": "learnable", "block_type": None, "qk_norm": False,
 }  # fmt: skip
 _REFUSED: dict[str, Any] = {  # unless they are this
-    "attentional_pool": False, "qk_norm": False, "scaled_cosine_attn": False, "scale_heads": False,
+    "attentional_pool": False, "scaled_cosine_attn": False, "scale_heads": False,
     "scale_attn_inner": False, "scale_attn": False, "scale_fc": False, "timm_model_name": None,
 }  # fmt: skip
 _KNOWN = {  # without a part in what a tower makes of an image, or only beside what is refused
@@ -65,6 +65,7 @@ def made_config(source: Source, start: str, given: Mapping[str, Any]) -> dict[st
         "patch_size": kernel[2],
         "image_size": given.get("image_size", side),
         "ls_init_value": 1e-5 if f"{first}ls_1.gamma" in shapes else None,
+        "qk_norm": f"{first}attn.ln_q.weight" in shapes,
         "no_ln_pre": f"{start}ln_pre.weight" not in shapes,
         "final_ln_after_pool": given.get("norm_after_pool", False),
         "pool_type": "avg" if given.get("pool") == "gap" else "tok",
@@ -103,6 +104,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "pool_type": ("tok", "avg"),
     "pos_embed_type": ("learnable", "sin_cos_2d"),  # a tensor of its own either way
     "block_type": (None, "default", "custom"),  # which, without what is refused, is the same
+    "qk_norm": (False, True),
 }
 
 
@@ -135,6 +137,7 @@ def vision_cfg_for(m: ModelConfig, before: Mapping[str, Any]) -> dict[str, Any]:
         "no_ln_pre": not m.pre_norm,
         "final_ln_after_pool": bool(m.norm_after_pool),
         "pool_type": "tok" if m.pool == "cls" else "avg",
+        "qk_norm": bool(m.qk_norm),
         "act_kwargs": acts or None,
         "norm_kwargs": norms or None,
     }

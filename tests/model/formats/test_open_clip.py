@@ -28,6 +28,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # of the model, 
     "clipa": ({"custom_text": True}, {"no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True}),
     "layer_scale": ({}, {"ls_init_value": 1e-4, "pool_type": "avg", "act_kwargs": {"approximate": "tanh"}}),
     "others": ({}, {"pos_embed_type": "sin_cos_2d", "norm_kwargs": {"eps": 1e-3}, "block_type": "custom"}),
+    "qk_norm": ({}, {"qk_norm": True}),
 }
 
 
@@ -85,7 +86,7 @@ def test_there_and_back(model: dict[str, Any], vision: dict[str, Any], tmp_path:
 
 
 OURS = {
-    "openai": {"gelu": "quick", "pool": "cls"},
+    "openai": {"gelu": "quick", "pool": "cls", "qk_norm": True, "qk_norm_bias": True},
     "clipa": {"pool": "gap", "class_tokens": 1, "pre_norm": False, "norm_after_pool": True, "gelu": "tanh"},
     "scaled": {"layer_scale": 0.1, "image_size": (16, 24), "pool": "cls", "norm_eps": 1e-6, "mlp_dim": 50},
 }
@@ -127,7 +128,6 @@ def test_without_a_configuration(tmp_path: Path) -> None:
 
 REFUSED: dict[str, dict[str, Any]] = {
     "attentional_pool": {"attentional_pool": True},
-    "qk_norm": {"qk_norm": True},
     "scaled_cosine_attn": {"scaled_cosine_attn": True},
     "scale_heads": {"scale_heads": True},
     "scale_attn_inner": {"scale_attn_inner": True},
@@ -168,12 +168,14 @@ def test_models_that_are_refused(tmp_path: Path) -> None:
     others = {
         "patch_bias": True, "classifier_bias": True, "pool": "map", "registers": 1, "block": "parallel",
         "num_classes": 0, "in_channels": 1, "image_size": 20, "qkv_bias": "none", "class_position": False,
-        "qk_norm": True, "norm": "rmsnorm", "position": "rope_2d",
+        "qk_norm_over": "width", "norm": "rmsnorm", "position": "rope_2d",
     }  # fmt: skip
     for key, value in others.items():
         keys = {**usual, **shape, "image_size": 16, key: value}
         if key == "num_classes":
             del keys["classifier_bias"]
+        if key == "qk_norm_over":
+            keys["qk_norm"] = keys["qk_norm_bias"] = True
         with pytest.raises(ConversionError, match=key if key != "num_classes" else "model"):
             VisionTransformer(ModelConfig(**keys)).save_pretrained(tmp_path / "a", "open_clip")  # type: ignore[arg-type]
     model = VisionTransformer(ModelConfig(**{**usual, **shape, "image_size": 16}))  # type: ignore[arg-type]
