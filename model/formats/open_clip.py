@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from model.config import ModelConfig
+from model.formats import open_clip_timm as timm_towers
 from model.formats.base import ConversionError, Description, Origin, Permuted, Rule, Same, rule
 from model.formats.expressible import ANY, check_expressible, check_whole_patches
 from model.formats.open_clip_config import (
@@ -58,6 +59,10 @@ class OpenClip:
         start = "visual." if any(name.startswith("visual.") for name in source.tensors) else ""
         found = found_config(source)
         cfg = found.get("model_cfg", found) or made_config(source, start, given)
+        images = preprocessing_of(found.get("preprocess_cfg", {}))
+        origin = Origin(kind=self.kind, variant=start, config=found)
+        if timm_towers.is_timm(cfg):
+            return Description(model=model_of_config(source.path, cfg), preprocessing=images, origin=origin)
         vision = vision_cfg(source.path, cfg)
         blocks = {int(n) for x in source.tensors for n in re.findall(rf"^{start}transformer\.resblocks\.(\d+)\.", x)}
         if len(blocks) != vision["layers"]:
@@ -66,15 +71,14 @@ class OpenClip:
             )
         model = model_of_config(source.path, cfg)
         check_whole_patches(self.title, model)
-        return Description(
-            model=model,
-            preprocessing=preprocessing_of(found.get("preprocess_cfg", {})),
-            origin=Origin(kind=self.kind, variant=start, config=found),
-        )
+        return Description(model=model, preprocessing=images, origin=origin)
 
     def rules(self, description: Description) -> list[Rule]:
         """As Format."""
         m, origin = description.model, description.origin
+        before = self._before(description)
+        if timm_towers.is_timm(cfg := before.get("model_cfg", before)):
+            return timm_towers.rules_of(Path(FILE), cfg, m)
         check_expressible(self.title, m, _ALLOWED | {"qk_norm_bias": bool(m.qk_norm)})
         check_whole_patches(self.title, m)
         if m.in_channels != 3 or not m.num_classes:
@@ -106,16 +110,21 @@ class OpenClip:
 
     def files(self, description: Description) -> dict[str, Any]:
         """As Format."""
-        origin = description.origin
-        before = dict(origin.config) if origin is not None and origin.kind == self.kind else {}
+        before = self._before(description)
         m, cfg = description.model, dict(before.get("model_cfg", before))
-        cfg |= {"embed_dim": m.num_classes, "vision_cfg": vision_cfg_for(m, cfg.get("vision_cfg", {}))}
-        if bool(cfg.get("quick_gelu")) != (m.gelu == "quick"):
-            cfg["quick_gelu"] = m.gelu == "quick"
+        if not timm_towers.is_timm(cfg):
+            cfg |= {"embed_dim": m.num_classes, "vision_cfg": vision_cfg_for(m, cfg.get("vision_cfg", {}))}
+            if bool(cfg.get("quick_gelu")) != (m.gelu == "quick"):
+                cfg["quick_gelu"] = m.gelu == "quick"
         images = preprocess_cfg(
             description.preprocessing, m.image, before.get("preprocess_cfg", {} if before else None)
         )
         return {FILE: {"model_cfg": cfg} | ({"preprocess_cfg": images} if images else {})}
+
+    def _before(self, description: Description) -> Mapping[str, Any]:
+        """The configuration that a model of this kind came with; empty for others."""
+        origin = description.origin
+        return origin.config if origin is not None and origin.kind == self.kind else {}
 
 
 _ALLOWED: dict[str, object] = {
@@ -138,6 +147,8 @@ def model_of_config(path: Path, cfg: Mapping[str, Any]) -> ModelConfig:
     Args:
         path: of it, for messages.
     """
+    if timm_towers.is_timm(cfg):
+        return timm_towers.model_of(path, cfg)
     vision = vision_cfg(path, cfg)
     tanh = (vision["act_kwargs"] or {}).get("approximate") == "tanh"
     return ModelConfig(

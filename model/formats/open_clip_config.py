@@ -50,6 +50,10 @@ def made_config(source: Source, start: str, given: Mapping[str, Any]) -> dict[st
         hidden, positions = shapes[f"{first}mlp.c_fc.weight"][0], shapes[f"{start}positional_embedding"][0] - 1
         classes = shapes[f"{start}proj"][1]
     except (KeyError, IndexError) as error:
+        if any(name.startswith("visual.trunk.") for name in shapes):
+            raise ConversionError(
+                f"{source.path} has a tower of timm, and no {FILE} beside it: give it (--source_config)"
+            ) from error
         raise ConversionError(f"{source.path} has no tower of open_clip: {error} is missing") from error
     if "num_heads" not in given or "gelu" not in given:
         raise ConversionError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from model import ModelConfig, VisionTransformer
 from model.formats.api import open_weights, save_weights
 from model.formats.base import ConversionError, Preprocessing
+from model.formats.timm.architectures import ARCHITECTURES
 from tools.convert.images import photographs
 from tools.convert.libraries import library
 from tools.convert.runners import RUNNERS, vitruvius
@@ -83,6 +85,59 @@ def test_there_and_back(model: dict[str, Any], vision: dict[str, Any], tmp_path:
     with open_weights(tmp_path / "ours") as weights:
         save_weights(weights, tmp_path / "back", "open_clip")
     assert same_files(folder, tmp_path / "back")
+
+
+TOWERS: dict[str, dict[str, Any]] = {  # of timm, in open_clip
+    "siglip": {"timm_model_name": "vit_tiny_siglip", "timm_pool": "map", "timm_proj": "none"},
+    "head": {"timm_model_name": "vit_tiny_clip", "timm_pool": "token", "timm_proj": None},
+    "linear": {"timm_model_name": "vit_tiny_clip", "timm_pool": "token", "timm_proj": "linear"},
+    "linear_bias": {"timm_model_name": "vit_tiny_siglip", "timm_pool": "map", "timm_proj_bias": True},
+}
+
+
+@pytest.mark.parametrize("vision", TOWERS.values(), ids=TOWERS)
+def test_towers_of_timm(vision: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By small architectures, which neither timm nor this program has."""
+    small = {"patch_size": 14, "embed_dim": 24, "depth": 2, "num_heads": 3}
+    architectures = {
+        "vit_tiny_siglip": small | {"class_token": False, "global_pool": "map", "act_layer": "gelu_tanh"},
+        "vit_tiny_clip": small | {"pre_norm": True, "norm_eps": 1e-5, "act_layer": "quick_gelu"},
+    }
+    for name, keys in architectures.items():
+        monkeypatch.setitem(ARCHITECTURES, name, ("VisionTransformer", keys))
+        monkeypatch.setitem(library("timm.models")._registry._model_entrypoints, name, entrypoint(keys))
+    vision = vision | {"image_size": 48, "timm_model_pretrained": False}
+    cfg = {"embed_dim": 12, "custom_text": True, "vision_cfg": vision, "text_cfg": TEXT}
+    made = library("open_clip.model").CustomTextCLIP(**{k: v for k, v in cfg.items() if k != "custom_text"})
+    folder = save(tmp_path / "theirs", cfg, random(made).state_dict())
+    with open_weights(folder) as weights:
+        images = photographs(3, weights.description.model.image, None)
+        ours, theirs = vitruvius.run_weights(weights, images), RUNNERS["open_clip"](folder, images)
+        save_weights(weights, tmp_path / "ours")
+    assert images.shape[2:] == (42, 42) and theirs.features.std() > 0.1
+    assert (ours.features - theirs.features).abs().max() < 1e-5
+    assert (ours.logits is None) == (theirs.logits is None) == (vision.get("timm_proj") == "none")
+    if ours.logits is not None and theirs.logits is not None:
+        assert ours.logits.shape == (4, 12) and (ours.logits - theirs.logits).abs().max() < 1e-5
+    with open_weights(tmp_path / "ours") as weights:
+        save_weights(weights, tmp_path / "back", "open_clip")
+    assert same_files(folder, tmp_path / "back")
+
+
+def entrypoint(keys: dict[str, Any]) -> Any:
+    """A function of timm's registry."""
+    layers, vit = library("timm.layers"), library("timm.models.vision_transformer")
+
+    def make(pretrained: bool = False, pretrained_cfg: object = None, **kwargs: Any) -> nn.Module:
+        values = {k: v for k, v in keys.items() if k != "norm_eps"} | {"img_size": 48}
+        if "norm_eps" in keys:
+            values["norm_layer"] = partial(layers.LayerNorm, eps=keys["norm_eps"])
+        given = {k: v for k, v in kwargs.items() if k in ("num_classes", "global_pool")}
+        found: nn.Module = vit.VisionTransformer(**values | given)
+        found.default_cfg = {}  # type: ignore[assignment]
+        return found
+
+    return make
 
 
 OURS = {
@@ -202,6 +257,10 @@ def test_published_configurations(tmp_path: Path) -> None:
     assert openai is not None and openai.gelu == "quick" and openai.image == (336, 336)
     clipa = found["ViT-H-14-CLIPA-336"]
     assert clipa is not None and (clipa.pool, clipa.class_tokens, clipa.norm_after_pool) == ("gap", 1, True)
+    siglip = found["ViT-SO400M-14-SigLIP-384"]
+    assert siglip is not None and (siglip.width, siglip.depth, siglip.mlp_dim) == (1152, 27, 4304)
+    assert (siglip.pool, siglip.num_classes, siglip.image) == ("map", 0, (378, 378))
+    giant = found["ViT-gopt-16-SigLIP2-384"]
+    assert giant is not None and (giant.width, giant.num_heads, giant.gelu) == (1536, 16, "tanh")
     refused = {name for name, m in found.items() if m is None}
-    towers = {name for name in found if name.startswith("ViT-") and "SigLIP" not in name}
-    assert not refused & towers
+    assert not {name for name in refused if name.startswith("ViT-")}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from torch.nn import functional as F
 
 from tools.convert.libraries import library
 from tools.convert.runners import Outputs
@@ -20,11 +21,24 @@ def run(path: Path, images: Tensor) -> Outputs:
     library("open_clip")
     tower = _whole(folder) if _has_text(folder) else _alone(folder)
     tower.eval()
+    if hasattr(tower, "trunk"):
+        return _of_timm(tower, images)
     tower.output_tokens = False
     with torch.no_grad():
         logits = tower(images)
         tower.proj = None
         return Outputs(tower(images), logits)
+
+
+def _of_timm(tower: Any, images: Tensor) -> Outputs:
+    """Of a tower of timm's, which leaves out what does not fill a patch: zeros, here."""
+    rows, cols = tower.trunk.patch_embed.img_size
+    images = F.pad(images, (0, cols - images.shape[3], 0, rows - images.shape[2]))
+    with torch.no_grad():
+        features = tower.trunk.forward_head(tower.trunk.forward_features(images), pre_logits=True)
+        logits = tower(images)
+    projected = tower.trunk.num_classes or len(tower.head)
+    return Outputs(features, logits if projected else None)
 
 
 def _has_text(folder: Path) -> bool:
