@@ -21,11 +21,22 @@ def refuse_unless(made: Constructor, allowed: Mapping[str, set[Any]]) -> None:
             raise ConversionError(f"timm's {made.name} has {key} {value!r}: this model can be {can or 'without'} alone")
 
 
-def image_of(made: Constructor) -> int | tuple[int, int]:
-    """Our `model.image_size`: the pixels that a model sees. What is left beside the last whole patch, timm drops."""
-    size, patch = made["img_size"], made["patch_size"]
-    if isinstance(patch, tuple):
-        raise ConversionError(f"timm's {made.name} has patch_size {patch}: this model's patches are square")
+def patch_of(made: Constructor) -> int:
+    """Side of a patch. Raises ConversionError if it has two."""
+    size = made["patch_size"]
+    sides = {size} if isinstance(size, int) else set(size)
+    if len(sides) != 1:
+        raise ConversionError(f"timm's {made.name} has patch_size {size}: this model's patches are square")
+    return int(sides.pop())
+
+
+def image_of(made: Constructor, *, whole: bool = True) -> int | tuple[int, int]:
+    """Our `model.image_size`: the pixels that a model sees. What is left beside the last whole patch, timm drops.
+
+    Args:
+        whole: patches alone.
+    """
+    size, patch = made["img_size"], patch_of(made) if whole else 1
     rows, cols = (side // patch * patch for side in ((size, size) if isinstance(size, int) else size))
     return rows if rows == cols else (rows, cols)
 

@@ -8,7 +8,16 @@ from model.config import ModelConfig, StageConfig
 from model.formats.base import ConversionError, Permuted, Rule, Same, rule
 from model.formats.expressible import ANY, check_expressible
 from model.formats.timm.arguments import SWIN, Constructor
-from model.formats.timm.common import bias_rule, image_of, mlp_of, norm_rules, qkv_rules, ratio_of, refuse_unless
+from model.formats.timm.common import (
+    bias_rule,
+    image_of,
+    mlp_of,
+    norm_rules,
+    patch_of,
+    qkv_rules,
+    ratio_of,
+    refuse_unless,
+)
 
 _PLAIN: dict[str, set[Any]] = {
     "global_pool": {"avg"}, "always_partition": {False}, "embed_layer": {"PatchEmbed"}, "norm_layer": {"layernorm"},
@@ -28,7 +37,7 @@ def model_of(made: Constructor) -> ModelConfig:
         raise ConversionError(f"timm's {SWIN} has head_dim {a['head_dim']}: this model's is the width over the heads")
     model = ModelConfig(
         image_size=image_of(made),
-        patch_size=a["patch_size"],
+        patch_size=patch_of(made),
         in_channels=a["in_chans"],
         stages=tuple(
             StageConfig(

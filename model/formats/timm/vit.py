@@ -28,6 +28,7 @@ from model.formats.timm.common import (
     image_of,
     mlp_of,
     norm_rules,
+    patch_of,
     qkv_rules,
     ratio_of,
     refuse_unless,
@@ -56,7 +57,7 @@ def model_of(made: Constructor) -> ModelConfig:
     after = a["global_pool"] == "avg" if a["fc_norm"] is None else bool(a["fc_norm"])
     return ModelConfig(
         image_size=image_of(made),
-        patch_size=a["patch_size"],
+        patch_size=patch_of(made),
         in_channels=a["in_chans"],
         width=a["embed_dim"],
         depth=a["depth"],
@@ -101,6 +102,9 @@ def _check_together(made: Constructor) -> None:
         "mlp_layer SwiGLUPacked with global_pool map: pooling with its activation": pool == "map" and gated,
         "act_layer other than silu with mlp_layer SwiGLUPacked": gated and a["act_layer"] != "silu",
         "init_values 0 in ParallelScalingBlock: a LayerScale that begins at 0": parallel and a["init_values"] == 0,
+        "dynamic_img_pad with images that do not fill their patches": (
+            a["dynamic_img_pad"] and image_of(made) != image_of(made, whole=False)
+        ),
         "fc_norm True, reg_tokens or a pooling of its own in VisionTransformerDistilled": (
             made.name == DISTILLED and (a["fc_norm"] or a["reg_tokens"] or pool != "token")
         ),
@@ -143,7 +147,7 @@ def made_of(model: ModelConfig) -> Constructor:
         "embed_layer": "PatchEmbed", "embed_norm_layer": None, "norm_layer": m.norm, "norm_eps": m.norm_eps,
         "act_layer": "silu" if gated else {v: k for k, v in _GELU.items()}[str(m.gelu)],
         "block_fn": "ParallelScalingBlock" if m.block == "parallel" else "Block",
-        "mlp_layer": "SwiGLUPacked" if gated else "Mlp", "attn_layer": "attn",
+        "mlp_layer": "SwiGLUPacked" if gated else "Mlp", "attn_layer": "attn", "dynamic_img_pad": False,
     }  # fmt: skip
     return Constructor(name=DISTILLED if distilled else VIT, arguments=values)
 

@@ -29,7 +29,7 @@ from tools.convert.runners.timm import load
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
 CASES: dict[str, tuple[str, Mapping[str, Any]]] = {
     "augreg": ("vit_base_patch16_224", {}),
-    "rectangle": ("vit_base_patch16_224", {"img_size": (32, 48), "in_chans": 1}),
+    "rectangle": ("vit_base_patch16_224", {"img_size": (32, 48), "patch_size": (8, 8), "in_chans": 1}),
     "no positions": ("vit_base_patch16_224", {"pos_embed": "none", "num_classes": 0}),
     "mae": ("vit_base_patch16_224", {"global_pool": "avg"}),
     "mean, norm before": ("vit_base_patch16_224", {"global_pool": "avg", "fc_norm": False}),
@@ -211,6 +211,7 @@ def test_models_of_other_classes_are_refused_by_name(module: str) -> None:
         ({"embed_norm_layer": "layernorm"}, "embed_norm_layer"),
         ({"attn_layer": "diff"}, "attn_layer"),
         ({"patch_size": [16, 8]}, "patch_size"),
+        ({"dynamic_img_pad": True, "img_size": 230}, "dynamic_img_pad"),
         ({"reg_tokens": 2, "global_pool": "map"}, "pool_include_prefix"),
         ({"global_pool": "avg", "pool_include_prefix": True}, "pool_include_prefix"),
         ({"global_pool": "map", "class_token": False, "norm_layer": "rmsnorm"}, "rmsnorm"),

@@ -125,6 +125,8 @@ def checked(folder: Path, summed: Sequence[str] = ()) -> Weights:
     assert all(name.endswith(tuple(summed)) for name in changed) and (changed or not summed), changed
     configs = [json.loads((f / "config.json").read_text()) for f in (theirs, folder / "back", folder / "fresh")]
     assert configs[0] == configs[1]
+    for key in ("mean", "std", "interpolation", "crop_mode"):
+        assert configs[2]["pretrained_cfg"][key] == configs[0]["pretrained_cfg"][key], key
     same(run(theirs, images), run(folder / "back", images))
     same(run(theirs, images), run(folder / "fresh", images))
     direct = library("timm").create_model(
