@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from model import ModelConfig, VisionTransformer
 from model.formats.api import open_weights, save_weights
 from model.formats.base import ConversionError, expected
-from model.formats.timm import arguments, hiera, swin, vit
+from model.formats.timm import arguments, hiera, images, swin, vit
 from model.formats.timm.architectures import ARCHITECTURES
 from model.formats.timm.arguments import DEFAULTS, HIERA, SWIN, VIT, constructor_of
 from model.formats.timm.format import Timm
@@ -293,6 +293,17 @@ def test_published_configs() -> None:
     for name, (config, keys) in published.items():
         model = Timm().describe(_Nothing({"config.json": config}), {}).model
         assert {key: getattr(model, key) for key in keys} == keys, name
+
+
+def test_images_of_all_published_weights_are_prepared_as_ours_can() -> None:
+    registry, count = library("timm.models._registry"), 0
+    for name, found in registry._model_pretrained_cfgs.items():
+        if (architecture := name.partition(".")[0]) in ARCHITECTURES:
+            config = {"architecture": architecture, "pretrained_cfg": found.to_dict()}
+            p = images.preprocessing_of(config, constructor_of(config))
+            assert (p.mean, p.std, p.interpolation) == (tuple(found.mean), tuple(found.std), found.interpolation), name
+            count += 1
+    assert count > 200
 
 
 class _Nothing:
