@@ -34,8 +34,13 @@ def check_expressible(title: str, model: ModelConfig, allowed: Mapping[str, obje
         value, wanted = getattr(model, f.name), allowed.get(f.name, getattr(plain, f.name))
         choices = wanted if isinstance(wanted, frozenset | set) else {wanted}
         if value not in choices:
-            shown = ", ".join(sorted(str(c).lower() if isinstance(c, bool) else str(c) for c in choices))
-            raise ConversionError(f"model.{f.name} is {value}: {title} has no such models, only {shown}")
+            shown = ", ".join(sorted(_shown(choice) for choice in choices))
+            raise ConversionError(f"model.{f.name} is {_shown(value)}: {title} has no such models, only {shown}")
+
+
+def _shown(value: object) -> str:
+    """As it stands in a configuration."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def check_whole_patches(title: str, model: ModelConfig) -> None:

@@ -170,6 +170,9 @@ def test_positions_that_are_sines(tmp_path: Path) -> None:
         y, x = np.einsum("m,d->md", y.flatten(), omega), np.einsum("m,d->md", x.flatten(), omega)
         expected = np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1)
         assert np.abs(weights.read("embed.pos").numpy() - expected).max() < 1e-6
+        images = photographs(3, (16, 16), None)
+        ours, theirs = vitruvius.run_weights(weights, images), RUNNERS["big_vision"](path, images)
+        assert (ours.features - theirs.features).abs().max() < 1e-5
         save_weights(weights, tmp_path / "ours")
     with open_weights(tmp_path / "ours") as weights:
         save_weights(weights, tmp_path / "back.npz", "big_vision")

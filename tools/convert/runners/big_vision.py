@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.formats.base import ConversionError
 from tools.convert.libraries import library
 from tools.convert.runners import Outputs
 
@@ -22,10 +21,14 @@ Arrays = Mapping[str, np.ndarray[Any, Any]]
 
 
 def run(path: Path, images: Tensor) -> Outputs:
-    """Of an .npz file. Raises ConversionError where positions are sines, which timm's reader does not know."""
+    """Of an .npz file."""
     with np.load(path) as archive:
         arrays = {name: _in_fp32(archive[name]) for name in archive.files}
     prefix = next(p for p in ("params/img/", "params/", "img/", "opt/target/", "") if f"{p}embedding/kernel" in arrays)
+    if not _positions(arrays, prefix):
+        kernel = arrays[f"{prefix}embedding/kernel"]
+        rows, cols = (side // kernel.shape[0] for side in images.shape[2:])
+        arrays[f"{prefix}pos_embedding"] = _sines(rows, cols, kernel.shape[3])
     model = library("timm.models.vision_transformer").VisionTransformer(**_arguments(arrays, prefix, images))
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         np.savez(f"{folder}/fp32.npz", allow_pickle=False, **arrays)  # timm reads bf16 with JAX alone
@@ -41,6 +44,18 @@ def _in_fp32(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return values.astype(np.float32)
 
 
+def _positions(arrays: Arrays, p: str) -> list[np.ndarray[Any, Any]]:
+    return [x for n, x in arrays.items() if n.startswith(p) and n.endswith("pos_embedding") and "txt/" not in n]
+
+
+def _sines(rows: int, cols: int, width: int) -> np.ndarray[Any, Any]:
+    """[1, N, D]: what big_vision computes where there are no positions, in fp32 as there; timm has none of it."""
+    y, x = np.mgrid[:rows, :cols].astype(np.float32)
+    omega = np.float32(1) / np.float32(10_000) ** (np.arange(width // 4, dtype=np.float32) / (width // 4 - 1))
+    y, x = np.outer(y.ravel(), omega), np.outer(x.ravel(), omega)
+    return np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1)[None]
+
+
 def _arguments(arrays: Arrays, p: str, images: Tensor) -> dict[str, Any]:
     """Of timm's class."""
     start = f"{p}Transformer/encoderblock"
@@ -49,9 +64,7 @@ def _arguments(arrays: Arrays, p: str, images: Tensor) -> dict[str, Any]:
     queries = next(x for n, x in arrays.items() if n.startswith(first) and n.endswith("/query/kernel"))
     hidden = next(x for n, x in arrays.items() if n.startswith(first) and n.endswith("/Dense_0/kernel"))
     patch, width = arrays[f"{p}embedding/kernel"].shape[0], arrays[f"{p}embedding/kernel"].shape[-1]
-    positions = [x for n, x in arrays.items() if n.startswith(p) and n.endswith("pos_embedding") and "txt/" not in n]
-    if not positions:
-        raise ConversionError("timm reads no file of big_vision whose positions are sines: it cannot be verified")
+    positions = _positions(arrays, p)
     cls, patches = f"{p}cls" in arrays, math.prod(side // patch for side in images.shape[2:])
     return {
         "img_size": tuple(images.shape[2:]),

@@ -21,6 +21,7 @@ def run(path: Path, images: Tensor) -> Outputs:
         return run_weights(weights, images)
 
 
+@torch.inference_mode()
 def run_weights(weights: Weights, images: Tensor, dtype: torch.dtype | None = None) -> Outputs:
     """Of weights that are open.
 
