@@ -113,7 +113,10 @@ def config_of(made: Constructor, description: Description) -> dict[str, Any]:
         "model_args": arguments,
         "pretrained_cfg": images.pretrained_cfg(made, description, before.get("pretrained_cfg", {})),
     }
-    return config | ({"label_names": list(description.labels)} if description.labels else {})
+    if description.labels:
+        config["label_names"] = list(description.labels)
+        config |= {key: before[key] for key in ("label_descriptions",) if key in before}
+    return config
 
 
 def _model_args(architecture: str, made: Constructor) -> dict[str, Any] | None:

@@ -105,8 +105,9 @@ def _check_together(made: Constructor) -> None:
         "dynamic_img_pad with images that do not fill their patches": (
             a["dynamic_img_pad"] and image_of(made) != image_of(made, whole=False)
         ),
-        "fc_norm True, reg_tokens or a pooling of its own in VisionTransformerDistilled": (
-            made.name == DISTILLED and (a["fc_norm"] or a["reg_tokens"] or pool != "token")
+        "fc_norm True, reg_tokens, no_embed_class, no pos_embed or another pooling than token": (
+            made.name == DISTILLED
+            and (a["fc_norm"] or a["reg_tokens"] or a["no_embed_class"] or a["pos_embed"] != "learn" or pool != "token")
         ),
     }
     for what, is_so in wrong.items():
@@ -164,8 +165,8 @@ def _check_ours(m: ModelConfig) -> None:
         "model.mlp swiglu with model.pool map": gated and m.pool == "map",
         "model.norm rmsnorm with model.pool map": m.norm == "rmsnorm" and m.pool == "map",
         "model.qkv_bias qv in model.block parallel": m.qkv_bias == "qv" and parallel,
-        "model.class_tokens 2 with registers, or a norm after the pooling": (
-            sizes.class_tokens == 2 and bool(m.registers or m.norm_after_pool)
+        "model.class_tokens 2 with registers, a norm after the pooling, or no position of their own": (
+            sizes.class_tokens == 2 and bool(m.registers or m.norm_after_pool or not sizes.class_rows)
         ),
     }
     for what, is_so in wrong.items():

@@ -48,7 +48,7 @@ CASES: dict[str, tuple[str, Mapping[str, Any]]] = {
     "so150m": ("vit_so150m2_patch16_reg1_gap_256", {}),
     "map over all tokens": ("test_vit3", {}),
     "xp": ("vit_base_patch16_xp_224", {}),
-    "pwee": ("vit_pwee_patch16_reg1_gap_256", {}),
+    "pwee": ("vit_pwee_patch16_reg1_gap_256", {"qk_norm": True}),
 }
 _SUMMED = ("attn_out_proj.bias", "mlp_out_proj.bias", "reg_token", "pos_embed")  # the same sums, not the same terms
 
@@ -216,6 +216,7 @@ def test_models_of_other_classes_are_refused_by_name(module: str) -> None:
         ({"global_pool": "avg", "pool_include_prefix": True}, "pool_include_prefix"),
         ({"global_pool": "map", "class_token": False, "norm_layer": "rmsnorm"}, "rmsnorm"),
         ({"features_only": True}, "features_only"),
+        ({"use_naflex": True}, "use_naflex"),
         ({"attn_gate": True}, "attn_gate"),
     ],
 )
@@ -239,6 +240,8 @@ def test_arguments_that_our_model_has_not_are_refused_by_name(changed: Mapping[s
         ({"mlp": "swiglu", "block": "parallel"}, "model.mlp"),
         ({"qk_norm": True, "qk_norm_over": "width"}, "model.qk_norm_over"),
         ({"global_tokens": 1, "attention": "global_tokens"}, "global_tokens"),
+        ({"class_tokens": 2, "class_position": False}, "model.class_tokens"),
+        ({"class_tokens": 2, "registers": 1}, "model.class_tokens"),
     ],
 )
 def test_models_that_timm_has_not_are_refused_by_name(changed: Mapping[str, Any], named: str, tmp_path: Path) -> None:
@@ -316,6 +319,15 @@ class _Nothing:
 
     def read(self, name: str, index: int | None = None) -> torch.Tensor:
         raise AssertionError(name)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"reg_tokens": 1}, {"no_embed_class": True}, {"global_pool": "avg"}, {"pos_embed": ""}]
+)
+def test_distilled_models_that_are_none_are_refused_by_name(changed: Mapping[str, Any]) -> None:
+    made = constructor_of({"architecture": "deit_tiny_distilled_patch16_224", "model_args": changed})
+    with pytest.raises(ConversionError, match=next(iter(changed)).replace("global_pool", "pooling")):
+        vit.model_of(made)
 
 
 def test_what_config_json_says_twice_must_agree() -> None:
