@@ -29,6 +29,7 @@ CASES: dict[str, Mapping[str, Any]] = {
     "windows larger than the map": {"window_size": 8, "img_size": 32, "depths": (2, 1, 1), "qkv_bias": False},
     "a rectangle": {"img_size": (64, 128), "num_classes": 0, "in_chans": 1},
     "windows of each stage": {"window_size": (8, 4, 2), "mlp_ratio": (2.0, 3.0, 4.0), "depths": (1, 2, 3)},
+    "odd maps, filled up when they are merged": {"img_size": 56, "window_size": 7},
     "two stages, odd windows": {"depths": (2, 2), "num_heads": (2, 2), "img_size": 48, "window_size": (3, 3)},
 }
 
