@@ -80,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
             peak_memory_bytes(torch.device("cpu")) - before,
         )
         print(done.line(), flush=True)
-        found = _verified(weights, options) if options.verify else []
+        found = _verified(weights, options, told=bool(given or options.source_config)) if options.verify else []
         if options.json:
             facts = {"from": weights.kind, "to": done.kind, "bytes": done.bytes, "seconds": done.seconds}
             facts |= {"memory_bytes": done.above, "verified": [asdict(d) for d in found]}
@@ -157,11 +157,15 @@ def _check_libraries(*kinds: str) -> None:
             raise ConversionError(f"--verify runs {kind} by {name}, which is not installed: pip install {name}")
 
 
-def _verified(weights: Weights, options: argparse.Namespace) -> list[verify.Difference]:
-    """Compare, and print each difference."""
+def _verified(weights: Weights, options: argparse.Namespace, *, told: bool) -> list[verify.Difference]:
+    """Compare, and print each difference.
+
+    Args:
+        told: whether something was said on the command line that SRC does not say.
+    """
     images = verify.images_for(weights.description)
     if options.dtype is None and options.weights == "weights":
-        source, what = verify.outputs(options.source, weights.kind, images), weights.kind
+        source, what = verify.source_outputs(weights, images, told=told), weights.kind
     else:  # the same numbers, which SRC has not
         source = vitruvius.run_weights(weights, images, _DTYPES.get(options.dtype))
         what = f"{VITRUVIUS} with {options.weights} of SRC" + (f" in {options.dtype}" if options.dtype else "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from model.formats.api import save_weights
 from model.formats.base import Description
 from model.formats.registry import VITRUVIUS
+from model.formats.weights import Weights
 from tools.convert.images import photographs
 from tools.convert.runners import RUNNERS, Outputs, vitruvius
 
@@ -49,6 +52,21 @@ def outputs(path: Path, kind: str, images: Tensor) -> Outputs:
     """Of the checkpoint at a path, by the class that it is for."""
     with torch.inference_mode():
         return (vitruvius.run if kind == VITRUVIUS else RUNNERS[kind])(path, images)
+
+
+def source_outputs(weights: Weights, images: Tensor, *, told: bool) -> Outputs:
+    """Of weights that are open, by the class of their kind.
+
+    Args:
+        told: whether their files lack what is known of them (`--model.num_heads`): then they are run as a whole
+            checkpoint of their kind, with the same tensors, in a temporary folder.
+    """
+    if not told:
+        return outputs(weights.path, weights.kind, images)
+    with tempfile.TemporaryDirectory() as folder:
+        whole = Path(folder) / "whole.npz"  # a file, or a folder of that name
+        save_weights(weights, whole, weights.kind)
+        return outputs(whole, weights.kind, images)
 
 
 def images_for(description: Description) -> Tensor:

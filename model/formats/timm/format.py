@@ -43,7 +43,7 @@ class Timm:
             config, made = {}, shapes.made_from({n: e.shape for n, e in source.tensors.items()}, given)
         return Description(
             model=_model_of(made),
-            preprocessing=images.preprocessing_of(config, made) if config else None,
+            preprocessing=images.preprocessing_of(config, made),
             origin=Origin(kind=self.kind, variant=made.name, config=config),
             labels=images.labels_of(config),
         )
@@ -75,7 +75,7 @@ def _target(description: Description, kind: str) -> tuple[Constructor, Mapping[s
     if origin is not None and origin.kind == kind and origin.config:
         made = constructor_of(origin.config)
         if _same(_model_of(made), description.model):
-            return made, origin.config
+            return made, origin.config if "pretrained_cfg" in origin.config else {}  # else by hand, or of old
     family = swin if description.model.stages else vit
     return family.made_of(description.model), {}
 

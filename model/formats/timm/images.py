@@ -16,9 +16,12 @@ _USUAL: dict[str, Any] = {  # of timm, where config.json is silent
 }  # fmt: skip
 
 
-def preprocessing_of(config: Mapping[str, Any], made: Constructor) -> Preprocessing:
-    """Raises ConversionError for a way of preparing images that is none of ours."""
-    values = _USUAL | {k: v for k, v in pretrained_cfg_of(config).items() if k in _USUAL and v is not None}
+def preprocessing_of(config: Mapping[str, Any], made: Constructor) -> Preprocessing | None:
+    """None if a config.json does not say. Raises ConversionError for a way of preparing images that is none of ours."""
+    found = {k: v for k, v in pretrained_cfg_of(config).items() if k in _USUAL and v is not None} if config else {}
+    if not found:
+        return None
+    values = _USUAL | found
     if values["interpolation"] not in _SEEN:
         raise ConversionError(f"interpolation {values['interpolation']}: images are resized by {', '.join(_SEEN)} here")
     if values["crop_mode"] not in ("center", "squash"):

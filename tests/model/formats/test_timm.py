@@ -23,6 +23,7 @@ from model.formats.timm.format import Timm
 from model.layers import logical_shapes
 from tests.model.formats import timm_models
 from tests.model.formats.timm_models import checked, library, randomised, saved
+from tools.convert.__main__ import main
 from tools.convert.runners import RUNNERS
 from tools.convert.runners.timm import load
 
@@ -121,12 +122,23 @@ def test_bare_files(tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"architecture": "vit_base_patch16_224", "num_classes": 5, "model_args": TINY}))
     with open_weights(file, config=config) as weights:
-        assert weights.description.model.norm_eps == 1e-6
+        assert (weights.description.model.norm_eps, weights.description.preprocessing) == (1e-6, None)
     for names in ("blocks.0.attns.0.qkv.weight", "blocks.0.attn.q_proj.weight", "blocks.0.attn.rel_pos_h"):
         torch.save({**model.state_dict(), names: torch.zeros(2)}, file)
         config.unlink(missing_ok=True)
         with pytest.raises(ConversionError, match="is not read"):
             open_weights(file, given=given).__enter__()
+
+
+def test_a_bare_file_is_verified_with_what_was_said_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, config = tmp_path / "weights.pth", tmp_path / "other.json"
+    torch.save(randomised("vit_base_patch16_224", TINY).state_dict(), file)
+    config.write_text(json.dumps({"architecture": "vit_base_patch16_224", "model_args": TINY}))
+    keys = {"num_heads": "2", "norm_eps": "1e-6", "gelu": "erf", "pool": "cls"}
+    ways = ([f"--model.{k}={v}" for k, v in keys.items()], ["--source_config", str(config)])
+    for i, flags in enumerate(ways):
+        assert main(["--to", "vitruvius", str(file), str(tmp_path / f"ours{i}"), "--verify", *flags]) == 0
+        assert "timm and vitruvius" in capsys.readouterr().out
 
 
 # -- every architecture ------------------------------------------------------------------------------------------------
@@ -304,6 +316,7 @@ def test_images_of_all_published_weights_are_prepared_as_ours_can() -> None:
         if (architecture := name.partition(".")[0]) in ARCHITECTURES:
             config = {"architecture": architecture, "pretrained_cfg": found.to_dict()}
             p = images.preprocessing_of(config, constructor_of(config))
+            assert p is not None
             assert (p.mean, p.std, p.interpolation) == (tuple(found.mean), tuple(found.std), found.interpolation), name
             count += 1
     assert count > 200
