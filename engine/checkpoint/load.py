@@ -26,7 +26,8 @@ from parallel.sharding.boxes import Box
 from parallel.sharding.pieces import StatePiece
 
 _UNSHAPED = ("preset", "drop_path", "head_bias")  # keys of the model that say nothing about its weights
-_UNSAID = ("num_heads", "norm_eps", "gelu", "rope_base", "window_size", "grid_size")  # that shapes do not say
+# keys that shapes do not say
+_UNSAID = ("num_heads", "norm_eps", "gelu", "pool", "norm_after_pool", "rope_base", "window_size", "grid_size")
 _SHOWN = 10  # differing tensors
 
 

@@ -392,6 +392,18 @@ def test_sizes_of_images_that_a_file_does_not_say(tmp_path: Path) -> None:
     assert found == [(4, 16), (16, 4), (8, 8), (8, 8)]
 
 
+def test_a_timm_file_alone(folder: Path, tmp_path: Path, alone: dict[str, Alone]) -> None:
+    """Without its config.json: heads, pooling and the like are the run's."""
+    with open_weights(folder / "1d") as weights:
+        save_weights(weights, tmp_path / "timm", "timm")
+    config = small(**SOURCES["1d"]).resolve(1)
+    file = (tmp_path / "timm/model.safetensors").rename(tmp_path / "model.safetensors")
+    weights = open_to_load(CheckpointConfig(load=str(file)), config.model)
+    assert weights.kind == "timm" and plan_load(weights, config.model, Supervised.of(config).layers, config.data).fits
+    for name, value in alone["shallower"].masters.items():
+        assert torch.equal(weights.read(name), value), name
+
+
 def test_files_of_one_length_are_told_apart(folder: Path, tmp_path: Path) -> None:
     """Ranks compare what they have found without reading all of it."""
     shutil.copytree(folder / "hf", tmp_path / "a")
