@@ -18,7 +18,7 @@ def refuse_unless(made: Constructor, allowed: Mapping[str, set[Any]]) -> None:
     for key, values in allowed.items():
         if (value := made[key]) not in values:
             can = " or ".join(sorted(str(v) for v in values if v not in (None, "")))
-            raise ConversionError(f"timm's {made.name} has {key} {value!r}: this model can be {can or 'without'} alone")
+            raise ConversionError(f"timm's {made.name} has {key} {value!r}: this model has only {can or 'none'}")
 
 
 def patch_of(made: Constructor) -> int:
