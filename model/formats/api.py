@@ -129,7 +129,7 @@ def save_weights(
             write_checkpoint(temporary, weights, jobs_as_ours(weights, dtype))
             return
         form, weights = target(kind, scan=scan), with_table(weights)
-        files, jobs = form.files(weights.description), jobs_as(form, weights, dtype, leave_out)
+        jobs, files = jobs_as(form, weights, dtype, leave_out), form.files(weights.description)
         if form.container == "npz":
             write_npz(temporary, jobs, files)
             return

@@ -11,7 +11,7 @@ Legend: D width, C channels, P patch side.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
@@ -304,17 +304,29 @@ class Rule:
     Attributes:
         ours: its name, empty with the way `Void`. theirs: names there. way: between them.
         reads: names there that another rule writes, of which ours is made too: the way has them after `theirs`.
+        more: others of ours in the same tensors there: the way is that of all, one after the other along dim 0.
     """
 
     ours: str
     theirs: tuple[str, ...]
     way: Way = field(default_factory=Same)
     reads: tuple[str, ...] = ()
+    more: tuple[str, ...] = ()
 
     @property
     def sources(self) -> tuple[str, ...]:
         """All tensors there that ours is made of."""
         return self.theirs + self.reads
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All of ours."""
+        return (self.ours, *self.more) if self.ours else ()
+
+    def joined(self, read: Callable[[str], Tensor]) -> Tensor:
+        """All of ours as one, each read by its name."""
+        parts = [read(name) for name in self.names]
+        return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.zeros(0)
 
     def to_ours(self, theirs: Sequence[Tensor]) -> Tensor:
         """Raises ConversionError, which names the tensor."""
@@ -333,9 +345,9 @@ class Rule:
         return out
 
 
-def rule(ours: str, *theirs: str, way: Way | None = None) -> Rule:
+def rule(ours: str, *theirs: str, way: Way | None = None, more: Sequence[str] = ()) -> Rule:
     """A rule in short: names of theirs in the order of the way."""
-    return Rule(ours=ours, theirs=theirs, way=way or Same())
+    return Rule(ours=ours, theirs=theirs, way=way or Same(), more=tuple(more))
 
 
 def entry(stack: str, index: int) -> str:
@@ -365,11 +377,12 @@ def expected(rules: Sequence[Rule], shapes: Mapping[str, Shape]) -> dict[str, Sh
     Args:
         shapes: of all our tensors, which the rules must name once each.
     """
-    named = [r.ours for r in rules if r.ours]
+    named = [name for r in rules for name in r.names]
     assert sorted(named) == sorted(shapes), sorted(set(named) ^ set(shapes))[:5] or "a tensor has two rules"
     found: dict[str, Shape] = {}
     for r in rules:
-        for name, x in zip(r.theirs, r.to_theirs(torch.empty(shapes.get(r.ours, (0,)), device="meta")), strict=True):
+        ours = r.joined(lambda name: torch.empty(shapes[name], device="meta")).to("meta")
+        for name, x in zip(r.theirs, r.to_theirs(ours), strict=True):
             assert name not in found, name
             found[name] = tuple(x.shape)
     return found

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from model.formats.base import ConversionError
 from model.formats.big_vision import BigVision
+from model.formats.huggingface.clip import HfClipVision
+from model.formats.huggingface.dino import HfDinov2, HfDinov3
+from model.formats.huggingface.siglip import HfSiglip, HfSiglip2
 from model.formats.huggingface.vit import HfVit
 from model.formats.open_clip import OpenClip
 from model.formats.sources import Source
@@ -11,7 +14,8 @@ from model.formats.timm.format import Timm
 from model.formats.weights import Format
 
 VITRUVIUS = "vitruvius"
-_ALL: tuple[Format, ...] = (HfVit(), Timm(), OpenClip(), BigVision())
+_TRANSFORMERS: tuple[Format, ...] = (HfVit(), HfSiglip(), HfSiglip2(), HfDinov2(), HfDinov3(), HfClipVision())
+_ALL: tuple[Format, ...] = (*_TRANSFORMERS, Timm(), OpenClip(), BigVision())
 FORMATS: dict[str, Format] = {form.kind: form for form in _ALL}
 KINDS: tuple[str, ...] = (VITRUVIUS, *FORMATS)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -139,6 +139,10 @@ class ForeignWeights:
         self.path, self.kind = source.path, form.kind
         self.description = _described(source, form, given or {})
         rules = form.rules(self.description)
+        gone = [name for name in self.left_out if not name.endswith(_DERIVED)]
+        if gone and self.description.origin is not None:  # what it was there, it is no more
+            origin = replace(self.description.origin, variant="", config={})
+            self.description = replace(self.description, origin=origin)
         shapes = logical_shapes(self.description.model)
         wanted = stacked(expected(rules, shapes))
         others = [name for name in source.tensors if name not in wanted]
@@ -146,7 +150,7 @@ class ForeignWeights:
             self.left_out, others = [*self.left_out, *others], []
         self.carried: Mapping[str, Entry] = {name: source.tensors[name] for name in others if form.carries(name)}
         _check(source, form, wanted, [name for name in others if name not in self.carried])
-        self._rules = {r.ours: r for r in rules if r.ours}
+        self._rules = {name: r for r in rules for name in r.names}
         self.tensors: Mapping[str, Entry] = {name: Entry(shape, self._dtype(name)) for name, shape in shapes.items()}
         for r in rules:
             if not r.ours:  # what our model has no place for must be what it is without
@@ -166,6 +170,9 @@ class ForeignWeights:
         """As Weights."""
         found = self._rules[name]
         values = found.to_ours([self._source.read(*place_of(there)) for there in found.sources])
+        if found.more:
+            lengths = [self.tensors[other].shape[0] for other in found.names]
+            values = values.split(lengths)[found.names.index(name)]
         return values.to(self.tensors[name].dtype)
 
     def read_carried(self, name: str) -> Tensor:

@@ -77,12 +77,11 @@ def jobs_as(
     for rule in form.rules(weights.description):
         kind = dtype or (weights.tensors[rule.ours].dtype if rule.ours else _usual_dtype(weights))
         if not rule.theirs:  # nothing is written of it, so it must be what the other library takes it for
-            rule.to_theirs(weights.read(rule.ours))
-        shapes = expected([rule], {rule.ours: weights.tensors[rule.ours].shape} if rule.ours else {})
+            rule.to_theirs(rule.joined(weights.read))
+        shapes = expected([rule], {name: weights.tensors[name].shape for name in rule.names})
 
         def make(rule: Any = rule, kind: torch.dtype = kind) -> list[Tensor]:
-            ours = weights.read(rule.ours) if rule.ours else torch.zeros(0)
-            return [x.to(kind) for x in rule.to_theirs(ours)]
+            return [x.to(kind) for x in rule.to_theirs(rule.joined(weights.read))]
 
         jobs.append(Job(tuple(FileEntry(name, shape, kind) for name, shape in shapes.items()), make))
     for name, entry in weights.carried.items() if back else ():

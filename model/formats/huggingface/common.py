@@ -1,14 +1,34 @@
-"""What the models of transformers share: blocks, activations, and how their images are prepared."""
+"""What the models of transformers share: their configurations, activations, and how their images are prepared."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from model.formats.base import ConversionError, Interpolation, Preprocessing
+from model.config import ModelConfig
+from model.formats.base import ConversionError, Description, Interpolation, Origin, Preprocessing
+from model.formats.sources import Source
 
+CONFIG, IMAGES = "config.json", "preprocessor_config.json"
+PLAIN = "-"
+"""The variant of an origin whose names begin with nothing; '' is the usual one."""
 _ACTIVATIONS = {"gelu": "erf", "gelu_pytorch_tanh": "tanh", "gelu_new": "tanh", "quick_gelu": "quick"}
 _RESAMPLE: dict[int, Interpolation] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
+
+
+def config_of(source: Source) -> Mapping[str, Any]:
+    """Their `config.json`. Raises ConversionError if there is none."""
+    if not (config := source.files.get(CONFIG)):
+        raise ConversionError(f"{source.path} has no {CONFIG} beside it: give it with --source_config FILE")
+    found: Mapping[str, Any] = config
+    return found
+
+
+def check_neutral(config: Mapping[str, Any], **neutral: Any) -> None:
+    """Raise ConversionError where a key that our model has not is other than what it would be without."""
+    for key, wanted in neutral.items():
+        if (value := config.get(key, wanted)) != wanted:
+            raise ConversionError(f"{key} of {CONFIG} is {value!r}: this model has that only as {wanted!r}")
 
 
 def activation_of(config: Mapping[str, Any], default: str = "gelu") -> str:
@@ -24,40 +44,164 @@ def activation_name(gelu: str | None) -> str:
     return {"erf": "gelu", "tanh": "gelu_pytorch_tanh", "quick": "quick_gelu"}[gelu or "erf"]
 
 
+def side_of(value: Any) -> int | tuple[int, int]:
+    """An image size of a config: one number or two."""
+    if not isinstance(value, list | tuple):
+        return int(value)
+    rows, cols = (int(n) for n in value)
+    return rows if rows == cols else (rows, cols)
+
+
+def patch_of(value: Any) -> int:
+    """A patch size. Raises ConversionError unless it is square."""
+    sides = set(value) if isinstance(value, list | tuple) else {value}
+    if len(sides) != 1:
+        raise ConversionError(f"patch_size of {CONFIG} is {value}: patches of this model are square")
+    return int(sides.pop())
+
+
+def square(model: ModelConfig, title: str) -> int:
+    """The side of square images. Raises ConversionError where they are not."""
+    rows, cols = model.image
+    if rows != cols:
+        raise ConversionError(f"model.image_size is {[rows, cols]}: {title} has square images alone")
+    return rows
+
+
+def sizes_of(config: Mapping[str, Any], **defaults: Any) -> dict[str, Any]:
+    """Keys of our model for what all kinds call alike.
+
+    Args:
+        defaults: theirs, where `config.json` leaves a key out.
+    """
+
+    def value(key: str) -> Any:
+        return config.get(key, defaults[key])
+
+    return {
+        "patch_size": patch_of(value("patch_size")),
+        "in_channels": value("num_channels"),
+        "width": value("hidden_size"),
+        "depth": value("num_hidden_layers"),
+        "num_heads": value("num_attention_heads"),
+        "norm_eps": float(value("layer_norm_eps")),
+        "block": "sequential",
+    }
+
+
+def config_keys(model: ModelConfig) -> dict[str, Any]:
+    """The inverse of `sizes_of`, with the image's size and the activation."""
+    rows, cols = model.image
+    return {
+        "image_size": rows if rows == cols else [rows, cols],
+        "patch_size": model.patch_size,
+        "num_channels": model.in_channels,
+        "hidden_size": model.width,
+        "num_hidden_layers": model.depth,
+        "num_attention_heads": model.num_heads,
+        "intermediate_size": model.mlp_dim,
+        "layer_norm_eps": model.norm_eps,
+        "hidden_act": activation_name(model.gelu),
+    }
+
+
+def described(source: Source, kind: str, model: ModelConfig, start: str) -> Description:
+    """What is known beside the model.
+
+    Args:
+        start: what the names of tensors begin with.
+    """
+    config, images = config_of(source), source.files.get(IMAGES, {})
+    origin = Origin(kind=kind, variant=start or PLAIN, config=config, preprocessor=images)
+    labels = labels_of(config, model.num_classes) if "classifier.weight" in source.tensors else ()
+    return Description(model=model, preprocessing=preprocessing_of(images), origin=origin, labels=labels)
+
+
+def origin_of(description: Description, kind: str) -> Origin | None:
+    """Where the model came from, if it was of this kind."""
+    origin = description.origin
+    return origin if origin is not None and origin.kind == kind else None
+
+
+def start_of(description: Description, kind: str, usual: str) -> str:
+    """What the names of tensors begin with: as they came, or as usual."""
+    origin = origin_of(description, kind)
+    if origin is None or not origin.variant:
+        return usual
+    return "" if origin.variant == PLAIN else origin.variant
+
+
+def start_in(source: Source, suffix: str) -> str:
+    """What stands before the first name that ends so."""
+    return next(name.removesuffix(suffix) for name in source.tensors if name.endswith(suffix))
+
+
+# -- names of classes --------------------------------------------------------------------------------------------------
+
+
+def labels_of(config: Mapping[str, Any], count: int | None) -> tuple[str, ...]:
+    """Names of classes in order; none where they do not fit the classifier. Raises ConversionError for no table."""
+    names = config.get("id2label") or {}
+    try:
+        found = tuple(str(names[key]) for key in sorted(names, key=int))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ConversionError(f"id2label of {CONFIG} is no table of classes: {error}") from error
+    return found if len(found) == count else ()
+
+
+def label_keys(description: Description) -> dict[str, Any]:
+    """Their tables of classes; nothing without a classifier."""
+    count = description.model.num_classes or 0
+    names = description.labels or tuple(f"LABEL_{i}" for i in range(count))
+    tables = {"id2label": {str(i): n for i, n in enumerate(names)}, "label2id": {n: i for i, n in enumerate(names)}}
+    return tables if count else {}
+
+
+# -- images ------------------------------------------------------------------------------------------------------------
+
+
 def preprocessing_of(values: Mapping[str, Any]) -> Preprocessing | None:
     """Of a `preprocessor_config.json`; None if there is none."""
     if not values:
         return None
-    size, crop = _sides(values.get("size")), _sides(values.get("crop_size"))
-    mean, std = values.get("image_mean", [0.5] * 3), values.get("image_std", [0.5] * 3)
-    cropped = bool(values.get("do_center_crop")) and size and crop
+    mean, std = values.get("image_mean") or [0.5] * 3, values.get("image_std") or [0.5] * 3
+    if not values.get("do_normalize", True):
+        mean, std = [0.0] * len(mean), [1.0] * len(std)
+    size = values.get("size")
+    shortest = isinstance(size, dict) and "shortest_edge" in size
+    side, crop = _side(size), _side(values.get("crop_size"))
+    cropped = shortest and values.get("do_center_crop", True) and side and crop
     return Preprocessing(
-        mean=tuple(mean) if values.get("do_normalize", True) else (0.0,) * len(mean),
-        std=tuple(std) if values.get("do_normalize", True) else (1.0,) * len(std),
+        mean=tuple(mean),
+        std=tuple(std),
         interpolation=_RESAMPLE.get(values.get("resample", 2), "bilinear"),
-        crop_fraction=crop / size if cropped and size and crop else 1.0,
-        squash="shortest_edge" not in (values.get("size") or {}) if isinstance(values.get("size"), dict) else True,
+        crop_fraction=crop / side if cropped and side and crop else 1.0,
+        squash=not shortest,
     )
 
 
-def _sides(size: Any) -> float | None:
+def _side(size: Any) -> float | None:
     if isinstance(size, dict):
         size = size.get("shortest_edge") or size.get("height")
     return None if size is None else float(size)
 
 
-def preprocessor_config(name: str, image: tuple[int, int], found: Preprocessing | None) -> dict[str, Any]:
-    """Their `preprocessor_config.json`.
+def images_file(description: Description, kind: str, processor: str) -> dict[str, Any]:
+    """Their `preprocessor_config.json`: as it was, where it says the same.
 
     Args:
-        name: of their class. image: rows and columns of the model's input.
+        processor: their class, if it is to be made.
     """
-    p, (rows, cols) = found or Preprocessing(), image
+    found, origin, (rows, cols) = description.preprocessing, origin_of(description, kind), description.model.image
+    before = origin.preprocessor if origin else {}
+    if before and preprocessing_of(before) == found and _input(before) in (None, (rows, cols)):
+        return dict(before)
+    p = found or Preprocessing()
     size: dict[str, int] = {"height": rows, "width": cols}
     if not p.squash:
-        size = {"shortest_edge": round(min(image) / p.crop_fraction)}
+        size = {"shortest_edge": round(min(rows, cols) / p.crop_fraction)}
     return {
-        "image_processor_type": name,
+        "image_processor_type": processor,
         "do_resize": True,
         "size": size,
         "resample": {v: k for k, v in _RESAMPLE.items()}[p.interpolation],
@@ -71,15 +215,10 @@ def preprocessor_config(name: str, image: tuple[int, int], found: Preprocessing 
     }
 
 
-def labels_of(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names of classes in order."""
-    names = config.get("id2label") or {}
-    try:
-        return tuple(str(names[key]) for key in sorted(names, key=int))
-    except (TypeError, ValueError) as error:
-        raise ConversionError(f"id2label of config.json is no table of classes: {error}") from error
-
-
-def side_of(value: Any) -> int | tuple[int, int]:
-    """An image size of a config: one number or two."""
-    return (int(value[0]), int(value[1])) if isinstance(value, list | tuple) else int(value)
+def _input(values: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns that a processor gives, if it says."""
+    size = values.get("size")
+    size = values.get("crop_size") if isinstance(size, dict) and "shortest_edge" in size else size
+    if isinstance(size, int):
+        return size, size
+    return (size["height"], size["width"]) if isinstance(size, dict) and "height" in size else None

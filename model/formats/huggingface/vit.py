@@ -6,9 +6,28 @@ from collections.abc import Mapping
 from typing import Any
 
 from model.config import ModelConfig
-from model.formats.base import ConversionError, Description, Joined, Origin, Rule, Same, rule
+from model.formats.base import Description, Rule, rule
+from model.formats.expressible import ANY, check_expressible
 from model.formats.huggingface import common
+from model.formats.huggingface.names import Names, rules_of
 from model.formats.sources import Source
+
+_ALLOWED: dict[str, object] = {
+    "pool": "cls", "class_tokens": 1, "class_position": {True, False}, "norm_eps": ANY, "gelu": ANY, "bias": ANY,
+    "norm_bias": True, "qkv_bias": {"all", "none"},
+}  # fmt: skip
+_NAMES = Names(
+    patch="embeddings.patch_embeddings.projection",
+    position="embeddings.position_embeddings",
+    cls="embeddings.cls_token",
+    block="encoder.layer.{}.",
+    norms=("layernorm_before", "layernorm_after"),
+    qkv=("attention.attention.query", "attention.attention.key", "attention.attention.value"),
+    proj="attention.output.dense",
+    up=("intermediate.dense",),
+    down="output.dense",
+    norm="layernorm",
+)
 
 
 class HfVit:
@@ -22,66 +41,32 @@ class HfVit:
 
     def describe(self, source: Source, given: Mapping[str, Any]) -> Description:
         """As Format."""
-        config, images = source.files.get("config.json", {}), source.files.get("preprocessor_config.json", {})
-        if not config:
-            raise ConversionError(f"{source.path} has no config.json beside it: give it with --config FILE")
-        classifier = "classifier.weight" in source.tensors
+        config = common.config_of(source)
+        sizes = common.sizes_of(
+            config, patch_size=16, num_channels=3, hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
+            layer_norm_eps=1e-12,
+        )  # fmt: skip
+        classifier = source.tensors.get("classifier.weight")
         model = ModelConfig(
+            **sizes,
             image_size=common.side_of(config.get("image_size", 224)),
-            patch_size=config.get("patch_size", 16),
-            in_channels=config.get("num_channels", 3),
-            width=config.get("hidden_size", 768),
-            depth=config.get("num_hidden_layers", 12),
-            num_heads=config.get("num_attention_heads", 12),
             mlp_dim=config.get("intermediate_size", 3072),
-            block="sequential",
             gelu=common.activation_of(config),  # type: ignore[arg-type]
+            qkv_bias="all" if config.get("qkv_bias", True) else "none",
             position="learned_1d",
             pool="cls",
-            num_classes=source.tensors["classifier.weight"].shape[0] if classifier else 0,
+            num_classes=classifier.shape[0] if classifier else 0,
         ).resolve()
-        variant = "vit." if any(n.startswith("vit.") for n in source.tensors) else ""
-        origin = Origin(kind=self.kind, variant=variant, config=config, preprocessor=images)
-        return Description(
-            model=model,
-            preprocessing=common.preprocessing_of(images),
-            origin=origin,
-            labels=common.labels_of(config) if classifier else (),
-        )
+        return common.described(source, self.kind, model, common.start_in(source, _NAMES.cls))
 
     def rules(self, description: Description) -> list[Rule]:
         """As Format."""
-        m, sizes = description.model, description.model.sizes
-        width, origin = sizes.last.width, description.origin
-        start = "vit." if m.num_classes or (origin and origin.kind == self.kind and origin.variant) else ""
-        e, kernel = f"{start}embeddings.", (width, sizes.channels, sizes.patch, sizes.patch)
-        tokens = 1 + sizes.last.rows * sizes.last.cols
-        rules = [
-            rule(
-                "embed.weight",
-                f"{e}patch_embeddings.projection.weight",
-                way=Same((width, sizes.patch_features), kernel),
-            ),
-            rule("embed.bias", f"{e}patch_embeddings.projection.bias"),
-            rule("embed.cls", f"{e}cls_token", way=Same((1, width), (1, 1, width))),
-            rule("embed.pos", f"{e}position_embeddings", way=Same((tokens, width), (1, tokens, width))),
-        ]
-        for i in range(sizes.depth):
-            rules += self._block(f"blocks.{i}.", f"{start}encoder.layer.{i}.", width, bool(m.bias))
-        rules += [rule(f"head.norm.{k}", f"{start}layernorm.{k}") for k in ("weight", "bias")]
+        m = description.model
+        check_expressible(self.title, m, _ALLOWED)
+        usual = "vit." if m.num_classes else ""
+        rules = rules_of(_NAMES, m, common.start_of(description, self.kind, usual))
         if m.num_classes:
             rules += [rule(f"head.fc.{k}", f"classifier.{k}") for k in ("weight", "bias")]
-        return rules
-
-    def _block(self, ours: str, theirs: str, width: int, bias: bool) -> list[Rule]:
-        pairs = {
-            "norm1": "layernorm_before", "attn.proj": "attention.output.dense", "norm2": "layernorm_after",
-            "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense",
-        }  # fmt: skip
-        rules = [rule(f"{ours}{a}.{k}", f"{theirs}{b}.{k}") for a, b in pairs.items() for k in ("weight", "bias")]
-        for k in ("weight", "bias") if bias else ("weight",):
-            names = [f"{theirs}attention.attention.{x}.{k}" for x in ("query", "key", "value")]
-            rules.append(rule(f"{ours}attn.qkv.{k}", *names, way=Joined((width,) * 3)))
         return rules
 
     def carries(self, name: str) -> bool:
@@ -90,23 +75,8 @@ class HfVit:
 
     def files(self, description: Description) -> dict[str, Any]:
         """As Format."""
-        m, origin = description.model, description.origin
-        before = dict(origin.config) if origin and origin.kind == self.kind else {}
-        config = before | {
-            "model_type": "vit",
-            "architectures": ["ViTForImageClassification" if m.num_classes else "ViTModel"],
-            "image_size": m.image_size,
-            "patch_size": m.patch_size,
-            "num_channels": m.in_channels,
-            "hidden_size": m.width,
-            "num_hidden_layers": m.depth,
-            "num_attention_heads": m.num_heads,
-            "intermediate_size": m.mlp_dim,
-            "hidden_act": common.activation_name(m.gelu),
-            "qkv_bias": bool(m.bias),
-        }
-        if m.num_classes:
-            labels = description.labels or tuple(f"LABEL_{i}" for i in range(m.num_classes))
-            config |= {"id2label": dict(enumerate(labels)), "label2id": {n: i for i, n in enumerate(labels)}}
-        images = common.preprocessor_config("ViTImageProcessor", m.image, description.preprocessing)
-        return {"config.json": config, "preprocessor_config.json": images}
+        m, origin = description.model, common.origin_of(description, self.kind)
+        config = dict(origin.config if origin else {}) | common.config_keys(m) | common.label_keys(description)
+        config |= {"model_type": "vit", "qkv_bias": m.qkv_bias == "all"}
+        config["architectures"] = ["ViTForImageClassification" if m.num_classes else "ViTModel"]
+        return {common.CONFIG: config, common.IMAGES: common.images_file(description, self.kind, "ViTImageProcessor")}

@@ -36,4 +36,8 @@ def _of(module: str) -> Runner:
     return run
 
 
-RUNNERS: dict[str, Runner] = {name: _of(name) for name in ("timm", "open_clip", "big_vision")}
+_TRANSFORMERS = ("hf_vit", "hf_siglip", "hf_siglip2", "hf_dinov2", "hf_dinov3", "hf_clip_vision")
+RUNNERS: dict[str, Runner] = {
+    **{name: _of(name) for name in ("timm", "open_clip", "big_vision")},
+    **dict.fromkeys(_TRANSFORMERS, _of("huggingface")),
+}

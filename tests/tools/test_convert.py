@@ -1,0 +1,148 @@
+"""tools.convert on the command line: what it prints, what it refuses, and that a conversion is whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from engine.config.cli import ConfigError
+from model import ModelConfig, VisionTransformer
+from model.formats.base import ConversionError, Preprocessing
+from tools.convert import verify
+from tools.convert.__main__ import main
+
+CONFIG = ModelConfig(
+    width=16, depth=2, num_heads=2, mlp_dim=24, image_size=(8, 16), patch_size=4, num_classes=3, pool="cls",
+    position="learned_1d",
+)  # fmt: skip
+PREPROCESSING = Preprocessing(mean=(0.4, 0.5, 0.6), std=(0.1, 0.2, 0.3), interpolation="bilinear", crop_fraction=0.5)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> VisionTransformer:
+    """Saved at tmp_path / ours, and as a ViT of transformers at tmp_path / theirs."""
+    model = VisionTransformer(CONFIG, seed=1)
+    for i, p in enumerate(model.parameters()):
+        torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(i))
+    model.save_pretrained(tmp_path / "ours", preprocessing=PREPROCESSING)
+    model.save_pretrained(tmp_path / "theirs", "hf_vit", preprocessing=PREPROCESSING)
+    return model
+
+
+def run(*arguments: object) -> int:
+    return main([str(a) for a in arguments])
+
+
+def test_there_and_back(model: VisionTransformer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--to", "vitruvius", tmp_path / "theirs", tmp_path / "back", "--verify") == 0
+    told = capsys.readouterr().out
+    assert "(hf_vit)" in told and "mean 0.4, 0.5, 0.6" in told and "equal but for rounding" in told
+    again = VisionTransformer.from_pretrained(tmp_path / "back")
+    assert again.config == model.config and again.preprocessing == PREPROCESSING
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, again.get_parameter(name)), name
+    assert run("--to", "hf_vit", "--from", "vitruvius", tmp_path / "back", tmp_path / "there") == 0
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "there"))
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_dtype(model: VisionTransformer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--to", "hf_vit", "--dtype", "bf16", "--verify", tmp_path / "ours", tmp_path / "small") == 0
+    assert "in bf16" in capsys.readouterr().out
+    stored = load_file(tmp_path / "small" / "model.safetensors")
+    assert {x.dtype for x in stored.values()} == {torch.bfloat16}
+    assert torch.equal(stored["classifier.weight"], model.get_parameter("head.fc.weight").bfloat16())
+
+
+def test_verify_tells_of_a_difference(
+    model: VisionTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def off(path: Path, kind: str, images: torch.Tensor) -> verify.Outputs:
+        found = right(path, kind, images)
+        return found if kind == "hf_vit" else found._replace(logits=found.logits + 2e-4)
+
+    right = verify.outputs
+    monkeypatch.setattr(verify, "outputs", off)
+    assert run("--to", "vitruvius", tmp_path / "theirs", tmp_path / "back", "--verify") == 1
+    assert "more than 0.0001" in capsys.readouterr().out
+
+
+def keep_first(folder: Path, keys: int) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: tensors[name] for name in sorted(tensors)[:keys]}, folder / "model.safetensors")
+
+
+def rewrite(folder: Path, **values: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+
+
+def plant(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"planted": torch.ones(2)}, folder / "model.safetensors")
+
+
+REFUSED: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
+    "no kind": (lambda p: None, ["theirs", "new"], "--to is missing"),
+    "unknown kind": (lambda p: None, ["--to", "keras", "theirs", "new"], "'keras' is unknown"),
+    "another kind": (lambda p: None, ["--to", "hf_vit", "--from", "hf_vit", "ours", "new"], "is of kind vitruvius"),
+    "no such source": (lambda p: None, ["--to", "hf_vit", "none", "new"], "none does not exist"),
+    "taken": (lambda p: None, ["--to", "hf_vit", "ours", "theirs"], "theirs exists: give another place"),
+    "no average": (lambda p: None, ["--to", "hf_vit", "--weights", "ema", "ours", "new"], "no moving average"),
+    "their average": (lambda p: None, ["--to", "vitruvius", "--weights", "ema", "theirs", "new"], "no checkpoint of"),
+    "unknown flag": (lambda p: None, ["--to", "hf_vit", "ours", "new", "--optimizer.lr", "1"], "--optimizer.lr is no"),
+    "other heads": (
+        lambda p: None,
+        ["--to", "vitruvius", "theirs", "new", "--model.num_heads", "4"],
+        "model.num_heads is 2, not 4",
+    ),
+    "missing": (lambda p: keep_first(p / "theirs", 30), ["--to", "vitruvius", "theirs", "new"], "missing, it should"),
+    "surplus": (lambda p: plant(p / "theirs"), ["--to", "vitruvius", "theirs", "new"], "planted [2]: of no use"),
+    "other shapes": (
+        lambda p: rewrite(p / "theirs", intermediate_size=32),
+        ["--to", "vitruvius", "theirs", "new"],
+        "it should be [32, 16]",
+    ),
+    "torn": (
+        lambda p: os.truncate(p / "theirs" / "model.safetensors", 9000),
+        ["--to", "vitruvius", "theirs", "new"],
+        "is no whole safetensors file",
+    ),
+    "damaged": (
+        lambda p: flip(p / "ours" / "weights-00000.safetensors"),
+        ["--to", "hf_vit", "ours", "new"],
+        "checksum",
+    ),
+}
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case: str, model: VisionTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil, arguments, expected = REFUSED[case]
+    monkeypatch.chdir(tmp_path)
+    spoil(tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises((ConversionError, ConfigError)) as refused:
+        run(*arguments)
+    assert expected in str(refused.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_what_may_be_left_out_is_named(
+    model: VisionTransformer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plant(tmp_path / "theirs")
+    assert run("--to", "vitruvius", tmp_path / "theirs", tmp_path / "new", "--leave_out", "plant*") == 0
+    assert "left out  1 tensor(s): planted" in capsys.readouterr().out
