@@ -61,8 +61,9 @@ def _resized(image: Image.Image, size: tuple[int, int], how: Preprocessing) -> I
     rows, cols = size
     resample = Image.Resampling[_SEEN[how.interpolation]]
     if how.squash:
-        return image.resize((cols, rows), resample)
-    scale = max(rows / image.height, cols / image.width) / how.crop_fraction
-    wide, high = round(image.width * scale), round(image.height * scale)
+        wide, high = round(cols / how.crop_fraction), round(rows / how.crop_fraction)
+    else:
+        scale = max(rows / image.height, cols / image.width) / how.crop_fraction
+        wide, high = round(image.width * scale), round(image.height * scale)
     left, top = (wide - cols) // 2, (high - rows) // 2
     return image.resize((wide, high), resample).crop((left, top, left + cols, top + rows))

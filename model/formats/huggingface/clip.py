@@ -62,7 +62,7 @@ class HfClipVision:
                 config, patch_size=32, num_channels=3, hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
                 layer_norm_eps=1e-5,
             ),
-            image_size=common.side_of(config.get("image_size", 224)),
+            image_size=common.image_of(config, 32),
             mlp_dim=config.get("intermediate_size", 3072),
             gelu=common.activation_of(config, "quick_gelu"),  # type: ignore[arg-type]
             pre_norm=True,

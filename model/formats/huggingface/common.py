@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from model.config import ModelConfig
-from model.formats.base import ConversionError, Description, Interpolation, Origin, Preprocessing
+from model.formats.base import ConversionError, Description, Origin, Preprocessing
+from model.formats.huggingface.images import preprocessing_of, preprocessor_config
 from model.formats.sources import Source
 
 CONFIG, IMAGES = "config.json", "preprocessor_config.json"
 PLAIN = "-"
 """The variant of an origin whose names begin with nothing; '' is the usual one."""
+_NEVER = ("pruned_heads", "head_dim", "quantization_config")  # which change any model of theirs
 _ACTIVATIONS = {"gelu": "erf", "gelu_pytorch_tanh": "tanh", "gelu_new": "tanh", "quick_gelu": "quick"}
-_RESAMPLE: dict[int, Interpolation] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
 
 
 def config_of(source: Source) -> Mapping[str, Any]:
@@ -21,6 +22,10 @@ def config_of(source: Source) -> Mapping[str, Any]:
     if not (config := source.files.get(CONFIG)):
         raise ConversionError(f"{source.path} has no {CONFIG} beside it: give it with --source_config FILE")
     found: Mapping[str, Any] = config
+    for part in (found, found.get("vision_config") or {}):
+        for key in _NEVER:
+            if part.get(key):
+                raise ConversionError(f"{key} of {CONFIG} is {part[key]!r}: this model has no such thing")
     return found
 
 
@@ -50,6 +55,19 @@ def side_of(value: Any) -> int | tuple[int, int]:
         return int(value)
     rows, cols = (int(n) for n in value)
     return rows if rows == cols else (rows, cols)
+
+
+def image_of(config: Mapping[str, Any], patch: int) -> int | tuple[int, int]:
+    """Our `model.image_size`: what of an image fills patches, as their convolutions leave out the rest (384 in patches
+    of 14: 378).
+
+    Args:
+        patch: its side, where the config leaves it out.
+    """
+    side = patch_of(config.get("patch_size", patch))
+    size = side_of(config.get("image_size", 224))
+    rows, cols = (n // side * side for n in (size if isinstance(size, tuple) else (size, size)))
+    return side_of((rows, cols))
 
 
 def patch_of(value: Any) -> int:
@@ -160,32 +178,6 @@ def label_keys(description: Description) -> dict[str, Any]:
 # -- images ------------------------------------------------------------------------------------------------------------
 
 
-def preprocessing_of(values: Mapping[str, Any]) -> Preprocessing | None:
-    """Of a `preprocessor_config.json`; None if there is none."""
-    if not values:
-        return None
-    mean, std = values.get("image_mean") or [0.5] * 3, values.get("image_std") or [0.5] * 3
-    if not values.get("do_normalize", True):
-        mean, std = [0.0] * len(mean), [1.0] * len(std)
-    size = values.get("size")
-    shortest = isinstance(size, dict) and "shortest_edge" in size
-    side, crop = _side(size), _side(values.get("crop_size"))
-    cropped = shortest and values.get("do_center_crop", True) and side and crop
-    return Preprocessing(
-        mean=tuple(mean),
-        std=tuple(std),
-        interpolation=_RESAMPLE.get(values.get("resample", 2), "bilinear"),
-        crop_fraction=crop / side if cropped and side and crop else 1.0,
-        squash=not shortest,
-    )
-
-
-def _side(size: Any) -> float | None:
-    if isinstance(size, dict):
-        size = size.get("shortest_edge") or size.get("height")
-    return None if size is None else float(size)
-
-
 def images_file(description: Description, kind: str, processor: str) -> dict[str, Any]:
     """Their `preprocessor_config.json`: as it was, where it says the same.
 
@@ -197,22 +189,7 @@ def images_file(description: Description, kind: str, processor: str) -> dict[str
     if before and preprocessing_of(before) == found and _input(before) in (None, (rows, cols)):
         return dict(before)
     p = found or Preprocessing()
-    size: dict[str, int] = {"height": rows, "width": cols}
-    if not p.squash:
-        size = {"shortest_edge": round(min(rows, cols) / p.crop_fraction)}
-    return {
-        "image_processor_type": processor,
-        "do_resize": True,
-        "size": size,
-        "resample": {v: k for k, v in _RESAMPLE.items()}[p.interpolation],
-        "do_center_crop": not p.squash,
-        "crop_size": {"height": rows, "width": cols},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(p.mean),
-        "image_std": list(p.std),
-    }
+    return preprocessor_config(processor, "CLIPImageProcessor", (rows, cols), p)
 
 
 def _input(values: Mapping[str, Any]) -> tuple[int, int] | None:

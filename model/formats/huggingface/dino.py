@@ -81,7 +81,7 @@ class HfDinov2:
         registers = next((e.shape[1] for n, e in source.tensors.items() if n.endswith(_V2.registers)), 0)
         model = ModelConfig(
             **sizes,
-            image_size=common.side_of(config.get("image_size", 224)),
+            image_size=common.image_of(config, 14),
             mlp_dim=_hidden(sizes["width"], config.get("mlp_ratio", 4), gated),
             mlp="swiglu" if gated else "gelu",
             gelu=None if gated else common.activation_of(config),  # type: ignore[arg-type]
@@ -176,7 +176,7 @@ class HfDinov3:
                 config, patch_size=16, num_channels=3, hidden_size=384, num_hidden_layers=12, num_attention_heads=6,
                 layer_norm_eps=1e-5,
             ),
-            image_size=common.side_of(config.get("image_size", 224)),
+            image_size=common.image_of(config, 16),
             mlp_dim=config.get("intermediate_size", 1536),
             mlp="swiglu" if gated else "gelu",
             gelu=None if gated else common.activation_of(config),  # type: ignore[arg-type]

@@ -67,7 +67,7 @@ class HfSiglip:
         return common.described(source, self.kind, model, start)
 
     def _image(self, config: Mapping[str, Any]) -> int | tuple[int, int]:
-        return common.side_of(config.get("image_size", 224))
+        return common.image_of(config, 16)
 
     def rules(self, description: Description) -> list[Rule]:
         """As Format."""

@@ -49,7 +49,7 @@ class HfVit:
         classifier = source.tensors.get("classifier.weight")
         model = ModelConfig(
             **sizes,
-            image_size=common.side_of(config.get("image_size", 224)),
+            image_size=common.image_of(config, 16),
             mlp_dim=config.get("intermediate_size", 3072),
             gelu=common.activation_of(config),  # type: ignore[arg-type]
             qkv_bias="all" if config.get("qkv_bias", True) else "none",

@@ -279,3 +279,43 @@ def test_a_tower_that_was_left_out_is_not_asked_for(tmp_path: Path) -> None:
     alone.save_pretrained(tmp_path / "alone", "hf_siglip")
     images = photographs(3, (32, 32), None)
     assert torch.equal(run(tmp_path / "alone", images).features, run(tmp_path / "pair", images).features)
+
+
+@pytest.mark.parametrize(("key", "value"), [("hidden_act", "silu"), ("pruned_heads", {"0": [1]}), ("head_dim", 4)])
+def test_what_a_config_says_is_not_passed_over(key: str, value: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "there"
+    CASES["vit"][1]().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text()) | {key: value}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConversionError, match=key), open_weights(folder):
+        pass
+
+
+def test_images_are_prepared_as_they_were(tmp_path: Path) -> None:
+    """DeiT's way (squashed to 256, of which 224 are kept), what CLIP's class does unsaid; the unknown is refused."""
+    folder = tmp_path / "there"
+    CASES["vit"][1]().save_pretrained(folder)
+    file = folder / "preprocessor_config.json"
+    deit = {"feature_extractor_type": "DeiTFeatureExtractor", "size": 256, "do_center_crop": True, "crop_size": 224}
+    clip = {"image_processor_type": "CLIPImageProcessorFast", "size": {"shortest_edge": 256}}
+    for values, squash in ((deit, True), (clip, False)):
+        file.write_text(json.dumps(values))
+        with open_weights(folder) as weights:
+            how = weights.description.preprocessing
+            assert how is not None and (how.squash, how.crop_fraction, how.interpolation) == (squash, 0.875, "bicubic")
+    for wrong in ({"resample": 4}, {"do_resize": False}, {"rescale_factor": 1.0}, {"do_pad": True}):
+        file.write_text(json.dumps({"image_processor_type": "ViTImageProcessor"} | wrong))
+        with pytest.raises(ConversionError, match=next(iter(wrong))), open_weights(folder):
+            pass
+
+
+def test_images_that_do_not_fill_patches_are_cut(tmp_path: Path) -> None:
+    """As in SigLIP's so400m with 384 pixels in patches of 14."""
+    torch.manual_seed(0)
+    randomised(hf.SiglipVisionModel(hf.SiglipVisionConfig(**TINY | {"image_size": 35}))).save_pretrained(tmp_path / "t")
+    with open_weights(tmp_path / "t") as weights:
+        assert weights.description.model.image_size == 32
+        images = photographs(3, (32, 32), None)
+        assert (
+            vitruvius.run_weights(weights, images).features - run(tmp_path / "t", images).features
+        ).abs().max() < 1e-5
