@@ -13,7 +13,7 @@ from typing import Any
 from model.config import ModelConfig
 from model.formats.base import ConversionError, Description, Rule, rule
 from model.formats.expressible import ANY, check_expressible
-from model.formats.huggingface import common
+from model.formats.huggingface import common, keys
 from model.formats.huggingface.names import Names, rules_of
 from model.formats.sources import Source
 
@@ -49,8 +49,7 @@ class HfClipVision:
 
     def describe(self, source: Source, given: Mapping[str, Any]) -> Description:
         """As Format."""
-        whole = common.config_of(source)
-        config = whole.get("vision_config", whole)
+        config = common.tower_of(source, keys.CLIP)
         if "classifier.weight" in source.tensors:
             raise ConversionError(
                 f"{source.path} is a CLIPForImageClassification, whose classifier sees the mean of tokens that no norm "

@@ -8,25 +8,31 @@ from typing import Any
 from model.config import ModelConfig
 from model.formats.base import ConversionError, Description, Origin, Preprocessing
 from model.formats.huggingface.images import preprocessing_of, preprocessor_config
+from model.formats.huggingface.keys import TOWERS, check_known
 from model.formats.sources import Source
 
 CONFIG, IMAGES = "config.json", "preprocessor_config.json"
 PLAIN = "-"
 """The variant of an origin whose names begin with nothing; '' is the usual one."""
-_NEVER = ("pruned_heads", "head_dim", "quantization_config")  # which change any model of theirs
 _ACTIVATIONS = {"gelu": "erf", "gelu_pytorch_tanh": "tanh", "gelu_new": "tanh", "quick_gelu": "quick"}
 
 
-def config_of(source: Source) -> Mapping[str, Any]:
-    """Their `config.json`. Raises ConversionError if there is none."""
+def config_of(source: Source, known: frozenset[str]) -> Mapping[str, Any]:
+    """Their `config.json`. Raises ConversionError if there is none, or if it sets a key that is not known."""
     if not (config := source.files.get(CONFIG)):
         raise ConversionError(f"{source.path} has no {CONFIG} beside it: give it with --source_config FILE")
     found: Mapping[str, Any] = config
-    for part in (found, found.get("vision_config") or {}):
-        for key in _NEVER:
-            if part.get(key):
-                raise ConversionError(f"{key} of {CONFIG} is {part[key]!r}: this model has no such thing")
+    check_known(found, known)
     return found
+
+
+def tower_of(source: Source, known: frozenset[str]) -> Mapping[str, Any]:
+    """The same of the image tower, of a `config.json` of two towers or of it alone."""
+    found = config_of(source, known | TOWERS)
+    if not isinstance(tower := found.get("vision_config", found), Mapping):
+        raise ConversionError(f"vision_config of {CONFIG} is {tower!r:.80}, and no JSON object")
+    check_known(tower, known | (TOWERS if tower is found else frozenset()), f"{CONFIG}, vision_config")
+    return tower
 
 
 def check_neutral(config: Mapping[str, Any], **neutral: Any) -> None:
@@ -129,7 +135,7 @@ def described(source: Source, kind: str, model: ModelConfig, start: str) -> Desc
     Args:
         start: what the names of tensors begin with.
     """
-    config, images = config_of(source), source.files.get(IMAGES, {})
+    config, images = source.files.get(CONFIG, {}), source.files.get(IMAGES, {})
     origin = Origin(kind=kind, variant=start or PLAIN, config=config, preprocessor=images)
     labels = labels_of(config, model.num_classes) if "classifier.weight" in source.tensors else ()
     return Description(model=model, preprocessing=preprocessing_of(images), origin=origin, labels=labels)
@@ -158,13 +164,15 @@ def start_in(source: Source, suffix: str) -> str:
 
 
 def labels_of(config: Mapping[str, Any], count: int | None) -> tuple[str, ...]:
-    """Names of classes in order; none where they do not fit the classifier. Raises ConversionError for no table."""
+    """Names of classes in order. Raises ConversionError where they are no table, or do not fit the classifier."""
     names = config.get("id2label") or {}
     try:
         found = tuple(str(names[key]) for key in sorted(names, key=int))
     except (TypeError, ValueError, AttributeError) as error:
         raise ConversionError(f"id2label of {CONFIG} is no table of classes: {error}") from error
-    return found if len(found) == count else ()
+    if found and len(found) != count:
+        raise ConversionError(f"id2label of {CONFIG} names {len(found)} classes, and the classifier has {count}")
+    return found
 
 
 def label_keys(description: Description) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 from model.config import ModelConfig
 from model.formats.base import ConversionError, Description, Rule, Shape, Void, rule
 from model.formats.expressible import ANY, check_expressible
-from model.formats.huggingface import common
+from model.formats.huggingface import common, keys
 from model.formats.huggingface.names import Names, rules_of
 from model.formats.sources import Source
 
@@ -72,7 +72,7 @@ class HfDinov2:
 
     def describe(self, source: Source, given: Mapping[str, Any]) -> Description:
         """As Format."""
-        config = common.config_of(source)
+        config = common.config_of(source, keys.DINOV2)
         sizes = common.sizes_of(
             config, patch_size=14, num_channels=3, hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
             layer_norm_eps=1e-6,
@@ -116,13 +116,13 @@ class HfDinov2:
     def files(self, description: Description) -> dict[str, Any]:
         """As Format."""
         m, origin = description.model, common.origin_of(description, self.kind)
-        keys = common.config_keys(m)
+        found = common.config_keys(m)
         gated = m.mlp == "swiglu"
-        del keys["intermediate_size"]
+        del found["intermediate_size"]
         if gated:
-            del keys["hidden_act"]
+            del found["hidden_act"]
         family = "dinov2_with_registers" if m.registers else "dinov2"
-        config = dict(origin.config if origin else {"use_mask_token": False}) | keys | common.label_keys(description)
+        config = dict(origin.config if origin else {"use_mask_token": False}) | found | common.label_keys(description)
         config |= {
             "model_type": family,
             "mlp_ratio": _ratio(m, gated),
@@ -167,7 +167,7 @@ class HfDinov3:
 
     def describe(self, source: Source, given: Mapping[str, Any]) -> Description:
         """As Format."""
-        config = common.config_of(source)
+        config = common.config_of(source, keys.DINOV3)
         gated = config.get("use_gated_mlp", False)
         if gated:
             common.check_neutral({"hidden_act": config.get("hidden_act", "gelu")}, hidden_act="silu")
@@ -239,6 +239,7 @@ class HfDinov3:
 
 def _theta(config: Mapping[str, Any]) -> float:
     nested = config.get("rope_parameters") or {}
+    common.check_neutral(nested, rope_type="default")
     value: float = config.get("rope_theta") or nested.get("rope_theta") or 100.0
     return value
 

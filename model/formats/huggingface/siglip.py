@@ -15,7 +15,7 @@ from typing import Any
 from model.config import ModelConfig
 from model.formats.base import ConversionError, Description, Rule, Same, rule
 from model.formats.expressible import ANY, check_expressible
-from model.formats.huggingface import common
+from model.formats.huggingface import common, keys
 from model.formats.huggingface.names import Names, rules_of
 from model.formats.sources import Source
 
@@ -41,6 +41,7 @@ class HfSiglip:
 
     kind, title, container = "hf_siglip", "transformers' SigLIP", "model"
     names, prefix, processor = _NAMES, "Siglip", "SiglipImageProcessor"
+    known: frozenset[str] = keys.SIGLIP
 
     def recognises(self, source: Source) -> bool:
         """As Format."""
@@ -48,8 +49,7 @@ class HfSiglip:
 
     def describe(self, source: Source, given: Mapping[str, Any]) -> Description:
         """As Format."""
-        whole = common.config_of(source)
-        config = whole.get("vision_config", whole)
+        config = common.tower_of(source, self.known)
         start, classifier = common.start_in(source, f"{_NAMES.patch}.weight"), source.tensors.get("classifier.weight")
         probe = config.get("vision_use_head", True)
         model = ModelConfig(
@@ -123,6 +123,7 @@ class HfSiglip2(HfSiglip):
 
     kind, title = "hf_siglip2", "transformers' SigLIP 2"
     names, prefix, processor = replace(_NAMES, linear_patch=True), "Siglip2", "Siglip2ImageProcessor"
+    known = keys.SIGLIP2
 
     def recognises(self, source: Source) -> bool:
         """As Format."""
@@ -133,14 +134,19 @@ class HfSiglip2(HfSiglip):
         return math.isqrt(patches) * common.patch_of(config.get("patch_size", 16))
 
     def _keys(self, m: ModelConfig) -> dict[str, Any]:
-        keys = common.config_keys(m)
-        del keys["image_size"]
-        return keys | {"num_patches": m.sizes.last.rows * m.sizes.last.cols}
+        found = common.config_keys(m)
+        del found["image_size"]
+        return found | {"num_patches": m.sizes.last.rows * m.sizes.last.cols}
 
     def _images(self, description: Description) -> dict[str, Any]:
         m, origin = description.model, common.origin_of(description, self.kind)
         if origin and origin.preprocessor and common.preprocessing_of(origin.preprocessor) == description.preprocessing:
             return dict(origin.preprocessor)
+        if description.preprocessing and description.preprocessing.crop_fraction != 1:
+            raise ConversionError(
+                f"the images of this model are cropped ({description.preprocessing.crop_fraction:.4g} of a side): "
+                f"{self.title} takes whole ones"
+            )
         images = common.images_file(description, self.kind, self.processor)
         kept = ("do_resize", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
         patches = m.sizes.last.rows * m.sizes.last.cols

@@ -8,7 +8,7 @@ from typing import Any
 from model.config import ModelConfig
 from model.formats.base import Description, Rule, rule
 from model.formats.expressible import ANY, check_expressible
-from model.formats.huggingface import common
+from model.formats.huggingface import common, keys
 from model.formats.huggingface.names import Names, rules_of
 from model.formats.sources import Source
 
@@ -41,7 +41,7 @@ class HfVit:
 
     def describe(self, source: Source, given: Mapping[str, Any]) -> Description:
         """As Format."""
-        config = common.config_of(source)
+        config = common.config_of(source, keys.VIT)
         sizes = common.sizes_of(
             config, patch_size=16, num_channels=3, hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
             layer_norm_eps=1e-12,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,10 @@ from torch import Tensor, nn
 
 from model import ModelConfig, VisionTransformer
 from model.formats.api import open_weights, save_weights
-from model.formats.base import ConversionError, Preprocessing
+from model.formats.base import ConversionError, Entry, Preprocessing
+from model.formats.huggingface import keys
+from model.formats.registry import FORMATS
+from model.layers import logical_shapes
 from tools.convert.images import photographs
 from tools.convert.runners import vitruvius
 from tools.convert.runners.huggingface import run
@@ -199,6 +204,8 @@ def test_a_model_of_ours_is_loaded_as_it_is(case: str, tmp_path: Path) -> None:
     kind, keys = OURS[case]
     model = ours(**keys)
     how = Preprocessing(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), interpolation="bicubic", crop_fraction=0.8)
+    if kind == "hf_siglip2":
+        how = replace(how, crop_fraction=1.0)
     model.save_pretrained(tmp_path / "ours", preprocessing=how)
     model.save_pretrained(tmp_path / "there", kind, preprocessing=how)
     images = photographs(3, model.config.image, how)
@@ -206,7 +213,7 @@ def test_a_model_of_ours_is_loaded_as_it_is(case: str, tmp_path: Path) -> None:
     assert (found.features - wanted.features).abs().max() < 1e-5
     if wanted.logits is not None:
         assert found.logits is not None and (found.logits - wanted.logits).abs().max() < 1e-5
-    if kind != "hf_siglip2":  # whose processor keeps the ratio of an image, and crops nothing
+    if kind != "hf_siglip2":  # whose processor keeps the ratio of an image
         assert VisionTransformer.from_pretrained(tmp_path / "there").preprocessing == how
 
 
@@ -267,6 +274,113 @@ def test_what_ours_has_not_is_refused_by_name(
     (tmp_path / "config.json").write_text(json.dumps(config | keys))
     with pytest.raises(ConversionError, match=expected):
         VisionTransformer.from_pretrained(tmp_path)
+
+
+# Published models: their class, and what their config.json sets; ours has as many parameters.
+PUBLISHED: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
+    "google/vit-base-patch16-224": (
+        "hf_vit",
+        "ViTForImageClassification",
+        {"hidden_size": 768, "image_size": 224, "patch_size": 16, "layer_norm_eps": 1e-12, "num_labels": 1000},
+        {"width": 768, "depth": 12, "num_heads": 12, "norm_eps": 1e-12, "num_classes": 1000},
+    ),
+    "google/siglip-so400m-patch14-384": (
+        "hf_siglip",
+        "SiglipVisionModel",
+        {
+            "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16,
+            "image_size": 384, "patch_size": 14,
+        },
+        {"image_size": 378, "mlp_dim": 4304, "gelu": "tanh", "pool": "map"},
+    ),
+    "google/siglip2-base-patch16-naflex": (
+        "hf_siglip2",
+        "Siglip2VisionModel",
+        {"num_patches": 256},
+        {"image_size": 256, "patch_size": 16, "width": 768},
+    ),
+    "facebook/dinov2-giant": (
+        "hf_dinov2",
+        "Dinov2Model",
+        {
+            "hidden_size": 1536, "num_hidden_layers": 40, "num_attention_heads": 24, "image_size": 518,
+            "patch_size": 14, "use_swiglu_ffn": True,
+        },
+        {"mlp": "swiglu", "mlp_dim": 4096, "image_size": 518, "layer_scale": 1.0},
+    ),
+    "facebook/dinov2-with-registers-large": (
+        "hf_dinov2",
+        "Dinov2WithRegistersModel",
+        {
+            "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 518,
+            "patch_size": 14, "num_register_tokens": 4,
+        },
+        {"registers": 4, "mlp_dim": 4096},
+    ),
+    "facebook/dinov3-vit7b16-pretrain-lvd1689m": (
+        "hf_dinov3",
+        "DINOv3ViTModel",
+        {
+            "hidden_size": 4096, "num_hidden_layers": 40, "num_attention_heads": 32, "intermediate_size": 8192,
+            "hidden_act": "silu", "use_gated_mlp": True, "num_register_tokens": 4, "query_bias": False,
+            "value_bias": False,
+        },
+        {"mlp": "swiglu", "qkv_bias": "none", "registers": 4, "norm_eps": 1e-5, "position": "rope_2d"},
+    ),
+    "openai/clip-vit-large-patch14": (
+        "hf_clip_vision",
+        "CLIPVisionModelWithProjection",
+        {
+            "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+            "patch_size": 14, "projection_dim": 768,
+        },
+        {"gelu": "quick", "pre_norm": True, "num_classes": 768, "patch_bias": False, "classifier_bias": False},
+    ),
+}  # fmt: skip
+
+
+class Listed:
+    """As Source, of a model on the meta device: names and shapes of what stands outside the blocks."""
+
+    def __init__(self, model: nn.Module, config: dict[str, Any]) -> None:
+        self.path, self.shards, self.files = Path("published"), (), {"config.json": config}
+        self.tensors = {n: Entry(tuple(p.shape), p.dtype) for n, p in model.named_parameters() if ".0." not in n}
+
+    def read(self, name: str, index: int | None = None) -> Tensor:
+        raise AssertionError("nothing is read")
+
+
+@pytest.mark.parametrize("case", PUBLISHED)
+def test_published_models_have_all_their_parameters_here(case: str) -> None:
+    kind, name, config, seen = PUBLISHED[case]
+    of_class = getattr(hf, name)
+    config = of_class.config_class(**config)
+    with torch.device("meta"):
+        there = of_class(config)
+    found = FORMATS[kind].describe(Listed(there, config.to_dict()), {}).model  # type: ignore[arg-type]
+    assert {key: getattr(found, key) for key in seen} == seen
+    ours = sum(math.prod(shape) for shape in logical_shapes(found).values())
+    assert ours == sum(p.numel() for n, p in there.named_parameters() if "mask_token" not in n)
+
+
+CLASSES: dict[str, tuple[type, frozenset[str]]] = {
+    "vit": (hf.ViTConfig, keys.VIT),
+    "siglip": (hf.SiglipVisionConfig, keys.SIGLIP),
+    "siglip2": (hf.Siglip2VisionConfig, keys.SIGLIP2),
+    "dinov2": (hf.Dinov2Config, keys.DINOV2),
+    "dinov2 with registers": (hf.Dinov2WithRegistersConfig, keys.DINOV2),
+    "dinov3": (hf.DINOv3ViTConfig, keys.DINOV3),
+    "clip": (hf.CLIPVisionConfig, keys.CLIP),
+}
+
+
+@pytest.mark.parametrize("case", CLASSES)
+def test_every_key_of_their_configurations_is_known_and_no_other(case: str) -> None:
+    config, known = CLASSES[case]
+    written = {key: value or "set" for key, value in config().to_dict().items()}
+    keys.check_known(written, known)
+    with pytest.raises(ConversionError, match=r"use_magic of config.json is True.*does not know"):
+        keys.check_known(written | {"use_magic": True}, known)
 
 
 def test_a_tower_that_was_left_out_is_not_asked_for(tmp_path: Path) -> None:
