@@ -32,6 +32,7 @@ from engine.errors import EXIT_DONE, EXIT_FAULT, EXIT_USAGE, ConfigError
 from model import ModelConfig
 from model.formats.api import open_weights, save_weights
 from model.formats.base import ConversionError
+from model.formats.positions import with_table
 from model.formats.registry import KINDS, VITRUVIUS
 from model.formats.weights import Weights
 from tools.convert import report, verify
@@ -167,7 +168,8 @@ def _verified(weights: Weights, options: argparse.Namespace, *, told: bool) -> l
     if options.dtype is None and options.weights == "weights":
         source, what = verify.source_outputs(weights, images, told=told), weights.kind
     else:  # the same numbers, which SRC has not
-        source = vitruvius.run_weights(weights, images, _DTYPES.get(options.dtype))
+        same = weights if options.to == VITRUVIUS else with_table(weights)  # rounded as what is written
+        source = vitruvius.run_weights(same, images, _DTYPES.get(options.dtype))
         what = f"{VITRUVIUS} with {options.weights} of SRC" + (f" in {options.dtype}" if options.dtype else "")
     found = list(verify.differences(source, verify.outputs(options.destination, options.to, images)))
     print("\n".join(report.verified(found, what, options.to)))
