@@ -15,7 +15,8 @@ from engine.errors import ConfigError
 from engine.objectives import Objective
 from engine.run.agreement import check_agreement
 from model.formats.base import ConversionError
-from model.formats.weights import CheckpointWeights, StoredWeights, Which
+from model.formats.checkpoint import CheckpointWeights
+from model.formats.weights import StoredWeights, Which
 
 _MOST = 6  # groups of tensors on a line
 

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from model.formats.base import ConversionError
+from model.formats.checkpoint import CheckpointWeights
 from model.formats.positions import with_table
 from model.formats.registry import KINDS, VITRUVIUS, format_of, target
 from model.formats.sources import open_source
-from model.formats.weights import CheckpointWeights, ForeignWeights, StoredWeights, Weights, Which
+from model.formats.weights import ForeignWeights, StoredWeights, Weights, Which
 from model.formats.writing import (
     jobs_as,
     jobs_as_ours,

@@ -20,18 +20,7 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.formats.base import (
-    ConversionError,
-    Description,
-    Joined,
-    Origin,
-    Permuted,
-    Preprocessing,
-    Rule,
-    Same,
-    Shape,
-    rule,
-)
+from model.formats.base import ConversionError, Description, Origin, Preprocessing, Shape
 from model.formats.big_vision_file import (
     KEPT,
     MHA,
@@ -44,7 +33,9 @@ from model.formats.big_vision_file import (
     preprocessing_of,
 )
 from model.formats.expressible import ANY, check_expressible, check_whole_patches
+from model.formats.rules import Rule, rule
 from model.formats.sources import Source
+from model.formats.ways import Joined, Permuted, Same
 
 _OTHER_TOWERS = re.compile(r"(params/|opt/target/)?(txt/.*|t|b)")
 _MOSTKEPT = 60_000  # bytes of a comment

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from model.formats.base import ConversionError, Preprocessing, Shape, entry
+from model.formats.base import ConversionError, Preprocessing, Shape
+from model.formats.rules import entry
 from model.formats.sources import Source
 
 PREFIXES = ("params/img/", "params/", "opt/target/img/", "opt/target/", "img/", "")

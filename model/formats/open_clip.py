@@ -16,7 +16,7 @@ from typing import Any
 
 from model.config import ModelConfig
 from model.formats import open_clip_timm as timm_towers
-from model.formats.base import ConversionError, Description, Origin, Permuted, Rule, Same, rule
+from model.formats.base import ConversionError, Description, Origin
 from model.formats.expressible import ANY, check_expressible, check_whole_patches
 from model.formats.open_clip_config import (
     FILE,
@@ -27,7 +27,9 @@ from model.formats.open_clip_config import (
     vision_cfg,
     vision_cfg_for,
 )
+from model.formats.rules import Rule, rule
 from model.formats.sources import Source
+from model.formats.ways import Permuted, Same
 
 _FIRST = "transformer.resblocks.0.ln_1.weight"
 _TEXT = re.compile(

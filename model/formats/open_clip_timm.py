@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from model.config import ModelConfig
-from model.formats.base import ConversionError, Rule
+from model.formats.base import ConversionError
+from model.formats.rules import Rule
 from model.formats.timm import vit
 from model.formats.timm.arguments import VIT, Constructor, constructor_of
 

@@ -4,29 +4,18 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from model.config import ModelConfig, StageConfig
-from model.formats.base import (
-    ConversionError,
-    Description,
-    Origin,
-    Preprocessing,
-    Rule,
-    Shape,
-    expected,
-    place_of,
-    stacked,
-)
+from model.formats.base import ConversionError, Description, Shape
+from model.formats.rules import Rule, expected, place_of, stacked
 from model.formats.sources import Entry, Source, Without, fingerprint
 from model.layers import logical_shapes
-from parallel.checkpoint.manifest import CheckpointError, Manifest, checksum
-from parallel.checkpoint.read import Reader, Target
+from parallel.checkpoint.read import Target
 
 Which = Literal["weights", "average"]
 CARRIED = "carried/"  # begins the names of tensors in a checkpoint that are kept for the way back
@@ -224,136 +213,3 @@ def _check(source: Source, form: Format, wanted: Mapping[str, Shape], surplus: S
     cure = " (--leave_out PATTERN drops what you do not need)" if surplus else ""
     head = f"{source.path} does not have the tensors of {form.title}{cure}:"
     raise ConversionError("\n  ".join([head, *wrong[:_SHOWN], *more]))
-
-
-class CheckpointWeights:
-    """Those of a checkpoint of this program, whatever layout saved it.
-
-    Args:
-        folder: of one step. which: the weights, or their moving average (frozen ones have none: theirs as they are).
-
-    Raises:
-        ConversionError: it is damaged, has no average, or does not say of which model it is.
-    """
-
-    kind = "vitruvius"
-    left_out: Sequence[str] = ()
-
-    def __init__(self, folder: Path, which: Which = "weights") -> None:
-        self.path = folder
-        try:
-            self._reader = Reader(folder)
-        except CheckpointError as error:
-            raise ConversionError(str(error)) from error
-        self.manifest = self._reader.manifest
-        self.step = self.manifest.step
-        names = stored_names(self.manifest, which, folder)
-        self._names = names
-        self.description = description_of(self.manifest, folder)
-        shapes = logical_shapes(self.description.model)
-        stored = {name: self.manifest.tensors[there] for name, there in names.items()}
-        wrong = [
-            f"{n}: {list(stored[n].shape) if n in stored else 'none'} there, {list(shapes.get(n, ()))} in its model"
-            for n in {**shapes, **stored}
-            if n not in stored or n not in shapes or stored[n].shape != shapes[n]
-        ]
-        if wrong:
-            raise ConversionError("\n  ".join([f"{folder} has not the tensors of its own model:", *wrong[:_SHOWN]]))
-        self.tensors: Mapping[str, Entry] = {name: Entry(stored[name].shape, stored[name].dtype) for name in shapes}
-        self.carried: Mapping[str, Entry] = {
-            name.removeprefix(CARRIED): Entry(t.shape, t.dtype)
-            for name, t in self.manifest.tensors.items()
-            if name.startswith(CARRIED)
-        }
-
-    def read(self, name: str) -> Tensor:
-        """As Weights."""
-        return self._read(self._names[name])
-
-    def read_carried(self, name: str) -> Tensor:
-        """As Weights."""
-        return self._read(CARRIED + name)
-
-    def _read(self, name: str) -> Tensor:
-        try:
-            return self._reader.whole(name)
-        except CheckpointError as error:
-            raise ConversionError(str(error)) from error
-
-    @property
-    def identity(self) -> str:
-        """As StoredWeights."""
-        m = self.manifest
-        key = checksum(repr((m.step, m.progress, m.config, m.about, m.files)).encode())
-        return f"{self.path} ({key})"
-
-    def fill(self, wanted: Mapping[str, Sequence[Target]]) -> None:
-        """As StoredWeights; only bytes that are wanted are read."""
-        try:
-            self._reader.read({self._names[name]: targets for name, targets in wanted.items()})
-        except CheckpointError as error:
-            raise ConversionError(str(error)) from error
-
-    def close(self) -> None:
-        """As Weights."""
-        self._reader.close()
-
-
-def stored_names(manifest: Manifest, which: Which, folder: Path) -> dict[str, str]:
-    """Names in a manifest, by names in the model. Raises ConversionError if it has no average."""
-    tensors = manifest.tensors
-    names = {name.removeprefix("weights/"): name for name in tensors if name.startswith("weights/")}
-    if which == "average":
-        averages = {name.removeprefix("average/"): name for name in tensors if name.startswith("average/")}
-        if not averages:
-            raise ConversionError(
-                f"{folder} has no moving average of the weights (its run had no optimizer.ema_decay): take the weights "
-                "themselves"
-            )
-        names |= averages
-    return names
-
-
-# -- descriptions in a manifest ----------------------------------------------------------------------------------------
-
-
-def about_of(description: Description) -> dict[str, Any]:
-    """What a manifest's `about` says of a model that came from elsewhere; `description_of` is the inverse."""
-    d = description
-    about: dict[str, Any] = {"labels": list(d.labels)} if d.labels else {}
-    if d.preprocessing is not None:
-        about["preprocessing"] = asdict(d.preprocessing)
-    if d.origin is not None:
-        about["origin"] = asdict(d.origin)
-    return about
-
-
-def description_of(manifest: Manifest, folder: Path) -> Description:
-    """Of the model of a checkpoint. Raises ConversionError if it does not say."""
-    config, about = manifest.config, manifest.about
-    try:
-        model = model_of(config["model"])
-        data = config.get("data", {})
-        images = about.get("preprocessing") or {k: data[k] for k in ("mean", "std") if k in data}
-        preprocessing = Preprocessing(**_tuples(images)) if images else None
-        origin = Origin(**about["origin"]) if "origin" in about else None
-        return Description(
-            model=model, preprocessing=preprocessing, origin=origin, labels=tuple(about.get("labels", ()))
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConversionError(f"{folder} does not say of which model it is: {error}") from error
-
-
-def model_of(values: Mapping[str, Any]) -> ModelConfig:
-    """Resolved, from the keys of a configuration as JSON has them. Raises ValueError."""
-    known = {f.name for f in fields(ModelConfig)}
-    if strange := sorted(set(values) - known):
-        raise ValueError(f"model.{strange[0]} is no key of this version")
-    given = dict(_tuples(values))
-    if given.get("stages"):
-        given["stages"] = tuple(StageConfig(**_tuples(stage)) for stage in given["stages"])
-    return ModelConfig(**given).resolve()
-
-
-def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}

@@ -20,8 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.formats.base import ConversionError, expected, place_of
-from model.formats.weights import CARRIED, Format, Weights, about_of, matches
+from model.formats.base import ConversionError
+from model.formats.checkpoint import about_of
+from model.formats.rules import expected, place_of
+from model.formats.weights import CARRIED, Format, Weights, matches
 from parallel.checkpoint.manifest import FILE, Manifest, StoredFile, StoredPiece, StoredTensor
 from parallel.checkpoint.place import write_text
 from parallel.checkpoint.write import FileEntry, as_bytes, write_tensors

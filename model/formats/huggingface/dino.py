@@ -11,11 +11,13 @@ from dataclasses import replace
 from typing import Any
 
 from model.config import ModelConfig
-from model.formats.base import ConversionError, Description, Rule, Shape, Void, rule
+from model.formats.base import ConversionError, Description, Shape
 from model.formats.expressible import ANY, check_expressible
 from model.formats.huggingface import common, keys
 from model.formats.huggingface.names import Names, rules_of
+from model.formats.rules import Rule, rule
 from model.formats.sources import Source
+from model.formats.ways import Void
 
 _ALLOWED: dict[str, object] = {
     "class_tokens": 1, "class_position": {True, False}, "norm_eps": ANY, "gelu": ANY, "mlp": {"gelu", "swiglu"},

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.formats.base import Constant, Joined, Permuted, Rule, Same, Shape, Void, Way, rule
+from model.formats.base import Shape
+from model.formats.rules import Rule, rule
+from model.formats.ways import Constant, Joined, Permuted, Same, Void, Way
 
 _BOTH = ("weight", "bias")
 

@@ -13,11 +13,13 @@ from dataclasses import replace
 from typing import Any
 
 from model.config import ModelConfig
-from model.formats.base import ConversionError, Description, Rule, Same, rule
+from model.formats.base import ConversionError, Description
 from model.formats.expressible import ANY, check_expressible
 from model.formats.huggingface import common, keys
 from model.formats.huggingface.names import Names, rules_of
+from model.formats.rules import Rule, rule
 from model.formats.sources import Source
+from model.formats.ways import Same
 
 _ALLOWED: dict[str, object] = {"pool": {"map", "gap"}, "norm_eps": ANY, "gelu": {"erf", "tanh", "quick"}}
 _NAMES = Names(

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from model.config import ModelConfig
-from model.formats.base import Description, Rule, rule
+from model.formats.base import Description
 from model.formats.expressible import ANY, check_expressible
 from model.formats.huggingface import common, keys
 from model.formats.huggingface.names import Names, rules_of
+from model.formats.rules import Rule, rule
 from model.formats.sources import Source
 
 _ALLOWED: dict[str, object] = {

@@ -9,8 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.formats.base import ConversionError, Kept, Rule, Void, rule
+from model.formats.base import ConversionError
+from model.formats.rules import Rule, rule
 from model.formats.timm.arguments import Constructor
+from model.formats.ways import Kept, Void
 
 
 def refuse_unless(made: Constructor, allowed: Mapping[str, set[Any]]) -> None:

@@ -8,7 +8,8 @@ from types import ModuleType
 from typing import Any
 
 from model.config import ModelConfig
-from model.formats.base import ConversionError, Description, Origin, Rule
+from model.formats.base import ConversionError, Description, Origin
+from model.formats.rules import Rule
 from model.formats.sources import Source
 from model.formats.timm import hiera, images, shapes, swin, vit
 from model.formats.timm.architectures import ARCHITECTURES

@@ -9,9 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 from model.config import ModelConfig
-from model.formats.base import ConversionError, Rule, Same, rule
+from model.formats.base import ConversionError
+from model.formats.rules import Rule, rule
 from model.formats.timm.arguments import Constructor
 from model.formats.timm.common import bias_rule, mlp_of, norm_rules, qkv_rules, refuse_unless
+from model.formats.ways import Same
 
 _PLAIN: dict[str, set[Any]] = {
     "q_pool": {0}, "patch_padding": {(0, 0)}, "sep_pos_embed": {False}, "abs_win_pos_embed": {False},

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from model.config import ModelConfig, StageConfig
-from model.formats.base import ConversionError, Permuted, Rule, Same, rule
+from model.formats.base import ConversionError
 from model.formats.expressible import ANY, check_expressible
+from model.formats.rules import Rule, rule
 from model.formats.timm.arguments import SWIN, Constructor
 from model.formats.timm.common import (
     bias_rule,
@@ -18,6 +19,7 @@ from model.formats.timm.common import (
     ratio_of,
     refuse_unless,
 )
+from model.formats.ways import Permuted, Same
 
 _PLAIN: dict[str, set[Any]] = {
     "global_pool": {"avg"}, "always_partition": {False}, "embed_layer": {"PatchEmbed"}, "norm_layer": {"layernorm"},

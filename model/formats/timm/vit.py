@@ -8,19 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 from model.config import ModelConfig
-from model.formats.base import (
-    Constant,
-    ConversionError,
-    Joined,
-    Kept,
-    Reordered,
-    Rule,
-    Same,
-    Sum,
-    Way,
-    rule,
-)
+from model.formats.base import ConversionError
 from model.formats.expressible import ANY, check_expressible
+from model.formats.rules import Rule, rule
 from model.formats.timm.arguments import DISTILLED, VIT, Constructor
 from model.formats.timm.common import (
     AddedRows,
@@ -33,6 +23,7 @@ from model.formats.timm.common import (
     ratio_of,
     refuse_unless,
 )
+from model.formats.ways import Constant, Joined, Kept, Reordered, Same, Sum, Way
 
 _GELU = {"gelu": "erf", "gelu_tanh": "tanh", "quick_gelu": "quick"}
 _POOL = {"token": "cls", "avg": "gap", "map": "map"}

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from model import ModelConfig, VisionTransformer
 from model.formats.api import open_weights, save_weights
-from model.formats.base import ConversionError, expected
+from model.formats.base import ConversionError
+from model.formats.rules import expected
 from model.formats.timm import arguments, hiera, images, swin, vit
 from model.formats.timm.architectures import ARCHITECTURES
 from model.formats.timm.arguments import DEFAULTS, HIERA, SWIN, VIT, constructor_of
