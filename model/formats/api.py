@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -148,20 +149,41 @@ def _complete(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f"{path.name}.writing")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove(temporary)
-        yield temporary
-        if temporary.is_dir():
-            sync(temporary)
-        temporary.rename(path)
-        sync(path.parent)
+        with _alone(temporary.with_name(f"{temporary.name}.lock"), path):
+            _remove(temporary)  # of one that was killed
+            try:
+                yield temporary
+                if temporary.is_dir():
+                    sync(temporary)
+                temporary.rename(path)
+                sync(path.parent)
+            finally:
+                _remove(temporary)
     except OSError as error:
         raise ConversionError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def _alone(lock: Path, path: Path) -> Iterator[None]:
+    """No other writes there meanwhile, where the file system has locks. Raises ConversionError if one does."""
+    file = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(file)
+        raise ConversionError(f"{path} is being written by another: wait for it, or give another place") from error
+    except OSError:
+        pass  # not every file system has locks
+    try:
+        yield
     finally:
-        _remove(temporary)
+        _remove(lock)
+        os.close(file)
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ class CheckpointWeights:
         self.step = self.manifest.step
         names = stored_names(self.manifest, which, folder)
         self._names = names
-        self.description = description_of(self.manifest, folder)
+        self.description = _with_labels(description_of(self.manifest, folder), folder)
         shapes = logical_shapes(self.description.model)
         stored = {name: self.manifest.tensors[there] for name, there in names.items()}
         wrong = [
@@ -90,6 +91,19 @@ class CheckpointWeights:
     def close(self) -> None:
         """As Weights."""
         self._reader.close()
+
+
+def _with_labels(description: Description, folder: Path) -> Description:
+    """With the names of classes that a run has written beside its checkpoints (`classes.json`), if they fit."""
+    file = folder.absolute().parent.parent / "classes.json"
+    if description.labels or not description.model.num_classes or not file.is_file():
+        return description
+    try:
+        names = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return description
+    fits = isinstance(names, list) and len(names) == description.model.num_classes
+    return replace(description, labels=tuple(map(str, names))) if fits else description
 
 
 def stored_names(manifest: Manifest, which: Which, folder: Path) -> dict[str, str]:

@@ -78,6 +78,9 @@ def _comment(archive: zipfile.ZipFile) -> Mapping[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
+_MOST_HEADER = 10_000  # bytes, as numpy has it
+
+
 def _npy_header(member: Any, what: str) -> tuple[Shape, np.dtype[Any], int]:
     """(shape, dtype, bytes of the header) of a .npy file. Raises ConversionError for objects, which are pickles."""
     magic = member.read(8)
@@ -85,10 +88,14 @@ def _npy_header(member: Any, what: str) -> tuple[Shape, np.dtype[Any], int]:
         raise ConversionError(f"{what} is no array")
     size = 2 if magic[6] == 1 else 4
     length = int.from_bytes(member.read(size), "little")
+    if length > _MOST_HEADER:
+        raise ConversionError(f"{what} is no array: its header would have {length} bytes")
     try:
         header = ast.literal_eval(member.read(length).decode("latin1"))
         dtype, shape, fortran = np.dtype(header["descr"]), tuple(header["shape"]), header["fortran_order"]
-    except (ValueError, SyntaxError, KeyError, TypeError) as error:
+        if not all(type(n) is int and n >= 0 for n in shape):
+            raise ValueError(f"shape {shape}")
+    except (ValueError, SyntaxError, KeyError, TypeError, MemoryError, RecursionError) as error:
         raise ConversionError(f"{what} is no array ({error})") from error
     if dtype.hasobject:
         raise ConversionError(f"{what} is an array of objects, a pickle, which could run any code when it is loaded")

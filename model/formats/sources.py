@@ -27,7 +27,12 @@ _DTYPES = {
 }  # fmt: skip
 _TORCH = (".bin", ".pt", ".pth")
 _SAMPLES, _SAMPLE = 64, 4096  # places in a file and bytes at each, that tell files of one length apart
-_NAMES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
+_NAMES = (  # the first that is there, in transformers' order
+    "model.safetensors",
+    "open_clip_model.safetensors",
+    "pytorch_model.bin",
+    "open_clip_pytorch_model.bin",
+)
 
 
 class Source(Protocol):
@@ -103,6 +108,8 @@ def _json_files(folder: Path, config: Path | None) -> dict[str, Any]:
     for name, path in named.items():
         try:
             found[name] = json.loads(path.read_text())
+        except OSError as error:
+            raise ConversionError(f"{path} cannot be read: {error.strerror or error}") from error
         except (ValueError, RecursionError) as error:
             raise ConversionError(f"{path} is no JSON: {error}") from error
         if not isinstance(found[name], dict):
@@ -118,12 +125,13 @@ def _shards(path: Path) -> list[Path]:
         if path.suffix not in (".safetensors", ".npz", *_TORCH):
             raise ConversionError(f"{path} is no .safetensors, .npz, .bin, .pt or .pth file, and no folder with one")
         return [path]
-    if indices := sorted(path.glob("*.index.json")):
-        preferred = [i for i in indices if "safetensors" in i.name] or indices
-        return _indexed(preferred[0])
     for name in _NAMES:
         if (path / name).is_file():
             return [path / name]
+        if (index := path / f"{name}.index.json").is_file():
+            return _indexed(index)
+    if len(indices := sorted(path.glob("*.index.json"))) == 1:
+        return _indexed(indices[0])
     found = sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".npz", *_TORCH) and p.is_file())
     if len(found) != 1:
         if not found:

@@ -189,7 +189,7 @@ def _described(source: Source, form: Format, given: Mapping[str, Any]) -> Descri
         return form.describe(source, given)
     except ConversionError:
         raise
-    except (ValueError, TypeError, KeyError, AttributeError) as error:  # its JSON, or its shapes, make no sense
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:  # JSON or shapes of no sense
         raise ConversionError(f"{source.path} does not describe {form.title}: {error}") from error
 
 

@@ -51,7 +51,7 @@ def jobs_as_ours(weights: Weights, dtype: torch.dtype | None = None) -> list[Job
     """For a checkpoint of this program, with what is carried."""
 
     def job(prefix: str, name: str, shape: tuple[int, ...], kind: torch.dtype, read: Callable[[str], Tensor]) -> Job:
-        return Job((FileEntry(prefix + name, shape, kind),), lambda: [read(name).to(kind)])
+        return Job((FileEntry(prefix + name, shape, kind),), lambda: [_as(read(name), kind, name)])
 
     jobs = [job("weights/", n, e.shape, dtype or e.dtype, weights.read) for n, e in weights.tensors.items()]
     jobs += [job(CARRIED, n, e.shape, e.dtype, weights.read_carried) for n, e in weights.carried.items()]
@@ -83,7 +83,8 @@ def jobs_as(
         shapes = expected([rule], {name: weights.tensors[name].shape for name in rule.names})
 
         def make(rule: Any = rule, kind: torch.dtype = kind) -> list[Tensor]:
-            return [x.to(kind) for x in rule.to_theirs(rule.joined(weights.read))]
+            made = rule.to_theirs(rule.joined(weights.read))
+            return [_as(x, kind, name) for name, x in zip(rule.theirs, made, strict=True)]
 
         jobs.append(Job(tuple(FileEntry(name, shape, kind) for name, shape in shapes.items()), make))
     for name, entry in weights.carried.items() if back else ():
@@ -115,6 +116,17 @@ def _stacks(jobs: Sequence[Job]) -> list[Job]:
 
 def _made_alone(job: Job, k: int, dtype: torch.dtype) -> list[Tensor]:
     return [job.make()[k].to(dtype)]
+
+
+def _as(x: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """In a dtype. Raises ConversionError where a number would become infinite."""
+    y = x.to(dtype)
+    if dtype.itemsize < x.dtype.itemsize and int(y.isinf().sum()) != int(x.isinf().sum()):
+        raise ConversionError(
+            f"{name} has numbers up to {float(x.abs().max()):.3g}, beyond the {torch.finfo(dtype).max:.3g} of "
+            f"{str(dtype).removeprefix('torch.')}: use bf16, or leave out --dtype"
+        )
+    return y
 
 
 def _usual_dtype(weights: Weights) -> torch.dtype:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from engine.config.cli import ConfigError
 from model import ModelConfig, VisionTransformer
+from model.formats import api
 from model.formats.base import ConversionError, Preprocessing
 from tools.convert import verify
 from tools.convert.__main__ import main
@@ -97,6 +98,33 @@ REFUSED: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
     "no average": (lambda p: None, ["--to", "hf_vit", "--weights", "ema", "ours", "new"], "no moving average"),
     "their average": (lambda p: None, ["--to", "vitruvius", "--weights", "ema", "theirs", "new"], "no checkpoint of"),
     "unknown flag": (lambda p: None, ["--to", "hf_vit", "ours", "new", "--optimizer.lr", "1"], "--optimizer.lr is no"),
+    "no place for figures": (
+        lambda p: None,
+        ["--to", "hf_vit", "ours", "new", "--json", "none/figures.json"],
+        "--json none/figures.json cannot be written",
+    ),
+    "below a file": (
+        lambda p: None,
+        ["--to", "hf_vit", "ours", "ours/manifest.json/x"],
+        "cannot be written",
+    ),
+    "a long name": (lambda p: None, ["--to", "hf_vit", "ours", "x" * 252], "cannot be written: File name too long"),
+    "no such config": (
+        lambda p: None,
+        ["--to", "vitruvius", "theirs", "new", "--source_config", "none.json"],
+        "none.json cannot be read",
+    ),
+    "no axis": (lambda p: None, ["--reshard", "", "ours", "new"], "--reshard names no axis"),
+    "figures of a reshard": (
+        lambda p: None,
+        ["--reshard", "data=2", "--json", "x", "ours", "new"],
+        "--json and --reshard",
+    ),
+    "sizes of no sense": (
+        lambda p: rewrite(p / "theirs", image_size=float("inf")),
+        ["--to", "vitruvius", "theirs", "new"],
+        "does not describe",
+    ),
     "other heads": (
         lambda p: None,
         ["--to", "vitruvius", "theirs", "new", "--model.num_heads", "4"],
@@ -138,6 +166,62 @@ def test_refused(case: str, model: VisionTransformer, tmp_path: Path, monkeypatc
         run(*arguments)
     assert expected in str(refused.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_keys_may_stand_before_the_paths(model: VisionTransformer, tmp_path: Path) -> None:
+    """Their values are not taken for SRC."""
+    arguments = ("--to", "timm", "--model.num_heads", "2", "--model.depth=2", tmp_path / "ours", tmp_path / "new")
+    assert run(*arguments) == 0
+
+
+def test_two_at_one_place(model: VisionTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second is refused, and what the first has written is whole; what one that was killed has left is removed."""
+    (tmp_path / "new.writing").mkdir()
+    (tmp_path / "new.writing" / "half").write_text("of one that was killed")
+
+    def write(*arguments: object, write: Callable[..., object] = api.write_shards) -> None:
+        write(*arguments)
+        with pytest.raises(ConversionError, match="is being written by another"):
+            model.save_pretrained(tmp_path / "new", "big_vision")
+
+    monkeypatch.setattr(api, "write_shards", write)
+    assert run("--to", "hf_vit", tmp_path / "ours", tmp_path / "new") == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["new", "ours", "theirs"]
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+    ]
+
+
+def test_numbers_that_a_dtype_has_not(model: VisionTransformer, tmp_path: Path) -> None:
+    with torch.no_grad():
+        model.get_parameter("head.fc.bias")[1] = 70_000.0
+    for kind in ("vitruvius", "hf_vit"):
+        with pytest.raises(ConversionError, match=r"bias has numbers up to 7e\+04, beyond the 6.55e\+04 of float16"):
+            model.save_pretrained(tmp_path / "small", kind, dtype=torch.float16)
+    model.save_pretrained(tmp_path / "small", "hf_vit", dtype=torch.bfloat16)
+
+
+def test_what_the_other_library_does_not_run_is_told(
+    model: VisionTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(path: Path, images: torch.Tensor) -> verify.Outputs:
+        raise RuntimeError("size mismatch")
+
+    monkeypatch.setitem(verify.RUNNERS, "hf_vit", refuse)
+    assert run("--to", "hf_vit", tmp_path / "ours", tmp_path / "new", "--verify") == 1
+    assert "does not run it: size mismatch" in capsys.readouterr().out
+
+
+def test_a_run_knows_its_classes(model: VisionTransformer, tmp_path: Path) -> None:
+    """By the file that it writes beside its checkpoints."""
+    step = tmp_path / "run" / "checkpoints" / "step-00000007"
+    model.save_pretrained(step)
+    (tmp_path / "run" / "classes.json").write_text(json.dumps(["cat", "dog", "tree"]))
+    assert run("--to", "hf_vit", tmp_path / "run", tmp_path / "new") == 0
+    config = json.loads((tmp_path / "new" / "config.json").read_text())
+    assert config["id2label"] == {"0": "cat", "1": "dog", "2": "tree"}
 
 
 def test_what_may_be_left_out_is_named(

@@ -124,7 +124,8 @@ class HfDinov2:
         if gated:
             del found["hidden_act"]
         family = "dinov2_with_registers" if m.registers else "dinov2"
-        config = dict(origin.config if origin else {"use_mask_token": False}) | found | common.label_keys(description)
+        before = dict(origin.config) if origin and origin.variant else {"use_mask_token": False}
+        config = before | found | common.label_keys(description)
         config |= {
             "model_type": family,
             "mlp_ratio": _ratio(m, gated),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.formats.base import Shape
+from model.formats.expressible import check_whole_patches
 from model.formats.rules import Rule, rule
 from model.formats.ways import Constant, Joined, Permuted, Same, Void, Way
 
@@ -79,7 +80,11 @@ def rules_of(names: Names, m: ModelConfig, start: str) -> list[Rule]:
 
     Args:
         m: resolved. start: what all names begin with.
+
+    Raises:
+        ConversionError: images do not fill their patches.
     """
+    check_whole_patches("transformers", m)
     rules = [*_embedding(names, m, start)]
     for i in range(m.sizes.depth):
         rules += _block(names, m, f"blocks.{i}.", start + names.block.format(i))

@@ -101,7 +101,7 @@ class HfSiglip:
         family = self.prefix.lower()
         vision = dict(before.get("vision_config", {}) if towers else before) | self._keys(m)
         vision["model_type"] = f"{family}_vision_model"
-        if not (m.num_classes and origin):
+        if not (m.num_classes and before):  # beside a classifier it may be carried
             vision["vision_use_head"] = m.pool == "map"
         config = vision
         if towers:

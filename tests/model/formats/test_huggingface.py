@@ -229,6 +229,12 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "hidden features": ("hf_dinov2", {"pool": "cls", "num_classes": 0, "mlp_dim": 24}, "model.mlp_dim is 24"),
     "a classifier": ("hf_dinov3", {"pool": "cls", "position": "rope_2d", "num_classes": 3}, "has no classifier"),
     "wide images": ("hf_dinov2", {"pool": "cls", "num_classes": 0, "mlp_dim": 32, "image_size": (8, 16)}, "square"),
+    "half patches": (
+        "hf_dinov3",
+        {"pool": "cls", "position": "rope_2d", "image_size": 18, "num_classes": 0},
+        "no multiple",
+    ),
+    "half patches, one table": ("hf_vit", {"pool": "cls", "image_size": 18}, "no multiple of"),
     "a bias": ("hf_clip_vision", {"pool": "cls", "pre_norm": True, "num_classes": 0}, "model.patch_bias is true"),
 }  # fmt: skip
 
@@ -393,6 +399,16 @@ def test_a_tower_that_was_left_out_is_not_asked_for(tmp_path: Path) -> None:
     alone.save_pretrained(tmp_path / "alone", "hf_siglip")
     images = photographs(3, (32, 32), None)
     assert torch.equal(run(tmp_path / "alone", images).features, run(tmp_path / "pair", images).features)
+
+
+@pytest.mark.parametrize(("case", "gone"), [("dinov2", "*mask_token"), ("siglip, classifier", "*head.*")])
+def test_what_was_left_out_is_not_made_anew(case: str, gone: str, tmp_path: Path) -> None:
+    """The config.json that is written asks for no tensor that is not there."""
+    kind, make, _ = CASES[case]
+    randomised(make()).save_pretrained(tmp_path / "there")
+    VisionTransformer.from_pretrained(tmp_path / "there", leave_out=[gone]).save_pretrained(tmp_path / "back", kind)
+    images = photographs(3, (32, 32), None)
+    assert torch.equal(run(tmp_path / "back", images).features, run(tmp_path / "there", images).features)
 
 
 @pytest.mark.parametrize(("key", "value"), [("hidden_act", "silu"), ("pruned_heads", {"0": [1]}), ("head_dim", 4)])

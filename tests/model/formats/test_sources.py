@@ -235,3 +235,31 @@ def test_one_layer_of_a_stack_is_read_alone(tmp_path: Path) -> None:
 def resident() -> int:
     """Bytes in memory."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_of_several_files_the_one_is_read_that_transformers_reads(tmp_path: Path) -> None:
+    """One file before shards, safetensors before a file of PyTorch."""
+    index = {"weight_map": {"x": "shard.bin"}}
+    torch.save({"x": torch.zeros(1)}, tmp_path / "shard.bin")
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    assert open_source(tmp_path).read("x") == 0
+    torch.save({"x": torch.ones(1)}, tmp_path / "pytorch_model.bin")
+    assert open_source(tmp_path).read("x") == 1
+    save_file({"x": torch.full((1,), 2.0)}, tmp_path / "shard.safetensors")
+    index = {"weight_map": {"x": "shard.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert open_source(tmp_path).read("x") == 2
+    save_file({"x": torch.full((1,), 3.0)}, tmp_path / "model.safetensors")
+    assert open_source(tmp_path).read("x") == 3
+
+
+@pytest.mark.parametrize("header", ["{'descr': '<f4', 'fortran_order': False, 'shape': ('a',)}", "-" * 9000 + "1"])
+def test_headers_of_no_sense(header: str, tmp_path: Path) -> None:
+    data = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode()
+    huge = b"\x93NUMPY\x02\x00" + (3 << 30).to_bytes(4, "little")
+    for i, content in enumerate((data, huge)):
+        path = tmp_path / f"{i}.npz"
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("x.npy", content)
+        with pytest.raises(ConversionError, match="is no array"):
+            open_source(path)
