@@ -12,7 +12,7 @@ from engine.assemble import Assembly, assemble, grid_of
 from engine.checkpoint.states import held_pieces
 from parallel.process_group import World
 from tests.engine.small import small
-from tools.benchmark import checkpoint
+from tools.benchmark import checkpoint, checkpoint_ways
 from tools.benchmark.checkpoint_ways import all_ways, forget_pages
 
 
@@ -38,7 +38,8 @@ def test_every_way_writes_all_and_reads_it_again(assembly: Assembly, tmp_path: P
             assert all(torch.equal(back[key], values) for key, values in state.items())
 
 
-def test_rows(tmp_path: Path) -> None:
+def test_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint_ways, "DROP_CACHES", Path("/dev/null"))  # the whole machine's, which takes a second
     flags = "--model.width 16 --model.depth 2 --model.mlp_dim 32 --model.num_heads 2 --model.image_size 16"
     own = f"--repeats 1 --pause 0.01 --dir {tmp_path} --json {tmp_path / 'rows.json'}"
     checkpoint.main([*own.split(), *flags.split()], World())

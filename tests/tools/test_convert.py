@@ -114,7 +114,6 @@ REFUSED: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
         ["--to", "vitruvius", "theirs", "new", "--source_config", "none.json"],
         "none.json cannot be read",
     ),
-    "no axis": (lambda p: None, ["--reshard", "", "ours", "new"], "--reshard names no axis"),
     "figures of a reshard": (
         lambda p: None,
         ["--reshard", "data=2", "--json", "x", "ours", "new"],

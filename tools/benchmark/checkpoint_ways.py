@@ -130,6 +130,9 @@ def all_ways(assembly: Assembly) -> dict[str, Way]:
     return {**plain, "ours": Ours(assembly), "dcp": theirs, "dcp, 2 threads": theirs.with_threads(2)}
 
 
+DROP_CACHES = Path("/proc/sys/vm/drop_caches")
+
+
 def forget_pages(folder: Path) -> None:
     """Have the next reading of all files come from the disk."""
     for path in (path for path in folder.rglob("*") if path.is_file()):
@@ -138,4 +141,4 @@ def forget_pages(folder: Path) -> None:
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(file)
     with contextlib.suppress(OSError):
-        Path("/proc/sys/vm/drop_caches").write_text("1")  # if we may
+        DROP_CACHES.write_text("1")  # if we may

@@ -70,8 +70,6 @@ class Layout:
             if name in found:
                 raise ConfigError(f"--reshard {text!r} says {name} twice")
             found[name] = int(value)
-        if not found:
-            raise ConfigError("--reshard names no axis: give those that have several ranks, such as 'tensor=2 data=4'")
         axes = {name: 1 for name in KEYS if name != "zero"} | found
         flags = (part for name, key in KEYS.items() if name in axes for part in (f"--{key}", str(axes[name])))
         return Layout(flags=tuple(flags), data=found.get("data", 1))
