@@ -160,30 +160,13 @@ tests.model.formats.timm_models`, and compared with the timm that is installed b
 
 from __future__ import annotations
 
-import ast
-from typing import Any
+from model.formats.timm.tables import read_tables
 
 _TABLES = {
 '''
 _FOOT = '''}
 
-
-def _value(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except ValueError:
-        return text
-
-
-def _arguments(text: str) -> dict[str, Any]:
-    return {key: _value(value) for key, _, value in (word.partition("=") for word in text.split())}
-
-
-ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
-    name: (cls, _arguments(rest))
-    for cls, table in _TABLES.items()
-    for name, _, rest in (line.partition(" ") for line in table.replace("\\n ", "").split("\\n") if line)
-}
+ARCHITECTURES = read_tables(_TABLES)
 """By name: of the class, and arguments in the values of `model.formats.timm.arguments`."""
 '''
 
