@@ -17,7 +17,7 @@ from engine.checkpoint.config import CheckpointConfig
 from engine.checkpoint.fit import Fit, Geometry, fit, is_another_model, resized
 from engine.checkpoint.states import targets, weight_pieces
 from model import LayerSpec, ModelConfig
-from model.formats.api import stored_weights
+from model.formats.api import open_weights
 from model.formats.base import ConversionError
 from model.formats.weights import StoredWeights
 from model.layers import logical_shapes
@@ -70,9 +70,9 @@ def open_to_load(config: CheckpointConfig, model: ModelConfig) -> StoredWeights:
     given = {key: value for key in _UNSAID if (value := getattr(model, key, None)) is not None}
     path, which = Path(config.load), config.load_weights
     try:  # as many positions may be of images of several ratios: if it can be the run's, it is
-        return stored_weights(path, given=given | {"image_size": model.image_size}, only_model=True, which=which)
+        return open_weights(path, given=given | {"image_size": model.image_size}, only_model=True, which=which)
     except ConversionError:
-        return stored_weights(path, given=given, only_model=True, which=which)
+        return open_weights(path, given=given, only_model=True, which=which)
 
 
 def plan_load(weights: StoredWeights, model: ModelConfig, layers: Sequence[LayerSpec], images: DataConfig) -> LoadPlan:

@@ -31,33 +31,7 @@ from parallel.checkpoint.manifest import FILE, CheckpointError, NoCheckpointErro
 from parallel.checkpoint.place import newest, sync
 
 
-@contextlib.contextmanager
 def open_weights(
-    path: Path,
-    kind: str = "auto",
-    *,
-    config: Path | None = None,
-    given: Mapping[str, Any] | None = None,
-    leave_out: Sequence[str] = (),
-    which: Which = "weights",
-) -> Iterator[Weights]:
-    """Weights of any kind, open for reading.
-
-    Args:
-        path: of a checkpoint of this program (a step's folder, that of all steps, of a run), or of a file or folder of
-            another library. kind: one of KINDS, or `auto`. config: their `config.json`, if it is not beside them.
-        given: keys of the model for what they do not say. leave_out: patterns of names of tensors there that may be
-            dropped. which: of a checkpoint of this program, the weights or their average.
-
-    Raises:
-        ConversionError: there is none, it is damaged, of another kind, or has what our model has not.
-    """
-    weights = stored_weights(path, kind, config=config, given=given, leave_out=leave_out, which=which)
-    with contextlib.closing(weights):
-        yield weights
-
-
-def stored_weights(
     path: Path,
     kind: str = "auto",
     *,
@@ -67,10 +41,17 @@ def stored_weights(
     which: Which = "weights",
     only_model: bool = False,
 ) -> StoredWeights:
-    """As `open_weights`, to be closed by who asks for it.
+    """Weights of any kind, open for reading; a context manager, or to be closed by who asks for it.
 
     Args:
+        path: of a checkpoint of this program (a step's folder, that of all steps, of a run), or of a file or folder of
+            another library. kind: one of KINDS, or `auto`. config: their `config.json`, if it is not beside them.
+        given: keys of the model for what they do not say. leave_out: patterns of names of tensors there that may be
+            dropped. which: of a checkpoint of this program, the weights or their average.
         only_model: whatever has no part in the model may be there, and is not carried.
+
+    Raises:
+        ConversionError: there is none, it is damaged, of another kind, or has what our model has not.
     """
     if kind not in ("auto", *KINDS):
         raise ConversionError(f"kind {kind!r} is unknown: choose among {', '.join(KINDS)}")
@@ -123,8 +104,6 @@ def save_weights(
         raise ConversionError(f"kind {kind!r} is unknown: choose among {', '.join(KINDS)}")
     if scan:
         target(kind, scan=True)
-    if os.path.lexists(path):
-        raise ConversionError(f"{path} exists: give another place, or remove it")
     with _complete(path) as temporary:
         if kind == VITRUVIUS:
             temporary.mkdir()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from model.config import ModelConfig, StageConfig
 from model.formats.base import ConversionError, Description, Entry, Origin, Preprocessing
-from model.formats.weights import CARRIED, Which
+from model.formats.weights import CARRIED, StoredWeights, Which
 from model.layers import logical_shapes
 from parallel.checkpoint.manifest import CheckpointError, Manifest, checksum
 from parallel.checkpoint.read import Reader, Target
@@ -20,7 +20,7 @@ from parallel.checkpoint.read import Reader, Target
 _SHOWN = 10
 
 
-class CheckpointWeights:
+class CheckpointWeights(StoredWeights):
     """Those of a checkpoint of this program, whatever layout saved it.
 
     Args:

@@ -6,7 +6,8 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from types import TracebackType
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -99,8 +100,14 @@ class StoredWeights(Weights, Protocol):
     def fill(self, wanted: Mapping[str, Sequence[Target]]) -> None:
         """Fill boxes of `tensors`, whole tensors in memory one at a time. Raises ConversionError if one is damaged."""
 
+    def __enter__(self) -> Self:
+        return self
 
-class ForeignWeights:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+class ForeignWeights(StoredWeights):
     """Those of another library's checkpoint.
 
     Args:

@@ -94,7 +94,7 @@ def jobs_as(
 
 
 def _stacks(jobs: Sequence[Job]) -> list[Job]:
-    """With the entries of a stack (`base.entry`) one after the other and of one dtype, each made alone: a tensor that
+    """With the entries of a stack (`rules.entry`) one after the other and of one dtype, each made alone: a tensor that
     goes into several stacks is read once for each, so that no stack is in memory."""
     out, stacks = [], dict[str, dict[int, tuple[Job, int]]]()
     for job in jobs:
