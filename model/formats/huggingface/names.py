@@ -8,14 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.formats.base import Shape
 from model.formats.expressible import check_whole_patches
 from model.formats.rules import Rule, rule
-from model.formats.ways import Constant, Joined, Permuted, Same, Void, Way
+from model.formats.ways import Constant, Joined, Kept, Permuted, Same, Void, Way
 
 _BOTH = ("weight", "bias")
 
@@ -48,23 +46,6 @@ class Names:
     linear_patch: bool = False
     unbiased: frozenset[str] = field(default_factory=frozenset)
     """What of attn.proj, mlp.fc1, mlp.fc2 has no bias there."""
-
-
-@dataclass(frozen=True)
-class Headed:
-    """Positions of patches [N, D] in a table that also has those of class tokens, which are zeros."""
-
-    tokens: int
-    theirs: Shape
-
-    def to_ours(self, theirs: Sequence[Tensor]) -> Tensor:
-        """As Way."""
-        (x,) = theirs
-        return x.reshape(self.theirs[-2:])[self.tokens :]
-
-    def to_theirs(self, ours: Tensor) -> list[Tensor]:
-        """As Way."""
-        return [torch.cat([ours.new_zeros(self.tokens, ours.shape[1]), ours]).reshape(self.theirs)]
 
 
 class LinearPatch(Permuted):
@@ -123,7 +104,10 @@ def _table(names: Names, m: ModelConfig) -> Way:
     flat = names.position.endswith(".weight")  # of an nn.Embedding
     shape = (sizes.class_tokens + patches, width)
     there = shape if flat else (1, *shape)
-    return Same(shape, there) if m.class_position or not sizes.class_tokens else Headed(sizes.class_tokens, there)
+    if m.class_position or not sizes.class_tokens:
+        return Same(shape, there)
+    first, count = sizes.class_tokens, shape[0]  # rows of zeros there, and none here
+    return Kept(((first, count),), count, len(there) - 2, (patches, width), there)
 
 
 def _block(names: Names, m: ModelConfig, ours: str, theirs: str) -> list[Rule]:
@@ -133,7 +117,7 @@ def _block(names: Names, m: ModelConfig, ours: str, theirs: str) -> list[Rule]:
         rules += _pair(f"{ours}norm{i + 1}", theirs + name)
     qkv = [theirs + name for name in names.qkv]
     rules.append(rule(f"{ours}attn.qkv.weight", *(f"{n}.weight" for n in qkv), way=Joined((width,) * 3)))
-    rules += qkv_biases(f"{ours}attn.qkv.bias", [f"{n}.bias" for n in qkv], m, width)
+    rules += _qkv_biases(f"{ours}attn.qkv.bias", [f"{n}.bias" for n in qkv], m, width)
     rules += _linear(f"{ours}attn.proj", theirs + names.proj, (width,), biased="attn.proj" not in names.unbiased)
     hidden = m.sizes.last.mlp
     up = [theirs + name for name in names.up]
@@ -156,14 +140,7 @@ def _linear(ours: str, theirs: str, shape: tuple[int, ...], *, biased: bool) -> 
     return [rule(f"{ours}.weight", f"{theirs}.weight"), rule(f"{ours}.bias", way=Constant(shape))]
 
 
-def qkv_biases(ours: str, theirs: Sequence[str], m: ModelConfig, width: int, *, has_none: bool = True) -> list[Rule]:
-    """Of q, k and v, by the form that the model has.
-
-    Args:
-        has_none: whether the other side can be without those that ours is without; else they are zeros there.
-    """
+def _qkv_biases(ours: str, theirs: Sequence[str], m: ModelConfig, width: int) -> list[Rule]:
+    """Of q, k and v, by the form that the model has."""
     chosen = {"all": theirs, "qv": [theirs[0], theirs[2]], "none": []}[m.qkv_bias or "all"]
-    rules = [rule(ours, *chosen, way=Joined((width,) * len(chosen)))] if chosen else []
-    if not has_none:
-        rules += [rule("", name, way=Void((width,))) for name in theirs if name not in chosen]
-    return rules
+    return [rule(ours, *chosen, way=Joined((width,) * len(chosen)))] if chosen else []
