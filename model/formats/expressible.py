@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 
 from model.config import ModelConfig
@@ -41,6 +41,14 @@ def check_expressible(title: str, model: ModelConfig, allowed: Mapping[str, obje
 def _shown(value: object) -> str:
     """As it stands in a configuration."""
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def whole_patches(size: int | Sequence[int], patch: int) -> int | tuple[int, int]:
+    """Our `model.image_size`: what of an image, of one side or two, fills patches. Convolutions leave out the rest (384
+    in patches of 14: 378).
+    """
+    rows, cols = (side // patch * patch for side in ((size, size) if isinstance(size, int) else size))
+    return rows if rows == cols else (rows, cols)
 
 
 def check_whole_patches(title: str, model: ModelConfig) -> None:

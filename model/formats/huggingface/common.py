@@ -7,6 +7,7 @@ from typing import Any
 
 from model.config import ModelConfig
 from model.formats.base import ConversionError, Description, Origin, Preprocessing
+from model.formats.expressible import whole_patches
 from model.formats.huggingface.images import preprocessing_of, preprocessor_config
 from model.formats.huggingface.keys import TOWERS, check_known
 from model.formats.sources import Source
@@ -55,25 +56,15 @@ def activation_name(gelu: str | None) -> str:
     return {"erf": "gelu", "tanh": "gelu_pytorch_tanh", "quick": "quick_gelu"}[gelu or "erf"]
 
 
-def side_of(value: Any) -> int | tuple[int, int]:
-    """An image size of a config: one number or two."""
-    if not isinstance(value, list | tuple):
-        return int(value)
-    rows, cols = (int(n) for n in value)
-    return rows if rows == cols else (rows, cols)
-
-
 def image_of(config: Mapping[str, Any], patch: int) -> int | tuple[int, int]:
-    """Our `model.image_size`: what of an image fills patches, as their convolutions leave out the rest (384 in patches
-    of 14: 378).
+    """Our `model.image_size`.
 
     Args:
         patch: its side, where the config leaves it out.
     """
-    side = patch_of(config.get("patch_size", patch))
-    size = side_of(config.get("image_size", 224))
-    rows, cols = (n // side * side for n in (size if isinstance(size, tuple) else (size, size)))
-    return side_of((rows, cols))
+    size = config.get("image_size", 224)
+    sides = [int(side) for side in (size if isinstance(size, list | tuple) else (size, size))]
+    return whole_patches(sides, patch_of(config.get("patch_size", patch)))
 
 
 def patch_of(value: Any) -> int:

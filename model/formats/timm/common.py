@@ -10,6 +10,7 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.formats.base import ConversionError
+from model.formats.expressible import whole_patches
 from model.formats.rules import Rule, rule
 from model.formats.timm.arguments import Constructor
 from model.formats.ways import Kept, Void
@@ -38,9 +39,7 @@ def image_of(made: Constructor, *, whole: bool = True) -> int | tuple[int, int]:
     Args:
         whole: patches alone.
     """
-    size, patch = made["img_size"], patch_of(made) if whole else 1
-    rows, cols = (side // patch * patch for side in ((size, size) if isinstance(size, int) else size))
-    return rows if rows == cols else (rows, cols)
+    return whole_patches(made["img_size"], patch_of(made) if whole else 1)
 
 
 def mlp_of(width: int, ratio: float) -> int:
