@@ -212,9 +212,15 @@ class Reader:
     def _run(self, chunks: Sequence[_Chunk]) -> int:
         if self.threads == 1 or len(chunks) < 2:
             return sum(map(self._read, chunks))
+        inference = torch.is_inference_mode_enabled()  # of this thread, as tensors are that were made here
+
+        def read(chunk: _Chunk) -> int:
+            with torch.inference_mode(inference):
+                return self._read(chunk)
+
         with ThreadPoolExecutor(self.threads) as pool:
             try:
-                return sum(pool.map(self._read, chunks))
+                return sum(pool.map(read, chunks))
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise

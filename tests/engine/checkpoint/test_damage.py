@@ -49,6 +49,14 @@ def refused(step: Path, *says: str) -> str:
 # -- bytes -------------------------------------------------------------------------------------------------------------
 
 
+def test_inference_mode_is_that_of_the_caller(step: Path) -> None:
+    """On all threads: they may write into tensors that were made under it, part by part."""
+    with Reader(step, threads=2) as reader, torch.inference_mode():
+        columns = torch.empty(5, 3)
+        reader.read({"weights/a": [Target(Box((0, 1), (5, 3)), columns)]})
+        assert torch.equal(columns, tensors()["weights/a"][:, 1:4])
+
+
 def test_what_is_well_is_read(step: Path) -> None:
     read_all(step)
 
