@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,13 @@ class LayerSpec:
 
 def build_layers(config: ModelConfig) -> list[LayerSpec]:
     """The layers of a resolved configuration, in order: `embed`, `blocks.0` ..., `merges.0` between stages, `head`."""
-    return _measure(_layers(config), config)
+    return list(_measured(config))
+
+
+@cache
+def _measured(config: ModelConfig) -> tuple[LayerSpec, ...]:
+    """A tenth of a second, and the same for every run of a configuration in this process."""
+    return tuple(_measure(_layers(config), config))
 
 
 def logical_shapes(config: ModelConfig, layers: Sequence[LayerSpec] | None = None) -> dict[str, tuple[int, ...]]:

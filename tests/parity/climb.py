@@ -69,13 +69,15 @@ def evaluated(figures: dict[str, float]) -> tuple[float, float, int]:
 def logical(assembly: Assembly, what: str) -> dict[str, Tensor]:
     """`master` or `sums` of every parameter of the whole model, put together from all ranks. Collective."""
     layouts = {slot.name: slot.member.info.layout for slot in assembly.store.slots}
-    own = {name: (layouts[name], local.clone()) for name, local in assembly.store.local_values(what).items()}
-    if assembly.grid.data.index:
-        own = {}
+    local = assembly.store.local_values(what)  # collective
+    # as arrays, since pickling a tensor takes thirty times as long
+    own = {name: (layouts[name], value.float().numpy()) for name, value in local.items()}
     full: dict[str, Tensor] = {}
-    for part in comm.gather_objects(own, assembly.grid.world):
-        for name, (layout, local) in part.items():
-            layout.place(full.setdefault(name, torch.full(layout.shape, float("nan"))), local)
+    for part in comm.gather_objects({} if assembly.grid.data.index else own, assembly.grid.world):
+        for name, (layout, value) in part.items():
+            if name not in full:
+                full[name] = torch.full(layout.shape, float("nan"))
+            layout.place(full[name], torch.from_numpy(value.copy()))
     return full
 
 
