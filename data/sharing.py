@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Iterator
@@ -41,7 +42,8 @@ def scan_once(path: str, key: str, readers: int) -> Listing:
     """
     if readers == 1:
         return scan(path, key)
-    digest = hashlib.sha256(f"{key}={Path(path).absolute()}".encode(errors="surrogateescape")).hexdigest()
+    what = f"{socket.gethostname()} {key}={Path(path).absolute()}"  # hosts may share their temporary directory
+    digest = hashlib.sha256(what.encode(errors="surrogateescape")).hexdigest()
     place = Path(tempfile.gettempdir()) / f"vitruvius-{os.getuid()}-{digest[:16]}"
     with _locked(place) as usable:
         if not usable:

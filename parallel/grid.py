@@ -8,6 +8,7 @@ slowest. This is the order of Megatron-LM's `tp-cp-dp-pp`, read from the outside
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from math import prod
@@ -209,13 +210,11 @@ def _open_channel(axis: Axis, timeout: float, local_size: int) -> Channel | None
     Args:
         local_size: ranks of the whole world on this host, which share its cores.
     """
-    token, path, fd, identity = os.urandom(16).hex(), "", -1, None
-    try:
-        identity = host.identity() if host.is_supported() else None
-        if identity is not None and axis.index == 0:
+    token, path, fd = os.urandom(16).hex(), "", -1
+    identity = host.identity() if host.is_supported() else None
+    if identity is not None and axis.index == 0:
+        with suppress(OSError):  # a sandbox may forbid it
             path, fd = host.offer(axis.size, token)
-    except OSError:  # a sandbox may forbid it
-        identity = None
     infos = comm.gather_objects((identity, os.getpid(), path, token), axis)
     channel = None
     if identity is not None and len({info[0] for info in infos}) == 1:

@@ -96,11 +96,13 @@ class Sign:
     """What a rank says of itself.
 
     Attributes:
-        place, wait: see Whereabouts. still: seconds since it last moved. written: by its host's clock.
+        host: its name. machine: tells it from others of that name. place, wait: see Whereabouts.
+        still: seconds since it last moved. written: by its host's clock.
         stacks: the file with the stacks of its threads, None while it has written none.
     """
 
     host: str
+    machine: str
     pid: int
     place: str
     wait: str | None

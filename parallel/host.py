@@ -19,6 +19,7 @@ import ctypes
 import mmap
 import os
 import platform
+import socket
 import sys
 import time
 from collections import deque
@@ -53,8 +54,18 @@ def is_supported() -> bool:
 
 
 def identity() -> str:
-    """Of this host, as long as it runs."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    """Of this host, as long as it runs: its name and the number of its kernel's start, by which NCCL goes, too.
+
+    The number alone is shared by what one kernel makes several hosts of (containers with names of their own, whose link
+    is then what somebody wants to be used) and by copies of a virtual machine; a name alone, by hosts that all have
+    the one they came with. What network a process is in does not matter: ranks of one name see each other's memory, or
+    find out that they do not.
+    """
+    try:
+        start = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:  # another system, or a sandbox
+        start = "unknown"
+    return f"{socket.gethostname()} {start}"
 
 
 def offer(size: int, token: str) -> tuple[str, int]:

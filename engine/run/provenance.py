@@ -21,7 +21,7 @@ from engine.run.agreement import code_version
 from model.kernels import Kernels
 from parallel.checkpoint.manifest import checksum
 from parallel.grid import GridShape
-from parallel.host import process_status
+from parallel.host import identity, process_status
 
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -58,7 +58,7 @@ def launcher() -> str | None:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
     since = "".join(process_status(os.getppid())[19:20])  # which no later process of its number shares
-    return checksum(f"{socket.gethostname()} {os.getppid()} {since}".encode())
+    return checksum(f"{identity()} {os.getppid()} {since}".encode())
 
 
 def _printable(text: str) -> str:

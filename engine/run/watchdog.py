@@ -30,7 +30,7 @@ from engine.run.launch import note_for_torchrun
 from parallel import process_group
 from parallel.grid import Grid
 from parallel.heartbeat import Attempt, Sign, Signs, Whereabouts
-from parallel.host import process_status
+from parallel.host import identity, process_status
 from parallel.process_group import World
 
 _SHARE = 0.8  # of parallel.timeout, after which ranks that wait end with an error that knows less
@@ -81,8 +81,8 @@ class Watchdog(threading.Thread):
     def _sign(self) -> Sign:
         where = self.where
         return Sign(
-            host=socket.gethostname(), pid=os.getpid(), place=where.place, wait=where.wait,
-            still=self._still.seconds, written=time.time(),
+            host=socket.gethostname(), machine=identity(), pid=os.getpid(), place=where.place,
+            wait=where.wait, still=self._still.seconds, written=time.time(),
         )  # fmt: skip
 
     def _end(self) -> None:
@@ -249,7 +249,7 @@ def _stacks(files: list[str | None]) -> str:
 
 def _state(sign: Sign) -> str:
     """Of a rank's process, as far as can be seen from here."""
-    if sign.host != socket.gethostname():
+    if sign.machine != identity():
         return "on another host"
     letter, *_ = process_status(sign.pid) or [""]
     known = {"": "gone", "T": "stopped", "t": "stopped", "D": "in the kernel", "Z": "ended"}

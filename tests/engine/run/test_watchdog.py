@@ -189,7 +189,7 @@ def test_time_in_which_the_process_was_stopped_does_not_count() -> None:
 
 
 def sign(place: str = "step 3", wait: str | None = None, stacks: str | None = "/run/hang/a") -> Sign:
-    return Sign(host="h", pid=7, place=place, wait=wait, still=9.0, written=0.0, stacks=stacks)
+    return Sign(host="h", machine="h 1", pid=7, place=place, wait=wait, still=9.0, written=0.0, stacks=stacks)
 
 
 def test_many_ranks_are_told_shortly() -> None:
