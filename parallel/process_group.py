@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import socket
-import subprocess
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from parallel import slurm
 from parallel.heartbeat import Signs
-from parallel.rendezvous import Place, find_store, first_on_host, meet
+from parallel.rendezvous import HOW, Place, find_store, first_on_host, meet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,30 +33,34 @@ class World:
     idle: int = 0
 
 
-def read_world(environ: dict[str, str] | None = None) -> World:
+def read_world(environ: Mapping[str, str] | None = None) -> World:
     """Rank and world size from torchrun's variables, else SLURM's (`srun`), else one process.
 
     Raises:
-        ValueError: a launcher's variable is not a number, or only some of them are set; or this is not one of the
-            job's tasks, but its batch script.
+        ValueError: variables of a launcher are missing, or make no sense; or this is one of several processes of a
+            launcher that is not understood, and would train alone.
+        parallel.slurm.NotATaskError: this is not one of the job's tasks, but its batch script.
     """
     env = os.environ if environ is None else environ
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    if "RANK" not in env and "SLURM_PROCID" in env and env.get("SLURM_NTASKS", "1") != "1":
-        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
-        if names[3] not in env:
-            raise ValueError(
-                f"this is the batch script of a job of {env['SLURM_NTASKS']} tasks, not one of them: start with srun "
-                "or torchrun (one process alone with srun --ntasks 1)"
-            )
-    if names[0] not in env and names[1] not in env:
-        return World()
+    found = slurm.task(env) if "RANK" not in env else None
+    if found is None and (names[0] in env or names[1] in env):
+        found = _told(env, names)
+    rank, size, local_rank, local_size = found or (0, 1, 0, 1)
+    if not 0 <= rank < size:
+        raise ValueError(f"the launcher's variables say rank {rank} of {size}: ranks are numbered from 0")
+    for other in _OTHERS if "RANK" not in env else ():
+        if env.get(other, "1") not in ("1", str(size)):
+            raise ValueError(f"this is one of {env[other]} processes ({other}), and none has a rank: {HOW}, not mpirun")
+    return World(rank=rank, size=size, local_rank=local_rank, local_size=local_size)
+
+
+def _told(env: Mapping[str, str], names: Sequence[str]) -> tuple[int, int, int, int]:
     try:
         rank, size, local_rank = (int(env[name]) for name in names[:3])
-        local_size = int(re.split(r"[(,]", env.get(names[3], "1"))[0])  # SLURM writes 4(x2),3: tasks of each host
+        return rank, size, local_rank, int(env.get(names[3], "1"))
     except (KeyError, ValueError) as error:
         raise ValueError(f"the launcher's variables {', '.join(names[:3])} must all be integers: {error}") from error
-    return World(rank=rank, size=size, local_rank=local_rank, local_size=local_size)
 
 
 def start(world: World, device: torch.device, timeout_seconds: float) -> None:
@@ -172,6 +176,7 @@ def await_end() -> int:
     return int(_watched.get("end"))
 
 
+_OTHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # of Open MPI, and of MPICH and its kin
 _STORE_PATIENCE = 5.0
 _met = 0  # the number of the try in which ranks have come together
 _watched: dist.Store | None = None  # where idle ranks look
@@ -205,37 +210,5 @@ def by_launcher() -> bool:
 
 
 def _master() -> tuple[str, int]:
-    """Where rank 0 is met: as the launcher says, else the first SLURM host and a port from the job's number."""
-    port = os.environ.get("MASTER_PORT") or 20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000
-    return os.environ.get("MASTER_ADDR") or _first_slurm_host(), int(port)
-
-
-def _first_slurm_host() -> str:
-    """Address of the first host of the job step, e.g. of `node[3-7,9]` or `a1,b2`; localhost outside SLURM.
-
-    On one node it is where srun was called. Where a name means nothing to the resolver, `scontrol` knows its address.
-    """
-    launcher = os.environ.get("SLURM_LAUNCH_NODE_IPADDR")
-    if launcher and int(os.environ.get("SLURM_NNODES", "1")) == 1:
-        return launcher
-    hosts = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST") or "127.0.0.1"
-    first = re.split(r",(?![^\[]*\])", hosts)[0]  # at commas outside brackets
-    name = re.sub(r"\[([^],-]*)[^]]*\]", r"\1", first)
-    return name if _resolves(name) else _slurm_address(name)
-
-
-def _resolves(host: str) -> bool:
-    try:
-        socket.getaddrinfo(host, None)
-    except OSError:
-        return False
-    return True
-
-
-def _slurm_address(node: str) -> str:
-    try:
-        shown = subprocess.run(["scontrol", "show", "node", node], capture_output=True, text=True, timeout=10).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        shown = ""
-    found = re.search(r"NodeAddr=(\S+)", shown)
-    return found[1] if found else node
+    """Where rank 0 is met: as the launcher says, else the first SLURM host and a port from the numbers of the step."""
+    return os.environ.get("MASTER_ADDR") or slurm.first_host(), int(os.environ.get("MASTER_PORT") or slurm.port())

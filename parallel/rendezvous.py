@@ -20,7 +20,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-_HOW = "start with srun or torchrun"
+HOW = "start with srun or torchrun"
 _MOST_NAMED = 16
 _MOMENT = 0.25  # seconds
 _GRACE_SECONDS = 1.0  # for the others to read the verdict, before the store is gone; twice that for it to be told
@@ -67,7 +67,7 @@ def meet(place: Place, timeout: float) -> tuple[dist.Store, int]:
         meeting.start()
         meeting.join(meeting.notice - now)
         if meeting.is_alive() and meeting.store is None and first_on_host(place):
-            say(f"rank {place.rank} of {place.size} is waiting for {meeting.missing}: {_HOW}")
+            say(f"rank {place.rank} of {place.size} is waiting for {meeting.missing}: {HOW}")
         meeting.join(max(0.0, meeting.deadline + 3 * _GRACE_SECONDS - time.monotonic()))
     if meeting.error is not None:
         raise meeting.error
@@ -125,7 +125,7 @@ class _Meeting(threading.Thread):
         """For want of a store, where ranks could agree on who tells, one on each host does."""
         return StartError(
             f"rank {self.place.rank} of {self.place.size} waited {self.timeout:g} s (parallel.timeout) for "
-            f"{self.missing}: {_HOW}, and see that MASTER_ADDR and MASTER_PORT are rank 0's",
+            f"{self.missing}: {HOW}, and see that MASTER_ADDR and MASTER_PORT are rank 0's",
             told=first_on_host(self.place) is None,
         )
 
@@ -165,11 +165,11 @@ class _Meeting(threading.Thread):
                 break
             until, told = self.deadline, True
             if place.add("notice", 1) == 1:
-                self.say(f"waiting for {self._absent(current)}: {_HOW}")
+                self.say(f"waiting for {self._absent(current)}: {HOW}")
         if verdict != "all":
             told, waited = verdict != mine, f"waited {self.timeout:g} s (parallel.timeout) for {self._absent(current)}"
             time.sleep(2 * _GRACE_SECONDS if told else _GRACE_SECONDS if self.place.hosts else 0.0)
-            raise StartError(f"{waited}: {_HOW}", told=told)
+            raise StartError(f"{waited}: {HOW}", told=told)
         assert current is not None
         return current
 

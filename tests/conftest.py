@@ -1,11 +1,17 @@
 """Marks: tests that need a GPU are skipped, with the reason, where torch sees none, or run on an emulated one."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from tests.cuda_emulation import build
+
+for name in [
+    name for name in os.environ if name.startswith("SLURM_")
+]:  # tests are no tasks of the job that they run in
+    del os.environ[name]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -35,20 +35,27 @@ from parallel.checkpoint.manifest import CheckpointError
 from parallel.comm import PeerLostError
 from parallel.process_group import World, read_world
 from parallel.rendezvous import StartError
+from parallel.slurm import NotATaskError
 
 # What a rank that lost contact waits for the cause to be told: by the rank that failed, or by the launcher, which ends
 # the others as soon as one is gone.
 _GRACE_SECONDS = 3.0
+_ASKS = {"-h", "--help", "--print_config"}  # what anybody may
 
 
-def run_rank(main: Callable[[Sequence[str], World], int | None], argv: Sequence[str], program: str) -> int:
+def run_rank(
+    main: Callable[[Sequence[str], World], int | None], argv: Sequence[str], program: str, *, alone: bool = False
+) -> int:
     """Call `main(argv, world)`; returns the exit code of this rank (what `main` gives), or leaves where others may be
     waiting.
+
+    Args:
+        alone: this is work for one process: the batch script of a job of several tasks may do it.
     """
     world = World()
     try:
         parent.interrupts_raise()
-        world = _read_world()
+        world = _read_world(alone or bool(_ASKS & set(argv)))
         if (ended := _ended_before(world)) is not None:
             again = os.environ["TORCHELASTIC_RESTART_COUNT"] != "1"
             message = f"{program}: the run has ended with code {ended}, and is not tried again"
@@ -77,10 +84,12 @@ def run_rank(main: Callable[[Sequence[str], World], int | None], argv: Sequence[
         return _leave(EXIT_FAULT, world, f"{program}: rank {world.rank} of {world.size} failed:\n{_traceback()}")
 
 
-def _read_world() -> World:
+def _read_world(alone: bool) -> World:
     try:
         return read_world()
     except ValueError as error:
+        if alone and isinstance(error, NotATaskError):
+            return World()
         raise ConfigError(str(error)) from error
 
 

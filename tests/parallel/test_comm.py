@@ -13,7 +13,7 @@ from parallel import comm, process_group
 from parallel.comm import Axis, CommMeter, single_axis
 from parallel.failures import PeerLostError, is_lost_peer
 from parallel.grid import GridShape, make_grid
-from parallel.process_group import World, read_world
+from parallel.process_group import World
 from tests.distributed import run_ranks
 
 
@@ -250,76 +250,3 @@ def test_what_is_raised_while_others_are_waited_for_is_not_taken_for_a_lost_peer
 )
 def test_who_is_to_blame(error: RuntimeError, lost: bool) -> None:
     assert is_lost_peer(error) is lost
-
-
-TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
-SLURM = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}
-
-
-@pytest.mark.parametrize("environ", [TORCHRUN, SLURM, SLURM | {"SLURM_STEP_TASKS_PER_NODE": "4,3,1"}], ids=str)
-def test_world_from_a_launcher(environ: dict[str, str]) -> None:
-    assert read_world(environ) == World(rank=5, size=8, local_rank=1, local_size=4)
-
-
-def test_which_launcher_wins() -> None:
-    assert read_world({}) == World()
-    other = TORCHRUN | {"RANK": "2"}
-    assert read_world(SLURM | other).rank == 2  # torchrun inside srun
-    assert read_world(SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}) == World()  # a batch script's own step
-    assert read_world(SLURM | {"WORLD_SIZE": "8"}).rank == 5  # what job scripts export beside srun
-
-
-@pytest.mark.parametrize(
-    "environ",
-    [
-        TORCHRUN | {"RANK": "first"},
-        TORCHRUN | {"LOCAL_WORLD_SIZE": ""},
-        {"RANK": "0", "WORLD_SIZE": "2"},
-        {"WORLD_SIZE": "2"},
-        SLURM | {"SLURM_NTASKS": "many"},
-        {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2"},
-    ],
-    ids=str,
-)
-def test_variables_that_make_no_sense(environ: dict[str, str]) -> None:
-    with pytest.raises(ValueError, match=r"launcher's variables (RANK|SLURM_PROCID), .* must all be integers"):
-        read_world(environ)
-
-
-def test_a_batch_script_is_not_one_of_its_tasks() -> None:
-    with pytest.raises(ValueError, match=r"batch script of a job of 4 tasks.*: start with srun or torchrun"):
-        read_world({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "7"})
-
-
-@pytest.mark.parametrize(
-    ("nodes", "first"),
-    [
-        ("node3", "node3"),
-        ("a1,b2", "a1"),
-        ("node[3-7,9]", "node3"),
-        ("node[003-007]", "node003"),
-        ("node[9,11],other[1-2]", "node9"),
-        ("a1,b[2-3]", "a1"),
-        ("ip-10-0-1-[5-6]", "ip-10-0-1-5"),
-        ("gpu[1-2].example.org,x", "gpu1.example.org"),
-        ("r[1-2]n[3-4]", "r1n3"),
-    ],
-)
-def test_first_slurm_host(nodes: str, first: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("SLURM_STEP_NODELIST", "SLURM_LAUNCH_NODE_IPADDR", "SLURM_NNODES"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(process_group, "_resolves", lambda _: True)
-    monkeypatch.setenv("SLURM_JOB_NODELIST", nodes)
-    assert process_group._first_slurm_host() == first
-    monkeypatch.setenv("SLURM_STEP_NODELIST", "step1")  # the step may have fewer hosts than the job
-    assert process_group._first_slurm_host() == "step1"
-    monkeypatch.setenv("SLURM_LAUNCH_NODE_IPADDR", "10.0.0.7")
-    assert process_group._first_slurm_host() == "10.0.0.7"
-    monkeypatch.setenv("SLURM_NNODES", "2")  # then srun may have been called elsewhere
-    assert process_group._first_slurm_host() == "step1"
-
-
-def test_host_outside_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_LAUNCH_NODE_IPADDR"):
-        monkeypatch.delenv(name, raising=False)
-    assert process_group._first_slurm_host() == "127.0.0.1"

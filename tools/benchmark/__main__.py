@@ -29,6 +29,8 @@ BENCHMARKS = {
     "kernels": "each native kernel against torch, and against the memory limit",
 }
 
+_ALONE = {"precision", "textures", "reshard", "convert", "kernels", "sweep", "--against"}  # with ranks of their own
+
 
 def main(argv: Sequence[str], world: World) -> None:
     """Hand over to the benchmark named first."""
@@ -39,4 +41,4 @@ def main(argv: Sequence[str], world: World) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_rank(main, sys.argv[1:], "tools.benchmark"))
+    sys.exit(run_rank(main, sys.argv[1:], "tools.benchmark", alone=bool(_ALONE & set(sys.argv[1:]))))

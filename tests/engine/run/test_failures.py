@@ -113,6 +113,18 @@ def test_more_stages_than_layers(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert re.fullmatch(r".*error: .*size 4 is more than the 3 layers.*at most 3 stages.*\n", capsys.readouterr().err)
 
 
+def test_a_batch_script_may_ask_and_do_what_is_work_for_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    assert run_rank(lambda argv, world: world.size, [], "prog", alone=True) == 1
+    assert run_rank(lambda argv, world: world.size, ["--print_config"], "prog") == 1
+    assert run_rank(pretrain_vit.main, ["--help"], "prog") == 0 and "--run_dir" in capsys.readouterr().out
+    assert run_rank(lambda argv, world: 77, ["--train.steps=1"], "prog") == 2
+    assert re.fullmatch(r"prog: error: this is the batch script .* 4 tasks.*\n", capsys.readouterr().err)
+
+
 def fails(error: BaseException) -> int:
     def main(argv: Sequence[str], world: World) -> None:
         raise error
