@@ -22,7 +22,13 @@ def end_with_launcher() -> None:
     let go: a run outlives the shell that started it, and SLURM ends what srun started. torchrun makes each rank the
     leader of a session, which tells it from what a rank may start in turn.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ and os.getsid(0) == os.getpid() and sys.platform == "linux":
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.getsid(0) == os.getpid():
+        end_with_parent()
+
+
+def end_with_parent() -> None:
+    """Have the kernel end this process when the one that started it ends, whoever that is."""
+    if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

@@ -28,7 +28,7 @@ def task(env: Mapping[str, str]) -> tuple[int, int, int, int] | None:
     """
     numbers = {name: env[name] for name in _TASKS if name in env}
     try:
-        wanted = int(env["SLURM_NTASKS"]) if "SLURM_NTASKS" in env else sum(_of_hosts(env.get("SLURM_TASKS_PER_NODE")))
+        wanted = tasks_of_job(env)
         here = _of_hosts(env.get("SLURM_STEP_TASKS_PER_NODE"))
         if wanted <= 1:
             return None
@@ -42,6 +42,11 @@ def task(env: Mapping[str, str]) -> tuple[int, int, int, int] | None:
         raise
     except (KeyError, ValueError, IndexError) as error:
         raise ValueError(f"SLURM's variables {', '.join(_TASKS)} make no sense together: {numbers}") from error
+
+
+def tasks_of_job(env: Mapping[str, str]) -> int:
+    """How many tasks a job is for, 0 outside SLURM. Raises ValueError where a variable makes no sense."""
+    return int(env["SLURM_NTASKS"]) if "SLURM_NTASKS" in env else sum(_of_hosts(env.get("SLURM_TASKS_PER_NODE")))
 
 
 def _of_hosts(text: str | None) -> list[int]:

@@ -22,6 +22,7 @@ BENCHMARKS = {
     "textures": "recipes with full, windowed, linear and mixed attention, trained alike",
     "attention": "each kind of attention against the number of tokens; memory at high resolution; pyramids",
     "step": "a training step of a configuration in a layout: time, communication, memory, utilisation",
+    "sweep": "many layouts in turn, a line of JSON for each run; two sweeps compared",
     "peers": "the same step against plain eager PyTorch, DDP, FSDP2 and DeepSpeed",
     "checkpoint": "saving and loading a state against the disk's rate and torch.distributed.checkpoint",
     "reshard": "a checkpoint cut for a layout: what that costs, and what loading gains",
@@ -32,12 +33,13 @@ BENCHMARKS = {
 _ALONE = {"precision", "textures", "reshard", "convert", "kernels", "sweep", "--against"}  # with ranks of their own
 
 
-def main(argv: Sequence[str], world: World) -> None:
-    """Hand over to the benchmark named first."""
+def main(argv: Sequence[str], world: World) -> int | None:
+    """Hand over to the benchmark named first; returns its exit code."""
     if not argv or argv[0] not in BENCHMARKS:
         lines = [f"  {name:10} {what}" for name, what in BENCHMARKS.items()]
         raise SystemExit("\n".join(["usage: python -m tools.benchmark NAME [options]", *lines]))
-    importlib.import_module(f"tools.benchmark.{argv[0]}").main(argv[1:], world)
+    code: int | None = importlib.import_module(f"tools.benchmark.{argv[0]}").main(argv[1:], world)
+    return code
 
 
 if __name__ == "__main__":

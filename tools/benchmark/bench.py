@@ -17,6 +17,7 @@ from engine.config import Config
 from engine.config.cli import parse
 from engine.device import choose_device, prepare_cpu, set_matmul, synchronise
 from engine.precision.precision import DTYPES
+from engine.run.step import Stepper
 from parallel import process_group
 from parallel.process_group import World
 from parallel.tensor.products import linear
@@ -82,6 +83,39 @@ def _stream(a: Assembly) -> TrainStream:
         seed=train.seed,
         with_images=a.holds_images,
     )
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """What this rank saw of steps, in order: seconds of each, CPU seconds of all threads in it, and the share of it
+    that was spent waiting in communication.
+    """
+
+    seconds: list[float]
+    cpu: list[float]
+    waited: list[float]
+
+
+def time_steps(bench: Bench, steps: int, warmup: int, between: Callable[[], object] = lambda: None) -> StepTimes:
+    """Take `steps` training steps after `warmup` that do not count. Collective.
+
+    Args:
+        between: called before each step that counts, and after the last.
+    """
+    stepper, meter = Stepper(bench.assembly), bench.assembly.grid.meter
+    times = StepTimes([], [], [])
+    for step in range(warmup + steps):
+        if step >= warmup:
+            between()
+        meter.reset()
+        batches, cpu = bench.batches[step % len(bench.batches)], time.process_time()
+        elapsed = seconds(lambda batches=batches: stepper.train_step(batches, 1e-4), bench.device)  # type: ignore[misc]
+        if step >= warmup:
+            times.seconds.append(elapsed)
+            times.cpu.append(time.process_time() - cpu)
+            times.waited.append(meter.total_seconds / elapsed)
+    between()
+    return times
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:

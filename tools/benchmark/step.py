@@ -14,10 +14,9 @@ import torch
 
 from engine.device import peak_memory_bytes, peak_tflops
 from engine.run.replicas import check_replicas
-from engine.run.step import Stepper
 from parallel import comm
 from parallel.process_group import World
-from tools.benchmark.bench import Bench, gemm_tflops, read_config, seconds, started
+from tools.benchmark.bench import Bench, gemm_tflops, read_config, seconds, started, time_steps
 from tools.benchmark.table import Row, show
 
 _CHECKS = 5  # comparisons of what ranks have copies of (`train.check_interval`), after one that is not counted
@@ -39,20 +38,11 @@ def main(argv: Sequence[str], world: World) -> None:
 def measure(bench: Bench, steps: int, warmup: int) -> Row:
     """Medians over steps; communication is the mean share over ranks, memory the largest rank's. Collective."""
     a, config = bench.assembly, bench.config
-    stepper, meter = Stepper(a), a.grid.meter
     rates = comm.gather_objects(gemm_tflops(bench.device, config.precision.dtype), a.grid.world)
-    times: list[float] = []
-    waited: list[float] = []
-    for step in range(warmup + steps):
-        meter.reset()
-        batches = bench.batches[step % len(bench.batches)]
-        elapsed = seconds(lambda batches=batches: stepper.train_step(batches, 1e-4), bench.device)  # type: ignore[misc]
-        if step >= warmup:
-            times.append(elapsed)
-            waited.append(meter.total_seconds / elapsed)
-    step_time = statistics.median(times)
+    times = time_steps(bench, steps, warmup)
+    step_time = statistics.median(times.seconds)
     shape = a.grid.shape
-    share = statistics.mean(comm.gather_objects(statistics.median(waited), a.grid.world))
+    share = statistics.mean(comm.gather_objects(statistics.median(times.waited), a.grid.world))
     checks = [seconds(lambda: check_replicas(a, 0), bench.device) for _ in range(_CHECKS + 1)][1:]
     memory = max(comm.gather_objects(peak_memory_bytes(bench.device), a.grid.world))
     images_per_second = config.train.global_batch_size / step_time

@@ -121,14 +121,14 @@ def started(programs: Sequence[Program], folder: Path) -> Iterator[list[Running]
 def _start(program: Program, folder: Path, stack: ExitStack) -> Running:
     one = Running(program, [], [], [folder / f"{program.name}.{rank}.log" for rank in range(program.ranks)])
     stack.callback(one.stop)
-    port = _free_port()
+    port = free_port()
     for rank, log in enumerate(one.logs):
         ours, theirs = Pipe()
         with log.open("wb") as file, theirs:
             one.processes.append(
                 subprocess.Popen(
                     [program.interpreter, "-m", program.module, str(theirs.fileno())],
-                    env=_environment(program, rank, port),
+                    env=rank_environment(rank, program.ranks, port, program.threads) | dict(program.environment),
                     stdin=subprocess.DEVNULL,
                     stdout=file,
                     stderr=file,
@@ -139,15 +139,16 @@ def _start(program: Program, folder: Path, stack: ExitStack) -> Running:
     return one
 
 
-def _environment(program: Program, rank: int, port: int) -> dict[str, str]:
+def rank_environment(rank: int, ranks: int, port: int, threads: int, root: Path = _ROOT) -> dict[str, str]:
+    """Of one of `ranks` processes of this host that meet at `port`, and import what is in `root`; no launcher's."""
     inherited = {name: value for name, value in os.environ.items() if name not in _LAUNCHERS}
-    here = {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(program.ranks), "MASTER_ADDR": "127.0.0.1"}
-    world = {"RANK": str(rank), "WORLD_SIZE": str(program.ranks), "MASTER_PORT": str(port)}
-    threads = {"OMP_NUM_THREADS": str(program.threads), "PYTHONPATH": str(_ROOT)}
-    return {**inherited, **here, **world, **threads, **program.environment}
+    here = {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+    world = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_PORT": str(port)}
+    return {**inherited, **here, **world, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(root)}
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

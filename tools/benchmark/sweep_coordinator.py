@@ -1,0 +1,153 @@
+"""The part of `python -m tools.benchmark sweep` that finds what is to be measured, has it run, and reports."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.device import processor
+from engine.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, ConfigError
+from engine.run.agreement import code_version
+from engine.run.provenance import commit
+from parallel import slurm
+from tools.benchmark.bench import read_config
+from tools.benchmark.sweep_compare import compare
+from tools.benchmark.sweep_file import SweepFile
+from tools.benchmark.sweep_grid import Layout, Place, Values, layouts_of, read_grid, settings
+from tools.benchmark.sweep_ranks import choose_launch
+from tools.benchmark.sweep_report import report
+from tools.benchmark.sweep_runner import Options, Runner, Side, Stop, about, folder_beside, take_turns
+from tools.benchmark.table import Row
+
+_ROOT = Path(__file__).resolve().parents[2]
+_WHO = (
+    "import json; import tools.benchmark.sweep_run; from engine.run.agreement import code_version; "
+    "from engine.run.provenance import commit; print(json.dumps({'commit': commit(), 'code': code_version()}))"
+)
+
+
+def sweep(options: Options, flags: Sequence[str]) -> int:
+    """Measure all that is missing in the file, then report; returns the exit code.
+
+    Raises:
+        ConfigError: an option, the grid or the file is wrong; nothing was started.
+    """
+    grid, launch, device_type = read_grid(options.grid), choose_launch(options.launch), _device_type(flags)
+    cores = len(os.sched_getaffinity(0))
+    place = Place(
+        ranks=options.ranks or _job_ranks(grid),
+        threads=options.threads or int(os.environ.get("OMP_NUM_THREADS", "0")) or None,
+        cores=cores if launch is None else None,
+        device_type=device_type,
+    )
+    layouts = layouts_of(grid, flags, place)
+    identity = _identity(options, flags, grid, place)
+    identities = {_ROOT: identity} | ({} if options.against is None else _other(options.against.resolve(), identity))
+    pair = _hash([*identities.values()]) if len(identities) > 1 else None
+    with ExitStack() as stack, Stop() as stop:
+        sides = _open(options, identities, pair, stack)
+        _tell(layouts, cores if launch is None and device_type == "cpu" else None)
+        _list_skipped(sides, layouts)
+        folder = stack.enter_context(folder_beside(options.json))
+        by_steps = len(sides) > 1 and device_type == "cpu"  # a GPU's memory is one program's at a time
+        runner = Runner(options=options, launch=launch, folder=folder, stop=stop, by_steps=by_steps)
+        take_turns(sides, layouts, runner)
+        return _end(options, sides, stop)
+
+
+def _end(options: Options, sides: Sequence[Side], stop: Stop) -> int:
+    lines = [side.file.lines for side in sides]
+    report(lines[0], None if stop() else options.json.with_suffix(".png"))
+    if stop.signal is not None:
+        name = signal.Signals(stop.signal).name
+        print(f"sweep: stopped by {name}; the same command goes on from here", file=sys.stderr)
+        return 130 if stop.signal == signal.SIGINT else EXIT_STOPPED
+    if len(lines) > 1:
+        print()
+        return compare(lines[1], lines[0], options.tolerance, options.clock)
+    return EXIT_DONE if any(line["status"] == "done" for line in lines[0]) else EXIT_FAULT
+
+
+# -- what is measured, and what it belongs to --------------------------------------------------------------------------
+
+
+def _device_type(flags: Sequence[str]) -> str:
+    wanted = read_config(flags).device
+    return wanted if wanted != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _job_ranks(grid: Values) -> int:
+    if tasks := slurm.tasks_of_job(os.environ):
+        return tasks
+    if "ranks" not in grid:
+        raise ConfigError("sweep needs --ranks N, or ranks=... in the grid")
+    return 1
+
+
+def _identity(options: Options, flags: Sequence[str], grid: Values, place: Place) -> Row:
+    """What all lines of a file have in common."""
+    return {
+        "commit": commit(),
+        "code": code_version(),
+        "torch": torch.__version__,
+        "machine": f"{processor(torch.device('cpu'))}, {len(os.sched_getaffinity(0))} cores, "
+        f"{torch.cuda.device_count()} GPUs",
+        "config": _hash(settings(read_config(flags))),
+        "grid": {name: list(values) for name, values in grid.items()},
+        "ranks": place.ranks,
+        "threads": place.threads,
+        "steps": options.steps,
+        "warmup": options.warmup,
+    }
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _other(root: Path, own: Row) -> dict[Path, Row]:
+    """The identity of another checkout, as its own code tells it."""
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    command = [sys.executable, "-c", _WHO]
+    try:
+        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True)
+        return {root: {**own, **json.loads(done.stdout.splitlines()[-1])}}
+    except OSError as error:
+        raise ConfigError(f"--against {root}: {error.strerror}") from error
+    except (subprocess.CalledProcessError, ValueError, IndexError) as error:
+        words = (getattr(error, "stderr", "") or str(error)).strip().splitlines()[-1]
+        raise ConfigError(f"--against {root} has no sweep that can be run: {words}") from error
+
+
+def _open(options: Options, identities: Mapping[Path, Row], pair: str | None, stack: ExitStack) -> list[Side]:
+    paths = [options.json, options.json.with_suffix(f".against{options.json.suffix}")]
+    return [
+        Side(root=root, file=stack.enter_context(SweepFile(path, {**identity, "pair": pair}, fresh=options.fresh)))
+        for (root, identity), path in zip(identities.items(), paths, strict=False)
+    ]
+
+
+def _tell(layouts: Sequence[Layout], cores: int | None) -> None:
+    fit = [layout for layout in layouts if layout.why is None]
+    print(f"sweep: {len(fit)} of {len(layouts)} entries are measured, {len(layouts) - len(fit)} are skipped")
+    for layout in fit:
+        if cores is not None and layout.ranks * (layout.threads or 1) > cores:
+            print(f"sweep: {layout.name}: {layout.ranks} ranks x {layout.threads} threads share {cores} cores")
+
+
+def _list_skipped(sides: Sequence[Side], layouts: Sequence[Layout]) -> None:
+    for side in sides:
+        known = [line["entry"] for line in side.file.lines if line["status"] == "skipped"]
+        for layout in layouts:
+            if layout.why is not None and layout.entry not in known:
+                side.file.append({"status": "skipped", **about(layout), "why": layout.why})

@@ -1,0 +1,188 @@
+"""Runs of a sweep, one after the other, or of two programs by turns, and the lines that come of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tools.benchmark.sweep_file import SweepFile
+from tools.benchmark.sweep_grid import Layout, settings, to_yaml
+from tools.benchmark.sweep_ranks import Ranks, RanksFailedError, RanksStoppedError, Started, await_all
+from tools.benchmark.sweep_run import Task
+from tools.benchmark.table import Row
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Those of the command line; see there."""
+
+    grid: str
+    json: Path
+    ranks: int | None
+    threads: int | None
+    steps: int
+    warmup: int
+    rounds: int
+    timeout: int
+    fresh: bool
+    retry: bool
+    launch: str
+    against: Path | None
+    tolerance: float | None
+    clock: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """A program that is measured: its checkout and its file. With --against there are two, ours first."""
+
+    root: Path
+    file: SweepFile
+
+    def needs(self, layout: Layout, round_: int, retry: bool) -> bool:
+        """Whether a run is still to be made. A layout that has failed is not run again, unless that is asked for."""
+        of_it = [line for line in self.file.lines if line["config_hash"] == layout.identity]
+        return not any(line["status"] == "done" and line["round"] == round_ for line in of_it) and (
+            retry or all(line["status"] != "failed" for line in of_it)
+        )
+
+
+class Stop:
+    """While it is entered, signals that ask to stop are noted: a call tells whether one has come."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def __enter__(self) -> Stop:
+        heeded = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._note) for number in heeded}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: object) -> None:
+        self.signal = number
+
+    def __call__(self) -> bool:
+        return self.signal is not None
+
+
+def about(layout: Layout) -> Row:
+    """What every line says of its layout."""
+    return {
+        "entry": layout.entry,
+        "config_hash": layout.identity,
+        "ranks": layout.ranks,
+        "threads": layout.threads,
+        "config": settings(layout.config),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runner:
+    """Makes runs, with its files in `folder`. by_steps: programs that are compared run at once and take turns there."""
+
+    options: Options
+    launch: str | None
+    folder: Path
+    stop: Stop
+    by_steps: bool
+
+    def run(self, roots: Sequence[Path], layout: Layout, round_: int) -> list[Row]:
+        """The lines of a run of each program, the first of which begins; none if they were stopped."""
+        if not self.by_steps and len(roots) > 1:
+            return [line for root in roots for line in self.run([root], layout, round_)]
+        line = {**about(layout), "round": round_, "date": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+        folders = [self.folder / str(number) for number in range(len(roots))]
+        tasks = self._tasks(folders, layout)
+        programs = [
+            Ranks(
+                launch=self.launch, ranks=layout.ranks, threads=layout.threads, root=root, task=task, folder=folder
+            ).start()
+            for root, task, folder in zip(roots, tasks, folders, strict=True)
+        ]
+        await_all(programs, self.options.timeout, self.stop)
+        try:
+            lines = [self._line(line, program) for program in programs]
+        except RanksStoppedError:
+            self.stop.signal = self.stop.signal or signal.SIGTERM
+        return [] if self.stop() else lines
+
+    def _tasks(self, folders: Sequence[Path], layout: Layout) -> list[Path]:
+        """A file for the ranks of each program, in new folders, with pipes between them if they are two."""
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            (folder / "config.yaml").write_text(to_yaml(settings(layout.config)))
+        pipes = [str(folder / "turn") for folder in folders]
+        if len(folders) > 1:
+            for pipe in pipes:
+                for rank in range(layout.ranks):
+                    os.mkfifo(f"{pipe}.{rank}")
+        for i, folder in enumerate(folders):
+            task = Task(
+                config=str(folder / "config.yaml"), result=str(folder / "result.json"), steps=self.options.steps,
+                warmup=self.options.warmup, turns=(pipes[i], pipes[1 - i]) if len(folders) > 1 else None, first=i == 0,
+            )  # fmt: skip
+            (folder / "task.json").write_text(json.dumps(asdict(task)))
+        return [folder / "task.json" for folder in folders]
+
+    def _line(self, line: Row, program: Started) -> Row:
+        """Raises RanksStoppedError."""
+        try:
+            program.check(self.options.timeout)
+            measured = json.loads((program.ranks.folder / "result.json").read_text())
+            return {"status": "done", **line, "turns": "steps" if self.by_steps else "runs", **measured}
+        except RanksFailedError as error:
+            return {"status": "failed", **line, "why": str(error), "last_words": error.words}
+        except (OSError, ValueError) as error:
+            return {"status": "failed", **line, "why": f"ranks have left no result: {error}", "last_words": []}
+
+
+def take_turns(sides: Sequence[Side], layouts: Sequence[Layout], runner: Runner) -> None:
+    """Rounds of one run each. Every other round goes backwards, so that a machine that drifts favours none."""
+    fit = [layout for layout in layouts if layout.why is None]
+    retry = runner.options.retry
+    turns = [
+        (round_, layout, sides[:: -1 if (i + round_) % 2 else 1])
+        for round_ in range(runner.options.rounds)
+        for i, layout in list(enumerate(fit))[:: -1 if round_ % 2 else 1]
+        if any(side.needs(layout, round_, retry) for side in sides)
+    ]
+    for number, (round_, layout, own) in enumerate(turns, 1):
+        if any(side.needs(layout, round_, retry) for side in own):  # and has not failed in the meantime
+            lines = runner.run([side.root for side in own], layout, round_)
+            if runner.stop():
+                return
+            for side, line in zip(own, lines, strict=True):
+                side.file.append(line)
+            for side, line in zip(own, lines, strict=True):
+                told = (
+                    f"{line['images_per_second']:.4g} images/s"
+                    if line["status"] == "done"
+                    else f"failed: {line['why']}"
+                )
+                other = "" if side is sides[0] else f" ({side.root})"
+                print(f"[{number}/{len(turns)}] round {round_ + 1}, {layout.name}{other}: {told}", flush=True)
+
+
+@contextmanager
+def folder_beside(beside: Path) -> Iterator[Path]:
+    """For files of runs, where all hosts see them; those that a killed sweep has left are removed."""
+    prefix = f".{beside.name}-"
+    for left in beside.parent.glob(f"{prefix}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=beside.parent) as name:
+        yield Path(name).resolve()
