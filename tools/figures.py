@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from cycler import cycler
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 from engine.errors import ConfigError
 
@@ -44,6 +46,8 @@ _STYLE: dict[Any, Any] = {
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
     "axes.formatter.useoffset": False,
+    "figure.constrained_layout.h_pad": 0.08,
+    "figure.constrained_layout.w_pad": 0.06,
     "figure.dpi": 100,
     "figure.titlesize": 11,
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same picture on every machine
@@ -75,9 +79,7 @@ def style() -> Iterator[None]:
 
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure that gives its axes what room their labels leave; in inches, of which each has 100 pixels."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def check_place(path: Path) -> Path:
@@ -100,12 +102,16 @@ def check_place(path: Path) -> Path:
 def save(figure: Figure, path: Path) -> None:
     """Write the figure as PNG, whole or not at all: who looks at a picture meanwhile sees the earlier one.
 
-    The same figure gives the same bytes. Raises ConfigError if the place cannot be written to.
+    In 256 colours, which takes a third of the bytes. The same figure gives the same bytes. Raises ConfigError if the
+    place cannot be written to.
     """
     check_place(path)
     part = path.with_name(f".{path.name}.{os.getpid()}")
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
     try:
-        figure.savefig(part, format="png", metadata={"Software": None})
+        pixels.quantize(256, dither=Image.Dither.NONE).save(part, format="png", optimize=True)
         part.replace(path)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
