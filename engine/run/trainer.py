@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import time
 from collections.abc import Mapping
 from fractions import Fraction
@@ -193,6 +194,7 @@ def _loop(
 def _say_farewell(writer: MetricsWriter, config: Config, loop: Loop, stopped: str | None) -> None:
     folder = writer.path.parent
     writer.say(f"config      {folder / 'config.yaml'}\nmetrics     {writer.path}")
+    writer.say(f"picture     python -m tools.plot {shlex.quote(str(folder))}")
     if config.log.tensorboard:
         writer.say(f"TensorBoard {folder} (tensorboard --logdir {folder})")
     if loop.profiler is not None:
