@@ -46,7 +46,7 @@ def sweep(options: Options, flags: Sequence[str]) -> int:
     cores = len(os.sched_getaffinity(0))
     place = Place(
         ranks=options.ranks or _job_ranks(grid),
-        threads=options.threads or int(os.environ.get("OMP_NUM_THREADS", "0")) or None,
+        threads=options.threads or _told_threads(),
         cores=cores if launch is None else None,
         device_type=device_type,
     )
@@ -84,6 +84,11 @@ def _end(options: Options, sides: Sequence[Side], stop: Stop) -> int:
 def _device_type(flags: Sequence[str]) -> str:
     wanted = read_config(flags).device
     return wanted if wanted != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _told_threads() -> int | None:
+    told = os.environ.get("OMP_NUM_THREADS", "")
+    return int(told) if told.isdecimal() and int(told) else None
 
 
 def _job_ranks(grid: Values) -> int:

@@ -21,6 +21,8 @@ from tools.benchmark.turns import free_port, rank_environment
 _LOOK_SECONDS = 0.05
 _GRACE_SECONDS = 15.0  # for ranks that a failed one leaves behind: they may know more than it does
 _SRUN = "srun --ntasks {ranks} --kill-on-bad-exit=1"
+_STOPPED = {-signal.SIGTERM, 128 + signal.SIGTERM}  # the second is srun's way to tell
+_KILLED = {-signal.SIGKILL, 128 + signal.SIGKILL}
 _MODULE = "tools.benchmark.sweep_run"
 
 
@@ -115,7 +117,7 @@ class Started:
 
     def check(self, patience: float) -> None:
         """Raises RanksFailedError or RanksStoppedError unless all have ended well."""
-        if {-signal.SIGTERM, 128 + signal.SIGTERM} & set(self.codes):
+        if _STOPPED & set(self.codes):
             raise RanksStoppedError
         if any(code != 0 for code in self.codes):
             logs = [self.ranks.log(i).read_text(errors="replace").splitlines() for i in range(len(self.codes))]
@@ -128,8 +130,9 @@ class Started:
         words = next((logs[number] for number in failed if logs[number]), lines)[-12:]
         if told := [line for line in lines if "out of memory: " in line]:
             return RanksFailedError(told[0], words)
-        if killed := [number for number in failed if self.codes[number] == -signal.SIGKILL]:
-            return RanksFailedError(f"rank {killed[0]} was killed (SIGKILL): by want of memory, if by nobody", words)
+        if killed := [number for number in failed if self.codes[number] in _KILLED]:
+            who = f"rank {killed[0]}" if self.ranks.launch is None else "a rank"
+            return RanksFailedError(f"{who} was killed (SIGKILL): by want of memory, if by nobody", words)
         if not failed:
             return RanksFailedError(f"not done after {patience:g} s (--timeout), or the other program failed", words)
         launch = self.ranks.launch

@@ -29,7 +29,7 @@ import torch
 
 from engine.device import peak_memory_bytes, peak_tflops, processor
 from engine.run.launch import run_rank
-from engine.run.provenance import machine
+from engine.run.provenance import machine, version
 from parallel import comm
 from parallel.process_group import World
 from tools.benchmark.bench import Bench, gemm_tflops, read_config, seconds, started, time_steps
@@ -118,6 +118,7 @@ def _environment(bench: Bench, load: float) -> Row:
     """What this rank runs on; of all ranks their hosts and devices. Collective."""
     seen = comm.gather_objects((socket.gethostname(), processor(bench.device)), bench.assembly.grid.world)
     return {
+        "version": version(),
         **machine(bench.config, bench.device),
         "python": platform.python_version(),
         "cores": len(os.sched_getaffinity(0)),
