@@ -17,7 +17,7 @@ import pytest
 
 from engine.errors import EXIT_STOPPED, ConfigError
 from parallel.process_group import World
-from tools.benchmark import sweep
+from tools.benchmark import sweep, sweep_coordinator, sweep_ranks
 from tools.benchmark.sweep_file import read_lines
 from tools.benchmark.sweep_ranks import choose_launch
 from tools.benchmark.table import Row
@@ -32,16 +32,17 @@ import json, os, re, signal, sys, time
 from pathlib import Path
 task = json.loads(Path(sys.argv[-1]).read_text())
 micro = int(re.search(r"micro_batch_size: (\\d+)", Path(task["config"]).read_text())[1])
-act = json.loads(os.environ.get("FAKE", "{}")).get(str(micro))
+acts = json.loads(os.environ.get("FAKE", "{}"))
+act = acts.get(f"{micro} in {Path.cwd().name}", acts.get(str(micro)))
 Path(os.environ["RUNS"]).open("a").write(f"{micro}\\n")
 if act == "stop the sweep":
     os.kill(os.getppid(), signal.SIGUSR1)
     time.sleep(60)
-elif act == "wait":
+elif act == "wait" or (act == "wait for turns" and task["turns"]):
     time.sleep(60)
 elif isinstance(act, int):
     os.kill(os.getpid(), act)
-elif act:
+elif act and act != "wait for turns":
     sys.exit(act)
 times = [0.01 * micro] * task["steps"]
 Path(task["result"]).write_text(json.dumps({
@@ -114,6 +115,18 @@ def test_a_failure_is_a_result(pretend: Path, capsys: pytest.CaptureFixture[str]
     assert run(pretend, grid=grid) == 0 and len(runs_of(pretend)) == 6
     assert run(pretend, "--retry", grid=grid) == 0 and runs_of(pretend)[6:] == [1, 2, 4, 8, 8, 4, 2, 1]
     assert states(pretend) == {"done": 10, "failed": 4} and not processes_of(pretend.parent / "fake.py")
+
+
+def test_of_two_programs_the_one_that_is_left_goes_on_alone(pretend: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep_ranks, "_GRACE_SECONDS", 0.3)
+    monkeypatch.setattr(sweep_coordinator, "_other", lambda root, own: {root: {**own, "commit": "another"}})
+    (other := pretend.parent / "other").mkdir()
+    fake = {"4 in other": "no luck", f"4 in {ROOT.name}": "wait for turns"}
+    with pytest.raises(ConfigError, match="no layout in common"):
+        run(pretend, "--against", str(other), grid="micro=4", fake=fake)
+    assert runs_of(pretend) == [4, 4, 4, 4]  # both, and ours again; then the second round
+    assert states(pretend) == {"done": 2}
+    assert states(pretend.with_suffix(".against.jsonl")) == {"failed": 1}
 
 
 def test_all_failing_is_a_fault(pretend: Path) -> None:
@@ -246,13 +259,14 @@ def slower(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_planted_delay_is_found_and_where_there_is_none_none_is(
     slower: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In CPU time, which other programs of this machine add least to, of one thread; after a kill at the start."""
     file, other = tmp_path / "sweep.jsonl", tmp_path / "sweep.against.jsonl"
-    model = ["--config", str(ROOT / "configs/digits.yaml"), "--train.global_batch_size", "16", "--device", "cpu"]
-    options = ["--ranks", "1", "--steps", "40", "--warmup", "2", "--rounds", "3", "--grid", "micro=8,16 pipeline=1,2"]
+    model = ["--config", str(ROOT / "configs/digits.yaml"), "--train.global_batch_size", "8", "--device", "cpu"]
+    options = ["--ranks", "1", "--steps", "80", "--warmup", "2", "--rounds", "3", "--grid", "micro=4,8 pipeline=1,2"]
     options += ["--json", str(file), "--against", str(slower), "--clock", "cpu", *model]
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     killed = subprocess.Popen([sys.executable, "-m", "tools.benchmark", "sweep", *options], cwd=ROOT)
@@ -264,17 +278,17 @@ def test_a_planted_delay_is_found_and_where_there_is_none_none_is(
     assert sweep.main(options, World()) == 0  # ours is the faster one
     assert states(file) == states(other) == {"done": 6, "skipped": 2}
     for line in read_lines(file)[2:]:
-        assert len(line["step_seconds"]) == 40 and line["peak_memory_MiB_per_rank"] > 50 and line["mfu"] is None
+        assert len(line["step_seconds"]) == 80 and line["peak_memory_MiB_per_rank"] > 50 and line["mfu"] is None
         assert 0 < line["mfu_of_measured_gemm"] < 2 and line["tflops_per_device"] > 0
         low, high = line["images_per_second_quartiles"]
         assert low <= line["images_per_second"] <= high
     assert file.with_suffix(".png").stat().st_size > 5000
 
     capsys.readouterr()
-    assert sweep.main(["--compare", str(file), str(other), "--clock", "cpu"], World()) == 1
+    assert sweep.main(["--compare", str(file), str(other), "--clock", "cpu", "--tolerance", "0"], World()) == 1
     out = capsys.readouterr().out
     verdicts = {row[0]: row[-1] for text in out.splitlines() if (row := text.split())[0].startswith("micro=")}
-    assert verdicts["micro=8"] == "slower" != verdicts["micro=16"], out
+    assert verdicts["micro=8"] == "slower" != verdicts["micro=4"], out
 
 
 def await_that(holds: Callable[[], bool]) -> None:

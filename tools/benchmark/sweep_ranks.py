@@ -134,7 +134,7 @@ class Started:
             who = f"rank {killed[0]}" if self.ranks.launch is None else "a rank"
             return RanksFailedError(f"{who} was killed (SIGKILL): by want of memory, if by nobody", words)
         if not failed:
-            return RanksFailedError(f"not done after {patience:g} s (--timeout), or the other program failed", words)
+            return RanksFailedError(f"not done after {patience:g} s (--timeout)", words)
         launch = self.ranks.launch
         who = f"rank {failed[0]}" if launch is None else shlex.split(launch)[0]
         return RanksFailedError(words[-1].strip() if words else f"{who} ended with code {self.codes[failed[0]]}", words)

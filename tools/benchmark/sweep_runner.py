@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from tools.benchmark.sweep_file import SweepFile
@@ -49,12 +50,16 @@ class Side:
     root: Path
     file: SweepFile
 
-    def needs(self, layout: Layout, round_: int, retry: bool) -> bool:
-        """Whether a run is still to be made. A layout that has failed is not run again, unless that is asked for."""
-        of_it = [line for line in self.file.lines if line["config_hash"] == layout.identity]
-        return not any(line["status"] == "done" and line["round"] == round_ for line in of_it) and (
-            retry or all(line["status"] != "failed" for line in of_it)
-        )
+    def done(self, layout: Layout, round_: int) -> bool:
+        """Whether this run has been made."""
+        return any(line["status"] == "done" and line["round"] == round_ for line in self._lines(layout))
+
+    def failed(self, layout: Layout) -> bool:
+        """Whether a run of this layout has failed, as another would."""
+        return any(line["status"] == "failed" for line in self._lines(layout))
+
+    def _lines(self, layout: Layout) -> list[Row]:
+        return [line for line in self.file.lines if line["config_hash"] == layout.identity]
 
 
 class Stop:
@@ -100,22 +105,28 @@ class Runner:
     stop: Stop
     by_steps: bool
 
-    def run(self, roots: Sequence[Path], layout: Layout, round_: int) -> list[Row]:
-        """The lines of a run of each program, the first of which begins; none if they were stopped."""
+    def run(self, roots: Sequence[Path], layout: Layout, round_: int) -> list[Row | None]:
+        """The lines of a run of each program, the first of which begins. None of one that was ended since the other has
+        failed; none at all if they were stopped.
+        """
         if not self.by_steps and len(roots) > 1:
             return [line for root in roots for line in self.run([root], layout, round_)]
-        line = {**about(layout), "round": round_, "date": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+        turns = "steps" if len(roots) > 1 else "runs"
+        line = {**about(layout), "round": round_, "turns": turns, "date": time.strftime("%Y-%m-%d %H:%M:%S %z")}
         folders = [self.folder / str(number) for number in range(len(roots))]
         tasks = self._tasks(folders, layout)
+        of_layout = partial(Ranks, launch=self.launch, ranks=layout.ranks, threads=layout.threads)
         programs = [
-            Ranks(
-                launch=self.launch, ranks=layout.ranks, threads=layout.threads, root=root, task=task, folder=folder
-            ).start()
+            of_layout(root=root, task=task, folder=folder).start()
             for root, task, folder in zip(roots, tasks, folders, strict=True)
         ]
         await_all(programs, self.options.timeout, self.stop)
+        failed = any(any(program.codes) for program in programs)
         try:
-            lines = [self._line(line, program) for program in programs]
+            lines = [
+                None if failed and None in program.codes and not any(program.codes) else self._line(line, program)
+                for program in programs
+            ]
         except RanksStoppedError:
             self.stop.signal = self.stop.signal or signal.SIGTERM
         return [] if self.stop() else lines
@@ -144,7 +155,7 @@ class Runner:
         try:
             program.check(self.options.timeout)
             measured = json.loads((program.ranks.folder / "result.json").read_text())
-            return {"status": "done", **line, "turns": "steps" if self.by_steps else "runs", **measured}
+            return {"status": "done", **line, **measured}
         except RanksFailedError as error:
             return {"status": "failed", **line, "why": str(error), "last_words": error.words}
         except (OSError, ValueError) as error:
@@ -153,29 +164,31 @@ class Runner:
 
 def take_turns(sides: Sequence[Side], layouts: Sequence[Layout], runner: Runner) -> None:
     """Rounds of one run each. Every other round goes backwards, so that a machine that drifts favours none."""
-    fit = [layout for layout in layouts if layout.why is None]
-    retry = runner.options.retry
+    fit = list(enumerate(layout for layout in layouts if layout.why is None))
     turns = [
         (round_, layout, sides[:: -1 if (i + round_) % 2 else 1])
         for round_ in range(runner.options.rounds)
-        for i, layout in list(enumerate(fit))[:: -1 if round_ % 2 else 1]
-        if any(side.needs(layout, round_, retry) for side in sides)
+        for i, layout in fit[:: -1 if round_ % 2 else 1]
+        if not all(side.done(layout, round_) for side in sides)
     ]
     for number, (round_, layout, own) in enumerate(turns, 1):
-        if any(side.needs(layout, round_, retry) for side in own):  # and has not failed in the meantime
-            lines = runner.run([side.root for side in own], layout, round_)
+        for _ in own:  # again for one that was ended since the other has failed
+            ready = [side for side in own if runner.options.retry or not side.failed(layout)]
+            if all(side.done(layout, round_) for side in ready):
+                break
+            lines = runner.run([side.root for side in ready], layout, round_)
             if runner.stop():
                 return
-            for side, line in zip(own, lines, strict=True):
+            told = [(side, line) for side, line in zip(ready, lines, strict=True) if line is not None]
+            for side, line in told:
                 side.file.append(line)
-            for side, line in zip(own, lines, strict=True):
-                told = (
-                    f"{line['images_per_second']:.4g} images/s"
-                    if line["status"] == "done"
-                    else f"failed: {line['why']}"
-                )
-                other = "" if side is sides[0] else f" ({side.root})"
-                print(f"[{number}/{len(turns)}] round {round_ + 1}, {layout.name}{other}: {told}", flush=True)
+            for side, line in told:
+                where = layout.name if side is sides[0] else f"{layout.name} ({side.root})"
+                print(f"[{number}/{len(turns)}] round {round_ + 1}, {where}: {_outcome(line)}", flush=True)
+
+
+def _outcome(line: Row) -> str:
+    return f"{line['images_per_second']:.4g} images/s" if line["status"] == "done" else f"failed: {line['why']}"
 
 
 @contextmanager
