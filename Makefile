@@ -1,5 +1,5 @@
 # make train   trains a ViT on real handwritten digits, tensor 2 x pipeline 2 x data 2 ranks on this machine's CPU
-# make test    lints, type-checks and runs the whole test suite
+# make test    lints, type-checks and runs the whole test suite, two files of it at a time (WORKERS=1: one)
 # make setup   what both do first: .venv, pinned requirements, native kernels
 # make peers   .venv-peers, with DeepSpeed, for `python -m tools.benchmark peers --against deepspeed`
 
@@ -7,6 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN_DIR ?= runs/digits
+WORKERS ?= 2
 PEERS := .venv-peers
 PEERS_LIST := tools/benchmark/peers-requirements.txt
 NATIVE := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
@@ -47,7 +48,7 @@ train: setup
 		--parallel.tensor_parallel_size 2 --parallel.pipeline_parallel_size 2 --run_dir $(RUN_DIR) --checkpoint.resume never
 
 test: setup lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -1,12 +1,19 @@
-"""Marks: tests that need a GPU are skipped, with the reason, where torch sees none, or run on an emulated one."""
+"""Marks: tests that need a GPU are skipped, with the reason, where torch sees none, or run on an emulated one; files
+with slow tests come first.
+"""
 
 import os
 from collections.abc import Iterator
 
 import pytest
-import torch
 
-from tests.cuda_emulation import build
+from parallel import parent
+
+parent.spin_briefly()  # before torch is imported: the cores are shared by two files of tests, and by the ranks of each
+
+import torch  # noqa: E402
+
+from tests.cuda_emulation import build  # noqa: E402
 
 for name in [
     name for name in os.environ if name.startswith("SLURM_")
@@ -23,6 +30,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)  # so that no long file is begun when the other worker is done
     for item in items:
         if mark := item.get_closest_marker("gpu"):
             if reason := _unfit(of_kernels=bool(mark.kwargs)):

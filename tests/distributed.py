@@ -10,10 +10,12 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import pickle  # plain: the pipe's own pickler would hand tensors over as files of a process that is gone
+import secrets
 import socket
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -29,10 +31,16 @@ RankFunction = Callable[..., Any]
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    """A TCP port that nobody listens on.
+
+    By chance, from those that the system gives to nobody by itself: what another test asks for cannot take it before
+    its user listens there.
+    """
+    while True:
+        port = 20_000 + secrets.randbelow(10_000)
+        with socket.socket() as s, suppress(OSError):
+            s.bind(("", port))
+            return port
 
 
 def _rank_main(function: RankFunction, world: World, port: int, timeout: float, pipe: Connection, args: tuple) -> None:

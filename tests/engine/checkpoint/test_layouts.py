@@ -153,11 +153,13 @@ def check_chain(tmp_path: Path, start: str, layouts: dict[str, Layout], ranks: i
             assert torch.equal(values, last[name]) and values.dtype == last[name].dtype, (kind, name)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_layouts_of_four(tmp_path: Path) -> None:
     check_chain(tmp_path, "one", {name: layout for name, layout in LAYOUTS.items() if layout.ranks == 4}, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_layouts_of_eight(tmp_path: Path) -> None:
     check_chain(tmp_path, "one", EIGHT, 8)

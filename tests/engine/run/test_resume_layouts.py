@@ -133,11 +133,13 @@ def check(variants: dict[str, Variant], ranks: int, folder: Path) -> None:
             assert 0 < lines(straight, "train")[-1]["skipped_steps"] < STEPS, name
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_stopped_runs_of_four_ranks(tmp_path: Path) -> None:
     check(FOUR, 4, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_stopped_runs_of_eight_ranks(tmp_path: Path) -> None:
     check(EIGHT, 8, tmp_path)
