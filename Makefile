@@ -48,7 +48,8 @@ train: setup
 		--parallel.tensor_parallel_size 2 --parallel.pipeline_parallel_size 2 --run_dir $(RUN_DIR) --checkpoint.resume never
 
 test: setup lint
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m 'not alone'
+	$(BIN)/python -m pytest -m alone
 
 lint: setup
 	$(BIN)/ruff format --check .

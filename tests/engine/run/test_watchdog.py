@@ -20,6 +20,7 @@ from tests.distributed import free_port
 from tests.engine.small import flags
 
 ROOT = Path(__file__).parents[3]
+pytestmark = pytest.mark.alone  # what is late, and what is only slow, is told apart by the clock
 TIMEOUT = 5.0
 STOP = "os.kill(os.getpid(), signal.SIGSTOP)"
 SLEEP = "data.datasets.ArrayDataset.read = lambda *args: time.sleep(600)"
