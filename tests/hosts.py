@@ -72,6 +72,11 @@ class Hosts:
         for space, other in zip(self.spaces, reversed(self.addresses), strict=True):
             _run(f"ip -n {space} neighbour delete {other} dev {DEVICE}")
 
+    def crash(self, host: int) -> None:
+        """All that runs on a host is gone, and the link with it; nobody is told."""
+        self.cut()
+        _kill(self.spaces[host])
+
     def processes(self) -> list[int]:
         """What runs on either host."""
         return [int(pid) for space in self.spaces for pid in _pids(space)]
@@ -132,16 +137,20 @@ def _remove_leftovers() -> None:
 
 def _remove(space: str) -> None:
     """The namespace, with all that runs there, and its files."""
+    _kill(space)
+    subprocess.run(["ip", "netns", "delete", space], capture_output=True)  # there may be none
+    shutil.rmtree(_FILES / space, ignore_errors=True)
+    with contextlib.suppress(OSError):  # others' are there
+        _FILES.rmdir()
+
+
+def _kill(space: str) -> None:
     until = time.monotonic() + 10.0
     while (_NAMED / space).exists() and (pids := _pids(space)) and time.monotonic() < until:
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(pid), signal.SIGKILL)
         time.sleep(0.01)
-    subprocess.run(["ip", "netns", "delete", space], capture_output=True)  # there may be none
-    shutil.rmtree(_FILES / space, ignore_errors=True)
-    with contextlib.suppress(OSError):  # others' are there
-        _FILES.rmdir()
 
 
 def _pids(space: str) -> list[str]:
