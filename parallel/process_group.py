@@ -7,15 +7,16 @@ import os
 import socket
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from parallel import slurm
+from parallel import departure, slurm
+from parallel.departure import Word
 from parallel.heartbeat import Signs
-from parallel.rendezvous import HOW, Place, find_store, first_on_host, meet
+from parallel.rendezvous import HOW, Place, find_store, first_on_host, meet, open_store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,13 +72,12 @@ def start(world: World, device: torch.device, timeout_seconds: float) -> None:
     Raises:
         parallel.rendezvous.StartError: not all ranks have come in time.
     """
-    global _met, _watched
+    global _come, _met, _watched
     if world.size + world.idle == 1:
         return
-    host, port = _master()
-    os.environ.update(MASTER_ADDR=host, MASTER_PORT=str(port))
-    hosts = world.rank == 0 and not by_launcher()
-    place = Place(host=host, port=port, rank=world.rank, size=world.size + world.idle, hosts=hosts, run=_attempt())
+    place = _place(world)
+    os.environ.update(MASTER_ADDR=place.host, MASTER_PORT=str(place.port))
+    _come = True
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
     store, _met = meet(place, timeout_seconds)
     _watched = store if world.idle else None
@@ -113,18 +113,22 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def first_to_report(kind: str, rank: int) -> bool:
+def first_to_report(kind: str, world: World) -> bool:
     """Whether this rank is the first to report a `kind` of failure; so that one message, not one per rank, reaches the
     user. Works before the process group is made, too, and is meant for ranks that are about to end.
 
     Ranks agree through a key-value store: that of the launcher, which outlives every rank, else that of rank 0. While
-    rank 0 has not opened one, it speaks for all, and the others give it `_STORE_PATIENCE` seconds to open it (which
-    means that all is well with rank 0). If it is gone, every rank reports for itself.
+    rank 0 has not opened one, it speaks for itself, and opens one to leave word; the others give it `_STORE_PATIENCE`
+    seconds. If it is gone, or slow, one of each host reports.
     """
     try:
-        store = _report_store(rank)
+        store = _report_store(world.rank)
         if store is None:
-            return rank == 0
+            return world.rank == 0 or first_here_to_report(kind, world)
+        if not _met and not by_launcher():
+            departure.await_open(words := dist.PrefixStore("vitruvius", store))
+            if (word := departure.left(words)) is not None and word.told:
+                return False
         return bool(store.add(f"vitruvius/{_attempt()}/{kind}", 1) == 1)
     except Exception:  # whatever is wrong with the store must not hide the failure itself
         return True
@@ -132,9 +136,32 @@ def first_to_report(kind: str, rank: int) -> bool:
 
 def first_here_to_report(kind: str, world: World) -> bool:
     """The same among the ranks of this host, which needs no store."""
-    host, port = _master()
-    place = Place(host=host, port=port, rank=world.rank, size=world.size, hosts=False, run=f"{_attempt()} {kind}")
-    return first_on_host(place) is not None
+    return first_on_host(replace(_place(world), run=f"{_attempt()} {kind}")) is not None
+
+
+def leave_word(code: int, world: World, *, told: bool) -> None:
+    """This rank ends, maybe before all have met: those that wait for it then end, too, with this code. Where a launcher
+    ends the others nothing is done.
+
+    Args:
+        told: it has said why.
+    """
+    size = world.size + world.idle
+    if size == 1 or by_launcher() or _met:
+        return
+    seconds = departure.LINGER_SECONDS if code != _INTERRUPTED else 1.0  # so are the others, by who waits for all
+    with contextlib.suppress(Exception, KeyboardInterrupt):
+        place = _place(world)
+        opens = place.hosts and not _come
+        store = open_store(place, seconds) if opens else find_store(place.host, place.port, seconds)
+        if store is None:
+            return
+        store = dist.PrefixStore("vitruvius", store)
+        departure.leave(store, Word(rank=world.rank, code=code, told=told))
+        if opens:
+            departure.say_open(store)
+        if place.hosts:
+            departure.await_all(store, size, seconds)
 
 
 def note_end(code: int, world: World) -> None:
@@ -178,8 +205,16 @@ def await_end() -> int:
 
 _OTHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # of Open MPI, and of MPICH and its kin
 _STORE_PATIENCE = 5.0
+_INTERRUPTED = 130
+_come = False  # whether this rank has gone to meet the others
 _met = 0  # the number of the try in which ranks have come together
 _watched: dist.Store | None = None  # where idle ranks look
+
+
+def _place(world: World) -> Place:
+    host, port = _master()
+    hosts = world.rank == 0 and not by_launcher()
+    return Place(host=host, port=port, rank=world.rank, size=world.size + world.idle, hosts=hosts, run=_attempt())
 
 
 def _report_store(rank: int) -> dist.Store | None:

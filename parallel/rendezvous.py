@@ -20,6 +20,9 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from parallel import departure
+from parallel.departure import Word
+
 HOW = "start with srun or torchrun"
 _MOST_NAMED = 16
 _MOMENT = 0.25  # seconds
@@ -27,11 +30,11 @@ _GRACE_SECONDS = 1.0  # for the others to read the verdict, before the store is 
 
 
 class StartError(RuntimeError):
-    """The ranks did not come together. told: another process tells."""
+    """The ranks did not come together. told: another process tells. code: to end with."""
 
-    def __init__(self, message: str, *, told: bool = False) -> None:
+    def __init__(self, message: str, *, told: bool = False, code: int = 1) -> None:
         super().__init__(message)
-        self.told = told
+        self.told, self.code = told, code
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +79,12 @@ def meet(place: Place, timeout: float) -> tuple[dist.Store, int]:
     return meeting.store, meeting.number
 
 
+def open_store(place: Place, seconds: float) -> dist.Store:
+    """Rank 0's, for it to leave word in. Raises StartError where it cannot listen there."""
+    with _quiet_torch():
+        return _listen(place, seconds)
+
+
 def find_store(host: str, port: int, seconds: float) -> dist.Store | None:
     """Another process's store, if one answers in time."""
     found: list[dist.Store] = []
@@ -113,6 +122,8 @@ class _Meeting(threading.Thread):
             store = _listen(self.place, self.timeout) if self.place.hosts else self._seek()
             if store is not None:
                 self.store = dist.PrefixStore("vitruvius", store)
+                if self.place.hosts:
+                    departure.say_open(self.store)
                 self.store = met = self._call_roll(self.store)
                 self.number = met.number
         except StartError as error:
@@ -155,6 +166,8 @@ class _Meeting(threading.Thread):
         current, mine = (self._enter(store, store.add("rounds", 1)) if first else None), f"over {self.place.rank}"
         until, told = self.notice, False
         while (verdict := self._verdict(store, current)) is None:
+            if (word := departure.left(store)) is not None:
+                raise self._without(store, word)
             current = current if first else self._newest(store, current)
             if time.monotonic() < until:
                 continue
@@ -195,6 +208,17 @@ class _Meeting(threading.Thread):
         if self.place.rank == 0 and _comes(current, "full"):
             current.compare_set("verdict", "", "all")
         return current.get("verdict").decode() if _comes(current, "verdict") else None
+
+    def _without(self, store: dist.Store, word: Word) -> StartError:
+        """A rank has left."""
+        what = f"rank {word.rank} of {self.place.size} has left before all ranks had come (exit code {word.code})"
+        if not word.told and store.add("said", 1) == 1:
+            self.say(what)
+        departure.heed(store)
+        if self.place.hosts:
+            patience = min(departure.LINGER_SECONDS, self.deadline - time.monotonic())
+            departure.await_all(store, self.place.size, patience)
+        return StartError(what, told=True, code=word.code or 1)
 
     def _absent(self, current: _Round | None) -> str:
         size = self.place.size

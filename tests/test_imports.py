@@ -22,6 +22,7 @@ ALLOWED = {
 }
 DISTRIBUTED = {
     "parallel/comm.py": "torch.distributed",
+    "parallel/departure.py": "torch.distributed",
     "parallel/failures.py": "torch.distributed",  # the types of its errors
     "parallel/grid.py": "torch.distributed",
     "parallel/process_group.py": "torch.distributed",

@@ -63,7 +63,9 @@ def run_rank(
         code = main(argv, world)
         return _exit(EXIT_DONE if code is None else code, world)
     except SystemExit as error:  # --help
-        return error.code if isinstance(error.code, int) else EXIT_FAULT
+        code = error.code if isinstance(error.code, int) else EXIT_FAULT
+        process_group.leave_word(code, world, told=False)
+        return code
     except ConfigError as error:
         return _leave(EXIT_USAGE, world, f"{program}: error: {error}")
     except (CheckpointError, DriftError, OutputError, UnreadableImageError) as error:
@@ -71,7 +73,7 @@ def run_rank(
     except DivergedError as error:
         return _leave(EXIT_DIVERGED, world, f"{program}: training diverged: {error}")
     except StartError as error:
-        return _leave(EXIT_FAULT, world, f"{program}: {error}", told=error.told)
+        return _leave(error.code, world, f"{program}: {error}", told=error.told, lets_know=False)
     except PeerLostError as error:
         time.sleep(_GRACE_SECONDS)
         cause = re.sub(r"\[[^]]*\.cc:\d+\] ", "", str(error)).partition("\n")[0]
@@ -111,16 +113,18 @@ def _traceback() -> str:
     return traceback.format_exc().rstrip()
 
 
-def _leave(code: int, world: World, message: str, *, told: bool | None = None) -> int:
-    """Tell why, unless another rank did (told; None: to be found out). With peers that may be inside a collective,
-    skip the orderly shutdown that could wait for them.
+def _leave(code: int, world: World, message: str, *, told: bool | None = None, lets_know: bool = True) -> int:
+    """Tell why, unless another rank did (told; None: to be found out), and let ranks know that still wait for this one.
+    With peers that may be inside a collective, skip the orderly shutdown that could wait for them.
     """
     sys.stdout.flush()
     note_for_torchrun(message)
     if told is None:
-        told = not process_group.first_to_report("end", world.rank)
+        told = not process_group.first_to_report("end", world)
     if not told:
         print(message, file=sys.stderr, flush=True)
+    if lets_know:
+        process_group.leave_word(code, world, told=True)
     return _exit(code, world)
 
 

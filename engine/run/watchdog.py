@@ -112,7 +112,7 @@ class Watchdog(threading.Thread):
         self._wait(2, lambda: signs.answered() == self.world.size)
         here, lost = signs.collect()
         states = {rank: _state(sign) for rank, sign in lost.items()}
-        first = Attempt(lambda: process_group.first_to_report("end", self.world.rank), self.patience)
+        first = Attempt(lambda: process_group.first_to_report("end", self.world), self.patience)
         if first.answers != [False]:
             _tell(verdict(here, lost, states))
         signs.close()

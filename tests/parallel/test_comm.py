@@ -131,7 +131,7 @@ def _metering(world: World) -> None:
 def _all_of_it(world: World) -> list[bool]:
     _collectives(world)
     _metering(world)
-    return [process_group.first_to_report(kind, world.rank) for kind in ("nan", "peer")]
+    return [process_group.first_to_report(kind, world) for kind in ("nan", "peer")]
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

@@ -37,12 +37,16 @@ CASES: dict[str, tuple[str, str]] = {
 SCRIPT = """
 import json, os, signal, sys, tempfile, time
 import torch
+from engine.errors import ConfigError
 from engine.run.launch import run_rank
-from parallel import process_group, rendezvous
+from parallel import departure, process_group, rendezvous
+
+departure.LINGER_SECONDS = 400.0
 
 def main(argv, world):
     exec(argv[0])
     process_group.start(world, torch.device("cpu"), {timeout})
+    assert not sys.argv[2], "they have met"
     torch.distributed.barrier()
 
 ranks = []
@@ -52,7 +56,7 @@ for name, first, port in json.loads(sys.argv[1]):
         pid = os.fork()
         if pid == 0:
             os.dup2(stderr.fileno(), 2)
-            size = "4" if name == "two never come" else "2"
+            size = "4" if name == "two never come" else str(len(first))
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=size)
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
             os._exit(run_rank(main, [what], "prog"))
@@ -73,13 +77,15 @@ for _, pid, _ in ranks:
 """
 
 
-def ends_of(ports: dict[str, int]) -> dict[str, list[tuple[int, str]]]:
+def ends_of(
+    ports: dict[str, int], given: dict[str, tuple[str, ...]] | None = None, timeout: float = TIMEOUT
+) -> dict[str, list[tuple[int, str]]]:
     """Exit code and stderr of each case's ranks that were not stopped. All at once: they wait most of their time."""
     launcher = re.compile(r"(RANK|WORLD_SIZE|MASTER_|LOCAL_|SLURM_|TORCHELASTIC_)")
     env = {k: v for k, v in os.environ.items() if not launcher.match(k)} | {"OMP_NUM_THREADS": "1"}
-    cases = [(name, what, ports.get(name) or free_port()) for name, what in CASES.items()]
+    cases = [(name, what, ports.get(name) or free_port()) for name, what in (given or CASES).items()]
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT.format(timeout=TIMEOUT), json.dumps(cases)],
+        [sys.executable, "-c", SCRIPT.format(timeout=timeout), json.dumps(cases), "leave" if given else ""],
         env=env,
         cwd=ROOT,
         capture_output=True,
@@ -128,6 +134,36 @@ def test_ranks_that_do_not_come_together() -> None:
         assert re.fullmatch(r"prog: rank 0 cannot listen on 127.*\(another program listens .*MASTER_PORT.*\n", refused)
         notice = rf"rank 1 of 2 is waiting for rank 0 at 127.0.0.1:\d+ \(another program.* listens there\): {HOW}\n"
         told([second], rf"{notice}prog: rank 1 of 2 {waited} rank 0 .*\n")
+
+
+REFUSES, ASKS = "raise ConfigError('the folder is not here')", "raise SystemExit(0)"
+LEAVES: dict[str, tuple[str, ...]] = {
+    "one": ("", REFUSES, ""),
+    "the first": (REFUSES, "", ""),
+    "the first, before others come": (REFUSES, "time.sleep(1.5)", "time.sleep(1.5)"),
+    "one, before the first comes": ("time.sleep(1.5)", REFUSES, ""),
+    "all": (REFUSES,) * 8,
+    "all, the first late": ("time.sleep(1.5); " + REFUSES, REFUSES, REFUSES),
+    "one asks": ("", "", ASKS),
+    "the first asks": (ASKS, "", ""),
+    "one fails": ("", "", "1 / 0"),
+}
+
+
+@pytest.mark.slow
+def test_ranks_that_leave_before_all_have_come_end_the_others() -> None:
+    """As under srun, where no launcher does. One tells why, and all end with its code, at once."""
+    ends = ends_of({}, LEAVES, timeout=400.0)  # whoever is waited for without need is seen: the notice, or a time-out
+    for name, what in LEAVES.items():
+        codes, said = [code for code, _ in ends[name]], "".join(error for _, error in ends[name])
+        if ASKS in what:
+            asks = what.index(ASKS)
+            assert codes == [0 if rank == asks else 1 for rank in range(3)], name
+            assert said == f"rank {asks} of 3 has left before all ranks had come (exit code 0)\n", name
+        elif "1 / 0" in what:
+            assert codes == [1] * 3 and re.fullmatch(r"prog: rank 2 of 3 failed:\nTraceback[\s\S]*Error: .*\n", said)
+        else:
+            assert codes == [2] * len(what) and said == "prog: error: the folder is not here\n", (name, codes, said)
 
 
 def told(ends: list[tuple[int, str]], expected: str) -> None:
