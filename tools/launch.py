@@ -23,7 +23,7 @@ from pathlib import Path
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.elastic.rendezvous.api import RendezvousError
+from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError, RendezvousError
 from torch.distributed.launcher import api as launcher
 
 from engine.errors import EXIT_STOPPED
@@ -59,6 +59,12 @@ def main(argv: Sequence[str]) -> int:
             signal.signal(signal.Signals[name], signal.SIG_IGN)  # it is over
         _end(_children() - others)
         return _code_after(signal.Signals(error.sigval), error.codes if isinstance(error, Stopped) else [None])
+    except RendezvousConnectionError:
+        _say(
+            f"error: no answer from the launcher that has the store ({arguments.rdzv_endpoint}): it has ended, or its "
+            "host or the link to it is down"
+        )
+        return 1
     except (RendezvousError, RuntimeError) as error:
         _say(f"error: the launchers of {arguments.nnodes} host(s) could not start ranks: {_first_line(error)}")
         return 1

@@ -37,7 +37,9 @@ _SHARE = 0.8  # of parallel.timeout, after which ranks that wait end with an err
 _IDLE = 0.1  # of a core
 _BUSY_FACTOR = 10  # the patience with a rank that computes, and that nobody is known to wait for
 _MOST_NAMED = 8
-_NO_STORE = "no store answers, so rank 0's process is stopped (or its launcher's), or its host is gone"
+_NO_STORE = (
+    "no store answers, so rank 0's process is stopped (or its launcher's), or its host or the link to it is down"
+)
 
 
 class Watchdog(threading.Thread):
