@@ -20,8 +20,11 @@ from pathlib import Path
 from tests.distributed import free_port
 from tests.engine.run.test_failures import ROOT, children, environment
 from tests.engine.small import flags
+from tests.hosts import Hosts, two_hosts
 
 PATIENCE = 120.0  # seconds; a machine may be busy with other things
+# A machine that is busy with other tests may keep a launcher from saying for 3 s that it lives.
+CUT = ("--nnodes", "1:2", "--rdzv-backend", "c10d", "--rdzv-conf", "last_call_timeout=1,keep_alive_interval=3")
 ELASTIC = ("--nnodes", "1:2", "--rdzv-backend", "c10d", "--rdzv-conf", "last_call_timeout=1", "--rdzv-id", "x")
 
 
@@ -29,17 +32,28 @@ class Job:
     """A run under launchers. Its folder is `run` in `folder`, beside what it says.
 
     Args:
-        changes: of flags.
+        hosts: on which launchers may be started. changes: of flags.
     """
 
-    def __init__(self, folder: Path, **changes: str) -> None:
+    def __init__(self, folder: Path, hosts: Hosts | None = None, **changes: str) -> None:
+        self.hosts = hosts
         self.run_dir, self._out, self._launchers = folder / "run", folder / "out", list[subprocess.Popen[bytes]]()
         given = {"train__steps": "100000", "log__interval": "1", "checkpoint__save_interval": "5"}
         self._argv = flags(**given | {"run_dir": str(self.run_dir)} | changes)
 
-    def start(self, *options: str, launcher: str = "tools.launch", script: str = "pretrain_vit.py") -> int:
-        """Start a launcher of two ranks; returns its number."""
-        argv = [sys.executable, "-m", launcher, "--nproc-per-node", "2", *options, script, *self._argv]
+    def start(
+        self,
+        *options: str,
+        launcher: str = "tools.launch",
+        script: str = "pretrain_vit.py",
+        host: int | None = None,
+    ) -> int:
+        """Start a launcher of two ranks, or of one on one of the hosts; returns its number."""
+        ranks = "2" if host is None else "1"
+        argv = [sys.executable, "-m", launcher, "--nproc-per-node", ranks, *options, script, *self._argv]
+        if host is not None:
+            assert self.hosts is not None
+            argv = self.hosts.on(host, argv)
         with self._out.open("ab") as out:
             process = subprocess.Popen(
                 argv,
@@ -86,6 +100,13 @@ class Job:
                 return
             time.sleep(0.02)
         raise AssertionError(f"no start {starts} that trains: {self.said()[-3000:]}")
+
+    def await_said(self, what: str, times: int = 1) -> None:
+        """Return when it has been, so often."""
+        until = time.monotonic() + PATIENCE
+        while self.said().count(what) < times:
+            assert time.monotonic() < until, self.said()[-3000:]
+            time.sleep(0.05)
 
     def resumed_at(self) -> list[int]:
         """Steps after which starts went on."""
@@ -154,6 +175,26 @@ def host_lost_and_back(job: Job) -> tuple[float, float]:
     return lost, time.monotonic() - began
 
 
+def link_cut_and_joined(job: Job) -> tuple[float, float]:
+    """Between two hosts, of which the one with the store goes on; the other comes back when the link does."""
+    with two_hosts() as job.hosts:
+        options = (*CUT, "--rdzv-id", "x", "--rdzv-endpoint", f"{job.hosts.addresses[0]}:29400", "--max-restarts", "3")
+        for host in range(2):
+            job.start(*options, host=host)
+        both = "24 images = 2 data rank(s)"
+        job.await_said(both)
+        starts = job.said().count("Vitruvius: torch ")
+        job.trains(starts)
+        began = time.monotonic()
+        job.hosts.cut()
+        job.trains(starts + 1)
+        lost, began = time.monotonic() - began, time.monotonic()
+        job.hosts.join()
+        job.await_said(both, times=2)  # the other may not take part in the very first start that it brings about
+        job.trains(job.said().count("Vitruvius: torch "), steps=1)
+        return lost, time.monotonic() - began
+
+
 def main(argv: Sequence[str]) -> int:
     """Print the table, or the rows whose name holds the first argument."""
     rows: dict[str, tuple[Callable[[Job], float | tuple[float, float]], dict[str, str]]] = {
@@ -165,6 +206,10 @@ def main(argv: Sequence[str]) -> int:
         "a host lost, and come back (elastic)": (
             host_lost_and_back,
             {"parallel__elastic": "true", "train__global_batch_size": "24"},
+        ),
+        "the link to a host cut, and joined when the others train (elastic), `parallel.timeout` 10": (
+            link_cut_and_joined,
+            {"parallel__elastic": "true", "train__global_batch_size": "24", "parallel__timeout": "10"},
         ),
     }
     for name, (measure, changes) in rows.items():
