@@ -30,7 +30,6 @@ ClusterName=vitruvius
 SlurmctldHost={controller}
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge/socket,cred_expire=5
-
 SlurmUser=root
 SlurmdUser=root
 StateSaveLocation={folder}/state

@@ -125,6 +125,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     with cluster() as made:
         site = Site(made, folder)
         site.train("limited", nodes="--nodes=1 --ntasks-per-node=1", train__steps="100000", log__interval="5")
+        site.wait_for_step("limited", 5)
+        site.limit("limited", 2)  # SLURM looks at limits every 30 s, and warns at once where less than 150 are left
         site.train("misfit", "--partition=urgent", parallel__tensor_parallel_size="4")
         broken = ("--partition=urgent", "--array=1-2", "--output=%x-%A_%a.log")
         site.submit("broken", "pretrain_vit.sbatch", (TWO_NODES, "run=(bash -c 'exit 7')"), *broken)
@@ -137,18 +139,13 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         yield site
 
 
-def test_a_job_at_its_time_limit_goes_on_and_one_that_is_cancelled_does_not(site: Site) -> None:
-    """SLURM looks at limits every 30 s, and warns at once where less than 150 s are left."""
-    site.wait_for_step("limited", 5)
-    site.limit("limited", 2)
+def test_a_job_at_its_time_limit_goes_on(site: Site) -> None:
     saved = site.wait_for_restart("limited", 1)
     site.limit("limited", 60)
     site.wait_for_step("limited", saved + 5)
-    assert site.cluster.call("scancel", site.jobs["limited"]).returncode == 0
-    assert site.wait("limited")[0] == "CANCELLED" and site.state("limited")["Restarts"] == "1"
     log = site.log("limited")
     assert f"step-{saved:08d}, step {saved} of" in log and "(SIGUSR1 to rank 0)" in log
-    assert "(SIGTERM to rank 0)" in log, "what is cancelled saves all the same"
+    assert site.cluster.call("scancel", site.jobs["limited"]).returncode == 0  # see the last test
 
 
 def test_tasks_that_the_layout_does_not_fit_are_told_in_one_line(site: Site) -> None:
@@ -213,3 +210,8 @@ def test_a_job_is_preempted_and_loses_a_node_and_has_the_numbers_of_one_that_was
     assert f"resume: from runs/disturbed/checkpoints/step-{saved:08d}, step {saved} of" in log
     ranks = site.folder / "logs" / site.jobs["disturbed"]
     assert "step 200/200" in (ranks / "rank-0.log").read_text() and (ranks / "rank-1.log").exists()
+
+
+def test_a_job_that_is_cancelled_saves_and_does_not_go_on(site: Site) -> None:
+    assert site.wait("limited")[0] == "CANCELLED" and site.state("limited")["Restarts"] == "1"
+    assert "(SIGTERM to rank 0)" in site.log("limited")
