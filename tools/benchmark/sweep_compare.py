@@ -5,7 +5,8 @@ of the yardstick beside them, which follow the machine's. Differences are of log
 taken turns (--against), a round's two runs are compared with each other, step by step if their steps have; else all
 runs of a layout with all. Student's t gives the bounds, from a variance that is half the layout's own and half
 that of all layouts (as in limma, Smyth 2004, with the weights fixed), and a level that is shared out over the layouts
-(Bonferroni): of sweeps of one program at most LEVEL should report a regression.
+(Bonferroni): of sweeps of one program at most LEVEL should report a regression. The mean over all layouts has bounds
+too: what slows every step shows there long before it does in one layout.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from tools.benchmark.table import Row, show
 LEVEL = 0.05
 TOLERANCE, TOLERANCE_OF_TURNS = 0.02, 0.01
 """What sweeps at different times, and runs that take turns, differ in beside noise (docs/performance.md)."""
+
+ALL = "all together"
 
 _NAMES = {"wall": ("step_seconds", "yardstick_seconds"), "cpu": ("step_cpu_seconds", "yardstick_cpu_seconds")}
 
@@ -80,11 +83,16 @@ def compare(old: Sequence[Row], new: Sequence[Row], tolerance: float | None = No
             "configuration"
         )
     bounds = bounds_of(differences)
-    rows = [_row(sides[0][name], sides[1][name], bounds[name], tolerance) for name in differences]
-    show(sorted(rows, key=lambda row: -row["time_new_over_old"]))
-    slower = [row["layout"] for row in rows if row["verdict"] == "slower"]
+    rows = [
+        _row(name_of(sides[1][name][0]), [side[name] for side in sides], bounds[name], tolerance)
+        for name in differences
+    ]
+    rows.sort(key=lambda row: -row["time_new_over_old"])
+    together = [_row(ALL, [[], []], bounds[ALL], tolerance)] if ALL in bounds else []
+    show([*rows, *together])
+    slower = [row["layout"] for row in [*rows, *together] if row["verdict"] == "slower"]
     means = f"{'by turns' if paired else 'at different times'}, {clock} time, tolerance {tolerance:g}"
-    print(f"{len(slower)} of {len(rows)} layouts have become slower ({means}; false alarms {LEVEL:.0%} of sweeps)")
+    print(f"slower: {', '.join(slower) or 'none'} ({means}; false alarms in {LEVEL:.0%} of sweeps)")
     return EXIT_FAULT if slower else EXIT_DONE
 
 
@@ -141,32 +149,38 @@ def of_sweeps(old: Values, new: Values) -> Difference | None:
 
 
 def bounds_of(differences: Mapping[str, Difference]) -> dict[str, Bounds]:
-    """For each layout, at a level that holds for all of them together on each side."""
+    """For each layout, and for ALL of several, at a level that holds for all of these together on each side."""
     from scipy.stats import t  # takes a second
 
     total = sum(one.freedom for one in differences.values())
     common = sum(one.squares for one in differences.values()) / total
-    bounds = {}
+    count = len(differences)
+
+    def bounds(mean: float, variance: float, freedom: int) -> Bounds:
+        half = float(t.ppf(1 - LEVEL / (count + (count > 1)), freedom)) * math.sqrt(variance)
+        return Bounds(ratio=math.exp(mean), low=math.exp(mean - half), high=math.exp(mean + half))
+
+    found = {}
     for name, one in differences.items():
         variance = (one.squares + one.freedom * common) / (2 * one.freedom)
-        width = float(t.ppf(1 - LEVEL / len(differences), min(2 * one.freedom, total)))
-        half = width * math.sqrt(variance * one.weight)
-        bounds[name] = Bounds(
-            ratio=math.exp(one.mean), low=math.exp(one.mean - half), high=math.exp(one.mean + half)
-        )  # fmt: skip
-    return bounds
+        found[name] = bounds(one.mean, variance * one.weight, min(2 * one.freedom, total))
+    if count > 1:
+        mean = statistics.fmean(one.mean for one in differences.values())
+        found[ALL] = bounds(mean, common * sum(one.weight for one in differences.values()) / count**2, total)
+    return found
 
 
-def _row(old: Sequence[Row], new: Sequence[Row], bounds: Bounds, tolerance: float) -> Row:
+def _row(name: str, runs: Sequence[Sequence[Row]], bounds: Bounds, tolerance: float) -> Row:
     slower, faster = bounds.low > 1 + tolerance, bounds.high < 1 / (1 + tolerance)
+    old, new = (statistics.median(run["images_per_second"] for run in side) if side else None for side in runs)
     return {
-        "layout": name_of(new[0]),
-        "old_images_per_second": statistics.median(run["images_per_second"] for run in old),
-        "new_images_per_second": statistics.median(run["images_per_second"] for run in new),
+        "layout": name,
+        "old_images_per_second": old,
+        "new_images_per_second": new,
         "time_new_over_old": bounds.ratio,
         "from": bounds.low,
         "to": bounds.high,
-        "runs": f"{len(old)} + {len(new)}",
+        "runs": " + ".join(str(len(side)) for side in runs if side),
         "verdict": "slower" if slower else "faster" if faster else "-",
     }
 
