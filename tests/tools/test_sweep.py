@@ -292,7 +292,7 @@ def test_a_planted_delay_is_found_and_where_there_is_none_none_is(
 
 
 def await_that(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.05)
