@@ -270,9 +270,11 @@ def test_a_planted_delay_is_found_and_where_there_is_none_none_is(
     options += ["--json", str(file), "--against", str(slower), "--clock", "cpu", *model]
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     killed = subprocess.Popen([sys.executable, "-m", "tools.benchmark", "sweep", *options], cwd=ROOT)
-    await_that(lambda: len(processes_of(tmp_path / ".sweep")) == 2)
-    killed.kill()
-    killed.wait()
+    try:
+        await_that(lambda: len(processes_of(tmp_path / ".sweep")) == 2)
+    finally:
+        killed.kill()
+        killed.wait()
     await_that(lambda: not processes_of(tmp_path / ".sweep"))
 
     assert sweep.main(options, World()) == 0  # ours is the faster one

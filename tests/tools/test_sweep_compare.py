@@ -11,7 +11,7 @@ from engine.errors import ConfigError
 from tools.benchmark.sweep_compare import LEVEL, bounds_of, compare, of_pairs, of_sweeps, told
 from tools.benchmark.table import Row
 
-LAYOUTS, ROUNDS, STEPS = 8, 5, 10
+LAYOUTS, ROUNDS, STEPS = 8, 5, 20
 
 
 def sweep(
@@ -71,15 +71,15 @@ def test_a_step_slower_by_5_percent_is_found(
         capsys.readouterr()
         found += compare(old, new, 0.0)
         rows = [text.split() for text in capsys.readouterr().out.splitlines()]
-        assert sum(row[-1:] == ["slower"] for row in rows) <= 2
-    assert found >= 0.9 * trials
+        assert sum(row[-1:] == ["slower"] for row in rows if row and row[0].startswith("micro=")) <= 2
+    assert found >= 0.9 * trials, found
 
 
 def test_what_slows_every_layout_is_found_in_noise_that_hides_it_in_each(capsys: pytest.CaptureFixture[str]) -> None:
     rng, trials = np.random.default_rng(6), 20
-    alike = [compare(sweep(rng, noise=0.04, pair="x"), sweep(rng, noise=0.04, pair="x")) for _ in range(trials)]
+    alike = [compare(sweep(rng, noise=0.03, pair="x"), sweep(rng, noise=0.03, pair="x")) for _ in range(trials)]
     slow = [
-        compare(sweep(rng, noise=0.04, pair="x"), sweep(rng, [0.05] * LAYOUTS, noise=0.04, pair="x")) for _ in alike
+        compare(sweep(rng, noise=0.03, pair="x"), sweep(rng, [0.05] * LAYOUTS, noise=0.03, pair="x")) for _ in alike
     ]
     assert sum(alike) <= 2 and sum(slow) >= 0.9 * trials
     assert "all together" in capsys.readouterr().out
