@@ -23,7 +23,7 @@ from tests.hosts import two_hosts
 from tests.parity.cases import Case
 from tests.parity.climb import Climb
 from tests.parity.test_ladder import assert_same, reference
-from tests.tools.restarts import CUT, PATIENCE, Job
+from tests.tools.restarts import ELASTIC, PATIENCE, Job
 from tests.tools.test_restarts import check
 
 # Two ranks on each host, of which the outermost axis with more than one crosses the link.
@@ -132,7 +132,7 @@ def test_a_link_is_cut_in_mid_run(tmp_path: Path) -> None:
     for longer both its hosts say so, once each, and end. The other is elastic: the host with the store goes on, the one
     that was cut off has part in it again. The numbers are those of one process.
     """
-    elastic = (*CUT, "--rdzv-id", "x", "--rdzv-endpoint", "10.77.0.1:29400", "--max-restarts", "3")
+    elastic = (*ELASTIC, "--rdzv-endpoint", "10.77.0.1:29400", "--max-restarts", "3")
     static = ("--nnodes", "2", "--master-addr", "10.77.0.1", "--master-port", "29500", "--node-rank")
     with job(tmp_path / "fixed") as fixed, job(tmp_path / "elastic", parallel__elastic="true") as free:
         assert fixed.hosts is not None and free.hosts is not None

@@ -24,7 +24,6 @@ from tests.hosts import Hosts, two_hosts
 
 PATIENCE = 120.0  # seconds; a machine may be busy with other things
 # A machine that is busy with other tests may keep a launcher from saying for 3 s that it lives.
-CUT = ("--nnodes", "1:2", "--rdzv-backend", "c10d", "--rdzv-conf", "last_call_timeout=1,keep_alive_interval=3")
 ELASTIC = ("--nnodes", "1:2", "--rdzv-backend", "c10d", "--rdzv-conf", "last_call_timeout=1", "--rdzv-id", "x")
 
 
@@ -178,7 +177,7 @@ def host_lost_and_back(job: Job) -> tuple[float, float]:
 def link_cut_and_joined(job: Job) -> tuple[float, float]:
     """Between two hosts, of which the one with the store goes on; the other comes back when the link does."""
     with two_hosts() as job.hosts:
-        options = (*CUT, "--rdzv-id", "x", "--rdzv-endpoint", f"{job.hosts.addresses[0]}:29400", "--max-restarts", "3")
+        options = (*ELASTIC, "--rdzv-endpoint", f"{job.hosts.addresses[0]}:29400", "--max-restarts", "3")
         for host in range(2):
             job.start(*options, host=host)
         both = "24 images = 2 data rank(s)"

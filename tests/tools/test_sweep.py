@@ -17,9 +17,10 @@ import pytest
 
 from engine.errors import EXIT_STOPPED, ConfigError
 from parallel.process_group import World
-from tools.benchmark import sweep, sweep_coordinator, sweep_ranks
-from tools.benchmark.sweep_file import read_lines
-from tools.benchmark.sweep_ranks import choose_launch
+from tools.benchmark import sweep
+from tools.benchmark.sweep import coordinator, ranks
+from tools.benchmark.sweep.file import read_lines
+from tools.benchmark.sweep.ranks import choose_launch
 from tools.benchmark.table import Row
 
 ROOT = Path(__file__).parents[2]
@@ -118,8 +119,8 @@ def test_a_failure_is_a_result(pretend: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_of_two_programs_the_one_that_is_left_goes_on_alone(pretend: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep_ranks, "_GRACE_SECONDS", 0.3)
-    monkeypatch.setattr(sweep_coordinator, "_other", lambda root, own: {root: {**own, "commit": "another"}})
+    monkeypatch.setattr(ranks, "_GRACE_SECONDS", 0.3)
+    monkeypatch.setattr(coordinator, "_other", lambda root, own: {root: {**own, "commit": "another"}})
     (other := pretend.parent / "other").mkdir()
     fake = {"4 in other": "no luck", f"4 in {ROOT.name}": "wait for turns"}
     with pytest.raises(ConfigError, match="no layout in common"):

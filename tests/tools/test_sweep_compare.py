@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from engine.errors import ConfigError
-from tools.benchmark.sweep_compare import LEVEL, bounds_of, compare, of_pairs, of_sweeps, told
+from tools.benchmark.sweep.compare import LEVEL, bounds_of, compare, of_pairs, of_sweeps, told
 from tools.benchmark.table import Row
 
 LAYOUTS, ROUNDS, STEPS = 8, 5, 20

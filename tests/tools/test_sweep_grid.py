@@ -9,7 +9,7 @@ import pytest
 
 from engine.errors import ConfigError
 from tools.benchmark.bench import read_config
-from tools.benchmark.sweep_grid import Layout, Place, layouts_of, read_grid, settings, to_yaml
+from tools.benchmark.sweep.grid import Layout, Place, layouts_of, read_grid, settings, to_yaml
 
 FLAGS = ["--model.width", "16", "--model.depth", "2", "--model.num_heads", "2", "--model.image_size", "16"]
 FLAGS += ["--model.num_classes", "4", "--train.global_batch_size", "16"]

@@ -13,6 +13,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     parent.end_by_interrupt()
     parent.spin_briefly()
 
+from engine.errors import EXIT_USAGE
 from engine.run.launch import run_rank
 from parallel.process_group import World
 
@@ -37,7 +38,8 @@ def main(argv: Sequence[str], world: World) -> int | None:
     """Hand over to the benchmark named first; returns its exit code."""
     if not argv or argv[0] not in BENCHMARKS:
         lines = [f"  {name:10} {what}" for name, what in BENCHMARKS.items()]
-        raise SystemExit("\n".join(["usage: python -m tools.benchmark NAME [options]", *lines]))
+        print("\n".join(["usage: python -m tools.benchmark NAME [options]", *lines]), file=sys.stderr)
+        return EXIT_USAGE
     code: int | None = importlib.import_module(f"tools.benchmark.{argv[0]}").main(argv[1:], world)
     return code
 

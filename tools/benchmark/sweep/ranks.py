@@ -23,7 +23,7 @@ _GRACE_SECONDS = 15.0  # for ranks that a failed one leaves behind: they may kno
 _SRUN = "srun --ntasks {ranks} --kill-on-bad-exit=1"
 _STOPPED = {-signal.SIGTERM, 128 + signal.SIGTERM}  # the second is srun's way to tell
 _KILLED = {-signal.SIGKILL, 128 + signal.SIGKILL}
-_MODULE = "tools.benchmark.sweep_run"
+_MODULE = "tools.benchmark.sweep.run"
 
 
 class RanksFailedError(RuntimeError):
@@ -68,7 +68,7 @@ class Ranks:
 
     Attributes:
         launch: from `choose_launch`. ranks, threads: processes and threads of each; None leaves threads to ranks. root:
-            the checkout whose code runs. task: file for sweep_run. folder: for logs.
+            the checkout whose code runs. task: file for run.py. folder: for logs.
     """
 
     launch: str | None

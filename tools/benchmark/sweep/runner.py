@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from tools.benchmark.sweep_file import SweepFile
-from tools.benchmark.sweep_grid import Layout, settings, to_yaml
-from tools.benchmark.sweep_ranks import Ranks, RanksFailedError, RanksStoppedError, Started, await_all
-from tools.benchmark.sweep_run import Task
+from tools.benchmark.sweep.file import SweepFile
+from tools.benchmark.sweep.grid import Layout, settings, to_yaml
+from tools.benchmark.sweep.ranks import Ranks, RanksFailedError, RanksStoppedError, Started, await_all
+from tools.benchmark.sweep.run import Task
 from tools.benchmark.table import Row
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)

@@ -22,9 +22,9 @@ from pathlib import Path
 
 from engine.errors import ConfigError
 from parallel.process_group import World
-from tools.benchmark.sweep_compare import compare
-from tools.benchmark.sweep_coordinator import Options, sweep
-from tools.benchmark.sweep_file import read_lines
+from tools.benchmark.sweep.compare import compare
+from tools.benchmark.sweep.coordinator import Options, sweep
+from tools.benchmark.sweep.file import read_lines
 
 
 def main(argv: Sequence[str], world: World) -> int:

@@ -21,17 +21,17 @@ from engine.run.agreement import code_version
 from engine.run.provenance import commit
 from parallel import slurm
 from tools.benchmark.bench import read_config
-from tools.benchmark.sweep_compare import compare
-from tools.benchmark.sweep_file import SweepFile
-from tools.benchmark.sweep_grid import Layout, Place, Values, layouts_of, read_grid, settings
-from tools.benchmark.sweep_ranks import choose_launch
-from tools.benchmark.sweep_report import report
-from tools.benchmark.sweep_runner import Options, Runner, Side, Stop, about, folder_beside, take_turns
+from tools.benchmark.sweep.compare import compare
+from tools.benchmark.sweep.file import SweepFile
+from tools.benchmark.sweep.grid import Layout, Place, Values, layouts_of, read_grid, settings
+from tools.benchmark.sweep.ranks import choose_launch
+from tools.benchmark.sweep.report import report
+from tools.benchmark.sweep.runner import Options, Runner, Side, Stop, about, folder_beside, take_turns
 from tools.benchmark.table import Row
 
-_ROOT = Path(__file__).resolve().parents[2]
+_ROOT = Path(__file__).resolve().parents[3]
 _WHO = (
-    "import json; import tools.benchmark.sweep_run; from engine.run.agreement import code_version; "
+    "import json; import tools.benchmark.sweep.run; from engine.run.agreement import code_version; "
     "from engine.run.provenance import commit; print(json.dumps({'commit': commit(), 'code': code_version()}))"
 )
 

@@ -1,4 +1,4 @@
-"""A rank of one layout of a sweep: `python -m tools.benchmark.sweep_run TASK`, started by tools.benchmark.sweep_ranks.
+"""A rank of one layout of a sweep: `python -m tools.benchmark.sweep.run TASK`, started by tools.benchmark.sweep.ranks.
 
 TASK is a JSON file that all ranks can read. The first rank writes what they have measured beside it, whole or not at
 all: files are what hosts of a cluster share.

@@ -19,7 +19,7 @@ from itertools import pairwise
 from typing import Any
 
 from engine.errors import EXIT_DONE, EXIT_FAULT, ConfigError
-from tools.benchmark.sweep_report import name_of
+from tools.benchmark.sweep.report import name_of
 from tools.benchmark.table import Row, show
 
 LEVEL = 0.05
