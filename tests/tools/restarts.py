@@ -23,7 +23,6 @@ from tests.engine.small import flags
 from tests.hosts import Hosts, two_hosts
 
 PATIENCE = 120.0  # seconds; a machine may be busy with other things
-# A machine that is busy with other tests may keep a launcher from saying for 3 s that it lives.
 ELASTIC = ("--nnodes", "1:2", "--rdzv-backend", "c10d", "--rdzv-conf", "last_call_timeout=1", "--rdzv-id", "x")
 
 
