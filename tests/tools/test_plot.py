@@ -209,7 +209,9 @@ def test_names_are_short_where_that_is_clear() -> None:
     assert names_of(folders, paths) == ["path=x", "path=y"]
 
 
-def test_seeds_are_averaged_with_a_band(tmp_path: Path, drawn: list[Figure]) -> None:
+def test_seeds_are_averaged_with_a_band(
+    tmp_path: Path, drawn: list[Figure], capsys: pytest.CaptureFixture[str]
+) -> None:
     runs = [
         write(tmp_path / f"{lr}-{seed}", [train(i, loss=seed * i) for i in (1, 2, 3)[: 4 - seed]], lr=lr, seed=seed)
         for lr in (1, 2)
@@ -219,6 +221,7 @@ def test_seeds_are_averaged_with_a_band(tmp_path: Path, drawn: list[Figure]) -> 
     assert plot.main([*map(str, runs), "--group-seeds", "--panels", "loss"]) == EXIT_DONE
     assert legends(drawn[-1])[-2:] == ["lr=1 (2 seeds)", "lr=2 (2 seeds)"]
     assert curve(drawn[-1], "loss", "lr=1 (2 seeds), training") == ([1, 2], [1.5, 3])
+    assert "the mean of lr=2 (2 seeds) ends after 2 steps" in capsys.readouterr().err
     band = panel(drawn[-1], "loss").collections[0].get_paths()[0].get_extents()
     assert (band.y0, band.y1) == (1, 4)
 
@@ -242,6 +245,20 @@ def test_long_curves_keep_every_peak(tmp_path: Path, drawn: list[Figure]) -> Non
     assert plot.main([str(run), "--panels", "loss"]) == EXIT_DONE
     drawn_x, drawn_y = curve(drawn[-1], "loss", "run, training")
     assert len(drawn_x) <= 4 * reduce.COLUMNS and max(drawn_y) == 99 and drawn_x[-1] == 6000
+
+
+@pytest.mark.filterwarnings("error")
+def test_numbers_and_names_of_any_kind(tmp_path: Path, drawn: list[Figure]) -> None:
+    """What fp32 cannot hold was not finite; of what is drawn nothing is said by matplotlib."""
+    lines = [train(1, loss=1e308, grad_norm=1e36), train(2, loss=3e38), train(3, loss=1.0)]
+    run = write(tmp_path / "\u6570", lines)
+    for more in ([], ["--log"]):
+        assert plot.main([str(run), *more]) == EXIT_DONE
+        x, _ = curve(drawn[-1], "loss", "_not finite")
+        assert x == [1] and len(panel(drawn[-1], "grad_norm").get_title(loc="right")) < 20
+    nothing = write(tmp_path / "zero", [train(i, loss=0.0, grad_norm=-1.0) for i in (1, 2)])
+    assert plot.main([str(nothing), "--log"]) == EXIT_DONE
+    assert panel(drawn[-1], "loss").get_yscale() == "linear"
 
 
 def test_smoothing_leaves_out_what_is_not_known() -> None:
@@ -285,10 +302,11 @@ def test_what_cannot_be_drawn_is_told_in_a_line_each(tmp_path: Path, capsys: pyt
         write(tmp_path / "empty", []): "no training line yet",
         write(tmp_path / "text", [train(1), train(2, loss="high")]): "line 2: loss is 'high'",
         write(tmp_path / "huge", [train(1), train(2, samples=10**400)]): "line 2: samples is '1000",
+        write(tmp_path / "when", [train(1), train(2, wall_time=None)]): "1 training line(s) have no wall_time",
     }
     for path, says in cases.items():
         with pytest.raises((plot.Refusals, ConfigError)) as caught:
-            plot.main([str(path)])
+            plot.main([str(path), "--x", "time"])
         (reason,) = caught.value.args
         assert says in reason and str(path) in reason and "\n" not in reason
     with pytest.raises(plot.Refusals) as both:

@@ -51,6 +51,8 @@ def main(argv: Sequence[str]) -> int:
 
     names = names_of(folders, configs, groups)
     shown = [Shown(name=name, runs=[traced[i] for i in group]) for name, group in zip(names, groups, strict=True)]
+    for group in shown:
+        _tell_shorter(group.name, [run.end for run in group.runs], options.x)
     panels = panels_of(shown, options.panels)
     if missing := [name for name in options.panels or () if name not in panels]:
         raise ConfigError(f"--panels {','.join(missing)}: the metrics have no numbers of that (null, or missing)")
@@ -138,6 +140,14 @@ def _place(folders: Sequence[Path]) -> Path:
     common = Path(os.path.commonpath([folder.resolve() for folder in folders]))
     here = Path.cwd()
     return (common.relative_to(here) if common.is_relative_to(here) else common) / _COMPARISON
+
+
+def _tell_shorter(name: str, ends: Sequence[float], axis: str) -> None:
+    """A mean is of what all have: it ends where the first of them does."""
+    if min(ends) < max(ends):
+        what = "seconds" if axis == "time" else axis
+        told = f"the mean of {name} ends after {min(ends):.6g} {what}, where a run ends, of {max(ends):.6g}"
+        print(f"tools.plot: warning: {told}", file=sys.stderr)
 
 
 def _read(file: Path, options: argparse.Namespace, *, to_average: bool) -> Traced:

@@ -147,7 +147,7 @@ def _finish(axes: Axes, name: str, logarithmic: bool) -> None:
         axes.set_yscale("log", base=2)
         axes.yaxis.set_major_locator(LogLocator(base=2, numticks=7))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"2^{math.log2(value):g}"))
-    elif logarithmic and PANELS[name].can_be_null:
+    elif logarithmic and PANELS[name].can_be_null and axes.dataLim.minposy < axes.dataLim.y1:
         axes.set_yscale("log")
         low, high = axes.get_ylim()
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
@@ -166,7 +166,13 @@ def _summarise(axes: Axes, name: str, group: Shown) -> None:
     if len(group.runs) > 1:
         return
     value, unit = curves[0].summary, panel.unit.replace("% of the time", "%")
-    number = "not finite" if math.isnan(value) else f"{value:.4g} {unit}" if abs(value) < 1e4 else f"{value:.0f} {unit}"
+    number = (
+        "not finite"
+        if math.isnan(value)
+        else f"{value:.0f} {unit}"
+        if 1e4 <= abs(value) < 1e7
+        else f"{value:.4g} {unit}"
+    )
     axes.set_title(f"{panel.summary} {number}".strip(), loc="right", size=9, weight="normal", color=FAINT)
 
 

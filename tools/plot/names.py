@@ -122,6 +122,8 @@ def _text(value: Any) -> str:
         return str(value).lower().replace("none", "null")
     if isinstance(value, list):
         return "[" + ",".join(map(_text, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{_text(part)}" for key, part in value.items()) + "}"
     return Path(value).name or value if isinstance(value, str) and "/" in value else str(value)
 
 

@@ -8,10 +8,12 @@ from typing import Literal
 
 import numpy as np
 
+from engine.errors import ConfigError
 from tools.plot.read import Numbers, Run, Table
 from tools.plot.reduce import envelope, means, smooth, thinned
 
 Axis = Literal["steps", "images", "time"]
+_LARGEST = float(np.finfo(np.float32).max)  # of what a run computes: beyond it nothing is finite
 _LEAST_WAIT = 5.0  # % of the time, from which on waiting for images is worth a panel
 
 
@@ -143,6 +145,9 @@ def trace(run: Run, names: Sequence[str], axis: Axis, smoothing: float | None = 
     Args:
         axis: what x is; of time, in seconds. smoothing: see `smooth`.
         to_average: curves become means of columns, of which means over runs can be taken, not envelopes.
+
+    Raises:
+        ConfigError: lines do not say where they are on the axis.
     """
     train_x = _train_x(run, axis)
     places = {event: _at(run, train_x, table["step"]) for event, table in run.tables.items()}
@@ -151,7 +156,7 @@ def trace(run: Run, names: Sequence[str], axis: Axis, smoothing: float | None = 
         for name in names:
             for curve in PANELS[name].curves:
                 y = curve.values(run.tables[curve.event])
-                if np.isfinite(y).any() or (PANELS[name].can_be_null and curve.event == "train"):
+                if (np.abs(y) <= _LARGEST).any() or (PANELS[name].can_be_null and curve.event == "train"):
                     how = smoothing if PANELS[name].noisy and curve.event == "train" else None
                     curves[name, curve.label] = _trace(PANELS[name], places[curve.event], y, how, to_average)
     marks = {
@@ -165,7 +170,7 @@ def trace(run: Run, names: Sequence[str], axis: Axis, smoothing: float | None = 
 
 
 def _trace(panel: Panel, x: Numbers, y: Numbers, smoothing: float | None, to_average: bool) -> Trace:
-    y = np.where(np.isfinite(y), y, np.nan)
+    y = np.where(np.abs(y) <= _LARGEST, y, np.nan)
     known = y[~np.isnan(y)]
     reduced = means if to_average else envelope
     drawn_x, drawn_y = reduced(x, y if smoothing is None else smooth(y, smoothing))
@@ -186,6 +191,11 @@ def _train_x(run: Run, axis: Axis) -> Numbers:
     train = run.tables["train"]
     if axis == "steps":
         return train["step"]
+    name = "samples" if axis == "images" else "wall_time"
+    if missing := int((~np.isfinite(train[name])).sum()):
+        raise ConfigError(
+            f"{run.folder}: {missing} training line(s) have no {name}: choose another axis than --x {axis}"
+        )
     if axis == "images":
         return train["samples"]
     clock, stood = run.still
