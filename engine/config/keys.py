@@ -64,10 +64,13 @@ def entries_of(key: str) -> dict[str, tuple[Any, bool]] | None:
     None for any other."""
     for arg in get_args(key_types().get(key)):
         if get_origin(arg) is tuple and is_dataclass(get_args(arg)[0]):
-            cls: Any = get_args(arg)[0]
-            hints = get_type_hints(cls)
-            return {field.name: (hints[field.name], field.default is MISSING) for field in fields(cls)}
+            return _entries(get_args(arg)[0])
     return None
+
+
+def _entries(cls: Any) -> dict[str, tuple[Any, bool]]:
+    hints = get_type_hints(cls)
+    return {field.name: (hints[field.name], field.default is MISSING) for field in fields(cls)}
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -80,6 +83,11 @@ def fits(value: Any, hint: Any) -> bool:
     if origin is tuple:
         length = isinstance(value, list) and (Ellipsis in args or len(value) == len(args))
         return length and all(fits(part, args[0]) for part in value)
+    if is_dataclass(hint):  # a group in a list
+        known = _entries(hint)
+        return isinstance(value, dict) and all(
+            fits(value[name], of) if name in value else not needed for name, (of, needed) in known.items()
+        ) and value.keys() <= known.keys()  # fmt: skip
     if isinstance(value, bool) or hint is bool:
         return isinstance(value, bool) and hint is bool
     return isinstance(value, int | float if hint is float else hint)

@@ -22,13 +22,14 @@ def layouts(grid: str, ranks: int = 2, cores: int | None = 2, flags: list[str] |
 
 def test_names_and_values() -> None:
     text = "tensor=1,2  sequence=true,false optimizer.name=adamw,muon model.image_size=[16,32],16"
-    text += " optimizer.betas=[0.9,0.99]"
+    text += " optimizer.betas=[0.9,0.99] model.stages=[{depth: 2, width: 96, num_heads: 4}],null"
     assert read_grid(text) == {
         "tensor": [1, 2],
         "sequence": [True, False],
         "optimizer.name": ["adamw", "muon"],
         "model.image_size": [[16, 32], 16],
         "optimizer.betas": [[0.9, 0.99]],
+        "model.stages": [[{"depth": 2, "width": 96, "num_heads": 4}], None],
     }
 
 
@@ -42,6 +43,12 @@ def test_names_and_values() -> None:
         ("tensor=", "no values"),
         ("tensor=1,,2", "''"),
         ("tensor=1,2,", "''"),
+        ("optimizer.name=,adamw", "''"),
+        ("micro=010", "is 8 in YAML"),
+        ("data.kind=digits", "nothing that a step"),
+        ("train.steps=5,10", "nothing that a step"),
+        ("model.stages=[{depth: 2, width: 96}]", "list of groups"),
+        ("model.attention=[full,[window]]", r"'\[full,\[window\]\]'"),
         ("tensor=1,1", "twice"),
         ("tensor=1 tensor=2", "twice"),
         ("tensor=1 parallel.tensor_parallel_size=2", "short"),
@@ -91,6 +98,9 @@ def test_where_nothing_fits() -> None:
         layouts("tensor=2 pipeline=2")
     with pytest.raises(ConfigError, match=r"unknown key model\.wdth"):
         layouts("tensor=1", flags=["--model.wdth", "3"])
+    for flags in (["--train.micro_batch_size", "16"], ["--train.micro_batch_size=16"]):
+        with pytest.raises(ConfigError, match=r"--train\.micro_batch_size and micro"):
+            layouts("micro=4,8", flags=[*FLAGS, *flags])
 
 
 def test_what_hangs_on_no_step_changes_no_hash() -> None:

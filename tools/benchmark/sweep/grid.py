@@ -6,7 +6,6 @@ import difflib
 import hashlib
 import itertools
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import prod
@@ -37,7 +36,9 @@ PLACES = ("ranks", "threads")
 """What a grid may also vary: processes, and threads of each."""
 
 _MOST = 4096
-_NOT_MEASURED = ("run_dir", "data.", "log.", "checkpoint.", "schedule.", "train.steps", "train.epochs")
+
+NOT_MEASURED = ("run_dir", "data.", "log.", "checkpoint.", "schedule.", "train.steps", "train.epochs")
+"""How the keys begin that no step hangs on."""
 
 Values = dict[str, list[Any]]
 
@@ -65,25 +66,31 @@ class Layout:
     @property
     def name(self) -> str:
         """The entry as it would be written."""
-        return " ".join(f"{name}={_written(value)}" for name, value in self.entry.items())
+        return in_words(self.entry)
+
+
+def in_words(entry: Mapping[str, Any]) -> str:
+    """An entry of the grid as it would be written there."""
+    return " ".join(f"{name}={_written(value)}" for name, value in entry.items())
 
 
 def read_grid(text: str) -> Values:
     """Names and values of `tensor=1,2 optimizer.name=adamw,muon model.image_size=[48,96],64`.
 
     Raises:
-        ConfigError: it is empty, has an unknown name, a name or value twice, or a value of a wrong type.
+        ConfigError: it is empty, has an unknown name, one that nothing measured hangs on, a name or value twice, or a
+            value of a wrong type.
     """
     grid: Values = {}
-    for part in re.findall(r"(?:\[[^\]]*\]?|\S)+", text):
+    for part in filter(None, _split(text, " \t\n")):
         name, given, values = part.partition("=")
         if not given or not name:
             raise ConfigError(f"--grid: {part!r} is not name=value,value: write such as tensor=1,2")
         if name in grid:
             raise ConfigError(f"--grid: {name} is given twice: give all its values at once, with commas between them")
-        grid[name] = [_value(name, value) for value in re.findall(r"(?:\[[^\]]*\]?|[^,\[])+|(?<=,)(?=,|$)", values)]
-        if not grid[name]:
+        if not values:
             raise ConfigError(f"--grid: {name} has no values: write such as {name}=1,2")
+        grid[name] = [_value(name, value) for value in _split(values, ",")]
         if twice := [v for i, v in enumerate(grid[name]) if v in grid[name][:i]]:
             raise ConfigError(f"--grid: {name} has the value {_written(twice[0])} twice")
     if not grid:
@@ -95,8 +102,22 @@ def read_grid(text: str) -> Values:
     return grid
 
 
+def _split(text: str, at: str) -> list[str]:
+    """Parts between the characters `at`, but for those in brackets."""
+    parts, depth = [""], 0
+    for character in text:
+        depth = max(0, depth + (character in "[{") - (character in "]}"))
+        if character in at and not depth:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
+
+
 def _value(name: str, text: str) -> Any:
     key = SHORT.get(name, name)
+    if key.startswith(NOT_MEASURED):
+        raise ConfigError(f"--grid: {name} is nothing that a step hangs on, which is what is measured: leave it out")
     if key not in key_types() and key not in PLACES:
         near = [*difflib.get_close_matches(name, short := (*SHORT, *PLACES), n=1), nearest(key)][0]
         cure = f"did you mean {near}? " if near in short or near in key_types() else ""
@@ -112,6 +133,8 @@ def _value(name: str, text: str) -> Any:
             raise ConfigError(f"--grid: {name} has the value {text!r}: it must be a positive integer")
     elif not fits(value, key_types()[key]):
         raise ConfigError(f"--grid: {name} has the value {text!r}: it must be {wanted(key)}")
+    if isinstance(value, int) and not isinstance(value, bool) and str(value) != text.strip():
+        raise ConfigError(f"--grid: {name} has the value {text!r}, which is {value} in YAML: write it so")
     return value
 
 
@@ -137,8 +160,11 @@ def layouts_of(grid: Values, flags: Sequence[str], place: Place) -> list[Layout]
     """Every entry of the full product in the grid's order, checked by what would train it.
 
     Raises:
-        ConfigError: the flags are wrong, whatever the grid adds; or no entry can be.
+        ConfigError: the flags are wrong, whatever the grid adds, or set what the grid varies; or no entry can be.
     """
+    given = [flag.partition("=")[0] for flag in flags]
+    if double := [name for name in grid if f"--{SHORT.get(name, name)}" in given]:
+        raise ConfigError(f"--{SHORT.get(double[0], double[0])} and {double[0]} of --grid are one key: leave one out")
     read_config(flags)
     found: dict[str, Layout] = {}
     layouts: list[Layout] = []
@@ -181,7 +207,7 @@ def _identity(config: Config, idle: Sequence[str], ranks: int, threads: int | No
 
 def settings(config: Config) -> dict[str, Any]:
     """Keys that are not at their defaults, but for those that no step hangs on, with values as JSON has them."""
-    values = {key: value_of(config, key) for key in key_types() if not key.startswith(_NOT_MEASURED)}
+    values = {key: value_of(config, key) for key in key_types() if not key.startswith(NOT_MEASURED)}
     return {key: _plain(value) for key, value in values.items() if value != default_of(key)}
 
 
