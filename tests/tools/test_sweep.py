@@ -19,8 +19,10 @@ from engine.errors import EXIT_STOPPED, ConfigError
 from parallel.process_group import World
 from tools.benchmark import sweep
 from tools.benchmark.sweep import coordinator, ranks
-from tools.benchmark.sweep.file import read_lines
-from tools.benchmark.sweep.ranks import choose_launch
+from tools.benchmark.sweep.file import SweepFile, read_lines
+from tools.benchmark.sweep.ranks import Ranks, RanksFailedError, Started, choose_launch
+from tools.benchmark.sweep.run import main
+from tools.benchmark.sweep.runner import folder_beside
 from tools.benchmark.table import Row
 
 ROOT = Path(__file__).parents[2]
@@ -66,8 +68,9 @@ def pretend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def run(file: Path, *more: str, grid: str = "micro=4,8", fake: Row | None = None) -> int:
     os.environ["FAKE"] = json.dumps(fake or {})
-    launch = ["--launch", f"{sys.executable} {file.parent / 'fake.py'}"]
-    options = ["--grid", grid, "--json", str(file), "--ranks", "1", "--steps", "2", "--rounds", "2", *launch, *more]
+    launch = ["--launch", f"{sys.executable} {Path(os.environ['RUNS']).with_name('fake.py')} {{ranks}}"]
+    options = ["--grid", grid, "--json", str(file), "--steps", "2", "--rounds", "2", *launch, *more]
+    options += [] if "--ranks" in more else ["--ranks", "1"]
     return sweep.main([*options, *MODEL], World())
 
 
@@ -94,6 +97,13 @@ def test_rounds_go_forth_and_back_and_what_is_done_is_done(pretend: Path, capsys
     assert not list(pretend.parent.glob(".sweep*"))
 
 
+def test_where_the_picture_goes_is_looked_at_first(pretend: Path) -> None:
+    pretend.with_suffix(".png").mkdir()
+    with pytest.raises(ConfigError, match=r"sweep\.png is a folder"):
+        run(pretend)
+    assert not (pretend.parent / "runs").exists()
+
+
 def test_a_half_written_line_is_made_again(pretend: Path) -> None:
     assert run(pretend) == 0
     text = pretend.read_text()
@@ -104,7 +114,7 @@ def test_a_half_written_line_is_made_again(pretend: Path) -> None:
 
 
 def test_a_failure_is_a_result(pretend: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    acts = {"1": "Traceback ...\nRuntimeError: no luck", "2": "out of memory: CUDA has no more", "4": 9, "8": "wait"}
+    acts: Row = {"1": "Trace ...\nRuntimeError: no luck", "2": "out of memory: CUDA has no more", "4": 9, "8": "wait"}
     says = {1: "RuntimeError: no luck", 2: "out of memory: CUDA has no more", 4: "want of memory", 8: "--timeout"}
     grid = "micro=1,2,4,8,16"
     assert run(pretend, "--timeout", "2", grid=grid, fake=acts) == 0
@@ -114,7 +124,9 @@ def test_a_failure_is_a_result(pretend: Path, capsys: pytest.CaptureFixture[str]
     for micro, words in says.items():
         assert words in failed[micro] and "\n" not in failed[micro] and f"failed: micro={micro}: {failed[micro]}" in out
     assert run(pretend, grid=grid) == 0 and len(runs_of(pretend)) == 6
+    assert "failed: micro=1: " in capsys.readouterr().out
     assert run(pretend, "--retry", grid=grid) == 0 and runs_of(pretend)[6:] == [1, 2, 4, 8, 8, 4, 2, 1]
+    assert "failed: " not in capsys.readouterr().out
     assert states(pretend) == {"done": 10, "failed": 4} and not processes_of(pretend.parent / "fake.py")
 
 
@@ -130,8 +142,57 @@ def test_of_two_programs_the_one_that_is_left_goes_on_alone(pretend: Path, monke
     assert states(pretend.with_suffix(".against.jsonl")) == {"failed": 1}
 
 
+@pytest.mark.parametrize(
+    ("launch", "codes", "says"),
+    [(None, [1, -signal.SIGSEGV], "rank 1 .*SIGSEGV"), ("srun", [128 + signal.SIGBUS], "a rank .*SIGBUS")],
+)
+def test_a_signal_is_told_before_who_lost_contact(
+    launch: str | None, codes: list[int], says: str, tmp_path: Path
+) -> None:
+    (tmp_path / "0.log").write_text("sweep: rank 0 lost contact with another rank: it has ended\n")
+    (tmp_path / "1.log").write_text("")
+    of = Ranks(launch=launch, ranks=2, threads=1, root=ROOT, task=tmp_path / "task", folder=tmp_path)
+    with pytest.raises(RanksFailedError, match=says):
+        Started(ranks=of, processes=[], codes=codes).check(1.0)
+
+
+def test_a_launcher_must_start_the_ranks_of_the_layout(pretend: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--launch .*\{ranks\}"):
+        choose_launch(sys.executable)
+    (tmp_path / "task").write_text(json.dumps({"config": "", "ranks": 2, "result": "", "steps": 1, "warmup": 1}))
+    with pytest.raises(ConfigError, match="a world of 1 ranks, not the 2"):
+        main([str(tmp_path / "task")], World())
+    assert run(pretend, "--ranks", "2", grid="micro=4") == 1
+    assert read_lines(pretend)[0]["why"] == "ranks have measured the grid 1x1x1x1, not 1x2x1x1"
+
+
+def test_runs_by_turns_are_those_of_two_files_alone(pretend: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coordinator, "_other", lambda root, own: {root: {**own, "commit": "another"}})
+    (other := pretend.parent / "other").mkdir()
+    pairs = []
+    for file in (pretend, pretend, pretend.with_name("again.jsonl")):
+        run(file, "--against", str(other), "--rounds", str(2 + len(pairs)), grid="micro=4")
+        lines = read_lines(file) + read_lines(file.with_suffix(".against.jsonl"))
+        (pair,) = {line["sweep"]["pair"] for line in lines}
+        pairs.append(pair)
+    assert pairs[0] == pairs[1] != pairs[2]
+
+
+def test_beside_a_running_sweep(pretend: Path) -> None:
+    assert run(pretend) == 0
+    line, text = read_lines(pretend)[0], pretend.read_bytes()
+    own = pretend.with_name(f".{pretend.name}-mine")
+    own.mkdir()
+    with SweepFile(pretend, line["sweep"], fresh=False), folder_beside(pretend) as folder:
+        with pytest.raises(ConfigError, match="another sweep"):
+            run(pretend, "--fresh")
+        assert run(pretend.with_name("sweep.jsonl-x"), "--rounds", "1") == 0
+        assert folder.is_dir() and own.is_dir() and pretend.read_bytes() == text
+    assert not folder.parent.exists() and sorted(path.name for path in pretend.parent.glob("*.jsonl")) == [pretend.name]
+
+
 def test_all_failing_is_a_fault(pretend: Path) -> None:
-    assert run(pretend, fake={"4": "no", "8": "no"}) == 1
+    assert run(pretend.parent / "new" / "sweep.jsonl", fake={"4": "no", "8": "no"}) == 1  # in a folder that is made
 
 
 @pytest.mark.parametrize("act", ["stop the sweep", int(signal.SIGTERM)])
@@ -192,7 +253,14 @@ def test_a_file_that_is_no_sweep_is_left_alone(pretend: Path) -> None:
         (["--grid", "tensor=1", "--json", "x.jsonl"], "--ranks"),
         (["--grid", "tensor=1", "--json", "x.jsonl", "--ranks", "1", "--launch", "no_such_program"], "no_such_program"),
         (["--grid", "tensor=1", "--json", "x.jsonl", "--ranks", "1", "--against", "/nowhere"], "/nowhere"),
-        (["--grid", "tensor=1", "--json", "x.jsonl", "--ranks", "1", "--against", "/"], "no sweep"),
+        (["--grid", "tensor=1", "--json", "x.jsonl", "--ranks", "1", "--against", str(ROOT)], "checkout itself"),
+        (["--grid", "tensor=1", "--json", "x.jsonl", "--against", "/", "--rounds", "1"], "--rounds 2"),
+        (["--grid", "tensor=1", "--json", "x.png", "--ranks", "1"], "x.png: the picture"),
+        (["--grid", "ranks=1,2", "--json", "x.jsonl", "--ranks", "1"], "--ranks and ranks of --grid"),
+        (["--grid", "tensor=1", "--json", "x.jsonl", "--tolerance", "0"], "--tolerance is for a comparison"),
+        (["--compare", "a.jsonl", "b.jsonl", "--rounds", "5"], "takes no --rounds"),
+        (["--compare", "a.jsonl", "b.jsonl", "--retry"], "takes no --retry"),
+        (["--compare", "a.jsonl", "b.jsonl", "--train.seed", "5"], "takes no --train.seed"),
         (["--compare", "nowhere.jsonl", "x.jsonl"], "nowhere.jsonl"),
     ],
 )
@@ -203,6 +271,20 @@ def test_mistakes_are_told_before_anything_starts(
     with pytest.raises(ConfigError, match=says) as caught:
         sweep.main([*argv, *([] if "--compare" in argv else MODEL)], World())
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+
+
+def test_another_checkout_is_a_whole_one(tmp_path: Path) -> None:
+    (tmp_path / "tools.py").write_text("raise RuntimeError('rubbish')")
+    with pytest.raises(ConfigError, match="no sweep that can be run: RuntimeError: rubbish"):
+        coordinator._other(tmp_path, {})
+    (tmp_path / "tools.py").unlink()
+    for name in ("tools", "engine", "model", "parallel"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "data.py").write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); del sys.modules['data']; import data"
+    )
+    with pytest.raises(ConfigError, match=r"no whole checkout: .*data"):
+        coordinator._other(tmp_path, {})
 
 
 def test_it_starts_ranks_itself(tmp_path: Path) -> None:

@@ -26,45 +26,50 @@ from tools.benchmark.sweep.compare import compare
 from tools.benchmark.sweep.coordinator import Options, sweep
 from tools.benchmark.sweep.file import read_lines
 
+_OF_COMPARE = ("tolerance", "clock")
+
 
 def main(argv: Sequence[str], world: World) -> int:
     """Measure and print, or compare; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="tools.benchmark sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+        prog="tools.benchmark sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS, allow_abbrev=False,
+    )  # fmt: skip
     add = parser.add_argument
     add("--grid", help="names and values, such as 'tensor=1,2 zero=0,3 optimizer.name=adamw,muon'")
     add("--json", type=Path, help="the file of lines; the picture goes beside it")
     add("--ranks", type=_count, help="processes of a layout (default: the tasks of the SLURM job)")
     add("--threads", type=_count, help="of each rank (default: the cores of this host, shared out)")
-    add("--steps", type=_count, default=10, help="measured steps of a run (default 10)")
-    add("--warmup", type=_count, default=3, help="steps before them (default 3)")
-    add("--rounds", type=_count, default=5, help="runs of each layout (default 5)")
-    add("--timeout", type=_count, default=1800, help="seconds that a run may take (default 1800)")
+    add("--steps", type=_count, help="measured steps of a run (default 10)")
+    add("--warmup", type=_count, help="steps before them (default 3)")
+    add("--rounds", type=_count, help="runs of each layout (default 5)")
+    add("--timeout", type=_count, help="seconds that a run may take (default 1800)")
     add("--fresh", action="store_true", help="keep what is in the file under another name, and begin anew")
     add("--retry", action="store_true", help="run layouts again that have failed")
-    add("--launch", default="auto", help="local, srun, or a command with {ranks} that ends with a Python")
+    add("--launch", help="local, srun, or a command with {ranks} that ends with a Python")
     add("--against", type=Path, metavar="DIR", help="another checkout, whose runs take turns with ours")
     add("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="two files; nothing is run")
     add("--tolerance", type=_share, help="slower by less than this is no regression (default: see docs/performance.md)")
     add(
         "--clock",
         choices=("wall", "cpu"),
-        default="wall",
         help="what is compared: wall-clock time (default), or the CPU's",
     )
-    options, flags = parser.parse_known_args(argv)
-    if options.compare:
-        if flags or options.grid:
-            raise ConfigError(f"--compare runs nothing, and takes no {(flags or ['--grid'])[0]}")
-        old, new = map(read_lines, options.compare)
-        return compare(old, new, options.tolerance, options.clock)
+    known, flags = parser.parse_known_args(argv)
+    options = vars(known)
+    if "compare" in options:
+        paths = options.pop("compare")
+        if excess := [*(f"--{name}" for name in options if name not in _OF_COMPARE), *flags]:
+            raise ConfigError(f"--compare runs nothing, and takes no {excess[0]}")
+        old, new = map(read_lines, paths)
+        return compare(old, new, **options)
     if world.size > 1:
         raise ConfigError("sweep starts ranks of its own: run it without a launcher")
-    if options.grid is None or options.json is None:
+    if not {"grid", "json"} <= options.keys():
         raise ConfigError("sweep needs --grid and --json FILE (or --compare OLD NEW); --help tells more")
-    del options.compare
-    return sweep(Options(**vars(options)), flags)
+    if "against" not in options and (excess := [name for name in _OF_COMPARE if name in options]):
+        raise ConfigError(f"--{excess[0]} is for a comparison: with --against DIR, or --compare OLD NEW")
+    return sweep(Options(**options), flags)
 
 
 def _share(text: str) -> float:

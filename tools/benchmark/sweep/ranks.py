@@ -22,7 +22,6 @@ _LOOK_SECONDS = 0.05
 _GRACE_SECONDS = 15.0  # for ranks that a failed one leaves behind: they may know more than it does
 _SRUN = "srun --ntasks {ranks} --kill-on-bad-exit=1"
 _STOPPED = {-signal.SIGTERM, 128 + signal.SIGTERM}  # the second is srun's way to tell
-_KILLED = {-signal.SIGKILL, 128 + signal.SIGKILL}
 _MODULE = "tools.benchmark.sweep.run"
 
 
@@ -39,13 +38,17 @@ def choose_launch(wanted: str) -> str | None:
     arguments of Python. `auto` is srun in the batch script of a SLURM job of several tasks.
 
     Raises:
-        ConfigError: a command that is not there.
+        ConfigError: a command that is not there, or says nowhere how many ranks it is to start.
     """
     if wanted == "local" or (wanted == "auto" and not _of_tasks()):
         return None
     command = f"{_SRUN} {shlex.quote(sys.executable)}" if wanted in ("auto", "srun") else wanted
     if shutil.which(first := (shlex.split(command) or [""])[0]) is None:
         raise ConfigError(f"--launch: there is no program {first!r} here: give local, srun, or a command that is")
+    if "{ranks}" not in command:
+        raise ConfigError(
+            f"--launch {command!r} is not told how many ranks to start: write {{ranks}} there, such as '{_SRUN} python'"
+        )
     return command
 
 
@@ -124,20 +127,29 @@ class Started:
             raise self._failure(logs, patience)
 
     def _failure(self, logs: Sequence[Sequence[str]], patience: float) -> RanksFailedError:
-        """By who has most to say: out of memory, then a signal, then the words of the first that failed."""
+        """By who has most to say: out of memory, then a signal, since the others merely lost contact with that rank,
+        then the words of the first that failed.
+        """
         lines = [line for log in logs for line in log if line.strip()]
         failed = [number for number, code in enumerate(self.codes) if code]
         words = next((logs[number] for number in failed if logs[number]), lines)[-12:]
         if told := [line for line in lines if "out of memory: " in line]:
             return RanksFailedError(told[0], words)
-        if killed := [number for number in failed if self.codes[number] in _KILLED]:
-            who = f"rank {killed[0]}" if self.ranks.launch is None else "a rank"
-            return RanksFailedError(f"{who} was killed (SIGKILL): by want of memory, if by nobody", words)
+        if signals := {number: name for number in failed if (name := self._signal(self.codes[number]))}:
+            number, name = next(iter(signals.items()))
+            who = f"rank {number}" if self.ranks.launch is None else "a rank"
+            cause = ": by want of memory, if by nobody" if name == "SIGKILL" else ""
+            return RanksFailedError(f"{who} was killed ({name}){cause}", words)
         if not failed:
             return RanksFailedError(f"not done after {patience:g} s (--timeout)", words)
         launch = self.ranks.launch
         who = f"rank {failed[0]}" if launch is None else shlex.split(launch)[0]
         return RanksFailedError(words[-1].strip() if words else f"{who} ended with code {self.codes[failed[0]]}", words)
+
+    def _signal(self, code: int | None) -> str | None:
+        """The name of the signal that a process, or under a command such as srun a rank, has ended by."""
+        number = 0 if code is None else -code if code < 0 or self.ranks.launch is None else code - 128
+        return signal.Signals(number).name if number in set(signal.Signals) else None
 
 
 def await_all(programs: Sequence[Started], patience: float, stopped: Callable[[], bool]) -> None:

@@ -4,33 +4,44 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 
+from tools.benchmark.sweep.file import failures
+from tools.benchmark.sweep.grid import in_words
 from tools.benchmark.table import Row, show
+
+_LONGEST = 80  # letters of a name in the table and the picture
 
 
 def report(lines: Sequence[Row], picture: Path | None) -> None:
     """Print the table, and what was not measured with the reasons; draw `picture` if it is given."""
-    rows = rows_of(lines)
+    rows, missing = rows_of(lines), _not_measured(lines)
+    measured = [row["layout"] for row in rows]
+    failed = [name for line in missing if line["status"] == "failed" and (name := name_of(line)) not in measured]
+    labels = _labels([*measured, *failed])
     print()
     if rows:
-        show(rows)
-    for line in _not_measured(lines):
+        show([{**row, "layout": label} for row, label in zip(rows, labels, strict=False)])
+    for name, label in zip(measured, labels, strict=False):
+        if len(name) > _LONGEST:
+            print(f"{label.partition(' ')[0]} is {name}")
+    for line in missing:
         print(f"{line['status']}: {name_of(line)}: {line['why']}")
     if rows and picture is not None:
-        draw(rows, picture)
+        draw(rows, labels, picture)
         print(f"sweep: the picture is {picture}")
 
 
 def name_of(line: Row) -> str:
-    """The grid's entry in words."""
-    return " ".join(f"{name}={value}" for name, value in line["entry"].items())
+    """The grid's entry as it would be written there."""
+    return in_words(line["entry"])
 
 
 def _not_measured(lines: Sequence[Row]) -> list[Row]:
-    last = {(line["status"], name_of(line)): line for line in lines if line["status"] != "done"}
-    done = {name_of(line) for line in lines if line["status"] == "done"}
-    return [line for (status, name), line in last.items() if status == "failed" or name not in done]
+    """The last line of each layout that was skipped, or has failed in a round and has not been made since."""
+    last = {name_of(line): line for line in [*(one for one in lines if one["status"] == "skipped"), *failures(lines)]}
+    return list(last.values())
 
 
 def rows_of(lines: Sequence[Row]) -> list[Row]:
@@ -69,35 +80,54 @@ def _row(runs: Sequence[Row]) -> Row:
     }
 
 
-def draw(rows: Sequence[Row], picture: Path) -> None:
-    """Bars of images per second, with whiskers at the quartiles of steps, and of memory beside them."""
-    from tools.figures import COLORS, new_figure, save, style  # takes half a second
+def draw(rows: Sequence[Row], labels: Sequence[str], picture: Path) -> None:
+    """Bars of images per second, with whiskers at the quartiles of steps, and of memory beside them. Labels beyond the
+    rows are of what has failed, and has no bars.
+    """
+    from tools.figures import COLORS, FAINT, new_figure, save, style  # takes half a second
 
-    names = [f"{row['layout']}  ({row['grid_p_d_c_t']})" for row in rows]
+    shapes = [f"  ({row['grid_p_d_c_t']})" for row in rows]
+    names = [label + shape for label, shape in zip_longest(labels, shapes, fillvalue="")]
+    at = range(len(rows))
     rates = [row["images_per_second"] for row in rows]
     whiskers = [
         [max(0.0, rate - row["lower_quartile"]) for rate, row in zip(rates, rows, strict=True)],
         [max(0.0, row["upper_quartile"] - rate) for rate, row in zip(rates, rows, strict=True)],
     ]
     memory = [row["peak_memory_MiB_per_rank"] for row in rows]
+    ends = [max(row["upper_quartile"], row["images_per_second"]) for row in rows]
     with style():
-        figure = new_figure(10, 1.2 + 0.32 * len(rows))
+        figure = new_figure(max(10, 6 + 0.07 * max(map(len, names))), 1.2 + 0.32 * len(names))
         speed, size = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
-        speed.barh(names, rates, xerr=whiskers, color=COLORS[0], height=0.7, ecolor=COLORS[6], capsize=2)
-        size.barh(names, memory, color=COLORS[1], height=0.7)
-        for axes, title, values in (
-            (speed, "images/s, quartiles of steps", rates),
-            (size, "peak memory, MiB per rank", memory),
+        speed.barh(at, rates, xerr=whiskers, color=COLORS[0], height=0.7, ecolor=COLORS[6], capsize=2)
+        size.barh(at, memory, color=COLORS[1], height=0.7)
+        for axes, title, most in (
+            (speed, "images/s, quartiles of steps", max(ends)),
+            (size, "peak memory, MiB per rank", max(memory)),
         ):
             axes.set_title(title)
-            axes.set_xlim(0, 1.15 * max([*values, *(row["upper_quartile"] for row in rows if axes is speed)]))
+            axes.set_xlim(0, 1.15 * (most or 1))
             axes.grid(axis="y", visible=False)
             axes.tick_params(axis="y", length=0)
-        speed.invert_yaxis()  # the fastest on top
-        for number, (row, most) in enumerate(zip(rows, memory, strict=True)):
-            at = max(row["upper_quartile"], row["images_per_second"])
-            speed.annotate(
-                f"{row['images_per_second']:.4g}", (at, number), (4, 0), textcoords="offset points", va="center"
-            )
-            size.annotate(f"{most:.0f}", (most, number), (4, 0), textcoords="offset points", va="center")
+        speed.set_yticks(range(len(names)), names)
+        speed.set_ylim(len(names) - 0.5, -0.5)  # the fastest on top
+        texts = [
+            *((speed, end, number, f"{rate:.4g}") for number, (end, rate) in enumerate(zip(ends, rates, strict=True))),
+            *((size, most, number, f"{most:.0f}") for number, most in enumerate(memory)),
+        ]
+        for axes, x, y, text in texts:
+            axes.annotate(text, (x, y), (4, 0), textcoords="offset points", va="center")
+        for y in range(len(rows), len(names)):
+            speed.annotate("failed", (0, y), (4, 0), textcoords="offset points", va="center", color=FAINT)
         save(figure, picture)
+
+
+def _labels(names: Sequence[str]) -> list[str]:
+    """Names that are too long are cut in the middle; all have numbers then, since what is left may be the same."""
+    if all(len(name) <= _LONGEST for name in names):
+        return list(names)
+    half = _LONGEST // 2
+    short = [
+        name if len(name) <= _LONGEST else f"{name[:half]} \N{HORIZONTAL ELLIPSIS} {name[-half:]}" for name in names
+    ]
+    return [f"{number}. {name}" for number, name in enumerate(short, 1)]

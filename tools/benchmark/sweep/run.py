@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 
 from engine.device import peak_memory_bytes, peak_tflops, processor
+from engine.errors import ConfigError
 from engine.run.launch import run_rank
 from engine.run.provenance import machine, version
 from parallel import comm
@@ -41,13 +42,14 @@ class Task:
     """What all ranks are to do.
 
     Attributes:
-        config: YAML file with the keys that are not at their defaults. result: file for what was measured. steps:
-            measured ones. warmup: those before. turns: two names of named pipes, to each of which a rank adds its
-            number: where it is told that a step is its own, and where it tells so; none: all steps are. first: whether
-            it takes the first.
+        config: YAML file with the keys that are not at their defaults. ranks: how many there are to be. result: file
+            for what was measured. steps: measured ones. warmup: those before. turns: two names of named pipes, to each
+            of which a rank adds its number: where it is told that a step is its own, and where it tells so; none: all
+            steps are. first: whether it takes the first.
     """
 
     config: str
+    ranks: int
     result: str
     steps: int
     warmup: int
@@ -58,6 +60,8 @@ class Task:
 def main(argv: Sequence[str], world: World) -> None:
     """Measure, and have the first rank write it down."""
     task = Task(**json.loads(Path(argv[0]).read_text()))
+    if world.size != task.ranks:
+        raise ConfigError(f"--launch has started a world of {world.size} ranks, not the {task.ranks} of this layout")
     try:
         with started(read_config(["--config", task.config]), world) as bench:
             row = measure(bench, task)

@@ -9,12 +9,12 @@ import signal
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from tools.benchmark.sweep.file import SweepFile
+from tools.benchmark.sweep.file import SweepFile, failures
 from tools.benchmark.sweep.grid import Layout, settings, to_yaml
 from tools.benchmark.sweep.ranks import Ranks, RanksFailedError, RanksStoppedError, Started, await_all
 from tools.benchmark.sweep.run import Task
@@ -29,18 +29,23 @@ class Options:
 
     grid: str
     json: Path
-    ranks: int | None
-    threads: int | None
-    steps: int
-    warmup: int
-    rounds: int
-    timeout: int
-    fresh: bool
-    retry: bool
-    launch: str
-    against: Path | None
-    tolerance: float | None
-    clock: str
+    ranks: int | None = None
+    threads: int | None = None
+    steps: int = 10
+    warmup: int = 3
+    rounds: int = 5
+    timeout: int = 1800
+    fresh: bool = False
+    retry: bool = False
+    launch: str = "auto"
+    against: Path | None = None
+    tolerance: float | None = None
+    clock: str = "wall"
+
+    @property
+    def picture(self) -> Path:
+        """Beside the file."""
+        return self.json.with_suffix(".png")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +60,8 @@ class Side:
         return any(line["status"] == "done" and line["round"] == round_ for line in self._lines(layout))
 
     def failed(self, layout: Layout) -> bool:
-        """Whether a run of this layout has failed, as another would."""
-        return any(line["status"] == "failed" for line in self._lines(layout))
+        """Whether a run of this layout has failed, as another would, and has not been made since."""
+        return bool(failures(self._lines(layout)))
 
     def _lines(self, layout: Layout) -> list[Row]:
         return [line for line in self.file.lines if line["config_hash"] == layout.identity]
@@ -124,7 +129,9 @@ class Runner:
         failed = any(any(program.codes) for program in programs)
         try:
             lines = [
-                None if failed and None in program.codes and not any(program.codes) else self._line(line, program)
+                None
+                if failed and None in program.codes and not any(program.codes)
+                else self._line(line, program, layout.shape)
                 for program in programs
             ]
         except RanksStoppedError:
@@ -144,17 +151,20 @@ class Runner:
                     os.mkfifo(f"{pipe}.{rank}")
         for i, folder in enumerate(folders):
             task = Task(
-                config=str(folder / "config.yaml"), result=str(folder / "result.json"), steps=self.options.steps,
-                warmup=self.options.warmup, turns=(pipes[i], pipes[1 - i]) if len(folders) > 1 else None, first=i == 0,
+                config=str(folder / "config.yaml"), ranks=layout.ranks, result=str(folder / "result.json"),
+                steps=self.options.steps, warmup=self.options.warmup,
+                turns=(pipes[i], pipes[1 - i]) if len(folders) > 1 else None, first=i == 0,
             )  # fmt: skip
             (folder / "task.json").write_text(json.dumps(asdict(task)))
         return [folder / "task.json" for folder in folders]
 
-    def _line(self, line: Row, program: Started) -> Row:
+    def _line(self, line: Row, program: Started, shape: str | None) -> Row:
         """Raises RanksStoppedError."""
         try:
             program.check(self.options.timeout)
             measured = json.loads((program.ranks.folder / "result.json").read_text())
+            if (grid := measured.get("grid_p_d_c_t")) != shape:
+                raise RanksFailedError(f"ranks have measured the grid {grid}, not {shape}")
             return {"status": "done", **line, **measured}
         except RanksFailedError as error:
             return {"status": "failed", **line, "why": str(error), "last_words": error.words}
@@ -193,9 +203,14 @@ def _outcome(line: Row) -> str:
 
 @contextmanager
 def folder_beside(beside: Path) -> Iterator[Path]:
-    """For files of runs, where all hosts see them; those that a killed sweep has left are removed."""
-    prefix = f".{beside.name}-"
-    for left in beside.parent.glob(f"{prefix}*"):
+    """For files of runs, where all hosts see them; those that a killed sweep into `beside`, which is locked, has left
+    are removed. Each sweep has one of its own, since ranks of a killed one may live on for a while on other hosts.
+    """
+    folder, prefix = beside.with_name(f".{beside.name}.runs"), "sweep-"
+    folder.mkdir(exist_ok=True)
+    for left in folder.glob(f"{prefix}*"):
         shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=prefix, dir=beside.parent) as name:
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=folder) as name:
         yield Path(name).resolve()
+    with suppress(OSError):  # something else is in it
+        folder.rmdir()
