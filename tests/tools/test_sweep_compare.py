@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from engine.errors import ConfigError
-from tools.benchmark.sweep.compare import LEVEL, bounds_of, compare, of_pairs, of_sweeps, told
+from tools.benchmark.sweep.bounds import LEVEL, bounds_of, of_pairs, of_sweeps
+from tools.benchmark.sweep.compare import compare, told
 from tools.benchmark.table import Row
 
 LAYOUTS, ROUNDS, STEPS = 8, 5, 20
@@ -56,7 +57,7 @@ def test_the_level_holds_where_layouts_differ_in_noise() -> None:
     scale = np.linspace(0.5, 2.0, LAYOUTS)
     for _ in range(trials):
         values = 0.01 * scale[:, None, None] * rng.standard_normal((LAYOUTS, 2, ROUNDS))
-        found = {str(i): of_pairs(list(new - old)) for i, (old, new) in enumerate(values)}
+        found = {str(i): of_pairs(dict(enumerate(new - old))) for i, (old, new) in enumerate(values)}
         alarms += any(bounds.low > 1 for bounds in bounds_of(found).values())  # type: ignore[arg-type]
     assert alarms <= 2 * LEVEL * trials
 
@@ -73,6 +74,19 @@ def test_a_step_slower_by_5_percent_is_found(
         rows = [text.split() for text in capsys.readouterr().out.splitlines()]
         assert sum(row[-1:] == ["slower"] for row in rows if row and row[0].startswith("micro=")) <= 2
     assert found >= 0.9 * trials, found
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_what_disturbs_all_layouts_of_a_round_is_one_witness(paired: bool) -> None:
+    rng, trials, alarms = np.random.default_rng(7), 150, 0
+    for _ in range(trials):
+        values = 0.02 * (rng.standard_normal((2, 1, ROUNDS)) + rng.standard_normal((2, 20, ROUNDS)))
+        found = {}
+        for i, (old, new) in enumerate(zip(*values, strict=True)):
+            sides = dict(enumerate(old)), dict(enumerate(new))
+            found[str(i)] = of_pairs(dict(enumerate(new - old))) if paired else of_sweeps(*sides)
+        alarms += any(bounds.low > 1 for bounds in bounds_of(found).values())  # type: ignore[arg-type]
+    assert alarms <= LEVEL * trials + 2 * (LEVEL * trials) ** 0.5
 
 
 def test_what_slows_every_layout_is_found_in_noise_that_hides_it_in_each(capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,12 +106,16 @@ def test_the_machine_becoming_slower_is_no_regression() -> None:
 
 
 def test_bounds_are_those_of_student() -> None:
-    pairs = of_pairs([0.01, 0.02, 0.03])
+    pairs = of_pairs({0: 0.01, 1: 0.02, 2: 0.03})
     assert pairs is not None and (pairs.mean, pairs.freedom) == (pytest.approx(0.02), 2)
     (bounds,) = bounds_of({"a": pairs}).values()
     half = 2.919986 * 0.01 / 3**0.5  # t of 2 degrees of freedom, 95 %
     assert np.log([bounds.low, bounds.ratio, bounds.high]) == pytest.approx([0.02 - half, 0.02, 0.02 + half], abs=1e-6)
-    assert of_pairs([1.0]) is None and of_sweeps({0: 1.0}, {0: 1.0, 1: 2.0}) is None
+    other = of_pairs({0: 0.03, 1: 0.03, 2: 0.0})
+    together = bounds_of({"a": pairs, "b": other})["all together"]  # type: ignore[dict-item]
+    half = 4.302653 * np.std([0.02, 0.025, 0.015], ddof=1) / 3**0.5  # of the rounds' means; 97.5 %
+    assert np.log([together.low, together.ratio]) == pytest.approx([0.02 - half, 0.02], abs=1e-6)
+    assert of_pairs({0: 1.0}) is None and of_sweeps({0: 1.0}, {0: 1.0, 1: 2.0}) is None
 
 
 def test_nothing_in_common_or_too_few_runs() -> None:
@@ -107,6 +125,26 @@ def test_nothing_in_common_or_too_few_runs() -> None:
         compare(old, [row for row in sweep(rng) if row["round"] == 0])
     with pytest.raises(ConfigError, match="no layout in common"):
         compare(old, [])
+
+
+def failed(row: Row) -> Row:
+    keys = ("entry", "config_hash", "round", "ranks", "threads", "config", "turns", "sweep")
+    return {"status": "failed", **{key: row[key] for key in keys}, "why": "out of memory: all 80 GB"}
+
+
+def test_a_layout_that_ran_and_fails_is_a_regression(capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(8)
+    old, new = sweep(rng), sweep(rng)
+    fails = [failed(row) if row["config_hash"] == "2" and row["round"] == 0 else row for row in new]
+    gone = [row for row in fails if row["config_hash"] != "2" or row["status"] == "failed"]
+    for now in (fails, gone, [row for row in gone if row["status"] == "failed"]):
+        assert compare(old, now, 0.5) == 1
+        said = capsys.readouterr().out
+        assert "failed in the new sweep: micro=2: out of memory: all 80 GB" in said and "failed: micro=2 (" in said
+    assert "only in the old sweep: micro=2; failed in the new one: out of memory" in said
+    assert compare(old, [*fails, *new], 0.5) == 0  # made since
+    assert compare(fails, fails, 0.5) == 0 and compare(fails, gone, 0.5) == 1  # now and then; for good
+    assert compare(gone, new, 0.5) == 0 and "failed in the old one" in capsys.readouterr().out
 
 
 def test_what_else_differs_is_told() -> None:
