@@ -159,9 +159,11 @@ def test_a_signal_is_told_before_who_lost_contact(
 def test_a_launcher_must_start_the_ranks_of_the_layout(pretend: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--launch .*\{ranks\}"):
         choose_launch(sys.executable)
-    (tmp_path / "task").write_text(json.dumps({"config": "", "ranks": 2, "result": "", "steps": 1, "warmup": 1}))
-    with pytest.raises(ConfigError, match="a world of 1 ranks, not the 2"):
-        main([str(tmp_path / "task")], World())
+    task: Row = {"config": "", "ranks": 2, "result": "", "steps": 1, "warmup": 1}
+    for parent, error, says in ((None, ConfigError, "a world of 1 ranks, not the 2"), (-1, RuntimeError, "is gone")):
+        (tmp_path / "task").write_text(json.dumps({**task, "parent": parent}))
+        with pytest.raises(error, match=says):
+            main([str(tmp_path / "task")], World())
     assert run(pretend, "--ranks", "2", grid="micro=4") == 1
     assert read_lines(pretend)[0]["why"] == "ranks have measured the grid 1x1x1x1, not 1x2x1x1"
 

@@ -45,7 +45,8 @@ class Task:
         config: YAML file with the keys that are not at their defaults. ranks: how many there are to be. result: file
             for what was measured. steps: measured ones. warmup: those before. turns: two names of named pipes, to each
             of which a rank adds its number: where it is told that a step is its own, and where it tells so; none: all
-            steps are. first: whether it takes the first.
+            steps are. first: whether it takes the first. parent: the process that has started this one, if it is of
+            this host.
     """
 
     config: str
@@ -55,11 +56,14 @@ class Task:
     warmup: int
     turns: tuple[str, str] | None = None
     first: bool = True
+    parent: int | None = None
 
 
 def main(argv: Sequence[str], world: World) -> None:
     """Measure, and have the first rank write it down."""
     task = Task(**json.loads(Path(argv[0]).read_text()))
+    if task.parent not in (None, os.getppid()):  # it went before this process had asked to end with it
+        raise RuntimeError("the sweep that has started this rank is gone")
     if world.size != task.ranks:
         raise ConfigError(f"--launch has started a world of {world.size} ranks, not the {task.ranks} of this layout")
     try:

@@ -154,6 +154,7 @@ class Runner:
                 config=str(folder / "config.yaml"), ranks=layout.ranks, result=str(folder / "result.json"),
                 steps=self.options.steps, warmup=self.options.warmup,
                 turns=(pipes[i], pipes[1 - i]) if len(folders) > 1 else None, first=i == 0,
+                parent=os.getpid() if self.launch is None else None,
             )  # fmt: skip
             (folder / "task.json").write_text(json.dumps(asdict(task)))
         return [folder / "task.json" for folder in folders]
