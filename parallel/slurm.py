@@ -64,13 +64,13 @@ def port() -> int:
 
 
 def first_host() -> str:
-    """Address of the first host of the job step, e.g. of `node[3-7,9]` or `a1,b2`; localhost outside SLURM.
+    """Address of the first host of the job step, e.g. of `node[3-7,9]` or `a1,b2`; localhost outside SLURM, and where
+    all tasks of the step are on one host. Where a name means nothing to the resolver, `scontrol` knows its address.
 
-    On one node it is where srun was called. Where a name means nothing to the resolver, `scontrol` knows its address.
+    SLURM_LAUNCH_NODE_IPADDR is where srun was called: a login node, or another node of a larger job.
     """
-    launcher = os.environ.get("SLURM_LAUNCH_NODE_IPADDR")
-    if launcher and int(os.environ.get("SLURM_NNODES", "1")) == 1:
-        return launcher
+    if len(_of_hosts(os.environ.get("SLURM_STEP_TASKS_PER_NODE"))) == 1:
+        return "127.0.0.1"
     hosts = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST") or "127.0.0.1"
     first = re.split(r",(?![^\[]*\])", hosts)[0]  # at commas outside brackets
     name = re.sub(r"\[([^],-]*)[^]]*\]", r"\1", first)

@@ -142,20 +142,20 @@ def test_steps_that_run_at_once_meet_at_ports_of_their_own(monkeypatch: pytest.M
     ],
 )
 def test_first_slurm_host(nodes: str, first: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("SLURM_STEP_NODELIST", "SLURM_LAUNCH_NODE_IPADDR", "SLURM_NNODES"):
+    for name in ("SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(slurm, "_resolves", lambda _: True)
+    monkeypatch.setenv("SLURM_LAUNCH_NODE_IPADDR", "10.0.0.7")  # where srun was called, maybe elsewhere
     monkeypatch.setenv("SLURM_JOB_NODELIST", nodes)
     assert slurm.first_host() == first
-    monkeypatch.setenv("SLURM_STEP_NODELIST", "step1")  # the step may have fewer hosts than the job
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "step[1-2]")  # the step may have fewer hosts than the job
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "4(x2)")
     assert slurm.first_host() == "step1"
-    monkeypatch.setenv("SLURM_LAUNCH_NODE_IPADDR", "10.0.0.7")
-    assert slurm.first_host() == "10.0.0.7"
-    monkeypatch.setenv("SLURM_NNODES", "2")  # then srun may have been called elsewhere
-    assert slurm.first_host() == "step1"
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "4")  # all on one host, of whatever name
+    assert slurm.first_host() == "127.0.0.1"
 
 
 def test_host_outside_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_LAUNCH_NODE_IPADDR"):
+    for name in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_STEP_TASKS_PER_NODE"):
         monkeypatch.delenv(name, raising=False)
     assert slurm.first_host() == "127.0.0.1"
