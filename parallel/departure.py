@@ -1,7 +1,8 @@
 """A rank that ends before all ranks have met leaves word, so that those who wait for it end too.
 
 Only where no launcher ends the others, as under srun. The word lies in rank 0's store; if rank 0 itself leaves, it has
-one open until the others have come for it. Who is killed leaves none: the roll call finds out, in its time.
+one open until the others have come for it; another rank stays until rank 0 has opened it. Who is killed leaves none, or
+meets nobody in LINGER_SECONDS: the roll call finds out, in its time.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import asdict, dataclass
 
 import torch.distributed as dist
 
-LINGER_SECONDS = 15.0  # for ranks that come later: they may be at their imports
+LINGER_SECONDS = 60.0  # for rank 0's store, or for ranks that come later: they may be at their imports
 _LOOK_SECONDS = 0.05
 
 
