@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
 import time
@@ -65,8 +66,16 @@ def prepare_to_save(config: Config, folder: Path, resumed_at: int | None) -> Non
     folders.clean(folder)
     if resumed_at is not None:
         folders.set_damaged_aside(folder, after=resumed_at)
+        _note(folder / place.name_of(resumed_at))
     elif config.checkpoint.dir is not None or folder.is_symlink():  # else with all that is in run_dir
         set_aside(folder, ["step-*"])
+
+
+def _note(checkpoint: Path) -> None:
+    """Tell a batch script how far the run has come: append to the file that it names in a variable of this process."""
+    if file := os.environ.get("VITRUVIUS_CHECKPOINTS"):
+        with suppress(OSError), Path(file).open("a") as out:
+            out.write(f"{checkpoint}\n")
 
 
 def _check_keys(config: Config) -> None:
@@ -221,6 +230,7 @@ class Saving:
         )
         deleted = f"; deleted {', '.join(map(str, report.deleted))}" if report.deleted else ""
         self._writer.say(f" saved {report.path}: {_megabytes(report.bytes)} in {report.seconds:.2f} s{waited}{deleted}")
+        _note(report.path)
         for step in sorted(set(report.stuck) - self._stuck):
             self._writer.say(f"warning: checkpoint {place.name_of(step)} is being read, or cannot be deleted: it stays")
         self._stuck = set(report.stuck)

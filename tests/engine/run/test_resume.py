@@ -280,8 +280,10 @@ def test_another_batch_goes_on_with_the_next_image_to_the_end_of_the_epochs(
 
 
 def test_more_steps_and_another_rate_are_told_once_and_take_effect(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Besides, a batch script is told of what has been saved, and of what a run goes on from."""
+    monkeypatch.setenv("VITRUVIUS_CHECKPOINTS", str(tmp_path / "told"))
     config = stopped_at(tmp_path, 4)
     capsys.readouterr()
     run(replace(config, train=replace(config.train, steps=12), optimizer=replace(config.optimizer, lr=2e-3)))
@@ -291,6 +293,9 @@ def test_more_steps_and_another_rate_are_told_once_and_take_effect(
     ]
     assert [line["step"] for line in lines(tmp_path, "train")] == [3, 6, 9, 12]
     assert lines(tmp_path, "train")[1]["lr"] > 1e-3
+    noted = (tmp_path / "told").read_text().splitlines()
+    assert all(Path(path).parent.name == "checkpoints" for path in noted)
+    assert [Path(path).name for path in noted] == ["step-00000004", "step-00000004", "step-00000012"]
 
 
 BF16 = {"precision": PrecisionConfig(dtype="bf16")}
