@@ -20,6 +20,7 @@ import pytest
 
 from tests.engine.small import flags
 from tests.slurm.cluster import Cluster, cluster, wait_for
+from tools.inspect_checkpoint.__main__ import main as inspect_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "tools" / "slurm"
@@ -160,7 +161,7 @@ def test_a_job_that_does_not_get_on_is_given_up(site: Site) -> None:
     for task in (1, 2):
         state = site.cluster.job(f"{site.jobs['broken']}_{task}")
         assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("FAILED", "7:0", "2")
-    assert site.log("broken").count("3 starts in a row have not got beyond the start: not requeued") == 2
+    assert site.log("broken").count("3 starts have not got beyond the start: not requeued") == 2
 
 
 def test_each_line_of_a_list_is_a_run(site: Site) -> None:
@@ -205,6 +206,8 @@ def test_a_job_is_preempted_and_loses_a_node_and_has_the_numbers_of_one_that_was
         [[line[key] for key in NUMBERS] for line in site.lines(name)] for name in ("disturbed", "undisturbed")
     )
     assert len(ours) == STEPS and ours == theirs
+    ends = [str(site.folder / "runs" / name / "checkpoints") for name in ("disturbed", "undisturbed")]
+    assert inspect_checkpoint(ends) == 0  # weights, and the state of the optimizer
     log = site.log("disturbed")
     assert log.count("job: start") == 3 and log.count("node host0: ") == log.count("node host1: ") == 3
     assert f"resume: from runs/disturbed/checkpoints/step-{saved:08d}, step {saved} of" in log
