@@ -16,8 +16,9 @@ PROGRAMS = {
     "srun": """for word; do [ "$word" != --version ] || exit 0; done
 while [[ $1 == --* ]]; do shift; done
 set -m
+trap 'warned=1; [ -z "$task" ] || kill -USR1 -- -$task' USR1
 SLURM_PROCID=0 "$@" & task=$!
-trap 'kill -USR1 -- -$task' USR1
+[ -z "$warned" ] || kill -USR1 -- -$task
 while wait $task; code=$?; kill -0 $task 2> /dev/null; do :; done
 exit $code""",
     "scontrol": """[ ! -e away ] || exit 1
