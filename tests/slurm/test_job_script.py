@@ -16,7 +16,7 @@ PROGRAMS = {
     "srun": """for word; do [ "$word" != --version ] || exit 0; done
 while [[ $1 == --* ]]; do shift; done
 set -m
-trap 'warned=1; [ -z "$task" ] || kill -USR1 -- -$task' USR1
+trap 'if [ "$task" ]; then kill -USR1 -- -$task; else warned=1; fi' USR1
 SLURM_PROCID=0 "$@" & task=$!
 [ -z "$warned" ] || kill -USR1 -- -$task
 while wait $task; code=$?; kill -0 $task 2> /dev/null; do :; done
