@@ -151,7 +151,8 @@ def test_a_job_at_its_time_limit_goes_on(site: Site) -> None:
 
 def test_tasks_that_the_layout_does_not_fit_are_told_in_one_line(site: Site) -> None:
     assert site.wait("misfit") == ("FAILED", "2") and site.state("misfit")["Restarts"] == "0"
-    told = [line for line in site.log("misfit").splitlines() if not re.match(r"srun: |slurmstepd|\[.*job: start|node ", line)]
+    others = r"srun: |slurmstepd|\[.*job: start|node "
+    told = [line for line in site.log("misfit").splitlines() if not re.match(others, line)]
     assert len(told) == 1 and "2 ranks cannot be shared" in told[0]
 
 
