@@ -15,10 +15,8 @@ import torch  # noqa: E402
 
 from tests.cuda_emulation import build  # noqa: E402
 
-for name in [
-    name for name in os.environ if name.startswith("SLURM_")
-]:  # tests are no tasks of the job that they run in
-    del os.environ[name]
+for name in [name for name in os.environ if name.startswith("SLURM_")]:
+    del os.environ[name]  # tests are no tasks of the job that they run in
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

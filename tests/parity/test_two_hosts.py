@@ -66,27 +66,14 @@ def test_the_ladders_smallest_rung_over_two_hosts(tmp_path: Path) -> None:
     argv = [tmp_path / "climb.py", pickle.dumps(RUNGS).hex(), tmp_path]
     with two_hosts() as hosts:
         meeting = ["--nnodes", "2", "--master-addr", hosts.addresses[0], "--master-port", "29500"]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", *meeting, "--nproc-per-node", "2", "--node-rank"]
         launchers = [
             hosts.start(
-                host,
-                [
-                    sys.executable,
-                    "-m",
-                    "torch.distributed.run",
-                    *meeting,
-                    "--nproc-per-node",
-                    2,
-                    "--node-rank",
-                    host,
-                    *argv,
-                ],
-                environment(OMP_NUM_THREADS="1"),
-                cwd=ROOT,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
+                host, [*torchrun, str(host), *argv], environment(OMP_NUM_THREADS="1"), cwd=ROOT,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             )
             for host in range(2)
-        ]
+        ]  # fmt: skip
         said = [launcher.communicate(timeout=2 * PATIENCE)[0].decode() for launcher in launchers]
         assert [launcher.returncode for launcher in launchers] == [0, 0], said
     opened, climbs = set[tuple[tuple[int, ...], bool]](), dict[Case, Climb]()

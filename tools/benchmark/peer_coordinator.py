@@ -22,6 +22,7 @@ from tools.benchmark.bench import read_config
 from tools.benchmark.peer_inputs import make_task
 from tools.benchmark.peer_programs import Task
 from tools.benchmark.table import Row, show
+from tools.benchmark.timing import quartiles
 from tools.benchmark.turns import Answer, Program, ProgramFailedError, Running, started
 
 WARMUP = 2
@@ -215,7 +216,7 @@ def _row(config: Config, program: Program, records: Mapping[str, Record]) -> Row
     ours, record = records["vitruvius"], records[program.name]
     times = record.seconds[WARMUP:]
     ratios = [a / b for a, b in zip(times, ours.seconds[WARMUP:], strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    low, high = quartiles(ratios)
     images = config.train.global_batch_size
     return {
         "model": config.model.preset or f"{config.model.width}x{config.model.depth}",

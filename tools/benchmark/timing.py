@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -34,6 +34,12 @@ def interleaved(alternatives: dict[str, Fn], repeats: int, device: torch.device)
 def ratio(times: Times, a: str, b: str) -> float:
     """Median over rounds of time(a) / time(b): how many times faster b is than a."""
     return statistics.median(x / y for x, y in zip(times[a], times[b], strict=True))
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    """The lower and the upper; of one value that value."""
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [*values] * 3
+    return low, high
 
 
 def milliseconds(times: Times, name: str) -> float:

@@ -16,7 +16,7 @@ from typing import Any
 
 from engine.errors import EXIT_DONE, EXIT_FAULT, ConfigError
 from tools.benchmark.sweep.bounds import ALL, LEVEL, Bounds, Difference, bounds_of, of_pairs, of_sweeps
-from tools.benchmark.sweep.file import failures
+from tools.benchmark.sweep.file import failures, runs_of
 from tools.benchmark.sweep.report import name_of
 from tools.benchmark.table import Row, show
 
@@ -36,7 +36,7 @@ def compare(old: Sequence[Row], new: Sequence[Row], tolerance: float | None = No
     Raises:
         ConfigError: there is nothing to compare.
     """
-    sides = [_runs(lines) for lines in (old, new)]
+    sides = [runs_of(lines) for lines in (old, new)]
     paired = bool(old and new) and (pair := old[0]["sweep"]["pair"]) is not None and pair == new[0]["sweep"]["pair"]
     tolerance = (TOLERANCE_OF_TURNS if paired else TOLERANCE) if tolerance is None else tolerance
     for line in told(old, new):
@@ -83,19 +83,11 @@ def _show(differences: Mapping[str, Difference], sides: Sequence[Mapping[str, li
     return [row["layout"] for row in rows if row["verdict"] == "slower"]
 
 
-def _runs(lines: Sequence[Row]) -> dict[str, list[Row]]:
-    runs: dict[str, list[Row]] = {}
-    for line in lines:
-        if line["status"] == "done":
-            runs.setdefault(line["config_hash"], []).append(line)
-    return runs
-
-
 def _lost(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
     """Of layouts that ran in the old sweep and fail in the new one, if only now and then, the line that says why. None
     of those that failed now and then in both.
     """
-    ran, runs = _runs(old), _runs(new)
+    ran, runs = runs_of(old), runs_of(new)
     failed = {line["config_hash"] for line in failures(old)}
     lost = {line["config_hash"]: line for line in failures(new)}
     return [line for name, line in lost.items() if name in ran and not (name in runs and name in failed)]
@@ -154,7 +146,7 @@ def told(old: Sequence[Row], new: Sequence[Row]) -> list[str]:
         if values[0] != values[1]:
             lines.append(_differing(key, values))
     for side, other, words in ((old, new, ("old", "new")), (new, old, ("new", "old"))):
-        runs, others = _runs(side), _runs(other)
+        runs, others = runs_of(side), runs_of(other)
         lines += [
             f"only in the {words[0]} sweep: {name_of(of[0])}{_why(of[0], other, words[1]) or _unlike(of[0], others)}"
             for name, of in runs.items()

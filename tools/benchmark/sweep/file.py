@@ -103,6 +103,15 @@ def _wrong(row: Any) -> str | None:
     return None
 
 
+def runs_of(lines: Sequence[Row]) -> dict[str, list[Row]]:
+    """The runs that have been made, by their layout's hash."""
+    runs: dict[str, list[Row]] = {}
+    for line in lines:
+        if line["status"] == "done":
+            runs.setdefault(line["config_hash"], []).append(line)
+    return runs
+
+
 def failures(lines: Sequence[Row]) -> list[Row]:
     """Of each round of each layout the last line that says it has failed, unless it has been made since."""
     last: dict[tuple[str, int], Row] = {}

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
 
-from tools.benchmark.sweep.file import failures
+from tools.benchmark.sweep.file import failures, runs_of
 from tools.benchmark.sweep.grid import in_words
 from tools.benchmark.table import Row, show
+from tools.benchmark.timing import quartiles
 
 _LONGEST = 80  # letters of a name in the table and the picture
 
@@ -46,17 +47,13 @@ def _not_measured(lines: Sequence[Row]) -> list[Row]:
 
 def rows_of(lines: Sequence[Row]) -> list[Row]:
     """A row per layout, fastest first: medians over its runs; quartiles are of the steps of all of them."""
-    runs: dict[str, list[Row]] = {}
-    for line in lines:
-        if line["status"] == "done":
-            runs.setdefault(line["config_hash"], []).append(line)
-    return sorted(map(_row, runs.values()), key=lambda row: -row["images_per_second"])
+    return sorted(map(_row, runs_of(lines).values()), key=lambda row: -row["images_per_second"])
 
 
 def _row(runs: Sequence[Row]) -> Row:
     first = runs[0]
     steps = [seconds for run in runs for seconds in run["step_seconds"]]
-    low, _, high = statistics.quantiles(steps, n=4, method="inclusive") if len(steps) > 1 else steps * 3
+    low, high = quartiles(steps)
 
     def median(name: str) -> float | None:
         values = [run[name] for run in runs if run[name] is not None]

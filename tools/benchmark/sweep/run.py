@@ -35,6 +35,7 @@ from parallel import comm
 from parallel.process_group import World
 from tools.benchmark.bench import Bench, gemm_tflops, read_config, seconds, started, time_steps
 from tools.benchmark.table import Row
+from tools.benchmark.timing import quartiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +101,7 @@ def measure(bench: Bench, task: Task) -> Row:
     waited = statistics.mean(comm.gather_objects(statistics.median(own.waited), world))
     memory = max(comm.gather_objects(peak_memory_bytes(bench.device), world))
     rate = config.train.global_batch_size / statistics.median(times)
-    low, _, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
+    low, high = quartiles(times)
     tflops = a.training_flops * rate / 1e12 / world.size
     peak = peak_tflops(bench.device, config.precision.dtype)
     on_gpu = bench.device.type == "cuda"
