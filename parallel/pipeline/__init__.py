@@ -4,7 +4,7 @@ from parallel.pipeline.actions import Action, ActionKind, Schedule, ScheduleErro
 from parallel.pipeline.communication import insert_communication
 from parallel.pipeline.partition import partition
 from parallel.pipeline.placement import Placement
-from parallel.pipeline.schedules import SCHEDULES, build_schedule, forward_only, gpipe, one_f_one_b
+from parallel.pipeline.schedules import SCHEDULES, build_schedule, compute_order, forward_only
 from parallel.pipeline.simulation import Costs, Interval, Timeline, simulate
 from parallel.pipeline.validation import validate
 
@@ -19,10 +19,9 @@ __all__ = [
     "ScheduleError",
     "Timeline",
     "build_schedule",
+    "compute_order",
     "forward_only",
-    "gpipe",
     "insert_communication",
-    "one_f_one_b",
     "partition",
     "simulate",
     "validate",

@@ -2,12 +2,13 @@
 
 A generator writes no communication; `insert_communication` adds it, and `build_schedule` does both and validates. All
 schedules run the backwards of a stage in ascending order of micro-batches, so gradients are summed in the same order
-whichever schedule is chosen.
+whichever schedule is chosen. What p, m and v are in comments: ranks, micro-batches, stages per rank.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from parallel.pipeline.actions import Action, ActionKind, Schedule
 from parallel.pipeline.communication import insert_communication
@@ -45,6 +46,34 @@ def one_f_one_b(num_ranks: int, num_micro_batches: int) -> Schedule:
     return _one_stage_per_rank("1f1b", num_micro_batches, programs)
 
 
+def interleaved(num_ranks: int, num_micro_batches: int, virtual_stages: int = 2) -> Schedule:
+    """1F1B over several stages per rank, stage s on rank s mod p (Narayanan et al. 2021, "Megatron-LM"). Compute order.
+
+    Micro-batches go in groups of p through one of a rank's stages and then through the next. Bubble (p-1)(F+B)/v, where
+    F and B are times of a rank's stages together; v times the messages of 1F1B. Where m is no multiple of p, the last
+    group is one of p, less what it lacks: that is never slower than the whole group, as nothing waits for what is left
+    out. Raises ValueError for sizes below 1.
+    """
+    _check_sizes(num_ranks, num_micro_batches)
+    p, v = num_ranks, virtual_stages
+    groups = [range(start, start + p) for start in range(0, num_micro_batches, p)]
+    programs = []
+    for rank in range(p):
+        forwards = [a for group in groups for s in range(v) for a in _forwards(s * p + rank, group)]
+        backwards = [a for group in groups for s in reversed(range(v)) for a in _backwards(s * p + rank, group)]
+        warm_up = min(2 * (p - rank - 1) + (v - 1) * p, len(forwards))
+        steady = zip(forwards[warm_up:], backwards, strict=False)
+        program = [*forwards[:warm_up], *(a for pair in steady for a in pair), *backwards[len(forwards) - warm_up :]]
+        programs.append(tuple(a for a in program if a.micro_batch in range(num_micro_batches)))
+    return Schedule(
+        name="interleaved",
+        num_stages=p * v,
+        num_micro_batches=num_micro_batches,
+        stage_to_rank=tuple(range(p)) * v,
+        ranks=tuple(programs),
+    )
+
+
 def forward_only(num_ranks: int, num_micro_batches: int, *, stage_to_rank: Sequence[int] | None = None) -> Schedule:
     """The compute order of evaluation: forwards alone, nothing kept.
 
@@ -71,19 +100,67 @@ def forward_only(num_ranks: int, num_micro_batches: int, *, stage_to_rank: Seque
     )
 
 
-SCHEDULES: dict[str, Callable[[int, int], Schedule]] = {"gpipe": gpipe, "1f1b": one_f_one_b}
-"""Training schedules by the name users give them: (num_ranks, num_micro_batches) to the compute order."""
+@dataclass(frozen=True, kw_only=True)
+class Generator:
+    """How the schedules of one name are made."""
+
+    order: Callable[[int, int, int], Schedule]
+    """(num_ranks, num_micro_batches, virtual_stages) to the compute order."""
+    virtual_stages: int
+    """Stages per rank unless the user says otherwise."""
+    is_fixed: bool = True
+    """Whether the user cannot say otherwise."""
 
 
-def build_schedule(name: str, num_ranks: int, num_micro_batches: int) -> Schedule:
-    """The training schedule of that name, with its communication, validated.
+SCHEDULES: dict[str, Generator] = {
+    "gpipe": Generator(order=lambda p, m, _: gpipe(p, m), virtual_stages=1),
+    "1f1b": Generator(order=lambda p, m, _: one_f_one_b(p, m), virtual_stages=1),
+    "interleaved": Generator(order=interleaved, virtual_stages=2, is_fixed=False),
+}
+"""Training schedules by the name users give them."""
+
+
+def virtual_stages_of(name: str, virtual_stages: int | None = None) -> int:
+    """Stages per rank of the schedule of that name; `virtual_stages` is the user's wish, None for the schedule's own.
 
     Raises:
-        ValueError: there is no schedule of that name, or a size is below 1.
+        ValueError: there is no schedule of that name, or it cannot hold so many stages per rank.
     """
     if name not in SCHEDULES:
         raise ValueError(f"unknown pipeline schedule {name!r}: choose one of {', '.join(SCHEDULES)}")
-    schedule = insert_communication(SCHEDULES[name](num_ranks, num_micro_batches))
+    generator = SCHEDULES[name]
+    if virtual_stages is None or virtual_stages == generator.virtual_stages:
+        return generator.virtual_stages
+    several = ", ".join(name for name, other in SCHEDULES.items() if not other.is_fixed)
+    given = f"parallel.virtual_stages is {virtual_stages}, but {name} holds"
+    if generator.is_fixed:
+        held = "one stage per rank" if generator.virtual_stages == 1 else f"{generator.virtual_stages} stages per rank"
+        raise ValueError(f"{given} {held}: leave virtual_stages out, or choose parallel.schedule {several}")
+    if virtual_stages < 2:
+        raise ValueError(f"{given} several stages per rank: give 2 or more, or choose parallel.schedule 1f1b")
+    return virtual_stages
+
+
+def compute_order(name: str, num_ranks: int, num_micro_batches: int, virtual_stages: int | None = None) -> Schedule:
+    """The compute order of the training schedule of that name.
+
+    Raises:
+        ValueError: as `virtual_stages_of`, or a size is below 1.
+    """
+    v = virtual_stages_of(name, virtual_stages)
+    return SCHEDULES[name].order(num_ranks, num_micro_batches, v)
+
+
+def build_schedule(name: str, num_ranks: int, num_micro_batches: int, virtual_stages: int | None = None) -> Schedule:
+    """The training schedule of that name, with its communication, validated.
+
+    Args:
+        virtual_stages: stages per rank; None for the schedule's own number (interleaved: 2).
+
+    Raises:
+        ValueError: there is no schedule of that name, it cannot hold so many stages per rank, or a size is below 1.
+    """
+    schedule = insert_communication(compute_order(name, num_ranks, num_micro_batches, virtual_stages))
     validate(schedule)
     return schedule
 

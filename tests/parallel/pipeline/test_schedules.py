@@ -15,6 +15,7 @@ from parallel.pipeline import (
     Schedule,
     ScheduleError,
     build_schedule,
+    compute_order,
     forward_only,
     insert_communication,
     validate,
@@ -60,7 +61,7 @@ def run_with_blocking_sends(schedule: Schedule) -> None:
     assert all(head(rank) is None for rank in range(schedule.num_ranks)), f"stuck at {positions} in\n{schedule}"
 
 
-def compute_order(schedule: Schedule) -> list[list[Action]]:
+def without_messages(schedule: Schedule) -> list[list[Action]]:
     return [[action for action in program if not action.kind.is_message] for program in schedule.ranks]
 
 
@@ -70,15 +71,17 @@ def test_built_schedules_run(name: str, p: int, m: int) -> None:
     schedule = build_schedule(name, p, m)
     validate(schedule)
     run_with_blocking_sends(schedule)
-    assert compute_order(schedule) == [list(program) for program in SCHEDULES[name](p, m).ranks]
-    assert sum(action.kind.is_message for program in schedule.ranks for action in program) == 4 * (p - 1) * m
-    for program in schedule.ranks:
-        backwards = [a.micro_batch for a in program if a.kind is ActionKind.BACKWARD]
-        assert backwards == list(range(m))
+    assert without_messages(schedule) == [list(program) for program in compute_order(name, p, m).ranks]
+    crossings = sum(schedule.crosses_ranks(stage, stage + 1) for stage in range(schedule.num_stages))
+    assert sum(action.kind.is_message for program in schedule.ranks for action in program) == 4 * crossings * m
+    for stage, rank in enumerate(schedule.stage_to_rank):
+        for kinds in ("F", "BI", "BW"):
+            ordered = [a.micro_batch for a in schedule.ranks[rank] if a.stage == stage and a.kind.value in kinds]
+            assert ordered == list(range(m))
 
 
 def test_gpipe_order() -> None:
-    assert str(SCHEDULES["gpipe"](2, 2)) == "rank 0: 0F0 0F1 0B0 0B1\nrank 1: 1F0 1F1 1B0 1B1"
+    assert str(compute_order("gpipe", 2, 2)) == "rank 0: 0F0 0F1 0B0 0B1\nrank 1: 1F0 1F1 1B0 1B1"
 
 
 def test_1f1b_order() -> None:
@@ -87,7 +90,15 @@ def test_1f1b_order() -> None:
         rank 1: 1F0 1F1 1B0 1F2 1B1 1F3 1B2 1B3
         rank 2: 2F0 2B0 2F1 2B1 2F2 2B2 2F3 2B3
     """
-    assert SCHEDULES["1f1b"](3, 4).ranks == Schedule.from_text(expected).ranks
+    assert compute_order("1f1b", 3, 4).ranks == Schedule.from_text(expected).ranks
+
+
+def test_interleaved_order() -> None:
+    expected = """
+        rank 0: 0F0 0F1 2F0 2F1 0F2 2B0 0F3 2B1 2F2 0B0 2F3 0B1 2B2 2B3 0B2 0B3
+        rank 1: 1F0 1F1 3F0 3B0 3F1 3B1 1F2 1B0 1F3 1B1 3F2 3B2 3F3 3B3 1B2 1B3
+    """
+    assert compute_order("interleaved", 2, 4).ranks == Schedule.from_text(expected, stage_to_rank=(0, 1, 0, 1)).ranks
 
 
 @pytest.mark.parametrize("placement", [None, (0, 1, 2, 0, 1, 2), (0, 1, 2, 2, 1, 0), (0, 0, 1, 2)])
@@ -113,6 +124,24 @@ def test_sizes_below_one(p: int, m: int) -> None:
         forward_only(p, m)
 
 
+@pytest.mark.parametrize(
+    ("name", "v", "message"),
+    [
+        (
+            "1f1b",
+            2,
+            "parallel.virtual_stages is 2, but 1f1b holds one stage per rank: .* parallel.schedule interleaved",
+        ),
+        ("gpipe", 0, "parallel.virtual_stages is 0, but gpipe holds one stage per rank"),
+        ("interleaved", 1, "parallel.virtual_stages is 1, but interleaved holds several .* parallel.schedule 1f1b"),
+        ("interleaved", -1, "parallel.virtual_stages is -1, but interleaved holds several"),
+    ],
+)
+def test_virtual_stages_that_a_schedule_cannot_hold(name: str, v: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_schedule(name, 2, 4, v)
+
+
 HAND_WRITTEN = {
     "split backward": ("0F0 0F1 0I0 0W0 0I1 0W1\n1F0 1I0 1F1 1I1 1W0 1W1", (0, 1)),
     "interleaved": ("0F0 0F1 2F0 2F1 2B0 2B1 0B0 0B1\n1F0 1F1 3F0 3B0 3F1 3B1 1B0 1B1", (0, 1, 0, 1)),
@@ -126,7 +155,7 @@ def test_hand_written_compute_orders(name: str) -> None:
     text, placement = HAND_WRITTEN[name]
     order = Schedule.from_text(text, stage_to_rank=placement)
     schedule = insert_communication(order)
-    assert compute_order(schedule) == [list(program) for program in order.ranks]
+    assert without_messages(schedule) == [list(program) for program in order.ranks]
     validate(schedule)
     run_with_blocking_sends(schedule)
 
@@ -185,7 +214,7 @@ def random_compute_order(seed: int) -> Schedule:
 def test_random_compute_orders(seed: int) -> None:
     order = random_compute_order(seed)
     schedule = insert_communication(order)
-    assert compute_order(schedule) == [list(program) for program in order.ranks]
+    assert without_messages(schedule) == [list(program) for program in order.ranks]
     validate(schedule)
     run_with_blocking_sends(schedule)
 

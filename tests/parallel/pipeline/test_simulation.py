@@ -2,13 +2,21 @@
 
 import pytest
 
-from parallel.pipeline import SCHEDULES, Costs, Schedule, ScheduleError, build_schedule, insert_communication, simulate
+from parallel.pipeline import (
+    Costs,
+    Schedule,
+    ScheduleError,
+    build_schedule,
+    compute_order,
+    insert_communication,
+    simulate,
+)
 
 SIZES = [(p, m) for p in (1, 2, 3, 4, 8) for m in (1, 2, 3, 5, 8, 16)]
 TIMES = [(1.0, 1.0, 1.0), (1.0, 1.5, 0.5), (3.0, 1.0, 0.25)]
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", ["gpipe", "1f1b"])
 @pytest.mark.parametrize(("p", "m"), SIZES)
 @pytest.mark.parametrize(("f", "b", "w"), TIMES)
 def test_bubble_of_gpipe_and_1f1b(name: str, p: int, m: int, f: float, b: float, w: float) -> None:
@@ -36,7 +44,7 @@ def test_latency(p: int, m: int, latency: float) -> None:
     ends = 3 * (m + p - 1) + 2 * (p - 1) * latency
     assert simulate(build_schedule("gpipe", p, m), costs).makespan == pytest.approx(ends)
     one_f_one_b = simulate(build_schedule("1f1b", p, m), costs).makespan
-    assert one_f_one_b == pytest.approx(simulate(SCHEDULES["1f1b"](p, m), costs).makespan)
+    assert one_f_one_b == pytest.approx(simulate(compute_order("1f1b", p, m), costs).makespan)
     if p == 2:
         assert one_f_one_b == pytest.approx(ends + 2 * ((m - 1) // 2) * latency)
 
