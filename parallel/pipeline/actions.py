@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
+from itertools import accumulate
 from typing import NamedTuple
 
 
@@ -74,6 +75,14 @@ _COMPUTE = frozenset(
         ActionKind.RECOMPUTE,
     }
 )
+
+# What an action adds to the activations that are alive (a forward whose backward recomputes adds none).
+_ALIVE = {
+    ActionKind.FORWARD: 1,
+    ActionKind.RECOMPUTE: 1,
+    ActionKind.BACKWARD: -1,
+    ActionKind.BACKWARD_WEIGHT: -1,
+}
 
 # The other end of each message: its kind, and its stage relative to this end.
 _COUNTERPARTS = {
@@ -225,22 +234,29 @@ def live_stages(schedule: Schedule, rank: int) -> list[Counter[int]]:
     """
     live: Counter[int] = Counter()
     counts = []
-    for action in schedule.ranks[rank]:
-        match action.kind:
-            case ActionKind.FORWARD:
-                recomputed = Action(ActionKind.RECOMPUTE, action.stage, action.micro_batch) in schedule.places
-                live[action.stage] += not (recomputed or schedule.is_forward_only)
-            case ActionKind.RECOMPUTE:
-                live[action.stage] += 1
-            case ActionKind.BACKWARD | ActionKind.BACKWARD_WEIGHT:
-                live[action.stage] -= 1
+    for action, delta in zip(schedule.ranks[rank], _changes(schedule, schedule.ranks[rank]), strict=True):
+        live[action.stage] += delta
         counts.append(live.copy())
     return counts
 
 
-def live_activations(schedule: Schedule, rank: int) -> list[int]:
-    """The same of all its stages together."""
-    return [sum(live.values()) for live in live_stages(schedule, rank)]
+def live_activations(schedule: Schedule, rank: int, program: Sequence[Action] | None = None) -> list[int]:
+    """The same of all its stages together; of actions of the rank in another order, or fewer, if they are given."""
+    return list(accumulate(_changes(schedule, schedule.ranks[rank] if program is None else program)))
+
+
+def _changes(schedule: Schedule, program: Sequence[Action]) -> list[int]:
+    """What each action of a rank adds to the count of activations that are alive."""
+    if schedule.is_forward_only:
+        return [0] * len(program)
+    recomputed = {(a.stage, a.micro_batch) for a in program if a.kind is ActionKind.RECOMPUTE}
+    change = _ALIVE
+    if not recomputed:
+        return [change.get(a.kind, 0) for a in program]
+    return [
+        0 if a.kind is ActionKind.FORWARD and (a.stage, a.micro_batch) in recomputed else change.get(a.kind, 0)
+        for a in program
+    ]
 
 
 def peak_activations(schedule: Schedule) -> tuple[float, ...]:

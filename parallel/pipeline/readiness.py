@@ -1,0 +1,193 @@
+"""Which action a rank runs next when it runs what is ready: the one rule that is simulated and executed.
+
+A schedule is a hint then (the idea: "Runtime-Readiness-First Pipeline", arXiv 2605.18750; this rule is our own): of the
+actions that are ready the one that stands first in the rank's program runs. What stays as the schedule has it:
+
+* The order of micro-batches within each stage and kind. So gradients are summed in the same order, bit for bit, and
+  each lane (a boundary, in one direction) carries its messages in an order that both of its ends know.
+* The most activations that are alive at once on the rank, its `cap`.
+
+Why it cannot deadlock: an action that makes an activation runs ahead of others only if afterwards *the rest of the
+program, run in its own order, still fits under the cap* (the banker's rule: the schedule itself is the way out that is
+kept open). What frees or needs none may always run. So at any moment every rank could go on in the order of its
+program. All programs together are an order of all actions that respects what they read; of those not yet done take the
+first. Its inputs are there: what it reads is done, each lane has brought the messages before its own, and ranks send at
+once. It fits. So some rank has something to run until nothing is left.
+A bound on the count alone would not do for several stages per rank: forwards of the first could take the room that
+the forwards of the later ones need before anything can be freed.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from itertools import pairwise, zip_longest
+
+from parallel.pipeline.actions import Action, ActionKind, Schedule, ScheduleError, live_activations
+
+_FORWARD, _RECOMPUTE, _INPUT_GRADIENT, _WEIGHT_GRADIENT = range(4)
+_QUEUES = {  # a whole backward is in turn with both: with gradients of inputs (messages) and of weights (sums)
+    ActionKind.FORWARD: (_FORWARD,),
+    ActionKind.RECOMPUTE: (_RECOMPUTE,),
+    ActionKind.BACKWARD: (_INPUT_GRADIENT, _WEIGHT_GRADIENT),
+    ActionKind.BACKWARD_INPUT: (_INPUT_GRADIENT,),
+    ActionKind.BACKWARD_WEIGHT: (_WEIGHT_GRADIENT,),
+}
+
+
+class Chooser:
+    """Where one rank is in a pass over a schedule, and what it may run next.
+
+    Actions go by their position in `actions`, a small number that a leader can tell those who follow it: they `take`
+    what it has chosen and choose nothing. A choice looks at the heads of four queues per stage of the rank.
+
+    Args:
+        schedule: validated; `check_lanes` has passed. rank: on the pipeline axis.
+
+    Attributes:
+        actions: the compute actions of the rank's program; the order is the priority.
+        cap: activations that may be alive at once, each of one stage.
+        live: those that are.
+    """
+
+    def __init__(self, schedule: Schedule, rank: int) -> None:
+        self.actions: Sequence[Action] = tuple(a for a in schedule.ranks[rank] if a.kind.is_compute)
+        places = {action: position for position, action in enumerate(self.actions)}
+        alive = [0, *live_activations(schedule, rank, self.actions)]
+        self.cap = max(alive)
+        self._delta = [after - before for before, after in pairwise(alive)]
+        self._needs = [_needs(action, places) for action in self.actions]
+        self._lacks = [_has_message(action, schedule) for action in self.actions]
+        queues: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for position, action in enumerate(self.actions):
+            for queue in _QUEUES[action.kind]:
+                queues[action.stage, queue].append(position)
+        self._in_order = list(queues.values())
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a new pass: nothing is done."""
+        self.live = 0
+        self._done = bytearray(len(self.actions))
+        self._first = 0  # the first that is not done
+        self._queues = [queue[::-1] for queue in self._in_order]  # the last entry is the head
+        self._turns = [len(_QUEUES[action.kind]) for action in self.actions]  # queues whose head it has yet to become
+        for queue in self._queues:
+            self._turns[queue[-1]] -= 1
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every action has been taken."""
+        return self._first == len(self.actions)
+
+    def choose(self, has_arrived: Callable[[Action], bool]) -> int | None:
+        """The position of the action to run now, None where none is ready. Changes nothing.
+
+        Args:
+            has_arrived: whether the message that brings this action's input is here. Asked of the head of a lane alone,
+                which is the oldest message not yet taken, and only where all else that the action needs is done.
+        """
+        best = len(self.actions)
+        for queue in self._queues:
+            if not queue or queue[-1] >= best:
+                continue
+            head = queue[-1]
+            if self._may_run(head) and (not self._lacks[head] or has_arrived(self.actions[head])):
+                best = head
+        return best if best < len(self.actions) else None
+
+    def awaited(self) -> list[Action]:
+        """After a choice of None: the actions that lack nothing but their message."""
+        heads = dict.fromkeys(queue[-1] for queue in self._queues if queue)  # a whole backward heads two queues
+        return [self.actions[head] for head in heads if self._may_run(head)]
+
+    def take(self, position: int) -> Action:
+        """Count an action as done (before the next choice it is), and return it."""
+        action = self.actions[position]
+        assert not self._done[position] and self._turns[position] == 0, f"{action} is not next of its stage and kind"
+        self._done[position] = True
+        self.live += self._delta[position]
+        for queue in self._queues:
+            if queue and queue[-1] == position:
+                queue.pop()
+                if queue:
+                    self._turns[queue[-1]] -= 1
+        while self._first < len(self.actions) and self._done[self._first]:
+            self._first += 1
+        return action
+
+    def _may_run(self, position: int) -> bool:
+        """Whether an action lacks nothing but, perhaps, its message."""
+        if self._turns[position] or not all(self._done[need] for need in self._needs[position]):
+            return False
+        return self._delta[position] <= 0 or self._leaves_a_way_out(position)
+
+    def _leaves_a_way_out(self, position: int) -> bool:
+        """Whether the actions that are passed over still fit under the cap if this one has run."""
+        if position == self._first:
+            return True
+        alive = self.live + 1
+        for passed in range(self._first, position):
+            if alive > self.cap:
+                return False
+            if not self._done[passed]:
+                alive += self._delta[passed]
+        return alive <= self.cap
+
+
+def _needs(action: Action, places: dict[Action, int]) -> list[int]:
+    """The positions of what an action reads that its own rank computes."""
+    kinds, stage, m = ActionKind, action.stage, action.micro_batch
+    reads = {
+        kinds.FORWARD: [(kinds.FORWARD, stage - 1)],
+        kinds.RECOMPUTE: [(kinds.FORWARD, stage)],
+        kinds.BACKWARD_WEIGHT: [(kinds.BACKWARD_INPUT, stage)],
+    }.get(
+        action.kind,
+        [
+            (kinds.FORWARD, stage),
+            (kinds.RECOMPUTE, stage),
+            (kinds.BACKWARD, stage + 1),
+            (kinds.BACKWARD_INPUT, stage + 1),
+        ],
+    )
+    found = (places.get(Action(kind, source, m)) for kind, source in reads)
+    return [place for place in found if place is not None]
+
+
+def _has_message(action: Action, schedule: Schedule) -> bool:
+    match action.kind:
+        case ActionKind.FORWARD:
+            return schedule.crosses_ranks(action.stage, action.stage - 1)
+        case ActionKind.BACKWARD | ActionKind.BACKWARD_INPUT:
+            return schedule.crosses_ranks(action.stage, action.stage + 1)
+        case _:
+            return False
+
+
+def check_lanes(schedule: Schedule) -> None:
+    """Refuse a schedule with neighbouring stages that run their micro-batches in different orders.
+
+    Raises:
+        ScheduleError: two neighbouring stages on different ranks; names them and where they part.
+    """
+    forward: dict[int, list[int]] = defaultdict(list)
+    backward: dict[int, list[int]] = defaultdict(list)
+    for program in schedule.ranks:
+        for action in program:
+            if action.kind.is_compute and action.micro_batch is not None:
+                queues = _QUEUES[action.kind]
+                if _FORWARD in queues:
+                    forward[action.stage].append(action.micro_batch)
+                elif _INPUT_GRADIENT in queues:
+                    backward[action.stage].append(action.micro_batch)
+    for what, orders in (("forward", forward), ("backward", backward)):
+        for stage in range(schedule.num_stages - 1):
+            if schedule.crosses_ranks(stage, stage + 1) and orders[stage] != orders[stage + 1]:
+                pairs = zip_longest(orders[stage], orders[stage + 1])
+                here, there = next((a, b) for a, b in pairs if a != b)
+                raise ScheduleError(
+                    f"schedule {schedule.name!r} cannot run by readiness: stages {stage} and {stage + 1} take their "
+                    f"micro-batches {what} in different orders ({here} at the one where the other has {there}), but a "
+                    "lane delivers in the order in which it was sent: give both one order, or choose the static policy"
+                )
