@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from parallel.pipeline.actions import Action, ActionKind, Schedule
 from parallel.pipeline.communication import insert_communication
 from parallel.pipeline.validation import validate
+from parallel.pipeline.zero_bubble import v_half, zb_h1, zb_h2, zb_v
 
 
 def gpipe(num_ranks: int, num_micro_batches: int) -> Schedule:
     """All forwards, then all backwards (Huang et al. 2019, "GPipe"). Compute order, one stage per rank.
 
-    Bubble (p-1)(F+B), peak activations m on every rank. Raises ValueError for sizes below 1.
+    Bubble (p-1)(F+B), peak activations m on every rank.
     """
-    _check_sizes(num_ranks, num_micro_batches)
     micro_batches = range(num_micro_batches)
     return _one_stage_per_rank(
         "gpipe",
@@ -33,9 +33,8 @@ def one_f_one_b(num_ranks: int, num_micro_batches: int) -> Schedule:
     """One forward, one backward in turn after a warm-up of forwards. Compute order, one stage per rank.
 
     From Narayanan et al. 2019, "PipeDream", in the synchronous form of Megatron-LM (2021). Bubble (p-1)(F+B) as
-    GPipe's, but peak activations min(m, p-r) on rank r. Raises ValueError for sizes below 1.
+    GPipe's, but peak activations min(m, p-r) on rank r.
     """
-    _check_sizes(num_ranks, num_micro_batches)
     programs = []
     for rank in range(num_ranks):
         warm_up = min(num_ranks - rank - 1, num_micro_batches)
@@ -52,9 +51,8 @@ def interleaved(num_ranks: int, num_micro_batches: int, virtual_stages: int = 2)
     Micro-batches go in groups of p through one of a rank's stages and then through the next. Bubble (p-1)(F+B)/v, where
     F and B are times of a rank's stages together; v times the messages of 1F1B. Where m is no multiple of p, the last
     group is one of p, less what it lacks: that is never slower than the whole group, as nothing waits for what is left
-    out. Raises ValueError for sizes below 1.
+    out.
     """
-    _check_sizes(num_ranks, num_micro_batches)
     p, v = num_ranks, virtual_stages
     groups = [range(start, start + p) for start in range(0, num_micro_batches, p)]
     programs = []
@@ -116,6 +114,10 @@ SCHEDULES: dict[str, Generator] = {
     "gpipe": Generator(order=lambda p, m, _: gpipe(p, m), virtual_stages=1),
     "1f1b": Generator(order=lambda p, m, _: one_f_one_b(p, m), virtual_stages=1),
     "interleaved": Generator(order=interleaved, virtual_stages=2, is_fixed=False),
+    "zb_h1": Generator(order=lambda p, m, _: zb_h1(p, m), virtual_stages=1),
+    "zb_h2": Generator(order=lambda p, m, _: zb_h2(p, m), virtual_stages=1),
+    "zb_v": Generator(order=lambda p, m, _: zb_v(p, m), virtual_stages=2),
+    "v_half": Generator(order=lambda p, m, _: v_half(p, m), virtual_stages=2),
 }
 """Training schedules by the name users give them."""
 
@@ -148,6 +150,7 @@ def compute_order(name: str, num_ranks: int, num_micro_batches: int, virtual_sta
         ValueError: as `virtual_stages_of`, or a size is below 1.
     """
     v = virtual_stages_of(name, virtual_stages)
+    _check_sizes(num_ranks, num_micro_batches)
     return SCHEDULES[name].order(num_ranks, num_micro_batches, v)
 
 
