@@ -137,6 +137,8 @@ class Pending:
 def _watched(axis: Axis, kind: str, tensor: Tensor | None = None) -> Iterator[None]:
     """Meter a call, and turn a backend's complaint about a vanished peer into PeerLostError."""
     start, where = time.perf_counter(), axis.meter.where
+    listener = where.listener
+    began = None if listener is None else listener.stamp()
     where.waiting = kind, axis
     where.moves += 1
     try:
@@ -150,9 +152,13 @@ def _watched(axis: Axis, kind: str, tensor: Tensor | None = None) -> Iterator[No
     where.waiting = None
     where.moves += 1
     axis.meter.seconds[kind] += time.perf_counter() - start
+    size = None
     if tensor is not None:
+        size = tensor.numel() * tensor.element_size()
         axis.meter.calls[kind] += 1
-        axis.meter.bytes[kind] += tensor.numel() * tensor.element_size()
+        axis.meter.bytes[kind] += size
+    if listener is not None:
+        listener.watched(kind, axis, began, size)
 
 
 def _call(axis: Axis, kind: str, tensor: Tensor, result: Tensor, run: Callable[[], Any]) -> Pending:

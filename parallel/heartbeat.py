@@ -29,6 +29,25 @@ class Described(Protocol):
         """E.g. `forward of micro-batch 2 on stage 1`."""
 
 
+class Listener(Protocol):
+    """Who is told the moments at which a rank turns to something else (parallel.pipeline.recording)."""
+
+    def now(self, doing: str | Described | None) -> None:
+        """Another thing is being done, until the next call."""
+
+    def enter(self, doing: str | Described | None) -> None:
+        """Something within that begins."""
+
+    def leave(self) -> None:
+        """What was entered last ends."""
+
+    def stamp(self) -> Any:
+        """This moment, to be given to `watched`."""
+
+    def watched(self, kind: str, axis: Any, began: Any, size: int | None) -> None:
+        """A call of this kind along an axis ends. size: bytes handed over; None: what was started is waited for."""
+
+
 class Whereabouts:
     """What this rank is doing. One per grid: it hangs on the meter of its axes.
 
@@ -36,14 +55,16 @@ class Whereabouts:
         step: that is being taken, 1 the first. phase: of the run. doing: within it.
         waiting: (operation, axis) of the collective or message that this rank is in, None outside.
         moves: counts changes of all these. On CUDA these are launches: the GPU itself may be behind.
+        listener: is told of each change while somebody wants the times of them.
     """
 
-    __slots__ = ("doing", "moves", "phase", "step", "waiting")
+    __slots__ = ("doing", "listener", "moves", "phase", "step", "waiting")
 
     def __init__(self) -> None:
         self.step, self.phase, self.moves = 0, "starting", 0
         self.doing: str | Described | None = None
         self.waiting: tuple[str, Any] | None = None
+        self.listener: Listener | None = None
 
     def begin(self, step: int) -> None:
         """A step of the training begins."""
@@ -54,18 +75,24 @@ class Whereabouts:
         """Another thing is being done."""
         self.doing = doing
         self.moves += 1
+        if self.listener is not None:
+            self.listener.now(doing)
 
     @contextlib.contextmanager
     def during(self, doing: str | Described | None = None, *, phase: str | None = None) -> Iterator[None]:
         """A phase, or something within this one, after which what was before goes on."""
-        before = self.phase, self.doing
-        self.phase = phase or self.phase
-        self.now(doing)
+        before, listener = (self.phase, self.doing), self.listener
+        self.phase, self.doing = phase or self.phase, doing
+        self.moves += 1
+        if listener is not None:
+            listener.enter(doing)
         try:
             yield
         finally:
-            self.phase = before[0]
-            self.now(before[1])
+            self.phase, self.doing = before
+            self.moves += 1
+            if listener is not None:
+                listener.leave()
 
     def each(self, items: Iterable[Item], doing: str) -> Iterator[Item]:
         """The items, getting each of which is what is done."""
