@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -21,13 +22,14 @@ from engine.optimizers import Optimizer, make_optimizer
 from engine.optimizers.ema import WeightAverage
 from engine.precision.precision import precision_of
 from engine.precision.scaler import LossScaler
+from engine.prediction import predicted_step
 from model import Build, LayerSpec, MicroBatch, Precision, Stage
 from model.kernels import Kernels
 from parallel import comm
 from parallel.fp8 import Fp8Recipe, Fp8Registry, enable_fp8
 from parallel.grid import Grid, make_grid
 from parallel.layout import ParameterInfo
-from parallel.pipeline import Placement, Schedule, build_schedule, partition, validate
+from parallel.pipeline import Placement, Schedule, Timeline, build_schedule, partition, validate
 from parallel.pipeline.execution import PipelineExecutor, TensorSpec
 from parallel.process_group import World
 from parallel.sharding import Group, ParameterStore, ShardingPolicy
@@ -77,6 +79,11 @@ class Assembly:
     def training_flops(self) -> int:
         """FLOPs per image of forward and backward, matrix products alone: what MFU counts (Chowdhery et al. 2022)."""
         return sum(layer.flops * n for layer, n in zip(self.layers, self.frozen.passes, strict=True))
+
+    @cached_property
+    def predicted(self) -> Timeline:
+        """A training step by the simulator, with costs by FLOPs: what the report and `bubble_predicted` tell of."""
+        return predicted_step(self.schedule, self.placement, self.layers, self.frozen.passes)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """All that this rank holds, by their names in the model."""

@@ -33,12 +33,14 @@ class _Interval:
 
     Attributes:
         waited_before: seconds for data until then. steps: how many. paused: seconds for evaluation and saving.
+        bubbles: of the steps in which they were measured.
     """
 
     waited_before: float
     started: float = field(default_factory=lambda: time.perf_counter())
     steps: int = 0
     paused: float = 0.0
+    bubbles: list[float] = field(default_factory=list)
 
     @property
     def seconds(self) -> float:
@@ -95,6 +97,7 @@ class Loop:
         self.eval_stream = EvalStream(eval_set, **place)
         self.images_per_epoch = len(train_set)
         self.flops_per_image = a.training_flops
+        self.bubble_predicted = a.predicted.bubble_fraction if a.grid.pipeline.size > 1 else None
         self.evaluated: tuple[int, Mapping[str, float]] = (-1, {})
 
     def run(self) -> str | None:
@@ -111,6 +114,7 @@ class Loop:
             where.begin(step)
             lr, result = self._train(step, batches)
             interval.steps += 1
+            interval.bubbles += [] if result.bubble is None else [result.bubble]
             last = step == self.steps
             if last or step % self.config.log.interval == 0:
                 self._report(step, result, lr, interval)
@@ -254,6 +258,8 @@ class Loop:
             "peak_memory": int(memory),
             "epoch": self.progress.samples / self.images_per_epoch,
             "data_time": waited,
+            "bubble": statistics.fmean(interval.bubbles) if interval.bubbles else None,
+            "bubble_predicted": self.bubble_predicted,
         }
         if self.writer is not None:
             self.writer.train(step, values)

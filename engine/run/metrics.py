@@ -93,9 +93,10 @@ class MetricsWriter:
             "loss": f"loss {v['loss']:<7.4g}",
             "scale": f"scale {v['loss_scale']:g}" if v["loss_scale"] != 1 else "",
             "norm": f"norm {v['grad_norm']:.3f}",
+            "bubble": f"bubble {100 * v['bubble']:4.1f} %" if v.get("bubble") is not None else "",
             "skipped": f"skipped {v['skipped_steps']}" if v["skipped_steps"] else "",
         }
-        self.say(fitting(parts, ("samples", "speed", "clock", "time", "scale")))
+        self.say(fitting(parts, ("samples", "bubble", "speed", "clock", "time", "scale")))
 
     def evaluation(self, step: int, values: Mapping[str, Any]) -> None:
         """An evaluation line."""

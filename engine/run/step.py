@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import islice
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from data import Batch
 from engine.assemble import Assembly
+from engine.run.bubble import BubbleMeter
 from engine.run.diagnose import LossFunction, first_culprit, watch
 from model import MicroBatch
 from parallel import comm
@@ -34,6 +35,7 @@ class StepResult:
         loss_scale: that this step was taken with.
         bad: skipped for a reason that a smaller loss scale does not cure. culprit: what was not finite first, if bad.
         votes: what all ranks brought to the step, added up.
+        bubble: share of the pass in which ranks did not compute; None without a pipeline, or where it was not measured.
     """
 
     loss: float
@@ -43,6 +45,7 @@ class StepResult:
     bad: bool = False
     culprit: str | None = None
     votes: tuple[float, ...] = ()
+    bubble: float | None = field(default=None, compare=False)
 
 
 class _OnDevice(Sequence[MicroBatch]):
@@ -67,12 +70,13 @@ class Stepper:
     """Runs training steps and evaluations on what `assemble` built.
 
     Attributes:
-        before_change: called before anything of the state is changed.
+        before_change: called before anything of the state is changed. meter: of the bubble; it has the recorder.
     """
 
     def __init__(self, assembly: Assembly) -> None:
         self.assembly = assembly
         self.before_change: Callable[[], None] = lambda: None
+        self.meter = BubbleMeter(assembly.grid, assembly.device)
         self._train = assembly.executor(assembly.schedule)
         self._eval = cache(self._eval_executor)
 
@@ -88,10 +92,14 @@ class Stepper:
         """
         a = self.assembly
         scale = a.scaler.scale if a.scaler else 1.0
-        loss, norm, total = self._forward_backward(_OnDevice(a, batches), self._loss_share, votes)
+        self.meter.begin()
+        loss, norm, total = self._forward_backward(
+            _OnDevice(a, batches), self._loss_share, lambda: (*votes(), *self.meter.votes())
+        )
+        total, bubble = self.meter.end(total)
         self.before_change()
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            return replace(self._skip(batches, loss, norm), votes=total)
+            return replace(self._skip(batches, loss, norm), votes=total, bubble=bubble)
         o = a.config.optimizer
         a.grid.meter.where.now("optimizer")
         self._finish_precision(overflow=False)
@@ -102,7 +110,7 @@ class Stepper:
         a.store.updated()
         if a.average is not None:
             a.average.update()
-        return StepResult(loss, norm, skipped=False, loss_scale=scale, votes=total)
+        return StepResult(loss, norm, skipped=False, loss_scale=scale, votes=total, bubble=bubble)
 
     def _forward_backward(
         self, micro_batches: Sequence[MicroBatch], loss: LossFunction, votes: Votes = lambda: ()
@@ -113,6 +121,7 @@ class Stepper:
         losses = self._train.run(micro_batches, loss)
         self.assembly.grid.meter.where.now("finishing gradients")
         gradients.finish()
+        self.assembly.grid.meter.where.now("adding up loss and norm")
         return self._totals(losses, votes())
 
     def _skip(self, batches: Sequence[Batch], loss: float, norm: float) -> StepResult:
@@ -126,6 +135,7 @@ class Stepper:
     def _diagnose(self, batches: Sequence[Batch]) -> str:
         """What was not finite first, found by running the step's micro-batches again. Collective."""
         a = self.assembly
+        a.grid.meter.where.listener = None  # what is run again is no part of the step's times
         unrecorded = a.fp8.unrecorded() if a.fp8 is not None else nullcontext()
         with unrecorded, watch(a.stages.values(), a.layers, a.grid.data.index) as watching:
             self._forward_backward(watching.batches(_OnDevice(a, batches)), watching.loss(self._loss_share))
@@ -151,7 +161,9 @@ class Stepper:
                 total += counts
         if not self._reports or a.grid.context.index:
             total.zero_()
-        return a.objective.figures(comm.all_reduce(total, a.grid.world).tolist())
+        total = comm.all_reduce(total, a.grid.world)
+        self.meter.met()
+        return a.objective.figures(total.tolist())
 
     def evaluate_average(self, batches: Iterable[Batch]) -> dict[str, float]:
         """The same with the moving average of the weights, which must be kept (`optimizer.ema_decay`)."""

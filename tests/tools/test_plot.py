@@ -137,7 +137,7 @@ def test_x_is_images_or_time_of_training(tmp_path: Path, drawn: list[Figure]) ->
 
 
 def test_panels_say_something_or_are_asked_for(tmp_path: Path, drawn: list[Figure]) -> None:
-    lines = [train(i, loss_scale=2.0**i, skipped_steps=i, mfu=0.4, data_time=0.1) for i in range(1, 5)]
+    lines = [train(i, loss_scale=2.0**i, skipped_steps=i, mfu=0.4, data_time=0.1, bubble=0.3) for i in range(1, 5)]
     run = write(tmp_path / "run", lines)
     assert plot.main([str(run), "--log"]) == EXIT_DONE
     titles = {axes.get_title(loc="left") for axes in drawn[-1].axes}

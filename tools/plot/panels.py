@@ -103,6 +103,14 @@ PANELS: Mapping[str, Panel] = {
         tells=lambda values: bool(np.median(values) >= _LEAST_WAIT),
         summary="median",
     ),
+    "bubble": Panel(
+        title="pipeline bubble",
+        unit="% of the pass",
+        curves=_of_training(_column("bubble", 100)),
+        from_zero=True,
+        noisy=True,
+        summary="median",
+    ),
     "loss_scale": Panel(title="loss scale", curves=_of_training(_column("loss_scale")), tells=_changes),
     "skipped": Panel(
         title="skipped steps", curves=_of_training(_column("skipped_steps")), tells=lambda values: bool(values.any())

@@ -21,7 +21,7 @@ FILE = "metrics.jsonl"
 COLUMNS = {  # what is read of the lines of each event; other events and fields are passed over
     "train": (
         "step", "wall_time", "samples", "step_time", "loss", "lr", "grad_norm", "loss_scale", "skipped_steps",
-        "images_per_second", "mfu", "peak_memory", "data_time",
+        "images_per_second", "mfu", "peak_memory", "data_time", "bubble",
     ),
     "eval": ("step", "wall_time", "loss", "accuracy", "ema_loss", "ema_accuracy", "eval_time"),
     "bad_step": ("step", "wall_time"),

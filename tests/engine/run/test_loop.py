@@ -33,7 +33,7 @@ from tests.engine.small import flags, small
 TRAIN_KEYS = [
     *("event", "step", "samples", "loss", "lr", "grad_norm", "loss_scale", "skipped_steps", "step_time"),
     *("images_per_second", "tokens_per_second", "tflops_per_device", "mfu", "peak_memory"),
-    *("epoch", "data_time", "wall_time"),
+    *("epoch", "data_time", "bubble", "bubble_predicted", "wall_time"),
 ]
 
 
@@ -65,6 +65,7 @@ def test_metrics_have_the_promised_keys_and_the_configuration_is_kept(tmp_path: 
     assert evaluation[0]["images"] == 8 and 0 <= evaluation[0]["accuracy"] <= 1
     assert [line["epoch"] for line in train] == [8 / 32, 16 / 32, 24 / 32]
     assert all(0 <= line["data_time"] <= line["step_time"] for line in train)
+    assert all(line["bubble"] is line["bubble_predicted"] is None for line in train), "there is no pipeline"
     times = [line["wall_time"] for line in train + evaluation]
     assert times == sorted(times) and 0 <= time.time() - times[-1] < 600
     assert 0 < evaluation[0]["eval_time"] < 600

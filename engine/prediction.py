@@ -1,0 +1,26 @@
+"""A training step as it is predicted before anything has run: the simulator's, with costs by FLOPs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from model import LayerSpec
+from parallel.pipeline import Costs, Placement, Schedule, Timeline, simulate
+
+
+def predicted_step(
+    schedule: Schedule, placement: Placement, layers: Sequence[LayerSpec], passes: Sequence[int]
+) -> Timeline:
+    """The simulated step. Time is counted in FLOPs per image; messages take none.
+
+    Args:
+        layers: of the whole model. passes: of each layer, products of the forward's cost (engine.frozen): forward,
+            gradient of the inputs, gradient of the weights.
+    """
+
+    def of(least: int) -> tuple[float, ...]:
+        return tuple(
+            float(sum(layers[i].flops for i in stage if passes[i] >= least)) for stage in placement.layers
+        )  # fmt: skip
+
+    return simulate(schedule, Costs(forward=of(1), backward_input=of(2), backward_weight=of(3)))
