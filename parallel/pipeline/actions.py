@@ -27,7 +27,16 @@ from typing import NamedTuple
 
 
 class ScheduleError(ValueError):
-    """A schedule that cannot be run as written; the message names the rank and the action."""
+    """A schedule that cannot be run as written; the message names the rank and the action.
+
+    Attributes:
+        why: the message without the place. place: that of the action that is wrong, where it is one.
+    """
+
+    def __init__(self, why: str, place: Place | None = None) -> None:
+        where = "" if place is None else f"rank {place.rank}, action {place.position + 1}: "
+        super().__init__(where + why)
+        self.why, self.place = why, place
 
 
 class ActionKind(Enum):

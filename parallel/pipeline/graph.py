@@ -88,7 +88,7 @@ def dependency_graph(schedule: Schedule, *, one_channel: bool = False) -> Graph:
                 waits_for.append(Place(rank, position - 1))
             for dependency in data_dependencies(action, schedule):
                 if dependency not in schedule.places:
-                    raise ScheduleError(f"rank {rank}: {action} needs {dependency}, which no rank computes")
+                    raise ScheduleError(f"{action} needs {dependency}, which no rank computes", place)
                 source = schedule.places[dependency]
                 receive = input_receive(action, schedule)
                 if source.rank == rank or receive is None:
@@ -116,8 +116,12 @@ def execution_order(schedule: Schedule, graph: Graph) -> list[Node]:
     try:
         return list(graphlib.TopologicalSorter(graph).static_order())
     except graphlib.CycleError as error:
-        circle = " before ".join(_describe(schedule, node) for node in error.args[1])
-        raise ScheduleError(f"schedule {schedule.name!r} can make no progress (deadlock): {circle}") from None
+        nodes: list[Node] = error.args[1]
+        steps = [_describe(schedule, node) for node in nodes]
+        circle = " before ".join(steps if len(steps) <= 12 else [*steps[:10], f"{len(steps) - 11} more", steps[-1]])
+        places = [node if isinstance(node, Place) else schedule.places.get(node.receive) for node in nodes]
+        first = min((place for place in places if place is not None), key=lambda place: place.position, default=None)
+        raise ScheduleError(f"schedule {schedule.name!r} can make no progress (deadlock): {circle}", first) from None
 
 
 def _describe(schedule: Schedule, node: Node) -> str:

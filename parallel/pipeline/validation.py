@@ -6,10 +6,17 @@ reported by its cause and not by the deadlock that follows from it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import zip_longest
+from collections.abc import Iterator, Set
 
-from parallel.pipeline.actions import Action, ActionKind, Schedule, ScheduleError, live_activations, peak_activations
+from parallel.pipeline.actions import (
+    Action,
+    ActionKind,
+    Place,
+    Schedule,
+    ScheduleError,
+    live_activations,
+    peak_activations,
+)
 from parallel.pipeline.graph import data_dependencies, dependency_graph, execution_order, input_receive
 
 
@@ -28,7 +35,7 @@ def validate(schedule: Schedule, *, activation_budget: float | None = None) -> N
     * No rank's peak of live activations, in units of its share of one micro-batch, is above ``activation_budget``.
 
     Raises:
-        ScheduleError: the first rule that is broken, with the rank and action.
+        ScheduleError: the first rule that is broken, and the first action that breaks it.
     """
     _check_places(schedule)
     _check_computes(schedule)
@@ -39,88 +46,116 @@ def validate(schedule: Schedule, *, activation_budget: float | None = None) -> N
     _check_activations(schedule, activation_budget)
 
 
-def _actions(schedule: Schedule) -> Iterator[tuple[int, Action]]:
-    return ((rank, action) for rank, program in enumerate(schedule.ranks) for action in program)
+def validate_compute_order(schedule: Schedule) -> None:
+    """The same of a schedule without its communication: what is left of the rules when no messages are asked for.
+
+    Raises:
+        ScheduleError: as `validate`.
+    """
+    _check_places(schedule)
+    _check_computes(schedule)
+    _check_program_order(schedule)
+    execution_order(schedule, dependency_graph(schedule))
+
+
+def _actions(schedule: Schedule) -> Iterator[tuple[Place, Action]]:
+    return ((Place(rank, i), a) for rank, program in enumerate(schedule.ranks) for i, a in enumerate(program))
 
 
 def _check_places(schedule: Schedule) -> None:
     seen: set[Action] = set()
-    for rank, action in _actions(schedule):
+    for place, action in _actions(schedule):
         if not 0 <= action.stage < schedule.num_stages:
-            raise ScheduleError(f"rank {rank}: {action} names stage {action.stage} of {schedule.num_stages}")
+            raise ScheduleError(f"{action} names stage {action.stage} of {schedule.num_stages}", place)
         if action.micro_batch is not None and not 0 <= action.micro_batch < schedule.num_micro_batches:
             raise ScheduleError(
-                f"rank {rank}: {action} names micro-batch {action.micro_batch} of {schedule.num_micro_batches}"
+                f"{action} names micro-batch {action.micro_batch} of {schedule.num_micro_batches}", place
             )
         owner = schedule.stage_to_rank[action.stage]
-        if owner != rank:
-            raise ScheduleError(f"rank {rank}: {action} does not belong here: rank {owner} holds stage {action.stage}")
+        if owner != place.rank:
+            raise ScheduleError(f"{action} does not belong here: rank {owner} holds stage {action.stage}", place)
         if action in seen and not action.kind.is_whole_stage:
-            raise ScheduleError(f"rank {rank}: {action} stands more than once")
+            raise ScheduleError(f"{action} stands more than once", place)
         seen.add(action)
 
 
 def _check_computes(schedule: Schedule) -> None:
-    kinds = ActionKind
+    present: dict[tuple[int, int | None], dict[ActionKind, Place]] = {}
+    for place, action in _actions(schedule):
+        if action.kind.is_compute:
+            present.setdefault((action.stage, action.micro_batch), {})[action.kind] = place
     for stage, rank in enumerate(schedule.stage_to_rank):
         for micro_batch in range(schedule.num_micro_batches):
-            what = f"rank {rank}: stage {stage}, micro-batch {micro_batch}"
-            present = {k for k in kinds if k.is_compute and Action(k, stage, micro_batch) in schedule.places}
-            backward = present - {kinds.FORWARD, kinds.RECOMPUTE}
-            if kinds.FORWARD not in present:
-                raise ScheduleError(f"{what} has no forward")
-            if schedule.is_forward_only:
-                if kinds.RECOMPUTE in present:
-                    raise ScheduleError(f"{what} has a recompute (R) and no backward to need it")
-            elif not backward:
-                raise ScheduleError(f"{what} has no backward, though others have: its activations would never be freed")
-            elif backward not in ({kinds.BACKWARD}, {kinds.BACKWARD_INPUT, kinds.BACKWARD_WEIGHT}):
-                found = ", ".join(sorted(kind.value for kind in backward))
-                raise ScheduleError(f"{what} has backward actions {found}: give one B, or one I and one W")
+            found = present.get((stage, micro_batch), {})
+            why = _wrong_kinds(found.keys(), schedule.is_forward_only)
+            if why is None:
+                continue
+            what = f"stage {stage}, micro-batch {micro_batch} {why}"
+            if not found:
+                raise ScheduleError(f"rank {rank}: {what}")
+            first = min(found.values())
+            raise ScheduleError(f"{schedule.ranks[rank][first.position]}: {what}", first)
+
+
+def _wrong_kinds(found: Set[ActionKind], is_forward_only: bool) -> str | None:
+    """What is wrong with the kinds of compute actions of one micro-batch on one stage."""
+    kinds = ActionKind
+    backward = found - {kinds.FORWARD, kinds.RECOMPUTE}
+    if kinds.FORWARD not in found:
+        return "has no forward"
+    if is_forward_only:
+        return "has a recompute (R) and no backward to need it" if kinds.RECOMPUTE in found else None
+    if not backward:
+        return "has no backward, though others have: its activations would never be freed"
+    if backward not in ({kinds.BACKWARD}, {kinds.BACKWARD_INPUT, kinds.BACKWARD_WEIGHT}):
+        return f"has backward actions {', '.join(sorted(k.value for k in backward))}: give one B, or one I and one W"
+    return None
 
 
 def _check_messages(schedule: Schedule) -> None:
-    for rank, action in _actions(schedule):
+    for place, action in _actions(schedule):
         if action.kind.is_message:
             other = action.counterpart
             if not schedule.crosses_ranks(action.stage, other.stage):
-                raise ScheduleError(f"rank {rank}: {action} has no other rank at its other end")
+                raise ScheduleError(f"{action} has no other rank at its other end", place)
             if other not in schedule.places:
                 missing = "receive" if action.kind.is_send else "send"
                 peer = schedule.peer(action)
-                raise ScheduleError(f"rank {rank}: {action} has no matching {missing} {other} on rank {peer}")
+                raise ScheduleError(f"{action} has no matching {missing} {other} on rank {peer}", place)
             if schedule.is_forward_only and action.kind in (ActionKind.SEND_BACKWARD, ActionKind.RECV_BACKWARD):
-                raise ScheduleError(f"rank {rank}: {action} carries a gradient in a schedule without backward")
+                raise ScheduleError(f"{action} carries a gradient in a schedule without backward", place)
         receive = input_receive(action, schedule)
         if receive is not None and receive not in schedule.places:
-            raise ScheduleError(f"rank {rank}: {action} has its input on another rank and no receive {receive}")
+            raise ScheduleError(f"{action} has its input on another rank and no receive {receive}", place)
 
 
 def _check_program_order(schedule: Schedule) -> None:
     for action, place in schedule.places.items():
         needed = data_dependencies(action, schedule)
         receive = input_receive(action, schedule)
-        if receive is not None:
+        if receive is not None and receive in schedule.places:
             needed.append(receive)
         for dependency in needed:
             source = schedule.places[dependency]
             if source.rank == place.rank and source.position > place.position:
-                raise ScheduleError(f"rank {place.rank}: {action} stands before {dependency}, which it needs")
+                raise ScheduleError(f"{action} stands before {dependency}, which it needs", place)
 
 
 def _check_channel_order(schedule: Schedule) -> None:
     """Both ranks of a pair must post the messages between them, of either direction, in one order."""
-    posted: dict[tuple[int, int], list[Action]] = {}  # (rank, peer) -> messages, each named by its send
-    for rank, action in _actions(schedule):
+    posted: dict[tuple[int, int], list[tuple[Place, Action]]] = {}  # (rank, peer) -> messages, each named by its send
+    for place, action in _actions(schedule):
         if action.kind.is_message:
             send = action if action.kind.is_send else action.counterpart
-            posted.setdefault((rank, schedule.peer(action)), []).append(send)
+            posted.setdefault((place.rank, schedule.peer(action)), []).append((place, send))
     for (rank, peer), messages in posted.items():
-        for here, there in zip_longest(messages, posted[peer, rank]):
+        # As many there, since each has its other end.
+        for (place, here), (_, there) in zip(messages, posted[peer, rank], strict=True):
             if here != there:
                 raise ScheduleError(
                     f"ranks {rank} and {peer} post their messages in different orders: where rank {rank} has the "
-                    f"message of {here}, rank {peer} has that of {there}"
+                    f"message of {here}, rank {peer} has that of {there}",
+                    place,
                 )
 
 

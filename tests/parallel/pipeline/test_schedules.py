@@ -226,7 +226,7 @@ def test_compute_order_in_a_circle() -> None:
 
 
 def test_compute_order_with_a_hole() -> None:
-    with pytest.raises(ScheduleError, match="rank 0: 0B0 needs 1B0, which no rank computes"):
+    with pytest.raises(ScheduleError, match="rank 0, action 2: 0B0 needs 1B0, which no rank computes"):
         insert_communication(Schedule.from_text("0F0 0B0\n1F0"))
 
 

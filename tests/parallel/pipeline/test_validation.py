@@ -20,30 +20,30 @@ def test_good_schedule() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("0F0", "0F0 2F0", "rank 0: 2F0 names stage 2 of 2"),
-        ("0F0", "0F0 1F0", "rank 0: 1F0 does not belong here: rank 1 holds stage 1"),
-        ("0F0", "0F0 0F0", "rank 0: 0F0 stands more than once"),
-        ("1SEND_B0", "1SEND_B0 1SEND_B0", "rank 1: 1SEND_B0 stands more than once"),
-        ("1F0", "", "rank 1: stage 1, micro-batch 0 has no forward"),
-        ("1B0", "", "rank 1: stage 1, micro-batch 0 has no backward, though others have"),
+        ("0F0", "0F0 2F0", "rank 0, action 2: 2F0 names stage 2 of 2"),
+        ("0F0", "0F0 1F0", "rank 0, action 2: 1F0 does not belong here: rank 1 holds stage 1"),
+        ("0F0", "0F0 0F0", "rank 0, action 2: 0F0 stands more than once"),
+        ("1SEND_B0", "1SEND_B0 1SEND_B0", "rank 1, action 5: 1SEND_B0 stands more than once"),
+        ("1F0", "", "1[BF]0: stage 1, micro-batch 0 has no forward"),
+        ("1B0", "", "1[BF]0: stage 1, micro-batch 0 has no backward, though others have"),
         ("1B0", "1B0 1W0", "stage 1, micro-batch 0 has backward actions B, W: give one B, or one I and one W"),
         ("1B0", "1I0", "has backward actions I: give one B, or one I and one W"),
         ("0B0", "0W0", "has backward actions W: give one B, or one I and one W"),
-        ("1RECV_F0", "", "rank 0: 0SEND_F0 has no matching receive 1RECV_F0 on rank 1"),
-        ("0SEND_F0", "", "rank 1: 1RECV_F0 has no matching send 0SEND_F0 on rank 0"),
-        ("1SEND_B0", "", "rank 0: 0RECV_B0 has no matching send 1SEND_B0 on rank 1"),
-        ("1SEND_B0", "1SEND_F0", "rank 0: 0RECV_B0 has no matching send 1SEND_B0"),
-        ("1B0", "1B0 1SEND_F0", "rank 1: 1SEND_F0 has no other rank at its other end"),
-        ("0F0", "0RECV_F0 0F0", "rank 0: 0RECV_F0 has no other rank at its other end"),
-        ("0B0", "0B0 0SEND_B0", "rank 0: 0SEND_B0 has no other rank at its other end"),
-        ("1RECV_F0 1F0", "1F0 1RECV_F0", "rank 1: 1F0 stands before 1RECV_F0, which it needs"),
-        ("0RECV_B0 0B0", "0B0 0RECV_B0", "rank 0: 0B0 stands before 0RECV_B0, which it needs"),
-        ("0F0 0SEND_F0", "0SEND_F0 0F0", "rank 0: 0SEND_F0 stands before 0F0, which it needs"),
-        ("1B0 1SEND_B0", "1SEND_B0 1B0", "rank 1: 1SEND_B0 stands before 1B0, which it needs"),
-        ("1F0 1B0", "1B0 1F0", "rank 1: 1B0 stands before 1F0, which it needs"),
-        ("1B0", "1W0 1I0", "rank 1: 1W0 stands before 1I0, which it needs"),
-        ("1F0", "1R0 1F0", "rank 1: 1R0 stands before 1F0, which it needs"),
-        ("1SEND_B0", "1SEND_B0 1R0", "rank 1: 1B0 stands before 1R0, which it needs"),
+        ("1RECV_F0", "", "rank 0, action 2: 0SEND_F0 has no matching receive 1RECV_F0 on rank 1"),
+        ("0SEND_F0", "", "rank 1, action 1: 1RECV_F0 has no matching send 0SEND_F0 on rank 0"),
+        ("1SEND_B0", "", "rank 0, action 3: 0RECV_B0 has no matching send 1SEND_B0 on rank 1"),
+        ("1SEND_B0", "1SEND_F0", "rank 0, action 3: 0RECV_B0 has no matching send 1SEND_B0"),
+        ("1B0", "1B0 1SEND_F0", "rank 1, action 4: 1SEND_F0 has no other rank at its other end"),
+        ("0F0", "0RECV_F0 0F0", "rank 0, action 1: 0RECV_F0 has no other rank at its other end"),
+        ("0B0", "0B0 0SEND_B0", "rank 0, action 5: 0SEND_B0 has no other rank at its other end"),
+        ("1RECV_F0 1F0", "1F0 1RECV_F0", "rank 1, action 1: 1F0 stands before 1RECV_F0, which it needs"),
+        ("0RECV_B0 0B0", "0B0 0RECV_B0", "rank 0, action 3: 0B0 stands before 0RECV_B0, which it needs"),
+        ("0F0 0SEND_F0", "0SEND_F0 0F0", "rank 0, action 1: 0SEND_F0 stands before 0F0, which it needs"),
+        ("1B0 1SEND_B0", "1SEND_B0 1B0", "rank 1, action 3: 1SEND_B0 stands before 1B0, which it needs"),
+        ("1F0 1B0", "1B0 1F0", "rank 1, action 2: 1B0 stands before 1F0, which it needs"),
+        ("1B0", "1W0 1I0", "rank 1, action 3: 1W0 stands before 1I0, which it needs"),
+        ("1F0", "1R0 1F0", "rank 1, action 2: 1R0 stands before 1F0, which it needs"),
+        ("1SEND_B0", "1SEND_B0 1R0", "rank 1, action 3: 1B0 stands before 1R0, which it needs"),
     ],
 )
 def test_one_fault(old: str, new: str, message: str) -> None:
@@ -54,15 +54,19 @@ def test_one_fault(old: str, new: str, message: str) -> None:
 
 
 def test_remote_input_without_message() -> None:
-    with pytest.raises(ScheduleError, match="rank 1: 1F0 has its input on another rank and no receive 1RECV_F0"):
+    with pytest.raises(
+        ScheduleError, match="rank 1, action 1: 1F0 has its input on another rank and no receive 1RECV_F0"
+    ):
         validate(Schedule.from_text("0F0\n1F0"))
-    with pytest.raises(ScheduleError, match="rank 0: 0I0 has its input on another rank and no receive 0RECV_B0"):
+    with pytest.raises(
+        ScheduleError, match="rank 0, action 3: 0I0 has its input on another rank and no receive 0RECV_B0"
+    ):
         validate(Schedule.from_text("0F0 0SEND_F0 0I0 0W0\n1RECV_F0 1F0 1B0"))
 
 
 def test_micro_batch_beyond_the_schedule() -> None:
     schedule = replace(build_schedule("gpipe", 2, 3), num_micro_batches=2)
-    with pytest.raises(ScheduleError, match="rank 0: 0F2 names micro-batch 2 of 2"):
+    with pytest.raises(ScheduleError, match="rank 0, action 5: 0F2 names micro-batch 2 of 2"):
         validate(schedule)
 
 
@@ -83,7 +87,7 @@ def test_forward_only_has_no_backward_part() -> None:
 def test_neighbours_on_one_rank() -> None:
     with pytest.raises(ScheduleError, match="0SEND_F0 has no other rank at its other end"):
         validate(Schedule.from_text("0F0 0SEND_F0 1RECV_F0 1F0", stage_to_rank=(0, 0)))
-    with pytest.raises(ScheduleError, match="rank 0: 1F0 stands before 0F0, which it needs"):
+    with pytest.raises(ScheduleError, match="rank 0, action 1: 1F0 stands before 0F0, which it needs"):
         validate(Schedule.from_text("1F0 0F0", stage_to_rank=(0, 0)))
 
 
@@ -93,7 +97,8 @@ def test_ranks_that_disagree_on_the_order_of_messages() -> None:
         1RECV_F1 1RECV_F0 1F0 1F1
     """
     with pytest.raises(
-        ScheduleError, match=r"ranks 0 and 1 post .* where rank 0 has the message of 0SEND_F0, rank 1 .*"
+        ScheduleError,
+        match=r"rank 0, action 2: ranks 0 and 1 post .* where rank 0 has the message of 0SEND_F0, rank 1 .*",
     ):
         validate(Schedule.from_text(text))
 
