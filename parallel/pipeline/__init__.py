@@ -2,10 +2,12 @@
 
 from parallel.pipeline.actions import Action, ActionKind, Schedule, ScheduleError
 from parallel.pipeline.communication import insert_communication
+from parallel.pipeline.costs import Costs, sum_layers
 from parallel.pipeline.partition import partition
 from parallel.pipeline.placement import Placement
 from parallel.pipeline.schedules import SCHEDULES, build_schedule, compute_order, forward_only
-from parallel.pipeline.simulation import Costs, Interval, Timeline, simulate
+from parallel.pipeline.simulation import simulate
+from parallel.pipeline.timeline import Interval, Message, Timeline
 from parallel.pipeline.validation import validate
 
 __all__ = [
@@ -14,6 +16,7 @@ __all__ = [
     "ActionKind",
     "Costs",
     "Interval",
+    "Message",
     "Placement",
     "Schedule",
     "ScheduleError",
@@ -24,5 +27,6 @@ __all__ = [
     "insert_communication",
     "partition",
     "simulate",
+    "sum_layers",
     "validate",
 ]

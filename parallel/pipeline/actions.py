@@ -62,7 +62,7 @@ class ActionKind(Enum):
 
     @property
     def is_send(self) -> bool:
-        return self in (ActionKind.SEND_FORWARD, ActionKind.SEND_BACKWARD)
+        return self is ActionKind.SEND_FORWARD or self is ActionKind.SEND_BACKWARD
 
     @property
     def is_message(self) -> bool:
@@ -72,7 +72,7 @@ class ActionKind(Enum):
     @property
     def is_whole_stage(self) -> bool:
         """Whether this acts on the parameters of a stage and not on a micro-batch."""
-        return self in (ActionKind.UNSHARD, ActionKind.REDUCE)
+        return self in _WHOLE_STAGE
 
 
 _COMPUTE = frozenset(
@@ -84,6 +84,8 @@ _COMPUTE = frozenset(
         ActionKind.RECOMPUTE,
     }
 )
+
+_WHOLE_STAGE = frozenset({ActionKind.UNSHARD, ActionKind.REDUCE})
 
 # What an action adds to the activations that are alive (a forward whose backward recomputes adds none).
 _ALIVE = {
@@ -243,7 +245,7 @@ def live_stages(schedule: Schedule, rank: int) -> list[Counter[int]]:
     """
     live: Counter[int] = Counter()
     counts = []
-    for action, delta in zip(schedule.ranks[rank], _changes(schedule, schedule.ranks[rank]), strict=True):
+    for action, delta in zip(schedule.ranks[rank], alive_changes(schedule, schedule.ranks[rank]), strict=True):
         live[action.stage] += delta
         counts.append(live.copy())
     return counts
@@ -251,10 +253,10 @@ def live_stages(schedule: Schedule, rank: int) -> list[Counter[int]]:
 
 def live_activations(schedule: Schedule, rank: int, program: Sequence[Action] | None = None) -> list[int]:
     """The same of all its stages together; of actions of the rank in another order, or fewer, if they are given."""
-    return list(accumulate(_changes(schedule, schedule.ranks[rank] if program is None else program)))
+    return list(accumulate(alive_changes(schedule, schedule.ranks[rank] if program is None else program)))
 
 
-def _changes(schedule: Schedule, program: Sequence[Action]) -> list[int]:
+def alive_changes(schedule: Schedule, program: Sequence[Action]) -> list[int]:
     """What each action of a rank adds to the count of activations that are alive."""
     if schedule.is_forward_only:
         return [0] * len(program)

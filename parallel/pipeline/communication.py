@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
-from parallel.pipeline.actions import Action, ActionKind, Place, Schedule
-from parallel.pipeline.graph import dependency_graph
-from parallel.pipeline.simulation import Costs, earliest_times
+from parallel.pipeline.actions import Action, ActionKind, Schedule
+from parallel.pipeline.costs import Costs
+from parallel.pipeline.progress import Progress
 
 # Only the order of events matters. Equal times for F, I and W are what papers on schedules assume; most ends would tie
 # then, and the latency, too small to reorder anything else, tells which message is ready first.
@@ -34,21 +35,25 @@ def insert_communication(compute_order: Schedule) -> Schedule:
     """
     if any(action.kind.is_message for program in compute_order.ranks for action in program):
         raise ValueError(f"schedule {compute_order.name!r} has sends or receives already: give the compute order alone")
-    times = earliest_times(compute_order, dependency_graph(compute_order), _NOMINAL_COSTS)
+    progress = Progress(compute_order, _NOMINAL_COSTS)
+    progress.require_complete()
     programs: list[list[Action]] = [[] for _ in compute_order.ranks]
-    places = [node for node in times if isinstance(node, Place)]
-
-    def action_at(place: Place) -> Action:
-        return compute_order.ranks[place.rank][place.position]
-
-    for place in sorted(places, key=lambda place: (times[place][1], place)):
-        action = action_at(place)
-        programs[place.rank].append(action)
+    for _, rank, _, action in sorted(_ends(compute_order, progress)):
+        programs[rank].append(action)
         send = _send_after(action, compute_order)
         if send is not None:
-            programs[place.rank].append(send)
+            programs[rank].append(send)
             programs[compute_order.peer(send)].append(send.counterpart)
     return replace(compute_order, ranks=tuple(map(tuple, programs)))
+
+
+def _ends(schedule: Schedule, progress: Progress) -> Iterator[tuple[float, int, int, Action]]:
+    """The end of each action, its rank and position. Actions that take no time end with the one before them."""
+    for rank, program in enumerate(schedule.ranks):
+        ends, last = iter(progress.ends[rank]), 0.0
+        for position, action in enumerate(program):
+            last = next(ends) if action.kind.is_compute else last
+            yield last, rank, position, action
 
 
 def _send_after(action: Action, schedule: Schedule) -> Action | None:

@@ -1,177 +1,147 @@
-"""The simulator: when each action of a schedule runs, given what actions cost.
+"""The simulator: when each action of a schedule runs, given what actions and messages cost.
 
-Every action starts as soon as the one before it on its rank is done and its input is there, so the times are the
-longest paths through the dependency graph. Units of time are the caller's: seconds, or multiples of a forward.
+Two policies, with the semantics of the engine:
+
+* ``static``: every rank runs its program in order, messages are posted where the program has them (`progress.py`).
+* ``ready``: every rank runs what is ready (`readiness.py`, which the executor runs too). Receives are posted ahead on
+  every lane and sends go at once, so a message waits for those before it on its lane alone: one boundary, one
+  direction.
+
+Units of time are the caller's: seconds, or multiples of a forward.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, fields
+import heapq
+from array import array
+from collections import defaultdict
+from itertools import count
+from typing import Literal
 
-from parallel.pipeline.actions import Action, ActionKind, Place, Schedule, peak_activations
-from parallel.pipeline.graph import Arrival, Graph, Node, dependency_graph, execution_order
+from parallel.pipeline.actions import Action, ActionKind, Schedule
+from parallel.pipeline.costs import Costs
+from parallel.pipeline.progress import Progress
+from parallel.pipeline.readiness import Chooser, check_lanes
+from parallel.pipeline.timeline import Message, Timeline
 
-PerStage = float | tuple[float, ...]
-"""One number for all stages, or one per stage."""
+Policy = Literal["static", "ready"]
+POLICIES: tuple[Policy, ...] = ("static", "ready")
 
-
-@dataclass(frozen=True, kw_only=True)
-class Costs:
-    """Time of each kind of action per stage and micro-batch; the whole backward takes the sum of its two parts.
-
-    Raises:
-        ValueError: a time is negative or not finite.
-    """
-
-    forward: PerStage = 1.0
-    backward_input: PerStage = 1.0
-    backward_weight: PerStage = 1.0
-    recompute: PerStage = 1.0
-    latency: float = 0.0
-    """Time of one message, from the moment both ends have posted it; messages of a pair of ranks pass one by one."""
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            for time in value if isinstance(value, tuple) else (value,):
-                if not (math.isfinite(time) and time >= 0):
-                    raise ValueError(f"costs: {field.name} is {value}, but times are finite and not negative")
-
-    def check_stages(self, num_stages: int) -> None:
-        """Raise ValueError unless every per-stage tuple has one time for each stage."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, tuple) and len(value) != num_stages:
-                raise ValueError(f"costs: {field.name} has {len(value)} times for {num_stages} stages")
-
-    def duration(self, action: Action) -> float:
-        """Time that an action keeps its rank busy; communication and reserved actions run beside and take none."""
-
-        def of(cost: PerStage) -> float:
-            return cost[action.stage] if isinstance(cost, tuple) else cost
-
-        match action.kind:
-            case ActionKind.FORWARD:
-                return of(self.forward)
-            case ActionKind.BACKWARD:
-                return of(self.backward_input) + of(self.backward_weight)
-            case ActionKind.BACKWARD_INPUT:
-                return of(self.backward_input)
-            case ActionKind.BACKWARD_WEIGHT:
-                return of(self.backward_weight)
-            case ActionKind.RECOMPUTE:
-                return of(self.recompute)
-            case _:
-                return 0.0
+_AT_ONCE = 1e-9  # of a step's length: events that are no further apart happen together, however sums were rounded
 
 
-@dataclass(frozen=True, kw_only=True)
-class Interval:
-    """One compute action and when it ran."""
-
-    action: Action
-    start: float
-    end: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Timeline:
-    """What a simulated step looks like."""
-
-    ranks: tuple[tuple[Interval, ...], ...]
-    """The compute actions of each rank in order."""
-    peak_activations: tuple[float, ...]
-    """Most activations alive at once per rank; 1 is the rank's share of one micro-batch, all its stages together."""
-
-    @property
-    def makespan(self) -> float:
-        """Time from the start to the end of the last compute action."""
-        return max((intervals[-1].end for intervals in self.ranks if intervals), default=0.0)
-
-    @property
-    def bubble(self) -> tuple[float, ...]:
-        """Idle time of each rank within the makespan."""
-        return tuple(self.makespan - sum(i.end - i.start for i in intervals) for intervals in self.ranks)
-
-    @property
-    def bubble_fraction(self) -> float:
-        """Share of all ranks' time that is idle, 0 to 1."""
-        total = self.makespan * len(self.ranks)
-        return sum(self.bubble) / total if total > 0 else 0.0
-
-    def render(self, columns: int | None = None) -> str:
-        """A picture in text: one row per rank, time to the right, ``F3---`` an action (of stage 2: ``2F3--`` where
-        ranks hold several stages), dots for idle time.
-
-        The width is chosen so that the shortest action shows its label, unless ``columns`` is given.
-        """
-        stages = {i.action.stage for intervals in self.ranks for i in intervals}
-        skip_stage = len(stages) <= len(self.ranks)
-        shown = [
-            [(str(i.action).removeprefix(str(i.action.stage)) if skip_stage else str(i.action), i) for i in intervals]
-            for intervals in self.ranks
-        ]
-        if columns is None:
-            widths = ((len(label) + 1) / (i.end - i.start) for row in shown for label, i in row if i.end > i.start)
-            scale = max(widths, default=0.0)
-        else:
-            scale = columns / self.makespan if self.makespan > 0 else 0.0
-
-        def column(time: float) -> int:
-            return int(time * scale + 0.5)  # not round(): halves must go one way, or equal actions differ in width
-
-        prefix = len(f"rank {len(self.ranks) - 1}")
-        lines = []
-        for rank, row in enumerate(shown):
-            line = ["."] * column(self.makespan)
-            for label, interval in row:
-                start, end = column(interval.start), column(interval.end)
-                width = max(end - start - 1, 1)  # one column stays blank, to part it from the next action
-                line[start:end] = label[:width].ljust(width, "-").ljust(end - start)[: end - start]
-            lines.append(f"{f'rank {rank}':<{prefix}} |{''.join(line)}|")
-        return "\n".join(lines)
-
-    def __str__(self) -> str:
-        peaks = " ".join(f"{peak:g}" for peak in self.peak_activations)
-        summary = f"time {self.makespan:g}, bubble {self.bubble_fraction:.1%}, peak activations per rank {peaks}"
-        return f"{self.render()}\n{summary}"
-
-
-def simulate(schedule: Schedule, costs: Costs) -> Timeline:
+def simulate(schedule: Schedule, costs: Costs, policy: Policy = "static") -> Timeline:
     """Run a schedule on paper.
 
     A compute order without communication runs on ideal links: no message queues, or waits for its receive.
 
     Raises:
-        ScheduleError: the schedule can make no progress.
-        ValueError: the costs are for another number of stages.
+        ScheduleError: the schedule can make no progress, or has no lanes to run by readiness.
+        ValueError: the costs are for another number of stages or ranks; there is no such policy.
     """
-    times = earliest_times(schedule, dependency_graph(schedule), costs)
-    ranks = tuple(
-        tuple(
-            Interval(action=action, start=times[Place(rank, i)][0], end=times[Place(rank, i)][1])
-            for i, action in enumerate(program)
-            if action.kind.is_compute
-        )
-        for rank, program in enumerate(schedule.ranks)
+    if policy not in POLICIES:
+        raise ValueError(f"policy {policy!r}: choose one of {', '.join(POLICIES)}")
+    if policy == "ready":
+        check_lanes(schedule)
+        return _Ready(schedule, costs).run()
+    progress = Progress(schedule, costs)
+    progress.require_complete()
+
+    def messages() -> tuple[Message, ...]:
+        ended = sorted(progress.messages, key=lambda message: message[2])
+        return tuple(_message(schedule, progress.receive_of(number), start, end) for number, start, end in ended)
+
+    return Timeline(
+        schedule=schedule,
+        costs=costs,
+        programs=tuple([a for a in program if a.kind.is_compute] for program in schedule.ranks),
+        starts=progress.starts,
+        ends=progress.ends,
+        passed=messages,
     )
-    return Timeline(ranks=ranks, peak_activations=peak_activations(schedule))
 
 
-def earliest_times(schedule: Schedule, graph: Graph, costs: Costs) -> dict[Node, tuple[float, float]]:
-    """Start and end of each node when everything runs as soon as it can, in an order of execution.
+def _message(schedule: Schedule, receive: Action, start: float, end: float) -> Message:
+    target = schedule.stage_to_rank[receive.stage]
+    return Message(receive=receive, source=schedule.peer(receive), target=target, start=start, end=end)
 
-    Raises:
-        ScheduleError, ValueError: as `simulate`.
-    """
-    costs.check_stages(schedule.num_stages)
-    times: dict[Node, tuple[float, float]] = {}
-    for node in execution_order(schedule, graph):
-        start = max((times[before][1] for before in graph[node]), default=0.0)
-        if isinstance(node, Arrival):
-            duration = costs.latency
-        else:
-            duration = costs.duration(schedule.ranks[node.rank][node.position])
-        times[node] = (start, start + duration)
-    return times
+
+class _Ready:
+    """Ranks that run what is ready, from event to event."""
+
+    def __init__(self, schedule: Schedule, costs: Costs) -> None:
+        costs.check(schedule)
+        self.schedule, self.costs = schedule, costs
+        self.durations, self.transfers = costs.durations(schedule), costs.transfers(schedule)
+        ranks = range(schedule.num_ranks)
+        self.choosers = [Chooser(schedule, rank) for rank in ranks]
+        self.ran: list[list[Action]] = [[] for _ in ranks]
+        self.starts, self.ends = [array("d") for _ in ranks], [array("d") for _ in ranks]
+        self.messages: list[Message] = []
+        self.lanes: dict[tuple[bool, int], float] = defaultdict(float)  # (forward, stage that receives) -> free again
+        self.arrived: set[tuple[bool, int, int | None]] = set()
+        self.number = count()
+        self.events: list[tuple[float, int, int, Action]] = []  # when, number, the rank it is for, what ends there
+
+    def run(self) -> Timeline:
+        """Until nothing happens any more."""
+        busy = [False] * self.schedule.num_ranks
+        self._choose(set(range(self.schedule.num_ranks)), 0.0, busy)
+        while self.events:
+            now = self.events[0][0] * (1 + _AT_ONCE)
+            touched = set()
+            while self.events and self.events[0][0] <= now:
+                time, _, rank, action = heapq.heappop(self.events)
+                touched.add(rank)
+                if action.kind.is_message:
+                    self.arrived.add((action.kind is ActionKind.RECV_FORWARD, action.stage, action.micro_batch))
+                else:
+                    busy[rank] = False
+                    self._send(action, time)
+            self._choose(touched, time, busy)
+        assert all(chooser.is_finished for chooser in self.choosers)
+        return Timeline(
+            schedule=self.schedule,
+            costs=self.costs,
+            programs=tuple(self.ran),
+            starts=self.starts,
+            ends=self.ends,
+            passed=lambda: tuple(sorted(self.messages, key=lambda message: message.end)),
+        )
+
+    def _choose(self, ranks: set[int], now: float, busy: list[bool]) -> None:
+        for rank in sorted(ranks):
+            position = None if busy[rank] else self.choosers[rank].choose(self._has_arrived)
+            if position is None:
+                continue
+            action = self.choosers[rank].take(position)
+            assert action.micro_batch is not None
+            index = action.stage * self.schedule.num_micro_batches + action.micro_batch
+            end = now + self.durations[action.kind][index]
+            self.ran[rank].append(action)
+            self.starts[rank].append(now)
+            self.ends[rank].append(end)
+            busy[rank] = True
+            heapq.heappush(self.events, (end, next(self.number), rank, action))
+
+    def _has_arrived(self, action: Action) -> bool:
+        return (action.kind is ActionKind.FORWARD, action.stage, action.micro_batch) in self.arrived
+
+    def _send(self, action: Action, now: float) -> None:
+        """What an action that has just ended hands to a stage on another rank."""
+        match action.kind:
+            case ActionKind.FORWARD:
+                kind, stage = ActionKind.RECV_FORWARD, action.stage + 1
+            case ActionKind.BACKWARD | ActionKind.BACKWARD_INPUT:
+                kind, stage = ActionKind.RECV_BACKWARD, action.stage - 1
+            case _:
+                return
+        if not self.schedule.crosses_ranks(action.stage, stage):
+            return
+        forward = kind is ActionKind.RECV_FORWARD
+        start = max(now, self.lanes[forward, stage])
+        end = start + (self.transfers[0][stage - 1] if forward else self.transfers[1][stage])
+        self.lanes[forward, stage] = end
+        receive = Action(kind, stage, action.micro_batch)
+        self.messages.append(_message(self.schedule, receive, start, end))
+        heapq.heappush(self.events, (end, next(self.number), self.schedule.stage_to_rank[stage], receive))

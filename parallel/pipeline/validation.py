@@ -17,7 +17,9 @@ from parallel.pipeline.actions import (
     live_activations,
     peak_activations,
 )
-from parallel.pipeline.graph import data_dependencies, dependency_graph, execution_order, input_receive
+from parallel.pipeline.costs import Costs
+from parallel.pipeline.graph import data_dependencies, input_receive
+from parallel.pipeline.progress import Progress
 
 
 def validate(schedule: Schedule, *, activation_budget: float | None = None) -> None:
@@ -42,7 +44,7 @@ def validate(schedule: Schedule, *, activation_budget: float | None = None) -> N
     _check_messages(schedule)
     _check_program_order(schedule)
     _check_channel_order(schedule)
-    execution_order(schedule, dependency_graph(schedule, one_channel=True))
+    Progress(schedule, Costs(), one_channel=True).require_complete()
     _check_activations(schedule, activation_budget)
 
 
@@ -55,7 +57,7 @@ def validate_compute_order(schedule: Schedule) -> None:
     _check_places(schedule)
     _check_computes(schedule)
     _check_program_order(schedule)
-    execution_order(schedule, dependency_graph(schedule))
+    Progress(schedule, Costs()).require_complete()
 
 
 def _actions(schedule: Schedule) -> Iterator[tuple[Place, Action]]:

@@ -121,7 +121,7 @@ def test_costs_that_cannot_be() -> None:
         Costs(forward=-1.0)
     with pytest.raises(ValueError, match="recompute"):
         Costs(recompute=(1.0, float("nan")))
-    with pytest.raises(ValueError, match="forward has 3 times for 2 stages"):
+    with pytest.raises(ValueError, match="forward has 3 entries for 2 stages"):
         simulate(build_schedule("gpipe", 2, 2), Costs(forward=(1.0, 1.0, 1.0)))
 
 
