@@ -23,6 +23,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from parallel import comm
 from parallel.comm import Axis, Pending
 from parallel.pipeline.actions import Action, ActionKind, Schedule
+from parallel.pipeline.boundary import TensorSpec as TensorSpec
 
 Tensors = tuple[Tensor, ...]
 Products = list[Callable[[], None]]
@@ -30,26 +31,6 @@ Products = list[Callable[[], None]]
 # Messages whose end is not waited for. A message is freed at the latest when this many others have been posted after
 # it: gloo does not tell that a send is done before somebody waits for it. A valid schedule does not block on that.
 _SENDS_IN_FLIGHT = 4
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """One tensor at a stage boundary.
-
-    Attributes:
-        carries_gradient: whether the stage behind sends back a gradient of it. Labels, masks and what a frozen part of
-            the model gives out carry none: nothing is sent for them.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype = torch.float32
-    carries_gradient: bool = True
-
-    def __post_init__(self) -> None:
-        if self.carries_gradient and not self.dtype.is_floating_point:
-            raise ValueError(
-                f"a boundary tensor of {self.dtype} cannot carry a gradient: set carries_gradient to False"
-            )
 
 
 class StageModule(Protocol):
