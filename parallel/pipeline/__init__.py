@@ -5,6 +5,7 @@ from parallel.pipeline.communication import insert_communication
 from parallel.pipeline.costs import Costs, sum_layers
 from parallel.pipeline.partition import partition
 from parallel.pipeline.placement import Placement
+from parallel.pipeline.schedule_file import to_csv
 from parallel.pipeline.schedules import SCHEDULES, build_schedule, compute_order, forward_only
 from parallel.pipeline.simulation import simulate
 from parallel.pipeline.timeline import Interval, Message, Timeline
@@ -28,5 +29,6 @@ __all__ = [
     "partition",
     "simulate",
     "sum_layers",
+    "to_csv",
     "validate",
 ]

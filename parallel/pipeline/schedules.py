@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from parallel.pipeline.actions import Action, ActionKind, Schedule
 from parallel.pipeline.communication import insert_communication
+from parallel.pipeline.schedule_file import is_schedule_file, read_schedule
 from parallel.pipeline.validation import validate
 from parallel.pipeline.zero_bubble import v_half, zb_h1, zb_h2, zb_v
 
@@ -129,7 +130,7 @@ def virtual_stages_of(name: str, virtual_stages: int | None = None) -> int:
         ValueError: there is no schedule of that name, or it cannot hold so many stages per rank.
     """
     if name not in SCHEDULES:
-        raise ValueError(f"unknown pipeline schedule {name!r}: choose one of {', '.join(SCHEDULES)}")
+        raise ValueError(f"unknown pipeline schedule {name!r}: choose one of {', '.join(SCHEDULES)}, or a .csv file")
     generator = SCHEDULES[name]
     if virtual_stages is None or virtual_stages == generator.virtual_stages:
         return generator.virtual_stages
@@ -158,11 +159,15 @@ def build_schedule(name: str, num_ranks: int, num_micro_batches: int, virtual_st
     """The training schedule of that name, with its communication, validated.
 
     Args:
+        name: one of `SCHEDULES`, or the path of a `.csv` file (`parallel.pipeline.schedule_file`).
         virtual_stages: stages per rank; None for the schedule's own number (interleaved: 2).
 
     Raises:
         ValueError: there is no schedule of that name, it cannot hold so many stages per rank, or a size is below 1.
+        ScheduleError: the file cannot be read, does not fit these sizes, or is wrong.
     """
+    if is_schedule_file(name):
+        return read_schedule(name, num_ranks, num_micro_batches, virtual_stages)
     schedule = insert_communication(compute_order(name, num_ranks, num_micro_batches, virtual_stages))
     validate(schedule)
     return schedule
