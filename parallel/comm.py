@@ -30,7 +30,7 @@ from parallel import host_collectives
 from parallel.failures import MismatchError, is_lost_peer
 from parallel.failures import PeerLostError as PeerLostError  # for those who catch what is raised here
 from parallel.heartbeat import Whereabouts
-from parallel.host import Channel
+from parallel.host_channel import Channel
 
 # torch 2.13 renamed these two; 2.11 and 2.12 have the older names only.
 _all_gather_single: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

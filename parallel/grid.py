@@ -8,7 +8,6 @@ slowest. This is the order of Megatron-LM's `tp-cp-dp-pp`, read from the outside
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from math import prod
@@ -17,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from parallel import comm, host
 from parallel.comm import Axis, CommMeter
-from parallel.host import Channel
+from parallel.host_channel import Channel, channel_bytes
+from parallel.host_sharing import share
 from parallel.process_group import World
 
 AXES = ("pipeline", "data", "context", "tensor")
@@ -210,20 +209,6 @@ def _open_channel(axis: Axis, timeout: float, local_size: int) -> Channel | None
     Args:
         local_size: ranks of the whole world on this host, which share its cores.
     """
-    token, path, fd = os.urandom(16).hex(), "", -1
-    identity = host.identity() if host.is_supported() else None
-    if identity is not None and axis.index == 0:
-        with suppress(OSError):  # a sandbox may forbid it
-            path, fd = host.offer(axis.size, token)
-    infos = comm.gather_objects((identity, os.getpid(), path, token), axis)
-    channel = None
-    if identity is not None and len({info[0] for info in infos}) == 1:
-        spins = local_size <= len(os.sched_getaffinity(0))
-        try:
-            channel = Channel(infos[0][2], axis.index, [info[1] for info in infos], timeout, infos[0][3], spins=spins)
-        except (OSError, ValueError):  # containers with process numbers of their own: another's memory, or none
-            channel = None
-    opened = comm.gather_objects(channel is not None, axis)
-    if fd >= 0:
-        os.close(fd)
-    return channel if all(opened) else None
+    spins = local_size <= len(os.sched_getaffinity(0))
+    memory = share(axis, channel_bytes(axis.size), timeout, spins=spins)
+    return None if memory is None else Channel(memory)

@@ -1,4 +1,4 @@
-"""Collectives over a `parallel.host.Channel`. Messages larger than a slot go in several operations.
+"""Collectives over a `parallel.host_channel.Channel`. Messages larger than a slot go in several operations.
 
 Ranks are added up in the order of their index, 16-bit numbers in fp32, so that all get the same bits.
 Legend: T ranks of the axis, R elements of a rank's part.
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from parallel.host import SLOT_BYTES, Channel, Operation
+from parallel.host_channel import SLOT_BYTES, Channel, Operation
 
 _ALIGN = 64  # elements
 

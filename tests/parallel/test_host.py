@@ -14,7 +14,7 @@ from parallel import comm, host
 from parallel.comm import Axis
 from parallel.failures import MismatchError, PeerLostError
 from parallel.grid import GridShape, make_grid
-from parallel.host import SLOT_BYTES, SLOTS
+from parallel.host_channel import SLOT_BYTES, SLOTS
 from parallel.process_group import World
 from tests.distributed import run_ranks
 
@@ -141,7 +141,7 @@ def deserted(world: World) -> tuple[str, float]:
     if not gone:
         time.sleep(0.3)
         os._exit(0)
-    axis.channel.pids = (os.getpid(), gone)
+    axis.channel.memory.pids = (os.getpid(), gone)
     start = time.perf_counter()
     try:
         comm.all_reduce(torch.ones(1), axis)
@@ -208,13 +208,13 @@ def test_a_process_that_has_ended_does_not_live() -> None:
     if not pid:
         os._exit(0)
     time.sleep(0.2)
-    assert host._lives(os.getpid()) and not host._lives(pid)  # a zombie, until it is waited for
+    assert host.lives(os.getpid()) and not host.lives(pid)  # a zombie, until it is waited for
     os.waitpid(pid, 0)
-    assert not host._lives(pid)
+    assert not host.lives(pid)
 
 
 def test_memory_of_others_is_refused() -> None:
-    path, fd = host.offer(2, "00" * 16)
+    path, fd = host.offer(64, "00" * 16)
     with pytest.raises(OSError, match="not that of rank 0"):
-        host.Channel(path, 0, [os.getpid()] * 2, 1.0, "01" * 16)
+        host.Memory(path, 64, 0, [os.getpid()] * 2, 1.0, "01" * 16)
     os.close(fd)
