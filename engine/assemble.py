@@ -29,7 +29,7 @@ from parallel import comm
 from parallel.fp8 import Fp8Recipe, Fp8Registry, enable_fp8
 from parallel.grid import Grid, make_grid
 from parallel.layout import ParameterInfo
-from parallel.pipeline import Placement, Schedule, Timeline, build_schedule, partition, validate
+from parallel.pipeline import Placement, Schedule, Timeline, partition, validate
 from parallel.pipeline.execution import PipelineExecutor, TensorSpec
 from parallel.process_group import World
 from parallel.sharding import Group, ParameterStore, ShardingPolicy
@@ -201,9 +201,9 @@ def assemble(
     layers = objective.layers
     tp = TensorParallel(axis=grid.tensor, sequence_parallel=config.parallel.sequence_parallel)
     if schedule is None:
-        micro_batches = config.num_micro_batches(grid.shape)
-        schedule = build_schedule(config.parallel.schedule, grid.pipeline.size, micro_batches)
-    validate(schedule)
+        schedule = config.pipeline(grid.shape).schedule(config.num_micro_batches(grid.shape))
+    else:
+        validate(schedule)
     placement = Placement.of(schedule, cut_into_stages(layers, schedule.num_stages))
     precision = precision_of(config.precision, layers)
     build = Build(

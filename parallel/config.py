@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from parallel.pipeline.schedule_file import is_schedule_file
+from parallel.pipeline.schedules import virtual_stages_of
+
 _MAX_MIB = 2**20  # a TiB
 _MIN_TIMEOUT, _MAX_TIMEOUT = 0.01, 1_000_000  # 11 days; sockets count milliseconds in 32 bits, which hold 24
 
@@ -20,7 +23,7 @@ class ParallelConfig:
     """Split activations between the linears over the tensor-parallel ranks (no effect on one)."""
 
     pipeline_parallel_size: int = 1
-    """Stages that the list of layers is cut into."""
+    """Ranks that the list of layers is cut up for, into stages."""
 
     context_parallel_size: int = 1
     """Ranks that the tokens of one image are split over, for high resolution."""
@@ -48,8 +51,12 @@ class ParallelConfig:
     bucket_mib: float = 4.0
     """Small layers are gathered and reduced together until their weights take so many MiB of fp32."""
 
-    schedule: Literal["1f1b", "gpipe"] = "1f1b"
-    """Order of forwards and backwards in the pipeline."""
+    schedule: str = "1f1b"
+    """Order of forwards and backwards in the pipeline: 1f1b, gpipe, interleaved, zb_h1, zb_h2, zb_v, v_half, or a CSV
+    file with a row of actions per rank; see docs/pipelines.md."""
+
+    virtual_stages: int | None = None
+    """Stages per pipeline rank, for schedule interleaved; null: the schedule's own number."""
 
     shared_memory: bool = True
     """CPU ranks of one host pass collectives through shared memory instead of TCP."""
@@ -63,6 +70,8 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         stage = self.zero_stage
+        if not is_schedule_file(self.schedule):
+            virtual_stages_of(self.schedule, self.virtual_stages)
         if self.reduce_gradients == "step" and stage >= 2:
             raise ValueError(
                 f"parallel.reduce_gradients is step, but zero_stage {stage} keeps no whole gradient until the end of a "

@@ -12,7 +12,8 @@ import yaml
 
 from data import DataConfig
 from engine.checkpoint.config import CheckpointConfig
-from engine.config.limits import check_values, divisors
+from engine.config.limits import check_values
+from engine.config.pipeline import Pipeline
 from engine.errors import ConfigError
 from engine.optimizers.config import OptimizerConfig, ScheduleConfig
 from engine.precision.config import PrecisionConfig
@@ -33,7 +34,7 @@ class TrainConfig:
 
     micro_batch_size: int | None = None
     """Images that pass through the model at once on one data-parallel rank; null: one micro-batch per pipeline
-    stage.
+    rank, or as many as a schedule's file is for.
     """
 
     steps: int | None = None
@@ -178,7 +179,8 @@ class Config:
             )
         if model.head_bias is None and model.num_classes and model.classifier_bias:
             model = replace(model, head_bias=-10.0 if self.train.loss == "sigmoid" else 0.0)
-        _check_stages(model, shape)
+        pipeline = self.pipeline(shape)
+        pipeline.check_depth(model)
         if (self.train.steps is None) == (self.train.epochs is None):
             given = "neither is" if self.train.steps is None else "both are"
             raise ConfigError(f"give either train.steps or train.epochs: {given} set")
@@ -187,26 +189,13 @@ class Config:
                 "parallel.gradient_dtype weights has no effect with precision.dtype fp32: leave it out, or use bf16 or "
                 "fp16"
             )
-        train = replace(self.train, micro_batch_size=self._micro_batch_size(shape))
+        batch, micro = self.train.global_batch_size, self.train.micro_batch_size
+        train = replace(self.train, micro_batch_size=pipeline.micro_batch_size(batch, micro, shape.data))
         return replace(self, model=model, train=train, optimizer=self.optimizer.resolve())
 
-    def _micro_batch_size(self, shape: GridShape) -> int:
-        batch, given = self.train.global_batch_size, self.train.micro_batch_size
-        per_rank, rest = divmod(batch, shape.data)
-        if given is None and not rest and per_rank % shape.pipeline == 0:
-            return per_rank // shape.pipeline
-        micro = given or 1
-        if rest or per_rank % micro or given is None:
-            unit = shape.data * (given or shape.pipeline)
-            near = [n for n in (batch // unit * unit, (batch // unit + 1) * unit) if n]
-            pieces = f"micro-batches of {given}" if given else f"{shape.pipeline} micro-batches, one per pipeline stage"
-            fits = [] if rest else divisors(per_rank)
-            cure = f", or a train.micro_batch_size among {', '.join(map(str, fits))}" if fits else ""
-            raise ConfigError(
-                f"train.global_batch_size {batch} cannot be dealt to {shape.data} data-parallel ranks in {pieces}: "
-                f"use a global batch of {' or '.join(map(str, near))}{cure}"
-            )
-        return micro
+    def pipeline(self, shape: GridShape) -> Pipeline:
+        """The pipeline of this configuration. Raises ConfigError where its schedule does not fit the ranks."""
+        return Pipeline.of(self.parallel, shape.pipeline)
 
     def without_effect(self, shape: GridShape, device_type: str, steps: int) -> list[str]:
         """Keys of a resolved configuration that are set and do nothing in this run, each with the reason.
@@ -217,8 +206,9 @@ class Config:
         p, found = self.parallel, []
         if self.train.stop_step is not None and self.train.stop_step >= steps:
             found.append(f"train.stop_step {self.train.stop_step}: the run has {steps} steps")
-        if shape.pipeline == 1 and p.schedule != ParallelConfig.schedule:
-            found.append(f"parallel.schedule {p.schedule}: there is one pipeline stage")
+        if shape.pipeline == 1:
+            told = [key for key in ("schedule", "virtual_stages") if getattr(p, key) != getattr(ParallelConfig, key)]
+            found += [f"parallel.{key} {getattr(p, key)}: there is one pipeline rank" for key in told]
         if shape.tensor == 1 and not p.sequence_parallel:
             found.append("parallel.sequence_parallel false: there is one tensor rank")
         if shape.data * shape.context * shape.tensor == 1 and self.train.check_interval != TrainConfig.check_interval:
@@ -256,18 +246,6 @@ class Config:
         line = f"\n  micro_batch_size: {self.train.micro_batch_size}\n"
         assert text.count(line) == 1
         return text.replace(line, f"\n  micro_batch_size: null  # here {self.train.micro_batch_size}\n")
-
-
-def _check_stages(model: ModelConfig, shape: GridShape) -> None:
-    """Raise ConfigError where the list of layers is shorter than the pipeline."""
-    layers = model.sizes.depth + len(model.sizes.stages) + 1
-    count = len(model.sizes.stages) - 1
-    merges = f"{count} patch merge{'s' * (count > 1)}, " if count else ""
-    if shape.pipeline > layers:
-        raise ConfigError(
-            f"parallel.pipeline_parallel_size {shape.pipeline} is more than the {layers} layers of the model "
-            f"(embedding, {model.sizes.depth} blocks, {merges}head): use at most {layers} stages, or a deeper model"
-        )
 
 
 def plain(value: Any) -> Any:

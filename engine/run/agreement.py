@@ -17,7 +17,7 @@ from engine.errors import ConfigError
 from model.kernels import native
 from parallel import comm
 from parallel.comm import Axis
-from parallel.pipeline import schedule_file
+from parallel.pipeline.schedule_file import fingerprint
 
 _ROOT = Path(__file__).resolve().parents[2]
 # What each host may have in a place of its own: the images themselves are compared, and rank 0 writes.
@@ -31,11 +31,12 @@ def facts_of(config: Config, device: torch.device, train_set: Dataset, eval_set:
     Args:
         config: resolved. train_set, eval_set: as this rank has found them.
     """
+    p = config.parallel
     return {
         "version of this code": code_version(),
         "torch": torch.__version__,
         **{key: repr(value_of(config, key)) for key in key_types() if key not in _OWN},
-        "what parallel.schedule says": schedule_file.fingerprint(config.parallel.schedule),
+        "what parallel.schedule says": fingerprint(p.schedule) if p.pipeline_parallel_size > 1 else "nothing",
         "list of training images": f"{len(train_set)} of {train_set.fingerprint}",
         "list of held-out images": f"{len(eval_set)} of {eval_set.fingerprint}",
         "type of the device": device.type,

@@ -12,6 +12,7 @@ import torch
 
 from engine.config import Config
 from engine.config.limits import divisors
+from engine.config.pipeline import Pipeline
 from parallel import process_group
 from parallel.process_group import World
 
@@ -22,7 +23,7 @@ def fit(config: Config, world: World) -> tuple[Config, World, list[str]]:
     """
     p, batch, given = config.parallel, config.train.global_batch_size, config.train.micro_batch_size
     replica = p.tensor_parallel_size * p.pipeline_parallel_size * p.context_parallel_size
-    pieces = 1 if given else p.pipeline_parallel_size
+    pieces = 1 if given or not p.elastic else Pipeline.of(p, p.pipeline_parallel_size).pieces
     fits = [n for n in range(world.size // replica, 0, -1) if batch % (n * pieces) == 0]
     if not p.elastic or not fits or not process_group.by_launcher():
         return config, world, []

@@ -28,11 +28,13 @@ def is_schedule_file(name: str) -> bool:
     return name.lower().endswith(".csv")
 
 
-def read_schedule(path: str, num_ranks: int, num_micro_batches: int, virtual_stages: int | None = None) -> Schedule:
+def read_schedule(
+    path: str, num_ranks: int, num_micro_batches: int | None, virtual_stages: int | None = None
+) -> Schedule:
     """The schedule of a file, validated, with its communication.
 
     Args:
-        num_ranks, num_micro_batches, virtual_stages: what the run has; None: any number of stages per rank.
+        num_ranks, num_micro_batches, virtual_stages: what the run has; None: any number, of stages on each rank.
 
     Raises:
         ScheduleError: the file cannot be read, does not fit the run, or is wrong; the message names the rank (the first
@@ -110,7 +112,7 @@ def _parse(path: str, text: str) -> tuple[list[tuple[Action, ...]], list[list[in
     return rows, cells
 
 
-def _schedule(path: str, rows: Sequence[tuple[Action, ...]], num_micro_batches: int) -> Schedule:
+def _schedule(path: str, rows: Sequence[tuple[Action, ...]], num_micro_batches: int | None) -> Schedule:
     """The schedule of these rows; raises ScheduleError where stages or micro-batches are not those of a schedule."""
     holders: dict[int, Counter[int]] = {}  # per stage: actions in each row
     largest = (-1, Place(0, 0))
@@ -121,6 +123,12 @@ def _schedule(path: str, rows: Sequence[tuple[Action, ...]], num_micro_batches: 
                 raise ScheduleError(f"{action}: give F, B, I, W and their messages alone", Place(rank, position))
             largest = max(largest, (action.micro_batch, Place(rank, position)), key=lambda pair: pair[0])
     last, place = largest
+    if num_micro_batches is None:
+        num_micro_batches = last + 1
+        if num_micro_batches > (count := max(map(len, rows), default=0)):
+            raise ScheduleError(
+                f"no row has a forward of each micro-batch up to {last}: the longest has {count} actions", place
+            )
     if last != num_micro_batches - 1:
         raise ScheduleError(
             f"{rows[place.rank][place.position]} is of the last of {last + 1} micro-batches in this file, but a step "

@@ -24,6 +24,7 @@ from engine.checkpoint import folder as folders
 from engine.checkpoint.states import held_pieces, state_pieces
 from engine.config import Config
 from engine.config.cli import parse
+from engine.config.pipeline import Pipeline
 from engine.errors import ConfigError
 from engine.objectives import Objective, make_objective
 from engine.plan import META
@@ -34,7 +35,6 @@ from parallel.checkpoint.place import name_of, newest
 from parallel.checkpoint.read import Reader, Target
 from parallel.checkpoint.write import FileEntry, Item, in_order, items_of, write_tensors
 from parallel.grid import GridShape, planned_grid
-from parallel.pipeline import build_schedule
 from parallel.sharding.boxes import Box, whole_box
 from tools.inspect_checkpoint.text import counted, size
 
@@ -143,6 +143,8 @@ def _config(reader: Reader, stated: Layout, flags: Sequence[str]) -> tuple[Confi
         train = replace(train, steps=1, global_batch_size=stated.data)
     ranks = stated.data * p.tensor_parallel_size * p.pipeline_parallel_size * p.context_parallel_size
     train = replace(train, micro_batch_size=1)  # the pieces do not hang on it
+    if (count := Pipeline.of(p, p.pipeline_parallel_size).micro_batches) is not None:
+        train = replace(train, global_batch_size=count * stated.data)
     kernels = replace(config, kernels="reference", train=train)
     return kernels.resolve(ranks), kernels.grid_shape(ranks)
 
@@ -150,8 +152,8 @@ def _config(reader: Reader, stated: Layout, flags: Sequence[str]) -> tuple[Confi
 def _share(reader: Reader, config: Config, shape: GridShape, objective: Objective, rank: int) -> Share:
     """Raises ConversionError where the checkpoint is not of the model of its configuration."""
     stored = reader.manifest.tensors
-    stages = config.parallel.pipeline_parallel_size
-    schedule = build_schedule(config.parallel.schedule, stages, stages)
+    pipeline = config.pipeline(shape)
+    schedule = pipeline.schedule(pipeline.pieces)  # of whatever size: where it puts the stages is all that counts here
     a: Assembly = assemble(config, planned_grid(shape, rank), META, objective, device_memory=0.0, schedule=schedule)
     items = []
     for item in items_of(state_pieces(a)):

@@ -27,10 +27,13 @@ STAGES = (
 )
 
 
-def layout(tensor: int = 1, pipeline: int = 1, context: int = 1, **train: Any) -> Config:
+def layout(
+    tensor: int = 1, pipeline: int = 1, context: int = 1, schedule: str = "1f1b", v: int | None = None, **train: Any
+) -> Config:
     parallel = ParallelConfig(
-        tensor_parallel_size=tensor, pipeline_parallel_size=pipeline, context_parallel_size=context
-    )
+        tensor_parallel_size=tensor, pipeline_parallel_size=pipeline, context_parallel_size=context, schedule=schedule,
+        virtual_stages=v,
+    )  # fmt: skip
     return small(parallel=parallel, train=TrainConfig(**{"steps": 1, "global_batch_size": 16, **train}))
 
 
@@ -105,6 +108,16 @@ REFUSED = [
         ["model.attention names 6 layers", "there are 4", "'[window, full] * 2'"],
     ),
     (layout(pipeline=8), 8, ["pipeline_parallel_size 8", "6 layers", "at most 6 stages", "deeper model"]),
+    (
+        layout(pipeline=4, schedule="zb_v"),
+        4,
+        ["size 4 with 2 stages per rank (parallel.schedule zb_v) is 8 stages", "6 layers", "at most 3 ranks", "zb_h1"],
+    ),
+    (
+        layout(pipeline=2, schedule="interleaved", v=4),
+        2,
+        ["2 with 4 stages per rank", "is 8 stages", "6 layers", "at most 3 parallel.virtual_stages", "deeper model"],
+    ),
     (layout(), 3, ["global_batch_size 16", "3 data-parallel ranks", "15 or 18"]),
     (layout(micro_batch_size=3), 1, ["global_batch_size 16", "micro-batches of 3", "15 or 18", "1, 2, 4, 8, 16"]),
     (layout(micro_batch_size=32), 1, ["global_batch_size 16", "micro-batches of 32", "32", "1, 2, 4, 8, 16"]),
@@ -163,6 +176,10 @@ def test_what_cannot_be_is_refused(config: Config, world: int, parts: list[str])
         (lambda: ParallelConfig(timeout=float("nan")), ["parallel.timeout is nan", "from 0.01"]),
         (lambda: ScheduleConfig(name="wsd", timescale=5.0), ["timescale 5.0", "no effect", "wsd", "use rsqrt"]),
         (lambda: ScheduleConfig(name="cosine", cooldown_steps=3), ["cooldown_steps 3", "no effect", "rsqrt or wsd"]),
+        (lambda: ParallelConfig(schedule="1f2b"), ["'1f2b'", "unknown", "1f1b", "zb_v", ".csv"]),
+        (lambda: ParallelConfig(virtual_stages=2), ["parallel.virtual_stages is 2", "1f1b", "interleaved"]),
+        (lambda: ParallelConfig(schedule="zb_v", virtual_stages=3), ["virtual_stages is 3", "zb_v", "interleaved"]),
+        (lambda: ParallelConfig(schedule="interleaved", virtual_stages=0), ["virtual_stages is 0", "2 or more"]),
         (lambda: LogConfig(interval=0), ["log.interval is 0", "at least 1"]),
         (lambda: ParallelConfig(timeout=0.0), ["parallel.timeout is 0.0", "positive"]),
         (lambda: DataConfig(path="x"), ["data.path is 'x'", "no effect with data.kind=digits", "image_folder"]),
@@ -270,14 +287,21 @@ def test_a_preset_needs_nothing_else() -> None:
 
 def test_keys_that_do_nothing_in_this_run_are_told() -> None:
     alone = ParallelConfig(
-        schedule="gpipe", sequence_parallel=False, zero_stage=3, gather_memory=4.0, shared_memory=False
+        schedule="interleaved",
+        virtual_stages=3,
+        sequence_parallel=False,
+        zero_stage=3,
+        gather_memory=4.0,
+        shared_memory=False,
     )
     config = small(parallel=alone, precision=PrecisionConfig(cpu_matmul="mkl")).resolve(1)
 
     def told(device: str) -> list[str]:
         return [line.split()[0] for line in config.without_effect(config.grid_shape(1), device, 10)]
 
-    parallel = [f"parallel.{key}" for key in ("schedule", "sequence_parallel", "zero_stage", "gather_memory")]
+    parallel = [
+        f"parallel.{key}" for key in ("schedule", "virtual_stages", "sequence_parallel", "zero_stage", "gather_memory")
+    ]
     assert told("cpu") == [*parallel, "parallel.shared_memory"]
     assert told("cuda") == [*parallel, "precision.cpu_matmul", "parallel.shared_memory"]
     shared = replace(alone, tensor_parallel_size=2, pipeline_parallel_size=2)

@@ -1,0 +1,122 @@
+"""The pipeline that a configuration asks for: its schedule, and whether there are layers to fill its stages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.config.limits import divisors
+from engine.errors import ConfigError
+from model import ModelConfig
+from parallel.config import ParallelConfig
+from parallel.pipeline import Schedule, build_schedule
+from parallel.pipeline.schedule_file import is_schedule_file, read_schedule
+from parallel.pipeline.schedules import SCHEDULES, virtual_stages_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pipeline:
+    """What is known of a pipeline before there are micro-batches.
+
+    On one rank there is nothing to schedule: it has one stage, whatever `parallel.schedule` says.
+
+    Attributes:
+        parallel: the configuration's. ranks: of the pipeline axis. num_stages: that the layers are cut into.
+        micro_batches: per step, where the schedule is a file, which is for so many alone.
+    """
+
+    parallel: ParallelConfig
+    ranks: int
+    num_stages: int
+    micro_batches: int | None = None
+
+    @staticmethod
+    def of(parallel: ParallelConfig, ranks: int) -> Pipeline:
+        """That of a configuration. Raises ConfigError where its schedule is not one of so many ranks."""
+        name, virtual_stages = parallel.schedule, parallel.virtual_stages
+        if ranks == 1:
+            return Pipeline(parallel=parallel, ranks=1, num_stages=1)
+        if not is_schedule_file(name):
+            stages = ranks * virtual_stages_of(name, virtual_stages)
+            return Pipeline(parallel=parallel, ranks=ranks, num_stages=stages)
+        try:
+            written = read_schedule(name, ranks, None, virtual_stages)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        return Pipeline(
+            parallel=parallel, ranks=ranks, num_stages=written.num_stages, micro_batches=written.num_micro_batches
+        )
+
+    @property
+    def pieces(self) -> int:
+        """Micro-batches that a data rank's images are cut into unless the user says of what size."""
+        return self.micro_batches or self.ranks
+
+    def micro_batch_size(self, batch: int, given: int | None, data: int) -> int:
+        """Images of a micro-batch.
+
+        Args:
+            batch: images of a step. given: the size that the user wants, or None. data: ranks that they are dealt to.
+
+        Raises:
+            ConfigError: they cannot be dealt so.
+        """
+        per_rank, rest = divmod(batch, data)
+        if rest or per_rank % (given or self.pieces):
+            raise self._undealt(batch, given, data)
+        count = per_rank // given if given else self.pieces
+        if self.micro_batches not in (None, count):
+            assert given is not None and self.micro_batches is not None
+            raise ConfigError(
+                f"parallel.schedule {self.parallel.schedule} is for {self.micro_batches} micro-batches, but "
+                f"train.global_batch_size {batch} on {data} data-parallel ranks is {count} of train.micro_batch_size "
+                f"{given}: leave that out, or use a global batch of {self.micro_batches * given * data}"
+            )
+        return per_rank // count
+
+    def _undealt(self, batch: int, given: int | None, data: int) -> ConfigError:
+        unit = data * (given or self.pieces)
+        near = [n for n in (batch // unit * unit, (batch // unit + 1) * unit) if n]
+        each = f"that {self.parallel.schedule} is for" if self.micro_batches else "one per pipeline rank"
+        dealt = f"micro-batches of {given}" if given else f"{self.pieces} micro-batches, {each}"
+        fits = [] if batch % data or self.micro_batches else divisors(batch // data)
+        cure = f", or a train.micro_batch_size among {', '.join(map(str, fits))}" if fits else ""
+        return ConfigError(
+            f"train.global_batch_size {batch} cannot be dealt to {data} data-parallel ranks in {dealt}: "
+            f"use a global batch of {' or '.join(map(str, near))}{cure}"
+        )
+
+    def schedule(self, num_micro_batches: int) -> Schedule:
+        """That of a training step."""
+        if self.ranks == 1:
+            return build_schedule("1f1b", 1, num_micro_batches)
+        p = self.parallel
+        return build_schedule(p.schedule, self.ranks, num_micro_batches, p.virtual_stages)
+
+    def check_depth(self, model: ModelConfig) -> None:
+        """Raise ConfigError where the list of layers is shorter than that of the stages."""
+        layers = model.sizes.depth + len(model.sizes.stages) + 1
+        if self.num_stages <= layers:
+            return
+        count = len(model.sizes.stages) - 1
+        merges = f"{count} patch merge{'s' * (count > 1)}, " if count else ""
+        what, cure = self._too_many(layers)
+        raise ConfigError(
+            f"{what} more than the {layers} layers of the model (embedding, {model.sizes.depth} blocks, {merges}head): "
+            f"use {cure}, or a deeper model"
+        )
+
+    def _too_many(self, layers: int) -> tuple[str, str]:
+        """Who asks for so many stages, and what asks for no more than there are layers."""
+        name, size = self.parallel.schedule, f"parallel.pipeline_parallel_size {self.ranks}"
+        if self.micro_batches is not None:
+            return f"parallel.schedule {name} is for {self.num_stages} stages,", f"a file of at most {layers} stages"
+        each = self.num_stages // self.ranks
+        if each == 1:
+            return f"{size} is", f"at most {layers} stages"
+        cures = [f"a pipeline of at most {layers // each} ranks"] if layers // each > 1 else []
+        if not SCHEDULES[name].is_fixed and layers // self.ranks > 1:
+            cures.append(f"at most {layers // self.ranks} parallel.virtual_stages")
+        if self.ranks <= layers:
+            cures.append("a schedule of one stage per rank, such as 1f1b or zb_h1")
+        what = f"{size} with {each} stages per rank (parallel.schedule {name}) is {self.num_stages} stages,"
+        return what, ", or ".join(cures) or "fewer ranks"
