@@ -309,12 +309,12 @@ def gather_objects_to_first(value: object, axis: Axis) -> list[Any] | None:
 
 def least(value: float, axis: Axis) -> float:
     """The least of all ranks' values: for what all must decide alike, of something that each knows of itself alone."""
-    return float(all_reduce(torch.tensor([value], dtype=torch.float64, device=_device_of(axis)), axis, "min"))
+    return float(all_reduce(torch.tensor([value], dtype=torch.float64, device=device_of(axis)), axis, "min"))
 
 
 def barrier(axis: Axis) -> None:
     """Return when every rank of the axis has come here."""
-    all_reduce(torch.zeros(1, device=_device_of(axis)), axis).item()  # waits for a GPU, too
+    all_reduce(torch.zeros(1, device=device_of(axis)), axis).item()  # waits for a GPU, too
 
 
 def send_start(x: Tensor, axis: Axis, to: int) -> Pending:
@@ -333,7 +333,8 @@ def recv_start(x: Tensor, axis: Axis, source: int) -> Pending:
     return _call(axis, "recv", x, x, lambda: dist.irecv(x, axis.ranks[source], group=axis.group))
 
 
-def _device_of(axis: Axis) -> torch.device:
+def device_of(axis: Axis) -> torch.device:
+    """Where tensors are that calls along an axis move."""
     if axis.group is not None and "nccl" in dist.get_backend(axis.group):
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")

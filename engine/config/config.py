@@ -97,7 +97,7 @@ class LogConfig:
     """Whether TensorBoard events are written."""
 
     profile_steps: tuple[int, int] | None = None
-    """First and last step to record with torch's profiler, one trace per rank in run_dir/profile; null: none."""
+    """First and last step to record in run_dir/profile: timeline.json, and torch's trace of the first; null: none."""
 
     def __post_init__(self) -> None:
         if self.profile_steps is not None and not 1 <= self.profile_steps[0] <= self.profile_steps[1]:

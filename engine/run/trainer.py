@@ -29,7 +29,7 @@ from engine.run.elastic import fit, wait_for_the_others
 from engine.run.load import Source, source_of, start_from
 from engine.run.loop import Loop
 from engine.run.metrics import MetricsWriter
-from engine.run.profile import StepProfiler
+from engine.run.profile import StepProfiler, TimelineRecording
 from engine.run.progress import Progress
 from engine.run.provenance import provenance
 from engine.run.report import startup_report
@@ -177,18 +177,27 @@ def _loop(
     requests: StopRequests,
 ) -> Loop:
     config = assembly.config
-    traced, saves = config.log.profile_steps, config.checkpoint.save_interval is not None
+    saves = config.checkpoint.save_interval is not None
+    stepper = Stepper(assembly)
     return Loop(
-        Stepper(assembly),
+        stepper,
         inputs.train_set,
         inputs.eval_set,
         steps=inputs.steps,
         writer=writer,
-        profiler=StepProfiler(traced, inputs.run_dir / "profile", assembly.grid.world.index) if traced else None,
+        profiler=_profiler(stepper, inputs.run_dir / "profile", writer),
         saving=Saving(assembly, inputs.checkpoints, facts, writer) if saves else None,
         progress=resumed.progress,
         requests=requests,
     )
+
+
+def _profiler(stepper: Stepper, folder: Path, writer: MetricsWriter | None) -> StepProfiler | None:
+    a = stepper.assembly
+    if a.config.log.profile_steps is None:
+        return None
+    timeline = TimelineRecording(a, stepper.meter.recorder, folder, None if writer is None else writer.say)
+    return StepProfiler(a.config.log.profile_steps, folder, a.grid.world.index, timeline)
 
 
 def _say_farewell(writer: MetricsWriter, config: Config, loop: Loop, stopped: str | None) -> None:

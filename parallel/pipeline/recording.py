@@ -219,7 +219,11 @@ class Recorder:
                 self._size = (self._size or 0) + size
                 return
             if isinstance(self._doing, Action) and self._doing.kind.is_compute:
-                self._since = moment
+                if kind == "recv":
+                    self._since = moment
+                else:  # at the end of a pass, which the last action does not take part in
+                    self.computed.append(Slice(self._doing, self._since, began))
+                    self._doing = None
             if record is not None:
                 record.waits.append(Slice(self._doing, began, moment))
         elif record is not None and len(record.calls) < self._room:

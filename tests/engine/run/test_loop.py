@@ -277,7 +277,9 @@ def test_chosen_steps_are_traced(tmp_path: Path) -> None:
     pretrain(config, World())
     events = json.loads((tmp_path / "profile" / "rank0.json").read_text())["traceEvents"]
     updates = [e for e in events if e.get("name") == "vitruvius::adamw" and e.get("cat") == "user_annotation"]
-    assert len(updates) == 2
+    assert len(updates) == 1, "the first of them alone: torch's profiler slows what it watches"
+    told = json.loads((tmp_path / "profile" / "timeline.json").read_text())["otherData"]
+    assert told["steps"] == [2, 3] and told["steps_slowed_by_torch_profiler"] == [2]
 
 
 def test_steps_beyond_the_run_cannot_be_traced(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def test_all_ranks_stop_at_one_step_and_can_go_on(name: str, tmp_path: Path) -> 
     assert re.fullmatch(rf"stopped after step {told[-1]} of 100000 \({reason}\): .*goes on from there", last), said
     assert said.count("stopped after") == 1 and "rror" not in said
     if "log__profile_steps" in changes:
-        assert len(list((run_dir / "profile").iterdir())) == size
+        assert len(list((run_dir / "profile").iterdir())) == size + 1, "a trace of each rank, and the timeline"
 
 
 SLOW = """

@@ -63,6 +63,7 @@ def _pass(clock: Turned, meter: CommMeter) -> None:
     where.now(Action.parse("1W0"))
     call("wait for nobody", 1)
     clock.now += 39
+    call("send", 500)
     where.now("finishing gradients")
     clock.now += 1000
 
@@ -89,10 +90,14 @@ def test_a_step_is_recorded(parts: tuple[Recorder, Turned, CommMeter]) -> None:
     assert record.messages == [
         Slice(Action.parse("1RECV_F0"), 0, 5, 12), Slice(Action.parse("1SEND_F0"), 105, 115, 16)
     ]  # fmt: skip
-    assert record.waits == [Slice(Action.parse("1F0"), 5, 35), Slice(Action.parse("1SEND_F0"), 112, 115)]
-    assert record.phases == [Slice("reading images", 35, 55), Slice("finishing gradients", 205, 1205)]
+    assert record.waits == [
+        Slice(Action.parse("1F0"), 5, 35),
+        Slice(Action.parse("1SEND_F0"), 112, 115),
+        Slice(None, 205, 705),
+    ]
+    assert record.phases == [Slice("reading images", 35, 55), Slice("finishing gradients", 705, 1705)]
     assert record.calls == [Slice("all_reduce", 55, 65, 16, "pipeline")]
-    assert (record.step, record.missing, len(record)) == (7, 1, 10)
+    assert (record.step, record.missing, len(record)) == (7, 1, 11)
     assert not recorder.is_recording
 
 
