@@ -110,7 +110,7 @@ class Assembly:
             axis=self.grid.pipeline,
             device=self.device,
             deferrer=self.store.gradients,
-            before_run=self.store.plan,
+            before_run=self.store.plan if self.store.gatherer.units else None,
         )
 
     def to_device(self, batch: Batch, *, training: bool) -> MicroBatch:

@@ -1,64 +1,44 @@
-"""Runs any valid schedule: walks this rank's program, one method per kind of action.
+"""Runs any valid schedule on one rank, over its stages (`local_stage.py`) and its lanes to other ranks (`lanes.py`).
 
-Knows neither what a stage computes nor which generator made the schedule. Shapes at stage boundaries are static, so
-receives are posted without asking; what flows is a tuple of tensors. A stage is called as `stage(inputs,
-micro_batch)`, the first one with no inputs; what the last one returns is turned into a loss by the caller's function.
+Knows neither what a stage computes, nor which generator made the schedule, nor what carries messages. Shapes at stage
+boundaries are static, so receives are posted without asking; what flows is a tuple of tensors. A stage is called as
+`stage(inputs, micro_batch)`, the first one with no inputs; what the last one returns is turned into a loss by the
+caller's function.
 
-What is kept per micro-batch between forward and backward: the stage's inputs, and the edge of the autograd graph at its
-outputs. The outputs themselves are freed once they are sent.
+What there is to know of an action (what runs it, where its result goes) is found out once, when the executor is made:
+a pass calls one bound method per action. Two ways to walk through a program: `Static`, in its own order, and
+`ready.Ready`, by what is ready.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from itertools import groupby
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from parallel import comm
-from parallel.comm import Axis, Pending
+from parallel.comm import Axis
 from parallel.pipeline.actions import Action, ActionKind, Schedule
+from parallel.pipeline.boundary import Route, Specs
 from parallel.pipeline.boundary import TensorSpec as TensorSpec
+from parallel.pipeline.lanes import Lane, Post, open_post
+from parallel.pipeline.local_stage import Deferrer, Head, Inbox, LocalStage, StageModule, Tensors
+from parallel.pipeline.ready import Ready, open_choices
 
-Tensors = tuple[Tensor, ...]
-Products = list[Callable[[], None]]
+Policy = Literal["static", "ready"]
+Announce = Callable[[Sequence[Action], Sequence[int]], None]
+"""Told the actions that a rank will run next, and the numbers of all its stages, ascending."""
 
-# Messages whose end is not waited for. A message is freed at the latest when this many others have been posted after
-# it: gloo does not tell that a send is done before somebody waits for it. A valid schedule does not block on that.
-_SENDS_IN_FLIGHT = 4
-
-
-class StageModule(Protocol):
-    """One pipeline stage."""
-
-    def __call__(self, inputs: Tensors, micro_batch: Any) -> Tensors:
-        """Inputs of the boundary before (none for the first stage) -> outputs of the boundary after."""
+_COMPUTES = (ActionKind.FORWARD, ActionKind.BACKWARD, ActionKind.BACKWARD_INPUT, ActionKind.BACKWARD_WEIGHT)
 
 
-class Deferrer(Protocol):
-    """Who can put off weight gradients (parallel.sharding.gradients.GradientSync)."""
+class Walk(Protocol):
+    """A way through a rank's program."""
 
-    def deferring(self) -> AbstractContextManager[Products]:
-        """Put off products within; the list is called later."""
-
-
-@dataclass
-class _Kept:
-    """What one micro-batch keeps on one stage between forward and backward.
-
-    Attributes:
-        inputs: those that carry a gradient. roots: of the outputs that carry one, None where nothing that is trained,
-            here or before, has made it.
-    """
-
-    inputs: Tensors = ()
-    roots: list[GradientEdge | None] = field(default_factory=list)
-    products: Products = field(default_factory=list)
+    def run(self) -> None:
+        """One pass."""
 
 
 class PipelineExecutor:
@@ -68,43 +48,55 @@ class PipelineExecutor:
         schedule: validated; its communication inserted.
         stages: this rank's stages by their number.
         boundaries: entry s describes the inputs of stage s (empty for stage 0).
-        axis: the pipeline axis. device: where received tensors are made.
+        axis: the pipeline axis. device: where tensors are.
         deferrer: puts off weight gradients for schedules that split the backward.
-        before_run: told this rank's actions before each pass over them.
+        before_run: told this rank's actions before they are run: all of a pass, or under `ready` before each action
+            that and the next ones to be expected.
+        policy: `static`: actions run in the order of the program. `ready`: the first that is ready does; a schedule
+            without backwards runs static, too.
+        group: under `ready` the ranks that must choose alike, since collectives between them come within actions; the
+            first of them chooses for all.
+        post: this rank's lanes, if not those that `open_post` gives.
+
+    Raises:
+        ScheduleError: the policy is `ready`, but neighbouring stages take their micro-batches in different orders.
+        ValueError: the schedule has actions that cannot be run.
     """
 
     def __init__(
         self,
         schedule: Schedule,
         stages: Mapping[int, StageModule],
-        boundaries: Sequence[tuple[TensorSpec, ...]],
+        boundaries: Sequence[Specs],
         *,
         axis: Axis,
         device: torch.device,
         deferrer: Deferrer | None = None,
-        before_run: Callable[[Sequence[Action]], None] | None = None,
+        before_run: Announce | None = None,
+        policy: Policy = "static",
+        group: Axis | None = None,
+        post: Post | None = None,
     ) -> None:
         assert set(stages) == set(schedule.stages_of(axis.index)), (set(stages), schedule.stages_of(axis.index))
-        self.schedule, self.stages, self.boundaries = schedule, stages, boundaries
-        self.axis, self.device, self.deferrer, self.before_run = axis, device, deferrer, before_run
-        self._last = schedule.num_stages - 1
-        self._run: dict[ActionKind, Callable[[int, int], None]] = {
-            ActionKind.FORWARD: self._forward,
-            ActionKind.BACKWARD: self._backward,
-            ActionKind.BACKWARD_INPUT: self._backward_input,
-            ActionKind.BACKWARD_WEIGHT: self._backward_weight,
-            ActionKind.SEND_FORWARD: self._send_forward,
-            ActionKind.RECV_FORWARD: self._recv_forward,
-            ActionKind.SEND_BACKWARD: self._send_backward,
-            ActionKind.RECV_BACKWARD: self._recv_backward,
-        }
-        unknown = {action.kind for action in schedule.ranks[axis.index]} - set(self._run)
+        self.schedule, self.axis = schedule, axis
+        self.program = schedule.ranks[axis.index]
+        unknown = {a.kind for a in self.program if not a.kind.is_message and a.kind not in _COMPUTES}
         if unknown:
             raise ValueError(
                 f"schedule {schedule.name} uses {sorted(k.name for k in unknown)}, which cannot be run yet"
             )
+        ready = policy == "ready" and not schedule.is_forward_only
+        self.post = post or open_post(schedule.stage_to_rank, boundaries, axis=axis, device=device, ready=ready)
+        self.stages = _connect(schedule, stages, boundaries, self.post, deferrer, ready=ready)
+        announce = None if before_run is None else lambda actions: before_run(actions, sorted(stages))
+        self._walk: Walk
+        if ready:
+            choices = open_choices(group, sum(action.kind.is_compute for action in self.program))
+            self._walk = Ready(schedule, axis, self.stages, self.post, choices, announce, deferrer)
+        else:
+            self._walk = Static(self.program, axis, self.stages, self.post, announce)
 
-    def run(self, micro_batches: Sequence[Any], head: Callable[[Tensors, Any], Tensor]) -> list[Tensor]:
+    def run(self, micro_batches: Sequence[Any], head: Head) -> list[Tensor]:
         """One pass over the schedule.
 
         Args:
@@ -116,113 +108,120 @@ class PipelineExecutor:
             What `head` returned for each micro-batch, detached, on ranks that hold the last stage; elsewhere nothing.
         """
         assert len(micro_batches) == self.schedule.num_micro_batches, (len(micro_batches), self.schedule)
-        self._micro_batches, self._head = micro_batches, head
-        self._results: list[Tensor] = []
-        self._arriving: dict[tuple[ActionKind, int, int], list[Pending] | Tensors] = {}
-        self._leaving: dict[tuple[ActionKind, int, int], Tensors] = {}
-        self._kept: dict[tuple[int, int], _Kept] = {}
-        self._sent: deque[list[Pending]] = deque()
-        if self.before_run is not None:
-            self.before_run(self.schedule.ranks[self.axis.index])
-        with torch.set_grad_enabled(not self.schedule.is_forward_only):
-            for action in self.schedule.ranks[self.axis.index]:
-                self._do(action)
-        self._free_sent(0)
-        assert not (self._kept or self._arriving or self._leaving), "the schedule left tensors behind"
-        self._micro_batches = ()
-        return self._results
+        trains = not self.schedule.is_forward_only
+        for stage in self.stages.values():
+            stage.begin(micro_batches, head, trains=trains)
+        with torch.set_grad_enabled(trains):
+            self._walk.run()
+        self.post.finish()
+        return [result for stage in self.stages.values() for result in stage.end()]
 
-    def _do(self, action: Action) -> None:
-        assert action.micro_batch is not None
-        self.axis.meter.where.now(action)
-        self._run[action.kind](action.stage, action.micro_batch)
 
-    # -- computing ----------------------------------------------------------------------------------------------------
+class Static:
+    """The order of the program. Messages that stand between two compute actions are posted together."""
 
-    def _forward(self, stage: int, m: int) -> None:
-        inputs = self._take(ActionKind.RECV_FORWARD, stage, m) if stage else ()
-        keep = torch.is_grad_enabled()
-        if keep:
-            for x, spec in zip(inputs, self.boundaries[stage], strict=True):
-                x.requires_grad_(spec.carries_gradient)
-        outputs = self.stages[stage](inputs, self._micro_batches[m])
-        if stage == self._last:
-            result = self._head(outputs, self._micro_batches[m])
-            self._results.append(result.detach())
-            roots: Tensors = (result,)
-        else:
-            self._hand_over(ActionKind.RECV_FORWARD, stage + 1, m, tuple(x.detach() for x in outputs))
-            roots = self._carrying(stage + 1, outputs)
-        if keep:
-            edges = [get_gradient_edge(x) if x.requires_grad else None for x in roots]
-            self._kept[stage, m] = _Kept(self._carrying(stage, inputs), edges)
+    def __init__(
+        self,
+        program: Sequence[Action],
+        axis: Axis,
+        stages: Mapping[int, LocalStage],
+        post: Post,
+        announce: Callable[[Sequence[Action]], None] | None,
+    ) -> None:
+        self._where, self._program, self._stages, self._post = axis.meter.where, program, stages, post
+        self._announce = announce
+        self._steps: list[tuple[Action, Callable[[Any], None], Any]] = []
+        for are_messages, actions in groupby(program, key=lambda action: action.kind.is_message):
+            if are_messages:
+                exchange = self._exchange_of(list(actions))
+                self._steps.append((exchange.actions[-1], self._exchange, exchange))
+            else:
+                self._steps += [(a, stages[a.stage].method(a.kind), a.micro_batch) for a in actions]
 
-    def _carrying(self, boundary: int, tensors: Tensors) -> Tensors:
-        """Those of a boundary's tensors that carry a gradient."""
-        return tuple(x for x, spec in zip(tensors, self.boundaries[boundary], strict=True) if spec.carries_gradient)
+    def run(self) -> None:
+        """One pass."""
+        if self._announce is not None:
+            self._announce(self._program)
+        now = self._where.now
+        for action, run, argument in self._steps:
+            now(action)
+            run(argument)
 
-    def _backward(self, stage: int, m: int) -> None:
-        self._differentiate(stage, m, self._kept.pop((stage, m)))
+    def _exchange_of(self, actions: list[Action]) -> _Exchange:
+        lanes, sends, receives = self._post.lanes, [], []
+        for action in actions:
+            assert action.micro_batch is not None
+            stage, m = action.stage, action.micro_batch
+            match action.kind:
+                case ActionKind.SEND_FORWARD:
+                    sends.append((lanes[Route(stage, stage + 1)], m, self._stages[stage].outputs))
+                case ActionKind.SEND_BACKWARD:
+                    sends.append((lanes[Route(stage, stage - 1)], m, self._stages[stage].input_gradients))
+                case ActionKind.RECV_FORWARD:
+                    receives.append((lanes[Route(stage - 1, stage)], m))
+                case _:
+                    receives.append((lanes[Route(stage + 1, stage)], m))
+        return _Exchange(actions, sends, receives)
 
-    def _backward_input(self, stage: int, m: int) -> None:
-        assert self.deferrer is not None, "a schedule that splits the backward needs a deferrer"
-        kept = self._kept[stage, m]
-        with self.deferrer.deferring() as products:
-            self._differentiate(stage, m, kept)
-        self._kept[stage, m] = _Kept(products=products)
+    def _exchange(self, exchange: _Exchange) -> None:
+        if len(exchange.actions) > 1 and self._where.listener is not None:  # who records wants to hear of each
+            for action in exchange.actions:
+                self._where.now(action)
+        sends = [(lane, m, laid_out.pop(m)) for lane, m, laid_out in exchange.sends]
+        self._post.start(sends, exchange.receives)
 
-    def _backward_weight(self, stage: int, m: int) -> None:
-        for product in self._kept.pop((stage, m)).products:
-            product()
 
-    def _differentiate(self, stage: int, m: int, kept: _Kept) -> None:
-        last = stage == self._last
-        grads = (None,) if last else self._take(ActionKind.RECV_BACKWARD, stage, m)
-        edges = [(root, grad) for root, grad in zip(kept.roots, grads, strict=True) if root is not None]
-        torch.autograd.backward([root for root, _ in edges], [grad for _, grad in edges])
-        if stage:
-            # What the stage did not use has no gradient; zeros of its shape keep the boundary's message static.
-            own = tuple(x.grad if x.grad is not None else torch.zeros_like(x) for x in kept.inputs)
-            self._hand_over(ActionKind.RECV_BACKWARD, stage - 1, m, own)
+class _Exchange(NamedTuple):
+    """Messages that are posted together: sends with where their tensors are laid out, and receives."""
 
-    # -- tensors between stages ---------------------------------------------------------------------------------------
+    actions: list[Action]
+    sends: list[tuple[Lane, int, dict[int, Tensors]]]
+    receives: list[tuple[Lane, int]]
 
-    def _hand_over(self, arrival: ActionKind, stage: int, m: int, tensors: Tensors) -> None:
-        """Lay tensors out for the neighbour `stage`: as arrived if it is on this rank, else for the send to come."""
-        here = self.schedule.stage_to_rank[stage] == self.axis.index
-        (self._arriving if here else self._leaving)[arrival, stage, m] = tensors
 
-    def _take(self, arrival: ActionKind, stage: int, m: int) -> Tensors:
-        arrived = self._arriving.pop((arrival, stage, m))
-        return tuple(x.wait() if isinstance(x, Pending) else x for x in arrived)
+def _connect(
+    schedule: Schedule,
+    stages: Mapping[int, StageModule],
+    boundaries: Sequence[Specs],
+    post: Post,
+    deferrer: Deferrer | None,
+    *,
+    ready: bool,
+) -> dict[int, LocalStage]:
+    """A rank's stages, ascending, with what they read from and write to: neighbours on the rank hand over directly."""
+    program, last = schedule.ranks[schedule.stage_to_rank[min(stages)]], schedule.num_stages - 1
+    inboxes = {
+        Route(source, stage): Inbox(post.lanes.get(Route(source, stage)), _order(program, source, stage, ready=ready))
+        for stage in stages
+        for source in (stage - 1, stage + 1)
+        if 0 <= source <= last
+    }
 
-    def _send(self, arrival: ActionKind, stage: int, m: int) -> None:
-        self._free_sent(_SENDS_IN_FLIGHT - 1)
-        to = self.schedule.stage_to_rank[stage]
-        self._sent.append([comm.send_start(x, self.axis, to) for x in self._leaving.pop((arrival, stage, m))])
+    def laid_out(stage: int, target: int) -> dict[int, Tensors]:
+        return inboxes[Route(stage, target)].here if target in stages else {}
 
-    def _free_sent(self, keep: int) -> None:
-        """Let go of messages that are done, and wait for the oldest until at most `keep` are left."""
-        while self._sent and (len(self._sent) > keep or all(x.is_done() for x in self._sent[0])):
-            for pending in self._sent.popleft():
-                pending.wait()
+    return {
+        stage: LocalStage(
+            stages[stage],
+            inputs=inboxes.get(Route(stage - 1, stage)),
+            gradients=inboxes.get(Route(stage + 1, stage)),
+            boundary_before=boundaries[stage],
+            boundary_after=boundaries[stage + 1] if stage < last else (),
+            outputs=laid_out(stage, stage + 1),
+            input_gradients=laid_out(stage, stage - 1),
+            deferrer=deferrer,
+        )
+        for stage in sorted(stages)
+    }
 
-    def _recv(self, arrival: ActionKind, stage: int, m: int, source: int, boundary: int) -> None:
-        rank = self.schedule.stage_to_rank[source]
-        specs = [
-            spec for spec in self.boundaries[boundary] if spec.carries_gradient or arrival is ActionKind.RECV_FORWARD
-        ]
-        buffers = [torch.empty(spec.shape, dtype=spec.dtype, device=self.device) for spec in specs]
-        self._arriving[arrival, stage, m] = [comm.recv_start(x, self.axis, rank) for x in buffers]
 
-    def _send_forward(self, stage: int, m: int) -> None:
-        self._send(ActionKind.RECV_FORWARD, stage + 1, m)
-
-    def _recv_forward(self, stage: int, m: int) -> None:
-        self._recv(ActionKind.RECV_FORWARD, stage, m, stage - 1, stage)
-
-    def _send_backward(self, stage: int, m: int) -> None:
-        self._send(ActionKind.RECV_BACKWARD, stage - 1, m)
-
-    def _recv_backward(self, stage: int, m: int) -> None:
-        self._recv(ActionKind.RECV_BACKWARD, stage, m, stage + 1, stage + 1)
+def _order(program: Sequence[Action], source: int, stage: int, *, ready: bool) -> list[int]:
+    """The micro-batches in the lane from a neighbour, as they come: in the order of its receives, or, where they are
+    not gone by, in that of the actions that take them.
+    """
+    kinds = ActionKind
+    if ready:
+        wanted = (kinds.FORWARD,) if source < stage else (kinds.BACKWARD, kinds.BACKWARD_INPUT)
+    else:
+        wanted = (kinds.RECV_FORWARD,) if source < stage else (kinds.RECV_BACKWARD,)
+    return [a.micro_batch for a in program if a.kind in wanted and a.stage == stage and a.micro_batch is not None]

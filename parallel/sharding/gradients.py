@@ -9,7 +9,7 @@ Distributed"), and ranks are added up in the order of their index.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,6 +53,8 @@ class GradientSync:
         self._slot = {slot.parameter: (slot, unit) for unit in self.units for slot in unit.slots}
         self._deferred: list[Callable[[], None]] | None = None
         self._flights: deque[_Flight] = deque()
+        self._held: dict[int, list[Callable[[], None]]] = defaultdict(list)
+        self._in_turn, self._holds = deque[int](), False
         self._staging = self._buffers([bytes_of(unit.staged, gradient_dtype) for unit in self.units], device)
         self._receiving = self._buffers(
             [bytes_of(self._sent(unit), gradient_dtype, received) for unit in self.units], device
@@ -91,6 +93,8 @@ class GradientSync:
         while self._flights:
             self._take_in()
         self._turn = [0] * len(self._turn)
+        self._held.clear()
+        self._in_turn, self._holds = deque(), False
         for index in list(self._staged_at):
             self._staging.append(self._staged_at.pop(index))
         for unit in self.units:
@@ -115,12 +119,31 @@ class GradientSync:
         if any(unit.left for unit in self.units):
             late = [slot.name for unit in reversed(self.units) if unit.left for slot in unit.slots if slot.missing]
             raise RuntimeError(f"no complete gradient for {', '.join(late[:5])}{' ...' if len(late) > 5 else ''}")
+        self.release()
         while self._flights:
             self._take_in()
         for unit in self.units:
             for bucket in self._sent(unit):
                 if bucket.stage == 0:
                     bucket.complete(bucket.sums)
+
+    def hold(self, order: Sequence[int]) -> None:
+        """Start no reduction that ends this step before `release`, and then in this order of stages, by their place.
+
+        Without this they start in the order in which stages are complete, which is then the same on all ranks.
+        """
+        self._in_turn, self._holds = deque(order), True
+
+    def release(self) -> None:
+        """Start what was held, as far as it is complete and in its turn."""
+        self._holds = False
+        while self._in_turn:
+            chain = self._in_turn[0]
+            for send in self._held.pop(chain, ()):
+                send()
+            if any(unit.left for unit in self._order[chain]):
+                return
+            self._in_turn.popleft()
 
     # -- contributions ------------------------------------------------------------------------------------------------
 
@@ -224,7 +247,13 @@ class GradientSync:
             sources += zip(unit.staged, views_in(staging, unit.staged, gradient_dtype), strict=True)
         if last:
             sources += [(bucket, bucket.grads) for bucket in unit.buckets if bucket.grads is not None]
-        self._send([(b, source) for b, source in sources if b.axis.size > 1], staging, first=first)
+        sent = [(b, source) for b, source in sources if b.axis.size > 1]
+        if last and staging is None and self._in_turn:
+            self._held[self._chain[id(unit)]].append(lambda: self._send(sent, None, first=first))
+            if not self._holds:
+                self.release()
+        else:
+            self._send(sent, staging, first=first)
         for bucket, source in sources:
             if bucket.axis.size == 1 and source.dtype != torch.float32:
                 bucket.sums.copy_(source)

@@ -209,12 +209,15 @@ class ParameterStore:
             if bucket.stage in (1, 2) and bucket.kind.trains:
                 bucket.complete(bucket.weights)
 
-    def plan(self, actions: Sequence[Action]) -> None:
-        """Say what will be run: stages are numbered as their layers were given, by their place on this rank."""
+    def plan(self, actions: Sequence[Action], stages: Sequence[int]) -> None:
+        """Say what will be run next.
+
+        Args:
+            stages: the numbers of this rank's, in the order in which their layers were given.
+        """
         if not self.gatherer.units:
             return
-        numbers = sorted({action.stage for action in actions})
-        place = {number: self.stages[i] for i, number in enumerate(numbers)}
+        place = dict(zip(stages, self.stages, strict=True))
         uses: list[int] = []
         for action in actions:
             if action.kind in _FORWARD:

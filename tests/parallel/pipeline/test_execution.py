@@ -9,7 +9,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from parallel.comm import single_axis
 from parallel.grid import Grid, GridShape, make_grid
-from parallel.pipeline import Action, Schedule, build_schedule, forward_only, insert_communication, validate
+from parallel.pipeline import Schedule, build_schedule, forward_only, insert_communication, validate
 from parallel.pipeline.execution import PipelineExecutor, TensorSpec
 from parallel.process_group import World
 from parallel.sharding import ParameterStore, ShardingPolicy
@@ -88,16 +88,6 @@ def _one_process(num_stages: int, micro_batches: list[Tensor]) -> tuple[list[Ten
     return [loss.detach() for loss in losses], store.local_values("sums")
 
 
-class LoggingExecutor(PipelineExecutor):
-    """Remembers the action under way."""
-
-    now: Action
-
-    def _do(self, action: Action) -> None:
-        self.now = action
-        super()._do(action)
-
-
 def _check(schedule: Schedule, world: World, data: int = 1, zero: int = 0) -> None:
     """A training pass equals one process, and so does an evaluation pass over the same placement, on every rank.
 
@@ -112,11 +102,11 @@ def _check(schedule: Schedule, world: World, data: int = 1, zero: int = 0) -> No
     micro_batches = _micro_batches(schedule.num_micro_batches)
     losses, expected = _one_process(schedule.num_stages, micro_batches)
     place = {int(number): stage for number, stage in module.items()}
-    executor = LoggingExecutor(
+    executor = PipelineExecutor(
         schedule, place, boundaries, axis=axis, device=CPU, deferrer=store.gradients, before_run=store.plan
     )
     products, add = [], store.gradients._add_product
-    store.gradients._add_product = lambda *args: (products.append(executor.now.kind.name), add(*args))[1]  # type: ignore
+    store.gradients._add_product = lambda *args: (products.append(grid.meter.where.doing.kind.name), add(*args))[1]  # type: ignore
     for _ in range(2):  # an executor is used again at each step
         store.gradients.start(schedule.num_micro_batches)
         results = executor.run(micro_batches, _head)
@@ -208,27 +198,25 @@ def test_one_rank_needs_no_group() -> None:
     _check(build_schedule("1f1b", 1, 3), World())
 
 
-def _sent_backward(world: World) -> int:
-    """Elements that rank 1 sends back for one micro-batch."""
-    sent = []
+def _sent(world: World) -> int:
+    """Bytes that a rank sends for one micro-batch."""
     grid = make_grid(GridShape(pipeline=2), world)
     module, store = _stages((world.rank,))
     schedule = build_schedule("1f1b", 2, 1)
     executor = PipelineExecutor(
         schedule, {world.rank: module[str(world.rank)]}, [(), BOUNDARY], axis=grid.pipeline, device=CPU
     )
-    hand_over = executor._hand_over
-    executor._hand_over = lambda arrival, stage, m, x: (sent.extend(x), hand_over(arrival, stage, m, x))[1]  # type: ignore
     store.gradients.start(1)
     executor.run(_micro_batches(1), _head)
+    sent = grid.meter.bytes["send"]
     grid.close()
-    return sum(x.numel() for x in sent)
+    return sent
 
 
 def test_nothing_is_sent_for_what_carries_no_gradient() -> None:
-    forward, backward = run_ranks(2, _sent_backward)
-    assert forward == 2 * BATCH * WIDTH + BATCH + BATCH * SIDE
-    assert backward == BATCH * WIDTH + BATCH * SIDE
+    forward, backward = run_ranks(2, _sent)
+    assert forward == 4 * (2 * BATCH * WIDTH + BATCH * SIDE) + 8 * BATCH
+    assert backward == 4 * (BATCH * WIDTH + BATCH * SIDE)
     with pytest.raises(ValueError, match="cannot carry a gradient"):
         TensorSpec((BATCH,), torch.int64)
 

@@ -123,7 +123,7 @@ def test_a_pass_over_a_schedule(name: str) -> None:
     """Forward through all units and back, for each micro-batch: the unit at each turn stays, and so do others."""
     with _watched(5, 2) as w:
         actions = build_schedule(name, 1, 3).ranks[0]
-        w.store.plan(actions)
+        w.store.plan(actions, [0])
         uses = []
         for action in actions:
             uses += range(5) if action.kind.name == "FORWARD" else reversed(range(5))
@@ -140,7 +140,7 @@ def test_units_of_several_stages_on_a_rank() -> None:
     with fake_wire() as wire:
         store = ParameterStore(layers, grid=planned(data=2), device=CPU, seed=0, policy=policy_of(3))
         schedule = Schedule.from_text("0F0 2F0 2B0 0B0\n1F0 3F0 3I0 3W0 1B0", stage_to_rank=(0, 1, 0, 1))
-        store.plan(schedule.ranks[1])
+        store.plan(schedule.ranks[1], [1, 3])
         for index in (0, 1, 2, 3, 3, 2, 1, 0):
             store.gatherer.use(index)
         assert len(wire.gathered) == len(wire.waited) == 6
@@ -361,7 +361,7 @@ def _train(grid: Grid, forward: Forward, stage: int, *, gather: float = 0, unit_
     gathers = 0
     for _ in range(2):
         store.gradients.start(2)
-        store.plan(schedule.ranks[0])
+        store.plan(schedule.ranks[0], [0])
         for _ in range(2):
             out = forward(layers, torch.randn(3, 4, generator=generator))
             found.append(out.detach().clone())
@@ -374,7 +374,7 @@ def _train(grid: Grid, forward: Forward, stage: int, *, gather: float = 0, unit_
             span.weight.sub_(span.grad, alpha=0.01)
         store.updated()
         with torch.no_grad():  # twice, so that buffers hold what the pass before left
-            store.plan(forward_only(1, 2).ranks[0])
+            store.plan(forward_only(1, 2).ranks[0], [0])
             found += [forward(layers, torch.ones(2, 4)) for _ in range(2)]
         grid.meter.reset()
     found.append(store.local_values())

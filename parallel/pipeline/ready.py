@@ -1,0 +1,274 @@
+"""Walks through a program by what is ready: the rule of `readiness.py` with real messages.
+
+Receives are kept posted ahead on every lane, results are sent at once, and before each action the rank asks which of
+its lanes have brought something. Where nothing is ready it sleeps until a message comes.
+
+*Ranks that choose alike.* Where collectives come within actions, all ranks of a group must run the same actions in the
+same order: along the tensor and context axes, and along data where gradients are reduced with each micro-batch or
+weights gathered. The first rank of the group chooses, and tells the others a number per action by a lane on the host,
+one action ahead of the one that it runs. That cannot lock up: of all that the first ranks have run, take the earliest
+action that some follower has yet to do. Its message was sent, since the rank there that follows the sender has done an
+earlier action; and the others are at the same collectives.
+
+*Reductions that end a step* (ZeRO 0 and 1) are between data ranks that choose for themselves. All start them in one
+order, that of the stages in the schedule, since collectives must match. And a rank that waits in one must not keep back
+what another pipeline needs, so they are held until the rank is at the last action that sends something. On every rank
+that holds a stage above 0 this is the last micro-batch's backward of the lowest of these stages; call it s. Whoever
+waits there waits for the same rank of another pipeline to come that far. If it has not, the rank that it waits for in
+turn, within its pipeline, is at a backward of a stage above s. So no circle closes, even if a rank does nothing else
+while it waits for a reduction, as a GPU's stream does. NCCL's communicators of different axes are met in different
+orders, but each by all its members in one.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
+from typing import NamedTuple, Protocol
+
+import torch
+
+from parallel.comm import Axis
+from parallel.pipeline.actions import Action, ActionKind, Schedule
+from parallel.pipeline.boundary import Route, TensorSpec
+from parallel.pipeline.lanes import Lane, Post, open_post
+from parallel.pipeline.local_stage import Deferrer, Inbox, LocalStage, Tensors
+from parallel.pipeline.readiness import Chooser, check_lanes
+
+_POSTED_AHEAD = 2  # receives on each lane: one that may have arrived, one on its way
+_EXPECTED = 2  # actions that are announced beside the one that is run
+
+
+class Choices(Protocol):
+    """How what one rank chooses gets to the ranks that do the same.
+
+    Attributes:
+        follows: whether another rank chooses. ahead: whether to choose one action ahead.
+    """
+
+    follows: bool
+    ahead: bool
+
+    def begin(self) -> None:
+        """Another pass."""
+
+    def tell(self, position: int) -> None:
+        """Tell the others the next action."""
+
+    def hear(self) -> int:
+        """The next action, of the rank that chooses."""
+
+    def finish(self) -> None:
+        """The pass is over."""
+
+
+class Alone:
+    """A rank that chooses for itself."""
+
+    follows = ahead = False
+
+    def begin(self) -> None:
+        """Nothing is to be done."""
+
+    def tell(self, position: int) -> None:
+        """Nobody is told."""
+
+    def hear(self) -> int:
+        """Nobody tells."""
+        raise AssertionError("a rank alone follows nobody")
+
+    def finish(self) -> None:
+        """Nothing is to be done."""
+
+
+class Group:
+    """The first rank of an axis tells the others, by lanes that go through the host.
+
+    Args:
+        axis: the ranks that choose alike; all come here together. count: actions of a pass.
+    """
+
+    def __init__(self, axis: Axis, count: int) -> None:
+        # A star: "stages" of which every other one is on the first rank, and that rank's outputs are the choices.
+        stage_to_rank = [rank for follower in range(1, axis.size) for rank in (0, follower)]
+        number = (TensorSpec((), torch.int64, carries_gradient=False),)
+        boundaries = [number if rank else () for rank in stage_to_rank]
+        self._post = open_post(stage_to_rank, boundaries, axis=axis, device=torch.device("cpu"))
+        self._count, self.follows, self.ahead = count, axis.index > 0, True
+        self._lanes = [lane for lane in self._post.lanes.values() if lane.specs]
+
+    def begin(self) -> None:
+        """Another pass."""
+        self._next = 0
+        if self.follows:
+            self._posted = 0
+            self._expect(2)
+
+    def _expect(self, more: int) -> None:
+        for _ in range(min(more, self._count - self._posted)):
+            self._lanes[0].expect(self._posted)
+            self._posted += 1
+
+    def tell(self, position: int) -> None:
+        """Tell the others the next action."""
+        number = (torch.tensor(position),)
+        self._post.start([(lane, self._next, number) for lane in self._lanes])
+        self._next += 1
+
+    def hear(self) -> int:
+        """The next action, of the rank that chooses."""
+        (position,) = self._lanes[0].take()
+        self._expect(1)
+        return int(position)
+
+    def finish(self) -> None:
+        """The pass is over."""
+        self._post.finish()
+
+
+def open_choices(group: Axis | None, count: int) -> Choices:
+    """Among the ranks of `group`, or for one alone. Collective over the world. count: compute actions of a pass."""
+    return Alone() if group is None or group.size == 1 else Group(group, count)
+
+
+class _Task(NamedTuple):
+    """What there is to know of an action.
+
+    Attributes:
+        inbox: that a lane fills for it, if one does. receives: to be posted when it is done. send: the message that its
+            result is, the lane, and where its tensors are laid out.
+    """
+
+    action: Action
+    micro_batch: int
+    run: Callable[[int], None]
+    inbox: Inbox | None
+    receives: tuple[tuple[Lane, int], ...]
+    send: tuple[Action, Lane, dict[int, Tensors]] | None
+
+
+class Ready:
+    """The first action that is ready.
+
+    Args:
+        schedule: validated; messages in it are not looked at. axis: the pipeline axis.
+        stages: this rank's, ascending. post: its lanes. choices: among which ranks. announce: is told what will be run.
+        deferrer: reduces gradients.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        axis: Axis,
+        stages: Mapping[int, LocalStage],
+        post: Post,
+        choices: Choices,
+        announce: Callable[[Sequence[Action]], None] | None,
+        deferrer: Deferrer | None,
+    ) -> None:
+        check_lanes(schedule)
+        self._chooser = Chooser(schedule, axis.index)
+        self._where, self._post, self._choices = axis.meter.where, post, choices
+        self._announce, self._deferrer = announce, deferrer
+        self._tasks = [_task(action, stages[action.stage], post) for action in self._chooser.actions]
+        self._lane_of: dict[tuple[ActionKind, int], Lane] = {}
+        self._first: list[tuple[Lane, int]] = []
+        for inbox in {id(task.inbox): task.inbox for task in self._tasks}.values():
+            if inbox is not None and inbox.lane is not None:
+                self._first += [(inbox.lane, m) for m in inbox.order[:_POSTED_AHEAD]]
+        for task in self._tasks:
+            if task.inbox is not None and task.inbox.lane is not None:
+                self._lane_of[task.action.kind, task.action.stage] = task.inbox.lane
+        self._num_sends = sum(task.send is not None for task in self._tasks)
+        self._reductions = _order_of_last(self._chooser.actions, list(stages))
+
+    def run(self) -> None:
+        """One pass."""
+        self._chooser.restart()
+        self._choices.begin()
+        self._decided = deque[int]()
+        self._not_run = dict.fromkeys(range(len(self._tasks)))
+        sends_left = self._num_sends
+        self._post.start(receives=self._first)
+        if self._deferrer is not None:
+            self._deferrer.hold(self._reductions)
+        while self._not_run:
+            position = self._next()
+            task = self._tasks[position]
+            del self._not_run[position]
+            sends_left -= task.send is not None
+            if sends_left == 0 and self._deferrer is not None:
+                self._deferrer.release()
+            self._do(position, task)
+        self._choices.finish()
+
+    def _do(self, position: int, task: _Task) -> None:
+        if self._announce is not None:
+            expected = islice(self._not_run, _EXPECTED)
+            self._announce([task.action, *(self._tasks[n].action for n in expected)])
+        self._where.now(task.action)
+        task.run(task.micro_batch)
+        if task.send is not None:
+            message, lane, laid_out = task.send
+            self._where.now(message)
+            self._post.start([(lane, task.micro_batch, laid_out.pop(task.micro_batch))], task.receives)
+        elif task.receives:
+            self._post.start(receives=task.receives)
+
+    def _next(self) -> int:
+        """The position of the action to run now, chosen here or by the first rank of the group."""
+        if self._choices.follows:
+            self._where.now("waiting for the choice of the first rank of the group")
+            return self._choices.hear()
+        while not self._decided and not self._decide():
+            self._where.now("waiting for an action to be ready")
+            self._post.wait_any([self._lane_of[a.kind, a.stage] for a in self._chooser.awaited()])
+        position = self._decided.popleft()
+        if self._choices.ahead:
+            self._decide()
+        return position
+
+    def _decide(self) -> bool:
+        """Choose one more action and tell the others, if one is ready."""
+        position = self._chooser.choose(self._has_arrived)
+        if position is None:
+            return False
+        self._chooser.take(position)
+        inbox = self._tasks[position].inbox
+        if self._choices.ahead and inbox is not None:
+            inbox.fetch()  # the lane is asked about the message after it next
+        self._choices.tell(position)
+        self._decided.append(position)
+        return True
+
+    def _has_arrived(self, action: Action) -> bool:
+        return self._lane_of[action.kind, action.stage].has_arrived()
+
+
+def _task(action: Action, stage: LocalStage, post: Post) -> _Task:
+    m, number, kinds = action.micro_batch, action.stage, ActionKind
+    assert m is not None
+    inbox, message, target, laid_out = None, kinds.SEND_FORWARD, number + 1, stage.outputs
+    match action.kind:
+        case kinds.FORWARD:
+            inbox = stage.inputs
+        case kinds.BACKWARD | kinds.BACKWARD_INPUT:
+            inbox, message, target, laid_out = stage.gradients, kinds.SEND_BACKWARD, number - 1, stage.input_gradients
+        case _:
+            target = number  # nobody is sent the gradients of weights
+    if inbox is None or inbox.lane is None:
+        inbox, coming = None, []
+    else:
+        place = inbox.order.index(m) + _POSTED_AHEAD
+        coming = [(inbox.lane, later) for later in inbox.order[place : place + 1]]
+    lane = post.lanes.get(Route(number, target))
+    send = None if lane is None else (Action(message, number, m), lane, laid_out)
+    return _Task(action, m, stage.method(action.kind), inbox, tuple(coming), send)
+
+
+def _order_of_last(actions: Sequence[Action], stages: Sequence[int]) -> list[int]:
+    """The places of stages on this rank, in the order in which their gradients are complete in the program."""
+    sums = (ActionKind.BACKWARD, ActionKind.BACKWARD_WEIGHT)
+    last = {action.stage: n for n, action in enumerate(actions) if action.kind in sums}
+    return [stages.index(stage) for stage in sorted(last, key=last.__getitem__)]
