@@ -143,28 +143,44 @@ def test_a_count_alone_would_get_stuck() -> None:
     assert [chooser.choose(lambda _: False)] == [0]
     chooser.take(0)
     assert chooser.choose(lambda _: False) is None  # 0F1 is ready and would be the second
-    assert sorted(map(str, chooser.awaited())) == ["0B0", "2F0"]
+    assert chooser.awaited() == [Action.parse("2F0")]
     assert chooser.choose(lambda _: True) == 1
 
 
-def test_what_is_ready_runs_in_the_place_of_what_is_not() -> None:
-    chooser = Chooser(Schedule.from_text("0F0 0F1 0I0 0W0 0I1 0W1\n1F0 1I0 1F1 1I1 1W0 1W1"), 1)
-    here = {"1F0"}
-    ran = []
-    for arrival in ["1F1", "", "", "", "", ""]:
-        position = chooser.choose(lambda action: str(action) in here)
-        assert position is not None
-        ran.append(str(chooser.take(position)))
-        here.add(arrival)
-    assert ran == ["1F0", "1I0", "1F1", "1I1", "1W0", "1W1"]
+def run_with(chooser: Chooser, *arrivals: str) -> list[str]:
+    """What a rank runs if the messages of these actions are here and no others come."""
     chooser.restart()
-    ran = [
-        str(chooser.take(position))
-        for _ in range(3)
-        if (position := chooser.choose(lambda a: a.micro_batch == 0)) is not None
-    ]
-    assert ran == ["1F0", "1I0", "1W0"]
-    assert chooser.choose(lambda a: a.micro_batch == 0) is None and chooser.awaited() == [Action.parse("1F1")]
+    ran = []
+    while (position := chooser.choose(lambda action: str(action) in arrivals)) is not None:
+        ran.append(str(chooser.take(position)))
+    return ran
+
+
+def test_what_is_ready_runs_in_the_place_of_what_is_not() -> None:
+    chooser = Chooser(Schedule.from_text("0F0 0F1 0I0 0W0 0I1 0W1\n1F0 1I0 1F1 1W0 1I1 1W1"), 1)
+    assert run_with(chooser, "1F0", "1F1") == ["1F0", "1I0", "1F1", "1W0", "1I1", "1W1"]
+    assert run_with(chooser, "1F0") == ["1F0", "1I0", "1W0"]
+    assert chooser.awaited() == [Action.parse("1F1")]
+
+
+def test_what_does_not_run_ahead_on_a_rank_with_one_stage() -> None:
+    """A backward of a forward; a forward or weight gradient of an input gradient."""
+    backward = Chooser(Schedule.from_text("0F0 0F1 0F2 0B0 0F3 0B1 0B2 0B3\n1F0 1B0 1F1 1B1 1F2 1B2 1F3 1B3"), 0)
+    assert run_with(backward, "0B1") == ["0F0", "0F1", "0F2"]
+    order = "0F0 0F1 0I0 0F2 0I1 0W0 0I2 0W1 0W2\n1F0 1I0 1F1 1I1 1F2 1I2 1W0 1W1 1W2"
+    assert run_with(Chooser(Schedule.from_text(order), 0), "0I0") == ["0F0", "0F1", "0I0", "0F2"]
+
+
+def test_several_stages_have_more_freedom() -> None:
+    """Rank 0 of ZB-V waits for the gradient of one micro-batch: it runs forwards and weight gradients of others."""
+    chooser = Chooser(
+        Schedule.from_text(
+            "0F0 3F0 3I0 0F1 3F1 0I0 3W0 0W0 3I1 0I1 3W1 0W1\n1F0 2F0 2I0 1I0 2W0 1W0 1F1 2F1 2I1 1I1 2W1 1W1",
+            stage_to_rank=(0, 1, 1, 0),
+        ),
+        0,
+    )
+    assert run_with(chooser, "3F0", "3F1") == ["0F0", "3F0", "3I0", "0F1", "3F1", "3W0", "3I1", "3W1"]
 
 
 def test_weight_gradients_keep_their_order_across_kinds() -> None:
