@@ -74,6 +74,8 @@ class Axis:
         group: the process group; None where the axis has one rank.
         meter: where calls along this axis are counted.
         channel: shared memory of the ranks, where they are CPU processes of one host.
+        timeout: seconds that calls wait for other ranks.
+        posts: the pipeline's lanes that are open along this axis (parallel.pipeline.lanes).
         planned: without a process group, to see what would be allocated: calls give tensors of the right shape and
             send nothing.
     """
@@ -84,6 +86,8 @@ class Axis:
     group: dist.ProcessGroup | None = None
     meter: CommMeter = field(default_factory=CommMeter, compare=False)
     channel: Channel | None = field(default=None, compare=False)
+    timeout: float = 600.0
+    posts: dict[Any, Any] = field(default_factory=dict, compare=False)
     planned: bool = False
 
     @property
@@ -93,6 +97,9 @@ class Axis:
 
     def forget(self) -> None:
         """Drop group and memory, whoever may still hold this axis: a group's threads end with the last reference."""
+        for post in self.posts.values():
+            post.close()
+        self.posts.clear()
         object.__setattr__(self, "group", None)
         object.__setattr__(self, "channel", None)
 
@@ -125,7 +132,7 @@ class Pending:
         """Block until done; later calls return at once."""
         if self._work is not None:
             assert self._axis is not None
-            with _watched(self._axis, self._kind):
+            with watched(self._axis, self._kind):
                 self._work.wait()
             self._work = None
         if self._finish is not None:
@@ -134,7 +141,7 @@ class Pending:
 
 
 @contextmanager
-def _watched(axis: Axis, kind: str, tensor: Tensor | None = None) -> Iterator[None]:
+def watched(axis: Axis, kind: str, tensor: Tensor | None = None) -> Iterator[None]:
     """Meter a call, and turn a backend's complaint about a vanished peer into PeerLostError."""
     start, where = time.perf_counter(), axis.meter.where
     listener = where.listener
@@ -164,7 +171,7 @@ def _watched(axis: Axis, kind: str, tensor: Tensor | None = None) -> Iterator[No
 def _call(axis: Axis, kind: str, tensor: Tensor, result: Tensor, run: Callable[[], Any]) -> Pending:
     if axis.planned:
         return Pending(result)
-    with _watched(axis, kind, tensor):
+    with watched(axis, kind, tensor):
         work = run()
     return Pending(result, work, axis=axis, kind=kind)
 
@@ -292,7 +299,7 @@ def gather_objects(value: object, axis: Axis) -> list[Any]:
     values: list[Any] = [None] * axis.size
     if axis.size == 1:
         return [value]
-    with _watched(axis, "gather_objects"):
+    with watched(axis, "gather_objects"):
         dist.all_gather_object(values, value, group=axis.group)
     return values
 
@@ -302,7 +309,7 @@ def gather_objects_to_first(value: object, axis: Axis) -> list[Any] | None:
     if axis.size == 1:
         return [value]
     values: list[Any] | None = [None] * axis.size if axis.index == 0 else None
-    with _watched(axis, "gather_objects"):
+    with watched(axis, "gather_objects"):
         dist.gather_object(value, values, dst=axis.ranks[0], group=axis.group)
     return values
 

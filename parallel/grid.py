@@ -129,11 +129,12 @@ class Grid:
 
     def close(self) -> None:
         """Give back the groups (and their threads) of this grid; the world's stays. Collective."""
-        for axis in {id(axis.group): axis for axis in self.axes.values()}.values():
-            if axis.group is not None and axis.group is not dist.group.WORLD:
-                dist.destroy_process_group(axis.group)
+        groups = {id(axis.group): axis.group for axis in self.axes.values()}
         for axis in self.axes.values():
             axis.forget()
+        for group in groups.values():
+            if group is not None and group is not dist.group.WORLD:
+                dist.destroy_process_group(group)
         self.axes.clear()
 
     def _make(self, names: tuple[str, ...]) -> Axis:
@@ -152,7 +153,7 @@ class Grid:
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=self.timeout), group)
         axis = Axis(
             name="+".join(names), ranks=ranks, index=ranks.index(self.rank), group=group, meter=self.meter,
-            planned=self.planned,
+            timeout=self.timeout, planned=self.planned,
         )  # fmt: skip
         if group is None or not self.shared_memory or dist.get_backend(group) != "gloo":
             return axis

@@ -25,6 +25,7 @@ DISTRIBUTED = {
     "parallel/departure.py": "torch.distributed",
     "parallel/failures.py": "torch.distributed",  # the types of its errors
     "parallel/grid.py": "torch.distributed",
+    "parallel/messages.py": "torch.distributed",
     "parallel/process_group.py": "torch.distributed",
     "parallel/heartbeat.py": "torch.distributed",
     "parallel/rendezvous.py": "torch.distributed",

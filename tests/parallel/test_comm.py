@@ -13,6 +13,7 @@ from parallel import comm, process_group
 from parallel.comm import Axis, CommMeter, single_axis
 from parallel.failures import PeerLostError, is_lost_peer
 from parallel.grid import GridShape, make_grid
+from parallel.messages import exchange_start
 from parallel.process_group import World
 from tests.distributed import run_ranks
 
@@ -42,15 +43,14 @@ def _check_reductions(axis: Axis, parts: list[Tensor], strided: bool) -> None:
 
 
 def _check_messages(axis: Axis, parts: list[Tensor]) -> None:
-    """Two messages at once to the next rank of a ring, one of them a transposed view."""
+    """Two messages at once to the next rank of a ring, one of them transposed."""
     before, after = (axis.index - 1) % axis.size, (axis.index + 1) % axis.size
     mine, theirs = parts[axis.index], parts[before]
-    arriving = [comm.recv_start(torch.empty_like(t), axis, before) for t in (theirs, theirs.t().contiguous())]
-    leaving = [comm.send_start(t, axis, after) for t in (mine, mine.t())]
-    assert torch.equal(arriving[0].wait(), theirs)
-    assert torch.equal(arriving[1].wait(), theirs.t())
-    for pending in leaving:
-        pending.wait()
+    arriving = [torch.empty_like(t) for t in (theirs, theirs.t().contiguous())]
+    leaving = [mine, mine.t().contiguous()]
+    exchange_start([(t, after) for t in leaving], [(t, before) for t in arriving], axis).wait()
+    assert torch.equal(arriving[0], theirs)
+    assert torch.equal(arriving[1], theirs.t())
 
 
 def _check_sums_into_place(axis: Axis) -> None:
@@ -182,7 +182,7 @@ def _wait_for_nobody(world: World) -> float:
     with pytest.raises(PeerLostError, match=r"all_reduce along the data axis \(0, 1\) failed"):
         comm.all_reduce(torch.ones(2), axis)
     with pytest.raises(PeerLostError, match=r"recv along the data axis"):
-        comm.recv_start(torch.ones(2), axis, 1).wait()
+        exchange_start([], [(torch.ones(2), 1)], axis).wait()
     return time.monotonic() - start
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from model.attention import FullAttention
 from parallel import comm, process_group
 from parallel.comm import Axis
 from parallel.grid import GridShape, make_grid
+from parallel.messages import exchange_start
 from parallel.process_group import World
 from tools.benchmark.bench import seconds
 from tools.benchmark.table import show
@@ -46,7 +47,7 @@ class _Ring(torch.autograd.Function):
                 total = torch.logaddexp(lse, part_lse)
                 out = out * _weight(lse - total, out) + part * _weight(part_lse - total, out)
                 lse = total
-            block = moving.wait() if moving is not None else block
+            block = moving() if moving is not None else block
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.axis = axis
         assert out is not None
@@ -62,8 +63,8 @@ class _Ring(torch.autograd.Function):
             dq += parts[0]
             sums[0] += parts[1]
             sums[1] += parts[2]
-            sums = _pass_on(sums, ctx.axis).wait()  # the sums travel with their block, and arrive home
-            block = moving.wait() if moving is not None else block
+            sums = _pass_on(sums, ctx.axis)()  # the sums travel with their block, and arrive home
+            block = moving() if moving is not None else block
         return dq, sums[0], sums[1], None
 
 
@@ -72,12 +73,17 @@ def _weight(log: Tensor, like: Tensor) -> Tensor:
     return torch.exp(log if log.shape == like.shape[:3] else log.transpose(1, 2))[..., None]
 
 
-def _pass_on(x: Tensor, axis: Axis) -> comm.Pending:
-    """Send `x` to the next rank, receive that of the one before."""
-    x = x.contiguous()
-    sent = comm.send_start(x, axis, (axis.index + 1) % axis.size)
-    received = comm.recv_start(torch.empty_like(x), axis, (axis.index - 1) % axis.size)
-    return received.then(lambda y: (sent.wait(), y)[1])
+def _pass_on(x: Tensor, axis: Axis) -> Callable[[], Tensor]:
+    """Send `x` to the next rank; returns a function that waits for that of the one before."""
+    x, received = x.contiguous(), torch.empty_like(x)
+    before, after = (axis.index - 1) % axis.size, (axis.index + 1) % axis.size
+    exchange = exchange_start([(x, after)], [(received, before)], axis)
+
+    def take() -> Tensor:
+        exchange.wait()
+        return received
+
+    return take
 
 
 def main(argv: Sequence[str], world: World) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from parallel.comm import Axis, CommMeter, _watched
+from parallel.comm import Axis, CommMeter, watched
 from parallel.pipeline import Action
 from parallel.pipeline.recording import CudaClock, Recorder, Slice, bubble_share, own_figures
 
@@ -44,7 +44,7 @@ def _pass(clock: Turned, meter: CommMeter) -> None:
     axis = Axis(name="pipeline", ranks=(0,), index=0, meter=meter)
 
     def call(kind: str, seconds: int, tensor: Any = None) -> None:
-        with _watched(axis, kind, tensor):
+        with watched(axis, kind, tensor):
             clock.now += seconds
 
     where.now(Action.parse("1RECV_F0"))

@@ -1,0 +1,103 @@
+"""Messages from one rank to another, and groups of two ranks, so that one pair's do not wait for those of others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel.comm import Axis, watched
+
+
+class Exchange:
+    """Messages that were started together."""
+
+    def __init__(self, works: Sequence[Any], axis: Axis, kind: str) -> None:
+        self._works, self._axis, self._kind = works, axis, kind
+
+    def is_done(self) -> bool:
+        """Whether `wait` would return at once. On gloo that is known only after a wait."""
+        return all(work.is_completed() for work in self._works)
+
+    def wait(self) -> None:
+        """Return when what is received can be used, and what is sent be changed; later calls return at once."""
+        if self._works:
+            with watched(self._axis, self._kind):
+                self.wait_unseen()
+
+    def wait_unseen(self) -> None:
+        """The same in a thread of its own: the rank itself does not wait."""
+        for work in self._works:
+            work.wait()
+        self._works = ()
+
+
+def exchange_start(
+    sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]], axis: Axis, tag: int = 0
+) -> Exchange:
+    """Start messages to and from ranks of the axis, which may hurry past each other.
+
+    NCCL carries what is started at once as one, which is done when all of it is; else, one after the other in the order
+    of the calls, all messages of a group of two ranks, sends and receives alike (parallel.pipeline.graph counts on it).
+
+    Args:
+        sends: (tensor, index along the axis): contiguous, unchanged until waited for. receives: ditto, to be filled.
+        tag: on gloo, which messages these are: those of two ranks, one tag and one direction keep their order.
+    """
+    kind = "recv" if receives else "send"
+    if axis.planned:
+        return Exchange((), axis, kind)
+    ops = [dist.P2POp(dist.irecv, x, axis.ranks[source], axis.group, tag) for x, source in receives]
+    ops += [dist.P2POp(dist.isend, x, axis.ranks[to], axis.group, tag) for x, to in sends]
+    assert all(op.tensor.is_contiguous() for op in ops)
+    with watched(axis, kind):
+        works = dist.batch_isend_irecv(ops)
+    for x, _ in sends:
+        count_message(axis, "send", x.numel() * x.itemsize)
+    for x, _ in receives:
+        count_message(axis, "recv", x.numel() * x.itemsize)
+    return Exchange(works, axis, kind)
+
+
+def count_message(axis: Axis, kind: str, nbytes: int) -> None:
+    """Meter a message that is started (`send` or `recv`)."""
+    axis.meter.calls[kind] += 1
+    axis.meter.bytes[kind] += nbytes
+    if (listener := axis.meter.where.listener) is not None:
+        listener.watched(kind, axis, None, nbytes)
+
+
+def open_pairs(axis: Axis, pairs: Sequence[tuple[int, int]]) -> list[Axis | None]:
+    """For each pair of indices along `axis` a group of its own, an axis of two; None where this rank is not in it.
+
+    Collective over the world, whose ranks all make all groups in one order: those of one axis, and of the axes beside
+    it (other data, context or tensor ranks), pair after pair.
+    """
+    everywhere: list[tuple[int, ...]] = [()] * dist.get_world_size()
+    dist.all_gather_object(everywhere, axis.ranks)
+    beside = sorted(set(everywhere))
+    return [_open(axis, sorted(pair), beside) for pair in pairs]
+
+
+def _open(axis: Axis, pair: Sequence[int], beside: Sequence[tuple[int, ...]]) -> Axis | None:
+    own = None
+    for ranks in beside:
+        group = dist.new_group([ranks[index] for index in pair], timeout=timedelta(seconds=axis.timeout))
+        if ranks == axis.ranks and axis.index in pair:
+            members = tuple(axis.ranks[index] for index in pair)
+            own = Axis(
+                name=axis.name, ranks=members, index=pair.index(axis.index), group=group, meter=axis.meter,
+                timeout=axis.timeout,
+            )  # fmt: skip
+    return own
+
+
+def close_pairs(axes: Sequence[Axis]) -> None:
+    """Give back their groups."""
+    for axis in axes:
+        if axis.group is not None and dist.is_initialized():
+            dist.destroy_process_group(axis.group)
+        axis.forget()

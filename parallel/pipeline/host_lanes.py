@@ -1,0 +1,219 @@
+"""Lanes through the memory of a host: per lane a ring of a few slots, each as large as one of its messages.
+
+The sender copies a message in if a slot is free; else it waits in the sender's own queue, which is pushed on at each
+call of the post, and while it waits for anything: two ranks whose rings are full cannot wait for each other. The
+receiver copies a message out when it takes it. Of each lane two counters lie in the memory, of the messages *sent* and
+*taken*, and of each rank a word that says whether it is *asleep*: who changes a counter that it may wait for wakes it.
+A slot begins with a label (lane, number, micro-batch, bytes), so ranks at different messages get an error, not data.
+
+That a rank says that it is asleep and then looks once more, while the other changes a counter and then looks whether
+it is asleep, needs a fence between the two on either side; taking a lock is one.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+from torch import Tensor
+
+from parallel.comm import Axis, watched
+from parallel.failures import MismatchError
+from parallel.host import LINE, Memory, counted
+from parallel.messages import count_message
+from parallel.pipeline.boundary import Route, Specs
+from parallel.pipeline.post import SENDS_IN_FLIGHT, FreeLane, Lane, Post, Tensors, message_bytes
+
+SLOTS = 4
+_LABEL = struct.Struct("<IIiQ")  # lane, number, micro-batch, bytes
+_LOCK = threading.Lock()
+
+
+def _fence() -> None:
+    with _LOCK:
+        pass
+
+
+def lanes_bytes(routes: Mapping[Route, Specs], ranks: int) -> int:
+    """Shared memory for all lanes of an axis; pages that no message has come to are not taken."""
+    return ranks * LINE + sum(map(_lane_bytes, routes.values()))
+
+
+def _lane_bytes(specs: Specs) -> int:
+    return 2 * LINE + SLOTS * (LINE + sum(_room(spec_bytes) for spec_bytes in _sizes(specs)))
+
+
+def _sizes(specs: Specs) -> list[int]:
+    return [message_bytes((spec,)) for spec in specs]
+
+
+def _room(nbytes: int) -> int:
+    """In whole lines."""
+    return -(-nbytes // LINE) * LINE
+
+
+class _HostLane(Lane):
+    """One end of a lane whose part of the memory begins at `start`."""
+
+    def __init__(self, post: HostPost, number: int, route: Route, specs: Specs, peer: int, start: int) -> None:
+        self.post, self.number, self.route, self.specs, self.peer = post, number, route, specs, peer
+        self.nbytes = message_bytes(specs)
+        memory = post.memory
+        self.sent, self.taken = memory.word(start), memory.word(start + LINE)
+        self.labels, self.slots = list[int](), list[list[Tensor]]()
+        start += 2 * LINE
+        for _ in range(SLOTS):
+            self.labels.append(start)
+            start += LINE
+            self.slots.append([])
+            for spec, size in zip(specs, _sizes(specs), strict=True):
+                self.slots[-1].append(memory.bytes[start : start + size].view(spec.dtype).view(spec.shape))
+                start += _room(size)
+        self.count = 0  # of messages sent, or taken, at this end
+        self.queue = deque[tuple[int, Tensors]]()
+        self.expected = deque[int]()
+
+    def send(self, micro_batch: int, tensors: Tensors) -> None:
+        """Into the memory, or the queue."""
+        count_message(self.post.axis, "send", self.nbytes)
+        if self.post.full:
+            self.post.push()
+        if self.queue or not self._has_room():
+            self.queue.append((micro_batch, tensors))
+            self.post.full.add(self)
+            if self.post.bounded and len(self.queue) > SENDS_IN_FLIGHT:
+                self.post.finish(SENDS_IN_FLIGHT)
+        else:
+            self._deposit(micro_batch, tensors)
+
+    def push(self) -> None:
+        """Send of the queue what there is room for."""
+        while self.queue and self._has_room():
+            self._deposit(*self.queue.popleft())
+        if not self.queue:
+            self.post.full.discard(self)
+
+    def _has_room(self) -> bool:
+        return counted(self.count - self.taken.value) < SLOTS
+
+    def _deposit(self, micro_batch: int, tensors: Tensors) -> None:
+        slot = self.count % SLOTS
+        for room, x in zip(self.slots[slot], tensors, strict=True):
+            room.copy_(x)
+        self.post.label(self.labels[slot], self._label(micro_batch))
+        self.count = counted(self.count + 1)
+        self.sent.value = self.count
+        self.post.ring(self.peer)
+
+    def _label(self, micro_batch: int) -> tuple[int, int, int, int]:
+        return self.number, self.count, micro_batch, self.nbytes
+
+    def expect(self, micro_batch: int) -> None:
+        """Nothing is to be posted: the sender knows where to put it."""
+        self.expected.append(micro_batch)
+        count_message(self.post.axis, "recv", self.nbytes)
+        if self.post.full:
+            self.post.push()
+
+    def has_arrived(self) -> bool:
+        """A look at the counter."""
+        if self.post.full:
+            self.post.push()
+        return self.sent.value != self.count
+
+    def take(self) -> Tensors:
+        """A copy of the oldest message."""
+        if not self.has_arrived():
+            self.post.wait_any((self,))
+        slot, micro_batch = self.count % SLOTS, self.expected.popleft()
+        found = self.post.read(self.labels[slot])
+        if found != self._label(micro_batch):
+            self._mismatch(micro_batch, found)
+        tensors = tuple(room.clone() for room in self.slots[slot])
+        self.count = counted(self.count + 1)
+        self.taken.value = self.count
+        _fence()
+        if counted(self.sent.value - self.count) >= SLOTS - 1:  # the sender may have found no room
+            self.post.ring(self.peer)
+        return tensors
+
+    def _mismatch(self, micro_batch: int, found: tuple[int, ...]) -> None:
+        with watched(self.post.axis, "recv"):
+            raise MismatchError(
+                f"rank {self.post.axis.index} of the axis expects message {self.count} of the {self.route}, that of "
+                f"micro-batch {micro_batch} with {self.nbytes} bytes; rank {self.peer} has sent message {found[1]}, "
+                f"that of micro-batch {found[2]} with {found[3]} bytes"
+            )
+
+
+class HostPost(Post):
+    """The lanes of a rank, in memory of `lanes_bytes`."""
+
+    def __init__(
+        self, routes: Mapping[Route, Specs], stage_to_rank: Sequence[int], axis: Axis, memory: Memory, *, ready: bool
+    ) -> None:
+        self.axis, self.memory, self.carrier, self.bounded = axis, memory, "shared memory", not ready
+        self.full = set[_HostLane]()  # those that have messages in their queue
+        self._asleep = [memory.word(rank * LINE) for rank in range(axis.size)]
+        self.label = lambda offset, label: _LABEL.pack_into(memory.map, offset, *label)
+        self.read = partial(_LABEL.unpack_from, memory.map)
+        self.lanes = {}
+        start = axis.size * LINE
+        for number, (route, specs) in enumerate(routes.items()):
+            source, target = (stage_to_rank[stage] for stage in route)
+            if axis.index in (source, target):
+                peer = target if axis.index == source else source
+                lane = _HostLane(self, number, route, specs, peer, start) if specs else FreeLane(route)
+                self.lanes[route] = lane
+                self.nbytes += _lane_bytes(specs) if axis.index == target else 0
+            start += _lane_bytes(specs)
+
+    def push(self) -> None:
+        """Messages that now have room."""
+        for lane in tuple(self.full):
+            lane.push()
+
+    def ring(self, rank: int) -> None:
+        """Wake a rank, if it sleeps."""
+        _fence()
+        word = self._asleep[rank]
+        if word.value:
+            word.value = 0
+            self.memory.wake(word)
+
+    def wait_any(self, lanes: Sequence[Lane]) -> None:
+        """Asleep until one of the senders rings."""
+        if any(lane.has_arrived() for lane in lanes):
+            return
+        peers = sorted({lane.peer for lane in lanes if isinstance(lane, _HostLane)})
+        with watched(self.axis, "recv"):
+            self._sleep(lambda: any(lane.has_arrived() for lane in lanes), peers)
+
+    def finish(self, keep: int = 0) -> None:
+        """What is sent lies in the memory then, whoever may be gone; all but the last `keep` messages of a lane."""
+        if self.full:
+            peers = sorted({lane.peer for lane in self.full})
+            with watched(self.axis, "send"):
+                self._sleep(lambda: self._most_queued() <= keep, peers)
+
+    def _sleep(self, is_over: Callable[[], bool], peers: Sequence[int]) -> None:
+        own = self._asleep[self.axis.index]
+
+        def look() -> int | None:
+            own.value = 1
+            _fence()
+            return None if is_over() else 1
+
+        self.memory.wait(look, own, peers)
+        own.value = 0
+
+    def _most_queued(self) -> int:
+        self.push()
+        return max((len(lane.queue) for lane in self.full), default=0)
+
+    def close(self) -> None:
+        """The memory goes with the last reference."""
+        self.lanes = {}
