@@ -75,6 +75,7 @@ class Axis:
         meter: where calls along this axis are counted.
         channel: shared memory of the ranks, where they are CPU processes of one host.
         timeout: seconds that calls wait for other ranks.
+        shares: whether ranks of one host may use memory that they share. spins: see parallel.host.Memory.
         posts: the pipeline's lanes that are open along this axis (parallel.pipeline.lanes).
         planned: without a process group, to see what would be allocated: calls give tensors of the right shape and
             send nothing.
@@ -87,6 +88,8 @@ class Axis:
     meter: CommMeter = field(default_factory=CommMeter, compare=False)
     channel: Channel | None = field(default=None, compare=False)
     timeout: float = 600.0
+    shares: bool = False
+    spins: bool = False
     posts: dict[Any, Any] = field(default_factory=dict, compare=False)
     planned: bool = False
 

@@ -153,12 +153,13 @@ class Grid:
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=self.timeout), group)
         axis = Axis(
             name="+".join(names), ranks=ranks, index=ranks.index(self.rank), group=group, meter=self.meter,
-            timeout=self.timeout, planned=self.planned,
+            timeout=self.timeout, shares=self.shared_memory, spins=self.local_size <= len(os.sched_getaffinity(0)),
+            planned=self.planned,
         )  # fmt: skip
         if group is None or not self.shared_memory or dist.get_backend(group) != "gloo":
             return axis
         unmetered = replace(axis, meter=CommMeter())
-        return replace(axis, channel=_open_channel(unmetered, self.timeout, self.local_size))
+        return replace(axis, channel=_open_channel(unmetered))
 
 
 def make_grid(
@@ -204,12 +205,7 @@ def planned_grid(shape: GridShape, rank: int) -> Grid:
     return Grid(shape=shape, rank=rank, planned=True)
 
 
-def _open_channel(axis: Axis, timeout: float, local_size: int) -> Channel | None:
-    """Shared memory for the ranks of an axis, if they are processes of one host that see each other. Collective.
-
-    Args:
-        local_size: ranks of the whole world on this host, which share its cores.
-    """
-    spins = local_size <= len(os.sched_getaffinity(0))
-    memory = share(axis, channel_bytes(axis.size), timeout, spins=spins)
+def _open_channel(axis: Axis) -> Channel | None:
+    """For the ranks of an axis, if they are processes of one host that see each other. Collective."""
+    memory = share(axis, channel_bytes(axis.size))
     return None if memory is None else Channel(memory)

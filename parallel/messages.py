@@ -1,4 +1,4 @@
-"""Messages from one rank to another, and groups of two ranks, so that one pair's do not wait for those of others."""
+"""Messages from one rank to another, and groups of their own, so that those of one do not wait for those of others."""
 
 from __future__ import annotations
 
@@ -70,34 +70,46 @@ def count_message(axis: Axis, kind: str, nbytes: int) -> None:
         listener.watched(kind, axis, None, nbytes)
 
 
-def open_pairs(axis: Axis, pairs: Sequence[tuple[int, int]]) -> list[Axis | None]:
-    """For each pair of indices along `axis` a group of its own, an axis of two; None where this rank is not in it.
+def open_groups(axis: Axis, subsets: Sequence[Sequence[int]], backend: str | None = None) -> list[Axis | None]:
+    """For each of these sets of indices along `axis` a group of its own; None where this rank is not in it.
 
-    Collective over the world, whose ranks all make all groups in one order: those of one axis, and of the axes beside
-    it (other data, context or tensor ranks), pair after pair.
+    Collective over the world, whose ranks all make all groups in one order: set after set those of this axis and of the
+    axes beside it (other data, context or tensor ranks). backend: by default that of the world.
     """
     everywhere: list[tuple[int, ...]] = [()] * dist.get_world_size()
     dist.all_gather_object(everywhere, axis.ranks)
     beside = sorted(set(everywhere))
-    return [_open(axis, sorted(pair), beside) for pair in pairs]
+    return [_open(axis, sorted(subset), beside, backend) for subset in subsets]
 
 
-def _open(axis: Axis, pair: Sequence[int], beside: Sequence[tuple[int, ...]]) -> Axis | None:
+def _open(axis: Axis, subset: Sequence[int], beside: Sequence[tuple[int, ...]], backend: str | None) -> Axis | None:
     own = None
     for ranks in beside:
-        group = dist.new_group([ranks[index] for index in pair], timeout=timedelta(seconds=axis.timeout))
-        if ranks == axis.ranks and axis.index in pair:
-            members = tuple(axis.ranks[index] for index in pair)
+        members = tuple(ranks[index] for index in subset)
+        group = dist.new_group(list(members), timeout=timedelta(seconds=axis.timeout), backend=backend)
+        if ranks == axis.ranks and axis.index in subset:
             own = Axis(
-                name=axis.name, ranks=members, index=pair.index(axis.index), group=group, meter=axis.meter,
+                name=axis.name, ranks=members, index=subset.index(axis.index), group=group, meter=axis.meter,
                 timeout=axis.timeout,
             )  # fmt: skip
     return own
 
 
-def close_pairs(axes: Sequence[Axis]) -> None:
-    """Give back their groups."""
+def close_groups(axes: Sequence[Axis]) -> None:
+    """Give them back."""
     for axis in axes:
         if axis.group is not None and dist.is_initialized():
             dist.destroy_process_group(axis.group)
         axis.forget()
+
+
+def holds_everywhere(value: bool) -> bool:
+    """Whether this is so on all ranks of the world. Collective over it."""
+    values = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return all(values)
+
+
+def is_on_host(axis: Axis) -> bool:
+    """Whether the axis's group carries tensors of the CPU."""
+    return axis.group is not None and "gloo" in dist.get_backend(axis.group)

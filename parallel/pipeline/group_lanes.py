@@ -24,7 +24,7 @@ from torch import Tensor
 
 from parallel.comm import Axis, watched
 from parallel.failures import MismatchError
-from parallel.messages import Exchange, close_pairs, exchange_start
+from parallel.messages import Exchange, close_groups, exchange_start
 from parallel.pipeline.boundary import Route, Specs
 from parallel.pipeline.post import SENDS_IN_FLIGHT, FreeLane, Lane, Post, Tensors, message_bytes
 
@@ -200,7 +200,7 @@ class GroupPost(Post):
             self.lanes[route] = lane = GroupLane(self, number, route, specs, by, peer, kind)
             if sends:
                 self._sending.append(lane)
-        self._pairs = list({id(by): by for _, _, by in routes if by is not None and by is not axis}.values())
+        self._groups = list({id(by): by for _, _, by in routes if by is not None and by is not axis}.values())
 
     def start(self, sends: Iterable[tuple[Lane, int, Tensors]] = (), receives: Iterable[tuple[Lane, int]] = ()) -> None:
         """Those of one group at once, if it is one that `batches`."""
@@ -253,7 +253,7 @@ class GroupPost(Post):
             if isinstance(lane, GroupLane) and lane.waiter is not None:
                 lane.waiter.put(None)
         self.lanes = {}
-        close_pairs(self._pairs)
+        close_groups(self._groups)
 
 
 def _aligned(nbytes: int) -> int:

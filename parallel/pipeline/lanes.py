@@ -10,7 +10,7 @@ from parallel import comm
 from parallel.comm import Axis
 from parallel.failures import MismatchError
 from parallel.host_sharing import share
-from parallel.messages import open_pairs
+from parallel.messages import holds_everywhere, is_on_host, open_groups
 from parallel.pipeline.boundary import Route, Specs, routes_between_ranks
 from parallel.pipeline.group_lanes import GroupPost
 from parallel.pipeline.host_lanes import HostPost, lanes_bytes
@@ -50,11 +50,11 @@ def _open(
     _agree(routes, axis)
     if device.type == "cuda":
         return on_pairs(routes, stage_to_rank, axis, device, ready=ready)
-    if axis.channel is not None:
-        own = axis.channel.memory
-        memory = share(axis, lanes_bytes(routes, axis.size), own.timeout, spins=own.spins)
-        if memory is not None:
-            return HostPost(routes, stage_to_rank, axis, memory, ready=ready)
+    memory = share(axis, lanes_bytes(routes, axis.size))
+    if not is_on_host(axis) and not holds_everywhere(memory is not None):  # else all take part in making groups
+        memory = None
+    if memory is not None:
+        return HostPost(routes, stage_to_rank, axis, memory, ready=ready)
     return _on_group(routes, stage_to_rank, axis, device, ready=ready)
 
 
@@ -71,9 +71,12 @@ def _agree(routes: Mapping[Route, Specs], axis: Axis) -> None:
 def _on_group(
     routes: Mapping[Route, Specs], stage_to_rank: Sequence[int], axis: Axis, device: torch.device, *, ready: bool
 ) -> GroupPost:
-    """One group for all."""
+    """One group for all, of gloo."""
+    group: Axis | None = axis
+    if routes and not axis.planned and not is_on_host(axis):
+        (group,) = open_groups(axis, [range(axis.size)], "gloo")
     mine = [
-        (route, specs, axis if axis.index in (stage_to_rank[route.source], stage_to_rank[route.target]) else None)
+        (route, specs, group if axis.index in (stage_to_rank[route.source], stage_to_rank[route.target]) else None)
         for route, specs in routes.items()
     ]
     return GroupPost(mine, stage_to_rank, axis, device, carrier="gloo", ready=ready, has_waiters=ready)
@@ -85,7 +88,7 @@ def on_pairs(
     """Groups of two ranks: one per boundary or, for `ready`, one per route. For NCCL; tests take gloo."""
     of = [route if ready else Route(min(route), max(route)) for route in routes]
     keys = list(dict.fromkeys(of))
-    axes = open_pairs(axis, [(stage_to_rank[key.source], stage_to_rank[key.target]) for key in keys])
+    axes = open_groups(axis, [(stage_to_rank[key.source], stage_to_rank[key.target]) for key in keys])
     by = dict(zip(keys, axes, strict=True))
     mine = [(route, specs, by[key]) for (route, specs), key in zip(routes.items(), of, strict=True)]
     backend = "NCCL" if device.type == "cuda" else "gloo"
