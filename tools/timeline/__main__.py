@@ -1,0 +1,190 @@
+"""`python -m tools.timeline RUN`: a picture of a step of a run, measured and simulated (`log.profile_steps` records).
+
+`python -m tools.timeline --schedule zb_v --ranks 4 --micro-batches 8`: of a schedule, without any run. Several names,
+with commas, are drawn below each other, on one scale.
+
+RUN is a run directory, or its profile/timeline.json. It is drawn to RUN/timeline.png, a schedule to NAME-4x8.png here.
+
+Exit codes: 0 done, 2 there is nothing to draw, or the picture cannot be written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from itertools import chain
+from pathlib import Path
+
+from engine.errors import EXIT_DONE, EXIT_USAGE, ConfigError
+from engine.run.trace_events import COMPUTE, SIMULATED, process_events, simulated_events
+from parallel.pipeline import SCHEDULES, Costs, Timeline, build_schedule, simulate
+from tools.timeline.picture import Panel, simulated_panel
+from tools.timeline.read import choose_step, folder_of, panels_of, read
+
+_MOST_ACTIONS = 200_000  # in a picture
+_OF_A_RUN = {"step": None, "rank": None}
+_OF_A_SCHEDULE = {
+    "ranks": 4, "micro_batches": 8, "virtual_stages": None, "policy": "static", "forward": 1.0, "input": 1.0,
+    "weight": 1.0, "latency": 0.0, "jitter": 0.0, "seed": 0, "trace": None, "text": False,
+}  # fmt: skip
+
+
+def main(argv: Sequence[str]) -> int:
+    """Draw and print where. Returns the exit code. Raises ConfigError."""
+    options = _options(argv)
+    if options.run is not None:
+        _draw_run(options)
+    else:
+        _draw_schedules(options)
+    return EXIT_DONE
+
+
+def _options(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="tools.timeline", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", metavar="RUN", nargs="?", type=Path, help="a run directory, or its timeline.json")
+    parser.add_argument("--out", type=Path, metavar="PNG", help="where to draw to")
+    run = parser.add_argument_group("of a run")
+    run.add_argument("--step", type=_number(int, 1), help="default: the last that torch's profiler did not slow")
+    run.add_argument("--rank", type=_number(int, 0), help="draw the pipeline that this rank is in (default: rank 0's)")
+    one = parser.add_argument_group("of a schedule")
+    one.add_argument("--schedule", metavar="NAME,...", help=f"of {', '.join(SCHEDULES)}, or a .csv file")
+    one.add_argument("--ranks", type=_number(int, 1), help="of the pipeline (default: 4)")
+    one.add_argument("--micro-batches", type=_number(int, 1), help="per step (default: 8)")
+    one.add_argument("--virtual-stages", type=_number(int, 1), help="stages per rank, for interleaved")
+    one.add_argument("--policy", choices=("static", "ready"), help="default: static")
+    for name, what in (("forward", "forward"), ("input", "gradient of the inputs"), ("weight", "that of the weights")):
+        one.add_argument(f"--{name}", type=_number(float, 0), metavar="T", help=f"time of a rank's {what} (default: 1)")
+    one.add_argument("--latency", type=_number(float, 0), metavar="T", help="of a message (default: 0)")
+    one.add_argument("--jitter", type=_number(float, 0), help="standard deviation of times, as a share (default: 0)")
+    one.add_argument("--seed", type=_number(int, 0), help="of the jitter")
+    one.add_argument("--trace", type=Path, metavar="JSON", help="write a Chrome trace, too: a unit of time is 1 ms")
+    one.add_argument("--text", action="store_true", default=None, help="print it as text instead of drawing it")
+    options = parser.parse_args(argv)
+    if (options.run is None) == (options.schedule is None):
+        parser.error("give a RUN or --schedule, one of the two")
+    others, what = (_OF_A_SCHEDULE, "--schedule") if options.run is not None else (_OF_A_RUN, "a RUN")
+    if given := [name for name in others if getattr(options, name) is not None]:
+        parser.error(f"--{given[0].replace('_', '-')} goes with {what}")
+    for name, value in _OF_A_SCHEDULE.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    if options.text and options.out is not None:
+        parser.error("--text draws nothing: leave out --out")
+    return options
+
+
+def _number(kind: type[int] | type[float], least: int) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            if least <= (value := kind(text)) < 1e9:
+                return value
+        except ValueError:
+            pass
+        what = "whole number" if kind is int else "number"
+        raise argparse.ArgumentTypeError(f"is {text}: it must be a {what}, {least} or more")
+
+    return parse
+
+
+def _draw_run(options: argparse.Namespace) -> None:
+    from tools.figures import check_place  # matplotlib: half a second
+
+    folder = folder_of(options.run)
+    home = folder.parent if folder.name == "profile" else folder
+    place = check_place(options.out or home / "timeline.png")
+    recorded = read(folder)
+    step = choose_step(recorded, options.step)
+    rank = options.rank or 0
+    grid, schedule = recorded.told["grid"], recorded.told["schedule"]
+    if rank >= grid["pipeline"] * grid["data"] * grid["context"] * grid["tensor"]:
+        raise ConfigError(f"--rank {rank} is none of the run's ranks")
+    panels = panels_of(recorded, step, rank)
+    name = str(home if home.name else home.resolve())
+    size = ", ".join(f"{axis} {count}" for axis, count in grid.items() if count > 1) or "one rank"
+    _save(panels, f"{name}, step {step}: {schedule['name']}; {size}", "milliseconds", place)
+
+
+def _draw_schedules(options: argparse.Namespace) -> None:
+    names = [name.strip() for name in options.schedule.split(",")]
+    timelines = [_simulated(name, options) for name in names]
+    if options.text:
+        for name, timeline in zip(names, timelines, strict=True):
+            print(*([f"{name}:"] if len(names) > 1 else []), timeline, sep="\n")
+    if options.trace is not None:
+        _write_trace(timelines, options.trace)
+    if options.text:
+        return
+    from tools.figures import check_place
+
+    sizes = f"{options.ranks}x{options.micro_batches}"
+    stem = "+".join(Path(name).stem for name in names)
+    place = check_place(options.out or Path(f"{stem}-{sizes}.png"))
+    panels = [simulated_panel(t, Path(name).name) for name, t in zip(names, timelines, strict=True)]
+    if len(panels) == 1:
+        panels = [Panel(title=panels[0].note, note="", lanes=panels[0].lanes)]
+    noun = "micro-batch" if options.micro_batches == 1 else "micro-batches"
+    policy = ", policy ready" if options.policy == "ready" else ""
+    jitter = f", times vary by {100 * options.jitter:g} %" if options.jitter else ""
+    files = ", ".join(Path(name).name for name in names)
+    title = f"{files}: {options.ranks} ranks, {options.micro_batches} {noun}{policy}{jitter}"
+    costs = f"F = {options.forward:g}, I = {options.input:g}, W = {options.weight:g}"
+    message = f", a message {options.latency:g}" if options.latency else ""
+    _save(panels, title, f"time, where a rank's whole share of a micro-batch takes {costs}{message}", place)
+
+
+def _simulated(name: str, options: argparse.Namespace) -> Timeline:
+    least = 2 * options.ranks * options.micro_batches
+    if least > _MOST_ACTIONS and not options.text:
+        raise ConfigError(f"{name} has at least {least} actions: a picture shows {_MOST_ACTIONS}; ask for less")
+    try:
+        schedule = build_schedule(name, options.ranks, options.micro_batches, options.virtual_stages)
+        share = schedule.num_ranks / schedule.num_stages
+        costs = Costs(
+            forward=options.forward * share, backward_input=options.input * share,
+            backward_weight=options.weight * share, recompute=options.forward * share, latency=options.latency,
+            jitter=options.jitter, seed=options.seed,
+        )  # fmt: skip
+        return simulate(schedule, costs, options.policy)
+    except ValueError as error:  # a ScheduleError is one
+        raise ConfigError(str(error)) from error
+
+
+def _write_trace(timelines: Sequence[Timeline], path: Path) -> None:
+    """The simulated schedules as processes of one Chrome trace."""
+    events, first = [], 0
+    for timeline in timelines:
+        shift = SIMULATED + first
+        for event in simulated_events(timeline.ranks, 1, 0.0, unit=1e3):
+            events.append(event | {"pid": event["pid"] + first})
+        names = (
+            process_events(shift + rank, f"{timeline.schedule.name}, rank {rank}", (COMPUTE,))
+            for rank in range(len(timeline.ranks))
+        )
+        events += chain.from_iterable(names)
+        first += len(timeline.ranks)
+    try:
+        path.write_text(json.dumps({"displayTimeUnit": "ms", "traceEvents": events}))
+    except OSError as error:
+        raise ConfigError(f"--trace {path} cannot be written: {error.strerror}") from error
+    print(path)
+
+
+def _save(panels: Sequence[Panel], title: str, unit: str, place: Path) -> None:
+    from tools.figures import save, style
+    from tools.timeline.draw import draw
+
+    with style():
+        save(draw(panels, title=title, unit=unit), place)
+    print(place)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except ConfigError as error:
+        print(f"tools.timeline: error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USAGE)
