@@ -144,8 +144,13 @@ class Pending:
 
 
 @contextmanager
-def watched(axis: Axis, kind: str, tensor: Tensor | None = None) -> Iterator[None]:
-    """Meter a call, and turn a backend's complaint about a vanished peer into PeerLostError."""
+def watched(axis: Axis, kind: str, tensor: Tensor | None = None, *, starts: bool = False) -> Iterator[None]:
+    """Meter a call, and turn a backend's complaint about a vanished peer into PeerLostError.
+
+    Args:
+        tensor: what the call hands over, which is counted. starts: whether the call starts something that another waits
+            for; as if it handed over a tensor, which is counted elsewhere.
+    """
     start, where = time.perf_counter(), axis.meter.where
     listener = where.listener
     began = None if listener is None else listener.stamp()
@@ -162,7 +167,7 @@ def watched(axis: Axis, kind: str, tensor: Tensor | None = None) -> Iterator[Non
     where.waiting = None
     where.moves += 1
     axis.meter.seconds[kind] += time.perf_counter() - start
-    size = None
+    size = 0 if starts else None
     if tensor is not None:
         size = tensor.numel() * tensor.element_size()
         axis.meter.calls[kind] += 1

@@ -45,7 +45,7 @@ class Listener(Protocol):
         """This moment, to be given to `watched`."""
 
     def watched(self, kind: str, axis: Any, began: Any, size: int | None) -> None:
-        """A call of this kind along an axis ends. size: bytes handed over; None: what was started is waited for."""
+        """A call of this kind along an axis ends. size: bytes handed over; None: what was started was waited for."""
 
 
 class Whereabouts:

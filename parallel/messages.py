@@ -53,7 +53,7 @@ def exchange_start(
     ops = [dist.P2POp(dist.irecv, x, axis.ranks[source], axis.group, tag) for x, source in receives]
     ops += [dist.P2POp(dist.isend, x, axis.ranks[to], axis.group, tag) for x, to in sends]
     assert all(op.tensor.is_contiguous() for op in ops)
-    with watched(axis, kind):
+    with watched(axis, kind, starts=True):
         works = dist.batch_isend_irecv(ops)
     for x, _ in sends:
         count_message(axis, "send", x.numel() * x.itemsize)

@@ -13,6 +13,8 @@ from engine.errors import OutputError
 from engine.run.timeline import NAME, merge, part_of, ranks_shown, room_of, write_part
 from parallel import comm
 from parallel.clocks import offset_to_first
+from parallel.pipeline.boundary import routes_between_ranks
+from parallel.pipeline.post import message_bytes
 from parallel.pipeline.recording import Recorder, StepRecord
 
 
@@ -74,7 +76,9 @@ class TimelineRecording:
         }
         try:
             if grid.rank in shown:
-                write_part(path, self._records, header, schedule, grid.shape, offset - origin)
+                routes = routes_between_ranks(schedule.stage_to_rank, self._assembly.boundaries)
+                nbytes = {route: message_bytes(specs) for route, specs in routes.items()}
+                write_part(path, self._records, header, schedule, nbytes, grid.shape, offset - origin)
             comm.barrier(grid.world)
             if grid.rank == 0:
                 self._merge([part_of(self._folder, rank) for rank in shown], out)

@@ -29,6 +29,7 @@ from engine.run.trace_events import (
 )
 from parallel.grid import GridShape
 from parallel.pipeline import Action, Costs, Schedule, ScheduleError, Timeline, simulate
+from parallel.pipeline.boundary import Route
 from parallel.pipeline.graph import input_receive
 from parallel.pipeline.recording import StepRecord
 
@@ -60,17 +61,19 @@ def write_part(
     records: Sequence[StepRecord],
     header: Mapping[str, Any],
     schedule: Schedule,
+    nbytes: Mapping[Route, int],
     shape: GridShape,
     shift: int,
 ) -> None:
     """A rank's part: one line of JSON that tells of it, then one for each event.
 
     Args:
-        header: has the `rank`. shift: nanoseconds to add to the times of the records.
+        header: has the `rank`. nbytes: of a message of each route.
+        shift: nanoseconds to add to the times of the records.
     """
     rank, replicas = header["rank"], shape.world_size // shape.pipeline
     place = ", ".join(f"{name} {index}" for name, index in shape.coordinates(rank).items())
-    steps = chain.from_iterable(step_events(r, schedule, rank, rank % replicas, shift) for r in records)
+    steps = chain.from_iterable(step_events(r, schedule, nbytes, rank, rank % replicas, shift) for r in records)
     names = process_events(rank, f"rank {rank}: {place}", (STEPS, COMPUTE, MESSAGES, COLLECTIVES))
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
@@ -196,9 +199,11 @@ class _Found:
             return
         for rank in range(len(timeline.ranks)):
             yield from process_events(SIMULATED + rank, f"simulated rank {rank}", (COMPUTE,))
+        free = 0.0  # from where on: a simulated step that takes longer than the measured one pushes the next on
         for step in self.steps:
             start = min(actions[0][1] for (found, _), actions in self.busy.items() if found == step and actions)
-            yield from simulated_events(timeline.ranks, step, start)
+            yield from simulated_events(timeline.ranks, step, max(start, free))
+            free = max(start, free) + 1e6 * timeline.makespan
 
     @cached_property
     def timeline(self) -> Timeline | None:

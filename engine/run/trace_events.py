@@ -6,10 +6,11 @@ Times are microseconds. `python -m tools.timeline` reads the categories and argu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from parallel.pipeline import Action, ActionKind, Interval, Schedule
+from parallel.pipeline.boundary import Route
 from parallel.pipeline.graph import input_receive
 from parallel.pipeline.recording import Slice, StepRecord
 
@@ -29,10 +30,13 @@ def process_events(process: int, name: str, lanes: Sequence[int]) -> Iterator[Ev
         yield {"ph": "M", "name": "thread_sort_index", "pid": process, "tid": lane, "args": {"sort_index": lane}}
 
 
-def step_events(record: StepRecord, schedule: Schedule, rank: int, replica: int, shift: int) -> Iterator[Event]:
+def step_events(
+    record: StepRecord, schedule: Schedule, nbytes: Mapping[Route, int], rank: int, replica: int, shift: int
+) -> Iterator[Event]:
     """All that a rank did in a step.
 
     Args:
+        nbytes: of a message of each route.
         replica: which of the pipelines this rank is in: no message goes from one to another.
         shift: nanoseconds that are added to the record's times.
     """
@@ -61,12 +65,13 @@ def step_events(record: StepRecord, schedule: Schedule, rank: int, replica: int,
             arguments = {"step": step, **_arguments(receive)}
             yield mark("i", MESSAGES, s.start, f"{receive} is there", s="t", args=arguments)
     for s in record.waits:
-        waits = isinstance(s.what, Action) and s.what.kind.is_compute
-        arguments = _arguments(s.what) if isinstance(s.what, Action) else {}
-        name = "wait for what was sent" if s.what is None else f"wait of {s.what}"
-        yield event(COMPUTE if waits else MESSAGES, "wait", name, s, **arguments)
+        yield event(
+            COMPUTE if s.what.kind.is_compute else MESSAGES, "wait", f"wait of {s.what}", s, **_arguments(s.what)
+        )
     for s in record.messages:
-        yield event(MESSAGES, "message", str(s.what), s, carries=_lane(s.what), **_arguments(s.what))
+        route = _route(s.what)
+        sized = s._replace(size=nbytes.get(route, 0))
+        yield event(MESSAGES, "message", str(s.what), sized, carries=str(route), **_arguments(s.what))
         if s.what.kind.is_send:
             number = _number(s.what, schedule, step, replica)
             yield mark("s", MESSAGES, s.start + min(1, (s.end - s.start) / 2), "message", id=number)
@@ -96,11 +101,9 @@ def _arguments(action: Action) -> dict[str, Any]:
     return {"action": str(action), "stage": action.stage, "micro_batch": action.micro_batch}
 
 
-def _lane(message: Action) -> str:
-    """Which messages it is one of."""
+def _route(message: Action) -> Route:
     send = message if message.kind.is_send else message.counterpart
-    what = "outputs" if send.kind is ActionKind.SEND_FORWARD else "gradients"
-    return f"{what} of stage {send.stage} to stage {send.counterpart.stage}"
+    return Route(send.stage, send.counterpart.stage)
 
 
 def _number(send: Action, schedule: Schedule, step: int, replica: int) -> int:

@@ -113,6 +113,7 @@ class PipelineExecutor:
             stage.begin(micro_batches, head, trains=trains)
         with torch.set_grad_enabled(trains):
             self._walk.run()
+        self.axis.meter.where.now("sending what is left")
         self.post.finish()
         return [result for stage in self.stages.values() for result in stage.end()]
 

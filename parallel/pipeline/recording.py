@@ -87,7 +87,7 @@ class Slice(NamedTuple):
 
     Attributes:
         what: an action, a phase such as `optimizer`, or the kind of a collective. start, end: stamps.
-        size: bytes handed over, None where nothing was. axis: of a collective.
+        size: bytes that a collective hands over, None where it hands over nothing. axis: of a collective.
     """
 
     what: Any
@@ -103,7 +103,8 @@ class StepRecord:
 
     Attributes:
         computed: compute actions, without the waits before them. waits: for messages, by the action that waited.
-        messages: sends and receives, while they are posted. phases: all else that is done, also within an action.
+        messages: sends and receives, while they are posted. phases: all else that is done, also within an action, and
+            waiting for whichever action is ready first.
         calls: collectives: each once when it is started, and once as `wait ...`. missing: of these, for want of room.
     """
 
@@ -139,7 +140,6 @@ class Recorder:
         self._room = 0
         self._doing: Any = None
         self._since: Any = None
-        self._size: int | None = None
         self._entered: list[tuple[Any, Any]] = []
 
     @property
@@ -193,11 +193,11 @@ class Recorder:
                 self.computed.append(Slice(before, self._since, moment))
             elif record is not None:
                 (record.messages if before.kind.is_message else record.phases).append(
-                    Slice(before, self._since, moment, self._size)
+                    Slice(before, self._since, moment)
                 )
         elif before is not None and record is not None:
             record.phases.append(Slice(before, self._since, moment))
-        self._doing, self._since, self._size = doing, moment, None
+        self._doing, self._since = doing, moment
 
     def enter(self, doing: str | Described | None) -> None:
         """Something within begins."""
@@ -215,17 +215,11 @@ class Recorder:
         """A message was posted (`size` bytes) or waited for (None), or a collective started or waited for."""
         moment, record = self.stamp(), self._record
         if kind in _MESSAGES:
-            if size is not None:
-                self._size = (self._size or 0) + size
-                return
-            if isinstance(self._doing, Action) and self._doing.kind.is_compute:
-                if kind == "recv":
+            if size is None and isinstance(self._doing, Action):
+                if self._doing.kind.is_compute:
                     self._since = moment
-                else:  # at the end of a pass, which the last action does not take part in
-                    self.computed.append(Slice(self._doing, self._since, began))
-                    self._doing = None
-            if record is not None:
-                record.waits.append(Slice(self._doing, began, moment))
+                if record is not None:
+                    record.waits.append(Slice(self._doing, began, moment))
         elif record is not None and len(record.calls) < self._room:
             name = kind if size is not None else f"wait {kind}"
             record.calls.append(Slice(name, began, moment, size, axis.name))

@@ -37,7 +37,7 @@ def _record(rank: int, step: int, late: int) -> StepRecord:
         end = start + int(UNIT * i.end)
         record.computed.append(Slice(i.action, start + int(UNIT * i.start), end))
         if (send := SENDS.get(i.action)) is not None:
-            record.messages.append(Slice(send, end, end + 10, 32))
+            record.messages.append(Slice(send, end, end + 10))
     first, last = record.computed[0], record.computed[-1]
     record.waits.append(Slice(first.what, start, first.start))
     end = last.end
@@ -62,7 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "schedule": told | ({"text": str(SCHEDULE)} if rank == 0 else {}),
         }  # fmt: skip
         records = [_record(rank // 2, step, late=rank % 2) for step in STEPS]
-        write_part(part_of(profile, rank), records, header, SCHEDULE, SHAPE, 0)
+        write_part(part_of(profile, rank), records, header, SCHEDULE, {}, SHAPE, 0)
     merge([part_of(profile, rank) for rank in range(SHAPE.world_size)], profile / "timeline.json")
     return run
 

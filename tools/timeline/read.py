@@ -14,7 +14,14 @@ from engine.run.trace_events import COMPUTE, SIMULATED
 from parallel.pipeline import Action
 from tools.timeline.picture import Box, Panel, lane_names, shades
 
-_PHASES = {"finishing gradients": "reduction", "adding up loss and norm": "norm", "optimizer": "optimizer"}
+_PHASES = {  # by how they begin
+    "finishing gradients": "reduction",
+    "adding up loss and norm": "norm",
+    "optimizer": "optimizer",
+    "waiting": "wait",
+    "sending": "message",
+    "reading": "reading",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +156,8 @@ def _boxes(events: list[dict[str, Any]], start: float, shade: list[int]) -> list
             case "message":
                 boxes.append(Box("message", *at))
             case "phase":
-                boxes.append(Box(_PHASES.get(e["name"], "reading"), *at))
+                kinds = [kind for start, kind in _PHASES.items() if e["name"].startswith(start)]
+                boxes += [Box(kind, *at) for kind in kinds]
             case "collective" if e["name"].startswith("wait "):
                 boxes.append(Box("collective", *at))
     return boxes

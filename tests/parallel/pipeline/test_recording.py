@@ -43,8 +43,8 @@ def _pass(clock: Turned, meter: CommMeter) -> None:
     where = meter.where
     axis = Axis(name="pipeline", ranks=(0,), index=0, meter=meter)
 
-    def call(kind: str, seconds: int, tensor: Any = None) -> None:
-        with watched(axis, kind, tensor):
+    def call(kind: str, seconds: int, tensor: Any = None, **more: bool) -> None:
+        with watched(axis, kind, tensor, **more):
             clock.now += seconds
 
     where.now(Action.parse("1RECV_F0"))
@@ -57,13 +57,15 @@ def _pass(clock: Turned, meter: CommMeter) -> None:
     clock.now += 40
     where.now(Action.parse("1SEND_F0"))
     call("send", 7, torch.zeros(2, dtype=torch.float64))
+    call("recv", 0, starts=True)
     call("send", 3)
     where.now(Action.parse("1I0"))
     clock.now += 50
     where.now(Action.parse("1W0"))
     call("wait for nobody", 1)
-    clock.now += 39
-    call("send", 500)
+    call("recv", 39, starts=True)
+    where.now("waiting for an action to be ready")
+    call("recv", 500)
     where.now("finishing gradients")
     clock.now += 1000
 
@@ -88,14 +90,17 @@ def test_a_step_is_recorded(parts: tuple[Recorder, Turned, CommMeter]) -> None:
     assert record.computed == [Slice(Action.parse(a), *at) for a, at in (
         ("1F0", (35, 105)), ("1I0", (115, 165)), ("1W0", (165, 205)))]  # fmt: skip
     assert record.messages == [
-        Slice(Action.parse("1RECV_F0"), 0, 5, 12), Slice(Action.parse("1SEND_F0"), 105, 115, 16)
+        Slice(Action.parse("1RECV_F0"), 0, 5), Slice(Action.parse("1SEND_F0"), 105, 115)
     ]  # fmt: skip
     assert record.waits == [
         Slice(Action.parse("1F0"), 5, 35),
         Slice(Action.parse("1SEND_F0"), 112, 115),
-        Slice(None, 205, 705),
     ]
-    assert record.phases == [Slice("reading images", 35, 55), Slice("finishing gradients", 705, 1705)]
+    assert record.phases == [
+        Slice("reading images", 35, 55),
+        Slice("waiting for an action to be ready", 205, 705),
+        Slice("finishing gradients", 705, 1705),
+    ]
     assert record.calls == [Slice("all_reduce", 55, 65, 16, "pipeline")]
     assert (record.step, record.missing, len(record)) == (7, 1, 11)
     assert not recorder.is_recording
