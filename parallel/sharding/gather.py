@@ -83,6 +83,11 @@ class Gatherer:
         self._at.clear()
         self._pinned.clear()
 
+    def lends(self, tensor: Tensor) -> bool:
+        """Whether a tensor is, or is part of, memory that holds other weights once its unit is given up."""
+        memory = tensor.untyped_storage().data_ptr()
+        return any(buffer.memory.untyped_storage().data_ptr() == memory for buffer in self.buffers)
+
     def use_forward(self, index: int) -> None:
         """`use`, for a unit that is about to run; within a backward pass, because activations are recomputed."""
         if torch._C._current_graph_task_id() < 0:

@@ -42,10 +42,16 @@ class GradientSync:
 
     Args:
         stages: the units of each pipeline stage on this rank, in forward order. device: of the buffers.
+        is_lent: whether a tensor is of weights whose memory others will take.
     """
 
-    def __init__(self, stages: Sequence[Sequence[Unit]], device: torch.device) -> None:
-        self._device = device
+    def __init__(
+        self,
+        stages: Sequence[Sequence[Unit]],
+        device: torch.device,
+        is_lent: Callable[[Tensor], bool] = lambda tensor: False,
+    ) -> None:
+        self._device, self._is_lent = device, is_lent
         self.units = [unit for stage in stages for unit in stage if unit.slots]
         self._order = [[unit for unit in reversed(stage) if unit.slots] for stage in stages]
         self._turn = [0] * len(stages)
@@ -148,7 +154,12 @@ class GradientSync:
     # -- contributions ------------------------------------------------------------------------------------------------
 
     def add_product(self, parameter: nn.Parameter, grad_output: Tensor, x: Tensor) -> None:
-        """Add grad_output' x to the parameter's gradient, now or, inside `deferring`, when the products are run."""
+        """Add grad_output' x to the parameter's gradient, now or, inside `deferring`, when the products are run.
+
+        x may be of weights (the probe that a pooling layer attends with), which are no longer gathered by then.
+        """
+        if self._deferred is not None and self._is_lent(x):
+            x = x.detach().clone()
         self._do(lambda: self._add_product(parameter, grad_output, x))
 
     def add_computed(self, parameter: nn.Parameter, product: Callable[[], Tensor]) -> None:

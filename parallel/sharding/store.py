@@ -73,7 +73,7 @@ class ParameterStore:
         if device.type != "meta":
             self._initialise(seed)
         self.gatherer = Gatherer(self.units, device, self.policy.gather)
-        self.gradients = GradientSync(self.stages, device)
+        self.gradients = GradientSync(self.stages, device, self.gatherer.lends)
         for layers, units in zip(stages, self.stages, strict=True):
             modules = dict(layers)
             for unit in units:

@@ -147,6 +147,22 @@ def test_products_can_be_put_off() -> None:
     _assert_close(store.local_values("sums"), plain_gradients(values, inputs))
 
 
+def test_what_a_product_waits_with_is_its_own() -> None:
+    """Not gathered weights, as the probe of a pooling layer is, whose memory another unit has by then."""
+    _, store = _net()
+    slot = next(slot for slot in store.slots if slot.parameter.ndim == 2)
+    rows, columns = slot.parameter.shape
+    lent, kept = torch.ones(2, columns), torch.ones(2, columns)
+    store.gradients._is_lent = lambda x: x.untyped_storage().data_ptr() == lent.untyped_storage().data_ptr()
+    for x in (lent, kept):
+        store.gradients.start(1)
+        with store.gradients.deferring() as products:
+            store.gradients.add_product(slot.parameter, torch.ones(2, rows), x[:])
+        x.fill_(float("nan"))
+        products[0]()
+        assert slot.grad is not None and bool(slot.grad.isnan().any()) == (x is kept)
+
+
 def test_nothing_is_staged_or_sent_while_products_wait() -> None:
     with fake_wire() as wire:
         net, store = _net(policy=policy_of(2), grid=planned(data=2))
