@@ -26,11 +26,13 @@ from engine.prediction import predicted_step
 from model import Build, LayerSpec, MicroBatch, Precision, Stage
 from model.kernels import Kernels
 from parallel import comm
+from parallel.comm import Axis
 from parallel.fp8 import Fp8Recipe, Fp8Registry, enable_fp8
 from parallel.grid import Grid, make_grid
 from parallel.layout import ParameterInfo
 from parallel.pipeline import Placement, Schedule, Timeline, partition, validate
-from parallel.pipeline.execution import PipelineExecutor, TensorSpec
+from parallel.pipeline.execution import PipelineExecutor, Policy, TensorSpec
+from parallel.pipeline.lanes import Post, open_post
 from parallel.process_group import World
 from parallel.sharding import Group, ParameterStore, ShardingPolicy
 from parallel.tensor import TensorParallel
@@ -63,7 +65,15 @@ class Assembly:
     @property
     def holds_images(self) -> bool:
         """Whether a stage of this rank reads images."""
-        return any(self.objective.reads_images(self.placement.layers[stage]) for stage in self.stages)
+        return any(self._reads_images(stage) for stage in self.stages)
+
+    @property
+    def later_stages_read_images(self) -> bool:
+        """Whether another than the first of this rank's stages does."""
+        return any(self._reads_images(stage) for stage in sorted(self.stages)[1:])
+
+    def _reads_images(self, stage: int) -> bool:
+        return self.objective.reads_images(self.placement.layers[stage])
 
     @property
     def layers(self) -> tuple[LayerSpec, ...]:
@@ -101,6 +111,19 @@ class Assembly:
         ]
         return [(), *((spec,) for spec in specs)]
 
+    @property
+    def policy(self) -> Policy:
+        """By which a rank goes on from action to action in training."""
+        return self.config.parallel.schedule_policy if self.grid.pipeline.size > 1 else "static"
+
+    @cached_property
+    def post(self) -> Post:
+        """The lanes of all passes, of training and evaluation. Collective when it is first asked for."""
+        ready = self.policy == "ready"
+        return open_post(
+            self.placement.ranks, self.boundaries, axis=self.grid.pipeline, device=self.device, ready=ready
+        )
+
     def executor(self, schedule: Schedule) -> PipelineExecutor:
         """Runs `schedule`, whose stages are placed as those here, over this rank's."""
         return PipelineExecutor(
@@ -111,7 +134,16 @@ class Assembly:
             device=self.device,
             deferrer=self.store.gradients,
             before_run=self.store.plan if self.store.gatherer.units else None,
+            policy=self.policy,
+            group=self._group if self.policy == "ready" else None,
+            post=self.post,
         )
+
+    @property
+    def _group(self) -> Axis:
+        """The ranks that must choose alike what they run next: those with collectives between two actions."""
+        p = self.store.policy
+        return self.grid.along(*(["data"] if p.stage >= 2 or p.reduce == "micro_batch" else []), "context", "tensor")
 
     def to_device(self, batch: Batch, *, training: bool) -> MicroBatch:
         """The data package's batch as the model's, on this rank's device."""

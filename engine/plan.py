@@ -8,7 +8,7 @@ that native kernels and fused attention make, unless kernels is reference. Tempo
 from __future__ import annotations
 
 import weakref
-from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from engine.config import Config
 from model import MicroBatch
 from parallel.grid import GridShape, planned_grid
 from parallel.pipeline import Schedule
-from parallel.pipeline.actions import ActionKind, live_activations, live_stages
+from parallel.pipeline.actions import ActionKind, live_activations
 
 META = torch.device("meta")
 _ENDS = (ActionKind.BACKWARD, ActionKind.BACKWARD_WEIGHT)  # after which an activation is no longer alive
@@ -114,38 +114,62 @@ def plan_memory(
     )
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """Bytes of one micro-batch on one stage: what is kept after its forward, and between the two parts of a split
+    backward; the most that is held while it is run.
+    """
+
+    forward: int
+    put_off: int
+    most: int
+
+
 def _activation_bytes(a: Assembly) -> int:
     """The most that the schedule makes of one forward and backward of a stage, what is kept of the others that are
     alive then, and the images of one micro-batch.
     """
     batch = a.to_device(_batch(a), training=True)
     a.store.gradients.start(1)
-    measured = {number: _one_pass(a, number, batch) for number in a.stages}
-    rank, most = a.grid.pipeline.index, 0
-    for action, live in zip(a.schedule.ranks[rank], live_stages(a.schedule, rank), strict=True):
+    program = a.schedule.ranks[a.grid.pipeline.index]
+    splits = {action.stage for action in program if action.kind is ActionKind.BACKWARD_INPUT}
+    measured = {number: _one_pass(a, number, batch, splits=number in splits) for number in a.stages}
+    kept, now, most = dict[tuple[int, int | None], int](), 0, 0
+    for action in program:
         if not action.kind.is_compute:
             continue
-        others = live - Counter([action.stage] * (action.kind not in _ENDS))
-        most = max(most, measured[action.stage][1] + sum(measured[stage][0] * n for stage, n in others.items()))
+        key, of = (action.stage, action.micro_batch), measured[action.stage]
+        now -= kept.pop(key, 0)
+        most = max(most, now + of.most)
+        if action.kind not in _ENDS:
+            kept[key] = of.put_off if action.kind is ActionKind.BACKWARD_INPUT else of.forward
+            now += kept[key]
     images = 0 if batch.images is None else batch.images.nbytes
     return most + images
 
 
-def _one_pass(a: Assembly, stage: int, batch: MicroBatch) -> tuple[int, int]:
-    """Bytes that one forward of a stage keeps, and the most that its forward and backward hold."""
+def _one_pass(a: Assembly, stage: int, batch: MicroBatch, *, splits: bool) -> _Measured:
+    """What forward and backward of a stage make."""
     with LiveBytes() as counter:
         inputs = tuple(
             torch.empty(spec.shape, dtype=spec.dtype, device=META, requires_grad=spec.carries_gradient)
             for spec in a.boundaries[stage]
         )
         outputs = a.stages[stage](inputs, batch)
-        kept = counter.now
-        if stage == a.placement.last:
-            a.objective.loss_share(outputs, batch, a.grid, 1.0).backward()
-        else:
-            roots = [y for y in outputs if y.requires_grad]  # none behind a frozen front
-            torch.autograd.backward(roots, [torch.empty_like(y) for y in roots])
-    return kept, counter.peak
+        kept, put_off = counter.now, 0
+        with a.store.gradients.deferring() if splits else nullcontext() as products:
+            if stage == a.placement.last:
+                a.objective.loss_share(outputs, batch, a.grid, 1.0).backward()
+            else:
+                roots = [y for y in outputs if y.requires_grad]  # none behind a frozen front
+                torch.autograd.backward(roots, [torch.empty_like(y) for y in roots])
+                del roots
+        if products is not None:
+            del inputs, outputs
+            put_off = counter.now
+            for product in products:
+                product()
+    return _Measured(kept, put_off, counter.peak)
 
 
 def _batch(a: Assembly) -> Batch:

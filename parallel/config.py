@@ -58,6 +58,10 @@ class ParallelConfig:
     virtual_stages: int | None = None
     """Stages per pipeline rank, for schedule interleaved; null: the schedule's own number."""
 
+    schedule_policy: Literal["static", "ready"] = "static"
+    """How ranks follow the schedule: action by action, or whatever is ready first, earlier actions before later ones,
+    with no more activations alive at once than the schedule itself keeps."""
+
     shared_memory: bool = True
     """CPU ranks of one host pass collectives through shared memory instead of TCP."""
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -207,16 +208,14 @@ class Config:
         if self.train.stop_step is not None and self.train.stop_step >= steps:
             found.append(f"train.stop_step {self.train.stop_step}: the run has {steps} steps")
         if shape.pipeline == 1:
-            told = [key for key in ("schedule", "virtual_stages") if getattr(p, key) != getattr(ParallelConfig, key)]
-            found += [f"parallel.{key} {getattr(p, key)}: there is one pipeline rank" for key in told]
+            found += _set(p, ("schedule", "virtual_stages", "schedule_policy"), "there is one pipeline rank")
         if shape.tensor == 1 and not p.sequence_parallel:
             found.append("parallel.sequence_parallel false: there is one tensor rank")
         if shape.data * shape.context * shape.tensor == 1 and self.train.check_interval != TrainConfig.check_interval:
             found.append(f"train.check_interval {self.train.check_interval}: no other rank has copies to compare")
         if shape.data * shape.context == 1:
             keys = ("zero_stage", "reduce_gradients", "reshard_after_forward", "gather_memory")
-            told = [key for key in keys if getattr(p, key) != getattr(ParallelConfig, key)]
-            found += [f"parallel.{key} {getattr(p, key)}: no other rank has a copy to share with" for key in told]
+            found += _set(p, keys, "no other rank has a copy to share with")
         if device_type == "cuda":
             if self.precision.cpu_matmul != PrecisionConfig.cpu_matmul:
                 found.append(f"precision.cpu_matmul {self.precision.cpu_matmul}: products are the GPU's")
@@ -246,6 +245,12 @@ class Config:
         line = f"\n  micro_batch_size: {self.train.micro_batch_size}\n"
         assert text.count(line) == 1
         return text.replace(line, f"\n  micro_batch_size: null  # here {self.train.micro_batch_size}\n")
+
+
+def _set(p: ParallelConfig, keys: Sequence[str], why: str) -> list[str]:
+    """Those of these keys that are not at their defaults, each with the reason."""
+    told = [key for key in keys if getattr(p, key) != getattr(ParallelConfig, key)]
+    return [f"parallel.{key} {getattr(p, key)}: {why}" for key in told]
 
 
 def plain(value: Any) -> Any:

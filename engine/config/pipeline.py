@@ -9,6 +9,7 @@ from engine.errors import ConfigError
 from model import ModelConfig
 from parallel.config import ParallelConfig
 from parallel.pipeline import Schedule, build_schedule
+from parallel.pipeline.readiness import check_lanes
 from parallel.pipeline.schedule_file import is_schedule_file, read_schedule
 from parallel.pipeline.schedules import SCHEDULES, virtual_stages_of
 
@@ -40,6 +41,8 @@ class Pipeline:
             return Pipeline(parallel=parallel, ranks=ranks, num_stages=stages)
         try:
             written = read_schedule(name, ranks, None, virtual_stages)
+            if parallel.schedule_policy == "ready":
+                check_lanes(written)
         except ValueError as error:
             raise ConfigError(str(error)) from error
         return Pipeline(

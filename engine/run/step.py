@@ -49,21 +49,32 @@ class StepResult:
 
 
 class _OnDevice(Sequence[MicroBatch]):
-    """Micro-batches, each moved to the device when its forward comes: a step's images may be gigabytes."""
+    """Micro-batches, each moved to the device when its forward comes: a step's images may be gigabytes.
+
+    A rank asks once for each of its stages, and with several of them for others in between. Where the first alone reads
+    images, what the others need is kept, and no image is read again.
+    """
 
     def __init__(self, assembly: Assembly, batches: Sequence[Batch]) -> None:
         self._assembly, self._batches = assembly, batches
         self._moved: tuple[int, MicroBatch] | None = None
+        self._without_images: dict[int, MicroBatch] = {}
+        self._keeps = len(assembly.stages) > 1 and not assembly.later_stages_read_images
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def __getitem__(self, m: Any) -> Any:
         if self._moved is None or self._moved[0] != m:
-            where = self._assembly.grid.meter.where
-            with where.during(f"reading images of micro-batch {m}"):
-                self._moved = m, self._assembly.to_device(self._batches[m], training=True)
+            self._moved = m, self._without_images.get(m) or self._move(m)
         return self._moved[1]
+
+    def _move(self, m: int) -> MicroBatch:
+        with self._assembly.grid.meter.where.during(f"reading images of micro-batch {m}"):
+            moved = self._assembly.to_device(self._batches[m], training=True)
+        if self._keeps:
+            self._without_images[m] = replace(moved, images=None)
+        return moved
 
 
 class Stepper:

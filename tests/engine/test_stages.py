@@ -4,26 +4,44 @@ evaluation: the ladder.)
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from data import Batch
 from engine.assemble import Assembly, assemble, grid_of
+from engine.config import TrainConfig
 from engine.plan import LiveBytes, plan_memory, states
 from engine.run.report import startup_report
 from engine.run.step import Stepper
 from parallel.process_group import World
 from tests.distributed import run_ranks
 from tests.engine.precision.test_scaled import batches_of
-from tests.engine.test_plan import MEMORY, config_of
-from tests.parity.cases import by_stages
+from tests.engine.test_plan import MEMORY, config_of, made_by_a_step
 
 CPU = torch.device("cpu")
 V_SHAPED = (0, 1, 1, 0)
-SCHEDULE = by_stages(V_SHAPED, 2)
-CONFIG = config_of({}, world=2, pipeline_parallel_size=2)
+CONFIG = config_of({}, world=2, pipeline_parallel_size=2, schedule="zb_v")
+SIX = TrainConfig(steps=1, global_batch_size=12, micro_batch_size=2)  # micro-batches
+SPLIT = config_of({}, world=2, train=SIX, pipeline_parallel_size=2, schedule="zb_h1")
+
+
+class Asked(Sequence[Batch]):
+    """Micro-batches; each was asked for how often?"""
+
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        self.batches, self.counts = batches, Counter[int]()
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, m: Any) -> Any:
+        self.counts[m] += 1
+        return self.batches[m]
 
 
 def lines_about_stages(assembly: Assembly) -> list[str]:
@@ -33,13 +51,15 @@ def lines_about_stages(assembly: Assembly) -> list[str]:
 
 def steps(world: World) -> dict[str, Any]:
     """What this rank reports, what a step holds on it, and whom it blames for a bad pixel and a bad weight."""
-    assembly = assemble(CONFIG, grid_of(CONFIG, world, CPU), CPU, device_memory=MEMORY, schedule=SCHEDULE)
+    assembly = assemble(CONFIG, grid_of(CONFIG, world, CPU), CPU, device_memory=MEMORY)
     out: dict[str, Any] = {"report": lines_about_stages(assembly), "states": states(assembly)}
     stepper = Stepper(assembly)
     batches = batches_of(stepper, 0)
     assert assembly.holds_images == assembly.holds_loss == (world.rank == 0) == (batches[0].images is not None)
+    asked = Asked(batches)
     with LiveBytes() as counter:
-        stepper.train_step(batches, 1e-3)
+        stepper.train_step(asked, 1e-3)
+    out["asked"] = asked.counts
     images = batches[0].images
     out["activations"] = counter.peak + (0 if images is None else images.nbytes)
     if images is not None:
@@ -49,6 +69,7 @@ def steps(world: World) -> dict[str, Any]:
     if weight is not None:
         weight.data[0, 0] = float("nan")
     out["weight"] = stepper.train_step(batches_of(stepper, 2), 1e-3).culprit
+    out["split"] = made_by_a_step(SPLIT, world)[1]
     return out
 
 
@@ -60,9 +81,12 @@ def test_ranks_with_several_stages() -> None:
         assert "embed" in made["report"][0] and "head" in made["report"][3]
         assert made["pixel"] == "input images not finite (micro-batch 1 of data rank 0)"
         assert made["weight"] == "blocks.1: activation not finite (micro-batch 0 of data rank 0)"
-        planned = plan_memory(CONFIG, CONFIG.grid_shape(2), rank, MEMORY, SCHEDULE)
+        planned = plan_memory(CONFIG, CONFIG.grid_shape(2), rank, MEMORY)
         assert planned.stages == ((0, 3), (1, 2))[rank]
         for held in (made["states"], planned.states):
             held.pop("reduction buffers")
         assert made["states"] == planned.states
         assert made["activations"] == pytest.approx(planned.activations, rel=0.05)
+        split = plan_memory(SPLIT, SPLIT.grid_shape(2), rank, MEMORY)
+        assert made["split"] == pytest.approx(split.activations, rel=0.03)  # kept: what is multiplied later, too
+        assert made["asked"] == dict.fromkeys(range(2), 1)  # not once more for the rank's second stage
