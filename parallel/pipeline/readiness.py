@@ -8,11 +8,11 @@ actions that are ready the one that stands first in the rank's program runs. Wha
 * The most activations that are alive at once on the rank, its `cap`.
 
 What does not change places: a rank that starts what is ready cannot turn back when what the others wait for comes a
-moment later. So a backward never runs ahead of a forward: it is longer, and without new forwards the ranks behind run
-dry. On a rank with one stage no forward runs ahead of a backward either, and no weight gradient ahead of an input
-gradient: forwards would take the room, and weight gradients leave none of themselves for the end, where they are what
-fills the time. All of this by simulation (docs/log.md): without it `ready` is up to 10 % slower than the program in
-order, with latency and no jitter; with it no more than 2 %, and as fast or faster with jitter.
+moment later. So nothing but a weight gradient, which is short, runs ahead of a forward: without new forwards the ranks
+behind run dry. On a rank with one stage no forward runs ahead of a backward either, and no weight gradient ahead of an
+input gradient: such forwards take the room early, and such weight gradients are missing at the end, where they are what
+fills the time. This is by simulation (docs/log.md): without it `ready` is up to 10 % slower than the program in order
+where messages take time and nothing jitters; with it, not by more than 2 %, and as fast or faster with jitter.
 
 Why it cannot deadlock: an action that makes an activation runs ahead of others only if afterwards *the rest of the
 program, run in its own order, still fits under the cap* (the banker's rule: the schedule itself is the way out that is
@@ -42,12 +42,13 @@ _QUEUES = {  # a whole backward is in turn with both: with gradients of inputs (
 }
 
 _GRADIENTS = frozenset({ActionKind.BACKWARD, ActionKind.BACKWARD_INPUT, ActionKind.RECOMPUTE})
-_NOT_AHEAD = {
-    ActionKind.FORWARD: frozenset[ActionKind](),
-    ActionKind.BACKWARD_WEIGHT: frozenset[ActionKind](),
-    **dict.fromkeys(_GRADIENTS, frozenset({ActionKind.FORWARD})),
+_FORWARDS = frozenset({ActionKind.FORWARD})
+_NOT_AHEAD: dict[ActionKind, frozenset[ActionKind]] = {
+    ActionKind.FORWARD: _FORWARDS,  # of another stage
+    **dict.fromkeys(_GRADIENTS, _FORWARDS),
+    ActionKind.BACKWARD_WEIGHT: frozenset(),
 }
-_NOT_AHEAD_OF_ONE_STAGE = {**_NOT_AHEAD, ActionKind.FORWARD: _GRADIENTS, ActionKind.BACKWARD_WEIGHT: _GRADIENTS}
+_NOT_AHEAD_OF_ONE_STAGE = _NOT_AHEAD | dict.fromkeys((ActionKind.FORWARD, ActionKind.BACKWARD_WEIGHT), _GRADIENTS)
 """What actions of a kind do not run ahead of. See "What does not change places"."""
 
 

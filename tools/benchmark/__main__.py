@@ -24,6 +24,7 @@ BENCHMARKS = {
     "attention": "each kind of attention against the number of tokens; memory at high resolution; pyramids",
     "step": "a training step of a configuration in a layout: time, communication, memory, utilisation",
     "sweep": "many layouts in turn, a line of JSON for each run; two sweeps compared",
+    "schedules": "pipeline schedules on paper: step time, bubble and memory, with jitter and by either policy",
     "peers": "the same step against plain eager PyTorch, DDP, FSDP2 and DeepSpeed",
     "checkpoint": "saving and loading a state against the disk's rate and torch.distributed.checkpoint",
     "reshard": "a checkpoint cut for a layout: what that costs, and what loading gains",
@@ -31,7 +32,16 @@ BENCHMARKS = {
     "kernels": "each native kernel against torch, and against the memory limit",
 }
 
-_ALONE = {"precision", "textures", "reshard", "convert", "kernels", "sweep", "--against"}  # with ranks of their own
+_ALONE = {
+    "precision",
+    "textures",
+    "reshard",
+    "convert",
+    "kernels",
+    "sweep",
+    "schedules",
+    "--against",
+}  # with ranks of their own
 
 
 def main(argv: Sequence[str], world: World) -> int | None:
