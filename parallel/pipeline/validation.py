@@ -6,7 +6,11 @@ reported by its cause and not by the deadlock that follows from it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
+from collections.abc import Callable
+from itertools import chain
+
+import numpy as np
+from numpy.typing import NDArray
 
 from parallel.pipeline.actions import (
     Action,
@@ -18,8 +22,25 @@ from parallel.pipeline.actions import (
     peak_activations,
 )
 from parallel.pipeline.costs import Costs
-from parallel.pipeline.graph import data_dependencies, input_receive
 from parallel.pipeline.progress import Progress
+
+K = ActionKind
+_KINDS = tuple(ActionKind)
+_CODES = {kind: code for code, kind in enumerate(_KINDS)}
+_BACKWARDS = (K.BACKWARD, K.BACKWARD_INPUT, K.BACKWARD_WEIGHT)
+# What an action reads, where there is such an action: its kind, and its stage relative to the reader's.
+_BACKWARD_READS = ((K.FORWARD, 0), (K.RECOMPUTE, 0), (K.RECV_BACKWARD, 0), (K.BACKWARD, 1), (K.BACKWARD_INPUT, 1))
+_READS = {
+    K.FORWARD: ((K.RECV_FORWARD, 0), (K.FORWARD, -1)),
+    K.BACKWARD: _BACKWARD_READS,
+    K.BACKWARD_INPUT: _BACKWARD_READS,
+    K.BACKWARD_WEIGHT: ((K.BACKWARD_INPUT, 0),),
+    K.RECOMPUTE: ((K.FORWARD, 0),),
+    K.SEND_FORWARD: ((K.FORWARD, 0),),
+    K.SEND_BACKWARD: ((K.BACKWARD, 0), (K.BACKWARD_INPUT, 0)),
+}
+_Mask = NDArray[np.bool_]
+_Numbers = NDArray[np.int64]
 
 
 def validate(schedule: Schedule, *, activation_budget: float | None = None) -> None:
@@ -39,11 +60,11 @@ def validate(schedule: Schedule, *, activation_budget: float | None = None) -> N
     Raises:
         ScheduleError: the first rule that is broken, and the first action that breaks it.
     """
-    _check_places(schedule)
-    _check_computes(schedule)
-    _check_messages(schedule)
-    _check_program_order(schedule)
-    _check_channel_order(schedule)
+    actions = _Actions(schedule)
+    _check_computes(actions)
+    _check_messages(actions)
+    _check_program_order(actions)
+    _check_channel_order(actions)
     Progress(schedule, Costs(), one_channel=True).require_complete()
     _check_activations(schedule, activation_budget)
 
@@ -54,111 +75,191 @@ def validate_compute_order(schedule: Schedule) -> None:
     Raises:
         ScheduleError: as `validate`.
     """
-    _check_places(schedule)
-    _check_computes(schedule)
-    _check_program_order(schedule)
+    actions = _Actions(schedule)
+    _check_computes(actions)
+    _check_program_order(actions)
     Progress(schedule, Costs()).require_complete()
 
 
-def _actions(schedule: Schedule) -> Iterator[tuple[Place, Action]]:
-    return ((Place(rank, i), a) for rank, program in enumerate(schedule.ranks) for i, a in enumerate(program))
+class _Actions:
+    """All actions of a schedule as columns of numbers, rank by rank, so that a rule is one look at all of them.
+
+    Every action is on the rank of its stage, within the sizes of the schedule, and stands there once.
+
+    Attributes:
+        rank, kind, stage: of each action; kind is its number in `_KINDS`. index: stage * m + micro-batch.
+        at: per kind and index, the number of that action, -1 where there is none.
+
+    Raises:
+        ScheduleError: the first action that breaks one of these rules.
+    """
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+        m, num_stages = schedule.num_micro_batches, schedule.num_stages
+        lengths = [len(program) for program in schedule.ranks]
+        self.starts = np.cumsum([0, *lengths])
+        self.rank = np.repeat(np.arange(len(lengths)), lengths)
+        rows = [(_CODES[a.kind], a.stage, a.micro_batch) for a in chain.from_iterable(schedule.ranks)]
+        self.kind = np.array([kind for kind, _, _ in rows], np.int64)
+        # Numbers of any size can be written; what is too large stays so.
+        self.stage = np.array([min(stage, num_stages) for _, stage, _ in rows], np.int64)
+        micro_batch = np.array([-1 if n is None else min(n, m) for _, _, n in rows], np.int64)
+        self.refuse(self.stage >= num_stages, lambda a: f"{a} names stage {a.stage} of {num_stages}")
+        self.refuse(micro_batch >= m, lambda a: f"{a} names micro-batch {a.micro_batch} of {m}")
+        owner = np.array(schedule.stage_to_rank)
+        self.refuse(
+            owner[self.stage] != self.rank,
+            lambda a: f"{a} does not belong here: rank {schedule.stage_to_rank[a.stage]} holds stage {a.stage}",
+        )
+        self.index = self.stage * m + micro_batch
+        self.of_micro_batch = micro_batch >= 0
+        numbers = np.flatnonzero(self.of_micro_batch)[::-1]  # backwards: of several, the first is written last
+        self.at = np.full((len(_KINDS), num_stages * m), -1)
+        self.at[self.kind[numbers], self.index[numbers]] = numbers
+        first = np.arange(len(rows))
+        first[numbers] = self.at[self.kind[numbers], self.index[numbers]]
+        self.refuse(first != np.arange(len(rows)), lambda a: f"{a} stands more than once")
+        # Whether there is a message between a stage and the one before it, and the one after it.
+        self.crosses_before = np.array([schedule.crosses_ranks(stage, stage - 1) for stage in range(num_stages)])
+        self.crosses_after = np.array([schedule.crosses_ranks(stage, stage + 1) for stage in range(num_stages)])
+
+    def place(self, number: int) -> Place:
+        rank = int(self.rank[number])
+        return Place(rank, int(number - self.starts[rank]))
+
+    def action(self, number: int) -> Action:
+        rank, position = self.place(number)
+        return self.schedule.ranks[rank][position]
+
+    def of(self, *kinds: ActionKind) -> _Mask:
+        """Which actions are of these kinds."""
+        return np.isin(self.kind, [_CODES[kind] for kind in kinds])
+
+    def has(self, kind: ActionKind) -> _Mask:
+        """At which indices there is an action of that kind."""
+        return self.at[_CODES[kind]] >= 0
+
+    def same(self, kind: ActionKind, step: int = 0) -> _Numbers:
+        """For each action: the number of that of this kind for its micro-batch, `step` stages on; -1: there is none."""
+        index = self.index + step * self.schedule.num_micro_batches
+        inside = self.of_micro_batch & (index >= 0) & (index < self.at.shape[1])
+        return np.where(inside, self.at[_CODES[kind], np.where(inside, index, 0)], -1)
+
+    def refuse(self, wrong: _Mask, why: Callable[[Action], str]) -> None:
+        """Raise ScheduleError for the first of these actions."""
+        if wrong.any():
+            number = int(np.argmax(wrong))
+            raise ScheduleError(why(self.action(number)), self.place(number))
 
 
-def _check_places(schedule: Schedule) -> None:
-    seen: set[Action] = set()
-    for place, action in _actions(schedule):
-        if not 0 <= action.stage < schedule.num_stages:
-            raise ScheduleError(f"{action} names stage {action.stage} of {schedule.num_stages}", place)
-        if action.micro_batch is not None and not 0 <= action.micro_batch < schedule.num_micro_batches:
-            raise ScheduleError(
-                f"{action} names micro-batch {action.micro_batch} of {schedule.num_micro_batches}", place
-            )
-        owner = schedule.stage_to_rank[action.stage]
-        if owner != place.rank:
-            raise ScheduleError(f"{action} does not belong here: rank {owner} holds stage {action.stage}", place)
-        if action in seen and not action.kind.is_whole_stage:
-            raise ScheduleError(f"{action} stands more than once", place)
-        seen.add(action)
+def _check_computes(actions: _Actions) -> None:
+    kinds, m = ActionKind, actions.schedule.num_micro_batches
+    forward, recompute = actions.has(kinds.FORWARD), actions.has(kinds.RECOMPUTE)
+    whole, of_input, of_weight = map(actions.has, _BACKWARDS)
+    if actions.schedule.is_forward_only:
+        right = forward & ~recompute
+    else:
+        right = forward & (whole ^ of_input) & (of_input == of_weight)
+    if right.all():
+        return
+    index = int(np.argmin(right))
+    numbers = {
+        kind: int(actions.at[_CODES[kind], index]) for kind in kinds if kind.is_compute and actions.has(kind)[index]
+    }
+    what = f"stage {index // m}, micro-batch {index % m} {_wrong_kinds(set(numbers))}"
+    if not numbers:
+        raise ScheduleError(f"rank {actions.schedule.stage_to_rank[index // m]}: {what}")
+    first = min(numbers.values())
+    raise ScheduleError(f"{actions.action(first)}: {what}", actions.place(first))
 
 
-def _check_computes(schedule: Schedule) -> None:
-    present: dict[tuple[int, int | None], dict[ActionKind, Place]] = {}
-    for place, action in _actions(schedule):
-        if action.kind.is_compute:
-            present.setdefault((action.stage, action.micro_batch), {})[action.kind] = place
-    for stage, rank in enumerate(schedule.stage_to_rank):
-        for micro_batch in range(schedule.num_micro_batches):
-            found = present.get((stage, micro_batch), {})
-            why = _wrong_kinds(found.keys(), schedule.is_forward_only)
-            if why is None:
-                continue
-            what = f"stage {stage}, micro-batch {micro_batch} {why}"
-            if not found:
-                raise ScheduleError(f"rank {rank}: {what}")
-            first = min(found.values())
-            raise ScheduleError(f"{schedule.ranks[rank][first.position]}: {what}", first)
-
-
-def _wrong_kinds(found: Set[ActionKind], is_forward_only: bool) -> str | None:
+def _wrong_kinds(found: set[ActionKind]) -> str:
     """What is wrong with the kinds of compute actions of one micro-batch on one stage."""
-    kinds = ActionKind
-    backward = found - {kinds.FORWARD, kinds.RECOMPUTE}
-    if kinds.FORWARD not in found:
+    backward = [kind.value for kind in _BACKWARDS if kind in found]
+    if ActionKind.FORWARD not in found:
         return "has no forward"
-    if is_forward_only:
-        return "has a recompute (R) and no backward to need it" if kinds.RECOMPUTE in found else None
-    if not backward:
-        return "has no backward, though others have: its activations would never be freed"
-    if backward not in ({kinds.BACKWARD}, {kinds.BACKWARD_INPUT, kinds.BACKWARD_WEIGHT}):
-        return f"has backward actions {', '.join(sorted(k.value for k in backward))}: give one B, or one I and one W"
-    return None
+    if backward:
+        return f"has backward actions {', '.join(backward)}: give one B, or one I and one W"
+    if ActionKind.RECOMPUTE in found:
+        return "has a recompute (R) and no backward to need it"
+    return "has no backward, though others have: its activations would never be freed"
 
 
-def _check_messages(schedule: Schedule) -> None:
-    for place, action in _actions(schedule):
-        if action.kind.is_message:
-            other = action.counterpart
-            if not schedule.crosses_ranks(action.stage, other.stage):
-                raise ScheduleError(f"{action} has no other rank at its other end", place)
-            if other not in schedule.places:
-                missing = "receive" if action.kind.is_send else "send"
-                peer = schedule.peer(action)
-                raise ScheduleError(f"{action} has no matching {missing} {other} on rank {peer}", place)
-            if schedule.is_forward_only and action.kind in (ActionKind.SEND_BACKWARD, ActionKind.RECV_BACKWARD):
-                raise ScheduleError(f"{action} carries a gradient in a schedule without backward", place)
-        receive = input_receive(action, schedule)
-        if receive is not None and receive not in schedule.places:
-            raise ScheduleError(f"{action} has its input on another rank and no receive {receive}", place)
+def _check_messages(actions: _Actions) -> None:
+    schedule = actions.schedule
+    before, after = actions.crosses_before[actions.stage], actions.crosses_after[actions.stage]
+    wrong = np.zeros_like(before)
+    for kind, crosses, other, step in (
+        (K.SEND_FORWARD, after, K.RECV_FORWARD, 1),
+        (K.RECV_FORWARD, before, K.SEND_FORWARD, -1),
+        (K.SEND_BACKWARD, before, K.RECV_BACKWARD, -1),
+        (K.RECV_BACKWARD, after, K.SEND_BACKWARD, 1),
+    ):
+        wrong |= actions.of(kind) & (~crosses | (actions.same(other, step) < 0))
+    actions.refuse(wrong, lambda a: _wrong_end(a, schedule))
+    if schedule.is_forward_only:
+        gradients = actions.of(K.SEND_BACKWARD, K.RECV_BACKWARD)
+        actions.refuse(gradients, lambda a: f"{a} carries a gradient in a schedule without backward")
+    forward = actions.of(K.FORWARD) & before & (actions.same(K.RECV_FORWARD) < 0)
+    backward = actions.of(K.BACKWARD, K.BACKWARD_INPUT) & after & (actions.same(K.RECV_BACKWARD) < 0)
+    actions.refuse(
+        forward | backward,
+        lambda a: (
+            f"{a} has its input on another rank and no receive {a.stage}"
+            f"{'RECV_F' if a.kind is K.FORWARD else 'RECV_B'}{a.micro_batch}"
+        ),
+    )
 
 
-def _check_program_order(schedule: Schedule) -> None:
-    for action, place in schedule.places.items():
-        needed = data_dependencies(action, schedule)
-        receive = input_receive(action, schedule)
-        if receive is not None and receive in schedule.places:
-            needed.append(receive)
-        for dependency in needed:
-            source = schedule.places[dependency]
-            if source.rank == place.rank and source.position > place.position:
-                raise ScheduleError(f"{action} stands before {dependency}, which it needs", place)
+def _wrong_end(a: Action, schedule: Schedule) -> str:
+    """What is wrong with the other end of a message."""
+    if not schedule.crosses_ranks(a.stage, a.counterpart.stage):
+        return f"{a} has no other rank at its other end"
+    missing = "receive" if a.kind.is_send else "send"
+    return f"{a} has no matching {missing} {a.counterpart} on rank {schedule.peer(a)}"
 
 
-def _check_channel_order(schedule: Schedule) -> None:
+def _check_program_order(actions: _Actions) -> None:
+    late = []  # reader and what it reads, by number
+    for kind, reads in _READS.items():
+        for source in reads:
+            numbers = np.flatnonzero(actions.of(kind))
+            read = actions.same(*source)[numbers]
+            wrong = (read > numbers) & (actions.rank[read] == actions.rank[numbers])
+            if wrong.any():
+                first = int(np.argmax(wrong))
+                late.append((int(numbers[first]), int(read[first])))
+    if late:
+        reader, read_number = min(late)
+        why = f"{actions.action(reader)} stands before {actions.action(read_number)}, which it needs"
+        raise ScheduleError(why, actions.place(reader))
+
+
+def _check_channel_order(actions: _Actions) -> None:
     """Both ranks of a pair must post the messages between them, of either direction, in one order."""
-    posted: dict[tuple[int, int], list[tuple[Place, Action]]] = {}  # (rank, peer) -> messages, each named by its send
-    for place, action in _actions(schedule):
-        if action.kind.is_message:
-            send = action if action.kind.is_send else action.counterpart
-            posted.setdefault((place.rank, schedule.peer(action)), []).append((place, send))
-    for (rank, peer), messages in posted.items():
-        # As many there, since each has its other end.
-        for (place, here), (_, there) in zip(messages, posted[peer, rank], strict=True):
-            if here != there:
-                raise ScheduleError(
-                    f"ranks {rank} and {peer} post their messages in different orders: where rank {rank} has the "
-                    f"message of {here}, rank {peer} has that of {there}",
-                    place,
-                )
+    numbers = np.flatnonzero(actions.of(K.SEND_FORWARD, K.RECV_FORWARD, K.SEND_BACKWARD, K.RECV_BACKWARD))
+    onward = actions.of(K.SEND_FORWARD, K.RECV_BACKWARD)[numbers]
+    rank = actions.rank[numbers]
+    peer = np.array(actions.schedule.stage_to_rank)[actions.stage[numbers] + np.where(onward, 1, -1)]
+    sends = numbers.copy()  # each message is named by its send
+    for receive, send, step in ((K.RECV_FORWARD, K.SEND_FORWARD, -1), (K.RECV_BACKWARD, K.SEND_BACKWARD, 1)):
+        received = actions.of(receive)[numbers]
+        sends[received] = actions.same(send, step)[numbers][received]
+    # The messages of each pair of ranks, pair after pair, as one end posts them and as the other does.
+    order = np.lexsort((numbers, np.maximum(rank, peer), np.minimum(rank, peer)))
+    lower = rank[order] < peer[order]
+    here, there = order[lower], order[~lower]
+    wrong = sends[here] != sends[there]
+    if not wrong.any():
+        return
+    first = int(np.argmax(wrong))
+    mine, its = here[first], there[first]
+    raise ScheduleError(
+        f"ranks {rank[mine]} and {peer[mine]} post their messages in different orders: where rank {rank[mine]} has the "
+        f"message of {actions.action(sends[mine])}, rank {peer[mine]} has that of {actions.action(sends[its])}",
+        actions.place(numbers[mine]),
+    )
 
 
 def _check_activations(schedule: Schedule, budget: float | None) -> None:
