@@ -135,7 +135,7 @@ class Static:
         for are_messages, actions in groupby(program, key=lambda action: action.kind.is_message):
             if are_messages:
                 exchange = self._exchange_of(list(actions))
-                self._steps.append((exchange.actions[-1], self._exchange, exchange))
+                self._steps.append((exchange.actions[0], self._exchange, exchange))
             else:
                 self._steps += [(a, stages[a.stage].method(a.kind), a.micro_batch) for a in actions]
 
@@ -166,7 +166,7 @@ class Static:
 
     def _exchange(self, exchange: _Exchange) -> None:
         if len(exchange.actions) > 1 and self._where.listener is not None:  # who records wants to hear of each
-            for action in exchange.actions:
+            for action in exchange.actions[1:]:
                 self._where.now(action)
         sends = [(lane, m, laid_out.pop(m)) for lane, m, laid_out in exchange.sends]
         self._post.start(sends, exchange.receives)

@@ -122,13 +122,13 @@ def _draw_panel(axes: Axes, panel: Panel, limits: tuple[float, float], pixels: f
 
 
 def _labelled(panel: Panel, pixels: float) -> set[str]:
-    """Kinds of boxes most of which have room for their labels: a few labels among many boxes say nothing."""
+    """Kinds of boxes a quarter of which has room for its labels: a few labels among many boxes say nothing."""
     fits: dict[str, list[bool]] = defaultdict(list)
     for boxes in panel.lanes.values():
         for box in boxes:
             if box.label:
                 fits[box.kind].append(_fits(box, pixels))
-    return {kind for kind, found in fits.items() if 2 * sum(found) > len(found)}
+    return {kind for kind, found in fits.items() if 4 * sum(found) > len(found)}
 
 
 def _fits(box: Box, pixels: float) -> bool:

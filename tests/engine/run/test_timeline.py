@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from engine.run.timeline import merge, part_of
+from engine.config import LogConfig, TrainConfig
+from engine.errors import OutputError
+from engine.run.timeline import merge, part_of, ranks_shown
 from engine.run.trace_events import SIMULATED
+from engine.run.trainer import pretrain
+from parallel.grid import GridShape
 from parallel.pipeline import Action, Schedule
 from parallel.pipeline.graph import input_receive
+from parallel.process_group import World
 from tests.engine.run.forked import running
-from tests.engine.small import flags
+from tests.engine.small import flags, small
 
 RANKS, STEPS, MICRO_BATCHES = 4, (2, 4), 5
 Event = dict[str, Any]
@@ -59,7 +66,15 @@ def test_each_action_is_there_once_per_step_measured_and_simulated(trace: dict[s
         assert found == counts and counts.total() > 0
     first = _slices(trace, "compute")[0]["args"]
     assert {"action", "stage", "micro_batch", "step"} <= set(first)
-    sizes = {e["args"]["bytes"] for e in _slices(trace, "message")}
+    messages = _slices(trace, "message")
+    assert Counter((e["args"]["step"], e["pid"], e["name"]) for e in messages) == Counter(
+        (step, rank, str(a))
+        for step in range(STEPS[0], STEPS[1] + 1)
+        for rank in range(RANKS)
+        for a in schedule.ranks[rank // 2]
+        if a.kind.is_message
+    )
+    sizes = {e["args"]["bytes"] for e in messages}
     assert len(sizes) == 1 and min(sizes) > 0, "both ends of all messages know what they carry"
 
 
@@ -145,3 +160,33 @@ def test_parts_of_other_hosts_may_be_missing(tmp_path: Path) -> None:
     assert summary["bubble"] == {"7": pytest.approx(0.5)} and summary["not_recorded"] == {"0": 3}
     merged = json.loads((tmp_path / "timeline.json").read_text())
     assert merged["traceEvents"][:2] == events and merged["otherData"]["ranks"] == [0]
+
+
+def _alone(folder: Path, steps: int) -> None:
+    train = TrainConfig(steps=steps, global_batch_size=8)
+    log = LogConfig(interval=1, tensorboard=False, profile_steps=(1, steps))
+    pretrain(small(run_dir=str(folder), train=train, log=log), World())
+
+
+def test_what_would_be_too_much_is_left_out_and_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("engine.run.profile.room_of", lambda shape: 20)  # a step has some seven slices
+    _alone(tmp_path, 6)
+    kept = json.loads((tmp_path / "profile" / "timeline.json").read_text())["otherData"]["steps"]
+    assert kept == list(range(1, len(kept) + 1)) and 1 < len(kept) < 6
+    told = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("timeline"))
+    assert f": steps 1 to {len(kept)}; {6 - len(kept)} more left out" in told and "bubble" not in told
+    shape = GridShape(pipeline=16, data=64)
+    shown = ranks_shown(shape)
+    assert len(shown) == 128 and {rank // 64 for rank in shown} == set(range(16)), "whole pipelines"
+    assert {rank % 64 for rank in shown} == set(range(8)) and len(ranks_shown(GridShape(pipeline=256, tensor=2))) == 256
+
+
+def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("engine.run.profile.write_part", full)
+    with pytest.raises(OutputError, match=r"timeline.json cannot be written: .*No space left"):
+        _alone(tmp_path, 1)
