@@ -24,8 +24,14 @@ def test_rows(tmp_path: Path) -> None:
     assert of[4, "zb_h1", "static", 0]["step_time"] == 8 * 3 + 3 + 1 + 2  # bubble (p - 1)(F + I - W)
     assert of[4, "zb_h1", "static", 0]["bubble_percent"] == pytest.approx(100 * 3 / 30)
     assert of[4, "zb_h1", "static", 0]["over_1f1b"] == pytest.approx(30 / (8 * 3 + 9 + 3))
+    assert (of[4, "zb_h1", "static", 0]["bubble"], of[4, "zb_h1", "static", 0]["messages_per_rank"]) == (3, 12)
     assert of[4, "interleaved", "static", 0]["step_time"] == pytest.approx(8 * 3 + 9 / 3 + 3)
     assert of[4, "zb_h1", "static", 0.3]["slowest_step_time"] > of[4, "zb_h1", "static", 0.3]["step_time"]
+
+
+def test_the_table_of_docs_pipelines(capsys: pytest.CaptureFixture[str]) -> None:
+    schedules.main(["--ranks", "4", "--micro-batches", "8"], World())
+    assert capsys.readouterr().out in (Path(__file__).parents[2] / "docs" / "pipelines.md").read_text()
 
 
 @pytest.mark.parametrize("flags", ["--ranks 0", "--speed 1,2", "--policy eager", "--schedule none", "--forward=-1"])

@@ -5,8 +5,10 @@ work; messages carry the bytes of one boundary each. A row for each schedule, po
 
     step_time           mean over the seeds of the jitter, until the last rank has made its update
     slowest_step_time   of any of them
+    bubble              what of it a rank idles
     bubble_percent      share of all ranks' time that is idle
     peak_activations    of the rank with most; 1 is a rank's share of a micro-batch
+    messages_per_rank   that a rank sends in a step
     over_1f1b           step time over that of 1F1B with the static policy and the same jitter
     over_static         over that of the same schedule with the static policy
 
@@ -104,13 +106,19 @@ def _rows(options: argparse.Namespace, ranks: int, micro_batches: int) -> list[R
                         "jitter": jitter,
                         "step_time": _mean(steps),
                         "slowest_step_time": max(step.step_time for step in steps),
+                        "bubble": fmean(fmean(step.bubble) for step in steps),
                         "bubble_percent": 100 * fmean(step.bubble_fraction for step in steps),
                         "peak_activations": max(max(step.peak_activations) for step in steps),
+                        "messages_per_rank": _messages(schedule) / ranks,
                         "over_1f1b": _mean(steps) / _mean(one),
                         "over_static": _mean(steps) / _mean(static),
                     }
                 )
     return rows
+
+
+def _messages(schedule: Schedule) -> int:
+    return sum(action.kind.is_send for program in schedule.ranks for action in program)
 
 
 def _steps(schedule: Schedule, options: argparse.Namespace, jitter: float, policy: Policy) -> list[Timeline]:
