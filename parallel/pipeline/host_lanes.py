@@ -55,7 +55,7 @@ def _room(nbytes: int) -> int:
     return -(-nbytes // LINE) * LINE
 
 
-class _HostLane(Lane):
+class HostLane(Lane):
     """One end of a lane whose part of the memory begins at `start`."""
 
     def __init__(self, post: HostPost, number: int, route: Route, specs: Specs, peer: int, start: int) -> None:
@@ -156,7 +156,7 @@ class HostPost(Post):
         self, routes: Mapping[Route, Specs], stage_to_rank: Sequence[int], axis: Axis, memory: Memory, *, ready: bool
     ) -> None:
         self.axis, self.memory, self.carrier, self.bounded = axis, memory, "shared memory", not ready
-        self.full = set[_HostLane]()  # those that have messages in their queue
+        self.full = set[HostLane]()  # those that have messages in their queue
         self._asleep = [memory.word(rank * LINE) for rank in range(axis.size)]
         self.label = lambda offset, label: _LABEL.pack_into(memory.map, offset, *label)
         self.read = partial(_LABEL.unpack_from, memory.map)
@@ -166,7 +166,7 @@ class HostPost(Post):
             source, target = (stage_to_rank[stage] for stage in route)
             if axis.index in (source, target):
                 peer = target if axis.index == source else source
-                lane = _HostLane(self, number, route, specs, peer, start) if specs else FreeLane(route)
+                lane = HostLane(self, number, route, specs, peer, start) if specs else FreeLane(route)
                 self.lanes[route] = lane
                 self.nbytes += _lane_bytes(specs) if axis.index == target else 0
             start += _lane_bytes(specs)
@@ -188,7 +188,7 @@ class HostPost(Post):
         """Asleep until one of the senders rings."""
         if any(lane.has_arrived() for lane in lanes):
             return
-        peers = sorted({lane.peer for lane in lanes if isinstance(lane, _HostLane)})
+        peers = sorted({lane.peer for lane in lanes if isinstance(lane, HostLane)})
         with watched(self.axis, "recv"):
             self._sleep(lambda: any(lane.has_arrived() for lane in lanes), peers)
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
+from parallel.comm import barrier
+from parallel.failures import MismatchError, PeerLostError
 from parallel.grid import Grid, GridShape, make_grid
 from parallel.pipeline import lanes
-from parallel.pipeline.boundary import Route, TensorSpec, routes_between_ranks
-from parallel.pipeline.host_lanes import SLOTS
-from parallel.pipeline.post import SENDS_IN_FLIGHT, Lane, Post
+from parallel.pipeline.boundary import Route, Specs, TensorSpec, routes_between_ranks
+from parallel.pipeline.host_lanes import SLOTS, HostLane, HostPost
+from parallel.pipeline.post import SENDS_IN_FLIGHT, Lane, Post, message_bytes
 from parallel.process_group import World
 from tests.distributed import run_ranks
 
@@ -138,6 +142,137 @@ def carry(world: World, kind: str) -> None:
             assert meter.bytes["send"] > 0 and meter.calls["send"] > 0 and meter.calls["recv"] > 0
 
 
-@pytest.mark.parametrize("kind", ["shared memory", "gloo", "pairs"])
-def test_messages_arrive(kind: str) -> None:
-    run_ranks(2, carry, kind)
+@pytest.mark.parametrize(("kind", "ranks"), [("shared memory", 2), ("gloo", 2), ("pairs", 4)])
+def test_messages_arrive(kind: str, ranks: int) -> None:
+    """Groups of two are made by all ranks of the world, those of two pipelines."""
+    run_ranks(ranks, carry, kind)
+
+
+def outline(world: World, *, shared: bool, ready: bool = False, specs: Specs = SPECS) -> tuple[Grid, Post, Lane]:
+    """Two stages; the lane from rank 0 to rank 1."""
+    grid = make_grid(GridShape(pipeline=2), world, shared_memory=shared, timeout=3.0)
+    post = lanes.open_post((0, 1), ((), specs), axis=grid.pipeline, device=CPU, ready=ready)
+    return grid, post, post.lanes[Route(0, 1)]
+
+
+def opened_once(world: World) -> None:
+    grid, post, _ = outline(world, shared=True)
+    here, there = ((), SPECS), ((), SPECS[:1])
+    again = lanes.open_post((0, 1), here, axis=grid.pipeline, device=CPU)
+    ready = lanes.open_post((0, 1), here, axis=grid.pipeline, device=CPU, ready=True)
+    assert again is post and ready is not post and (post.bounded, ready.bounded) == (True, False)
+    assert lanes.open_post((0, 1), here, axis=grid.pipeline, device=CPU) is ready  # it serves both
+    assert post.nbytes > SLOTS * message_bytes(SPECS[: 2 + 2 * world.rank])  # of what it receives
+    with pytest.raises(MismatchError, match=r"ranks 0 and 1 of the pipeline axis \(0, 1\) have different stages"):
+        lanes.open_post((0, 1), there if world.rank else here, axis=grid.pipeline, device=torch.device("cpu", 0))
+    grid.close()
+
+
+def crossed(world: World) -> None:
+    """Rank 1 expects another micro-batch than comes."""
+    for shared in (True, False):
+        grid, post, lane = outline(world, shared=shared)
+        if world.rank == 0:
+            lane.send(5, message(lane, 5))
+            post.finish()
+        else:
+            lane.expect(4)
+            with pytest.raises(MismatchError, match=r"outputs of stage 0.* micro-batch 4.* rank 0 has sent .*-batch 5"):
+                lane.take()
+        barrier(grid.pipeline)
+        grid.close()
+
+
+def counts_go_round(world: World) -> None:
+    grid, post, lane = outline(world, shared=True)
+    assert isinstance(lane, HostLane)
+    lane.count = lane.sent.value = lane.taken.value = 2**32 - 3
+    barrier(grid.pipeline)
+    for m in range(MANY):
+        lane.expect(m) if world.rank else lane.send(m, message(lane, m))
+    for m in range(MANY if world.rank else 0):
+        check(lane, m)
+    post.finish()
+    grid.close()
+
+
+def behind(world: World) -> None:
+    """Rank 1 comes late: rank 0 is held up if its post is bounded, and not otherwise."""
+    for shared in (True, False):
+        for ready in (True, False):
+            grid, post, lane = outline(world, shared=shared, ready=ready)
+            sent = [message(lane, m) for m in range(MANY)]
+            barrier(grid.pipeline)
+            start = time.monotonic()
+            if world.rank == 0:
+                for m in range(MANY):
+                    lane.send(m, sent[m])
+                assert (time.monotonic() - start > 0.3) is not ready, (shared, ready)
+            else:
+                time.sleep(0.4)
+                for m in range(MANY):
+                    lane.expect(m)
+                    check(lane, m)
+            post.finish()
+            grid.close()
+
+
+def on_a_group_of_their_own(world: World) -> None:
+    """As where the axis's own group is NCCL's."""
+    lanes.is_on_host = lambda axis: False  # type: ignore[attr-defined]
+    for shared in (True, False):
+        grid, post, _ = outline(world, shared=shared)
+        assert post.carrier == ("shared memory" if shared else "gloo")
+        for m in range(3):
+            for route, lane in post.lanes.items():
+                lane.send(m, message(lane, m)) if route.source == world.rank else lane.expect(m)
+            for route, lane in post.lanes.items():
+                if route.source != world.rank:
+                    check(lane, m)
+        post.finish()
+        grid.close()
+
+
+def many(world: World) -> None:
+    for each in (opened_once, crossed, counts_go_round, behind, on_a_group_of_their_own):
+        each(world)
+
+
+def test_what_lanes_keep_to() -> None:
+    run_ranks(2, many)
+
+
+def deserted(world: World) -> list[tuple[str, float]]:
+    """Of rank 0, whose peer is a process that ends in a moment: what it is told, and after how long."""
+    grid, post, lane = outline(world, shared=True, ready=True)
+    back, told = post.lanes[Route(1, 0)], []
+    assert isinstance(post, HostPost)
+
+    def fill() -> None:
+        for m in range(MANY):
+            lane.send(m, message(lane, m))
+        post.finish()
+
+    for wait in (back.take, lambda: post.wait_any([back]), fill) if world.rank == 0 else ():
+        gone = os.fork()
+        if not gone:
+            time.sleep(0.2)
+            os._exit(0)
+        post.memory.pids = (os.getpid(), gone)
+        start = time.monotonic()
+        back.expect(0)
+        with pytest.raises(PeerLostError) as error:
+            wait()
+        told.append((str(error.value), time.monotonic() - start))
+    if world.rank == 0:
+        post.memory.pids, post.memory.timeout = (os.getpid(), os.getppid()), 0.6
+        with pytest.raises(PeerLostError, match=r"recv along the pipeline axis .* did not come within 0\.6 seconds"):
+            back.take()
+    return told
+
+
+def test_a_rank_that_ends_or_is_late_is_noticed() -> None:
+    for n, (told, seconds) in enumerate(run_ranks(2, deserted)[0]):
+        kind = "recv" if n < 2 else "send"
+        assert f"{kind} along the pipeline axis (0, 1) failed: rank 1 of the axis" in told and "has ended" in told
+        assert seconds < 2.5

@@ -193,3 +193,9 @@ def test_the_executor_runs_them_in_order() -> None:
 def test_the_executor_runs_what_is_ready() -> None:
     for schedule in schedules((2, 4), (2, 5)):
         execute_all(schedule, "ready", per_lane)
+
+
+def test_what_is_ready_needs_a_channel_per_direction() -> None:
+    """A receive that is posted ahead would hold up what is sent after it."""
+    with pytest.raises(LockedUpError):
+        execute_all(build_schedule("1f1b", 2, 4), "ready", per_boundary)
