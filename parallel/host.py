@@ -104,6 +104,10 @@ class Memory:
         """Whoever sleeps on a word that has changed."""
         self._syscall(_SYS_FUTEX, ctypes.byref(word), _WAKE, _ALL, None, None, 0)
 
+    def sleep(self, word: ctypes.c_uint32, seen: int) -> None:
+        """Until somebody wakes who sleeps on `word`, if that still is `seen`; half a second at most."""
+        self._syscall(_SYS_FUTEX, ctypes.byref(word), _WAIT, seen, _SLICE, None, 0)
+
     def wait(self, look: Callable[[], int | None], word: ctypes.c_uint32, ranks: Iterable[int]) -> None:
         """Look again and again, asleep while `word` has the value that `look` returned, until it returns None.
 
@@ -118,7 +122,7 @@ class Memory:
             elapsed = time.perf_counter() - start
             if self.spins and elapsed < _SPIN_SECONDS:
                 continue
-            self._syscall(_SYS_FUTEX, ctypes.byref(word), _WAIT, seen, _SLICE, None, 0)
+            self.sleep(word, seen)
             if elapsed < _SLICE_SECONDS:
                 continue
             for rank in ranks:

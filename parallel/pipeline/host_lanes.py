@@ -1,10 +1,11 @@
 """Lanes through the memory of a host: per lane a ring of a few slots, each as large as one of its messages.
 
-The sender copies a message in if a slot is free; else it waits in the sender's own queue, which is pushed on at each
-call of the post, and while it waits for anything: two ranks whose rings are full cannot wait for each other. The
-receiver copies a message out when it takes it. Of each lane two counters lie in the memory, of the messages *sent* and
-*taken*, and of each rank a word that says whether it is *asleep*: who changes a counter that it may wait for wakes it.
-A slot begins with a label (lane, number, micro-batch, bytes), so ranks at different messages get an error, not data.
+The sender copies a message in if a slot is free; else it waits in the sender's queue, which a thread pushes on, made
+when that first happens: whatever the rank itself does or waits for, such as a collective with a rank that waits for
+this message. The receiver copies a message out when it takes it. Of each lane two counters lie in the memory, of the
+messages *sent* and *taken*, and of each rank two words, in which it says that it is *asleep* until something is sent to
+it, and that its thread is, until there is *room*: who changes a counter wakes who may wait for that. A slot begins with
+a label (lane, number, micro-batch, bytes), so ranks at different messages get an error, not data.
 
 That a rank says that it is asleep and then looks once more, while the other changes a counter and then looks whether
 it is asleep, needs a fence between the two on either side; taking a lock is one.
@@ -12,6 +13,7 @@ it is asleep, needs a fence between the two on either side; taking a lock is one
 
 from __future__ import annotations
 
+import ctypes
 import struct
 import threading
 from collections import deque
@@ -39,7 +41,7 @@ def _fence() -> None:
 
 def lanes_bytes(routes: Mapping[Route, Specs], ranks: int) -> int:
     """Shared memory for all lanes of an axis; pages that no message has come to are not taken."""
-    return ranks * LINE + sum(map(_lane_bytes, routes.values()))
+    return 2 * ranks * LINE + sum(map(_lane_bytes, routes.values()))
 
 
 def _lane_bytes(specs: Specs) -> int:
@@ -78,23 +80,26 @@ class HostLane(Lane):
 
     def send(self, micro_batch: int, tensors: Tensors) -> None:
         """Into the memory, or the queue."""
-        count_message(self.post.axis, "send", self.nbytes)
-        if self.post.full:
-            self.post.push()
-        if self.queue or not self._has_room():
+        post = self.post
+        count_message(post.axis, "send", self.nbytes)
+        with post.lock:
+            if not self.queue and self._has_room():
+                self._deposit(micro_batch, tensors)
+                return
             self.queue.append((micro_batch, tensors))
-            self.post.full.add(self)
-            if self.post.bounded and len(self.queue) > SENDS_IN_FLIGHT:
-                self.post.finish(SENDS_IN_FLIGHT)
-        else:
-            self._deposit(micro_batch, tensors)
+            post.full.add(self)
+        post.push_on()
+        if post.bounded and len(self.queue) > SENDS_IN_FLIGHT:
+            post.finish(SENDS_IN_FLIGHT)
 
-    def push(self) -> None:
-        """Send of the queue what there is room for."""
+    def push(self) -> bool:
+        """Send of the queue what there is room for; returns whether that was something. Under the post's lock."""
+        before = len(self.queue)
         while self.queue and self._has_room():
             self._deposit(*self.queue.popleft())
         if not self.queue:
             self.post.full.discard(self)
+        return len(self.queue) < before
 
     def _has_room(self) -> bool:
         return counted(self.count - self.taken.value) < SLOTS
@@ -106,7 +111,7 @@ class HostLane(Lane):
         self.post.label(self.labels[slot], self._label(micro_batch))
         self.count = counted(self.count + 1)
         self.sent.value = self.count
-        self.post.ring(self.peer)
+        self.post.ring(self.post.asleep[self.peer])
 
     def _label(self, micro_batch: int) -> tuple[int, int, int, int]:
         return self.number, self.count, micro_batch, self.nbytes
@@ -115,13 +120,9 @@ class HostLane(Lane):
         """Nothing is to be posted: the sender knows where to put it."""
         self.expected.append(micro_batch)
         count_message(self.post.axis, "recv", self.nbytes)
-        if self.post.full:
-            self.post.push()
 
     def has_arrived(self) -> bool:
         """A look at the counter."""
-        if self.post.full:
-            self.post.push()
         return self.sent.value != self.count
 
     def take(self) -> Tensors:
@@ -137,7 +138,7 @@ class HostLane(Lane):
         self.taken.value = self.count
         _fence()
         if counted(self.sent.value - self.count) >= SLOTS - 1:  # the sender may have found no room
-            self.post.ring(self.peer)
+            self.post.ring(self.post.room[self.peer])
         return tensors
 
     def _mismatch(self, micro_batch: int, found: tuple[int, ...]) -> None:
@@ -157,11 +158,15 @@ class HostPost(Post):
     ) -> None:
         self.axis, self.memory, self.carrier, self.bounded = axis, memory, "shared memory", not ready
         self.full = set[HostLane]()  # those that have messages in their queue
-        self._asleep = [memory.word(rank * LINE) for rank in range(axis.size)]
+        self.lock = threading.Lock()  # of the queues, and of what is sent
+        self.asleep = [memory.word(2 * rank * LINE) for rank in range(axis.size)]
+        self.room = [memory.word((2 * rank + 1) * LINE) for rank in range(axis.size)]
+        self._thread: threading.Thread | None = None
+        self._has_queue, self._is_closed = threading.Event(), False
         self.label = lambda offset, label: _LABEL.pack_into(memory.map, offset, *label)
         self.read = partial(_LABEL.unpack_from, memory.map)
         self.lanes = {}
-        start = axis.size * LINE
+        start = 2 * axis.size * LINE
         for number, (route, specs) in enumerate(routes.items()):
             source, target = (stage_to_rank[stage] for stage in route)
             if axis.index in (source, target):
@@ -171,15 +176,30 @@ class HostPost(Post):
                 self.nbytes += _lane_bytes(specs) if axis.index == target else 0
             start += _lane_bytes(specs)
 
-    def push(self) -> None:
-        """Messages that now have room."""
-        for lane in tuple(self.full):
-            lane.push()
+    def push_on(self) -> None:
+        """Let the thread see to what waits for room."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._push, daemon=True)
+            self._thread.start()
+        self._has_queue.set()
 
-    def ring(self, rank: int) -> None:
-        """Wake a rank, if it sleeps."""
+    def _push(self) -> None:
+        own, room = self.axis.index, self.room[self.axis.index]
+        while self._has_queue.wait() and not self._is_closed:
+            room.value = 1
+            _fence()
+            with self.lock:
+                has_moved = sum(lane.push() for lane in tuple(self.full)) > 0
+                if not self.full:
+                    self._has_queue.clear()
+            if has_moved:
+                self.ring(self.asleep[own])
+            else:
+                self.memory.sleep(room, 1)
+
+    def ring(self, word: ctypes.c_uint32) -> None:
+        """Wake who sleeps on it, if anybody does."""
         _fence()
-        word = self._asleep[rank]
         if word.value:
             word.value = 0
             self.memory.wake(word)
@@ -194,13 +214,14 @@ class HostPost(Post):
 
     def finish(self, keep: int = 0) -> None:
         """What is sent lies in the memory then, whoever may be gone; all but the last `keep` messages of a lane."""
-        if self.full:
-            peers = sorted({lane.peer for lane in self.full})
+        lanes = tuple(self.full)
+        if any(len(lane.queue) > keep for lane in lanes):
             with watched(self.axis, "send"):
-                self._sleep(lambda: self._most_queued() <= keep, peers)
+                peers = sorted({lane.peer for lane in lanes})
+                self._sleep(lambda: all(len(lane.queue) <= keep for lane in lanes), peers)
 
     def _sleep(self, is_over: Callable[[], bool], peers: Sequence[int]) -> None:
-        own = self._asleep[self.axis.index]
+        own = self.asleep[self.axis.index]
 
         def look() -> int | None:
             own.value = 1
@@ -210,10 +231,8 @@ class HostPost(Post):
         self.memory.wait(look, own, peers)
         own.value = 0
 
-    def _most_queued(self) -> int:
-        self.push()
-        return max((len(lane.queue) for lane in self.full), default=0)
-
     def close(self) -> None:
-        """The memory goes with the last reference."""
-        self.lanes = {}
+        """The thread ends; the memory goes with the last reference."""
+        self.lanes, self._is_closed = {}, True
+        self._has_queue.set()
+        self.ring(self.room[self.axis.index])

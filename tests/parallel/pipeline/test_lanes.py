@@ -217,6 +217,19 @@ def behind(world: World) -> None:
             grid.close()
 
 
+def in_a_collective(world: World) -> None:
+    """The sender waits there for who waits for what did not find room."""
+    for shared in (True, False):
+        grid, post, lane = outline(world, shared=shared, ready=True)
+        for m in range(MANY):
+            lane.expect(m) if world.rank else lane.send(m, message(lane, m))
+        for m in range(MANY if world.rank else 0):
+            check(lane, m)
+        barrier(grid.pipeline)
+        post.finish()
+        grid.close()
+
+
 def on_a_group_of_their_own(world: World) -> None:
     """As where the axis's own group is NCCL's."""
     lanes.is_on_host = lambda axis: False  # type: ignore[attr-defined]
@@ -234,7 +247,7 @@ def on_a_group_of_their_own(world: World) -> None:
 
 
 def many(world: World) -> None:
-    for each in (opened_once, crossed, counts_go_round, behind, on_a_group_of_their_own):
+    for each in (opened_once, crossed, counts_go_round, behind, in_a_collective, on_a_group_of_their_own):
         each(world)
 
 
@@ -244,7 +257,7 @@ def test_what_lanes_keep_to() -> None:
 
 def deserted(world: World) -> list[tuple[str, float]]:
     """Of rank 0, whose peer is a process that ends in a moment: what it is told, and after how long."""
-    grid, post, lane = outline(world, shared=True, ready=True)
+    _, post, lane = outline(world, shared=True, ready=True)
     back, told = post.lanes[Route(1, 0)], []
     assert isinstance(post, HostPost)
 
