@@ -63,7 +63,12 @@ class TimelineRecording:
         origin = comm.gather_objects(self._records[0].computed[0].start, grid.world)[0]
         shown = ranks_shown(grid.shape)
         path, out = part_of(self._folder, grid.rank), self._folder / NAME
-        told = {"name": schedule.name, "num_stages": schedule.num_stages, "stage_to_rank": schedule.stage_to_rank}
+        told = {
+            "name": schedule.name,
+            "policy": self._assembly.policy,
+            "num_stages": schedule.num_stages,
+            "stage_to_rank": schedule.stage_to_rank,
+        }
         header = {
             "rank": grid.rank,
             "grid": dict(zip(("pipeline", "data", "context", "tensor"), grid.shape.sizes, strict=True)),

@@ -35,8 +35,8 @@ from parallel.pipeline.recording import StepRecord
 
 NAME = "timeline.json"
 MOST_RANKS = 128  # of whose steps the timeline has everything: whole pipelines, the first replicas
-MOST_EVENTS = 400_000  # of all these ranks together, about: 80 MB
-_FEWEST = 5_000  # of a rank, where there are many
+MOST_SLICES = 200_000  # of all these ranks together, about: 90 MB
+_FEWEST = 1_500  # of a rank, where there are many
 
 
 def part_of(folder: Path, rank: int) -> Path:
@@ -53,7 +53,7 @@ def ranks_shown(shape: GridShape) -> list[int]:
 
 def room_of(shape: GridShape) -> int:
     """Slices that a rank keeps."""
-    return max(_FEWEST, MOST_EVENTS // len(ranks_shown(shape)))
+    return max(_FEWEST, MOST_SLICES // len(ranks_shown(shape)))
 
 
 def write_part(
@@ -211,7 +211,7 @@ class _Found:
         if not self.steps:
             return None
         try:
-            return simulate(self.schedule, self.costs())
+            return simulate(self.schedule, self.costs(), self.first["schedule"]["policy"])
         except ScheduleError:  # a part is missing, and with it a stage
             return None
 

@@ -104,8 +104,9 @@ def _draw_run(options: argparse.Namespace) -> None:
         raise ConfigError(f"--rank {rank} is none of the run's ranks")
     panels = panels_of(recorded, step, rank)
     name = str(home if home.name else home.resolve())
+    policy = ", policy ready" if schedule["policy"] == "ready" else ""
     size = ", ".join(f"{axis} {count}" for axis, count in grid.items() if count > 1) or "one rank"
-    _save(panels, f"{name}, step {step}: {schedule['name']}; {size}", "milliseconds", place)
+    _save(panels, f"{name}, step {step}: {schedule['name']}{policy}; {size}", "milliseconds", place)
 
 
 def _draw_schedules(options: argparse.Namespace) -> None:

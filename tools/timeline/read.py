@@ -114,14 +114,16 @@ def panels_of(recorded: Recorded, step: int, rank: int) -> list[Panel]:
     measured = {p: _boxes([e for e in events if e["pid"] == p], start, shade) for p in pipeline}
     origin = min((e["ts"] for e in events if e["cat"] == "simulated"), default=0.0)
     simulated = {p: _boxes([e for e in events if e["pid"] == SIMULATED + p], origin, shade) for p in range(size)}
-    bubble, times = told["bubble"][str(step)], told["bubble_simulated"]
     names = lane_names(placement, [f"rank {p}" for p in pipeline])
-    span = max(e["ts"] + e["dur"] for e in events if e["pid"] in pipeline and e["cat"] == "compute") - start
+    computed = [e for e in events if e["pid"] in pipeline and e["cat"] == "compute"]
+    span = max(e["ts"] + e["dur"] for e in computed) - start
+    bubble = 1 - sum(e["dur"] for e in computed) / (span * size)
+    others = f"; bubble of all pipelines {100 * told['bubble'][str(step)]:.1f} %" if replicas > 1 else ""
     slowed = " (slowed by torch's profiler)" if step in told["steps_slowed_by_torch_profiler"] else ""
     panels = [
         Panel(
             title=f"measured: bubble {100 * bubble:.1f} %",
-            note=f"{span / 1e3:.4g} ms of forward and backward{slowed}",
+            note=f"{span / 1e3:.4g} ms of forward and backward{others}{slowed}",
             lanes={name: measured[p] for name, p in zip(names, pipeline, strict=True)},
         )
     ]
@@ -129,7 +131,7 @@ def panels_of(recorded: Recorded, step: int, rank: int) -> list[Panel]:
         end = max(box.end for boxes in simulated.values() for box in boxes)
         panels.append(
             Panel(
-                title=f"simulated with the mean times: bubble {100 * times:.1f} %",
+                title=f"simulated with the mean times: bubble {100 * told['bubble_simulated']:.1f} %",
                 note=f"{end:.4g} ms; a message {1e3 * told['seconds']['message']:.3g} ms",
                 lanes={name: simulated[p] for p, name in enumerate(names)},
             )

@@ -147,7 +147,7 @@ def test_phases_and_collectives_are_told_apart(trace: dict[str, Any]) -> None:
 
 def test_parts_of_other_hosts_may_be_missing(tmp_path: Path) -> None:
     schedule = Schedule.from_text("0F0 0SEND_F0 0RECV_B0 0B0\n1RECV_F0 1F0 1B0 1SEND_B0")
-    told = {"name": "1f1b", "num_stages": 2, "stage_to_rank": [0, 1], "text": str(schedule)}
+    told = {"name": "1f1b", "policy": "static", "num_stages": 2, "stage_to_rank": [0, 1], "text": str(schedule)}
     header = {"rank": 0, "grid": {"pipeline": 2}, "replicas": 1, "steps": [7], "traced": [7], "clock_error": 0}
     compute = {"ph": "X", "cat": "compute", "pid": 0, "tid": 1}
     events = [
