@@ -16,9 +16,11 @@ How communication is meant:
 
 from __future__ import annotations
 
+import gc
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
@@ -119,7 +121,7 @@ class Action:
     micro_batch: int | None = None
 
     def __post_init__(self) -> None:
-        if (self.micro_batch is None) != self.kind.is_whole_stage:
+        if (self.micro_batch is None) is not (self.kind in _WHOLE_STAGE):
             need = "takes no" if self.kind.is_whole_stage else "needs a"
             raise ValueError(f"action {self}: {self.kind.name} {need} micro-batch")
 
@@ -146,6 +148,21 @@ class Action:
         """The action at the other end of this send or receive."""
         kind, step = _COUNTERPARTS[self.kind]
         return Action(kind, self.stage + step, self.micro_batch)
+
+
+@contextmanager
+def no_search_for_cycles() -> Iterator[None]:
+    """Within, or in a function so decorated, Python does not look through all objects for those that hold each other.
+
+    Among the millions of actions of a large schedule there are none, and to look takes as long as to make them.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class Place(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from parallel.pipeline.actions import Action, ActionKind, Schedule
+from parallel.pipeline.actions import Action, ActionKind, Schedule, no_search_for_cycles
 from parallel.pipeline.costs import Costs
 from parallel.pipeline.progress import Progress
 
@@ -14,6 +14,7 @@ from parallel.pipeline.progress import Progress
 _NOMINAL_COSTS = Costs(latency=2.0**-20)
 
 
+@no_search_for_cycles()
 def insert_communication(compute_order: Schedule) -> Schedule:
     """Add the sends and receives that a compute order needs; any number of stages per rank, whole or split backward.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from parallel.pipeline.actions import Action, ActionKind, Schedule
+from parallel.pipeline.actions import Action, ActionKind, Schedule, no_search_for_cycles
 from parallel.pipeline.communication import insert_communication
 from parallel.pipeline.schedule_file import is_schedule_file, read_schedule
 from parallel.pipeline.validation import validate
@@ -144,6 +144,7 @@ def virtual_stages_of(name: str, virtual_stages: int | None = None) -> int:
     return virtual_stages
 
 
+@no_search_for_cycles()
 def compute_order(name: str, num_ranks: int, num_micro_batches: int, virtual_stages: int | None = None) -> Schedule:
     """The compute order of the training schedule of that name.
 

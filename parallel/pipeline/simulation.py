@@ -18,7 +18,7 @@ from collections import defaultdict
 from itertools import count
 from typing import Literal
 
-from parallel.pipeline.actions import Action, ActionKind, Schedule
+from parallel.pipeline.actions import Action, ActionKind, Schedule, no_search_for_cycles
 from parallel.pipeline.costs import Costs
 from parallel.pipeline.progress import Progress
 from parallel.pipeline.readiness import Chooser, check_lanes
@@ -30,6 +30,7 @@ POLICIES: tuple[Policy, ...] = ("static", "ready")
 _AT_ONCE = 1e-9  # of a step's length: events that are no further apart happen together, however sums were rounded
 
 
+@no_search_for_cycles()
 def simulate(schedule: Schedule, costs: Costs, policy: Policy = "static") -> Timeline:
     """Run a schedule on paper.
 
