@@ -30,7 +30,7 @@ from parallel.comm import Axis
 from parallel.fp8 import Fp8Recipe, Fp8Registry, enable_fp8
 from parallel.grid import Grid, make_grid
 from parallel.layout import ParameterInfo
-from parallel.pipeline import Placement, Schedule, Timeline, partition, validate
+from parallel.pipeline import Placement, Schedule, Timeline, balance, partition, validate
 from parallel.pipeline.execution import PipelineExecutor, Policy, TensorSpec
 from parallel.pipeline.lanes import Post, open_post
 from parallel.process_group import World
@@ -93,7 +93,7 @@ class Assembly:
     @cached_property
     def predicted(self) -> Timeline:
         """A training step by the simulator, with costs by FLOPs: what the report and `bubble_predicted` tell of."""
-        return predicted_step(self.schedule, self.placement, self.layers, self.frozen.passes)
+        return predicted_step(self.schedule, self.placement, self.layers, self.frozen.passes, self.policy)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """All that this rank holds, by their names in the model."""
@@ -157,9 +157,16 @@ class Assembly:
         )
 
 
-def cut_into_stages(layers: Sequence[LayerSpec], num_stages: int) -> tuple[range, ...]:
-    """Consecutive layers per stage, the dearest stage as cheap as can be."""
-    return partition([float(layer.flops) for layer in layers], num_stages)
+def cut_into_stages(
+    layers: Sequence[LayerSpec], passes: Sequence[int], stage_to_rank: Sequence[int]
+) -> tuple[range, ...]:
+    """Consecutive layers per stage, the dearest stage as cheap as can be, and the shares of the ranks even.
+
+    Args:
+        passes: of each layer, products of the forward's cost (engine.frozen). stage_to_rank: who holds each stage.
+    """
+    costs = [float(layer.flops * count) for layer, count in zip(layers, passes, strict=True)]
+    return balance(costs, partition(costs, len(stage_to_rank)), stage_to_rank)
 
 
 def grid_of(config: Config, world: World, device: torch.device) -> Grid:
@@ -236,7 +243,8 @@ def assemble(
         schedule = config.pipeline(grid.shape).schedule(config.num_micro_batches(grid.shape))
     else:
         validate(schedule)
-    placement = Placement.of(schedule, cut_into_stages(layers, schedule.num_stages))
+    frozen = frozen_of(config, layers)
+    placement = Placement.of(schedule, cut_into_stages(layers, frozen.passes, schedule.stage_to_rank))
     precision = precision_of(config.precision, layers)
     build = Build(
         config=config.model, tp=tp, context=grid.context, seed=config.train.seed, kernels=Kernels(config.kernels),
@@ -246,7 +254,6 @@ def assemble(
         number: Stage([layers[i] for i in placement.layers[number]], build)
         for number in placement.on(grid.pipeline.index)
     }
-    frozen = frozen_of(config, layers)
     for stage in stages.values():
         frozen.apply(stage)
     available = comm.least(memory_bytes(device) if device_memory is None else device_memory, grid.world)

@@ -23,7 +23,7 @@ from engine.config import Config
 from model import MicroBatch
 from parallel.grid import GridShape, planned_grid
 from parallel.pipeline import Schedule
-from parallel.pipeline.actions import ActionKind, live_activations
+from parallel.pipeline.actions import ActionKind, peak_activations
 
 META = torch.device("meta")
 _ENDS = (ActionKind.BACKWARD, ActionKind.BACKWARD_WEIGHT)  # after which an activation is no longer alive
@@ -37,13 +37,15 @@ class MemoryPlan:
         stages: of the pipeline, that the rank holds. states: what lives for the whole run, by what it is.
         activations: the most that forward and backward hold beside it, gradients on their way from one layer to the
             next included.
-        micro_batches: whose activations are alive at once.
+        micro_batches: whose activations are alive at once. schedule: its name. bubble: of the pipeline, as simulated.
     """
 
     stages: tuple[int, ...]
     states: dict[str, int]
     activations: int
-    micro_batches: int
+    micro_batches: float
+    schedule: str
+    bubble: float
 
     @property
     def peak(self) -> int:
@@ -110,7 +112,9 @@ def plan_memory(
         stages=tuple(assembly.stages),
         states=states(assembly),
         activations=_activation_bytes(assembly),
-        micro_batches=max(live_activations(assembly.schedule, grid.pipeline.index), default=0),
+        micro_batches=peak_activations(assembly.schedule)[grid.pipeline.index],
+        schedule=assembly.schedule.name,
+        bubble=assembly.predicted.bubble_fraction,
     )
 
 

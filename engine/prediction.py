@@ -6,10 +6,15 @@ from collections.abc import Sequence
 
 from model import LayerSpec
 from parallel.pipeline import Costs, Placement, Schedule, Timeline, simulate
+from parallel.pipeline.simulation import Policy
 
 
 def predicted_step(
-    schedule: Schedule, placement: Placement, layers: Sequence[LayerSpec], passes: Sequence[int]
+    schedule: Schedule,
+    placement: Placement,
+    layers: Sequence[LayerSpec],
+    passes: Sequence[int],
+    policy: Policy = "static",
 ) -> Timeline:
     """The simulated step. Time is counted in FLOPs per image; messages take none.
 
@@ -23,4 +28,4 @@ def predicted_step(
             float(sum(layers[i].flops for i in stage if passes[i] >= least)) for stage in placement.layers
         )  # fmt: skip
 
-    return simulate(schedule, Costs(forward=of(1), backward_input=of(2), backward_weight=of(3)))
+    return simulate(schedule, Costs(forward=of(1), backward_input=of(2), backward_weight=of(3)), policy)

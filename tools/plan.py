@@ -1,8 +1,8 @@
 """`python -m tools.plan --config configs/vit_22b.yaml --ranks 64 --gpu-memory 80`: memory per rank, before any GPU.
 
 Every ZeRO stage in turn (or those of --stages) for the layout of the configuration, planned on the meta device by the
-code that allocates. The table shows the pipeline stage that needs most. Options that are not the planner's own are
-those of pretrain_vit.py.
+code that allocates. The table shows the pipeline rank that needs most, and the bubble that the simulator predicts
+(times by FLOPs, messages free). Options that are not the planner's own are those of pretrain_vit.py.
 """
 
 from __future__ import annotations
@@ -67,11 +67,11 @@ def at_stage(config: Config, stage: int) -> Config:
 
 
 def row(config: Config, ranks: int, memory: float) -> Row:
-    """The dearest pipeline stage of one configuration, in GB."""
+    """The dearest pipeline rank of one configuration, in GB."""
     config = config.resolve(ranks)
     shape = config.grid_shape(ranks)
-    per_stage = ranks // shape.pipeline
-    plans = [plan_memory(config, shape, stage * per_stage, memory * _GB) for stage in range(shape.pipeline)]
+    apart = ranks // shape.pipeline
+    plans = [plan_memory(config, shape, rank * apart, memory * _GB) for rank in range(shape.pipeline)]
     worst: MemoryPlan = max(plans, key=lambda plan: plan.peak)
     return {
         "zero_stage": config.parallel.zero_stage,
@@ -79,7 +79,10 @@ def row(config: Config, ranks: int, memory: float) -> Row:
         "dtype": config.precision.dtype,
         "optimizer": config.optimizer.name,
         "micro_batch": config.train.micro_batch_size,
-        "pipeline_stage": "+".join(map(str, worst.stages)) if len(worst.stages) > 1 else worst.stages[0],
+        "schedule": worst.schedule,
+        "bubble": round(worst.bubble, 3),
+        "stages_of_rank": "+".join(map(str, worst.stages)) if len(worst.stages) > 1 else worst.stages[0],
+        "micro_batches_alive": worst.micro_batches,
         **{f"{name.replace(' ', '_')}_GB": size / _GB for name, size in worst.states.items()},
         "activations_GB": worst.activations / _GB,
         "peak_GB": worst.peak / _GB,

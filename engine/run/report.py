@@ -13,6 +13,7 @@ from engine.device import describe
 from engine.plan import states
 from model.kernels import Kernels
 from parallel import comm
+from parallel.pipeline.actions import peak_activations
 from parallel.sharding.units import Unit
 
 _WHEN = {"step": "once per step", "micro_batch": "after each micro-batch"}
@@ -25,7 +26,8 @@ def startup_report(assembly: Assembly, *, threads: int, matmul: str, images: Seq
         threads: per rank. matmul: library of fp32 matrix products on a CPU. images: lines about the data.
     """
     held = {number: _held(units) for number, units in zip(assembly.stages, assembly.store.stages, strict=True)}
-    ranks = comm.gather_objects((held, states(assembly)), assembly.grid.pipeline)
+    memory = states(assembly) | {"messages": assembly.post.nbytes}
+    ranks = comm.gather_objects((held, memory), assembly.grid.pipeline)
     on_cpu = f", fp32 matrix products by {matmul}" if assembly.device.type == "cpu" else ""
     return [
         f"Vitruvius: torch {torch.__version__}, Python {platform.python_version()}, {describe(assembly.device)}, "
@@ -34,6 +36,7 @@ def startup_report(assembly: Assembly, *, threads: int, matmul: str, images: Seq
         *_model_lines(assembly),
         *images,
         *_batch_lines(assembly),
+        *_pipeline_lines(assembly),
         *Kernels(assembly.config.kernels).describe(assembly.device),
         *_stage_lines(assembly, {number: held for stages, _ in ranks for number, held in stages.items()}),
         *_precision_lines(assembly),
@@ -83,17 +86,38 @@ def _batch_lines(a: Assembly) -> Iterator[str]:
     count = a.config.num_micro_batches(a.grid.shape)
     yield (
         f"batch: {train.global_batch_size} images = {data} data rank(s) x {count} micro-batch(es) "
-        f"x {train.micro_batch_size}; pipeline schedule {a.schedule.name}"
+        f"x {train.micro_batch_size}"
     )
 
 
+def _pipeline_lines(a: Assembly) -> Iterator[str]:
+    if a.grid.pipeline.size == 1:
+        return
+    held = [len(a.placement.on(rank)) for rank in range(a.grid.pipeline.size)]
+    alive = [f"{peak:.3g}" for peak in peak_activations(a.schedule)]
+    yield (
+        f"pipeline: {a.schedule.name}, {a.policy}, {_span([str(n) for n in held])} stage(s) per rank; bubble "
+        f"{100 * a.predicted.bubble_fraction:.1f} % predicted (times by FLOPs, messages free); micro-batches alive per "
+        f"rank {_span(alive)}; messages by {a.post.carrier}"
+    )
+
+
+def _span(values: Sequence[str]) -> str:
+    """Of each rank: one number if they are alike, all of a few, the least and the most of many."""
+    if len(set(values)) == 1:
+        return values[0]
+    few = len(values) <= 8
+    return ", ".join(values) if few else f"{min(values, key=float)} to {max(values, key=float)}"
+
+
 def _stage_lines(a: Assembly, held: Mapping[int, tuple[int, int]]) -> Iterator[str]:
-    total, several = sum(layer.flops for layer in a.layers), a.placement.last + 1 > a.grid.pipeline.size
+    several = a.placement.last + 1 > a.grid.pipeline.size
+    costs = [layer.flops * n for layer, n in zip(a.layers, a.frozen.passes, strict=True)]
     for index, stage in enumerate(a.placement.layers):
         parameters, buckets = held[index]
         where = f" on pipeline rank {a.placement.ranks[index]}" if several else ""
         first, last = (a.layers[i].name for i in (stage.start, stage.stop - 1))
-        share = sum(a.layers[i].flops for i in stage) / total
+        share = sum(costs[i] for i in stage) / sum(costs)
         yield (
             f"stage {index}{where}: {len(stage)} layer(s), {first if len(stage) == 1 else f'{first} to {last}'}, "
             f"{100 * share:.1f} % of the FLOPs; {parameters:,} parameters per rank "

@@ -3,7 +3,7 @@
 from parallel.pipeline.actions import Action, ActionKind, Schedule, ScheduleError
 from parallel.pipeline.communication import insert_communication
 from parallel.pipeline.costs import Costs, sum_layers
-from parallel.pipeline.partition import partition
+from parallel.pipeline.partition import balance, partition
 from parallel.pipeline.placement import Placement
 from parallel.pipeline.schedule_file import to_csv
 from parallel.pipeline.schedules import SCHEDULES, build_schedule, compute_order, forward_only
@@ -22,6 +22,7 @@ __all__ = [
     "Schedule",
     "ScheduleError",
     "Timeline",
+    "balance",
     "build_schedule",
     "compute_order",
     "forward_only",

@@ -1,4 +1,4 @@
-"""Which layers go to which stage: contiguous pieces whose largest cost is as small as it can be."""
+"""Which layers go to which stage: contiguous pieces as even as can be, for stages and for ranks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from fractions import Fraction
-from itertools import accumulate
+from itertools import accumulate, product
 
 
 def partition(costs: Sequence[float], num_stages: int) -> tuple[range, ...]:
@@ -29,6 +29,58 @@ def partition(costs: Sequence[float], num_stages: int) -> tuple[range, ...]:
     _check(costs, num_stages)
     totals = [0, *accumulate(_exact(costs))]
     return _most_even(totals, num_stages, _least_largest(totals, num_stages))
+
+
+def balance(costs: Sequence[float], stages: Sequence[range], ranks: Sequence[int]) -> tuple[range, ...]:
+    """Move layers between stages until ranks that hold several of them have even shares.
+
+    Stages that are as even as can be may leave a rank with all the longer ones, and a step is as long as the rank that
+    has most. So layers are moved, one at a time over any number of boundaries, as long as that makes the squares of the
+    costs of ranks and stages less in all. That is no optimum, but near one, measured with the simulator: docs/log.md.
+
+    Args:
+        costs: of each layer, as for `partition`, which has made `stages`. ranks: that hold them.
+
+    Returns:
+        The layer indices of each stage.
+    """
+    ends = [stage.stop for stage in stages]
+    several = len(set(ranks)) < len(ranks)
+    while several and (move := _best_move(_exact(costs), ends, ranks)) is not None:
+        step, boundaries = move
+        for boundary in boundaries:
+            ends[boundary] += step
+    return tuple(range(start, end) for start, end in zip([0, *ends], ends, strict=False))
+
+
+def _best_move(costs: list[int], ends: list[int], ranks: Sequence[int]) -> tuple[int, range] | None:
+    """(by how much, which of the ends) to move so that the squares become least, or None where they only grow."""
+    sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    by_stage = [sum(costs[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
+    by_rank = [0] * (max(ranks) + 1)
+    for cost, rank in zip(by_stage, ranks, strict=True):
+        by_rank[rank] += cost
+    best, least = None, 0
+    last = len(ends) - 2
+    for step, origin in product((1, -1), range(last + 1)):
+        of_stages, of_ranks, growth = list(by_stage), list(by_rank), 0
+        for boundary in range(origin, last + 1) if step > 0 else range(origin, -1, -1):
+            giver, taker = (boundary + 1, boundary) if step > 0 else (boundary, boundary + 1)
+            cost = costs[ends[boundary] - (step < 0)]
+            growth += _shift(of_stages, giver, taker, cost) + _shift(of_ranks, ranks[giver], ranks[taker], cost)
+            if sizes[giver] > 1 and growth < least:  # else it must be given one itself
+                best, least = (step, range(min(origin, boundary), max(origin, boundary) + 1)), growth
+    return best
+
+
+def _shift(loads: list[int], giver: int, taker: int, cost: int) -> int:
+    """Move a cost; by how much the sum of squares grows."""
+    if giver == taker:
+        return 0
+    growth = 2 * cost * (loads[taker] - loads[giver] + cost)
+    loads[giver] -= cost
+    loads[taker] += cost
+    return growth
 
 
 def _check(costs: Sequence[float], num_stages: int) -> None:

@@ -145,3 +145,7 @@ def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert lasting == sorted(lasting, reverse=True) and lasting[0] == pytest.approx(8 * lasting[3], rel=0.01)
     assert all(row["fits"] == (row["peak_GB"] <= 1) for row in table)
     assert "zero_stage" in capsys.readouterr().out
+    plan.main([*own, "--stages", "1", *flags(parallel__pipeline_parallel_size="2", parallel__schedule="zb_h1")])
+    row = json.loads(rows.read_text())[0]
+    assert (row["schedule"], row["stages_of_rank"], row["micro_batches_alive"]) == ("zb_h1", 1, 2)
+    assert 0.05 < row["bubble"] < 0.4

@@ -46,7 +46,7 @@ class Asked(Sequence[Batch]):
 
 def lines_about_stages(assembly: Assembly) -> list[str]:
     report = startup_report(assembly, threads=1, matmul="mkl", images=[])
-    return [line for line in report if line.startswith("stage ")]
+    return [line for line in report if line.startswith(("stage ", "pipeline: "))]
 
 
 def steps(world: World) -> dict[str, Any]:
@@ -76,8 +76,11 @@ def steps(world: World) -> dict[str, Any]:
 def test_ranks_with_several_stages() -> None:
     for rank, made in enumerate(run_ranks(2, steps)):
         assert [line.partition(":")[0] for line in made["report"]] == [
-            f"stage {stage} on pipeline rank {holder}" for stage, holder in enumerate(V_SHAPED)
+            "pipeline",
+            *(f"stage {stage} on pipeline rank {holder}" for stage, holder in enumerate(V_SHAPED)),
         ]
+        told = made["report"].pop(0)
+        assert told.startswith("pipeline: zb_v, static, 2 stage(s) per rank; bubble ") and "shared memory" in told
         assert "embed" in made["report"][0] and "head" in made["report"][3]
         assert made["pixel"] == "input images not finite (micro-batch 1 of data rank 0)"
         assert made["weight"] == "blocks.1: activation not finite (micro-batch 0 of data rank 0)"

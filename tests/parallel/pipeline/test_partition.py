@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from parallel.pipeline import partition
+from parallel.pipeline import Costs, balance, build_schedule, partition, simulate
 
 
 def loads(costs: list[float], ranges: tuple[range, ...]) -> list[float]:
@@ -69,3 +69,46 @@ def test_large_models_are_quick() -> None:
 def test_bad_arguments(costs: list[float], num_stages: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         partition(costs, num_stages)
+
+
+def shares(costs: list[float], ranges: tuple[range, ...], ranks: tuple[int, ...]) -> list[float]:
+    """Of each rank."""
+    found = [0.0] * (max(ranks) + 1)
+    for load, rank in zip(loads(costs, ranges), ranks, strict=True):
+        found[rank] += load
+    return found
+
+
+def squares(costs: list[float], ranges: tuple[range, ...], ranks: tuple[int, ...]) -> float:
+    return sum(x * x for x in (*loads(costs, ranges), *shares(costs, ranges, ranks)))
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_ranks_with_several_stages_have_even_shares(seed: int) -> None:
+    """Never less even than before, mostly as even as can be; each stage has layers."""
+    draw = random.Random(seed)
+    ranks = draw.choice([(0, 1, 0, 1), (0, 1, 1, 0), (0, 1, 2, 2, 1, 0), (0, 1, 0, 1, 0, 1), (0, 1, 1, 0, 0)])
+    costs = [float(draw.choice([0, 1, 2, 3, 13])) for _ in range(draw.randint(len(ranks), 10))]
+    before = partition(costs, len(ranks))
+    after = balance(costs, before, ranks)
+    assert [i for stage in after for i in stage] == list(range(len(costs))) and all(after)
+    assert squares(costs, after, ranks) <= squares(costs, before, ranks)
+    cuts = itertools.combinations(range(1, len(costs)), len(ranks) - 1)
+    every = [tuple(itertools.starmap(range, itertools.pairwise([0, *cut, len(costs)]))) for cut in cuts]
+    assert squares(costs, after, ranks) <= 1.3 * min(squares(costs, ranges, ranks) for ranges in every)
+
+
+def test_a_step_is_as_long_as_the_rank_with_the_largest_share() -> None:
+    """12 blocks between a cheap embedding and a cheap head, on four ranks as a V."""
+    costs, schedule = [0.3, *[10.0] * 12, 0.1], build_schedule("zb_v", 4, 8)
+    cuts = partition(costs, 8)
+    assert max(shares(costs, cuts, schedule.stage_to_rank)) == 40
+    even = balance(costs, cuts, schedule.stage_to_rank)
+    assert max(shares(costs, even, schedule.stage_to_rank)) < 31
+
+    def seconds(ranges: tuple[range, ...]) -> float:
+        times = tuple(loads(costs, ranges))
+        return simulate(schedule, Costs(forward=times, backward_input=times, backward_weight=times)).makespan
+
+    assert seconds(cuts) > 1.15 * seconds(even)
+    assert balance(costs, partition(costs, 4), (0, 1, 2, 3)) == partition(costs, 4)  # nothing to even out
