@@ -158,8 +158,9 @@ class GradientSync:
 
         x may be of weights (the probe that a pooling layer attends with), which are no longer gathered by then.
         """
-        if self._deferred is not None and self._is_lent(x):
-            x = x.detach().clone()
+        if self._deferred is not None:
+            x = x.detach()  # else it keeps, until then, the inputs of the stage and their gradients
+            x = x.clone() if self._is_lent(x) else x
         self._do(lambda: self._add_product(parameter, grad_output, x))
 
     def add_computed(self, parameter: nn.Parameter, product: Callable[[], Tensor]) -> None:
