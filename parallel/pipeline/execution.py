@@ -89,6 +89,7 @@ class PipelineExecutor:
         self.post = post or open_post(schedule.stage_to_rank, boundaries, axis=axis, device=device, ready=ready)
         self.stages = _connect(schedule, stages, boundaries, self.post, deferrer, ready=ready)
         announce = None if before_run is None else lambda actions: before_run(actions, sorted(stages))
+        self._bounded = not ready  # a schedule in its own order may have a sender wait
         self._walk: Walk
         if ready:
             choices = open_choices(group, sum(action.kind.is_compute for action in self.program))
@@ -109,6 +110,7 @@ class PipelineExecutor:
         """
         assert len(micro_batches) == self.schedule.num_micro_batches, (len(micro_batches), self.schedule)
         trains = not self.schedule.is_forward_only
+        self.post.bounded = self._bounded
         for stage in self.stages.values():
             stage.begin(micro_batches, head, trains=trains)
         with torch.set_grad_enabled(trains):

@@ -139,7 +139,7 @@ class LocalStage:
     def begin(self, micro_batches: Sequence[Any], head: Head, *, trains: bool) -> None:
         """Another pass over the schedule. What a pass that was broken off has left is dropped."""
         self._micro_batches, self._head, self._trains = micro_batches, head, trains
-        self.results: list[Tensor] = []
+        self._results: dict[int, Tensor] = {}
         for held in (self._kept, self._products, self.outputs, self.input_gradients):
             held.clear()
         for inbox in (self.inputs, self.gradients):
@@ -152,7 +152,7 @@ class LocalStage:
         left = [self._kept, self._products, self.outputs, self.input_gradients, *inboxes]
         assert not any(left), "the schedule left tensors behind"
         self._micro_batches = ()
-        return self.results
+        return [self._results[m] for m in sorted(self._results)]
 
     def forward(self, m: int) -> None:
         """Outputs of micro-batch m, or its loss."""
@@ -163,7 +163,7 @@ class LocalStage:
         outputs = self.module(inputs, self._micro_batches[m])
         if self.gradients is None:
             result = self._head(outputs, self._micro_batches[m])
-            self.results.append(result.detach())
+            self._results[m] = result.detach()
             roots: Sequence[Tensor] = (result,)
         else:
             self.outputs[m] = tuple([x.detach() for x in outputs])

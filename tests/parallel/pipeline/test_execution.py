@@ -1,17 +1,37 @@
-"""The executor on 2 and 4 ranks, with small stages that pass two tensors with a gradient, and an integer and a
-floating-point one without.
+"""The executor on 1, 2 and 4 ranks, with small stages that pass two tensors with a gradient, and an integer and a
+floating-point one without. Gradients are compared bit for bit with those that one process adds up in the same order,
+under both policies; while the ready one is tested, stages sleep.
 """
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from parallel.comm import single_axis
+from parallel import comm
+from parallel.comm import Axis, single_axis
+from parallel.failures import PeerLostError
 from parallel.grid import Grid, GridShape, make_grid
-from parallel.pipeline import Schedule, build_schedule, forward_only, insert_communication, validate
-from parallel.pipeline.execution import PipelineExecutor, TensorSpec
+from parallel.pipeline import (
+    Action,
+    Schedule,
+    ScheduleError,
+    build_schedule,
+    forward_only,
+    insert_communication,
+    validate,
+)
+from parallel.pipeline.actions import peak_activations
+from parallel.pipeline.execution import PipelineExecutor, Policy, TensorSpec
 from parallel.process_group import World
+from parallel.random import uniform
 from parallel.sharding import ParameterStore, ShardingPolicy
 from parallel.tensor import ColumnParallelLinear, no_tensor_parallel
 from tests.distributed import run_ranks
@@ -27,8 +47,33 @@ BOUNDARY = (
 Tensors = tuple[Tensor, ...]
 
 
+class _Meet(torch.autograd.Function):
+    """Identity; forward and backward have the ranks of an axis meet, all at the same action."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, code: int) -> Tensor:
+        ctx.axis, ctx.code = axis, code
+        _all_at(code, axis)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        _all_at(-ctx.code, ctx.axis)
+        return grads[0], None, None
+
+
+def _all_at(code: int, axis: Axis) -> None:
+    codes = comm.all_gather_rows(torch.tensor([code]), axis).tolist()
+    assert codes == [code] * axis.size, codes
+
+
 class TinyStage(nn.Module):
-    """Mixes its inputs so that a wrong tensor, order or gradient shows; remembers the storage of what it gave."""
+    """Mixes its inputs so that a wrong tensor, order or gradient shows; remembers the storage of what it gave.
+
+    Attributes:
+        kept: what its forwards made for their backwards (the input of a linear, which the weight's gradient reads).
+        before: called with each micro-batch. meeting: ranks that are all to be at the same action.
+    """
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -36,9 +81,14 @@ class TinyStage(nn.Module):
         self.main = ColumnParallelLinear(WIDTH, (WIDTH,), tp=no_tensor_parallel())
         self.side = ColumnParallelLinear(WIDTH, (SIDE,), tp=no_tensor_parallel())
         self.given: list[StorageWeakRef] = []
+        self.kept: list[StorageWeakRef] = []
         self.most_alive = 0
+        self.before: Callable[[TinyStage, int], None] = lambda _stage, _m: None
+        self.meeting: Axis | None = None
 
     def forward(self, inputs: Tensors, micro_batch: Tensor) -> Tensors:
+        m = int(micro_batch[0, 0] * 1000)
+        self.before(self, m)
         self.most_alive = max(self.most_alive, sum(not ref.expired() for ref in self.given))
         assert (len(inputs) == len(BOUNDARY)) == (self.number > 0)
         x, count, side, frozen = inputs or (
@@ -51,8 +101,12 @@ class TinyStage(nn.Module):
         assert count.tolist() == [i + self.number for i in range(BATCH)]
         scale = (1 + count % 2)[:, None]
         y = self.main(x) + scale * side.sum(1, keepdim=True) + frozen
-        out = (y, count + 1, self.side(x.sin()) * side, frozen + y.detach())
+        waves = x.sin()
+        out = (y, count + 1, self.side(waves) * side, frozen + y.detach())
         self.given += [StorageWeakRef(t.untyped_storage()) for t in out]
+        self.kept.append(StorageWeakRef(waves.untyped_storage()))
+        if self.meeting is not None and self.meeting.size > 1:
+            out = (_Meet.apply(out[0], self.meeting, 100 * self.number + m), *out[1:])
         return out
 
 
@@ -61,21 +115,24 @@ def _head(outputs: Tensors, micro_batch: Tensor) -> Tensor:
     return (y.square().sum(1) * count).sum() + side.sum() + y.sum() * micro_batch.sum() + (y * frozen).sum()
 
 
-def _micro_batches(count: int) -> list[Tensor]:
-    return list(torch.randn(count, BATCH, WIDTH, generator=torch.Generator().manual_seed(count)))
+def _micro_batches(count: int, seed: int = 0) -> list[Tensor]:
+    """Each knows its number."""
+    values = torch.randn(count, BATCH, WIDTH, generator=torch.Generator().manual_seed(seed))
+    values[:, 0, 0] = (torch.arange(count) + 0.5) / 1000
+    return list(values)
 
 
-def _stages(numbers: tuple[int, ...], grid: Grid | None = None, zero: int = 0) -> tuple[nn.ModuleDict, ParameterStore]:
-    """The stages with these numbers, each of one layer."""
+def _stages(numbers: Sequence[int], grid: Grid | None = None, zero: int = 0) -> tuple[nn.ModuleDict, ParameterStore]:
+    """The stages with these numbers, each of two units, so that at ZeRO stage 3 buffers are too few for a rank's."""
     module = nn.ModuleDict({str(n): TinyStage(n) for n in numbers})
-    policy = ShardingPolicy(stage=zero, reduce="micro_batch" if zero > 1 else "step")
-    stages = [[(number, stage)] for number, stage in module.items()]
+    policy = ShardingPolicy(stage=zero, reduce="micro_batch" if zero > 1 else "step", unit_bytes=0, gather=0.0)
+    stages = [[(f"{n}.main", stage.main), (f"{n}.side", stage.side)] for n, stage in module.items()]
     return module, ParameterStore(stages, grid=grid or make_grid(GridShape()), device=CPU, seed=0, policy=policy)
 
 
-def _one_process(num_stages: int, micro_batches: list[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Losses and gradients without any executor."""
-    module, store = _stages(tuple(range(num_stages)))
+def _gradients(num_stages: int, micro_batches: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Losses and gradients of one process without any executor."""
+    module, store = _stages(range(num_stages))
     store.gradients.start(len(micro_batches))
     losses = []
     for micro_batch in micro_batches:
@@ -88,71 +145,156 @@ def _one_process(num_stages: int, micro_batches: list[Tensor]) -> tuple[list[Ten
     return [loss.detach() for loss in losses], store.local_values("sums")
 
 
-def _check(schedule: Schedule, world: World, data: int = 1, zero: int = 0) -> None:
-    """A training pass equals one process, and so does an evaluation pass over the same placement, on every rank.
-
-    Args:
-        data: data-parallel ranks, which all see the same. zero: ZeRO stage over them.
+@cache
+def _expected(
+    num_stages: int, count: int, data: int, by_micro_batch: bool
+) -> tuple[list[list[Tensor]], dict[str, Tensor]]:
+    """(losses of each data rank, gradients added up as the ranks do: each rank's micro-batches first, or, for each
+    micro-batch, ranks first).
     """
+    batches = [_micro_batches(count, seed) for seed in range(data)]
+    losses = [_gradients(num_stages, own)[0] for own in batches]
+    groups = [[[m] for m in own] for own in batches] if by_micro_batch else [[own] for own in batches]
+    sums: dict[str, Tensor] = {}
+    for of_ranks in zip(*groups, strict=True):
+        parts = [_gradients(num_stages, group)[1] for group in of_ranks]
+        for name in parts[0]:
+            over_ranks = parts[0][name].clone()
+            for part in parts[1:]:
+                over_ranks += part[name]
+            sums[name] = sums[name] + over_ranks if name in sums else over_ranks
+    return losses, sums
+
+
+@dataclass
+class Case:
+    """A schedule, and how it is run."""
+
+    schedule: Schedule
+    policy: Policy = "static"
+    zero: int = 0
+    jitter: float = 0.0
+    """Seconds that a forward may sleep."""
+
+
+@dataclass
+class Ran:
+    """What a rank has seen.
+
+    Attributes:
+        order: compute actions. most_alive: activations at once.
+    """
+
+    order: list[Action] = field(default_factory=list)
+    most_alive: int = 0
+
+
+@contextmanager
+def _watched(axis: Axis) -> Iterator[list[Action]]:
+    """The compute actions that run."""
+    where, ran = axis.meter.where, []
+    now = type(where).now
+
+    def note(self: Any, doing: Any) -> None:
+        if isinstance(doing, Action) and doing.kind.is_compute:
+            ran.append(doing)
+        now(self, doing)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(where), "now", note)
+        yield ran
+
+
+def _check(case: Case, grid: Grid) -> Ran:
+    """A training pass gives the bits of one process on every rank, twice, and so does an evaluation pass over the same
+    placement; no more is alive than the schedule allows, and nothing in the end.
+    """
+    schedule, axis, rank, ran = case.schedule, grid.pipeline, grid.pipeline.index, Ran()
     validate(schedule)
-    grid = make_grid(GridShape(pipeline=world.size // data, data=data), world)
-    axis, rank = grid.pipeline, grid.pipeline.index
-    module, store = _stages(schedule.stages_of(rank), grid, zero)
+    module, store = _stages(schedule.stages_of(rank), grid, case.zero)
+    place: dict[int, TinyStage] = {int(number): stage for number, stage in module.items()}  # type: ignore[misc]
     boundaries = [(), *[BOUNDARY] * (schedule.num_stages - 1)]
-    micro_batches = _micro_batches(schedule.num_micro_batches)
-    losses, expected = _one_process(schedule.num_stages, micro_batches)
-    place = {int(number): stage for number, stage in module.items()}
+    micro_batches = _micro_batches(schedule.num_micro_batches, grid.data.index)
+    all_losses, expected = _expected(schedule.num_stages, schedule.num_micro_batches, grid.data.size, case.zero > 1)
+    losses = all_losses[grid.data.index]
+    together = ("data", "context", "tensor") if case.zero > 1 else ("context", "tensor")
     executor = PipelineExecutor(
-        schedule, place, boundaries, axis=axis, device=CPU, deferrer=store.gradients, before_run=store.plan
-    )
+        schedule, place, boundaries, axis=axis, device=CPU, deferrer=store.gradients, before_run=store.plan,
+        policy=case.policy, group=grid.along(*together),
+    )  # fmt: skip
+
+    def alive() -> int:
+        return sum(not ref.expired() for stage in place.values() for ref in stage.kept)
+
+    def before(stage: TinyStage, m: int) -> None:
+        if torch.is_grad_enabled():
+            ran.most_alive = max(ran.most_alive, alive() + 1)
+            time.sleep(case.jitter * float(uniform(stage.number + 17 * grid.rank, torch.tensor([m]))))
+
+    for stage in place.values():
+        stage.before, stage.meeting = before, grid.tensor
     products, add = [], store.gradients._add_product
     store.gradients._add_product = lambda *args: (products.append(grid.meter.where.doing.kind.name), add(*args))[1]  # type: ignore
     for _ in range(2):  # an executor is used again at each step
         store.gradients.start(schedule.num_micro_batches)
-        results = executor.run(micro_batches, _head)
+        with _watched(axis) as ran.order:
+            results = executor.run(micro_batches, _head)
         store.gradients.finish()
         found = store.local_values("sums")
         assert set(found) == {name for name in expected if int(name.split(".")[0]) in place}
         for name, grad in found.items():
-            torch.testing.assert_close(grad, data * expected[name], msg=lambda m, n=name: f"{schedule.name} {n}: {m}")
+            assert torch.equal(grad, expected[name]), f"{schedule.name}, {case}: {name} is {grad}, not {expected[name]}"
         assert not any(parameter.grad is not None for parameter in module.parameters())
+        assert alive() == 0
         store.updated()
     splits = any(action.kind.name == "BACKWARD_WEIGHT" for action in schedule.ranks[rank])
     assert set(products) == {"BACKWARD_WEIGHT" if splits else "BACKWARD"}
+    assert sorted(map(str, ran.order)) == sorted(str(a) for a in schedule.ranks[rank] if a.kind.is_compute)
+    assert ran.most_alive == round(peak_activations(schedule)[rank] * len(place)) or case.policy == "ready"
+    assert ran.most_alive <= round(peak_activations(schedule)[rank] * len(place))
 
     order = forward_only(axis.size, schedule.num_micro_batches, stage_to_rank=schedule.stage_to_rank)
     evaluate = PipelineExecutor(
-        insert_communication(order), place, boundaries, axis=axis, device=CPU, before_run=store.plan
+        insert_communication(order), place, boundaries, axis=axis, device=CPU, before_run=store.plan, policy=case.policy
     )
     evaluated = evaluate.run(micro_batches, _head)
     if schedule.num_stages - 1 in place:
-        torch.testing.assert_close(results, losses)
-        torch.testing.assert_close(evaluated, losses)
+        assert all(map(torch.equal, results, losses)) and all(map(torch.equal, evaluated, losses))
+        assert len(results) == len(evaluated) == len(losses)
         assert not any(x.requires_grad for x in (*results, *evaluated))
     else:
         assert results == evaluated == []
+    return ran
+
+
+def _check_all(world: World, shape: GridShape, cases: Sequence[Case]) -> list[bool]:
+    """Whether a rank ran each case in another order than that of its program."""
+    grid = make_grid(shape, world)
+    changed = []
+    for case in cases:
+        ran = _check(case, grid)
+        program = [a for a in case.schedule.ranks[grid.pipeline.index] if a.kind.is_compute]
+        changed.append(ran.order != program)
+        assert case.policy == "ready" or not changed[-1]
     grid.close()
+    return changed
 
 
 SPLIT = """
     0F0 0F1 0I0 0F2 0I1 0W0 0I2 0W1 0W2
     1F0 1I0 1F1 1I1 1W0 1F2 1I2 1W2 1W1
 """
-INTERLEAVED = """
-    0F0 0F1 2F0 2F1 2B0 2B1 0B0 0B1
-    1F0 1F1 3F0 3B0 3F1 3B1 1B0 1B1
-"""
 V_SHAPED = """
     0F0 0F1 3F0 3B0 3F1 3B1 0B0 0B1
     1F0 2F0 1F1 2F1 2B0 1B0 2B1 1B1
 """
-SPLIT_V_SHAPED = """
-    0F0 0F1 3F0 3I0 3F1 3I1 3W0 0I0 3W1 0I1 0W0 0W1
-    1F0 2F0 1F1 2F1 2I0 1I0 2W0 2I1 1I1 1W0 2W1 1W1
-"""
 LAST_STAGE_WIDE = """
     0F0 0F1 0B0 0F2 0B1 0B2
     1F0 2F0 2B0 1B0 1F1 2F1 2B1 1B1 1F2 2F2 2B2 1B2
+"""
+OTHER_ORDER = """
+    0F0 0F1 0B0 0B1
+    1F1 1F0 1B0 1B1
 """
 
 
@@ -160,89 +302,173 @@ def _by_hand(text: str, name: str, stage_to_rank: tuple[int, ...] = (0, 1)) -> S
     return insert_communication(Schedule.from_text(text, name=name, stage_to_rank=stage_to_rank))
 
 
-def _two_ranks(world: World) -> None:
-    for name, micro_batches in (("gpipe", 3), ("1f1b", 3), ("1f1b", 1)):
-        _check(build_schedule(name, 2, micro_batches), world)
-    _check(_by_hand(SPLIT, "split"), world)
-    _check(_by_hand(INTERLEAVED, "interleaved", (0, 1, 0, 1)), world)
-    _check(_by_hand(V_SHAPED, "v-shaped", (0, 1, 1, 0)), world)  # neighbours on one rank hand over directly
-    _check(_by_hand(SPLIT_V_SHAPED, "split v-shaped", (0, 1, 1, 0)), world)
-    _check(_by_hand(LAST_STAGE_WIDE, "last stage wide", (0, 1, 1)), world)
+NAMES = ("gpipe", "1f1b", "interleaved", "zb_h1", "zb_h2", "zb_v", "v_half")
 
 
 def test_schedules_on_two_ranks() -> None:
-    run_ranks(2, _two_ranks)
-
-
-def _four_ranks(world: World) -> None:
-    for name, micro_batches in (("gpipe", 5), ("1f1b", 5), ("1f1b", 2)):
-        _check(build_schedule(name, 4, micro_batches), world)
+    cases = [Case(build_schedule(name, 2, m)) for name in NAMES for m in (1, 3)]
+    cases += [
+        Case(build_schedule("interleaved", 2, 3, virtual_stages=3)),
+        Case(_by_hand(V_SHAPED, "v-shaped", (0, 1, 1, 0))),  # neighbours on one rank hand over directly
+        Case(_by_hand(LAST_STAGE_WIDE, "last stage wide", (0, 1, 1))),
+        Case(_by_hand(OTHER_ORDER, "micro-batches in another order")),
+    ]
+    cases += [Case(case.schedule, "ready", jitter=1e-3) for case in cases[:-1]]
+    run_ranks(2, _check_all, GridShape(pipeline=2), cases)
 
 
 def test_schedules_on_four_ranks() -> None:
-    run_ranks(4, _four_ranks)
+    """By readiness ranks really run another order: weight gradients fill the time in which inputs are late."""
+    cases = [Case(build_schedule(name, 4, m)) for name, m in zip(NAMES, (5, 2, 6, 5, 9, 5, 7), strict=True)]
+    cases += [Case(build_schedule(name, 4, 7), "ready", jitter=6e-3) for name in NAMES]
+    changed = run_ranks(4, _check_all, GridShape(pipeline=4), cases)
+    anywhere = {f"{case.schedule.name} {case.policy}" for case, *on in zip(cases, *changed, strict=True) if any(on)}
+    assert anywhere >= {"zb_v ready", "v_half ready"}, anywhere
 
 
-def _two_by_two_ranks(world: World) -> None:
-    for zero in (1, 2, 3):
-        _check(build_schedule("1f1b", 2, 3), world, data=2, zero=zero)
-        _check(_by_hand(INTERLEAVED, "interleaved", (0, 1, 0, 1)), world, data=2, zero=zero)
-        _check(_by_hand(SPLIT_V_SHAPED, "split v-shaped", (0, 1, 1, 0)), world, data=2, zero=zero)
+def test_sharded_parameters() -> None:
+    cases = []
+    for policy in ("static", "ready"):
+        for zero in (0, 1, 2, 3):
+            for name in ("1f1b", "interleaved", "zb_v"):
+                cases.append(Case(build_schedule(name, 2, 3), policy, zero, 0.0 if policy == "static" else 2e-3))
+    run_ranks(4, _check_all, GridShape(pipeline=2, data=2), cases)
 
 
-def test_schedules_with_sharded_parameters() -> None:
-    run_ranks(4, _two_by_two_ranks)
+def test_ranks_with_collectives_in_their_stages_follow_one() -> None:
+    cases = [Case(build_schedule(name, 2, 5), "ready", jitter=3e-3) for name in NAMES]
+    changed = run_ranks(4, _check_all, GridShape(pipeline=2, tensor=2), cases)
+    assert changed[0] == changed[1] and changed[2] == changed[3] and any(map(any, changed))
 
 
 def test_one_rank_needs_no_group() -> None:
-    _check(build_schedule("1f1b", 1, 3), World())
+    for policy in ("static", "ready"):
+        _check_all(World(), GridShape(), [Case(build_schedule(name, 1, 3), policy) for name in NAMES])
 
 
-def _sent(world: World) -> int:
+def _sent(grid: Grid) -> int:
     """Bytes that a rank sends for one micro-batch."""
-    grid = make_grid(GridShape(pipeline=2), world)
-    module, store = _stages((world.rank,))
-    schedule = build_schedule("1f1b", 2, 1)
+    module, store = _stages((grid.rank,))
     executor = PipelineExecutor(
-        schedule, {world.rank: module[str(world.rank)]}, [(), BOUNDARY], axis=grid.pipeline, device=CPU
+        build_schedule("1f1b", 2, 1),
+        {grid.rank: module[str(grid.rank)]},
+        [(), BOUNDARY],
+        axis=grid.pipeline,
+        device=CPU,
     )
     store.gradients.start(1)
+    before = grid.meter.bytes["send"]
     executor.run(_micro_batches(1), _head)
-    sent = grid.meter.bytes["send"]
-    grid.close()
-    return sent
+    return grid.meter.bytes["send"] - before
 
 
-def test_nothing_is_sent_for_what_carries_no_gradient() -> None:
-    forward, backward = run_ranks(2, _sent)
-    assert forward == 4 * (2 * BATCH * WIDTH + BATCH * SIDE) + 8 * BATCH
-    assert backward == 4 * (BATCH * WIDTH + BATCH * SIDE)
-    with pytest.raises(ValueError, match="cannot carry a gradient"):
-        TensorSpec((BATCH,), torch.int64)
-
-
-def _outputs_alive(world: World, forwards_only: bool) -> tuple[int, int]:
+def _outputs_alive(grid: Grid, schedule: Schedule) -> tuple[int, int]:
     """(most outputs of this rank's stage alive at the start of a forward, those alive at the end)."""
-    micro_batches = _micro_batches(12)
-    schedule = insert_communication(forward_only(2, 12)) if forwards_only else build_schedule("gpipe", 2, 12)
-    axis = make_grid(GridShape(pipeline=2), world).pipeline
-    module, store = _stages((world.rank,))
-    stage = module[str(world.rank)]
-    executor = PipelineExecutor(schedule, {world.rank: stage}, [(), BOUNDARY], axis=axis, device=CPU)
+    module, store = _stages((grid.rank,))
+    stage = module[str(grid.rank)]
+    executor = PipelineExecutor(schedule, {grid.rank: stage}, [(), BOUNDARY], axis=grid.pipeline, device=CPU)
     store.gradients.start(12)
-    executor.run(micro_batches, _head)
+    executor.run(_micro_batches(12), _head)
     return stage.most_alive, sum(not ref.expired() for ref in stage.given)
 
 
-def _outputs_alive_both(world: World) -> list[tuple[int, int]]:
-    return [_outputs_alive(world, forwards_only) for forwards_only in (False, True)]
+def _sent_and_alive(world: World) -> tuple[int, list[tuple[int, int]]]:
+    grid = make_grid(GridShape(pipeline=2), world)
+    schedules = build_schedule("gpipe", 2, 12), insert_communication(forward_only(2, 12))
+    return _sent(grid), [_outputs_alive(grid, schedule) for schedule in schedules]
 
 
-def test_outputs_are_freed_after_sending() -> None:
+def test_outputs_are_sent_where_they_carry_something_and_then_freed() -> None:
     """Of twelve micro-batches, four tensors each, only those of the few messages under way are alive."""
-    for most, in_the_end in run_ranks(2, _outputs_alive_both)[0]:
+    (forward, alive), (backward, _) = run_ranks(2, _sent_and_alive)
+    assert forward == 4 * (2 * BATCH * WIDTH + BATCH * SIDE) + 8 * BATCH
+    assert backward == 4 * (BATCH * WIDTH + BATCH * SIDE)
+    for most, in_the_end in alive:
         assert most <= 4 * 4
         assert in_the_end == 0
+
+
+class Squares(nn.Module):
+    """A linear layer between two squares, which their backward reads; remembers what is made on the way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = ColumnParallelLinear(WIDTH, (WIDTH,), tp=no_tensor_parallel())
+        self.made: list[tuple[StorageWeakRef, ...]] = []
+
+    def forward(self, inputs: Tensors, micro_batch: Tensor) -> Tensors:
+        """One tensor."""
+        a = inputs[0] if inputs else micro_batch * 1
+        b = a.square()
+        c = self.linear(b)
+        d = c.square()
+        self.made.append(tuple(StorageWeakRef(x.untyped_storage()) for x in (a, b, c, d)))
+        return (d,)
+
+    def alive(self) -> list[str]:
+        """What is, of each micro-batch."""
+        return ["".join(n for n, ref in zip("abcd", refs, strict=True) if not ref.expired()) for refs in self.made]
+
+
+def test_after_the_input_gradient_only_what_the_weight_gradient_reads_is_kept() -> None:
+    schedule = Schedule.from_text("0F0 1F0 1I0 0F1 0I0 1F1 1W0 1I1 0W0 0I1 1W1 0W1", stage_to_rank=(0, 0))
+    stages = {str(n): Squares() for n in range(2)}
+    store = ParameterStore(
+        [[(n, stage)] for n, stage in stages.items()], grid=make_grid(GridShape()), device=CPU, seed=0
+    )
+    axis, before = single_axis("pipeline"), {}
+    executor = PipelineExecutor(
+        schedule, {int(n): stage for n, stage in stages.items()}, [(), (TensorSpec((BATCH, WIDTH)),)], axis=axis,
+        device=CPU, deferrer=store.gradients,
+    )  # fmt: skip
+    where = axis.meter.where
+    now = type(where).now
+
+    def note(self: Any, doing: Any) -> None:
+        before[str(doing)] = [stage.alive() for stage in stages.values()]
+        now(self, doing)
+
+    store.gradients.start(2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(where), "now", note)
+        executor.run(_micro_batches(2), lambda outputs, _: outputs[0].sum())
+    assert before["1I0"] == [["bcd"], ["abc"]]  # d of the first stage is a of the second
+    assert before["0F1"] == [["bc"], ["b"]]  # 1I0 has run
+    assert before["1F1"] == [["b", "bcd"], ["b"]]  # 0I0
+    assert before["1I1"] == [["b", "bcd"], ["", "abc"]]  # 1W0
+    assert before["0W1"] == [["", "b"], ["", ""]]
+    assert [stage.alive() for stage in stages.values()] == [["", ""], ["", ""]]
+
+
+def _end_of(world: World, shape: GridShape, policy: Policy, faulty: int) -> str:
+    """How a pass ends on this rank when a stage of rank `faulty` fails."""
+    grid = make_grid(shape, world, timeout=20)
+    schedule = build_schedule("interleaved", 2, 6)
+    module, store = _stages(schedule.stages_of(grid.pipeline.index), grid)
+    place: dict[int, TinyStage] = {int(number): stage for number, stage in module.items()}  # type: ignore[misc]
+
+    def before(_stage: TinyStage, m: int) -> None:
+        if world.rank == faulty and m == 3:
+            raise ZeroDivisionError("planted")
+
+    for stage in place.values():
+        stage.before, stage.meeting = before, grid.tensor
+    executor = PipelineExecutor(
+        schedule, place, [(), *[BOUNDARY] * 3], axis=grid.pipeline, device=CPU, deferrer=store.gradients, policy=policy,
+        group=grid.tensor,
+    )  # fmt: skip
+    store.gradients.start(6)
+    try:
+        executor.run(_micro_batches(6), _head)
+    except (ZeroDivisionError, PeerLostError) as error:
+        return type(error).__name__
+    return "nothing"
+
+
+def test_a_stage_that_fails_is_an_error_there_and_a_lost_peer_elsewhere() -> None:
+    found = run_ranks(4, _end_of, GridShape(pipeline=2, tensor=2), "ready", 3)
+    assert found == ["PeerLostError"] * 3 + ["ZeroDivisionError"]
+    assert run_ranks(2, _end_of, GridShape(pipeline=2), "static", 0) == ["ZeroDivisionError", "PeerLostError"]
 
 
 def test_what_cannot_be_run() -> None:
@@ -256,3 +482,9 @@ def test_what_cannot_be_run() -> None:
         executor.run(_micro_batches(1), _head)
     with pytest.raises(AssertionError):
         executor.run(_micro_batches(2), _head)
+    with pytest.raises(ValueError, match="cannot carry a gradient"):
+        TensorSpec((BATCH,), torch.int64)
+    with pytest.raises(ScheduleError, match="cannot run by readiness: stages 0 and 1"):
+        schedule = _by_hand(OTHER_ORDER, "other")
+        axis = Axis(name="pipeline", ranks=(0, 1), index=0, planned=True)
+        PipelineExecutor(schedule, {0: module["0"]}, [(), BOUNDARY], axis=axis, device=CPU, policy="ready")
