@@ -207,7 +207,7 @@ def _say_farewell(writer: MetricsWriter, config: Config, loop: Loop, stopped: st
     if config.log.tensorboard:
         writer.say(f"TensorBoard {folder} (tensorboard --logdir {folder})")
     if loop.profiler is not None:
-        writer.say(f"traces      {loop.profiler.path.parent}")
+        writer.say(f"traces      {loop.profiler.path.parent} (python -m tools.timeline {shlex.quote(str(folder))})")
     if loop.saving is not None and loop.saving.newest is not None:
         writer.say(f"checkpoint  {loop.saving.newest}")
     if stopped is not None:
