@@ -119,11 +119,10 @@ class Memory:
         """
         start = time.perf_counter()
         while (seen := look()) is not None:
-            elapsed = time.perf_counter() - start
-            if self.spins and elapsed < _SPIN_SECONDS:
+            if self.spins and time.perf_counter() - start < _SPIN_SECONDS:
                 continue
             self.sleep(word, seen)
-            if elapsed < _SLICE_SECONDS:
+            if (elapsed := time.perf_counter() - start) < _SLICE_SECONDS:
                 continue
             for rank in ranks:
                 if not lives(self.pids[rank]) and look() is not None:

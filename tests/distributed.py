@@ -43,11 +43,15 @@ def free_port() -> int:
             return port
 
 
-def _rank_main(function: RankFunction, world: World, port: int, timeout: float, pipe: Connection, args: tuple) -> None:
+def _rank_main(
+    function: RankFunction, world: World, port: int, timeout: float, kind: str, pipe: Connection, args: tuple
+) -> None:
     try:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         torch.set_num_threads(1)
-        process_group.start(world, torch.device("cpu"), timeout)
+        if kind == "cuda":
+            torch.cuda.set_device(world.local_rank)
+        process_group.start(world, torch.device(kind, world.local_rank if kind == "cuda" else 0), timeout)
         pipe.send_bytes(pickle.dumps(("result", function(world, *args))))
         process_group.stop()
     except BaseException:
@@ -55,8 +59,11 @@ def _rank_main(function: RankFunction, world: World, port: int, timeout: float, 
         os._exit(1)
 
 
-def run_ranks(size: int, function: RankFunction, *args: Any, timeout: float = 60.0) -> list[Any]:
-    """`function(world, *args)` on `size` ranks with a gloo process group; returns each rank's (picklable) result.
+def run_ranks(size: int, function: RankFunction, *args: Any, timeout: float = 60.0, kind: str = "cpu") -> list[Any]:
+    """`function(world, *args)` on `size` ranks with a process group; returns each rank's (picklable) result.
+
+    Args:
+        kind: of device, `cpu` (gloo) or `cuda` (NCCL, a GPU for each rank).
 
     Raises:
         AssertionError: a rank failed (its traceback is in the message) or the time limit (seconds) passed.
@@ -65,7 +72,9 @@ def run_ranks(size: int, function: RankFunction, *args: Any, timeout: float = 60
     for rank in range(size):
         ours, theirs = _CONTEXT.Pipe(duplex=False)
         world = World(rank=rank, size=size, local_rank=rank, local_size=size)
-        process = _CONTEXT.Process(target=_rank_main, args=(function, world, port, timeout, theirs, args), daemon=True)
+        process = _CONTEXT.Process(
+            target=_rank_main, args=(function, world, port, timeout, kind, theirs, args), daemon=True
+        )
         process.start()
         theirs.close()
         ranks.append((process, ours))

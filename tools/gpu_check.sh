@@ -3,6 +3,7 @@
 # kernels, a ViT-L training step with its MFU, and ViT-22B's blocks in bf16 and fp8. Results go to the folder given
 # (default gpu_check), to be copied into docs/performance.md with this command.
 #   PYTHON=python3 tools/gpu_check.sh [FOLDER]
+# On a machine with two GPUs or more the tests try a pipeline's messages over NCCL, too.
 # PYTHON must have torch with CUDA, pybind11, cmake, ninja, pytest, pytest-timeout and jsonargparse.
 set -uo pipefail
 cd "$(dirname "$0")/.."

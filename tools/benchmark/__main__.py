@@ -19,6 +19,7 @@ from parallel.process_group import World
 
 BENCHMARKS = {
     "context": "full attention over ranks that share an image: all-to-all against a ring",
+    "messages": "a pipeline's messages between two ranks: shared memory against gloo",
     "precision": "a recipe trained in fp32, bf16, fp16 and fp8 over several seeds",
     "textures": "recipes with full, windowed, linear and mixed attention, trained alike",
     "attention": "each kind of attention against the number of tokens; memory at high resolution; pyramids",

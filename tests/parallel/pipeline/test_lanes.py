@@ -35,13 +35,13 @@ MANY = SLOTS + SENDS_IN_FLIGHT + 3
 
 def opened(world: World, kind: str, *, ready: bool) -> Iterator[tuple[Grid, Post]]:
     """The lanes, carried by `kind`."""
-    size = max(world.size // len(set(PLACES)), 1)
-    grid = make_grid(GridShape(pipeline=2, data=size), world, shared_memory=kind == "shared memory", timeout=20.0)
+    device, shape = torch.device("cuda") if kind == "NCCL" else CPU, GridShape(pipeline=2, data=world.size // 2)
+    grid = make_grid(shape, world, device, shared_memory=kind == "shared memory", timeout=20.0)
     if kind == "pairs":
         routes = routes_between_ranks(PLACES, BOUNDARIES)
-        post: Post = lanes.on_pairs(routes, PLACES, grid.pipeline, CPU, ready=ready)
+        post: Post = lanes.on_pairs(routes, PLACES, grid.pipeline, device, ready=ready)
     else:
-        post = lanes.open_post(PLACES, BOUNDARIES, axis=grid.pipeline, device=CPU, ready=ready)
+        post = lanes.open_post(PLACES, BOUNDARIES, axis=grid.pipeline, device=device, ready=ready)
     assert post.carrier.startswith("gloo, " if kind == "pairs" else kind), post.carrier
     yield grid, post
     post.close()
@@ -51,7 +51,8 @@ def opened(world: World, kind: str, *, ready: bool) -> Iterator[tuple[Grid, Post
 def message(lane: Lane, m: int) -> tuple[Tensor, ...]:
     """The only one of its kind."""
     generator = torch.Generator().manual_seed(1000 * lane.route.source + 100 * lane.route.target + m)
-    return tuple(torch.randint(-99, 99, spec.shape, generator=generator).to(spec.dtype) for spec in lane.specs)
+    device = "cuda" if torch.cuda.is_initialized() else "cpu"
+    return tuple(torch.randint(-99, 99, x.shape, generator=generator).to(device, x.dtype) for x in lane.specs)
 
 
 def check(lane: Lane, m: int) -> None:
@@ -136,7 +137,7 @@ def carry(world: World, kind: str) -> None:
                 one_after_the_other(post, rank)
                 both_are_full(post, rank)
                 whichever_comes_first(post, rank)
-            elif kind != "pairs":
+            elif kind not in ("pairs", "NCCL"):
                 one_after_the_other(post, rank)
             meter = grid.meter
             assert meter.bytes["send"] > 0 and meter.calls["send"] > 0 and meter.calls["recv"] > 0
@@ -146,6 +147,12 @@ def carry(world: World, kind: str) -> None:
 def test_messages_arrive(kind: str, ranks: int) -> None:
     """Groups of two are made by all ranks of the world, those of two pipelines."""
     run_ranks(ranks, carry, kind)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_messages_arrive_over_nccl() -> None:
+    run_ranks(2, carry, "NCCL", kind="cuda", timeout=120.0)
 
 
 def outline(world: World, *, shared: bool, ready: bool = False, specs: Specs = SPECS) -> tuple[Grid, Post, Lane]:
