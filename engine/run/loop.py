@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +32,8 @@ class _Interval:
     """How long what happened since the last line took, in this attempt.
 
     Attributes:
-        waited_before: seconds for data until then. steps: how many. paused: seconds for evaluation and saving.
+        waited_before: seconds for data until then. steps: how many.
+        paused: seconds for evaluation, saving and what records steps.
         bubbles: of the steps in which they were measured.
     """
 
@@ -73,6 +74,7 @@ class Loop:
         self.stepper, self.steps, self.writer, self.profiler = stepper, steps, writer, profiler
         self.saving, self.progress, self.requests = saving, progress or Progress(), requests
         self._is_wanted = False  # that the run stops, by a vote
+        self._recording_seconds = 0.0  # before and after steps that are recorded
         if saving is not None:
             stepper.before_change = saving.saver.before_change
         a = stepper.assembly
@@ -114,6 +116,7 @@ class Loop:
             where.begin(step)
             lr, result = self._train(step, batches)
             interval.steps += 1
+            interval.paused, self._recording_seconds = interval.paused + self._recording_seconds, 0.0
             interval.bubbles += [] if result.bubble is None else [result.bubble]
             last = step == self.steps
             if last or step % self.config.log.interval == 0:
@@ -175,13 +178,11 @@ class Loop:
 
     def _train(self, step: int, batches: StepBatches) -> tuple[float, StepResult]:
         """(learning rate, result) of a step."""
-        if self.profiler is not None:
-            self.profiler.before(step)
+        self._record(StepProfiler.before, step)
         lr_factor = factor(self.config.schedule, self.stepper.assembly.optimizer.steps, self.steps)
         lr = self.config.optimizer.lr * lr_factor
         result = self.stepper.train_step(batches, lr, lr_factor, self._votes)
-        if self.profiler is not None:
-            self.profiler.after(step)
+        self._record(StepProfiler.after, step)
         self._count(step, result)
         check_when_due(self.stepper.assembly, step)
         if self.writer is not None:
@@ -191,6 +192,12 @@ class Loop:
         if self.saving is not None:
             self.saving.after_step(step, Votes(*votes))
         return lr, result
+
+    def _record(self, call: Callable[[StepProfiler, int], None], step: int) -> None:
+        if self.profiler is not None:
+            began = time.perf_counter()
+            call(self.profiler, step)
+            self._recording_seconds += time.perf_counter() - began
 
     def _votes(self) -> Sequence[float]:
         """This rank's: whether to stop, and of saving."""

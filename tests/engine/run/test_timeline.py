@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import time
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 
 from engine.config import LogConfig, TrainConfig
 from engine.errors import OutputError
+from engine.run.profile import TimelineRecording
 from engine.run.timeline import merge, part_of, ranks_shown
 from engine.run.trace_events import SIMULATED
 from engine.run.trainer import pretrain
@@ -172,7 +174,13 @@ def test_what_would_be_too_much_is_left_out_and_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("engine.run.profile.room_of", lambda shape: 20)  # a step has some seven slices
+    before = TimelineRecording.before
+    late = lambda *given, **named: (time.sleep(0.5), before(*given, **named))[1]  # noqa: E731
+    monkeypatch.setattr(TimelineRecording, "before", late)
     _alone(tmp_path, 6)
+    lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    times = [line["step_time"] for line in lines if line["event"] == "train"]
+    assert sorted(times)[3] < 0.5, "recording is no part of a step's time"
     kept = json.loads((tmp_path / "profile" / "timeline.json").read_text())["otherData"]["steps"]
     assert kept == list(range(1, len(kept) + 1)) and 1 < len(kept) < 6
     told = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("timeline"))
