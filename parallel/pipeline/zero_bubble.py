@@ -3,23 +3,35 @@
 From Qi et al. 2023, "Zero Bubble Pipeline Parallelism" (ZB-H1, ZB-H2, ZB-V), and Qi et al. 2024, "Pipeline Parallelism
 with Controllable Memory" (V-Half), whose idea of a building block makes all four of them:
 
-* The way of one micro-batch through all stages and back is laid out in units of time, one per F and one per I. The next
-  micro-batch takes the same way one interval later: 3 units per stage of a rank, for its F, I and W. A rank's forwards
-  and input gradients come in the order of these times. One clock orders all ranks, and each step of the way is later
-  than the one before it, so no order of this kind can deadlock, and any number of micro-batches will do.
+* The way of one micro-batch through all stages and back is laid out on a clock. The next micro-batch takes the same way
+  one interval later, which is the time of the F, I and W of all stages of a rank. A rank's forwards and input gradients
+  come in the order of these times. One clock orders all ranks, and each step of the way is later than the one before,
+  so no order of this kind can deadlock, and any number of micro-batches will do.
 * What a rank keeps is the time that micro-batches spend between F and I on its stages, over the interval. So the steps
-  of the way decide on memory: a step from one rank to the next and its step back take 3 or 6 units together.
-* Nobody waits for a W. It runs where its rank would else be idle on a machine with F = I = W = 1, or where the next
-  forward would keep more than the schedule is to keep.
+  of the way decide on memory: a step to the next rank and its step back take F + I + W together, or twice that.
+* Nobody waits for a W. It runs where it fits into the time in which its rank would be idle on that clock, or where the
+  next forward would keep more than the schedule is to keep.
+
+The numbers that the clock counts for F, I and W decide on orders that are equally good for F = I = W. They are those
+that do best where the times differ, found by trial (docs/log.md).
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import pairwise
+from typing import NamedTuple
 
 from parallel.pipeline.actions import Action, ActionKind, Schedule
+
+
+class _Times(NamedTuple):
+    """Units of time of each action on the clock."""
+
+    forward: int
+    input_gradient: int
+    weight_gradient: int
 
 
 def zb_h1(num_ranks: int, num_micro_batches: int) -> Schedule:
@@ -27,8 +39,8 @@ def zb_h1(num_ranks: int, num_micro_batches: int) -> Schedule:
 
     Bubble (p-1)(F+I-W), peak activations p.
     """
-    gaps = _way(num_ranks, steps=[1, 2], turns=[1])
-    return _schedule("zb_h1", range(num_ranks), gaps, num_micro_batches, most_live=num_ranks)
+    placement = range(num_ranks)
+    return _schedule("zb_h1", placement, num_micro_batches, _Times(1, 1, 1), laps=1, most_live=num_ranks)
 
 
 def zb_h2(num_ranks: int, num_micro_batches: int) -> Schedule:
@@ -38,8 +50,8 @@ def zb_h2(num_ranks: int, num_micro_batches: int) -> Schedule:
     The last rank cannot start before (p-1)F, so where ranks wait for each other once a step, as they do for the norm of
     all gradients, the bubble is (p-1)F at least: that of ZB-H1 when F = I = W.
     """
-    gaps = _way(num_ranks, steps=[1, 5], turns=[1])
-    return _schedule("zb_h2", range(num_ranks), gaps, num_micro_batches, most_live=2 * num_ranks - 1)
+    placement = range(num_ranks)
+    return _schedule("zb_h2", placement, num_micro_batches, _Times(1, 1, 1), laps=2, most_live=2 * num_ranks - 1)
 
 
 def zb_v(num_ranks: int, num_micro_batches: int) -> Schedule:
@@ -48,57 +60,49 @@ def zb_v(num_ranks: int, num_micro_batches: int) -> Schedule:
     When F = I = W the bubble is (p-1)F/2 (of a rank's two stages), the least there can be as the last rank starts no
     sooner. Peak activations p.
     """
-    gaps = _way(num_ranks, steps=[1, 5, 1, 5], turns=[1, 1, 1])
-    return _schedule("zb_v", _v_shape(num_ranks), gaps, num_micro_batches, most_live=2 * num_ranks)
+    placement = _v_shape(num_ranks)
+    return _schedule("zb_v", placement, num_micro_batches, _Times(10, 12, 6), laps=2, most_live=2 * num_ranks)
 
 
 def v_half(num_ranks: int, num_micro_batches: int) -> Schedule:
     """Two stages per rank in a V, at half the memory. Compute order.
 
     When F = I = W the bubble is (3p-5)F/2 of a rank's two stages (of 2 ranks: F), less than half of 1F1B's 3(p-1)F.
-    Peak activations p/2 + 1. Where they differ much, ranks wait for each other in turn and the bubble grows with m,
-    unless they run what is ready (`parallel.schedule_policy`).
+    Peak activations p/2 + 1.
     """
-    turn = 1 if num_ranks % 2 else 4  # by trial: see docs/log.md
-    gaps = _way(num_ranks, steps=[1, 2, 1, 2], turns=[turn, 1, turn])
-    return _schedule("v_half", _v_shape(num_ranks), gaps, num_micro_batches, most_live=num_ranks + 2)
+    times = _Times(10, 11, 10)
+    wait = 0 if num_ranks % 2 else sum(times)
+    return _schedule(
+        "v_half", _v_shape(num_ranks), num_micro_batches, times, laps=1, wait=wait, most_live=num_ranks + 2
+    )
 
 
 def _v_shape(num_ranks: int) -> list[int]:
     return [*range(num_ranks), *reversed(range(num_ranks))]
 
 
-def _way(num_ranks: int, *, steps: Sequence[int], turns: Sequence[int]) -> list[int]:
-    """Units of time from each action of a micro-batch to the next, from its first F to its last I.
-
-    Args:
-        steps: from one rank to the next, for each passage over all ranks. turns: on one rank, from passage to passage.
-    """
-    gaps = [steps[0]] * (num_ranks - 1)
-    for turn, step in zip(turns, steps[1:], strict=True):
-        gaps += [turn] + [step] * (num_ranks - 1)
-    return gaps
-
-
 def _schedule(
-    name: str, placement: Sequence[int], gaps: Sequence[int], num_micro_batches: int, *, most_live: int
+    name: str,
+    placement: Sequence[int],
+    num_micro_batches: int,
+    times: _Times,
+    *,
+    laps: int,
+    wait: int = 0,
+    most_live: int,
 ) -> Schedule:
-    """The compute order of a building block that is repeated.
+    """The compute order of a way that is repeated.
 
     Args:
-        gaps: see `_way`. most_live: activations that a rank is to keep at most, counted in stages.
+        laps, wait: see `_way`. most_live: activations that a rank is to keep at most, counted in stages.
     """
-    last = len(placement) - 1
-    way = [(ActionKind.FORWARD, s) for s in range(last + 1)]
-    way += [(ActionKind.BACKWARD_INPUT, s) for s in reversed(range(last + 1))]
-    num_ranks = max(placement) + 1
-    interval = 3 * len(placement) // num_ranks
-    times = list(accumulate(gaps, initial=0))
-    moments = [(time + m * interval, step, m) for m in range(num_micro_batches) for step, time in enumerate(times)]
-    ranks = [_Rank(most_live) for _ in range(num_ranks)]
+    way = _way(placement, times, laps * sum(times), wait)
+    ranks = [_Rank(times, most_live) for _ in range(max(placement) + 1)]
+    interval = sum(times) * len(placement) // len(ranks)
+    moments = [(time + m * interval, step, m) for m in range(num_micro_batches) for step, (time, *_) in enumerate(way)]
     arrivals = [0] * num_micro_batches  # when the next action of each micro-batch has its input
     for _, step, m in sorted(moments):
-        kind, stage = way[step]
+        _, kind, stage = way[step]
         arrivals[m] = ranks[placement[stage]].run(Action(kind, stage, m), arrivals[m])
     return Schedule(
         name=name,
@@ -109,11 +113,30 @@ def _schedule(
     )
 
 
-class _Rank:
-    """A rank of the machine where each action takes one unit of time: it lays weight gradients between the others."""
+def _way(placement: Sequence[int], times: _Times, lap: int, wait: int) -> list[tuple[int, ActionKind, int]]:
+    """When a micro-batch has its F and I on each stage: times, kinds, stages.
 
-    def __init__(self, most_live: int) -> None:
-        self.most_live = most_live
+    Args:
+        lap: time for a step to the next rank and its step back. wait: that it stays on the last rank where it turns.
+    """
+    stages = range(len(placement))
+    steps = [(ActionKind.FORWARD, s) for s in stages] + [(ActionKind.BACKWARD_INPUT, s) for s in reversed(stages)]
+    way, time = [], 0
+    for (kind, stage), (_, following) in pairwise([*steps, steps[-1]]):
+        way.append((time, kind, stage))
+        if placement[following] != placement[stage]:
+            time += times.forward if placement[following] > placement[stage] else lap - times.forward
+        else:
+            time += times.forward if kind is ActionKind.FORWARD else times.input_gradient
+            time += wait if placement[stage] == max(placement) else 0
+    return way
+
+
+class _Rank:
+    """A rank on the clock, which lays weight gradients between its other actions."""
+
+    def __init__(self, times: _Times, most_live: int) -> None:
+        self.times, self.most_live = times, most_live
         self.now = self.live = 0
         self.program: list[Action] = []
         self.weights: deque[Action] = deque()  # that could run
@@ -121,14 +144,16 @@ class _Rank:
     def run(self, action: Action, arrival: int) -> int:
         """Run a forward or an input gradient once its input is there; returns when it is done."""
         is_forward = action.kind is ActionKind.FORWARD
-        while self.weights and (self.now < arrival or (is_forward and self.live >= self.most_live)):
+        while self.weights and (
+            self.now + self.times.weight_gradient <= arrival or (is_forward and self.live >= self.most_live)
+        ):
             self._run_weight()
         if is_forward:
             self.live += 1
         else:
             self.weights.append(Action(ActionKind.BACKWARD_WEIGHT, action.stage, action.micro_batch))
         self.program.append(action)
-        self.now = max(self.now, arrival) + 1
+        self.now = max(self.now, arrival) + (self.times.forward if is_forward else self.times.input_gradient)
         return self.now
 
     def finish(self) -> tuple[Action, ...]:
@@ -139,5 +164,5 @@ class _Rank:
 
     def _run_weight(self) -> None:
         self.program.append(self.weights.popleft())
-        self.now += 1
+        self.now += self.times.weight_gradient
         self.live -= 1

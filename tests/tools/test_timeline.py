@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from engine.errors import EXIT_DONE, EXIT_USAGE, ConfigError
 from engine.run.timeline import merge, part_of, write_part
 from parallel.grid import GridShape
-from parallel.pipeline import Costs, build_schedule, simulate
+from parallel.pipeline import Costs, build_schedule, compute_order, simulate, to_csv
 from parallel.pipeline.graph import data_dependencies
 from parallel.pipeline.recording import Slice, StepRecord
 from tools.timeline import __main__ as timeline
@@ -156,6 +156,19 @@ def test_schedules_are_drawn_without_a_run(
     assert len({(e["pid"], e["ts"]) for e in events if e["ph"] == "X"}) == 12 + 36, "no two schedules share a process"
 
 
+def test_a_schedule_is_written_as_a_file(tmp_path: Path) -> None:
+    """As it is, and in the order in which ranks run it by what is ready."""
+    file = tmp_path / "my.csv"
+    given = ["--schedule", "v_half", "--ranks", "4", "--micro-batches", "8", "--text", "--csv", str(file)]
+    assert timeline.main(given) == EXIT_DONE
+    assert file.read_text() == to_csv(compute_order("v_half", 4, 8))
+    assert timeline.main([*given, "--policy", "ready", "--input", "2"]) == EXIT_DONE
+    costs = Costs(forward=0.5, backward_input=1.0, backward_weight=0.5)
+    ran = simulate(build_schedule("v_half", 4, 8), costs, "ready").programs
+    read = simulate(build_schedule(str(file), 4, 8), costs).programs
+    assert list(map(list, read)) == list(map(list, ran))
+
+
 def test_long_ones_go_on_below_and_text_is_enough_for_some(
     drawn: list[tuple[Sequence[Panel], Figure]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -186,6 +199,8 @@ def test_long_ones_go_on_below_and_text_is_enough_for_some(
         (["--schedule", "zb_v", "--virtual-stages", "3"], "virtual_stages is 3, but zb_v holds 2 stages per rank"),
         (["--schedule", "1f1b", "--ranks", "100", "--micro-batches", "2000"], "at least 400000 actions"),
         (["--schedule", "1f1b", "--trace", "{empty}"], "cannot be written"),
+        (["--schedule", "1f1b", "--csv", "{empty}/no/x.csv"], "cannot be written"),
+        (["--schedule", "1f1b", "--csv", "x.txt"], "files whose name ends in .csv"),
     ],
 )
 def test_what_cannot_be_drawn_is_told_in_a_line(folder: Path, tmp_path: Path, given: list[str], reason: str) -> None:

@@ -14,12 +14,14 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
 from engine.errors import EXIT_DONE, EXIT_USAGE, ConfigError
 from engine.run.trace_events import COMPUTE, SIMULATED, process_events, simulated_events
-from parallel.pipeline import SCHEDULES, Costs, Timeline, build_schedule, simulate
+from parallel.pipeline import SCHEDULES, Costs, Timeline, build_schedule, simulate, to_csv
+from parallel.pipeline.schedule_file import is_schedule_file
 from tools.timeline.picture import Panel, simulated_panel
 from tools.timeline.read import choose_step, folder_of, panels_of, read
 
@@ -27,7 +29,7 @@ _MOST_ACTIONS = 200_000  # in a picture
 _OF_A_RUN = {"step": None, "rank": None}
 _OF_A_SCHEDULE = {
     "ranks": 4, "micro_batches": 8, "virtual_stages": None, "policy": "static", "forward": 1.0, "input": 1.0,
-    "weight": 1.0, "latency": 0.0, "jitter": 0.0, "seed": 0, "trace": None, "text": False,
+    "weight": 1.0, "latency": 0.0, "jitter": 0.0, "seed": 0, "trace": None, "csv": None, "text": False,
 }  # fmt: skip
 
 
@@ -62,6 +64,7 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     one.add_argument("--jitter", type=_number(float, 0), help="standard deviation of times, as a share (default: 0)")
     one.add_argument("--seed", type=_number(int, 0), help="of the jitter")
     one.add_argument("--trace", type=Path, metavar="JSON", help="write a Chrome trace, too: a unit of time is 1 ms")
+    one.add_argument("--csv", type=Path, metavar="FILE", help="write it, too, for parallel.schedule; messages left out")
     one.add_argument("--text", action="store_true", default=None, help="print it as text instead of drawing it")
     options = parser.parse_args(argv)
     if (options.run is None) == (options.schedule is None):
@@ -72,6 +75,8 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     for name, value in _OF_A_SCHEDULE.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
+    if options.csv is not None and "," in (options.schedule or ""):
+        parser.error("--csv writes one schedule: name one")
     if options.text and options.out is not None:
         parser.error("--text draws nothing: leave out --out")
     return options
@@ -117,6 +122,8 @@ def _draw_schedules(options: argparse.Namespace) -> None:
             print(*([f"{name}:"] if len(names) > 1 else []), timeline, sep="\n")
     if options.trace is not None:
         _write_trace(timelines, options.trace)
+    if options.csv is not None:
+        _write_csv(timelines[0], options.csv)
     if options.text:
         return
     from tools.figures import check_place
@@ -167,10 +174,21 @@ def _write_trace(timelines: Sequence[Timeline], path: Path) -> None:
         )
         events += chain.from_iterable(names)
         first += len(timeline.ranks)
+    _write(path, json.dumps({"displayTimeUnit": "ms", "traceEvents": events}), "--trace")
+
+
+def _write_csv(timeline: Timeline, path: Path) -> None:
+    """What ran, in the order in which it ran: by `--policy ready` that is the order that fits these times."""
+    if not is_schedule_file(path.name):
+        raise ConfigError(f"--csv {path}: parallel.schedule takes files whose name ends in .csv, so give such a name")
+    _write(path, to_csv(replace(timeline.schedule, ranks=tuple(map(tuple, timeline.programs)))), "--csv")
+
+
+def _write(path: Path, text: str, option: str) -> None:
     try:
-        path.write_text(json.dumps({"displayTimeUnit": "ms", "traceEvents": events}))
+        path.write_text(text)
     except OSError as error:
-        raise ConfigError(f"--trace {path} cannot be written: {error.strerror}") from error
+        raise ConfigError(f"{option} {path} cannot be written: {error.strerror}") from error
     print(path)
 
 
