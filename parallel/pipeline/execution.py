@@ -23,9 +23,10 @@ from parallel.comm import Axis
 from parallel.pipeline.actions import Action, ActionKind, Schedule
 from parallel.pipeline.boundary import Route, Specs
 from parallel.pipeline.boundary import TensorSpec as TensorSpec
+from parallel.pipeline.choices import open_choices
 from parallel.pipeline.lanes import Lane, Post, open_post
 from parallel.pipeline.local_stage import Deferrer, Head, Inbox, LocalStage, StageModule, Tensors
-from parallel.pipeline.ready import Ready, open_choices
+from parallel.pipeline.ready import Ready
 
 Policy = Literal["static", "ready"]
 Announce = Callable[[Sequence[Action], Sequence[int]], None]
@@ -92,8 +93,8 @@ class PipelineExecutor:
         self._bounded = not ready  # a schedule in its own order may have a sender wait
         self._walk: Walk
         if ready:
-            choices = open_choices(group, sum(action.kind.is_compute for action in self.program))
-            self._walk = Ready(schedule, axis, self.stages, self.post, choices, announce, deferrer)
+            choices = open_choices(group, sum(action.kind.is_compute for action in self.program), device)
+            self._walk = Ready(schedule, axis, device, self.stages, self.post, choices, announce, deferrer)
         else:
             self._walk = Static(self.program, axis, self.stages, self.post, announce)
 

@@ -25,14 +25,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 
 from parallel.comm import Axis
 from parallel.pipeline.actions import Action, ActionKind, Schedule
-from parallel.pipeline.boundary import Route, TensorSpec
-from parallel.pipeline.lanes import Lane, Post, open_post
+from parallel.pipeline.boundary import Route
+from parallel.pipeline.choices import Choices
+from parallel.pipeline.lanes import Lane, Post
 from parallel.pipeline.local_stage import Deferrer, Inbox, LocalStage, Tensors
 from parallel.pipeline.readiness import Chooser, check_lanes
 
@@ -40,96 +41,21 @@ _POSTED_AHEAD = 2  # receives on each lane: one that may have arrived, one on it
 _EXPECTED = 2  # actions that are announced beside the one that is run
 
 
-class Choices(Protocol):
-    """How what one rank chooses gets to the ranks that do the same.
+class Pace:
+    """Keeps the host one action ahead of a GPU, no more: what it has launched it can no longer choose among.
 
-    Attributes:
-        follows: whether another rank chooses. ahead: whether to choose one action ahead.
+    That has not run on a GPU yet.
     """
 
-    follows: bool
-    ahead: bool
+    def __init__(self) -> None:
+        self._running: torch.cuda.Event | None = None
 
-    def begin(self) -> None:
-        """Another pass."""
-
-    def tell(self, position: int) -> None:
-        """Tell the others the next action."""
-
-    def hear(self) -> int:
-        """The next action, of the rank that chooses."""
-
-    def finish(self) -> None:
-        """The pass is over."""
-
-
-class Alone:
-    """A rank that chooses for itself."""
-
-    follows = ahead = False
-
-    def begin(self) -> None:
-        """Nothing is to be done."""
-
-    def tell(self, position: int) -> None:
-        """Nobody is told."""
-
-    def hear(self) -> int:
-        """Nobody tells."""
-        raise AssertionError("a rank alone follows nobody")
-
-    def finish(self) -> None:
-        """Nothing is to be done."""
-
-
-class Group:
-    """The first rank of an axis tells the others, by lanes that go through the host.
-
-    Args:
-        axis: the ranks that choose alike; all come here together. count: actions of a pass.
-    """
-
-    def __init__(self, axis: Axis, count: int) -> None:
-        # A star: "stages" of which every other one is on the first rank, and that rank's outputs are the choices.
-        stage_to_rank = [rank for follower in range(1, axis.size) for rank in (0, follower)]
-        number = (TensorSpec((), torch.int64, carries_gradient=False),)
-        boundaries = [number if rank else () for rank in stage_to_rank]
-        self._post = open_post(stage_to_rank, boundaries, axis=axis, device=torch.device("cpu"))
-        self._count, self.follows, self.ahead = count, axis.index > 0, True
-        self._lanes = [lane for lane in self._post.lanes.values() if lane.specs]
-
-    def begin(self) -> None:
-        """Another pass."""
-        self._next = 0
-        if self.follows:
-            self._posted = 0
-            self._expect(2)
-
-    def _expect(self, more: int) -> None:
-        for _ in range(min(more, self._count - self._posted)):
-            self._lanes[0].expect(self._posted)
-            self._posted += 1
-
-    def tell(self, position: int) -> None:
-        """Tell the others the next action."""
-        number = (torch.tensor(position),)
-        self._post.start([(lane, self._next, number) for lane in self._lanes])
-        self._next += 1
-
-    def hear(self) -> int:
-        """The next action, of the rank that chooses."""
-        (position,) = self._lanes[0].take()
-        self._expect(1)
-        return int(position)
-
-    def finish(self) -> None:
-        """The pass is over."""
-        self._post.finish()
-
-
-def open_choices(group: Axis | None, count: int) -> Choices:
-    """Among the ranks of `group`, or for one alone. Collective over the world. count: compute actions of a pass."""
-    return Alone() if group is None or group.size == 1 else Group(group, count)
+    def step(self) -> None:
+        """An action has been launched: return when the one before it is done."""
+        before, self._running = self._running, torch.cuda.Event(blocking=True)
+        self._running.record()
+        if before is not None:
+            before.synchronize()
 
 
 class _Task(NamedTuple):
@@ -152,7 +78,7 @@ class Ready:
     """The first action that is ready.
 
     Args:
-        schedule: validated; messages in it are not looked at. axis: the pipeline axis.
+        schedule: validated; messages in it are not looked at. axis: the pipeline axis. device: where stages compute.
         stages: this rank's, ascending. post: its lanes. choices: among which ranks. announce: is told what will be run.
         deferrer: reduces gradients.
     """
@@ -161,6 +87,7 @@ class Ready:
         self,
         schedule: Schedule,
         axis: Axis,
+        device: torch.device,
         stages: Mapping[int, LocalStage],
         post: Post,
         choices: Choices,
@@ -172,15 +99,11 @@ class Ready:
         self._where, self._post, self._choices = axis.meter.where, post, choices
         self._announce, self._deferrer = announce, deferrer
         self._tasks = [_task(action, stages[action.stage], post) for action in self._chooser.actions]
-        self._lane_of: dict[tuple[ActionKind, int], Lane] = {}
-        self._first: list[tuple[Lane, int]] = []
-        for inbox in {id(task.inbox): task.inbox for task in self._tasks}.values():
-            if inbox is not None and inbox.lane is not None:
-                self._first += [(inbox.lane, m) for m in inbox.order[:_POSTED_AHEAD]]
-        for task in self._tasks:
-            if task.inbox is not None and task.inbox.lane is not None:
-                self._lane_of[task.action.kind, task.action.stage] = task.inbox.lane
+        fed = {(t.action.kind, t.action.stage): t.inbox for t in self._tasks if t.inbox is not None}
+        self._lane_of = {key: inbox.lane for key, inbox in fed.items() if inbox.lane is not None}
+        self._first = [(lane, m) for key, lane in self._lane_of.items() for m in fed[key].order[:_POSTED_AHEAD]]
         self._num_sends = sum(task.send is not None for task in self._tasks)
+        self._pace = Pace() if device.type == "cuda" else None
         self._reductions = _order_of_last(self._chooser.actions, list(stages))
 
     def run(self) -> None:
@@ -200,10 +123,10 @@ class Ready:
             sends_left -= task.send is not None
             if sends_left == 0 and self._deferrer is not None:
                 self._deferrer.release()
-            self._do(position, task)
+            self._do(task)
         self._choices.finish()
 
-    def _do(self, position: int, task: _Task) -> None:
+    def _do(self, task: _Task) -> None:
         if self._announce is not None:
             expected = islice(self._not_run, _EXPECTED)
             self._announce([task.action, *(self._tasks[n].action for n in expected)])
@@ -215,6 +138,8 @@ class Ready:
             self._post.start([(lane, task.micro_batch, laid_out.pop(task.micro_batch))], task.receives)
         elif task.receives:
             self._post.start(receives=task.receives)
+        if self._pace is not None:
+            self._pace.step()
 
     def _next(self) -> int:
         """The position of the action to run now, chosen here or by the first rank of the group."""

@@ -26,6 +26,7 @@ from parallel.pipeline import (
     build_schedule,
     forward_only,
     insert_communication,
+    ready,
     validate,
 )
 from parallel.pipeline.actions import peak_activations
@@ -488,3 +489,23 @@ def test_what_cannot_be_run() -> None:
         schedule = _by_hand(OTHER_ORDER, "other")
         axis = Axis(name="pipeline", ranks=(0, 1), index=0, planned=True)
         PipelineExecutor(schedule, {0: module["0"]}, [(), BOUNDARY], axis=axis, device=CPU, policy="ready")
+
+
+def test_the_host_chooses_one_action_ahead_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    class Event:
+        def __init__(self, *, blocking: bool) -> None:
+            self.number = len([x for x in seen if x.startswith("record")])
+
+        def record(self) -> None:
+            seen.append(f"record {self.number}")
+
+        def synchronize(self) -> None:
+            seen.append(f"done {self.number}")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    pace = ready.Pace()
+    for _ in range(3):
+        pace.step()
+    assert seen == ["record 0", "record 1", "done 0", "record 2", "done 1"]
