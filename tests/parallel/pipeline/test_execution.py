@@ -4,7 +4,7 @@ under both policies; while the ready one is tested, stages sleep.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -48,23 +48,26 @@ BOUNDARY = (
 Tensors = tuple[Tensor, ...]
 
 
-class _Meet(torch.autograd.Function):
-    """Identity; forward and backward have the ranks of an axis meet, all at the same action."""
+class _Passing(torch.autograd.Function):
+    """Identity; tells the stage of its backward, and has ranks meet in both directions, all at the same action."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis, code: int) -> Tensor:
-        ctx.axis, ctx.code = axis, code
-        _all_at(code, axis)
+    def forward(ctx: Any, x: Tensor, stage: "TinyStage", m: int) -> Tensor:
+        ctx.stage, ctx.m = stage, m
+        if stage.meeting is not None:
+            _all_at(100 * stage.number + m, stage.meeting)
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        _all_at(-ctx.code, ctx.axis)
+        ctx.stage.before_backward(ctx.stage, ctx.m)
+        if ctx.stage.meeting is not None:
+            _all_at(-100 * ctx.stage.number - ctx.m, ctx.stage.meeting)
         return grads[0], None, None
 
 
 def _all_at(code: int, axis: Axis) -> None:
-    codes = comm.all_gather_rows(torch.tensor([code]), axis).tolist()
+    codes = comm.all_gather_rows(torch.tensor([code]), axis).view(-1).tolist()
     assert codes == [code] * axis.size, codes
 
 
@@ -73,7 +76,7 @@ class TinyStage(nn.Module):
 
     Attributes:
         kept: what its forwards made for their backwards (the input of a linear, which the weight's gradient reads).
-        before: called with each micro-batch. meeting: ranks that are all to be at the same action.
+        before, before_backward: called with each micro-batch. meeting: ranks that are all to be at the same action.
     """
 
     def __init__(self, number: int) -> None:
@@ -85,6 +88,7 @@ class TinyStage(nn.Module):
         self.kept: list[StorageWeakRef] = []
         self.most_alive = 0
         self.before: Callable[[TinyStage, int], None] = lambda _stage, _m: None
+        self.before_backward = self.before
         self.meeting: Axis | None = None
 
     def forward(self, inputs: Tensors, micro_batch: Tensor) -> Tensors:
@@ -106,9 +110,7 @@ class TinyStage(nn.Module):
         out = (y, count + 1, self.side(waves) * side, frozen + y.detach())
         self.given += [StorageWeakRef(t.untyped_storage()) for t in out]
         self.kept.append(StorageWeakRef(waves.untyped_storage()))
-        if self.meeting is not None and self.meeting.size > 1:
-            out = (_Meet.apply(out[0], self.meeting, 100 * self.number + m), *out[1:])
-        return out
+        return _Passing.apply(out[0], self, m), *out[1:]
 
 
 def _head(outputs: Tensors, micro_batch: Tensor) -> Tensor:
@@ -175,7 +177,9 @@ class Case:
     policy: Policy = "static"
     zero: int = 0
     jitter: float = 0.0
-    """Seconds that a forward may sleep."""
+    """Seconds that a forward or backward may sleep."""
+    slow: Mapping[tuple[int, int, int], float] = field(default_factory=dict)
+    """(data rank, stage, micro-batch): seconds that this backward sleeps."""
 
 
 @dataclass
@@ -232,8 +236,12 @@ def _check(case: Case, grid: Grid) -> Ran:
             ran.most_alive = max(ran.most_alive, alive() + 1)
             time.sleep(case.jitter * float(uniform(stage.number + 17 * grid.rank, torch.tensor([m]))))
 
+    def before_backward(stage: TinyStage, m: int) -> None:
+        time.sleep(case.jitter * float(uniform(stage.number + 17 * grid.rank, torch.tensor([-m - 1]))))
+        time.sleep(case.slow.get((grid.data.index, stage.number, m), 0.0))
+
     for stage in place.values():
-        stage.before, stage.meeting = before, grid.tensor
+        stage.before, stage.before_backward, stage.meeting = before, before_backward, grid.tensor
     products, add = [], store.gradients._add_product
     store.gradients._add_product = lambda *args: (products.append(grid.meter.where.doing.kind.name), add(*args))[1]  # type: ignore
     for _ in range(2):  # an executor is used again at each step
@@ -293,6 +301,10 @@ LAST_STAGE_WIDE = """
     0F0 0F1 0B0 0F2 0B1 0B2
     1F0 2F0 2B0 1B0 1F1 2F1 2B1 1B1 1F2 2F2 2B2 1B2
 """
+LATE = """
+    0F0 0F1 3F0 3I0 3F1 3I1 0I0 3W0 0W0 0I1 0W1 3W1
+    1F0 2F0 1F1 2F1 2I0 1I0 2I1 1I1 2W0 1W0 2W1 1W1
+"""
 OTHER_ORDER = """
     0F0 0F1 0B0 0B1
     1F1 1F0 1B0 1B1
@@ -334,6 +346,13 @@ def test_sharded_parameters() -> None:
             for name in ("1f1b", "interleaved", "zb_v"):
                 cases.append(Case(build_schedule(name, 2, 3), policy, zero, 0.0 if policy == "static" else 2e-3))
     run_ranks(4, _check_all, GridShape(pipeline=2, data=2), cases)
+
+
+def test_stages_are_reduced_in_one_order_by_data_ranks_that_choose_for_themselves() -> None:
+    """In one pipeline 0I1 is late and 3W1 runs ahead of it, so the stages of rank 0 are complete in another order."""
+    slow = {(0, 1, 1): 0.15, (1, 0, 0): 0.06}
+    case = Case(_by_hand(LATE, "late", (0, 1, 1, 0)), "ready", slow=slow)
+    assert run_ranks(4, _check_all, GridShape(pipeline=2, data=2), [case])[0] == [True]
 
 
 def test_ranks_with_collectives_in_their_stages_follow_one() -> None:
