@@ -70,29 +70,45 @@ def count_message(axis: Axis, kind: str, nbytes: int) -> None:
         listener.watched(kind, axis, None, nbytes)
 
 
-def open_groups(axis: Axis, subsets: Sequence[Sequence[int]], backend: str | None = None) -> list[Axis | None]:
+def open_groups(axis: Axis, subsets: Sequence[Sequence[int]]) -> list[Axis | None]:
     """For each of these sets of indices along `axis` a group of its own; None where this rank is not in it.
 
     Collective over the world, whose ranks all make all groups in one order: set after set those of this axis and of the
-    axes beside it (other data, context or tensor ranks). backend: by default that of the world.
+    axes beside it (other data, context or tensor ranks).
     """
     everywhere: list[tuple[int, ...]] = [()] * dist.get_world_size()
     dist.all_gather_object(everywhere, axis.ranks)
     beside = sorted(set(everywhere))
-    return [_open(axis, sorted(subset), beside, backend) for subset in subsets]
+    return [_open(axis, sorted(subset), beside) for subset in subsets]
 
 
-def _open(axis: Axis, subset: Sequence[int], beside: Sequence[tuple[int, ...]], backend: str | None) -> Axis | None:
+def _open(axis: Axis, subset: Sequence[int], beside: Sequence[tuple[int, ...]]) -> Axis | None:
     own = None
     for ranks in beside:
         members = tuple(ranks[index] for index in subset)
-        group = dist.new_group(list(members), timeout=timedelta(seconds=axis.timeout), backend=backend)
+        group = dist.new_group(list(members), timeout=timedelta(seconds=axis.timeout))
         if ranks == axis.ranks and axis.index in subset:
-            own = Axis(
-                name=axis.name, ranks=members, index=subset.index(axis.index), group=group, meter=axis.meter,
-                timeout=axis.timeout,
-            )  # fmt: skip
+            own = _along(axis, members, group)
     return own
+
+
+def _along(axis: Axis, ranks: tuple[int, ...], group: dist.ProcessGroup) -> Axis:
+    index = ranks.index(axis.ranks[axis.index])
+    return Axis(name=axis.name, ranks=ranks, index=index, group=group, meter=axis.meter, timeout=axis.timeout)
+
+
+def is_on_host(axis: Axis) -> bool:
+    """Whether the axis's group carries tensors of the CPU."""
+    return axis.group is not None and "gloo" in dist.get_backend(axis.group)
+
+
+def open_on_host(axis: Axis) -> Axis:
+    """The ranks of an axis with a group that does. Collective over them alone: where NCCL's communicators exist from
+    the start, torch has who is not in a group split the world's for it, and who is does not for gloo.
+    """
+    seconds = timedelta(seconds=axis.timeout)
+    group = dist.new_group(list(axis.ranks), timeout=seconds, backend="gloo", use_local_synchronization=True)
+    return _along(axis, axis.ranks, group)
 
 
 def close_groups(axes: Sequence[Axis]) -> None:
@@ -101,15 +117,3 @@ def close_groups(axes: Sequence[Axis]) -> None:
         if axis.group is not None and dist.is_initialized():
             dist.destroy_process_group(axis.group)
         axis.forget()
-
-
-def holds_everywhere(value: bool) -> bool:
-    """Whether this is so on all ranks of the world. Collective over it."""
-    values = [value] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return all(values)
-
-
-def is_on_host(axis: Axis) -> bool:
-    """Whether the axis's group carries tensors of the CPU."""
-    return axis.group is not None and "gloo" in dist.get_backend(axis.group)

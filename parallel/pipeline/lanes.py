@@ -10,7 +10,7 @@ from parallel import comm
 from parallel.comm import Axis
 from parallel.failures import MismatchError
 from parallel.host_sharing import share
-from parallel.messages import holds_everywhere, is_on_host, open_groups
+from parallel.messages import is_on_host, open_groups, open_on_host
 from parallel.pipeline.boundary import Route, Specs, routes_between_ranks
 from parallel.pipeline.group_lanes import GroupPost
 from parallel.pipeline.host_lanes import HostPost, lanes_bytes
@@ -51,8 +51,6 @@ def _open(
     if device.type == "cuda":
         return on_pairs(routes, stage_to_rank, axis, device, ready=ready)
     memory = share(axis, lanes_bytes(routes, axis.size))
-    if not is_on_host(axis) and not holds_everywhere(memory is not None):  # else all take part in making groups
-        memory = None
     if memory is not None:
         return HostPost(routes, stage_to_rank, axis, memory, ready=ready)
     return _on_group(routes, stage_to_rank, axis, device, ready=ready)
@@ -72,9 +70,9 @@ def _on_group(
     routes: Mapping[Route, Specs], stage_to_rank: Sequence[int], axis: Axis, device: torch.device, *, ready: bool
 ) -> GroupPost:
     """One group for all, of gloo."""
-    group: Axis | None = axis
+    group = axis
     if routes and not axis.planned and not is_on_host(axis):
-        (group,) = open_groups(axis, [range(axis.size)], "gloo")
+        group = open_on_host(axis)
     mine = [
         (route, specs, group if axis.index in (stage_to_rank[route.source], stage_to_rank[route.target]) else None)
         for route, specs in routes.items()
