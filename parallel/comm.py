@@ -336,7 +336,7 @@ def send_start(x: Tensor, axis: Axis, to: int) -> Pending:
     """Start sending `x` (contiguous; unchanged until waited for) to index `to`.
 
     NCCL carries all messages of a rank along an axis in the order in which they are posted, sends and receives alike
-    (the group's communicator exists, so unbatched calls make none of two ranks); parallel.pipeline.graph counts on it.
+    (the group's communicator exists, so unbatched calls make none of two ranks). A pipeline's: parallel.messages.
     """
     x = x.contiguous()
     return _call(axis, "send", x, x, lambda: dist.isend(x, axis.ranks[to], group=axis.group))

@@ -40,8 +40,8 @@ def exchange_start(
 ) -> Exchange:
     """Start messages to and from ranks of the axis, which may hurry past each other.
 
-    NCCL carries what is started at once as one, which is done when all of it is; else, one after the other in the order
-    of the calls, all messages of a group of two ranks, sends and receives alike (parallel.pipeline.graph counts on it).
+    NCCL carries what is started at once as one, which is done when all of it is, and these one after the other in the
+    order of the calls, whatever they are: all that two ranks have in one group.
 
     Args:
         sends: (tensor, index along the axis): contiguous, unchanged until waited for. receives: ditto, to be filled.

@@ -2,9 +2,9 @@
 
 A node is the place of an action, or the arrival of a message. An action waits for the one before it on its rank and
 for the data it reads. A message arrives once both its ends are posted and the message before it has arrived: sends are
-rendezvous. "Before it" is between the same two ranks (gloo) or, on either of its ranks, whomever that was with (NCCL:
-where a group's communicator exists, messages that are not batched go one after the other with all else of the group).
-A schedule can run exactly when this graph has no cycle; the second has all edges of the first.
+rendezvous. "Before it" is between the same two ranks or, on either of its ranks, whomever that was with. A schedule can
+run exactly when this graph has no cycle; the second has all edges of the first. What carries messages (group_lanes) is
+less strict than the second, which is why messages that stand side by side may be posted as one there.
 """
 
 from __future__ import annotations
