@@ -1,8 +1,13 @@
 """The simulator against the closed forms of the literature."""
 
+import random
+from collections import Counter
+from dataclasses import replace
+
 import pytest
 
 from parallel.pipeline import (
+    ActionKind,
     Costs,
     Schedule,
     ScheduleError,
@@ -11,6 +16,10 @@ from parallel.pipeline import (
     insert_communication,
     simulate,
 )
+from parallel.pipeline.actions import Place
+from parallel.pipeline.graph import Arrival, Node, dependency_graph, execution_order
+from parallel.pipeline.progress import Progress
+from parallel.pipeline.schedules import SCHEDULES
 
 SIZES = [(p, m) for p in (1, 2, 3, 4, 8) for m in (1, 2, 3, 5, 8, 16)]
 TIMES = [(1.0, 1.0, 1.0), (1.0, 1.5, 0.5), (3.0, 1.0, 0.25)]
@@ -129,3 +138,51 @@ def test_picture_shows_every_label_when_times_fall_between_columns() -> None:
     rows = simulate(build_schedule("gpipe", 3, 4), Costs(latency=0.5)).render().splitlines()
     for row in rows:
         assert all(f"F{m} " in row and f"B{m}--- " in row for m in range(4))
+
+
+def ends_by_graph(schedule: Schedule, latency: float, *, one_channel: bool) -> list[list[float]]:
+    """The ends of compute actions, by the longest path through the graph. Raises ScheduleError for a circle."""
+    graph = dependency_graph(schedule, one_channel=one_channel)
+    ends: dict[Node, float] = {}
+    for node in execution_order(schedule, graph):
+        if isinstance(node, Arrival):
+            duration = latency
+        else:
+            duration = float(schedule.ranks[node.rank][node.position].kind.is_compute)
+        ends[node] = max((ends[before] for before in graph[node]), default=0.0) + duration
+    return [
+        [ends[Place(rank, i)] for i, action in enumerate(program) if action.kind.is_compute]
+        for rank, program in enumerate(schedule.ranks)
+    ]
+
+
+def shuffled(schedule: Schedule, draw: random.Random) -> Schedule:
+    """The same with an action or message of some ranks in another place."""
+    programs = [list(program) for program in schedule.ranks]
+    for program in programs:
+        if program and draw.random() < 0.5:
+            program.insert(draw.randrange(len(program)), program.pop(draw.randrange(len(program))))
+    return replace(schedule, ranks=tuple(map(tuple, programs)))
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_times_are_the_longest_paths_through_the_graph(name: str) -> None:
+    """Of good programs, and of spoilt ones, of which some still run and others are in a circle."""
+    draw, costs = random.Random(name), Costs(backward_weight=0.0, latency=0.25)  # each action takes 1
+    outcomes = Counter[bool]()
+    for p, m in [(1, 2), (2, 3), (3, 4), (4, 6)]:
+        order = compute_order(name, p, m)
+        if any(a.kind is ActionKind.BACKWARD_WEIGHT for a in order.ranks[0]):
+            costs = Costs(latency=0.25)
+        good = [order, insert_communication(order)]
+        for schedule in [*good, *(shuffled(draw.choice(good), draw) for _ in range(30))]:
+            for one_channel in (False, True):
+                progress = Progress(schedule, costs, one_channel=one_channel)
+                outcomes[progress.is_complete] += 1
+                if progress.is_complete:
+                    expected = ends_by_graph(schedule, 0.25, one_channel=one_channel)
+                    assert [list(ends) for ends in progress.ends] == expected
+                else:
+                    with pytest.raises(ScheduleError, match="no progress"):
+                        ends_by_graph(schedule, 0.25, one_channel=one_channel)
+    assert min(outcomes[True], outcomes[False]) > 20
