@@ -61,7 +61,7 @@ def zb_v(num_ranks: int, num_micro_batches: int) -> Schedule:
     sooner. Peak activations p.
     """
     placement = _v_shape(num_ranks)
-    return _schedule("zb_v", placement, num_micro_batches, _Times(10, 12, 6), laps=2, most_live=2 * num_ranks)
+    return _schedule("zb_v", placement, num_micro_batches, _Times(1, 1, 1), laps=2, most_live=2 * num_ranks)
 
 
 def v_half(num_ranks: int, num_micro_batches: int) -> Schedule:
