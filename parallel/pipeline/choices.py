@@ -69,6 +69,7 @@ class Group:
         number = (TensorSpec((), torch.int64, carries_gradient=False),)
         boundaries = [number if rank else () for rank in stage_to_rank]
         self._post = open_post(stage_to_rank, boundaries, axis=axis, device=torch.device("cpu"))
+        self._post.bounded = False  # who tells does not wait, however far behind another is
         self._count, self.follows, self.ahead = count, axis.index > 0, ahead
         self._lanes = [lane for lane in self._post.lanes.values() if lane.specs]
 
