@@ -26,6 +26,7 @@ BENCHMARKS = {
     "step": "a training step of a configuration in a layout: time, communication, memory, utilisation",
     "sweep": "many layouts in turn, a line of JSON for each run; two sweeps compared",
     "schedules": "pipeline schedules on paper: step time, bubble and memory, with jitter and by either policy",
+    "pipeline": "schedules with stages that sleep, against formulas; the cost of an action, against torch's",
     "peers": "the same step against plain eager PyTorch, DDP, FSDP2 and DeepSpeed",
     "checkpoint": "saving and loading a state against the disk's rate and torch.distributed.checkpoint",
     "reshard": "a checkpoint cut for a layout: what that costs, and what loading gains",
@@ -34,15 +35,8 @@ BENCHMARKS = {
 }
 
 _ALONE = {
-    "precision",
-    "textures",
-    "reshard",
-    "convert",
-    "kernels",
-    "sweep",
-    "schedules",
-    "--against",
-}  # with ranks of their own
+    "precision", "textures", "reshard", "convert", "kernels", "sweep", "schedules", "pipeline", "--against",
+}  # with ranks of their own, or none  # fmt: skip
 
 
 def main(argv: Sequence[str], world: World) -> int | None:

@@ -1,0 +1,156 @@
+"""The toy pipeline by which executors are compared: stages that do next to nothing, so that what is left is the cost of
+running them. Here what both sides have in common, and ours; `toys_torch` has the other.
+
+A stage multiplies its input by a vector of weights (`scale`), or by a matrix (`linear`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from parallel import comm
+from parallel.grid import GridShape, make_grid
+from parallel.layout import Init, ParameterInfo, TensorLayout, make_parameter
+from parallel.pipeline import build_schedule
+from parallel.pipeline.boundary import TensorSpec
+from parallel.pipeline.execution import PipelineExecutor
+from parallel.pipeline.simulation import Policy
+from parallel.process_group import World
+from parallel.sharding import ParameterStore
+from parallel.tensor import ColumnParallelLinear, no_tensor_parallel
+
+STAGES = ("scale", "linear")
+TORCH_SCHEDULES = ("1f1b", "interleaved", "zb_v")  # that both sides have
+_CPU = torch.device("cpu")
+_WARMUP = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Toy:
+    """What is run.
+
+    Attributes:
+        rows, width: of what flows. stage: one of STAGES. policy: has no effect on torch's.
+    """
+
+    schedule: str
+    micro_batches: int
+    virtual_stages: int | None
+    rows: int
+    width: int
+    stage: str
+    policy: Policy = "static"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """What passes cost a rank.
+
+    Attributes:
+        seconds: of each pass. cpu: seconds of all its threads in all of them. grown: bytes that the process grew at
+            most beyond what it had before the first.
+    """
+
+    seconds: list[float]
+    cpu: float
+    grown: int
+
+
+class Toys:
+    """One rank of the engine, with stages of its own kinds of layers."""
+
+    def __init__(self, world: World) -> None:
+        """Collective over the world, all of which is the pipeline."""
+        self._grid = make_grid(GridShape(pipeline=world.size), world)
+        self._passes: dict[Toy, Callable[[], object]] = {}
+
+    def run(self, toy: Toy, passes: int) -> Costs:
+        """Collective."""
+        before = forget_peak()
+        run = self._passes.get(toy)
+        if run is None:
+            run = self._passes[toy] = self._prepare(toy)
+        return measure(run, passes, lambda: comm.barrier(self._grid.world), before)
+
+    def _prepare(self, toy: Toy) -> Callable[[], object]:
+        axis = self._grid.pipeline
+        schedule = build_schedule(toy.schedule, axis.size, toy.micro_batches, toy.virtual_stages)
+        stages = {number: _Stage(toy) for number in schedule.stages_of(axis.index)}
+        layers = [[(str(number), stage)] for number, stage in stages.items()]
+        store = ParameterStore(layers, grid=self._grid, device=_CPU, seed=0)
+        spec = TensorSpec((toy.rows, toy.width))
+        executor = PipelineExecutor(
+            schedule,
+            stages,
+            [(), *[(spec,)] * (schedule.num_stages - 1)],
+            axis=axis,
+            device=_CPU,
+            deferrer=store.gradients,
+            policy=toy.policy,
+        )
+        batch = torch.ones(toy.micro_batches * toy.rows, toy.width)
+
+        def run() -> None:
+            store.gradients.start(toy.micro_batches)
+            executor.run(batch.chunk(toy.micro_batches), lambda outputs, _: outputs[0].sum())
+            store.gradients.finish()
+
+        return run
+
+
+class _Stage(nn.Module):
+    def __init__(self, toy: Toy) -> None:
+        super().__init__()
+        linear = toy.stage == "linear"
+        self.layer = ColumnParallelLinear(toy.width, (toy.width,), tp=no_tensor_parallel()) if linear else _Scale(toy)
+
+    def forward(self, inputs: tuple[Tensor, ...], micro_batch: Tensor) -> tuple[Tensor, ...]:
+        return (self.layer(inputs[0] if inputs else micro_batch),)
+
+
+class _Scale(nn.Module):
+    def __init__(self, toy: Toy) -> None:
+        super().__init__()
+        one = Init(kind="constant", scales=(1.0,))
+        self.scale = make_parameter(ParameterInfo(layout=TensorLayout(shape=(toy.width,)), init=one, decay="body"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+def measure(run: Callable[[], object], passes: int, barrier: Callable[[], object], before: int) -> Costs:
+    """Time passes, all ranks starting each together; the first that it is asked for warm up.
+
+    Args:
+        before: resident bytes before anything of this was made.
+    """
+    for _ in range(_WARMUP):
+        run()
+    seconds, cpu = [], 0.0
+    for _ in range(passes):
+        barrier()
+        began, used = time.perf_counter(), time.process_time()
+        run()
+        seconds.append(time.perf_counter() - began)
+        cpu += time.process_time() - used
+    return Costs(seconds=seconds, cpu=cpu, grown=resident_bytes("VmHWM") - before)
+
+
+def forget_peak() -> int:
+    """Count the peak of resident bytes anew (proc_pid_clear_refs(5)); returns those of now."""
+    with suppress(OSError):  # it may be forbidden: then the peak is that of all cases so far
+        Path("/proc/self/clear_refs").write_text("5")
+    return resident_bytes("VmRSS")
+
+
+def resident_bytes(field: str) -> int:
+    """VmRSS is what is resident now, VmHWM the most that ever was (proc_pid_status(5))."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
