@@ -119,7 +119,14 @@ class EagerViT(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, classes]."""
+        return self.classify(self.blocks(self.embed(images)))
+
+    def embed(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, S, D]."""
         x = self.patch(images).flatten(2).transpose(1, 2)
-        x = torch.cat([self.cls.expand(len(x), -1, -1), x], 1) + self.pos
-        y: Tensor = self.head(self.norm(self.blocks(x))[:, 0])
+        return torch.cat([self.cls.expand(len(x), -1, -1), x], 1) + self.pos
+
+    def classify(self, x: Tensor) -> Tensor:
+        """[B, S, D] -> [B, classes]."""
+        y: Tensor = self.head(self.norm(x)[:, 0])
         return y

@@ -19,10 +19,11 @@ from typing import Any
 from engine.config import Config
 from engine.errors import ConfigError
 from tools.benchmark.bench import read_config
-from tools.benchmark.peer_inputs import make_task
+from tools.benchmark.peer_inputs import make_task, pipeline_settings
 from tools.benchmark.peer_programs import Task
 from tools.benchmark.table import Row, show
 from tools.benchmark.timing import quartiles
+from tools.benchmark.toys import TORCH_SCHEDULES
 from tools.benchmark.turns import Answer, Program, ProgramFailedError, Running, started
 
 WARMUP = 2
@@ -43,12 +44,14 @@ class Peer:
 
     Attributes:
         settings: see the program's module. own_environment: whether `make peers` is needed. dtype: if not that of all.
+        in_stages: whether it is a pipeline, with settings of its configuration.
     """
 
     program: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     own_environment: bool = False
     dtype: str | None = None
+    in_stages: bool = False
 
 
 # Settings are the best of what was tried: gathering the next block ahead; torch's fused AdamW, level with DeepSpeed's
@@ -59,6 +62,7 @@ PEERS = {
     "fp32": Peer("vitruvius", dtype="fp32"),
     "fsdp2": Peer("fsdp2", {"reshard_after_forward": None, "prefetch": True}),
     "fsdp2_keep": Peer("fsdp2", {"reshard_after_forward": False, "prefetch": True}),
+    "torch_pipeline": Peer("torch_pipeline", in_stages=True),
     "deepspeed": Peer("deepspeed", {"cpu_adam": False, "zero_optimization": _BUCKETS}, own_environment=True),
 }
 
@@ -128,14 +132,15 @@ def compare(options: Options, flags: Sequence[str]) -> None:
     Raises:
         ConfigError: a configuration that the peers have no counterpart of, or a program that cannot run.
     """
-    flags = _engine_flags(flags)
+    in_stages = any(PEERS[name].in_stages for name in options.against)
+    flags = _engine_flags(flags, () if in_stages else ("--parallel.zero_stage", "3"))
     config = read_config(flags).resolve(options.ranks)
     check_plain(config)
-    one_micro_batch = config.train.micro_batch_size == config.train.global_batch_size // options.ranks
-    if config.grid_shape(options.ranks).data != options.ranks or not one_micro_batch:
-        raise ConfigError("peers compares data parallelism with one micro-batch: leave the parallel group alone")
+    (_check_pipeline if in_stages else _check_data_parallel)(config, options)
     with tempfile.TemporaryDirectory(prefix="peers-") as name:
-        programs = _programs(options, make_task(config, options.ranks, flags, Path(name)))
+        programs = _programs(
+            options, config, make_task(config, config.grid_shape(options.ranks).data, flags, Path(name))
+        )
         try:
             with started(programs, Path(name)) as running:
                 records = take_turns(running, options.rounds)
@@ -146,10 +151,29 @@ def compare(options: Options, flags: Sequence[str]) -> None:
     show([_row(config, program, records) for program in programs], options.json)
 
 
-def _engine_flags(flags: Sequence[str]) -> list[str]:
-    """Those given, ZeRO-3 unless they give a stage, and no clipping."""
-    stage = () if any(flag.startswith("--parallel.zero_stage") for flag in flags) else ("--parallel.zero_stage", "3")
-    return [*flags, *stage, "--optimizer.clip_grad", "0"]
+def _check_data_parallel(config: Config, options: Options) -> None:
+    one_micro_batch = config.train.micro_batch_size == config.train.global_batch_size // options.ranks
+    if config.grid_shape(options.ranks).data != options.ranks or not one_micro_batch:
+        raise ConfigError("peers compares data parallelism with one micro-batch: leave the parallel group alone")
+
+
+def _check_pipeline(config: Config, options: Options) -> None:
+    if len(options.against) > 1:
+        raise ConfigError(f"--against {','.join(options.against)}: a pipeline is compared with one of torch's alone")
+    if config.grid_shape(options.ranks).pipeline != options.ranks:
+        raise ConfigError(f"torch_pipeline: give --parallel.pipeline_parallel_size {options.ranks}, as --ranks says")
+    if config.parallel.schedule not in TORCH_SCHEDULES:
+        raise ConfigError(
+            f"parallel.schedule {config.parallel.schedule}: torch is compared in {', '.join(TORCH_SCHEDULES)}"
+        )
+    if config.precision.dtype != "fp32":
+        raise ConfigError(f"precision.dtype {config.precision.dtype}: torch's pipeline is compared in fp32")
+
+
+def _engine_flags(flags: Sequence[str], stage: Sequence[str]) -> list[str]:
+    """Those given, `stage` unless they give one, and no clipping."""
+    given = any(flag.startswith("--parallel.zero_stage") for flag in flags)
+    return [*flags, *(() if given else stage), "--optimizer.clip_grad", "0"]
 
 
 def take_turns(running: Sequence[Running], rounds: int) -> dict[str, Record]:
@@ -164,9 +188,10 @@ def take_turns(running: Sequence[Running], rounds: int) -> dict[str, Record]:
 # -- what the programs are given ---------------------------------------------------------------------------------------
 
 
-def _programs(options: Options, task: Task) -> list[Program]:
+def _programs(options: Options, config: Config, task: Task) -> list[Program]:
     """The engine, one process of eager PyTorch with all threads, and the peers asked for."""
     threads = max(1, len(os.sched_getaffinity(0)) // options.ranks)
+    stages = pipeline_settings(config, options.ranks) if config.grid_shape(options.ranks).pipeline > 1 else {}
     peers = {"vitruvius": Peer("vitruvius"), "eager": Peer("eager"), **{name: PEERS[name] for name in options.against}}
     return [
         Program(
@@ -176,7 +201,9 @@ def _programs(options: Options, task: Task) -> list[Program]:
             ranks=1 if name == "eager" else options.ranks,
             threads=threads * options.ranks if name == "eager" else threads,
             task=asdict(
-                replace(task, program=peer.program, settings=dict(peer.settings), dtype=peer.dtype or task.dtype)
+                replace(
+                    task, program=peer.program, settings={**peer.settings, **stages}, dtype=peer.dtype or task.dtype
+                )
             ),
             environment=_environment(peer, options),
         )
@@ -207,6 +234,11 @@ def _environment(peer: Peer, options: Options) -> dict[str, str]:
 # -- what is reported --------------------------------------------------------------------------------------------------
 
 
+def _kind(config: Config, program: Program) -> str:
+    in_stages = config.grid_shape(program.ranks).pipeline > 1
+    return config.parallel.schedule if in_stages else f"ZeRO-{config.parallel.zero_stage}"
+
+
 def _losses(number: int, records: Mapping[str, Record]) -> Row:
     return {"step": number, **{f"loss_{name}": f"{record.losses[number]:.6f}" for name, record in records.items()}}
 
@@ -220,7 +252,7 @@ def _row(config: Config, program: Program, records: Mapping[str, Record]) -> Row
     images = config.train.global_batch_size
     return {
         "model": config.model.preset or f"{config.model.width}x{config.model.depth}",
-        "program": f"vitruvius (ZeRO-{config.parallel.zero_stage})" if record is ours else program.name,
+        "program": f"vitruvius ({_kind(config, program)})" if record is ours else program.name,
         "ranks": program.ranks,
         "threads_per_rank": program.threads,
         "global_batch": images,

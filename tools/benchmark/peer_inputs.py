@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from engine.assemble import cut_into_stages
 from engine.config import Config
 from engine.device import set_matmul
+from engine.objectives import make_objective
 from model import VisionTransformer
 from tools.benchmark.eager_vit import EagerSizes, EagerViT, name_in_vitruvius
 from tools.benchmark.peer_programs import Task
@@ -20,11 +22,11 @@ _LR = 1e-4
 _DISTINCT = 2  # batches that the steps go through in turn
 
 
-def make_task(config: Config, ranks: int, flags: Sequence[str], folder: Path) -> Task:
-    """What all programs train; weights and images are files in `folder`."""
+def make_task(config: Config, shares: int, flags: Sequence[str], folder: Path) -> Task:
+    """What all programs train; weights and images are files in `folder`. shares: data-parallel ranks."""
     sizes = EagerSizes.of(config.model.sizes)
     _save_weights(config, sizes, folder / "weights.npz")
-    _save_batches(config, ranks, folder / "batches.npz")
+    _save_batches(config, shares, folder / "batches.npz")
     return Task(
         program="",
         sizes=asdict(sizes),
@@ -36,11 +38,24 @@ def make_task(config: Config, ranks: int, flags: Sequence[str], folder: Path) ->
         weight_decay=config.optimizer.weight_decay,
         weights=str(folder / "weights.npz"),
         batches=str(folder / "batches.npz"),
-        shares=ranks,
+        shares=shares,
         distinct=_DISTINCT,
         flags=list(flags),
         settings={},
     )
+
+
+def pipeline_settings(config: Config, ranks: int) -> dict[str, Any]:
+    """Of the engine's pipeline of `ranks`, what another needs to be cut alike."""
+    count = config.num_micro_batches(config.grid_shape(ranks))
+    stages = config.pipeline(config.grid_shape(ranks)).schedule(count).num_stages
+    cut = cut_into_stages(make_objective(config).layers, stages)
+    return {
+        "schedule": config.parallel.schedule,
+        "virtual_stages": stages // ranks,
+        "micro_batches": count,
+        "cut": [(layers.start, layers.stop) for layers in cut],
+    }
 
 
 def _save_weights(config: Config, sizes: EagerSizes, file: Path) -> None:
@@ -53,13 +68,13 @@ def _save_weights(config: Config, sizes: EagerSizes, file: Path) -> None:
     np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
-def _save_batches(config: Config, ranks: int, file: Path) -> None:
-    """Random images and labels, cut into the ranks' shares."""
+def _save_batches(config: Config, shares: int, file: Path) -> None:
+    """Random images and labels, cut into shares."""
     sizes, generator = config.model.sizes, torch.Generator().manual_seed(config.train.seed)
-    share = config.train.global_batch_size // ranks
+    share = config.train.global_batch_size // shares
     arrays: dict[str, Any] = {}
     for number in range(_DISTINCT):
-        for rank in range(ranks):
+        for rank in range(shares):
             images = torch.randn(share, sizes.channels, *sizes.image, generator=generator)
             labels = torch.randint(sizes.classes, (share,), generator=generator)
             arrays |= {f"images_{number}_{rank}": images.numpy(), f"labels_{number}_{rank}": labels.numpy()}

@@ -26,6 +26,7 @@ Step = Callable[[int], float]  # number of the step -> loss of this rank's image
 PROGRAMS = {
     "vitruvius": ("tools.benchmark.peer_vitruvius", "vitruvius"),
     "eager": ("tools.benchmark.peer_torch", "eager"),
+    "torch_pipeline": ("tools.benchmark.peer_pipeline", "torch_pipeline"),
     "fsdp2": ("tools.benchmark.peer_torch", "fsdp2"),
     "deepspeed": ("tools.benchmark.peer_deepspeed", "deepspeed"),
 }
@@ -38,7 +39,8 @@ class Task:
     Attributes:
         program: one of PROGRAMS. sizes: of EagerViT. dtype: fp32 or bf16. matmul: onednn or mkl. lr, betas, eps,
             weight_decay: of AdamW. weights, batches: .npz files, read one array at a time. shares: pieces that a global
-            batch is stored in. distinct: batches there are. flags: of the engine. settings: of the program alone.
+            batch is stored in, one per data-parallel rank. distinct: batches there are. flags: of the engine.
+            settings: of the program alone.
     """
 
     program: str
@@ -61,7 +63,8 @@ class Task:
         import numpy as np
         import torch
 
-        own = range(self.shares) if os.environ["WORLD_SIZE"] == "1" else [int(os.environ["RANK"])]
+        rank, alone = int(os.environ["RANK"]), os.environ["WORLD_SIZE"] == "1"
+        own = range(self.shares) if alone else [rank % self.shares]  # pipeline ranks lie outside of data ranks
         with np.load(self.batches) as file:
             for number in range(self.distinct):
                 images, labels = ([file[f"{kind}_{number}_{share}"] for share in own] for kind in ("images", "labels"))

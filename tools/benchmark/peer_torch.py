@@ -28,7 +28,7 @@ def eager(task: Task) -> Step:
     """One process; bf16 by autocast, with fp32 weights."""
     set_matmul(task)
     model = EagerViT(EagerSizes(**task.sizes))
-    _fill(model, task)
+    fill(model, task)
     low = partial(torch.autocast, "cpu", torch.bfloat16)
     return _plain_step(model, task, low if task.dtype == "bf16" else nullcontext)
 
@@ -50,7 +50,7 @@ def fsdp2(task: Task) -> Step:
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=task.settings["reshard_after_forward"])
     if task.settings["prefetch"]:
         _prefetch([block for block in model.blocks if isinstance(block, FSDPModule)])
-    _fill(model.to_empty(device="cpu"), task)
+    fill(model.to_empty(device="cpu"), task)
     return _plain_step(model, task)
 
 
@@ -95,7 +95,7 @@ def initial(task: Task, name: str) -> Tensor:
 
 
 @torch.no_grad()
-def _fill(model: nn.Module, task: Task) -> None:
+def fill(model: nn.Module, task: Task) -> None:
     """Initial weights into whole parameters, or into this rank's rows of those that FSDP2 has cut along dim 0."""
     for name, parameter in model.named_parameters():
         whole = initial(task, name)

@@ -23,8 +23,11 @@ def vitruvius(task: Task) -> Step:
     set_matmul(config.precision, device)
     process_group.start(world, device, config.parallel.timeout)
     stepper = Stepper(assemble(config, grid_of(config, world, device), device))
+    size = config.train.micro_batch_size
+    assert size is not None
     batches = [
-        [Batch(images, labels, sample_ids=torch.arange(len(labels)), weights=torch.ones(len(labels)))]
+        [Batch(x, y, sample_ids=torch.arange(len(y)), weights=torch.ones(len(y)))
+         for x, y in zip(images.split(size), labels.split(size), strict=True)]
         for images, labels in task.own_batches()
-    ]
+    ]  # fmt: skip
     return lambda number: stepper.train_step(batches[number % len(batches)], task.lr).loss
