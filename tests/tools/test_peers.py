@@ -17,6 +17,7 @@ from parallel.process_group import World
 from tools.benchmark import peers
 from tools.benchmark.eager_vit import EagerSizes, EagerViT, name_in_vitruvius, parameter_groups
 from tools.benchmark.peer_coordinator import PEERS, check_plain
+from tools.benchmark.peer_pipeline import Piece
 from tools.benchmark.turns import Program, ProgramFailedError, started
 
 ROOT = Path(__file__).parents[2]
@@ -26,6 +27,9 @@ MODEL = {
     "block": "sequential", "position": "learned_1d", "pool": "cls", "bias": True, "qk_norm": False,
 }  # fmt: skip
 FLAGS = [f"--model.{name}={str(value).lower()}" for name, value in MODEL.items()]
+PIPELINE = [
+    "--parallel.pipeline_parallel_size", "2", "--parallel.schedule", "zb_v", "--train.global_batch_size", "8",
+]  # fmt: skip
 FIELDS = {
     "model", "program", "ranks", "threads_per_rank", "global_batch", "dtype", "matmul", "step_time_ms",
     "images_per_second", "time_over_vitruvius", "peak_memory_MiB_per_rank", "imports_MiB_per_rank",
@@ -57,6 +61,30 @@ def test_all_programs_do_the_same_mathematics(against: str, tmp_path: Path) -> N
     losses = [line.split()[1:] for line in done.stdout.splitlines()[2:6]]
     assert all(len(step) == len(rows) for step in losses)
     assert len({step[0] for step in losses}) == 4, "the weights change from step to step"
+
+
+@pytest.mark.slow
+def test_the_pipeline_of_torch_does_the_same_mathematics(tmp_path: Path) -> None:
+    flags = ["--against", "torch_pipeline", "--rounds", "2", *FLAGS, "--model.depth", "3", *PIPELINE]
+    peers.main([*flags, "--train.micro_batch_size", "2", "--json", str(tmp_path / "rows.json")], World())
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["program"] for row in rows] == ["vitruvius (zb_v)", "torch_pipeline"]
+    for row in rows:
+        assert row.keys() >= FIELDS
+        assert row["largest_loss_difference"] < 1e-4
+
+
+def test_the_pieces_of_a_pipeline_are_the_eager_model() -> None:
+    sizes = EagerSizes.of(small().model.sizes)
+    whole, pieces = EagerViT(sizes), [Piece(sizes, range(*cut)) for cut in ((0, 1), (1, 2), (2, 4))]
+    weights = whole.state_dict()
+    for piece in pieces:
+        piece.load_state_dict({name: weights[name] for name in piece.state_dict()})
+    assert sum(len(piece.state_dict()) for piece in pieces) == len(weights)
+    x = images = torch.randn(2, 3, 32, 32)
+    for piece in pieces:
+        x = piece(x)
+    assert torch.equal(x, whole(images))
 
 
 def test_the_eager_model_is_ours() -> None:
@@ -92,6 +120,10 @@ def test_other_models_are_refused(change: dict[str, object]) -> None:
         (["--against", "fsdp2"], World(rank=0, size=2, local_rank=0, local_size=2), "without a launcher"),
         (["--against", "fsdp2", "--rounds", "1"], World(), "at least 2"),
         (["--against", "fsdp2", "--parallel.pipeline_parallel_size", "2", *FLAGS], World(), "data parallelism"),
+        (["--against", "torch_pipeline", *FLAGS], World(), "--parallel.pipeline_parallel_size 2"),
+        (["--against", "torch_pipeline,fsdp2", *PIPELINE, *FLAGS], World(), "alone"),
+        (["--against", "torch_pipeline", *PIPELINE[:2], "--parallel.schedule", "zb_h1", *FLAGS], World(), "zb_v"),
+        (["--against", "torch_pipeline", *PIPELINE, "--precision.dtype", "bf16", *FLAGS], World(), "fp32"),
         (["--against", "deepspeed", "--peers-python", "nowhere/python", *FLAGS], World(), "make peers"),
     ],
 )

@@ -27,7 +27,7 @@ BENCHMARKS = {
     "sweep": "many layouts in turn, a line of JSON for each run; two sweeps compared",
     "schedules": "pipeline schedules on paper: step time, bubble and memory, with jitter and by either policy",
     "pipeline": "schedules with stages that sleep, against formulas; the cost of an action, against torch's",
-    "peers": "the same step against plain eager PyTorch, DDP, FSDP2 and DeepSpeed",
+    "peers": "the same step against plain eager PyTorch, DDP, FSDP2, DeepSpeed, torch's pipelines",
     "checkpoint": "saving and loading a state against the disk's rate and torch.distributed.checkpoint",
     "reshard": "a checkpoint cut for a layout: what that costs, and what loading gains",
     "convert": "weights converted between formats: rate against the disk's, and memory",

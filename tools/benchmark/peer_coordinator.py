@@ -189,10 +189,11 @@ def take_turns(running: Sequence[Running], rounds: int) -> dict[str, Record]:
 
 
 def _programs(options: Options, config: Config, task: Task) -> list[Program]:
-    """The engine, one process of eager PyTorch with all threads, and the peers asked for."""
+    """The engine, one process of eager PyTorch with all threads (beside shards), and the peers asked for."""
     threads = max(1, len(os.sched_getaffinity(0)) // options.ranks)
     stages = pipeline_settings(config, options.ranks) if config.grid_shape(options.ranks).pipeline > 1 else {}
-    peers = {"vitruvius": Peer("vitruvius"), "eager": Peer("eager"), **{name: PEERS[name] for name in options.against}}
+    peers = {"vitruvius": Peer("vitruvius"), **({} if stages else {"eager": Peer("eager")})}
+    peers |= {name: PEERS[name] for name in options.against}
     return [
         Program(
             name=name,

@@ -13,6 +13,7 @@ import torch
 from engine.assemble import cut_into_stages
 from engine.config import Config
 from engine.device import set_matmul
+from engine.frozen import frozen_of
 from engine.objectives import make_objective
 from model import VisionTransformer
 from tools.benchmark.eager_vit import EagerSizes, EagerViT, name_in_vitruvius
@@ -48,11 +49,12 @@ def make_task(config: Config, shares: int, flags: Sequence[str], folder: Path) -
 def pipeline_settings(config: Config, ranks: int) -> dict[str, Any]:
     """Of the engine's pipeline of `ranks`, what another needs to be cut alike."""
     count = config.num_micro_batches(config.grid_shape(ranks))
-    stages = config.pipeline(config.grid_shape(ranks)).schedule(count).num_stages
-    cut = cut_into_stages(make_objective(config).layers, stages)
+    placed = config.pipeline(config.grid_shape(ranks)).schedule(count).stage_to_rank
+    layers = make_objective(config).layers
+    cut = cut_into_stages(layers, frozen_of(config, layers).passes, placed)
     return {
         "schedule": config.parallel.schedule,
-        "virtual_stages": stages // ranks,
+        "virtual_stages": len(placed) // ranks,
         "micro_batches": count,
         "cut": [(layers.start, layers.stop) for layers in cut],
     }

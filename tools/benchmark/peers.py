@@ -16,6 +16,9 @@ Our ZeRO-3 (or --parallel.zero_stage N) against FSDP2 and DeepSpeed's ZeRO-3 (af
 this starts itself:
     python -m tools.benchmark peers --against fsdp2,fsdp2_keep,deepspeed --model.preset vit_s16 \
         --train.global_batch_size 16
+A pipeline against torch.distributed.pipelining's of the same stages and schedule (1f1b, interleaved or zb_v):
+    python -m tools.benchmark peers --against torch_pipeline --model.preset vit_s16 --train.global_batch_size 16 \
+        --train.micro_batch_size 2 --parallel.pipeline_parallel_size 2 --parallel.schedule interleaved
 """
 
 from __future__ import annotations

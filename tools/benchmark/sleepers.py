@@ -126,6 +126,10 @@ class Sleepers:
         self._recorder = Recorder(_CPU)
         self._executors: dict[Case, PipelineExecutor] = {}
 
+    def together(self, case: Case) -> Pass:
+        """One pass, of all ranks; the same on each. Collective."""
+        return Pass.of(comm.gather_objects(self.run(case), self._grid.world))
+
     def run(self, case: Case) -> tuple[float, float, float]:
         """One pass: this rank's busy seconds, its start and its end. Collective."""
         executor = self._executors.get(case)
