@@ -34,6 +34,8 @@ DISTRIBUTED = {
     # yardsticks, programs of their own that share no process with the engine
     "tools/benchmark/peer_torch.py": "torch.distributed",
     "tools/benchmark/peer_deepspeed.py": "torch.distributed",
+    "tools/benchmark/peer_pipeline.py": "torch.distributed",
+    "tools/benchmark/toys_torch.py": "torch.distributed",
     "tools/benchmark/checkpoint_ways.py": "torch.distributed.checkpoint",  # beside the engine, in its process group
 }
 
