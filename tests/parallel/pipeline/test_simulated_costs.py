@@ -158,7 +158,7 @@ def test_ready_under_jitter(p: int, m: int) -> None:
     """By 10 % faster than 1F1B in order, of which its own part is told by what the same schedule takes in order."""
     one_f_one_b = mean_step("1f1b", p, m, "static")
     assert mean_step("1f1b", p, m, "ready") < one_f_one_b
-    for name, gain in [("zb_h1", 0.0), ("zb_v", 0.015), ("v_half", 0.015)]:
+    for name, gain in [("zb_h1", 0.0), ("zb_v", 0.01), ("v_half", 0.01)]:
         ready = mean_step(name, p, m, "ready")
         assert ready < 0.9 * one_f_one_b
         assert ready <= (1 - gain) * mean_step(name, p, m, "static")
