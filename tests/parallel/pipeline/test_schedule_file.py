@@ -1,6 +1,7 @@
 """Schedules from CSV files: what is read back is what was written, and each fault is named by its cell."""
 
 import os
+import random
 import re
 from pathlib import Path
 
@@ -128,6 +129,34 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
         for read_it in (lambda path: build_schedule(path, 2, 2), fingerprint):
             with pytest.raises(ScheduleError, match=f"parallel.schedule .*{name}.* {why}"):
                 read_it(str(tmp_path / name))
+
+
+def test_whatever_is_written_is_run_or_refused(tmp_path: Path) -> None:
+    """Cells taken out, put in, exchanged, changed: a schedule that holds, or one error that begins as all do."""
+    draw = random.Random(0)
+    refused = 0
+    for text in [to_csv(build_schedule(name, 2, 3)) for name in ("1f1b", "zb_v")] + [
+        to_csv(compute_order("zb_v", 2, 3))
+    ]:
+        for _ in range(100):
+            rows = [line.split(",") for line in text.splitlines()]
+            row, other = draw.choice(rows), draw.choice(rows)
+            i, j = draw.randrange(len(row)), draw.randrange(len(other))
+            match draw.randrange(4):
+                case 0:
+                    row[i] = draw.choice(["", ",", "0", "0F", "1W9", "-1F0", "9F0", "\0", "0F0 0F1", row[i] * 2])
+                case 1:
+                    row[i], other[j] = other[j], row[i]
+                case 2:
+                    row.insert(i, other[j])
+                case 3:
+                    row.insert(i, row.pop(draw.randrange(len(row))))
+            try:
+                assert read(tmp_path, "\n".join(map(",".join, rows)), 2, 3)
+            except ScheduleError as error:
+                assert str(error).startswith("parallel.schedule "), error
+                refused += 1
+    assert 200 < refused < 300
 
 
 def test_fingerprint_is_of_what_a_file_says(tmp_path: Path) -> None:

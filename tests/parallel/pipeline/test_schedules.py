@@ -104,6 +104,20 @@ def test_interleaved_order() -> None:
     assert compute_order("interleaved", 2, 4).ranks == Schedule.from_text(expected, stage_to_rank=(0, 1, 0, 1)).ranks
 
 
+@pytest.mark.parametrize(("p", "m", "v"), [(1, 3, 2), (2, 4, 2), (3, 6, 4), (4, 12, 2), (5, 5, 3)])
+def test_interleaved_is_megatrons(p: int, m: int, v: int) -> None:
+    """By the rule that Megatron-LM gives for the k-th forward and backward of a rank, and for how many come first."""
+    for rank, program in enumerate(compute_order("interleaved", p, m, v).ranks):
+        expected = []
+        warm_up = min(2 * (p - rank - 1) + (v - 1) * p, m * v)
+        for k in range(warm_up + m * v):
+            for kind, number in (("F", k), ("B", k - warm_up)):
+                if 0 <= number < m * v:
+                    chunk, micro_batch = number % (p * v) // p, number // (p * v) * p + number % p
+                    expected.append(f"{(chunk if kind == 'F' else v - 1 - chunk) * p + rank}{kind}{micro_batch}")
+        assert list(map(str, program)) == expected
+
+
 @pytest.mark.parametrize("placement", [None, (0, 1, 2, 0, 1, 2), (0, 1, 2, 2, 1, 0), (0, 0, 1, 2)])
 @pytest.mark.parametrize("m", [1, 2, 3, 4, 7])
 def test_forward_only(placement: tuple[int, ...] | None, m: int) -> None:
