@@ -208,15 +208,16 @@ def behind(world: World) -> None:
     for shared in (True, False):
         for ready in (True, False):
             grid, post, lane = outline(world, shared=shared, ready=ready)
-            sent = [message(lane, m) for m in range(MANY)]
             barrier(grid.pipeline)
             start = time.monotonic()
             if world.rank == 0:
                 for m in range(MANY):
-                    lane.send(m, sent[m])
-                assert (time.monotonic() - start > 0.3) is not ready, (shared, ready)
-            else:
-                time.sleep(0.4)
+                    lane.send(m, message(lane, m))
+                assert ready or time.monotonic() - start > 0.3, shared
+            if ready:
+                barrier(grid.pipeline)  # all is sent
+            if world.rank == 1:
+                time.sleep(0 if ready else 0.4)
                 for m in range(MANY):
                     lane.expect(m)
                     check(lane, m)
