@@ -276,9 +276,9 @@ def _check(case: Case, grid: Grid) -> Ran:
     return ran
 
 
-def _check_all(world: World, shape: GridShape, cases: Sequence[Case]) -> list[bool]:
+def _check_all(world: World, shape: GridShape, cases: Sequence[Case], *, shared_memory: bool = True) -> list[bool]:
     """Whether a rank ran each case in another order than that of its program."""
-    grid = make_grid(shape, world)
+    grid = make_grid(shape, world, shared_memory=shared_memory)
     changed = []
     for case in cases:
         ran = _check(case, grid)
@@ -355,9 +355,14 @@ def test_stages_are_reduced_in_one_order_by_data_ranks_that_choose_for_themselve
     assert run_ranks(4, _check_all, GridShape(pipeline=2, data=2), [case])[0] == [True]
 
 
+def _check_over_both(world: World, shape: GridShape, cases: Sequence[Case]) -> list[bool]:
+    """Through shared memory, and the last of them through gloo."""
+    return _check_all(world, shape, cases) + _check_all(world, shape, cases[-2:], shared_memory=False)
+
+
 def test_ranks_with_collectives_in_their_stages_follow_one() -> None:
     cases = [Case(build_schedule(name, 2, 5), "ready", jitter=3e-3) for name in NAMES]
-    changed = run_ranks(4, _check_all, GridShape(pipeline=2, tensor=2), cases)
+    changed = run_ranks(4, _check_over_both, GridShape(pipeline=2, tensor=2), cases)
     assert changed[0] == changed[1] and changed[2] == changed[3] and any(map(any, changed))
 
 
