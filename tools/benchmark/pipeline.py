@@ -18,6 +18,8 @@ Stages that do next to nothing, under this engine's executor and under torch.dis
     python -m tools.benchmark pipeline --against torch --schedule 1f1b,interleaved,zb_v --micro-batches 8,16
     python -m tools.benchmark pipeline --against torch --stage linear --rows 1024 --width 256 --passes 3
 
+    python -m tools.benchmark pipeline --against torch --stage empty   (this engine alone: torch's cannot be empty)
+
     us_per_action, cpu_us     of a pass, slowest rank, over the rank's F, B, I and W; processor time of a rank alike
     over_static               pass time over that of this engine's static policy: median of neighbours
     grown_MiB                 what a rank's memory grew by beyond what it had before anything was made for the schedule
@@ -222,8 +224,10 @@ def _against_torch(options: argparse.Namespace) -> list[Row]:
     with _refusing():
         for toy in toys:
             build_schedule(toy.schedule, options.ranks, toy.micro_batches, toy.virtual_stages)
-    with _ranks(["vitruvius", "torch"], options.ranks) as (ours, torch):
-        alternatives = [(f"vitruvius {policy}", ours, policy) for policy in policies] + [("torch", torch, "static")]
+    kinds = ["vitruvius"] if options.stage == "empty" else ["vitruvius", "torch"]
+    with _ranks(kinds, options.ranks) as (ours, *others):
+        alternatives = [(f"vitruvius {policy}", ours, policy) for policy in policies]
+        alternatives += [("torch", ranks, "static") for ranks in others]
         rounds = [
             {(toy, name): _toy_pass(ranks, replace(toy, policy=policy), options.passes)
              for toy in toys for name, ranks, policy in alternatives}

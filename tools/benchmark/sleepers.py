@@ -146,7 +146,7 @@ class Sleepers:
 
     def _executor(self, case: Case) -> PipelineExecutor:
         schedule, axis = case.program(), self._grid.pipeline
-        times, postponed = case.costs(schedule).durations(schedule), _Postponed()
+        times, postponed = case.costs(schedule).durations(schedule), Postponed()
         return PipelineExecutor(
             schedule,
             {s: _Stage(s, case.micro_batches, times, postponed) for s in schedule.stages_of(axis.index)},
@@ -158,7 +158,7 @@ class Sleepers:
         )
 
 
-class _Postponed:
+class Postponed:
     """Weight gradients that are put off (parallel.pipeline.local_stage.Deferrer)."""
 
     def __init__(self) -> None:
@@ -185,7 +185,7 @@ class _Stage(nn.Module):
     """Sleeps in its forward, and in its backward what the kind of the backward takes."""
 
     def __init__(
-        self, number: int, micro_batches: int, times: dict[ActionKind, list[float]], postponed: _Postponed
+        self, number: int, micro_batches: int, times: dict[ActionKind, list[float]], postponed: Postponed
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(()))

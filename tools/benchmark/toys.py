@@ -1,7 +1,8 @@
 """The toy pipeline by which executors are compared: stages that do next to nothing, so that what is left is the cost of
 running them. Here what both sides have in common, and ours; `toys_torch` has the other.
 
-A stage multiplies its input by a vector of weights (`scale`), or by a matrix (`linear`).
+A stage multiplies its input by a vector of weights (`scale`) or by a matrix (`linear`), or hands it on (`empty`, which
+torch's cannot: their weights must have gradients).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +27,9 @@ from parallel.pipeline.simulation import Policy
 from parallel.process_group import World
 from parallel.sharding import ParameterStore
 from parallel.tensor import ColumnParallelLinear, no_tensor_parallel
+from tools.benchmark.sleepers import Postponed
 
-STAGES = ("scale", "linear")
+STAGES = ("scale", "linear", "empty")
 TORCH_SCHEDULES = ("1f1b", "interleaved", "zb_v")  # that both sides have
 _CPU = torch.device("cpu")
 _WARMUP = 3
@@ -84,7 +87,7 @@ class Toys:
         schedule = build_schedule(toy.schedule, axis.size, toy.micro_batches, toy.virtual_stages)
         stages = {number: _Stage(toy) for number in schedule.stages_of(axis.index)}
         layers = [[(str(number), stage)] for number, stage in stages.items()]
-        store = ParameterStore(layers, grid=self._grid, device=_CPU, seed=0)
+        store = ParameterStore(layers, grid=self._grid, device=_CPU, seed=0) if toy.stage != "empty" else None
         spec = TensorSpec((toy.rows, toy.width))
         executor = PipelineExecutor(
             schedule,
@@ -92,15 +95,17 @@ class Toys:
             [(), *[(spec,)] * (schedule.num_stages - 1)],
             axis=axis,
             device=_CPU,
-            deferrer=store.gradients,
+            deferrer=store.gradients if store is not None else Postponed(),
             policy=toy.policy,
         )
         batch = torch.ones(toy.micro_batches * toy.rows, toy.width)
 
         def run() -> None:
-            store.gradients.start(toy.micro_batches)
+            if store is not None:
+                store.gradients.start(toy.micro_batches)
             executor.run(batch.chunk(toy.micro_batches), lambda outputs, _: outputs[0].sum())
-            store.gradients.finish()
+            if store is not None:
+                store.gradients.finish()
 
         return run
 
@@ -108,8 +113,14 @@ class Toys:
 class _Stage(nn.Module):
     def __init__(self, toy: Toy) -> None:
         super().__init__()
-        linear = toy.stage == "linear"
-        self.layer = ColumnParallelLinear(toy.width, (toy.width,), tp=no_tensor_parallel()) if linear else _Scale(toy)
+        self.layer: nn.Module
+        match toy.stage:
+            case "linear":
+                self.layer = ColumnParallelLinear(toy.width, (toy.width,), tp=no_tensor_parallel())
+            case "scale":
+                self.layer = _Scale(toy)
+            case _:
+                self.layer = _Empty()
 
     def forward(self, inputs: tuple[Tensor, ...], micro_batch: Tensor) -> tuple[Tensor, ...]:
         return (self.layer(inputs[0] if inputs else micro_batch),)
@@ -123,6 +134,26 @@ class _Scale(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.scale
+
+
+class _Empty(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = _HandOn.apply(x, self.weight)
+        return y
+
+
+class _HandOn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
 
 
 def measure(run: Callable[[], object], passes: int, barrier: Callable[[], object], before: int) -> Costs:
