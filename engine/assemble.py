@@ -30,7 +30,7 @@ from parallel.comm import Axis
 from parallel.fp8 import Fp8Recipe, Fp8Registry, enable_fp8
 from parallel.grid import Grid, make_grid
 from parallel.layout import ParameterInfo
-from parallel.pipeline import Placement, Schedule, Timeline, balance, partition, validate
+from parallel.pipeline import Placement, Schedule, Timeline, balance, partition
 from parallel.pipeline.execution import PipelineExecutor, Policy, TensorSpec
 from parallel.pipeline.lanes import Post, open_post
 from parallel.process_group import World
@@ -226,23 +226,18 @@ def assemble(
     device: torch.device,
     objective: Objective | None = None,
     device_memory: float | None = None,
-    schedule: Schedule | None = None,
 ) -> Assembly:
     """Build this rank's share.
 
     Args:
         config: resolved for this world. grid: its groups made. device: of this rank.
         objective: the configuration's, if it was made already. device_memory: bytes of this rank's device, or of its
-            share of the host (default: all of it); what goes by it goes by the least of all ranks. schedule: instead of
-            the configuration's, its communication inserted.
+            share of the host (default: all of it); what goes by it goes by the least of all ranks.
     """
     objective = objective or make_objective(config)
     layers = objective.layers
     tp = TensorParallel(axis=grid.tensor, sequence_parallel=config.parallel.sequence_parallel)
-    if schedule is None:
-        schedule = config.pipeline(grid.shape).schedule(config.num_micro_batches(grid.shape))
-    else:
-        validate(schedule)
+    schedule = config.pipeline(grid.shape).schedule(config.num_micro_batches(grid.shape))
     frozen = frozen_of(config, layers)
     placement = Placement.of(schedule, cut_into_stages(layers, frozen.passes, schedule.stage_to_rank))
     precision = precision_of(config.precision, layers)

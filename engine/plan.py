@@ -22,7 +22,6 @@ from engine.assemble import Assembly, assemble
 from engine.config import Config
 from model import MicroBatch
 from parallel.grid import GridShape, planned_grid
-from parallel.pipeline import Schedule
 from parallel.pipeline.actions import ActionKind, peak_activations
 
 META = torch.device("meta")
@@ -95,19 +94,17 @@ def states(assembly: Assembly) -> dict[str, int]:
     return held
 
 
-def plan_memory(
-    config: Config, shape: GridShape, rank: int, device_memory: float, schedule: Schedule | None = None
-) -> MemoryPlan:
+def plan_memory(config: Config, shape: GridShape, rank: int, device_memory: float) -> MemoryPlan:
     """What `rank` of a world of this shape would hold.
 
     Args:
         config: resolved for that world. device_memory: bytes of a rank's device, which
-            parallel.reshard_after_forward: auto looks at. schedule: instead of the configuration's.
+            parallel.reshard_after_forward: auto looks at.
     """
     if config.kernels != "reference":
         config = replace(config, kernels="native")  # the shapes of what they make are known without them
     grid = planned_grid(shape, rank)
-    assembly = assemble(config, grid, META, device_memory=device_memory, schedule=schedule)
+    assembly = assemble(config, grid, META, device_memory=device_memory)
     return MemoryPlan(
         stages=tuple(assembly.stages),
         states=states(assembly),

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import cycle, product
+from pathlib import Path
 from typing import Any
 
 from data import DataConfig
 from engine.config import Config, OptimizerConfig, PrecisionConfig, ScheduleConfig, TrainConfig
 from model import ModelConfig, StageConfig
 from parallel.config import ParallelConfig
-from parallel.pipeline import Action, ActionKind, Schedule, forward_only, insert_communication
 
 STEPS = 10
 GLOBAL_BATCH = 16
@@ -95,7 +95,9 @@ class Case:
     precision: str = "fp32"
     ema: float | None = None
     freeze: tuple[str, ...] = ()
-    placement: tuple[int, ...] = ()  # rank of each stage, where ranks hold several; then `schedule` is not used
+    virtual: int | None = None  # parallel.virtual_stages
+    policy: str = "static"
+    batch: int = GLOBAL_BATCH
 
     def __str__(self) -> str:
         sp = "sp" if self.sequence_parallel else ""
@@ -107,8 +109,9 @@ class Case:
         how += f"-gather{self.gather}" if self.gather else ""
         how += ("-narrow" if self.gradients == "weights" else "") + (f"-ema{self.ema}" if self.ema else "")
         how += f"-frozen[{','.join(self.freeze)}]" if self.freeze else ""
-        schedule = f"on{''.join(map(str, self.placement))}" if self.placement else self.schedule
+        schedule = f"{Path(self.schedule).stem}{self.virtual or ''}{'ready' if self.policy == 'ready' else ''}"
         layout = f"t{self.tensor}{sp}-p{self.pipeline}{schedule}-d{self.data}{cp}-m{self.micro_batches}"
+        layout += f"-b{self.batch}" if self.batch != GLOBAL_BATCH else ""
         return f"{self.model}-{layout}{how}"
 
     @property
@@ -121,12 +124,13 @@ class Case:
         """What its numbers are held against."""
         return Case(
             self.model, depth=self.depth, optimizer=self.optimizer, precision=self.precision, ema=self.ema,
-            freeze=self.freeze,
+            freeze=self.freeze, batch=self.batch,
         )  # fmt: skip
 
-    def schedule_by_hand(self) -> Schedule | None:
-        """That of `placement`."""
-        return by_stages(self.placement, self.micro_batches) if self.placement else None
+    @property
+    def by_1f1b(self) -> Case:
+        """The same layout under the schedule that others are held against."""
+        return replace(self, schedule="1f1b", virtual=None, policy="static")
 
     def config(self, **train: Any) -> Config:
         """The resolved configuration of the case; keyword arguments override the `train` group."""
@@ -138,7 +142,9 @@ class Case:
                 sequence_parallel=self.sequence_parallel,
                 pipeline_parallel_size=self.pipeline,
                 context_parallel_size=self.context,
-                schedule=self.schedule,  # type: ignore[arg-type]
+                schedule=self.schedule,
+                virtual_stages=self.virtual,
+                schedule_policy=self.policy,  # type: ignore[arg-type]
                 zero_stage=self.zero,  # type: ignore[arg-type]
                 reduce_gradients=self.reduce,  # type: ignore[arg-type]
                 gradient_dtype=self.gradients,  # type: ignore[arg-type]
@@ -147,8 +153,8 @@ class Case:
                 bucket_mib=_EVERY_LAYER,
             ),
             train=TrainConfig(
-                global_batch_size=GLOBAL_BATCH,
-                micro_batch_size=GLOBAL_BATCH // self.data // self.micro_batches,
+                global_batch_size=self.batch,
+                micro_batch_size=self.batch // self.data // self.micro_batches,
                 steps=STEPS,
                 loss=LOSSES[self.model],  # type: ignore[arg-type]
                 freeze=self.freeze,
@@ -172,21 +178,6 @@ class Case:
         return config.resolve(self.ranks)
 
 
-def by_stages(placement: Sequence[int], micro_batches: int) -> Schedule:
-    """All forwards, one stage after the other, then all backwards; any number of stages per rank."""
-    forward = forward_only(max(placement) + 1, micro_batches, stage_to_rank=placement)
-    programs = [
-        [*program, *(Action(ActionKind.BACKWARD, a.stage, a.micro_batch) for a in sorted(program, key=_backwards))]
-        for program in forward.ranks
-    ]
-    return insert_communication(replace(forward, name="by stages", ranks=tuple(map(tuple, programs))))
-
-
-def _backwards(action: Action) -> tuple[int, int]:
-    assert action.micro_batch is not None
-    return -action.stage, action.micro_batch
-
-
 def cases(ranks: int) -> list[Case]:
     """Every layout of this many ranks, for every isotropic model (the mixed one on at most two ranks), those of
     _FAMILY_LAYOUTS for the attention kinds, pyramids and uneven heads, several stages per rank, frozen parts, and
@@ -196,37 +187,46 @@ def cases(ranks: int) -> list[Case]:
     return [*_isotropic(ranks), *_family(ranks), *(case for known in several for case in known.get(ranks, ()))]
 
 
-# in turn, and as a V, where neighbours meet on a rank, which holds the first and the last stage
+# Several stages on a rank, which may hold the first and the last; backwards in two parts; by readiness; numbers of
+# micro-batches that no number of ranks divides; a schedule from a file, with stages of a rank out of turn.
+_TWELVE = {"batch": 12, "micro_batches": 6}
+BY_HAND = str(Path(__file__).with_name("by_hand.csv"))
 _STAGES = {
     2: [
-        Case("parallel", pipeline=2, micro_batches=4, placement=(0, 1, 0, 1)),
-        Case("sequential", pipeline=2, micro_batches=2, placement=(0, 1, 1, 0)),
-        Case("pyramid", pipeline=2, micro_batches=2, placement=(0, 1, 1, 0, 0)),
+        Case("parallel", pipeline=2, micro_batches=4, schedule="interleaved", policy="ready"),
+        Case("sequential", pipeline=2, micro_batches=2, schedule="zb_v"),
+        Case("pyramid", pipeline=2, batch=12, micro_batches=3, schedule=BY_HAND),
+        Case("kinds", pipeline=2, batch=12, micro_batches=3, schedule="interleaved", virtual=3),
     ],
     4: [
-        Case("parallel", pipeline=2, data=2, micro_batches=4, placement=(0, 1, 0, 1), zero=3),
-        Case("kinds", tensor=2, sequence_parallel=True, pipeline=2, micro_batches=4, placement=(0, 1, 1, 0)),
-        Case("parallel", pipeline=2, context=2, micro_batches=2, placement=(1, 0, 0, 1), zero=1),
+        Case("parallel", pipeline=2, data=2, micro_batches=4, schedule="zb_v", zero=3),
+        Case("kinds", tensor=2, sequence_parallel=True, pipeline=2, micro_batches=4, schedule="v_half", policy="ready"),
+        Case("parallel", pipeline=2, context=2, micro_batches=2, schedule="zb_h2", zero=1),
+        Case("pyramid", pipeline=4, schedule="interleaved", policy="ready", **_TWELVE),
+        Case("pyramid", pipeline=4, schedule="zb_v", **_TWELVE),
+        Case("parallel", pipeline=4, schedule="zb_h1", **_TWELVE),
     ],
-}
+    8: [Case("kinds", tensor=2, sequence_parallel=True, pipeline=4, micro_batches=4, schedule="zb_v", policy="ready")],
+}  # fmt: skip
 
 
 # the front, of which whole stages may be; the middle, through which gradients pass; kinds of parameters
-_FRONT, _MIDDLE, _PARTS = ("embed", "blocks.[01]"), ("blocks.[12]",), ("*.bias", "blocks.*.norm*", "head.fc.weight")
+FRONT, _MIDDLE, _PARTS = ("embed", "blocks.[01]"), ("blocks.[12]",), ("*.bias", "blocks.*.norm*", "head.fc.weight")
 _FROZEN = {
     2: [
-        Case("sequential", pipeline=2, micro_batches=2, freeze=_FRONT),
-        Case("parallel", pipeline=2, micro_batches=2, freeze=_FRONT, placement=(0, 1, 1, 0)),
-        Case("parallel", tensor=2, sequence_parallel=True, freeze=_FRONT, optimizer="muon"),
+        Case("sequential", pipeline=2, micro_batches=2, freeze=FRONT),
+        Case("parallel", pipeline=2, micro_batches=2, freeze=FRONT, schedule="v_half"),
+        Case("parallel", tensor=2, sequence_parallel=True, freeze=FRONT, optimizer="muon"),
         Case("kinds", data=2, micro_batches=2, zero=3, freeze=_MIDDLE),
         Case("sequential", tensor=2, sequence_parallel=True, micro_batches=2, freeze=_PARTS, optimizer="lamb"),
     ],
     4: [
-        Case("pyramid", pipeline=2, data=2, micro_batches=4, zero=2, freeze=(*_FRONT, "merges.0", "blocks.2")),
-        Case("sequential", tensor=2, pipeline=2, micro_batches=4, freeze=_MIDDLE),
+        Case("pyramid", pipeline=2, data=2, micro_batches=4, zero=2, freeze=(*FRONT, "merges.0", "blocks.2"),
+             schedule="zb_h1"),
+        Case("sequential", tensor=2, pipeline=2, micro_batches=4, freeze=_MIDDLE, schedule="zb_v"),
         Case("heads", data=2, context=2, micro_batches=2, zero=1, freeze=_PARTS, ema=0.9),
         Case("swin", data=2, context=2, micro_batches=2, zero=3, freeze=("*.relative_position",)),
-        Case("parallel", pipeline=4, micro_batches=4, freeze=_FRONT),
+        Case("parallel", pipeline=4, micro_batches=4, freeze=FRONT, schedule="zb_h2"),
     ],
 }  # fmt: skip
 
@@ -236,7 +236,7 @@ _OUTER = {
     2: [
         Case("distilled", tensor=2, sequence_parallel=True, micro_batches=2),
         Case("distilled", context=2, micro_batches=2, zero=2),
-        Case("distilled", pipeline=2, micro_batches=2, freeze=("embed", "head.fc")),
+        Case("distilled", pipeline=2, micro_batches=2, freeze=("embed", "head.fc"), schedule="interleaved"),
         Case("beside", tensor=2, micro_batches=2),
         Case("beside", context=2, zero=1),
         Case("beside", data=2, micro_batches=2, zero=3),
@@ -272,8 +272,15 @@ def _family(ranks: int) -> Iterator[Case]:
             yield Case(model, tensor, sequence_parallel, pipeline, data, context, micro_batches=max(pipeline, 2))
 
 
+# Of the schedules, 1F1B and another one for each layout, in turn; those with several stages per rank where there are
+# layers for them. With one micro-batch all of one stage per rank are the same.
+_MOST = ("gpipe", "zb_h1", "zb_h2")
+_OTHERS = {2: (*_MOST, "interleaved", "zb_v", "v_half"), 4: _MOST, 8: _MOST}
+
+
 def _isotropic(ranks: int) -> Iterator[Case]:
     powers = [1, 2, 4, 8]
+    others = {size: cycle(names) for size, names in _OTHERS.items()}
     for tensor, pipeline, data in product(powers, powers, powers):
         if tensor * pipeline * data != ranks:
             continue
@@ -281,9 +288,11 @@ def _isotropic(ranks: int) -> Iterator[Case]:
         options = product(
             ("parallel", "sequential", "mixed") if ranks <= 2 else ("parallel", "sequential"),
             (True, False) if tensor > 1 else (False,),
-            ("1f1b", "gpipe") if pipeline > 1 else ("1f1b",),
             (1, several),
         )
-        for model, sequence_parallel, schedule, micro_batches in options:
-            depth = _DEEP if pipeline == 8 else None
-            yield Case(model, tensor, sequence_parallel, pipeline, data, 1, schedule, micro_batches, depth)
+        depth = _DEEP if pipeline == 8 else None
+        for model, sequence_parallel, micro_batches in options:
+            case = Case(model, tensor, sequence_parallel, pipeline, data, 1, "1f1b", micro_batches, depth)
+            yield case
+            if pipeline > 1 and micro_batches > 1:
+                yield replace(case, schedule=next(others[pipeline]))

@@ -22,7 +22,6 @@ from engine.run.step import Stepper
 from model import ModelConfig
 from parallel import comm
 from parallel.grid import make_grid
-from parallel.pipeline import Schedule
 from parallel.process_group import World
 from parallel.sharding.gather import Buffer, Gatherer
 from tests.parity.cases import STEPS, Case
@@ -102,15 +101,12 @@ def climb(
     config: Config,
     before_training: Callable[[Stepper], None] | None = None,
     steps: int = STEPS,
-    schedule: Schedule | None = None,
     first: int = 0,
     after_training: Callable[[Stepper], None] | None = None,
 ) -> Climb:
-    """Train for some steps and evaluate; the same result on every rank. schedule: instead of the configuration's.
-    first: steps that were done before.
-    """
+    """Train for some steps and evaluate; the same result on every rank. first: steps that were done before."""
     grid = make_grid(config.grid_shape(world.size), world)
-    assembly = assemble(config, grid, torch.device("cpu"), schedule=schedule)
+    assembly = assemble(config, grid, torch.device("cpu"))
     poison(assembly.store.gatherer)
     stepper = Stepper(assembly)
     if before_training is not None:
@@ -173,5 +169,5 @@ def first_batches(config: Config) -> list[tuple[Tensor, Tensor]]:
 
 def climb_all(world: World, cases: Iterable[Case]) -> dict[Case, Climb] | None:
     """Every case one after the other on the same processes; rank 0 returns the results."""
-    results = {case: climb(world, case.config(), schedule=case.schedule_by_hand()) for case in cases}
+    results = {case: climb(world, case.config()) for case in cases}
     return results if world.rank == 0 else None

@@ -41,11 +41,11 @@ PAIRS: list[Pair] = [
         Case("heads", data=2, context=2, micro_batches=2, zero=3, ema=0.9),
     ),
     (
-        Case("parallel", pipeline=2, data=2, micro_batches=4, placement=(0, 1, 0, 1), zero=3),
+        Case("parallel", pipeline=2, data=2, micro_batches=4, schedule="zb_v", zero=3),
         Case("parallel", pipeline=4, micro_batches=4),
     ),
     (
-        Case("distilled", tensor=2, sequence_parallel=True, pipeline=2, micro_batches=4),
+        Case("distilled", tensor=2, sequence_parallel=True, pipeline=2, micro_batches=4, schedule="zb_h2"),
         Case("distilled", data=2, context=2, micro_batches=2, zero=3),
     ),
     (ONE_MUON, replace(ONE_MUON, tensor=2, sequence_parallel=True, pipeline=2, micro_batches=4)),
@@ -56,7 +56,7 @@ PAIRS: list[Pair] = [
     ),
     (
         Case("parallel", tensor=2, sequence_parallel=True, data=2, precision="fp8"),
-        Case("parallel", pipeline=2, data=2, micro_batches=4, zero=1, precision="fp8"),
+        Case("parallel", pipeline=2, data=2, micro_batches=4, zero=1, precision="fp8", schedule="v_half"),
     ),
 ]
 
@@ -65,7 +65,7 @@ def first_half(world: World, case: Case, folder: Path) -> Climb:
     def save(stepper: Stepper) -> None:
         Saver(stepper.assembly, folder, CheckpointConfig(), {"config": {}, "about": {}}).save(HALF, {}, {})
 
-    return climb(world, case.config(), steps=HALF, schedule=case.schedule_by_hand(), after_training=save)
+    return climb(world, case.config(), steps=HALF, after_training=save)
 
 
 def second_half(world: World, case: Case, folder: Path) -> Climb:
@@ -77,7 +77,7 @@ def second_half(world: World, case: Case, folder: Path) -> Climb:
             restore(a, reader)
         a.store.loaded()
 
-    return climb(world, case.config(), load, STEPS - HALF, case.schedule_by_hand(), HALF)
+    return climb(world, case.config(), load, STEPS - HALF, HALF)
 
 
 def on_ranks(world: World, folder: Path) -> list[list[Climb]]:

@@ -36,6 +36,7 @@ STATED = {
     "tensor x data, stage 2": "tensor=2 data=2 zero=2",
     "context x tensor, stage 3": "tensor=2 context=2 zero=3",
     "pipeline x data, stage 2": "pipeline=2 data=2 zero=2",
+    "stages as a V x data, stage 3": "pipeline=2 data=2 zero=3",
 }
 
 

@@ -142,19 +142,19 @@ def _config(reader: Reader, stated: Layout, flags: Sequence[str]) -> tuple[Confi
     if train.steps is None and train.epochs is None:  # weights that no run of this program has saved
         train = replace(train, steps=1, global_batch_size=stated.data)
     ranks = stated.data * p.tensor_parallel_size * p.pipeline_parallel_size * p.context_parallel_size
-    train = replace(train, micro_batch_size=1)  # the pieces do not hang on it
-    if (count := Pipeline.of(p, p.pipeline_parallel_size).micro_batches) is not None:
-        train = replace(train, global_batch_size=count * stated.data)
-    kernels = replace(config, kernels="reference", train=train)
-    return kernels.resolve(ranks), kernels.grid_shape(ranks)
+    pipeline = Pipeline.of(p, p.pipeline_parallel_size)
+    train = replace(train, micro_batch_size=None if pipeline.micro_batches else 1)
+    config = replace(config, kernels="reference", train=train)
+    config.resolve(ranks)
+    # the pieces do not hang on how many micro-batches there are, or how large: the fewest make the shortest schedule
+    few = replace(train, micro_batch_size=1, global_batch_size=stated.data * pipeline.pieces)
+    return replace(config, train=few).resolve(ranks), config.grid_shape(ranks)
 
 
 def _share(reader: Reader, config: Config, shape: GridShape, objective: Objective, rank: int) -> Share:
     """Raises ConversionError where the checkpoint is not of the model of its configuration."""
     stored = reader.manifest.tensors
-    pipeline = config.pipeline(shape)
-    schedule = pipeline.schedule(pipeline.pieces)  # of whatever size: where it puts the stages is all that counts here
-    a: Assembly = assemble(config, planned_grid(shape, rank), META, objective, device_memory=0.0, schedule=schedule)
+    a: Assembly = assemble(config, planned_grid(shape, rank), META, objective, device_memory=0.0)
     items = []
     for item in items_of(state_pieces(a)):
         if (there := stored.get(item.name)) is None:

@@ -24,7 +24,6 @@ from parallel.sharding.boxes import placed_boxes
 from tests.distributed import run_ranks
 from tests.engine.precision.test_scaled import batches_of
 from tests.engine.small import small
-from tests.parity.cases import by_stages
 
 MODEL: dict[str, Any] = {
     "block": "parallel", "pool": "gap", "width": 40, "num_heads": 5, "mlp_dim": 48, "qk_norm": True,
@@ -43,7 +42,6 @@ KINDS = {
 class Layout(NamedTuple):
     ranks: int
     keys: dict[str, Any]
-    placement: tuple[int, ...] = ()
 
 
 T2, T4, P2, C2 = (
@@ -63,8 +61,8 @@ LAYOUTS = {
     "context x data, stage 1": Layout(4, C2 | {"zero_stage": 1, "bucket_mib": 64}),
     "pipeline x data, stage 2": Layout(4, P2 | {"zero_stage": 2}),
     "pipeline of 4": Layout(4, {"pipeline_parallel_size": 4}),
-    "stages in turn x tensor": Layout(4, P2 | T2, (0, 1, 0, 1)),
-    "stages as a V x data, stage 3": Layout(4, P2 | {"zero_stage": 3}, (0, 1, 1, 0)),
+    "stages in turn x tensor": Layout(4, P2 | T2 | {"schedule": "interleaved"}),
+    "stages as a V x data, stage 3": Layout(4, P2 | {"zero_stage": 3, "schedule": "zb_v"}),
 }
 EIGHT = {
     "2 x 2 x 2, stage 1": Layout(8, P2 | T2 | {"zero_stage": 1}),
@@ -82,8 +80,7 @@ def assembled(kind: str, layout: Layout, world: World, seed: int = 0) -> Assembl
         precision=PrecisionConfig(dtype=dtype),  # type: ignore[arg-type]
     ).resolve(world.size)
     cpu = torch.device("cpu")
-    schedule = by_stages(layout.placement, 8 // config.grid_shape(world.size).data) if layout.placement else None
-    return assemble(config, grid_of(config, world, cpu), cpu, schedule=schedule)
+    return assemble(config, grid_of(config, world, cpu), cpu)
 
 
 def save(a: Assembly, folder: Path) -> None:

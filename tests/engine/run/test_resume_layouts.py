@@ -28,7 +28,6 @@ from parallel.config import ParallelConfig
 from parallel.process_group import World
 from tests.distributed import run_ranks
 from tests.engine.run.test_resume import STEPS, config_of, fp16, lines, progress, state
-from tests.parity.cases import by_stages
 
 ROOT = Path(__file__).parents[3]
 T2, P2, C2, MODEL8 = (
@@ -39,14 +38,13 @@ T2, P2, C2, MODEL8 = (
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """A layout, and what is trained in it. stops: after which steps. placement: of stages, where ranks have several."""
+    """A layout, and what is trained in it. stops: after which steps."""
 
     parallel: dict[str, Any]
     optimizer: str = "adamw"
     dtype: str = "fp32"
     ema: float | None = 0.9
     stops: tuple[int, ...] = (2, 5)
-    placement: tuple[int, ...] = ()
     changes: dict[str, Any] = field(default_factory=dict)
 
     def config(self, folder: Path) -> Config:
@@ -72,9 +70,11 @@ FOUR = {
     "context x data, stage 3": Variant(parallel=C2 | {"zero_stage": 3}, optimizer="muon", stops=(1, 7)),
     "context x tensor, stage 2": Variant(parallel=C2 | T2 | {"zero_stage": 2}, optimizer="adafactor"),
     "pipeline of 4": Variant(parallel={"pipeline_parallel_size": 4}, optimizer="muon", dtype="fp8", ema=None),
-    "stages in turn x tensor": Variant(parallel=P2 | T2, optimizer="lamb", dtype="bf16", placement=(0, 1, 0, 1)),
+    "stages in turn x tensor": Variant(
+        parallel=P2 | T2 | {"schedule": "interleaved", "schedule_policy": "ready"}, optimizer="lamb", dtype="bf16"
+    ),
     "stages as a V x data, stage 3": Variant(
-        parallel=P2 | {"zero_stage": 3}, dtype="fp16", placement=(0, 1, 1, 0), stops=(3, 8)
+        parallel=P2 | {"zero_stage": 3, "schedule": "zb_v"}, dtype="fp16", stops=(3, 8)
     ),
 }  # fmt: skip
 EIGHT = {
@@ -91,12 +91,10 @@ def attempt(world: World, variant: Variant, folder: Path, until: int | None, asy
     config = replace(config, train=replace(config.train, stop_step=until), checkpoint=checkpoint).resolve(world.size)
     cpu = torch.device("cpu")
     grid = grid_of(config, world, cpu)
-    micro_batches = 4 // grid.data.size
-    schedule = by_stages(variant.placement, micro_batches) if variant.placement else None
     checkpoints = checkpoint_dir(config, folder)
     sets = build_datasets(config.data, image_size=8, channels=1, num_classes=10, seed=0)
     facts = facts_for_manifests(config, grid, cpu, *sets)
-    build = partial(assemble, config, grid, cpu, schedule=schedule)
+    build = partial(assemble, config, grid, cpu)
     a, resumed = resume(build, checkpoints, steps=lambda done: STEPS, facts=facts["about"])
     writer = None
     if world.rank == 0:
