@@ -25,7 +25,6 @@ from parallel.grid import GridShape, planned_grid
 from parallel.pipeline.actions import ActionKind, peak_activations
 
 META = torch.device("meta")
-_ENDS = (ActionKind.BACKWARD, ActionKind.BACKWARD_WEIGHT)  # after which an activation is no longer alive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +71,11 @@ class LiveBytes(TorchDispatchMode):
                 self._add(tensor)
         return out
 
+    def restart(self) -> int:
+        """The peak, which is what is alive now from now on."""
+        peak, self.peak = self.peak, self.now
+        return peak
+
     def _add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
@@ -117,13 +121,10 @@ def plan_memory(config: Config, shape: GridShape, rank: int, device_memory: floa
 
 @dataclass(frozen=True)
 class _Measured:
-    """Bytes of one micro-batch on one stage: what is kept after its forward, and between the two parts of a split
-    backward; the most that is held while it is run.
-    """
+    """Bytes of one micro-batch on one stage: what is kept after an action, and the most that is held meanwhile."""
 
-    forward: int
-    put_off: int
-    most: int
+    kept: dict[ActionKind, int]
+    most: dict[ActionKind, int]
 
 
 def _activation_bytes(a: Assembly) -> int:
@@ -141,9 +142,9 @@ def _activation_bytes(a: Assembly) -> int:
             continue
         key, of = (action.stage, action.micro_batch), measured[action.stage]
         now -= kept.pop(key, 0)
-        most = max(most, now + of.most)
-        if action.kind not in _ENDS:
-            kept[key] = of.put_off if action.kind is ActionKind.BACKWARD_INPUT else of.forward
+        most = max(most, now + of.most[action.kind])
+        if action.kind in of.kept:
+            kept[key] = of.kept[action.kind]
             now += kept[key]
     images = 0 if batch.images is None else batch.images.nbytes
     return most + images
@@ -157,7 +158,7 @@ def _one_pass(a: Assembly, stage: int, batch: MicroBatch, *, splits: bool) -> _M
             for spec in a.boundaries[stage]
         )
         outputs = a.stages[stage](inputs, batch)
-        kept, put_off = counter.now, 0
+        kept, most = {ActionKind.FORWARD: counter.now}, {ActionKind.FORWARD: counter.restart()}
         with a.store.gradients.deferring() if splits else nullcontext() as products:
             if stage == a.placement.last:
                 a.objective.loss_share(outputs, batch, a.grid, 1.0).backward()
@@ -165,12 +166,14 @@ def _one_pass(a: Assembly, stage: int, batch: MicroBatch, *, splits: bool) -> _M
                 roots = [y for y in outputs if y.requires_grad]  # none behind a frozen front
                 torch.autograd.backward(roots, [torch.empty_like(y) for y in roots])
                 del roots
+        most[ActionKind.BACKWARD] = most[ActionKind.BACKWARD_INPUT] = counter.restart()
         if products is not None:
             del inputs, outputs
-            put_off = counter.now
+            kept[ActionKind.BACKWARD_INPUT] = counter.now
             for product in products:
                 product()
-    return _Measured(kept, put_off, counter.peak)
+            most[ActionKind.BACKWARD_WEIGHT] = counter.restart()
+    return _Measured(kept, most)
 
 
 def _batch(a: Assembly) -> Batch:

@@ -29,7 +29,7 @@ from tests.tools.test_restarts import check
 # Two ranks on each host, of which the outermost axis with more than one crosses the link.
 RUNGS = (
     Case("parallel", tensor=2, data=2),
-    Case("parallel", tensor=2, pipeline=2, micro_batches=2),
+    Case("parallel", tensor=2, pipeline=2, micro_batches=4, schedule="zb_v", policy="ready"),
     Case("sequential", tensor=4, sequence_parallel=True),
 )
 SCRIPT = """
