@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -158,17 +159,20 @@ def _one_pass(a: Assembly, stage: int, batch: MicroBatch, *, splits: bool) -> _M
             for spec in a.boundaries[stage]
         )
         outputs = a.stages[stage](inputs, batch)
-        kept, most = {ActionKind.FORWARD: counter.now}, {ActionKind.FORWARD: counter.restart()}
+        if last := stage == a.placement.last:
+            outputs = (a.objective.loss_share(outputs, batch, a.grid, 1.0),)
+        most = {ActionKind.FORWARD: counter.restart()}
+        roots = [get_gradient_edge(y) for y in outputs if y.requires_grad]  # none behind a frozen front
+        like = [(y.shape, y.dtype) for y in outputs if y.requires_grad]
+        del outputs  # they are freed when they are sent
+        kept = {ActionKind.FORWARD: counter.now}
         with a.store.gradients.deferring() if splits else nullcontext() as products:
-            if stage == a.placement.last:
-                a.objective.loss_share(outputs, batch, a.grid, 1.0).backward()
-            else:
-                roots = [y for y in outputs if y.requires_grad]  # none behind a frozen front
-                torch.autograd.backward(roots, [torch.empty_like(y) for y in roots])
-                del roots
+            torch.autograd.backward(
+                roots, [None if last else torch.empty(shape, dtype=dtype, device=META) for shape, dtype in like]
+            )
         most[ActionKind.BACKWARD] = most[ActionKind.BACKWARD_INPUT] = counter.restart()
         if products is not None:
-            del inputs, outputs
+            del inputs, roots
             kept[ActionKind.BACKWARD_INPUT] = counter.now
             for product in products:
                 product()
