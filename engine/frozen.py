@@ -10,13 +10,14 @@ import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from itertools import accumulate
 
 from torch import nn
 
 from engine.config import Config
 from engine.errors import ConfigError
-from model import Build, LayerSpec
+from model import Build, LayerSpec, ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,17 +55,29 @@ def frozen_of(config: Config, layers: Sequence[LayerSpec]) -> Frozen:
     patterns = config.train.freeze
     known: dict[str, bool] = {}
     count, trains = 0, []
-    for spec in layers:
+    for parameters in _parameters(config.model, tuple(layers)):
         trains.append(False)
-        for inner, parameter in spec.factory(Build(config=config.model).at(spec.stage)).named_parameters():
-            name = f"{spec.name}.{inner}"
-            known[name] = not parameter.requires_grad or any(matches(name, pattern) for pattern in patterns)
-            count += parameter.numel() * known[name]
+        for name, numbers, trainable in parameters:
+            known[name] = not trainable or any(matches(name, pattern) for pattern in patterns)
+            count += numbers * known[name]
             trains[-1] |= not known[name]
     _check(patterns, known)
     after = accumulate(trains, max)  # whether a layer, or one before it, is trained
     passes = tuple(3 if own else 2 if any_before else 1 for own, any_before in zip(trains, after, strict=True))
     return Frozen(names=frozenset(name for name, frozen in known.items() if frozen), count=count, passes=passes)
+
+
+@lru_cache(maxsize=32)  # some milliseconds, and the same for all runs of a model in this process
+def _parameters(model: ModelConfig, layers: tuple[LayerSpec, ...]) -> tuple[tuple[tuple[str, int, bool], ...], ...]:
+    """Of each layer, its parameters: (name in the model, numbers in it, whether the layer's factory lets it train)."""
+    build = Build(config=model)
+    return tuple(
+        tuple(
+            (f"{spec.name}.{inner}", parameter.numel(), parameter.requires_grad)
+            for inner, parameter in spec.factory(build.at(spec.stage)).named_parameters()
+        )
+        for spec in layers
+    )
 
 
 def matches(name: str, pattern: str) -> bool:

@@ -1,5 +1,14 @@
-"""Imported once by the server that test ranks are forked from: does what makes torch import its slow parts."""
+"""Imported once by the server that test ranks are forked from: measures the ladder's models, which makes torch import
+its slow parts, and which each rank would do by itself else.
+"""
 
-from model import ModelConfig, build_layers
+import torch
 
-build_layers(ModelConfig(width=8, depth=1, num_heads=1, image_size=4, patch_size=2, num_classes=2).resolve())
+from engine.frozen import frozen_of
+from engine.objectives import make_objective
+from tests.parity.cases import MODELS, Case
+
+torch.set_num_threads(1)  # threads do not live through a fork
+for model in MODELS:
+    config = Case(model).config()
+    frozen_of(config, make_objective(config).layers)
