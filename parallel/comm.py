@@ -289,6 +289,10 @@ def all_to_all_rows(x: Tensor, send: Sequence[int], receive: Sequence[int], axis
         return x
     x = x.contiguous()
     out = x.new_empty(sum(receive), *x.shape[1:])
+    if (channel := axis.channel) is not None:
+        with watched(axis, "all_to_all", x):
+            host_collectives.all_to_all(channel, out, x, send, receive)
+        return out
     run = lambda: dist.all_to_all_single(out, x, list(receive), list(send), group=axis.group, async_op=True)  # noqa: E731
     return _call(axis, "all_to_all", x, out, run).wait()
 

@@ -6,11 +6,14 @@ Legend: T ranks of the axis, R elements of a rank's part.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from parallel.failures import MismatchError
+from parallel.host import LINE
 from parallel.host_channel import SLOT_BYTES, Channel, Operation
 
 _ALIGN = 64  # elements
@@ -116,3 +119,44 @@ def all_reduce(channel: Channel, x: Tensor, op: str) -> Operation:
 
         operation = channel.start(what, deposit, collect)
     return operation
+
+
+def all_to_all(channel: Channel, out: Tensor, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> None:
+    """Rows of `x`, `send` of them for each rank, into `out`, `receive` of them from each: done on return.
+
+    Each slot has a place per destination, and says before them how many bytes there are for each in all: so all ranks
+    know, whatever they send themselves, how many rounds there are.
+    """
+    width = x.itemsize * math.prod(x.shape[1:])
+    given = x.view(-1).view(torch.uint8).split([rows * width for rows in send])
+    wanted = out.view(-1).view(torch.uint8).split([rows * width for rows in receive])
+    sizes = torch.tensor([len(part) for part in given])
+    head = (sizes.nbytes + LINE - 1) // LINE * LINE
+    room = (SLOT_BYTES - head) // channel.size // LINE * LINE
+    wanted[channel.index].copy_(given[channel.index])
+    most = done = 0
+
+    def deposit(slot: Tensor) -> None:
+        slot[: sizes.nbytes].copy_(sizes.view(torch.uint8))
+        for rank, part in enumerate(given):
+            if rank != channel.index:
+                piece = part[done : done + room]
+                slot[head + rank * room :][: len(piece)].copy_(piece)
+
+    def collect(slots: Sequence[Tensor]) -> None:
+        nonlocal most
+        for rank, slot in enumerate(slots):
+            theirs = slot[: sizes.nbytes].view(torch.int64).tolist()
+            most = max(most, *(size for to, size in enumerate(theirs) if to != rank))
+            if theirs[channel.index] != len(wanted[rank]):
+                raise MismatchError(
+                    f"rank {channel.index} of the axis awaits {len(wanted[rank])} bytes from rank {rank}, which sends "
+                    f"{theirs[channel.index]}"
+                )
+            if rank != channel.index:
+                piece = wanted[rank][done : done + room]
+                piece.copy_(slot[head + channel.index * room :][: len(piece)])
+
+    while not done or done < most:
+        channel.start(f"all_to_all of rows of {width} bytes, {str(x.dtype)[6:]}", deposit, collect).wait()
+        done += room

@@ -43,6 +43,8 @@ def collectives(x: Tensor, axis: Axis) -> dict[str, Tensor]:
         "scatter": comm.reduce_scatter_rows(x, axis),
         **{op: comm.all_reduce(x.clone(), axis, op) for op in ("sum", "max", "min")},
     }
+    dealt = [rows * ((axis.index + other) % axis.size) // (axis.size - 1) for other in range(axis.size)]
+    results["exchange"] = comm.all_to_all_rows(x[: 2 * sum(dealt)].view(-1, 2), dealt, dealt, axis)
     if len(x) and x.dtype.is_floating_point and x.dtype != torch.float64:
         comm.reduce_scatter_into_start(summed, x, torch.empty_like(x), axis).wait()
         comm.reduce_scatter_into_start(added, x, torch.empty_like(x), axis, accumulate=True).wait()
@@ -181,6 +183,10 @@ DIFFERENT: dict[str, tuple[Callable[[Axis], object], str]] = {
     "reduction": (lambda axis: comm.all_reduce(torch.ones(6), axis, "max"), "all_reduce(max) of 6 float32"),
     "gather": (lambda axis: comm.all_gather_rows(torch.ones(6), axis), "all_gather of 6 float32"),
     "scatter": (lambda axis: comm.reduce_scatter_rows(torch.ones(6), axis), "reduce_scatter of 6 float32"),
+    "exchange": (
+        lambda axis: comm.all_to_all_rows(torch.ones(3, 2), [1, 2], [1, 2], axis),
+        "all_to_all of rows of 8 bytes, float32",
+    ),
 }
 
 
@@ -193,6 +199,21 @@ def at_odds(world: World) -> dict[str, str]:
             other(axis) if world.rank else comm.all_reduce(torch.ones(6), axis)
         found[name] = str(error.value)
     return found
+
+
+def misdealt(world: World) -> str:
+    """Rank 0 awaits two rows, of which rank 1 sends one."""
+    axis, _ = axes(world)
+    if world.rank:
+        return str(comm.all_to_all_rows(torch.ones(2), [1, 1], [2, 1], axis).tolist())
+    with pytest.raises(MismatchError) as error:
+        comm.all_to_all_rows(torch.ones(3), [1, 2], [1, 2], axis)
+    return str(error.value)
+
+
+def test_a_rank_that_is_sent_other_than_it_awaits_says_so() -> None:
+    message, _ = run_ranks(2, misdealt)
+    assert message.endswith("rank 0 of the axis awaits 8 bytes from rank 1, which sends 4")
 
 
 def test_ranks_that_are_at_different_operations_are_told_so() -> None:
