@@ -16,9 +16,11 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache, wraps
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
+import pytest
 import torch
 
 from parallel import process_group
@@ -28,6 +30,7 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "engine.run.trainer", "tests.warm"])
 
 RankFunction = Callable[..., Any]
+_P, _T = ParamSpec("_P"), TypeVar("_T")
 
 
 def free_port() -> int:
@@ -102,3 +105,23 @@ def _collect(ranks: list[tuple[Any, Connection]], deadline: float) -> list[Any]:
                 assert kind == "result", f"rank {rank} of {len(ranks)}:\n{value}"
                 results[rank] = value
     return [results[rank] for rank in range(len(ranks))]
+
+
+def once(launch: Callable[_P, _T]) -> Callable[_P, _T]:
+    """`functools.cache` that keeps failures, too: what many tests ask for is launched once, and all fail with it."""
+
+    @cache
+    def outcome(*args: Any, **kwargs: Any) -> tuple[_T | None, BaseException | None]:
+        try:
+            return launch(*args, **kwargs), None
+        except (Exception, pytest.fail.Exception) as error:
+            return None, error
+
+    @wraps(launch)
+    def known(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        result, error = outcome(*args, **kwargs)
+        if error is not None:
+            raise error.with_traceback(None)
+        return result  # type: ignore[return-value]
+
+    return known

@@ -6,7 +6,7 @@ import gc
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from engine.optimizers.schedules import factor
 from engine.run.step import Stepper
 from model import ModelConfig
 from parallel import comm
-from parallel.grid import make_grid
+from parallel.grid import AXES, Grid, GridShape, make_grid
 from parallel.process_group import World
 from parallel.sharding.gather import Buffer, Gatherer
 from tests.parity.cases import STEPS, Case
@@ -103,9 +103,14 @@ def climb(
     steps: int = STEPS,
     first: int = 0,
     after_training: Callable[[Stepper], None] | None = None,
+    given: Grid | None = None,
 ) -> Climb:
-    """Train for some steps and evaluate; the same result on every rank. first: steps that were done before."""
-    grid = make_grid(config.grid_shape(world.size), world)
+    """Train for some steps and evaluate; the same result on every rank.
+
+    Args:
+        first: steps that were done before. given: the grid, if it is made already.
+    """
+    grid = given or make_grid(config.grid_shape(world.size), world)
     assembly = assemble(config, grid, torch.device("cpu"))
     poison(assembly.store.gatherer)
     stepper = Stepper(assembly)
@@ -145,10 +150,16 @@ def climb(
         out.fp8 = comm.gather_objects(assembly.fp8.state_dict(), grid.world)
     if after_training is not None:
         after_training(stepper)
+    if given is None:
+        close(grid)
+    return out
+
+
+def close(grid: Grid) -> None:
+    """Give it back. Collective."""
     grid.close()
     if len(list(Path("/proc/self/task").iterdir())) > MANY_THREADS:  # of groups that wait for the garbage collector
         gc.collect()
-    return out
 
 
 def first_batches(config: Config) -> list[tuple[Tensor, Tensor]]:
@@ -167,7 +178,21 @@ def first_batches(config: Config) -> list[tuple[Tensor, Tensor]]:
     return [(b.images, b.labels) for b in batches if b.images is not None]
 
 
-def climb_all(world: World, cases: Iterable[Case]) -> dict[Case, Climb] | None:
-    """Every case one after the other on the same processes; rank 0 returns the results."""
-    results = {case: climb(world, case.config()) for case in cases}
+def climb_all(
+    world: World, cases: Iterable[Case], config_of: Callable[[Case], Config] = Case.config, steps: int = STEPS
+) -> dict[Case, Climb] | None:
+    """Every case one after the other on the same processes, those of one shape on one grid; rank 0 returns the results.
+
+    Collective.
+    """
+    results: dict[Case, Climb] = {}
+    for shape, alike in groupby(sorted(cases, key=sizes), sizes):
+        grid = make_grid(GridShape(**dict(zip(AXES, shape, strict=True))), world)
+        results |= {case: climb(world, config_of(case), steps=steps, given=grid) for case in alike}
+        close(grid)
     return results if world.rank == 0 else None
+
+
+def sizes(case: Case) -> tuple[int, int, int, int]:
+    """Along each of AXES."""
+    return case.pipeline, case.data, case.context, case.tensor

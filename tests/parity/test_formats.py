@@ -19,7 +19,6 @@ rounding averages out over 16 images: 0.2 / 2.3 / 4, about a fiftieth of NOISE.
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
 from math import sqrt
 
 import pytest
@@ -28,7 +27,7 @@ from torch import Tensor
 
 from parallel.process_group import World
 from parallel.tensor.products import attends_through_fp32
-from tests.distributed import run_ranks
+from tests.distributed import once, run_ranks
 from tests.parity.cases import MODELS, Case
 from tests.parity.climb import Climb, climb, climb_all
 from tests.parity.test_ladder import reference
@@ -65,7 +64,7 @@ def noise(case: Case) -> float:
     return factor * sqrt(2 * 20 * (blocks + 2) / 12) * torch.finfo(half).eps
 
 
-@cache
+@once
 def results(ranks: int) -> dict[Case, Climb]:
     found = run_ranks(ranks, climb_all, [case for case in ALL if case.ranks == ranks], timeout=560)[0]
     assert isinstance(found, dict)

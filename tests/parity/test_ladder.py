@@ -17,7 +17,7 @@ from engine.optimizers.schedules import factor
 from engine.run.step import Stepper
 from parallel.layout import info_of
 from parallel.process_group import World
-from tests.distributed import run_ranks
+from tests.distributed import once, run_ranks
 from tests.parity import plain_vit
 from tests.parity.cases import MODELS, STEPS, Case, cases
 from tests.parity.climb import EVAL_IMAGES, Climb, climb, climb_all, first_batches
@@ -33,7 +33,7 @@ def reference(case: Case) -> Climb:
     return climb(World(), case.config())
 
 
-@cache
+@once
 def results(ranks: int) -> dict[Case, Climb]:
     """All cases of a world size, on one set of processes."""
     found = run_ranks(ranks, climb_all, cases(ranks), timeout=TIMEOUT[ranks])[0]

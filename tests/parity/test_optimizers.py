@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
 
 import pytest
 
-from tests.distributed import run_ranks
+from tests.distributed import once, run_ranks
 from tests.parity.cases import STEPS, Case
 from tests.parity.climb import Climb, climb_all
 from tests.parity.test_ladder import LOSS, assert_same, reference
@@ -25,7 +24,7 @@ _NOISE = 1e-4
 _FLIP = STEPS * 1e-3 * 2.0**-8  # every step at the peak rate
 
 
-@cache
+@once
 def results(ranks: int) -> dict[Case, Climb]:
     found = run_ranks(ranks, climb_all, [case for case in ALL if case.ranks == ranks], timeout=560)[0]
     assert isinstance(found, dict)

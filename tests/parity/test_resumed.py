@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -16,7 +15,7 @@ from engine.run.step import Stepper
 from parallel import comm
 from parallel.checkpoint.read import Reader
 from parallel.process_group import World
-from tests.distributed import run_ranks
+from tests.distributed import once, run_ranks
 from tests.parity.cases import STEPS, Case
 from tests.parity.climb import Climb, climb
 from tests.parity.test_formats import assert_near, noise
@@ -93,7 +92,7 @@ def on_ranks(world: World, folder: Path) -> list[list[Climb]]:
     return found if world.rank == 0 else []
 
 
-@cache
+@once
 def results() -> dict[Pair, tuple[Climb, Climb]]:
     with TemporaryDirectory() as name:
         folder = Path(name)

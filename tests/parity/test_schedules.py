@@ -8,17 +8,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import replace
-from functools import cache
 
 import pytest
 import torch
 from torch import Tensor
 
 from engine.config import Config
-from parallel.process_group import World
-from tests.distributed import run_ranks
+from tests.distributed import once, run_ranks
 from tests.parity.cases import BY_HAND, FRONT, Case
-from tests.parity.climb import Climb, climb
+from tests.parity.climb import Climb, climb_all
 from tests.parity.test_ladder import relative
 
 STEPS, LAST_BIT = 4, 1e-6
@@ -59,15 +57,12 @@ def config_of(case: Case) -> Config:
     return replace(config, precision=replace(config.precision, initial_loss_scale=2.0**19, hysteresis=1))
 
 
-def climb_short(world: World, cases: list[Case]) -> dict[Case, Climb]:
-    found = {case: climb(world, config_of(case), steps=STEPS) for case in cases}
-    return found if world.rank == 0 else {}
-
-
-@cache
+@once
 def results(ranks: int) -> dict[Case, Climb]:
     cases = [case for base in LAYOUTS[ranks] for case in (base, *VARIANTS[base])]
-    return run_ranks(ranks, climb_short, cases, timeout=400)[0]
+    found = run_ranks(ranks, climb_all, cases, config_of, STEPS, timeout=400)[0]
+    assert isinstance(found, dict)
+    return found
 
 
 def by_name(found: Climb) -> dict[str, list[Tensor]]:

@@ -5,12 +5,11 @@ Each layer is a unit of its own, and stage 3 has two buffers for all of them, so
 """
 
 from dataclasses import replace
-from functools import cache
 
 import pytest
 import torch
 
-from tests.distributed import run_ranks
+from tests.distributed import once, run_ranks
 from tests.parity.cases import MODELS, Case
 from tests.parity.climb import Climb, climb_all
 
@@ -58,7 +57,7 @@ def whole(case: Case, stage: int) -> Case:
     return case if stage < 2 else replace(case, reduce="micro_batch")
 
 
-@cache
+@once
 def results(ranks: int) -> dict[Case, Climb]:
     cases = [variant for case in LAYOUTS[ranks] for variant in (case, *(replace(case, zero=z) for z in (1, 2, 3)))]
     cases += [whole(case, 2) for case in LAYOUTS[ranks]]
