@@ -60,7 +60,9 @@ class TimelineRecording:
     def _write(self) -> None:
         grid, schedule = self._grid, self._assembly.schedule
         offset, error = offset_to_first(grid.world)
-        origin = comm.gather_objects(self._records[0].computed[0].start, grid.world)[0]
+        first = self._records[0].span
+        assert first is not None
+        origin = min(comm.gather_objects(first[0] + offset, grid.world))  # Perfetto drops what lies before 0
         shown = ranks_shown(grid.shape)
         path, out = part_of(self._folder, grid.rank), self._folder / NAME
         told = {

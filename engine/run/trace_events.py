@@ -41,8 +41,7 @@ def step_events(
         shift: nanoseconds that are added to the record's times.
     """
     step = record.step
-    moments = [moment for slices in record.lists for s in slices for moment in (s.start, s.end)]
-    if not moments:
+    if (span := record.span) is None:
         return
 
     def event(lane: int, category: str, name: str, s: Slice, **arguments: Any) -> Event:
@@ -56,7 +55,7 @@ def step_events(
         at = {"pid": rank, "tid": lane, "ts": (moment + shift) / 1e3}
         return {"ph": phase, "cat": "message", "name": name, **at, **more}
 
-    yield event(STEPS, "step", f"step {step}", Slice(None, min(moments), max(moments)))
+    yield event(STEPS, "step", f"step {step}", Slice(None, *span))
     for s in record.computed:
         yield event(COMPUTE, "compute", str(s.what), s, **_arguments(s.what))
         if (receive := input_receive(s.what, schedule)) is not None:

@@ -121,6 +121,12 @@ class StepRecord:
         """All slices."""
         return self.computed, self.waits, self.messages, self.phases, self.calls
 
+    @property
+    def span(self) -> tuple[int, int] | None:
+        """Where its first slice begins and its last one ends."""
+        slices = [s for slices in self.lists for s in slices]
+        return (min(s.start for s in slices), max(s.end for s in slices)) if slices else None
+
     def __len__(self) -> int:
         return sum(map(len, self.lists))
 

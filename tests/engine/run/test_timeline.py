@@ -80,6 +80,10 @@ def test_each_action_is_there_once_per_step_measured_and_simulated(trace: dict[s
     assert len(sizes) == 1 and min(sizes) > 0, "both ends of all messages know what they carry"
 
 
+def test_time_begins_with_what_is_first_on_any_rank(trace: dict[str, Any]) -> None:
+    assert min(event["ts"] for event in trace["traceEvents"] if event["ph"] != "M") == 0
+
+
 def test_slices_of_a_lane_nest(trace: dict[str, Any]) -> None:
     lanes = defaultdict(list)
     for event in trace["traceEvents"]:
