@@ -53,14 +53,15 @@ class ParallelConfig:
 
     schedule: str = "1f1b"
     """Order of forwards and backwards in the pipeline: 1f1b, gpipe, interleaved, zb_h1, zb_h2, zb_v, v_half, or a CSV
-    file with a row of actions per rank; see docs/pipelines.md."""
+    file with a row of actions per rank; see docs/pipelines.md (no effect on one pipeline rank)."""
 
     virtual_stages: int | None = None
-    """Stages per pipeline rank, for schedule interleaved; null: the schedule's own number."""
+    """Stages per pipeline rank, for schedule interleaved; null: the schedule's own number (no effect on one
+    pipeline rank)."""
 
     schedule_policy: Literal["static", "ready"] = "static"
     """How ranks follow the schedule: action by action, or whatever is ready first, earlier actions before later ones,
-    with no more activations alive at once than the schedule itself keeps."""
+    with no more activations alive at once than the schedule itself keeps (no effect on one pipeline rank)."""
 
     shared_memory: bool = True
     """CPU ranks of one host pass collectives through shared memory instead of TCP."""

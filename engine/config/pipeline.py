@@ -10,7 +10,7 @@ from model import ModelConfig
 from parallel.config import ParallelConfig
 from parallel.pipeline import Schedule, build_schedule
 from parallel.pipeline.readiness import check_lanes
-from parallel.pipeline.schedule_file import is_schedule_file, read_schedule
+from parallel.pipeline.schedule_file import fingerprint, is_schedule_file, read_schedule
 from parallel.pipeline.schedules import SCHEDULES, virtual_stages_of
 
 
@@ -18,7 +18,8 @@ from parallel.pipeline.schedules import SCHEDULES, virtual_stages_of
 class Pipeline:
     """What is known of a pipeline before there are micro-batches.
 
-    On one rank there is nothing to schedule: it has one stage, whatever `parallel.schedule` says.
+    On one rank there is nothing to schedule: it has one stage, whatever `parallel.schedule` says. A file that it names
+    must be there all the same, as whoever names one that is not has made a mistake.
 
     Attributes:
         parallel: the configuration's. ranks: of the pipeline axis. num_stages: that the layers are cut into.
@@ -34,12 +35,13 @@ class Pipeline:
     def of(parallel: ParallelConfig, ranks: int) -> Pipeline:
         """That of a configuration. Raises ConfigError where its schedule is not one of so many ranks."""
         name, virtual_stages = parallel.schedule, parallel.virtual_stages
-        if ranks == 1:
-            return Pipeline(parallel=parallel, ranks=1, num_stages=1)
         if not is_schedule_file(name):
-            stages = ranks * virtual_stages_of(name, virtual_stages)
+            stages = ranks * virtual_stages_of(name, virtual_stages) if ranks > 1 else 1
             return Pipeline(parallel=parallel, ranks=ranks, num_stages=stages)
         try:
+            if ranks == 1:
+                fingerprint(name)
+                return Pipeline(parallel=parallel, ranks=1, num_stages=1)
             written = read_schedule(name, ranks, None, virtual_stages)
             if parallel.schedule_policy == "ready":
                 check_lanes(written)

@@ -73,13 +73,24 @@ def test_a_file_whose_micro_batches_leap_is_refused_at_once(tmp_path: Path) -> N
         config_of(str(path)).resolve(2)
 
 
-def test_one_rank_has_nothing_to_schedule(tmp_path: Path) -> None:
-    for name in ("interleaved", "zb_v", "gpipe", str(tmp_path / "none.csv")):
+def test_one_rank_has_nothing_to_schedule(written: str) -> None:
+    for name in ("interleaved", "zb_v", "gpipe", written):
         config = config_of(name, ranks=1, micro=4)
         assert schedule_of(config, 1) == schedule_of(config_of("1f1b", ranks=1, micro=4), 1)
         assert [line.split(":")[0] for line in config.resolve(1).without_effect(config.grid_shape(1), "cpu", 1)] == [
             f"parallel.schedule {name}"
         ]
+    for key, value in (("virtual_stages", 2), ("schedule_policy", "ready")):
+        config = replace(config, parallel=replace(config.parallel, schedule="zb_v", **{key: value}))
+        assert any(f"parallel.{key} {value}" in line for line in config.without_effect(config.grid_shape(1), "cpu", 1))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, ranks: int) -> None:
+    (binary := tmp_path / "binary.csv").write_bytes(b"0F0\xff")
+    for path in (tmp_path / "none.csv", tmp_path / ".csv", binary, Path("interleaved.csv")):
+        with pytest.raises(ConfigError, match=f"parallel.schedule {path} (cannot be read|is no text)"):
+            config_of(str(path), ranks=ranks).resolve(ranks)
 
 
 def test_an_elastic_run_takes_as_many_ranks_as_its_file_can_be_dealt_to(
@@ -108,7 +119,7 @@ def test_ranks_compare_what_the_file_says(written: str) -> None:
     assert fact(str(other)) == before
     Path(written).write_text(to_csv(compute_order("1f1b", 2, 8)))
     assert len({before, fact(written), fact("1f1b")}) == 3
-    assert fact(str(other.with_name("none.csv")), ranks=1) == fact("1f1b", ranks=1)
+    assert fact(str(other), ranks=1) == fact("1f1b", ranks=1)
 
 
 def test_a_file_is_named_in_the_configuration_that_is_written(written: str) -> None:
