@@ -99,7 +99,7 @@ class Group:
 
     def finish(self) -> None:
         """The pass is over."""
-        self._post.finish()
+        self._post.end_pass()
 
 
 def open_choices(group: Axis | None, count: int, device: torch.device) -> Choices:

@@ -117,7 +117,7 @@ class PipelineExecutor:
         with torch.set_grad_enabled(trains):
             self._walk.run()
         self.axis.meter.where.now("sending what is left")
-        self.post.finish()
+        self.post.end_pass()
         return [result for stage in self.stages.values() for result in stage.end()]
 
 

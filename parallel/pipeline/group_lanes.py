@@ -86,6 +86,11 @@ class GroupLane(Lane):
         self.under_way = deque[_Message]()  # all that were sent and not seen through, or all that are expected
         self.waiter = _Waiter(post.moved) if post.has_waiters else None
 
+    @property
+    def num_expected(self) -> int:
+        """Of the end that receives."""
+        return len(self.under_way) if self.kind == "recv" else 0
+
     def send(self, micro_batch: int, tensors: Tensors) -> None:
         """By itself."""
         self.post.start([(self, micro_batch, tensors)])

@@ -78,6 +78,11 @@ class HostLane(Lane):
         self.queue = deque[tuple[int, Tensors]]()
         self.expected = deque[int]()
 
+    @property
+    def num_expected(self) -> int:
+        """None of the end that sends."""
+        return len(self.expected)
+
     def send(self, micro_batch: int, tensors: Tensors) -> None:
         """Into the memory, or the queue."""
         post = self.post

@@ -30,6 +30,11 @@ class Lane(ABC):
     route: Route
     specs: Specs
 
+    @property
+    @abstractmethod
+    def num_expected(self) -> int:
+        """Receives that are posted, and whose messages were not taken."""
+
     @abstractmethod
     def send(self, micro_batch: int, tensors: Tensors) -> None:
         """Send a message. Its tensors are to be left alone until it is gone."""
@@ -89,6 +94,12 @@ class Post(ABC):
     def finish(self) -> None:
         """Return when all that was sent is gone."""
 
+    def end_pass(self) -> None:
+        """`finish`; of what was expected nothing may be left, which the next pass would get."""
+        self.finish()
+        left = {str(route): lane.num_expected for route, lane in self.lanes.items() if lane.num_expected}
+        assert not left, f"messages are still expected: {left}"
+
     @abstractmethod
     def close(self) -> None:
         """Give back what it holds; all messages have been taken, or never will be."""
@@ -96,6 +107,8 @@ class Post(ABC):
 
 class FreeLane(Lane):
     """One whose messages have no tensors."""
+
+    num_expected = 0
 
     def __init__(self, route: Route) -> None:
         self.route, self.specs = route, ()

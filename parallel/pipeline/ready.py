@@ -101,7 +101,8 @@ class Ready:
         self._tasks = [_task(action, stages[action.stage], post) for action in self._chooser.actions]
         fed = {(t.action.kind, t.action.stage): t.inbox for t in self._tasks if t.inbox is not None}
         self._lane_of = {key: inbox.lane for key, inbox in fed.items() if inbox.lane is not None}
-        self._first = [(lane, m) for key, lane in self._lane_of.items() for m in fed[key].order[:_POSTED_AHEAD]]
+        inboxes = dict.fromkeys(fed.values())  # one may feed whole backwards and split ones of a stage
+        self._first = [(i.lane, m) for i in inboxes if i.lane is not None for m in i.order[:_POSTED_AHEAD]]
         self._num_sends = sum(task.send is not None for task in self._tasks)
         self._pace = Pace() if device.type == "cuda" else None
         self._reductions = _order_of_last(self._chooser.actions, list(stages))

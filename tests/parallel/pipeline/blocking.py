@@ -130,6 +130,11 @@ class BlockingLane(Lane):
         self.post, self.route, self.specs = post, route, specs
         self.expected = deque[_End]()
 
+    @property
+    def num_expected(self) -> int:
+        """None of the end that sends."""
+        return len(self.expected)
+
     def send(self, micro_batch: int, tensors: Tensors) -> None:
         """By itself."""
         self.post.start([(self, micro_batch, tensors)])

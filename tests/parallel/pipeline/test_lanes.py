@@ -95,10 +95,13 @@ def both_are_full(post: Post, rank: int) -> None:
                 lane.send(m, message(lane, m))
             else:
                 lane.expect(m)
+    expected = [MANY if lane.specs and PLACES[lane.route.source] != rank else 0 for lane in post.lanes.values()]
+    assert [lane.num_expected for lane in post.lanes.values()] == expected
     for lane in post.lanes.values():
         for m in range(MANY):
             if PLACES[lane.route.source] != rank:
                 check(lane, m)
+        assert lane.num_expected == 0 or PLACES[lane.route.source] == rank
     post.finish()
 
 
