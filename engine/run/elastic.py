@@ -1,7 +1,8 @@
 """A run on as many hosts as there are: `parallel.elastic`, for launchers that go on with fewer hosts or more.
 
 The global batch is kept, so that the run stays the same up to rounding: the data axis is as long as the ranks and the
-batch allow, micro-batches are made smaller where they must, and ranks that are left over wait for the end.
+batch allow, micro-batches are made smaller where they must (of the size that is left where a schedule's file fixes
+their number), and ranks that are left over wait for the end.
 """
 
 from __future__ import annotations
@@ -22,16 +23,22 @@ def fit(config: Config, world: World) -> tuple[Config, World, list[str]]:
     launcher, and where nothing fits, which `Config.resolve` then refuses.
     """
     p, batch, given = config.parallel, config.train.global_batch_size, config.train.micro_batch_size
+    if not p.elastic or not process_group.by_launcher():
+        return config, world, []
     replica = p.tensor_parallel_size * p.pipeline_parallel_size * p.context_parallel_size
-    pieces = 1 if given or not p.elastic else Pipeline.of(p, p.pipeline_parallel_size).pieces
+    pipeline = Pipeline.of(p, p.pipeline_parallel_size)
+    fixed = pipeline.micro_batches
+    pieces = fixed or (1 if given else pipeline.pieces)
     fits = [n for n in range(world.size // replica, 0, -1) if batch % (n * pieces) == 0]
-    if not p.elastic or not fits or not process_group.by_launcher():
+    if not fits:
         return config, world, []
     data, notes = fits[0], []
-    if given and batch // data % given:
-        micro = max(n for n in divisors(batch // data) if n <= given)
+    per_rank = batch // data
+    if given:
+        micro = per_rank // fixed if fixed else max(n for n in divisors(per_rank) if n <= given)
         config = replace(config, train=replace(config.train, micro_batch_size=micro))
-        notes.append(f"elastic: train.micro_batch_size {micro}, not {given}, for {data} data-parallel ranks")
+        if micro != given:
+            notes.append(f"elastic: train.micro_batch_size {micro}, not {given}, for {data} data-parallel ranks")
     used = data * replica
     if used < world.size:
         notes.append(

@@ -101,10 +101,12 @@ def test_an_elastic_run_takes_as_many_ranks_as_its_file_can_be_dealt_to(
         fitted, world, _ = fit(config_of(name), World(rank=0, size=8, local_rank=0, local_size=8))
         assert world.size == ranks
         assert schedule_of(fitted, world.size).num_micro_batches == (8 if name == written else 2)
-    config = config_of(written, micro=4, batch=64)  # one size on two data ranks, and smaller micro-batches on more
-    with pytest.raises(ConfigError, match="for 8 micro-batches"):
-        fitted, world, _ = fit(config, World(rank=0, size=8, local_rank=0, local_size=8))
-        fitted.resolve(world.size)
+    config = config_of(written, micro=4, batch=64)  # of the size that was given on two data ranks
+    for size, micro in ((2, 8), (4, 4), (8, 2)):
+        fitted, world, notes = fit(config, World(rank=0, size=size, local_rank=0, local_size=size))
+        assert schedule_of(fitted, world.size).num_micro_batches == 8
+        assert fitted.train.micro_batch_size == micro
+        assert [f"train.micro_batch_size {micro}, not 4," in note for note in notes] == [True] * (micro != 4)
 
 
 def test_ranks_compare_what_the_file_says(written: str) -> None:
