@@ -105,7 +105,7 @@ _COUNTERPARTS = {
     ActionKind.RECV_BACKWARD: (ActionKind.SEND_BACKWARD, +1),
 }
 
-_NOTATION = re.compile(r"(\d+)([A-Z_]+)(\d*)")
+_NOTATION = re.compile(r"([0-9]+)([A-Z_]+)([0-9]*)")
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,6 +59,8 @@ def test_stages_may_be_uneven(tmp_path: Path) -> None:
     ("old", "new", "message"),
     [
         ("0I0", "0X0", "rank 0, cell 5: '0X0' is no action"),
+        ("0I0", "0I\u0660", "rank 0, cell 5: '0I\u0660' is no action"),  # a zero, in Arabic
+        ("0I0", "\uff10I0", "rank 0, cell 5: '\uff10I0' is no action"),  # a wide one
         ("0I0", "0I", "rank 0, cell 5: action 0I: BACKWARD_INPUT needs a micro-batch"),
         ("0I0", "0I" + "0" * 9999, "rank 0, cell 5: '0I0{38}...' is no action"),
         ("0I0,0W0", "", "rank 0, cell 1: 0F0: stage 0, micro-batch 0 has no backward, though others have"),
