@@ -1,7 +1,8 @@
 """Schedules as CSV files: one row per rank, actions in the printed notation, as people and spreadsheets write them.
 
-Cells are parted by commas, semicolons or tabs; empty ones are allowed anywhere, so that columns can be moments. A stage
-is held by the rank in whose row it stands. Sends and receives may be left out, all of them: then they are inserted.
+Lines end as anywhere (LF, CR LF or CR). Cells are parted by commas, or by semicolons where a file has no comma, or by
+tabs where it has neither; empty ones are allowed anywhere, so that columns can be moments. A stage is held by the rank
+in whose row it stands. Sends and receives may be left out, all of them: then they are inserted.
 The notation is that of `torch.distributed.pipelining`, whose files of F, B, I and W can be read.
 """
 
@@ -20,7 +21,8 @@ from parallel.pipeline.validation import validate, validate_compute_order
 
 _MAX_BYTES = 64 * 2**20  # 1,000 ranks with 2,000 micro-batches take 50 MB of forwards and backwards
 _LONGEST_ACTION = 40
-_CELL = re.compile(r"[^,;\t\n]+")
+_SEPARATORS = ",;\t"
+_LINE_BREAK = re.compile(r"\r\n|\r|\n")  # str.splitlines knows many more
 
 
 def is_schedule_file(name: str) -> bool:
@@ -44,7 +46,7 @@ def read_schedule(
     if len(rows) != num_ranks:
         raise ScheduleError(
             f"parallel.schedule {path} has {len(rows)} rows, one per rank, but parallel.pipeline_parallel_size is "
-            f"{num_ranks}: they must be equal"
+            f"{num_ranks}: they must be equal (rows of empty cells count)"
         )
     try:
         schedule = _schedule(path, rows, num_micro_batches)
@@ -92,14 +94,16 @@ def _read(path: str) -> str:
 
 
 def _parse(path: str, text: str) -> tuple[list[tuple[Action, ...]], list[list[int]]]:
-    """The actions of each row, and the number of each one's cell, from 1; empty rows at the end are left out."""
+    """The actions of each row, and the number of each one's cell, from 1; blank lines at the end are left out."""
+    separator = next((mark for mark in _SEPARATORS if mark in text), _SEPARATORS[0])
+    cell, text = re.compile(f"[^{separator}]+"), text.rstrip(" \t\r\n".replace(separator, ""))
     rows, cells = [], []
-    for rank, line in enumerate(text.rstrip(" ,;\t\r\n").splitlines()):
+    for rank, line in enumerate(_LINE_BREAK.split(text) if text else ()):
         row, numbers, number, end = [], [], 1, 0
-        for match in _CELL.finditer(line):
+        for match in cell.finditer(line):
             number += match.start() - end
             end = match.end()
-            word = match[0].strip(' "')
+            word = match[0].strip(' \t"')
             if not word:
                 continue
             try:

@@ -44,9 +44,12 @@ def test_as_spreadsheets_write_it(tmp_path: Path) -> None:
         GOOD.replace(",", ";"),
         GOOD.replace(",", "\t"),
         GOOD.replace("\n", "\r\n").lstrip(),
+        GOOD.replace("\n", "\r").lstrip(),
+        GOOD.replace(",", ", \t"),
+        GOOD.replace(",", "\t ") + " \n\n",
         "\ufeff" + GOOD.lstrip(),
         re.sub(r"(\w+)", r'"\1"', GOOD),
-        re.sub(r"(\w+)", r" \1 ", GOOD) + " ,, ,\n\n,,\n",
+        re.sub(r"(\w+)", r" \1 ", GOOD) + " \n\t\n",
     ):
         assert read(tmp_path, written) == plain
 
@@ -80,8 +83,15 @@ def test_stages_may_be_uneven(tmp_path: Path) -> None:
         ),
         ("1F0", "1UNSHARD,1F0", "rank 1, cell 2: 1UNSHARD: give F, B, I, W and their messages alone"),
         ("1I0", "1R0,1I0", "rank 1, cell 3: 1R0: give F, B, I, W and their messages alone"),
+        ("1I0", ";,1X0", "rank 1, cell 3: ';' is no action"),  # one separator in a file
+        (",,,0I0", ",\t,, 0X0\t", "rank 0, cell 5: '0X0' is no action"),
+        (",,,0I0", ",\x0b,,0I0", r"rank 0, cell 3: '\\x0b' is no action"),
+        *((",,,0I0", f",,,{mark}0I0", "rank 0, cell 5: '.*0I0' is no action") for mark in "\x0b\x0c\x1c\x85\u2028"),
         ("1W1", "1W1,3F0,3B0", "stage 2 is in no row, but stage 3 is"),
         ("1W1", f"1W1,{10**30}F0", f"stage 2 is in no row, but stage {10**30} is"),
+        (GOOD, "0F0,1F0,1B0,0B0,0F1,1F1,1B1,0B1\n,,\n", "rank 1 holds no stage: each row needs one"),
+        (GOOD, GOOD.lstrip() + ",,\n", "has 3 rows, one per rank"),
+        (GOOD, "\n  \n", "has 0 rows, one per rank"),
         (GOOD, "0F0,0F1\n1F0,1F1\n", r"no stage has a backward \(B, or I and W\), and training needs them"),
         (GOOD, "0F0,1F0,1B0,0B0,0F1,1F1,1B1,0B1\n,,\n2F0,2B0\n", "has 3 rows, one per rank, but .* is 2"),
         (GOOD, "", "has 0 rows, one per rank, but parallel.pipeline_parallel_size is 2: they must be equal"),
