@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,6 +19,34 @@ PerRank = float | tuple[float, ...]
 """One number for all ranks of the pipeline, or one per rank."""
 
 
+class Limit(NamedTuple):
+    """What a number may be: with these, nothing that is worked out of them leaves the range of floats."""
+
+    least: float
+    most: float
+    is_whole: bool = False
+
+    def __contains__(self, number: object) -> bool:
+        kinds = int if self.is_whole else int | float
+        return isinstance(number, kinds) and not isinstance(number, bool) and self.least <= number <= self.most
+
+    def __str__(self) -> str:
+        upwards = "or more" if self.most == math.inf else f"to {self.most:g}"
+        return f"a {'whole ' * self.is_whole}number, {self.least:g} {upwards}"
+
+
+_AMOUNT = Limit(0, 1e18)
+LIMITS: dict[str, Limit] = {
+    "bandwidth": Limit(1e-9, math.inf), "speed": Limit(1e-9, 1e9), "jitter": Limit(0, 10),
+    "seed": Limit(0, 1e18, is_whole=True),
+    **dict.fromkeys(("forward", "backward_input", "backward_weight", "recompute"), _AMOUNT),
+    **dict.fromkeys(("output_bytes", "gradient_bytes", "activation_bytes"), _AMOUNT),
+    **dict.fromkeys(("latency", "norm", "optimizer"), _AMOUNT),
+}  # fmt: skip
+"""Of each field of `Costs`."""
+_ALONE = ("latency", "bandwidth", "jitter", "seed", "norm")  # one number, whatever the schedule
+
+
 @dataclass(frozen=True, kw_only=True)
 class Costs:
     """Times and sizes per stage and micro-batch. Units are the caller's: seconds, or multiples of a forward; bytes.
@@ -25,7 +54,7 @@ class Costs:
     The whole backward takes the sum of its two parts.
 
     Raises:
-        ValueError: a number is negative or not finite, or a speed or bandwidth not above 0.
+        ValueError: a number is beyond its limit (`LIMITS`), or no number.
     """
 
     forward: PerStage = 1.0
@@ -58,15 +87,13 @@ class Costs:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            positive = field.name in ("speed", "bandwidth")
-            for number in value if isinstance(value, tuple) else (value,):
-                if number is None or (field.name == "bandwidth" and number == math.inf):
-                    continue
-                if not (math.isfinite(number) and number >= 0 and not (positive and number == 0)):
-                    what = (
-                        "speeds and rates are finite and above 0" if positive else "it must be finite and not negative"
-                    )
-                    raise ValueError(f"costs: {field.name} is {value}, but {what}")
+            if value is None and field.default is None:
+                continue
+            limit, is_alone = LIMITS[field.name], field.name in _ALONE
+            for number in value if isinstance(value, tuple) and not is_alone else (value,):
+                if number not in limit:
+                    several = "" if is_alone else ", or a tuple of such"
+                    raise ValueError(f"costs: {field.name} is {value!r}: it must be {limit}{several}")
 
     def check(self, schedule: Schedule) -> None:
         """Raise ValueError unless every tuple has one number for each stage, boundary or rank of a schedule."""

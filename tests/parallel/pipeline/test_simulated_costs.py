@@ -1,5 +1,6 @@
 """What the simulator makes of its costs: by hand where messages take time, and what must not change the result."""
 
+import math
 import statistics
 import time
 from itertools import pairwise
@@ -18,7 +19,7 @@ from parallel.pipeline import (
     sum_layers,
 )
 from parallel.pipeline.actions import live_activations
-from parallel.pipeline.costs import PerStage
+from parallel.pipeline.costs import LIMITS, PerStage
 from parallel.pipeline.graph import data_dependencies, input_receive
 from parallel.pipeline.simulation import POLICIES, Policy
 
@@ -104,11 +105,35 @@ def test_costs_of_another_shape() -> None:
     for wrong in (Costs(speed=(1.0, 1.0)), Costs(output_bytes=(1.0,) * 3), Costs(optimizer=(1.0,))):
         with pytest.raises(ValueError, match=r"has . entries for . (ranks|boundaries of stages)"):
             simulate(schedule, wrong)
-    for bad in ({"speed": 0.0}, {"bandwidth": 0.0}, {"jitter": -0.1}, {"norm": float("inf")}):
-        with pytest.raises(ValueError, match=f"costs: {next(iter(bad))} is"):
-            Costs(**bad)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="policy 'eager': choose one of static, ready"):
         simulate(schedule, Costs(), "eager")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("field", "values", "limit"),
+    [
+        ("speed", (0.0, 1e-10, float("nan"), (1.0, 0.0)), "a number, 1e-09 to 1e\\+09, or a tuple"),
+        ("bandwidth", (0.0, 1e-308, (1.0,)), "a number, 1e-09 or more$"),
+        ("jitter", (-0.1, 1e10, "0.1"), "a number, 0 to 10$"),
+        ("norm", (float("inf"), None, True), "a number, 0 to 1e\\+18$"),
+        ("forward", (1e308, "1", [1.0, 1.0], -1, (1.0, "1")), "a number, 0 to 1e\\+18, or a tuple"),
+        ("output_bytes", (1e308, float("nan")), "a number, 0 to 1e\\+18"),
+        ("seed", (1.5, -1, 10**400), "a whole number, 0 to 1e\\+18$"),
+    ],
+)
+def test_numbers_beyond_their_limits(field: str, values: tuple[object, ...], limit: str) -> None:
+    for value in values:
+        with pytest.raises(ValueError, match=f"costs: {field} is .*: it must be {limit}"):
+            Costs(**{field: value})  # type: ignore[arg-type]
+
+
+def test_what_the_limits_allow_stays_a_number() -> None:
+    each = {name: limit.most for name, limit in LIMITS.items() if not limit.is_whole}
+    slow = each | {"speed": LIMITS["speed"].least, "bandwidth": LIMITS["bandwidth"].least}
+    for costs in (Costs(**each), Costs(**slow), Costs(**slow | {"jitter": 0.0})):
+        for policy in POLICIES:
+            step = simulate(build_schedule("zb_v", 2, 4), costs, policy)
+            assert all(map(math.isfinite, (step.step_time, step.bubble_fraction, *step.bubble, *step.peak_bytes)))
 
 
 EVEN: list[tuple[PerStage, PerStage, PerStage]] = [(1.0, 1.0, 1.0), (1.0, 1.3, 0.7), (1.0, 0.8, 1.2), (1.0, 2.0, 1.0)]
