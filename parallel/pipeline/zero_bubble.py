@@ -67,10 +67,10 @@ def zb_v(num_ranks: int, num_micro_batches: int) -> Schedule:
 def v_half(num_ranks: int, num_micro_batches: int) -> Schedule:
     """Two stages per rank in a V, at half the memory. Compute order.
 
-    When F = I = W the bubble is (3p-5)F/2 of a rank's two stages (of 2 ranks: F), less than half of 1F1B's 3(p-1)F.
-    Peak activations p/2 + 1.
+    When F = I = W the bubble is (3p-5)F/2 of a rank's two stages from 3 ranks on (of 2: F), less than half of 1F1B's
+    3(p-1)F. Peak activations p/2 + 1.
     """
-    times = _Times(10, 11, 10)
+    times = _Times(1000, 1001, 1000)  # I a little longer: what it is longer by adds up over ranks to less than an F
     wait = 0 if num_ranks % 2 else sum(times)
     return _schedule(
         "v_half", _v_shape(num_ranks), num_micro_batches, times, laps=1, wait=wait, most_live=num_ranks + 2

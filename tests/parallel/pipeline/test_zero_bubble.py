@@ -48,7 +48,7 @@ def test_zb_h1_and_h2(p: int, f: float, i: float, w: float) -> None:
                 assert own - m * (f + i + w) == pytest.approx(max(formula, 0))
 
 
-@pytest.mark.parametrize("p", RANKS)
+@pytest.mark.parametrize("p", [*RANKS, 12, 13, 32])
 def test_v_schedules(p: int) -> None:
     """In units of one of a rank's two stages, F = I = W = 1, where 1F1B's bubble is 6(p-1)."""
     for m in (p, 2 * p, 3 * p + 1):
