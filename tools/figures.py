@@ -27,6 +27,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from engine.errors import ConfigError
+from tools import options
 
 # Okabe and Ito's, told apart by all kinds of colour vision; without yellow, which white paper swallows.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555")
@@ -91,13 +92,9 @@ def check_place(path: Path) -> Path:
     """
     if path.suffix.lower() != ".png":
         raise ConfigError(f"{path}: pictures are PNG files: give a name that ends with .png")
-    if path.is_dir():
-        raise ConfigError(f"{path} is a folder: name a file in it, such as {path / 'plot.png'}")
-    if not path.parent.is_dir():
-        raise ConfigError(f"{path}: there is no folder {path.parent}: make it, or name another place")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
+    if path.parent.is_dir() and not os.access(path.parent, os.W_OK | os.X_OK):  # a picture replaces the earlier one
         raise ConfigError(f"{path} cannot be written: {path.parent} is not yours to write to: name another place")
-    return path
+    return options.check_place(path)
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -130,7 +130,9 @@ def virtual_stages_of(name: str, virtual_stages: int | None = None) -> int:
         ValueError: there is no schedule of that name, or it cannot hold so many stages per rank.
     """
     if name not in SCHEDULES:
-        raise ValueError(f"unknown pipeline schedule {name!r}: choose one of {', '.join(SCHEDULES)}, or a .csv file")
+        raise ValueError(
+            f"unknown pipeline schedule {name!r}: choose one of {', '.join(SCHEDULES)}, or a file that ends in .csv"
+        )
     generator = SCHEDULES[name]
     if virtual_stages is None or virtual_stages == generator.virtual_stages:
         return generator.virtual_stages

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.errors import ConfigError
+from engine.errors import EXIT_USAGE, ConfigError
 from parallel.process_group import World
 from tools.benchmark import schedules
 
@@ -34,7 +34,44 @@ def test_the_table_of_docs_pipelines(capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr().out in (Path(__file__).parents[2] / "docs" / "pipelines.md").read_text()
 
 
-@pytest.mark.parametrize("flags", ["--ranks 0", "--speed 1,2", "--policy eager", "--schedule none", "--forward=-1"])
-def test_what_cannot_be(flags: str) -> None:
-    with pytest.raises(ConfigError):
-        schedules.main(flags.split(), World())
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ("--speed 1,2", "speed has 2 entries for 4 ranks"),
+        ("--policy eager", "'eager': choose one of static, ready"),
+        ("--schedule none", "none"),
+        ("--schedule none.txt", "a file that ends in .csv"),
+        ("--schedule {folder}/one.csv", "has 1 row"),
+        ("--virtual-stages 3 --schedule zb_v,1f1b", "--virtual-stages 3 has no effect on zb_v, 1f1b"),
+        ("--virtual-stages 1 --schedule interleaved", "--virtual-stages is 1, but interleaved holds several"),
+    ],
+)
+def test_what_cannot_be(flags: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "one.csv").write_text("0F0,0B0")
+    with pytest.raises(ConfigError) as refusal:
+        schedules.main(flags.format(folder=tmp_path).split(), World())
+    assert reason in str(refusal.value) and "parallel." not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ("--ranks 0", "0 is not a whole number, 1 to"),
+        ("--ranks 4,x", "x is not a whole number"),
+        ("--forward=-1", "-1 is not a number, 0 to"),
+        ("--forward 1e308", "1e308 is not a number, 0 to 1e+18"),
+        ("--jitter 0,1e200", "1e200 is not a number, 0 to 10"),
+        ("--speed 1e-308", "1e-308 is not a number, 1e-09 to"),
+        ("--seeds 0", "0 is not a whole number"),
+        ("--forward 0 --input 0 --weight 0", "together must be 1e-09 or more"),
+        ("--json {folder}/none/a.json", "there is no folder"),
+        ("--json {folder}", "is a folder"),
+    ],
+)
+def test_what_is_told_before_any_work(
+    flags: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(schedules, "_rows")
+    with pytest.raises(SystemExit) as end:
+        schedules.main(flags.format(folder=tmp_path).split(), World())
+    assert end.value.code == EXIT_USAGE and reason in capsys.readouterr().err

@@ -31,6 +31,7 @@ from model.kinds import KINDS
 from parallel.process_group import World
 from tools.benchmark.bench import seconds, started
 from tools.benchmark.table import Row, show
+from tools.options import add_json
 
 _CPU = torch.device("cpu")
 
@@ -45,7 +46,7 @@ def main(argv: Sequence[str], world: World) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--fit", action="store_true", help="memory of ViT-L at 1024 x 1024 in the place of times")
     parser.add_argument("--pyramid", action="store_true", help="a pyramid against one scale in the place of times")
-    parser.add_argument("--json", help="also write the rows to this file")
+    add_json(parser)
     options = parser.parse_args(argv)
     if options.fit:
         rows = [fit_row(kind) for kind in KINDS]

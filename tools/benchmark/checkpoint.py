@@ -45,6 +45,7 @@ from parallel.process_group import World
 from tools.benchmark.bench import read_config, seconds, started
 from tools.benchmark.checkpoint_ways import Way, all_ways, forget_pages
 from tools.benchmark.table import Row, show
+from tools.options import add_json
 
 _STATE_BYTES = 12  # of a parameter: weight and two moments in fp32
 ACTIONS = ("write", "read, cold", "read, warm")
@@ -60,7 +61,7 @@ def main(argv: Sequence[str], world: World) -> None:
     parser.add_argument("--dir", type=Path, help="folder on the disk in question (default: the temporary one)")
     parser.add_argument("--repeats", type=int, default=5, help="measured rounds, after one that is not (default 5)")
     parser.add_argument("--pause", type=float, default=1.0, help="seconds of computing in a step (default 1)")
-    parser.add_argument("--json", help="also write the rows to this file")
+    add_json(parser)
     options, flags = parser.parse_known_args(argv)
     with tempfile.TemporaryDirectory(prefix="checkpoint-", dir=options.dir) as name:
         if options.ranks:

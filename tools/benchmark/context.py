@@ -27,6 +27,7 @@ from parallel.messages import exchange_start
 from parallel.process_group import World
 from tools.benchmark.bench import seconds
 from tools.benchmark.table import show
+from tools.options import add_json
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -93,7 +94,7 @@ def main(argv: Sequence[str], world: World) -> None:
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", help="also write the rows to this file")
+    add_json(parser)
     options = parser.parse_args(argv)
     cpu = torch.device("cpu")
     prepare_cpu(world)

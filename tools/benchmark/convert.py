@@ -42,6 +42,7 @@ from parallel.process_group import World
 from tools.benchmark.checkpoint_ways import Plain, forget_pages
 from tools.benchmark.table import Row, show
 from tools.convert.report import size_of
+from tools.options import add_json
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -56,7 +57,7 @@ def main(argv: Sequence[str], world: World) -> None:
     parser.add_argument("--dtype", choices=_DTYPES, default="fp32", help="of the source")
     parser.add_argument("--dir", type=Path, help="folder on the disk in question (default: the temporary one)")
     parser.add_argument("--repeats", type=int, default=3, help="rounds (default 3)")
-    parser.add_argument("--json", help="also write the rows to this file")
+    add_json(parser)
     options, flags = parser.parse_known_args(argv)
     model = parse(flags, "tools.benchmark convert")[0].model.resolve()
     with tempfile.TemporaryDirectory(prefix="convert-", dir=options.dir) as name:

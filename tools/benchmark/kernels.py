@@ -21,6 +21,7 @@ from torch import Tensor
 from engine.device import peak_memory_bytes
 from model.kernels import AdamWStep, Kernels, reference, tune_allocator
 from tools.benchmark.timing import Fn, interleaved, milliseconds, ratio
+from tools.options import add_json
 
 Row = dict[str, object]
 NATIVE = Kernels("native")
@@ -244,7 +245,7 @@ def format_row(row: Row) -> str:
 def main(argv: Sequence[str] | None = None, world: object = None) -> int:
     """The command. `world` is what every benchmark is handed; kernels run in one process and do not use it."""
     parser = argparse.ArgumentParser(prog="tools.benchmark kernels", description=__doc__)
-    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    add_json(parser)
     parser.add_argument("--repeats", type=int, default=21, help="rounds per measurement")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="CPU threads; with 1, CPU seconds are measured (for busy machines)")
@@ -256,7 +257,7 @@ def main(argv: Sequence[str] | None = None, world: object = None) -> int:
     print("\n".join(NATIVE.describe(device)))
     rows = run(options.repeats, device, not options.no_compile)
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=1))
+        Path(options.json).write_text(json.dumps(rows, indent=1))
     return 0
 
 

@@ -25,6 +25,7 @@ from parallel.pipeline.lanes import open_post
 from parallel.pipeline.post import Lane, Post
 from parallel.process_group import World
 from tools.benchmark.table import show
+from tools.options import add_json
 
 _BYTES = (64, 64 << 10, 4 << 20)
 _COMPUTES_SECONDS = 0.01
@@ -34,7 +35,7 @@ def main(argv: Sequence[str], world: World) -> int | None:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="tools.benchmark messages", description=__doc__)
     parser.add_argument("--rounds", type=int, default=100)
-    parser.add_argument("--json", help="also write the rows to this file")
+    add_json(parser)
     options = parser.parse_args(argv)
     if world.size != 2:
         parser.error(f"{world.size} ranks: messages go between 2")

@@ -45,6 +45,7 @@ from tools.benchmark.bench import Bench, read_config, seconds, started
 from tools.benchmark.eager_vit import EagerSizes, EagerViT, parameter_groups
 from tools.benchmark.peer_coordinator import PEERS, Options, check_plain, compare
 from tools.benchmark.table import show
+from tools.options import add_json
 
 _PEERS_PYTHON = Path(__file__).parents[2] / ".venv-peers" / "bin" / "python"
 
@@ -73,7 +74,7 @@ def main(argv: Sequence[str], world: World) -> None:
         action="store_true",
         help="leave the allocator of FSDP2, DeepSpeed and eager as it is: slower steps, less memory",
     )
-    parser.add_argument("--json", help="also write the rows to this file")
+    add_json(parser)
     options, flags = parser.parse_known_args(argv)
     if options.against not in ("torch", "reference"):
         _in_own_processes(options, flags, world)

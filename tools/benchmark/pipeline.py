@@ -46,6 +46,7 @@ from tools.benchmark.sleepers import Case, Pass
 from tools.benchmark.table import Row, show
 from tools.benchmark.toys import STAGES, TORCH_SCHEDULES, Toy
 from tools.benchmark.turns import Answer, Program, ProgramFailedError, Running, started
+from tools.options import add_json
 
 SLEEPING = ("1f1b", "interleaved", "zb_h1", "zb_v")
 _MIB = 2**20
@@ -85,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--rows", 4, "of what flows between these", type=int)
     add("--width", 8, "of these", type=int)
     add("--passes", 10, "in a row, after three that warm up", type=int)
-    parser.add_argument("--json", help="also write the rows to this file")
+    add_json(parser)
     return parser
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from parallel.process_group import World
 from tools.benchmark.recipes import Trained, train
 from tools.benchmark.table import Row, show
+from tools.options import add_json
 
 FORMATS = ("fp32", "bf16", "fp16", "fp8")
 
@@ -27,7 +28,7 @@ def main(argv: Sequence[str], world: World) -> None:
     parser.add_argument("--recipe", default="configs/digits.yaml", help="YAML file (default configs/digits.yaml)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
-    parser.add_argument("--json", help="also write the rows to this file")
+    add_json(parser)
     options, flags = parser.parse_known_args(argv)
     # the recipe's own layout may need several ranks: one process here
     flags = ["--parallel.tensor_parallel_size", "1", "--parallel.pipeline_parallel_size", "1", *flags]

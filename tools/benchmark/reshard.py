@@ -38,6 +38,7 @@ from tools.benchmark.checkpoint import model_of
 from tools.benchmark.checkpoint_ways import forget_pages
 from tools.benchmark.table import Row, show
 from tools.convert.reshard import reshard
+from tools.options import add_json
 
 
 class _Cut(NamedTuple):
@@ -56,7 +57,7 @@ def main(argv: Sequence[str], world: World) -> None:
     parser.add_argument("--gigabytes", type=float, default=2.0, help="of all ranks' state (default 2)")
     parser.add_argument("--dir", type=Path, help="folder on the disk in question (default: the temporary one)")
     parser.add_argument("--repeats", type=int, default=3, help="rounds, after one that is not measured (default 3)")
-    parser.add_argument("--json", help="also write the rows to this file")
+    add_json(parser)
     options, flags = parser.parse_known_args(argv)
     config = read_config([*model_of(options.gigabytes), "--train.global_batch_size", "8", *flags])
     with tempfile.TemporaryDirectory(prefix="reshard-", dir=options.dir) as name, started(config, world) as bench:

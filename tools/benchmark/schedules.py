@@ -24,13 +24,14 @@ from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
-from engine.errors import ConfigError
 from parallel.pipeline import SCHEDULES, Costs, Schedule, Timeline, build_schedule, simulate
 from parallel.pipeline.costs import PerRank
 from parallel.pipeline.simulation import POLICIES, Policy
 from parallel.process_group import World
 from tools.benchmark.table import Row, show
+from tools.options import COUNT, add_json, cost, number, refusing, several, virtual_stages_of_each
 
+_LEAST_WORK = 1e-9
 _ALL = ["1f1b", *(name for name in SCHEDULES if name != "1f1b")]
 
 
@@ -38,12 +39,12 @@ def main(argv: Sequence[str], world: World) -> None:
     """Simulate and print."""
     parser = _parser()
     options = parser.parse_args(argv)
-    if options.seeds < 1:
-        parser.error(f"--seeds is {options.seeds}: a jitter is drawn for one step at least")
-    try:
+    if options.forward + options.input + options.weight < _LEAST_WORK:
+        parser.error(
+            f"--forward, --input and --weight together must be {_LEAST_WORK:g} or more: what is compared is work"
+        )
+    with refusing():
         rows = [row for p in options.ranks for m in options.micro_batches for row in _rows(options, p, m)]
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
     show(rows, options.json)
 
 
@@ -52,44 +53,33 @@ def _parser() -> argparse.ArgumentParser:
         prog="tools.benchmark schedules", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
-    add = parser.add_argument
-    add("--ranks", type=_several(int), default=[4], help="of the pipeline, one or several numbers: 4,8 (default 4)")
-    add("--micro-batches", type=_several(int), default=[8], help="one or several numbers (default 8)")
-    add("--schedule", type=_several(str), default=_ALL, help="names or CSV files (default: every schedule)")
-    add("--virtual-stages", type=int, help="stages per rank of interleaved (default 2)")
-    add("--forward", type=float, default=1.0, help="time of a forward (default 1)")
-    add("--input", type=float, default=1.0, help="of the gradient of the inputs (default 1)")
-    add("--weight", type=float, default=1.0, help="of the gradient of the weights (default 1)")
-    add("--latency", type=float, default=0.0, help="of a message (default 0)")
-    add("--bandwidth", type=float, default=math.inf, help="bytes per unit of time of a message (default: no limit)")
-    add("--bytes", type=float, default=0.0, help="of the tensors at a boundary, in either direction (default 0)")
-    add("--speed", type=_several(float), default=[1.0], help="of the ranks, one number or one for each (default 1)")
-    add("--norm", type=float, default=0.0, help="time of the gradient norm, which waits for all ranks (default 0)")
-    add("--optimizer", type=float, default=0.0, help="time of the update that follows (default 0)")
-    add("--jitter", type=_several(float), default=[0.0], help="relative standard deviation of actions (default 0)")
-    add("--seeds", type=int, default=10, help="steps that a jitter is drawn for (default 10)")
-    add("--policy", type=_several(str), default=["static"], help=f"{' or '.join(POLICIES)}, or both (default static)")
-    add("--json", help="also write the rows to this file")
+    def add(name: str, kind: Callable[[str], Any], default: object, text: str) -> None:
+        parser.add_argument(name, type=kind, default=default, help=text)
+
+    add("--ranks", several(number(COUNT)), [4], "of the pipeline, one or several numbers: 4,8 (default 4)")
+    add("--micro-batches", several(number(COUNT)), [8], "one or several numbers (default 8)")
+    add("--schedule", several(str), _ALL, "names, or files ending in .csv (default: every schedule)")
+    add("--virtual-stages", number(COUNT), None, "stages per rank, of interleaved (default 2)")
+    add("--forward", cost("forward"), 1.0, "time of a forward (default 1)")
+    add("--input", cost("backward_input"), 1.0, "of the gradient of the inputs (default 1)")
+    add("--weight", cost("backward_weight"), 1.0, "of the gradient of the weights (default 1)")
+    add("--latency", cost("latency"), 0.0, "of a message (default 0)")
+    add("--bandwidth", cost("bandwidth"), math.inf, "bytes per unit of time of a message (default: no limit)")
+    add("--bytes", cost("output_bytes"), 0.0, "of the tensors at a boundary, in either direction (default 0)")
+    add("--speed", several(cost("speed")), [1.0], "of the ranks, one number or one for each (default 1)")
+    add("--norm", cost("norm"), 0.0, "time of the gradient norm, which waits for all ranks (default 0)")
+    add("--optimizer", cost("optimizer"), 0.0, "time of the update that follows (default 0)")
+    add("--jitter", several(cost("jitter")), [0.0], "relative standard deviation of actions (default 0)")
+    add("--seeds", number(COUNT), 10, "steps that a jitter is drawn for (default 10)")
+    add("--policy", several(str), ["static"], f"{' or '.join(POLICIES)}, or both (default static)")
+    add_json(parser)
     return parser
-
-
-def _several(of: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    """The type of an option that takes one or several values: 4,8."""
-
-    def read(text: str) -> list[Any]:
-        return [of(part) for part in text.split(",")]
-
-    read.__name__ = f"list of {of.__name__}"  # argparse says it where a value is none
-    return read
 
 
 def _rows(options: argparse.Namespace, ranks: int, micro_batches: int) -> list[Row]:
     base = build_schedule("1f1b", ranks, micro_batches)
-    v = options.virtual_stages
-    schedules = {
-        name: build_schedule(name, ranks, micro_batches, v if name == "interleaved" else None)
-        for name in options.schedule
-    }
+    stages = virtual_stages_of_each(options.schedule, options.virtual_stages)
+    schedules = {name: build_schedule(name, ranks, micro_batches, v) for name, v in stages.items()}
     rows: list[Row] = []
     for jitter in options.jitter:
         one = _steps(base, options, jitter, "static")

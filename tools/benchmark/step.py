@@ -18,6 +18,7 @@ from parallel import comm
 from parallel.process_group import World
 from tools.benchmark.bench import Bench, gemm_tflops, read_config, seconds, started, time_steps
 from tools.benchmark.table import Row, show
+from tools.options import add_json
 
 _CHECKS = 5  # comparisons of what ranks have copies of (`train.check_interval`), after one that is not counted
 
@@ -27,7 +28,7 @@ def main(argv: Sequence[str], world: World) -> None:
     parser = argparse.ArgumentParser(prog="tools.benchmark step", description=__doc__)
     parser.add_argument("--steps", type=int, default=10, help="measured steps (default 10)")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them (default 3)")
-    parser.add_argument("--json", help="also write the row to this file")
+    add_json(parser)
     options, flags = parser.parse_known_args(argv)
     with started(read_config(flags), world) as bench:
         row = measure(bench, options.steps, options.warmup)

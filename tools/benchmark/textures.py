@@ -22,6 +22,7 @@ from parallel.process_group import World
 from tools.benchmark.attention import kept_bytes
 from tools.benchmark.recipes import train
 from tools.benchmark.table import Row, show
+from tools.options import add_json
 
 VARIANTS = ("full", "window_grid", "linear", "mixed")
 
@@ -31,7 +32,7 @@ def main(argv: Sequence[str], world: World) -> None:
     parser = argparse.ArgumentParser(prog="tools.benchmark textures", description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--json", help="also write the rows to this file")
+    add_json(parser)
     options, flags = parser.parse_known_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         rows = [_row(variant, options.seeds, flags, Path(folder)) for variant in options.variants]
