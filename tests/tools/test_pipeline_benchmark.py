@@ -61,10 +61,11 @@ def test_formulas() -> None:
         (["--micro-batches", "0"], World(), "0"),
         (["--ms", "1,2"], World(), "three numbers"),
         (["--ms", "1,2,-3"], World(), "-0.003"),
-        (["--speeds", "1,1"], World(), "2 entries for 4 ranks"),
+        (["--speed", "1,1"], World(), "2 entries for 4 ranks"),
         (["--policy", "eager"], World(), "eager.*static,ready"),
         (["--rounds", "0"], World(), "--rounds 0"),
         (["--schedule", "interleaved", "--virtual-stages", "1"], World(), "2 or more"),
+        (["--schedule", "zb_v", "--virtual-stages", "3"], World(), "--virtual-stages 3 has no effect on zb_v"),
     ],
 )
 def test_mistakes_are_told_before_ranks_start(options: list[str], world: World, message: str) -> None:

@@ -46,7 +46,7 @@ from tools.benchmark.sleepers import Case, Pass
 from tools.benchmark.table import Row, show
 from tools.benchmark.toys import STAGES, TORCH_SCHEDULES, Toy
 from tools.benchmark.turns import Answer, Program, ProgramFailedError, Running, started
-from tools.options import add_json
+from tools.options import add_json, refusing, virtual_stages_of_each
 
 SLEEPING = ("1f1b", "interleaved", "zb_h1", "zb_v")
 _MIB = 2**20
@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--rounds", 5, "all cases in turn, so often", type=int)
     add("--ms", "40,40,40", "milliseconds of a rank's F, I and W of a micro-batch, all its stages together")
     add("--jitter", "0", "standard deviations, relative to the mean, with commas between")
-    add("--speeds", None, "of each rank, with commas between: it sleeps 1/speed of the times")
+    add("--speed", None, "of each rank, with commas between: it sleeps 1/speed of the times")
     parser.add_argument("--against", choices=["torch"], help="compare executors, with stages that do next to nothing")
     add("--stage", STAGES[0], f"that does next to nothing: one of {', '.join(STAGES)}", choices=STAGES)
     add("--rows", 4, "of what flows between these", type=int)
@@ -95,15 +95,6 @@ def _list(text: str, kind: Callable[[str], Number], option: str) -> list[Number]
         return [kind(part) for part in text.split(",")]
     except ValueError:
         raise ConfigError(f"{option} {text}: give numbers with commas between") from None
-
-
-@contextmanager
-def _refusing() -> Iterator[None]:
-    """Of what is asked for: no such schedule, not with so many ranks or micro-batches, a time that is none."""
-    try:
-        yield
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
 
 
 @contextmanager
@@ -128,7 +119,7 @@ def _ranks(kinds: Sequence[str], count: int) -> Iterator[list[Running]]:
 
 def _sleeping(options: argparse.Namespace) -> list[Row]:
     cases = _cases(options)
-    with _refusing():
+    with refusing():
         for case in cases:
             case.simulated()
     with _ranks(["sleepers"], options.ranks) as (ranks,):
@@ -142,12 +133,13 @@ def _cases(options: argparse.Namespace) -> list[Case]:
     if len(times) != 3:
         raise ConfigError(f"--ms {options.ms}: give three numbers, of F, I and W")
     f, i, w = (ms / 1000 for ms in times)
+    stages = virtual_stages_of_each(_names(options, SLEEPING), options.virtual_stages)
     return [
         Case(
             schedule=name, ranks=options.ranks, micro_batches=m, policy=policy, jitter=jitter,
-            virtual_stages=options.virtual_stages if name == "interleaved" else None,
+            virtual_stages=stages[name],
             forward=f, backward_input=i, backward_weight=w,
-            speeds=tuple(_list(options.speeds, float, "--speeds")) if options.speeds else None,
+            speeds=tuple(_list(options.speed, float, "--speed")) if options.speed else None,
         )
         for jitter, m, name, policy in product(
             _list(options.jitter, float, "--jitter"), _list(options.micro_batches, int, "--micro-batches"),
@@ -215,14 +207,15 @@ def _against_torch(options: argparse.Namespace) -> list[Row]:
     if strange := [name for name in names if name not in TORCH_SCHEDULES]:
         raise ConfigError(f"--schedule {','.join(strange)}: torch is compared in {', '.join(TORCH_SCHEDULES)}")
     policies = list(dict.fromkeys(["static", *_policies(options)]))
+    stages = virtual_stages_of_each(names, options.virtual_stages)
     toys = [
         Toy(
-            schedule=name, micro_batches=m, virtual_stages=options.virtual_stages if name == "interleaved" else None,
+            schedule=name, micro_batches=m, virtual_stages=stages[name],
             rows=options.rows, width=options.width, stage=options.stage,
         )
         for name, m in product(names, _list(options.micro_batches, int, "--micro-batches"))
     ]  # fmt: skip
-    with _refusing():
+    with refusing():
         for toy in toys:
             build_schedule(toy.schedule, options.ranks, toy.micro_batches, toy.virtual_stages)
     kinds = ["vitruvius"] if options.stage == "empty" else ["vitruvius", "torch"]
