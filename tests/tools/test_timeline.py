@@ -129,6 +129,8 @@ def test_parts_alone_are_drawn(folder: Path, drawn: list[tuple[Sequence[Panel], 
         (run / part_of(folder, rank).name).write_bytes(part_of(folder / "profile", rank).read_bytes())
     assert timeline.main([str(tmp_path)]) == EXIT_DONE
     assert _counts(drawn[-1][0][0])["W"] == RANKS * MICRO_BATCHES
+    (kept := tmp_path / "kept.json").write_bytes((folder / "profile" / "timeline.json").read_bytes())
+    assert timeline.main([str(kept)]) == EXIT_DONE, "under any name"
     with pytest.raises(ConfigError, match=r"--rank 1 is in a pipeline that was not recorded whole.* ranks 0, 2, 4, 6"):
         timeline.main([str(tmp_path), "--rank", "1"])
     part_of(run, 0).unlink()
@@ -194,7 +196,11 @@ def test_long_ones_go_on_below_and_text_is_enough_for_some(
         (["{run}", "--rank", "8"], "--rank 8 is none of the run's ranks"),
         (["{run}", "--out", "x.jpg"], "PNG"),
         (["{empty}"], "no step of it was recorded; train with --log.profile_steps"),
-        (["{damaged}"], "is no timeline of a run"),
+        (["{damaged}"], "timeline.json is no timeline of a run (it is no JSON, or cut off"),
+        (["{damaged}/other.json"], "other.json is no timeline of a run (it is JSON, but no trace)"),
+        (["{damaged}/rank0.json"], "it is a trace by torch's profiler"),
+        (["{damaged}/trace.json"], "it is a trace by --trace or others"),
+        (["{run}/profile/timeline-rank1.jsonl"], "it is the part of one rank"),
         (["--schedule", "2f2b"], "unknown pipeline schedule '2f2b': choose one of gpipe, 1f1b"),
         (["--schedule", "zb_v", "--virtual-stages", "3"], "virtual_stages is 3, but zb_v holds 2 stages per rank"),
         (["--schedule", "1f1b", "--ranks", "100", "--micro-batches", "2000"], "at least 400000 actions"),
@@ -206,7 +212,11 @@ def test_long_ones_go_on_below_and_text_is_enough_for_some(
 def test_what_cannot_be_drawn_is_told_in_a_line(folder: Path, tmp_path: Path, given: list[str], reason: str) -> None:
     (empty := tmp_path / "empty").mkdir()
     (damaged := tmp_path / "damaged").mkdir()
-    (damaged / "timeline.json").write_text('{"traceEvents": [')
+    for name, text in (
+        ("timeline.json", '{"traceEvents": ['), ("other.json", "[]"), ("trace.json", '{"traceEvents": []}'),
+        ("rank0.json", '{"schemaVersion": 1, "traceEvents": []}'),
+    ):  # fmt: skip
+        (damaged / name).write_text(text)
     with pytest.raises(ConfigError) as refusal:
         timeline.main([text.format(run=folder, empty=empty, damaged=damaged) for text in given])
     assert reason in str(refusal.value) and "\n" not in str(refusal.value)

@@ -23,7 +23,7 @@ from engine.run.trace_events import COMPUTE, SIMULATED, process_events, simulate
 from parallel.pipeline import SCHEDULES, Costs, Timeline, build_schedule, simulate, to_csv
 from parallel.pipeline.schedule_file import is_schedule_file
 from tools.timeline.picture import Panel, simulated_panel
-from tools.timeline.read import choose_step, folder_of, panels_of, read
+from tools.timeline.read import choose_step, panels_of, read, source_of
 
 _MOST_ACTIONS = 200_000  # in a picture
 _OF_A_RUN = {"step": None, "rank": None}
@@ -98,10 +98,11 @@ def _number(kind: type[int] | type[float], least: int) -> Callable[[str], float]
 def _draw_run(options: argparse.Namespace) -> None:
     from tools.figures import check_place  # matplotlib: half a second
 
-    folder = folder_of(options.run)
+    source = source_of(options.run)
+    folder = source.parent if source.is_file() else source
     home = folder.parent if folder.name == "profile" else folder
     place = check_place(options.out or home / "timeline.png")
-    recorded = read(folder)
+    recorded = read(source)
     step = choose_step(recorded, options.step)
     rank = options.rank or 0
     grid, schedule = recorded.told["grid"], recorded.told["schedule"]

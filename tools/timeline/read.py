@@ -36,49 +36,71 @@ class Recorded:
     told: dict[str, Any]
 
 
-def folder_of(run: Path) -> Path:
-    """Where the records of a run directory are, or of its timeline.json. Raises ConfigError if there are none."""
+def source_of(run: Path) -> Path:
+    """What is to be read: a timeline, such as that of a run directory, or the folder where parts of one are.
+
+    Raises:
+        ConfigError: there is none.
+    """
     if run.is_file():
-        return run.parent
+        return run
     if not run.is_dir():
         raise ConfigError(f"{run} is no run: give the run_dir of one, or its profile/{NAME}")
     for folder in (run / "profile", run):
-        if (folder / NAME).is_file() or any(folder.glob("timeline-rank*.jsonl")):
+        if (folder / NAME).is_file():
+            return folder / NAME
+        if any(folder.glob("timeline-rank*.jsonl")):
             return folder
     raise ConfigError(
         f"{run} has no profile/{NAME}: no step of it was recorded; train with --log.profile_steps FIRST,LAST"
     )
 
 
-def read(folder: Path) -> Recorded:
-    """The timeline of a folder. Raises ConfigError if there is none that can be read."""
-    path = folder / NAME
+def read(source: Path) -> Recorded:
+    """The timeline that `source_of` found. Raises ConfigError if it cannot be read, or is something else."""
     try:
-        if path.is_file():
-            return _parsed(path)
-        first = part_of(folder, 0)
-        others = [part for part in sorted(folder.glob("timeline-rank*.jsonl")) if part != first]
+        if source.is_file():
+            return _parsed(source)
+        first = part_of(source, 0)
+        others = [part for part in sorted(source.glob("timeline-rank*.jsonl")) if part != first]
         if not first.is_file():
-            raise ConfigError(f"{folder} lacks {first.name}, which tells the schedule: put all parts there")
+            raise ConfigError(f"{source} lacks {first.name}, which tells the schedule: put all parts there")
         with tempfile.TemporaryDirectory() as scratch:
             merge([first, *others], Path(scratch) / NAME)
             return _parsed(Path(scratch) / NAME)
     except OSError as error:
-        raise ConfigError(f"{folder} cannot be read: {error.strerror}") from error
+        raise ConfigError(f"{source} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, StopIteration) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(
-            f"{path} is no timeline of a run ({error}): record steps anew by log.profile_steps"
+            f"{source} is no timeline of a run ({error}): give the run_dir of a run that recorded steps by "
+            f"log.profile_steps, or its profile/{NAME}"
         ) from error
 
 
 def _parsed(path: Path) -> Recorded:
-    content = json.loads(path.read_text())
-    told, events = content["otherData"], content["traceEvents"]
+    content = _json(path)
+    told, events = content.get("otherData"), content["traceEvents"]
+    if not isinstance(told, dict) or "schedule" not in told:
+        by = "torch's profiler" if {"schemaVersion", "deviceProperties"} & content.keys() else "--trace or others"
+        raise ValueError(f"it is a trace by {by}, which tells of no schedule")
     if told["format"] != 1:
         raise ValueError(f"its format is {told['format']}")
     return Recorded(events=[e for e in events if e["ph"] == "X"], told=told)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """Of a trace. Raises ValueError where it is none."""
+    if path.suffix == ".jsonl":
+        raise ValueError("it is the part of one rank: give the folder, where all parts are")
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:  # of JSON or of UTF-8
+        raise ValueError(f"it is no JSON, or cut off: {error}") from None
+    if not isinstance(content, dict) or not isinstance(content.get("traceEvents"), list):
+        raise ValueError("it is JSON, but no trace")
+    return content
 
 
 def choose_step(recorded: Recorded, wanted: int | None) -> int:
