@@ -31,7 +31,7 @@ def is_schedule_file(name: str) -> bool:
 
 
 def read_schedule(
-    path: str, num_ranks: int, num_micro_batches: int | None, virtual_stages: int | None = None
+    path: str, num_ranks: int | None, num_micro_batches: int | None, virtual_stages: int | None = None
 ) -> Schedule:
     """The schedule of a file, validated, with its communication.
 
@@ -43,10 +43,10 @@ def read_schedule(
             row is that of rank 0), the cell (from 1), and what is wrong there.
     """
     rows, cells = _parse(path, _read(path))
-    if len(rows) != num_ranks:
+    if num_ranks not in (None, len(rows)):
         raise ScheduleError(
-            f"parallel.schedule {path} has {len(rows)} rows, one per rank, but parallel.pipeline_parallel_size is "
-            f"{num_ranks}: they must be equal (rows of empty cells count)"
+            f"parallel.schedule {path} has {len(rows)} row{'s' * (len(rows) != 1)}, one per rank, but "
+            f"parallel.pipeline_parallel_size is {num_ranks}: they must be equal (rows of empty cells count)"
         )
     try:
         schedule = _schedule(path, rows, num_micro_batches)

@@ -41,7 +41,7 @@ def test_the_table_of_docs_pipelines(capsys: pytest.CaptureFixture[str]) -> None
         ("--policy eager", "'eager': choose one of static, ready"),
         ("--schedule none", "none"),
         ("--schedule none.txt", "a file that ends in .csv"),
-        ("--schedule {folder}/one.csv", "has 1 row"),
+        ("--schedule {folder}/one.csv", "has 1 row,"),
         ("--virtual-stages 3 --schedule zb_v,1f1b", "--virtual-stages 3 has no effect on zb_v, 1f1b"),
         ("--virtual-stages 1 --schedule interleaved", "--virtual-stages is 1, but interleaved holds several"),
     ],

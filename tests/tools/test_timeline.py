@@ -158,6 +158,22 @@ def test_schedules_are_drawn_without_a_run(
     assert len({(e["pid"], e["ts"]) for e in events if e["ph"] == "X"}) == 12 + 36, "no two schedules share a process"
 
 
+def test_a_file_alone_says_how_many_ranks_and_micro_batches(
+    tmp_path: Path, drawn: list[tuple[Sequence[Panel], Figure]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("one.csv").write_text("0F0,0F1,0B0,0B1")
+    assert timeline.main(["--schedule", "one.csv,zb_h1"]) == EXIT_DONE and Path("one+zb_h1-1x2.png").exists()
+    first, second = drawn[-1][0]
+    assert _counts(first) == {"F": 2, "B": 2} and _counts(second) == {"F": 2, "I": 2, "W": 2}
+    assert drawn[-1][1].get_suptitle() == "one.csv, zb_h1: 1 rank, 2 micro-batches"
+
+
+def test_virtual_stages_are_of_those_that_can_hold_any_number(drawn: list[tuple[Sequence[Panel], Figure]]) -> None:
+    given = ["--schedule", "interleaved,zb_v", "--ranks", "2", "--virtual-stages", "3", "--text"]
+    assert timeline.main(given) == EXIT_DONE
+
+
 def test_a_schedule_is_written_as_a_file(tmp_path: Path) -> None:
     """As it is, and in the order in which ranks run it by what is ready."""
     file = tmp_path / "my.csv"
@@ -202,15 +218,18 @@ def test_long_ones_go_on_below_and_text_is_enough_for_some(
         (["{damaged}/trace.json"], "it is a trace by --trace or others"),
         (["{run}/profile/timeline-rank1.jsonl"], "it is the part of one rank"),
         (["--schedule", "2f2b"], "unknown pipeline schedule '2f2b': choose one of gpipe, 1f1b"),
-        (["--schedule", "zb_v", "--virtual-stages", "3"], "virtual_stages is 3, but zb_v holds 2 stages per rank"),
+        (["--schedule", "zb_v", "--virtual-stages", "3"], "--virtual-stages 3 has no effect on zb_v"),
+        (["--schedule", "{empty}/../one.csv", "--ranks", "2"], "one.csv has 1 row, one per rank, but --ranks is 2"),
+        (["--schedule", "my/schedule.txt"], "a file that ends in .csv"),
         (["--schedule", "1f1b", "--ranks", "100", "--micro-batches", "2000"], "at least 400000 actions"),
-        (["--schedule", "1f1b", "--trace", "{empty}"], "cannot be written"),
-        (["--schedule", "1f1b", "--csv", "{empty}/no/x.csv"], "cannot be written"),
-        (["--schedule", "1f1b", "--csv", "x.txt"], "files whose name ends in .csv"),
+        (["--schedule", "1f1b", "--trace", "{empty}"], "is a folder"),
+        (["--schedule", "1f1b", "--csv", "{empty}/no/x.csv"], "there is no folder"),
+        (["--schedule", "1f1b", "--csv", "x.txt"], "files that end in .csv"),
     ],
 )
 def test_what_cannot_be_drawn_is_told_in_a_line(folder: Path, tmp_path: Path, given: list[str], reason: str) -> None:
     (empty := tmp_path / "empty").mkdir()
+    (tmp_path / "one.csv").write_text("0F0,0B0")
     (damaged := tmp_path / "damaged").mkdir()
     for name, text in (
         ("timeline.json", '{"traceEvents": ['), ("other.json", "[]"), ("trace.json", '{"traceEvents": []}'),
@@ -227,6 +246,7 @@ def test_what_cannot_be_drawn_is_told_in_a_line(folder: Path, tmp_path: Path, gi
     [
         [], ["run", "--schedule", "1f1b"], ["run", "--ranks", "2"], ["--schedule", "1f1b", "--step", "1"],
         ["--schedule", "1f1b", "--ranks", "0"], ["--schedule", "1f1b", "--jitter", "-1"],
+        ["--schedule", "1f1b", "--jitter", "1e200"], ["--schedule", "1f1b", "--forward", "1e308"],
         ["--schedule", "1f1b", "--text", "--out", "x.png"],
     ],
 )  # fmt: skip

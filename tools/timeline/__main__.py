@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -21,14 +21,15 @@ from pathlib import Path
 from engine.errors import EXIT_DONE, EXIT_USAGE, ConfigError
 from engine.run.trace_events import COMPUTE, SIMULATED, process_events, simulated_events
 from parallel.pipeline import SCHEDULES, Costs, Timeline, build_schedule, simulate, to_csv
-from parallel.pipeline.schedule_file import is_schedule_file
+from parallel.pipeline.schedule_file import is_schedule_file, read_schedule
+from tools.options import COUNT, check_place, cost, number, refusing, virtual_stages_of_each
 from tools.timeline.picture import Panel, simulated_panel
 from tools.timeline.read import choose_step, panels_of, read, source_of
 
 _MOST_ACTIONS = 200_000  # in a picture
 _OF_A_RUN = {"step": None, "rank": None}
 _OF_A_SCHEDULE = {
-    "ranks": 4, "micro_batches": 8, "virtual_stages": None, "policy": "static", "forward": 1.0, "input": 1.0,
+    "ranks": None, "micro_batches": None, "virtual_stages": None, "policy": "static", "forward": 1.0, "input": 1.0,
     "weight": 1.0, "latency": 0.0, "jitter": 0.0, "seed": 0, "trace": None, "csv": None, "text": False,
 }  # fmt: skip
 
@@ -50,19 +51,26 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("run", metavar="RUN", nargs="?", type=Path, help="a run directory, or its timeline.json")
     parser.add_argument("--out", type=Path, metavar="PNG", help="where to draw to")
     run = parser.add_argument_group("of a run")
-    run.add_argument("--step", type=_number(int, 1), help="default: the last that torch's profiler did not slow")
-    run.add_argument("--rank", type=_number(int, 0), help="draw the pipeline that this rank is in (default: rank 0's)")
+    run.add_argument("--step", type=number(COUNT), help="default: the last that torch's profiler did not slow")
+    run.add_argument(
+        "--rank",
+        type=number(COUNT._replace(least=0)),
+        help="draw the pipeline of this rank (default: rank 0's)",
+    )
     one = parser.add_argument_group("of a schedule")
-    one.add_argument("--schedule", metavar="NAME,...", help=f"of {', '.join(SCHEDULES)}, or a .csv file")
-    one.add_argument("--ranks", type=_number(int, 1), help="of the pipeline (default: 4)")
-    one.add_argument("--micro-batches", type=_number(int, 1), help="per step (default: 8)")
-    one.add_argument("--virtual-stages", type=_number(int, 1), help="stages per rank, for interleaved")
+    one.add_argument("--schedule", metavar="NAME,...", help=f"of {', '.join(SCHEDULES)}, or files ending in .csv")
+    one.add_argument("--ranks", type=number(COUNT), help="of the pipeline (default: a file's, or 4)")
+    one.add_argument("--micro-batches", type=number(COUNT), help="per step (default: a file's, or 8)")
+    one.add_argument("--virtual-stages", type=number(COUNT), help="stages per rank, of interleaved (default: 2)")
     one.add_argument("--policy", choices=("static", "ready"), help="default: static")
-    for name, what in (("forward", "forward"), ("input", "gradient of the inputs"), ("weight", "that of the weights")):
-        one.add_argument(f"--{name}", type=_number(float, 0), metavar="T", help=f"time of a rank's {what} (default: 1)")
-    one.add_argument("--latency", type=_number(float, 0), metavar="T", help="of a message (default: 0)")
-    one.add_argument("--jitter", type=_number(float, 0), help="standard deviation of times, as a share (default: 0)")
-    one.add_argument("--seed", type=_number(int, 0), help="of the jitter")
+    for name, field, what in (
+        ("forward", "forward", "forward"), ("input", "backward_input", "gradient of the inputs"),
+        ("weight", "backward_weight", "that of the weights"),
+    ):  # fmt: skip
+        one.add_argument(f"--{name}", type=cost(field), metavar="T", help=f"time of a rank's {what} (default: 1)")
+    one.add_argument("--latency", type=cost("latency"), metavar="T", help="of a message (default: 0)")
+    one.add_argument("--jitter", type=cost("jitter"), help="standard deviation of times, as a share (default: 0)")
+    one.add_argument("--seed", type=cost("seed"), help="of the jitter")
     one.add_argument("--trace", type=Path, metavar="JSON", help="write a Chrome trace, too: a unit of time is 1 ms")
     one.add_argument("--csv", type=Path, metavar="FILE", help="write it, too, for parallel.schedule; messages left out")
     one.add_argument("--text", action="store_true", default=None, help="print it as text instead of drawing it")
@@ -82,26 +90,13 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def _number(kind: type[int] | type[float], least: int) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        try:
-            if least <= (value := kind(text)) < 1e9:
-                return value
-        except ValueError:
-            pass
-        what = "whole number" if kind is int else "number"
-        raise argparse.ArgumentTypeError(f"is {text}: it must be a {what}, {least} or more")
-
-    return parse
-
-
 def _draw_run(options: argparse.Namespace) -> None:
-    from tools.figures import check_place  # matplotlib: half a second
+    from tools.figures import check_place as check_picture  # matplotlib: half a second
 
     source = source_of(options.run)
     folder = source.parent if source.is_file() else source
     home = folder.parent if folder.name == "profile" else folder
-    place = check_place(options.out or home / "timeline.png")
+    place = check_picture(options.out or home / "timeline.png")
     recorded = read(source)
     step = choose_step(recorded, options.step)
     rank = options.rank or 0
@@ -117,7 +112,14 @@ def _draw_run(options: argparse.Namespace) -> None:
 
 def _draw_schedules(options: argparse.Namespace) -> None:
     names = [name.strip() for name in options.schedule.split(",")]
-    timelines = [_simulated(name, options) for name in names]
+    for path in filter(None, (options.trace, options.csv)):
+        check_place(path)
+    if options.csv is not None and not is_schedule_file(options.csv.name):
+        raise ConfigError(f"--csv {options.csv}: parallel.schedule takes files that end in .csv: give such a name")
+    with refusing():
+        options.ranks, options.micro_batches = _sizes(names, options)
+        stages = virtual_stages_of_each(names, options.virtual_stages)
+        timelines = [_simulated(name, options, stages[name]) for name in names]
     if options.text:
         for name, timeline in zip(names, timelines, strict=True):
             print(*([f"{name}:"] if len(names) > 1 else []), timeline, sep="\n")
@@ -127,39 +129,51 @@ def _draw_schedules(options: argparse.Namespace) -> None:
         _write_csv(timelines[0], options.csv)
     if options.text:
         return
-    from tools.figures import check_place
+    from tools.figures import check_place as check_picture
 
     sizes = f"{options.ranks}x{options.micro_batches}"
     stem = "+".join(Path(name).stem for name in names)
-    place = check_place(options.out or Path(f"{stem}-{sizes}.png"))
+    place = check_picture(options.out or Path(f"{stem}-{sizes}.png"))
     panels = [simulated_panel(t, Path(name).name) for name, t in zip(names, timelines, strict=True)]
     if len(panels) == 1:
         panels = [Panel(title=panels[0].note, note="", lanes=panels[0].lanes)]
-    noun = "micro-batch" if options.micro_batches == 1 else "micro-batches"
     policy = ", policy ready" if options.policy == "ready" else ""
     jitter = f", times vary by {100 * options.jitter:g} %" if options.jitter else ""
     files = ", ".join(Path(name).name for name in names)
-    title = f"{files}: {options.ranks} ranks, {options.micro_batches} {noun}{policy}{jitter}"
+    size = f"{_count(options.ranks, 'rank')}, {_count(options.micro_batches, 'micro-batch')}"
+    title = f"{files}: {size}{policy}{jitter}"
     costs = f"F = {options.forward:g}, I = {options.input:g}, W = {options.weight:g}"
     message = f", a message {options.latency:g}" if options.latency else ""
     _save(panels, title, f"time, where a rank's whole share of a micro-batch takes {costs}{message}", place)
 
 
-def _simulated(name: str, options: argparse.Namespace) -> Timeline:
+def _count(number: int, what: str) -> str:
+    plural = "es" if what.endswith("ch") else "s"
+    return f"{number} {what}{plural * (number != 1)}"
+
+
+def _sizes(names: Sequence[str], options: argparse.Namespace) -> tuple[int, int]:
+    """Ranks and micro-batches: as given, else those of the first file, else a few."""
+    ranks, micro_batches = options.ranks, options.micro_batches
+    file = next(filter(is_schedule_file, names), None)
+    if file is None or (ranks and micro_batches):
+        return ranks or 4, micro_batches or 8
+    schedule = read_schedule(file, ranks, micro_batches)
+    return schedule.num_ranks, schedule.num_micro_batches
+
+
+def _simulated(name: str, options: argparse.Namespace, virtual_stages: int | None) -> Timeline:
     least = 2 * options.ranks * options.micro_batches
     if least > _MOST_ACTIONS and not options.text:
         raise ConfigError(f"{name} has at least {least} actions: a picture shows {_MOST_ACTIONS}; ask for less")
-    try:
-        schedule = build_schedule(name, options.ranks, options.micro_batches, options.virtual_stages)
-        share = schedule.num_ranks / schedule.num_stages
-        costs = Costs(
-            forward=options.forward * share, backward_input=options.input * share,
-            backward_weight=options.weight * share, recompute=options.forward * share, latency=options.latency,
-            jitter=options.jitter, seed=options.seed,
-        )  # fmt: skip
-        return simulate(schedule, costs, options.policy)
-    except ValueError as error:  # a ScheduleError is one
-        raise ConfigError(str(error)) from error
+    schedule = build_schedule(name, options.ranks, options.micro_batches, virtual_stages)
+    share = schedule.num_ranks / schedule.num_stages
+    costs = Costs(
+        forward=options.forward * share, backward_input=options.input * share,
+        backward_weight=options.weight * share, recompute=options.forward * share, latency=options.latency,
+        jitter=options.jitter, seed=options.seed,
+    )  # fmt: skip
+    return simulate(schedule, costs, options.policy)
 
 
 def _write_trace(timelines: Sequence[Timeline], path: Path) -> None:
@@ -180,8 +194,6 @@ def _write_trace(timelines: Sequence[Timeline], path: Path) -> None:
 
 def _write_csv(timeline: Timeline, path: Path) -> None:
     """What ran, in the order in which it ran: by `--policy ready` that is the order that fits these times."""
-    if not is_schedule_file(path.name):
-        raise ConfigError(f"--csv {path}: parallel.schedule takes files whose name ends in .csv, so give such a name")
     _write(path, to_csv(replace(timeline.schedule, ranks=tuple(map(tuple, timeline.programs)))), "--csv")
 
 

@@ -76,5 +76,5 @@ def simulated_panel(timeline: Timeline, title: str) -> Panel:
         lanes[name] = boxes
     peak = max(timeline.peak_activations)
     share, time = 100 * timeline.bubble_fraction, timeline.step_time
-    note = f"bubble {share:.1f} %, time {time:.6g}, at most {peak:g} activations per rank"
+    note = f"bubble {share:.1f} %, time {time:.6g}, at most {peak:g} activation{'s' * (peak != 1)} per rank"
     return Panel(title=title, note=note, lanes=lanes)
