@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -132,7 +133,10 @@ class StepProfiler:
     ) -> None:
         self.first, self.last = steps
         self.path, self._timeline = folder / f"rank{rank}.json", timeline
-        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+        has_gpu = torch.cuda.is_available()
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if has_gpu else [])]
+        if not has_gpu:  # the profiler says on stderr when it starts and stops; that silences its errors, of GPUs, too
+            os.environ.setdefault("KINETO_LOG_LEVEL", "6")
         self._began = self._records = self._traces = False
         self._profile = profile(activities=activities)
 
