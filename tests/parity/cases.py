@@ -98,6 +98,7 @@ class Case:
     virtual: int | None = None  # parallel.virtual_stages
     policy: str = "static"
     batch: int = GLOBAL_BATCH
+    shared_memory: bool = True  # False: gloo
 
     def __str__(self) -> str:
         sp = "sp" if self.sequence_parallel else ""
@@ -111,6 +112,7 @@ class Case:
         how += f"-frozen[{','.join(self.freeze)}]" if self.freeze else ""
         schedule = f"{Path(self.schedule).stem}{self.virtual or ''}{'ready' if self.policy == 'ready' else ''}"
         layout = f"t{self.tensor}{sp}-p{self.pipeline}{schedule}-d{self.data}{cp}-m{self.micro_batches}"
+        layout += "" if self.shared_memory else "-gloo"
         layout += f"-b{self.batch}" if self.batch != GLOBAL_BATCH else ""
         return f"{self.model}-{layout}{how}"
 
@@ -151,6 +153,7 @@ class Case:
                 reshard_after_forward="always" if self.zero == 3 and self.gather is None else "auto",
                 gather_memory=self.gather if self.zero == 3 else None,
                 bucket_mib=_EVERY_LAYER,
+                shared_memory=self.shared_memory,
             ),
             train=TrainConfig(
                 global_batch_size=self.batch,

@@ -15,17 +15,18 @@ from torch import Tensor
 
 from data import Dataset, EvalStream, TrainStream, build_datasets
 from data.datasets import ArrayDataset
-from engine.assemble import Assembly, assemble
+from engine.assemble import Assembly, assemble, grid_of
 from engine.config import Config
 from engine.optimizers.schedules import factor
 from engine.run.step import Stepper
 from model import ModelConfig
 from parallel import comm
-from parallel.grid import AXES, Grid, GridShape, make_grid
+from parallel.grid import Grid
 from parallel.process_group import World
 from parallel.sharding.gather import Buffer, Gatherer
 from tests.parity.cases import STEPS, Case
 
+CPU = torch.device("cpu")
 MANY_THREADS = 40
 EVAL_IMAGES = 37  # which no number of ranks or micro-batches divides
 
@@ -110,8 +111,9 @@ def climb(
     Args:
         first: steps that were done before. given: the grid, if it is made already.
     """
-    grid = given or make_grid(config.grid_shape(world.size), world)
-    assembly = assemble(config, grid, torch.device("cpu"))
+    grid = given or grid_of(config, world, CPU)
+    assembly = assemble(config, grid, CPU)
+    assert config.parallel.shared_memory or assembly.post.carrier == "gloo", assembly.post.carrier
     poison(assembly.store.gatherer)
     stepper = Stepper(assembly)
     if before_training is not None:
@@ -181,18 +183,19 @@ def first_batches(config: Config) -> list[tuple[Tensor, Tensor]]:
 def climb_all(
     world: World, cases: Iterable[Case], config_of: Callable[[Case], Config] = Case.config, steps: int = STEPS
 ) -> dict[Case, Climb] | None:
-    """Every case one after the other on the same processes, those of one shape on one grid; rank 0 returns the results.
+    """Every case one after the other on the same processes, those that can on one grid; rank 0 returns the results.
 
     Collective.
     """
     results: dict[Case, Climb] = {}
-    for shape, alike in groupby(sorted(cases, key=sizes), sizes):
-        grid = make_grid(GridShape(**dict(zip(AXES, shape, strict=True))), world)
-        results |= {case: climb(world, config_of(case), steps=steps, given=grid) for case in alike}
+    for _, alike in groupby(sorted(cases, key=grid_key), grid_key):
+        configs = {case: config_of(case) for case in alike}
+        grid = grid_of(next(iter(configs.values())), world, CPU)
+        results |= {case: climb(world, config, steps=steps, given=grid) for case, config in configs.items()}
         close(grid)
     return results if world.rank == 0 else None
 
 
-def sizes(case: Case) -> tuple[int, int, int, int]:
-    """Along each of AXES."""
-    return case.pipeline, case.data, case.context, case.tensor
+def grid_key(case: Case) -> tuple[int, int, int, int, bool]:
+    """What the grid goes by."""
+    return case.pipeline, case.data, case.context, case.tensor, case.shared_memory

@@ -39,11 +39,15 @@ LAYOUTS = {
 
 
 def variants(number: int, case: Case) -> list[Case]:
-    """A layout under every schedule, alternately by readiness; 1F1B itself too, and a file's if it is for so many."""
+    """A layout under every schedule, alternately by readiness; 1F1B itself too, and a file's if it is for so many.
+
+    One goes over gloo.
+    """
     policies = ("static", "ready") if number % 2 else ("ready", "static")
     found = [replace(case, schedule=name, virtual=v, policy=policies[i % 2]) for i, (name, v) in enumerate(EVERY)]
     by_hand = [replace(case, schedule=BY_HAND)] if case.micro_batches == 3 else []
-    return [*found, replace(case, policy="ready"), *by_hand]
+    by_gloo = [replace(case, schedule="zb_v", policy="ready", shared_memory=False)] if case.zero == 1 else []
+    return [*found, replace(case, policy="ready"), *by_hand, *by_gloo]
 
 
 VARIANTS = {case: variants(i, case) for cases in LAYOUTS.values() for i, case in enumerate(cases)}
