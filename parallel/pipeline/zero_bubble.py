@@ -99,11 +99,18 @@ def _schedule(
     way = _way(placement, times, laps * sum(times), wait)
     ranks = [_Rank(times, most_live) for _ in range(max(placement) + 1)]
     interval = sum(times) * len(placement) // len(ranks)
-    moments = [(time + m * interval, step, m) for m in range(num_micro_batches) for step, (time, *_) in enumerate(way)]
-    arrivals = [0] * num_micro_batches  # when the next action of each micro-batch has its input
-    for _, step, m in sorted(moments):
-        _, kind, stage = way[step]
-        arrivals[m] = ranks[placement[stage]].run(Action(kind, stage, m), arrivals[m])
+    m_count, steps = num_micro_batches, len(way)
+    # Moments are (time, step, micro-batch), each as one number, which is sorted far sooner than a tuple.
+    moments = [
+        ((time + m * interval) * steps + step) * m_count + m for step, (time, *_) in enumerate(way) for m in range(m_count)
+    ]
+    moments.sort()
+    arrivals = [0] * m_count  # when the next action of each micro-batch has its input
+    runs = [(kind, stage, ranks[placement[stage]].run) for _, kind, stage in way]
+    for moment in moments:
+        step, m = moment // m_count % steps, moment % m_count
+        kind, stage, run = runs[step]
+        arrivals[m] = run(Action(kind, stage, m), arrivals[m])
     return Schedule(
         name=name,
         num_stages=len(placement),
