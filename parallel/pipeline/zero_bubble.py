@@ -102,7 +102,9 @@ def _schedule(
     m_count, steps = num_micro_batches, len(way)
     # Moments are (time, step, micro-batch), each as one number, which is sorted far sooner than a tuple.
     moments = [
-        ((time + m * interval) * steps + step) * m_count + m for step, (time, *_) in enumerate(way) for m in range(m_count)
+        ((time + m * interval) * steps + step) * m_count + m
+        for step, (time, *_) in enumerate(way)
+        for m in range(m_count)
     ]
     moments.sort()
     arrivals = [0] * m_count  # when the next action of each micro-batch has its input

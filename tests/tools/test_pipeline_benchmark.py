@@ -34,10 +34,22 @@ def test_stages_that_sleep(tmp_path: Path) -> None:
 
 def test_the_executor_against_torch_s(tmp_path: Path) -> None:
     rows = _rows(tmp_path, "--against", "torch", "--micro-batches", "4", "--policy", "ready", "--passes", "1")
-    assert [row["actions_per_rank"] for row in rows[::3]] == [8, 16, 24]
-    assert [row["program"] for row in rows[:3]] == ["vitruvius static", "vitruvius ready", "torch"]
+    assert [row["actions_per_rank"] for row in rows[::5]] == [8, 16, 24]
+    ours = [(f"vitruvius {policy}", by) for by in ("shared memory", "gloo") for policy in ("static", "ready")]
+    assert [(row["program"], row["carrier"]) for row in rows[:5]] == [*ours, ("torch", "gloo")]
     for row in rows:
         assert row["us_per_action"] > 0 and row["cpu_us_per_action"] > 0 and row["over_static"] > 0
+
+
+def test_memory_is_that_of_a_case_alone(tmp_path: Path) -> None:
+    """What two stages keep of a micro-batch: 1 MiB each."""
+    sizes = ["--stage", "linear", "--rows", "1024", "--width", "256", "--passes", "1", "--carrier", "shared_memory"]
+    rows = _rows(
+        tmp_path, "--against", "torch", "--memory", "--schedule", "interleaved", "--micro-batches", "4", *sizes
+    )
+    assert [row["program"] for row in rows] == ["vitruvius static", "torch"]
+    for row in rows:
+        assert 4 < row["grown_MiB"] < 100
 
 
 def test_formulas() -> None:
@@ -62,6 +74,7 @@ def test_formulas() -> None:
         (["--ms", "1,2"], World(), "three numbers"),
         (["--ms", "1,2,-3"], World(), "-0.003"),
         (["--speed", "1,1"], World(), "2 entries for 4 ranks"),
+        (["--against", "torch", "--carrier", "gloo,mail"], World(), "gloo,mail.*shared_memory"),
         (["--policy", "eager"], World(), "eager.*static,ready"),
         (["--rounds", "0"], World(), "--rounds 0"),
         (["--schedule", "interleaved", "--virtual-stages", "1"], World(), "2 or more"),

@@ -13,16 +13,22 @@ beside the formulas of the papers and beside the simulator, which is told the sa
 
 Medians over rounds. Each round draws the jitter anew, for all cases alike.
 
-Stages that do next to nothing, under this engine's executor and under torch.distributed.pipelining, taking turns:
+Stages that do next to nothing, under this engine's executor and under torch.distributed.pipelining, taking turns.
+Messages of this engine go through shared memory or over gloo, as torch's do:
 
     python -m tools.benchmark pipeline --against torch --schedule 1f1b,interleaved,zb_v --micro-batches 8,16
-    python -m tools.benchmark pipeline --against torch --stage linear --rows 1024 --width 256 --passes 3
-
     python -m tools.benchmark pipeline --against torch --stage empty   (this engine alone: torch's cannot be empty)
 
-    us_per_action, cpu_us     of a pass, slowest rank, over the rank's F, B, I and W; processor time of a rank alike
-    over_static               pass time over that of this engine's static policy: median of neighbours
-    grown_MiB                 what a rank's memory grew by beyond what it had before anything was made for the schedule
+    us_per_action             from the first rank's start to the last one's end, over a rank's F, B, I and W
+    cpu_us_per_action         processor time of all threads of the rank that took most, over the same
+    over_static               pass time over that of this engine, static, by the first carrier: median of neighbours
+
+All start from the same barrier, which is neither program's. What memory they take, each case in ranks of its own, which
+have run a pass over the same schedule with next to no activations before, so that none pays for what all need once:
+
+    python -m tools.benchmark pipeline --against torch --memory --stage linear --rows 1024 --width 256 --passes 3
+
+    grown_MiB                 resident memory at its most, beyond what it was before; of the rank that took most
 """
 
 from __future__ import annotations
@@ -36,7 +42,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from engine.errors import ConfigError
 from parallel.pipeline import build_schedule
@@ -44,7 +50,7 @@ from parallel.pipeline.simulation import POLICIES, Policy
 from parallel.process_group import World
 from tools.benchmark.sleepers import Case, Pass
 from tools.benchmark.table import Row, show
-from tools.benchmark.toys import STAGES, TORCH_SCHEDULES, Toy
+from tools.benchmark.toys import CARRIERS, STAGES, TORCH_SCHEDULES, Toy
 from tools.benchmark.turns import Answer, Program, ProgramFailedError, Running, started
 from tools.options import add_json, refusing, virtual_stages_of_each
 
@@ -83,6 +89,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--speed", None, "of each rank, with commas between: it sleeps 1/speed of the times")
     parser.add_argument("--against", choices=["torch"], help="compare executors, with stages that do next to nothing")
     add("--stage", STAGES[0], f"that does next to nothing: one of {', '.join(STAGES)}", choices=STAGES)
+    add("--carrier", ",".join(CARRIERS), "of our messages between these, with commas between")
+    parser.add_argument("--memory", action="store_true", help="measure the memory of these instead")
     add("--rows", 4, "of what flows between these", type=int)
     add("--width", 8, "of these", type=int)
     add("--passes", 10, "in a row, after three that warm up", type=int)
@@ -206,7 +214,6 @@ def _against_torch(options: argparse.Namespace) -> list[Row]:
     names = _names(options, TORCH_SCHEDULES)
     if strange := [name for name in names if name not in TORCH_SCHEDULES]:
         raise ConfigError(f"--schedule {','.join(strange)}: torch is compared in {', '.join(TORCH_SCHEDULES)}")
-    policies = list(dict.fromkeys(["static", *_policies(options)]))
     stages = virtual_stages_of_each(names, options.virtual_stages)
     toys = [
         Toy(
@@ -218,43 +225,85 @@ def _against_torch(options: argparse.Namespace) -> list[Row]:
     with refusing():
         for toy in toys:
             build_schedule(toy.schedule, options.ranks, toy.micro_batches, toy.virtual_stages)
-    kinds = ["vitruvius"] if options.stage == "empty" else ["vitruvius", "torch"]
-    with _ranks(kinds, options.ranks) as (ours, *others):
-        alternatives = [(f"vitruvius {policy}", ours, policy) for policy in policies]
-        alternatives += [("torch", ranks, "static") for ranks in others]
+    sides = _sides(options)
+    return _memory(options, toys, sides) if options.memory else _times(options, toys, sides)
+
+
+class _Side(NamedTuple):
+    """What runs a toy: a program, and how."""
+
+    kind: str
+    policy: Policy
+    carrier: str
+
+    def of(self, toy: Toy) -> Toy:
+        """As this side runs it."""
+        return replace(toy, policy=self.policy, carrier=self.carrier)
+
+    @property
+    def row(self) -> Row:
+        """In the table."""
+        name = self.kind if self.kind == "torch" else f"{self.kind} {self.policy}"
+        return {"program": name, "carrier": self.carrier.replace("_", " ")}
+
+
+def _sides(options: argparse.Namespace) -> list[_Side]:
+    """Ours first, static by the first carrier: what others are compared with."""
+    carriers = options.carrier.split(",")
+    if not set(carriers) <= set(CARRIERS):
+        raise ConfigError(f"--carrier {options.carrier}: give some of {','.join(CARRIERS)}")
+    policies: list[Policy] = ["static", *(policy for policy in _policies(options) if policy != "static")]
+    sides = [_Side("vitruvius", policy, carrier) for carrier in carriers for policy in policies]
+    return sides if options.stage == "empty" else [*sides, _Side("torch", "static", "gloo")]
+
+
+def _times(options: argparse.Namespace, toys: Sequence[Toy], sides: Sequence[_Side]) -> list[Row]:
+    kinds = list(dict.fromkeys(side.kind for side in sides))
+    with _ranks(kinds, options.ranks) as running:
+        by = dict(zip(kinds, running, strict=True))
         rounds = [
-            {(toy, name): _toy_pass(ranks, replace(toy, policy=policy), options.passes)
-             for toy in toys for name, ranks, policy in alternatives}
+            {(toy, side): _toy_pass(by[side.kind], side.of(toy), options.passes) for toy in toys for side in sides}
             for _ in range(options.rounds)
-        ]  # fmt: skip
-    return [_toy_row(options, toy, name, rounds) for toy in toys for name, *_ in alternatives]
+        ]
+    return [_time_row(options, toy, side, rounds, sides[0]) for toy in toys for side in sides]
 
 
 def _toy_pass(ranks: Running, toy: Toy, passes: int) -> Answer:
-    """Of the slowest rank in each pass, of the dearest in all."""
+    """Seconds of all ranks together, the rest of the dearest in all."""
     answers = ranks.ask({"toy": asdict(toy), "passes": passes})
-    seconds = [max(each) for each in zip(*(answer["seconds"] for answer in answers), strict=True)]
+    spans = [list(zip(*each, strict=True)) for each in zip(*(answer["spans"] for answer in answers), strict=True)]
     return {
-        "seconds": statistics.median(seconds),
+        "seconds": statistics.median(max(ends) - min(starts) for starts, ends in spans),
         "cpu": max(answer["cpu"] for answer in answers) / passes,
         "grown": max(answer["grown"] for answer in answers),
     }
 
 
-def _toy_row(options: argparse.Namespace, toy: Toy, name: str, rounds: list[dict[tuple[Toy, str], Answer]]) -> Row:
+def _time_row(
+    options: argparse.Namespace, toy: Toy, side: _Side, rounds: list[dict[tuple[Toy, _Side], Answer]], first: _Side
+) -> Row:
     schedule = build_schedule(toy.schedule, options.ranks, toy.micro_batches, toy.virtual_stages)
     actions = sum(action.kind.is_compute for action in schedule.ranks[0])
-    own, base = ([row[toy, program] for row in rounds] for program in (name, "vitruvius static"))
+    own, base = ([row[toy, one] for row in rounds] for one in (side, first))
     seconds = statistics.median(one["seconds"] for one in own)
     return {
-        "schedule": toy.schedule,
-        "ranks": options.ranks,
-        "micro_batches": toy.micro_batches,
-        "program": name,
+        **_toy_row(options, toy, side),
         "pass_ms": 1e3 * seconds,
         "actions_per_rank": actions,
         "us_per_action": 1e6 * seconds / actions,
         "cpu_us_per_action": 1e6 * statistics.median(one["cpu"] for one in own) / actions,
         "over_static": _ratio([one["seconds"] for one in own], [one["seconds"] for one in base]),
-        "grown_MiB": own[0]["grown"] / _MIB,
     }
+
+
+def _toy_row(options: argparse.Namespace, toy: Toy, side: _Side) -> Row:
+    return {"schedule": toy.schedule, "ranks": options.ranks, "micro_batches": toy.micro_batches, **side.row}
+
+
+def _memory(options: argparse.Namespace, toys: Sequence[Toy], sides: Sequence[_Side]) -> list[Row]:
+    def grown(toy: Toy, side: _Side) -> float:
+        with _ranks([side.kind], options.ranks) as (ranks,):
+            _toy_pass(ranks, replace(side.of(toy), rows=1), 1)
+            return float(_toy_pass(ranks, side.of(toy), options.passes)["grown"]) / _MIB
+
+    return [{**_toy_row(options, toy, side), "grown_MiB": grown(toy, side)} for toy in toys for side in sides]

@@ -17,9 +17,10 @@ import torch
 
 from engine.device import prepare_cpu
 from parallel import process_group
+from parallel.grid import GridShape, make_grid
 from parallel.process_group import World, read_world
 from tools.benchmark.sleepers import Case, Sleepers
-from tools.benchmark.toys import Toy, Toys
+from tools.benchmark.toys import Measured, Toy, Toys
 
 _TIMEOUT = 600.0
 Answer = dict[str, Any]
@@ -31,14 +32,17 @@ def _sleepers(world: World) -> Callable[[Answer], Answer]:
 
 
 def _toys(world: World) -> Callable[[Answer], Answer]:
-    ranks = Toys(world)
-    return lambda message: asdict(ranks.run(Toy(**message["toy"]), message["passes"]))
+    grid = make_grid(GridShape(pipeline=world.size), world)
+    return _measured(Measured(Toys(world, grid).prepare, grid))
 
 
 def _torch_toys(world: World) -> Callable[[Answer], Answer]:
     from tools.benchmark.toys_torch import TorchToys
 
-    ranks = TorchToys(world)
+    return _measured(Measured(TorchToys(world).prepare, make_grid(GridShape(pipeline=world.size), world)))
+
+
+def _measured(ranks: Measured) -> Callable[[Answer], Answer]:
     return lambda message: asdict(ranks.run(Toy(**message["toy"]), message["passes"]))
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel import comm
-from parallel.grid import GridShape, make_grid
+from parallel.grid import Grid, GridShape, make_grid
 from parallel.layout import Init, ParameterInfo, TensorLayout, make_parameter
 from parallel.pipeline import build_schedule
 from parallel.pipeline.boundary import TensorSpec
@@ -30,6 +30,7 @@ from parallel.tensor import ColumnParallelLinear, no_tensor_parallel
 from tools.benchmark.sleepers import Postponed
 
 STAGES = ("scale", "linear", "empty")
+CARRIERS = ("shared_memory", "gloo")  # of our messages; torch's go over gloo
 TORCH_SCHEDULES = ("1f1b", "interleaved", "zb_v")  # that both sides have
 _CPU = torch.device("cpu")
 _WARMUP = 3
@@ -40,7 +41,7 @@ class Toy:
     """What is run.
 
     Attributes:
-        rows, width: of what flows. stage: one of STAGES. policy: has no effect on torch's.
+        rows, width: of what flows. stage: one of STAGES. policy, carrier: of ours alone; the latter one of CARRIERS.
     """
 
     schedule: str
@@ -50,6 +51,7 @@ class Toy:
     width: int
     stage: str
     policy: Policy = "static"
+    carrier: str = CARRIERS[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +59,11 @@ class Costs:
     """What passes cost a rank.
 
     Attributes:
-        seconds: of each pass. cpu: seconds of all its threads in all of them. grown: bytes that the process grew at
-            most beyond what it had before the first.
+        spans: start and end of each pass, by the clock that processes of a host share. cpu: seconds of all its threads
+            in all of them. grown: bytes that the process grew at most beyond what it had before the first.
     """
 
-    seconds: list[float]
+    spans: list[tuple[float, float]]
     cpu: float
     grown: int
 
@@ -69,25 +71,19 @@ class Costs:
 class Toys:
     """One rank of the engine, with stages of its own kinds of layers."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, grid: Grid) -> None:
         """Collective over the world, all of which is the pipeline."""
-        self._grid = make_grid(GridShape(pipeline=world.size), world)
-        self._passes: dict[Toy, Callable[[], object]] = {}
+        over_gloo = make_grid(GridShape(pipeline=world.size), world, shared_memory=False)
+        self._grids = dict(zip(CARRIERS, (grid, over_gloo), strict=True))
 
-    def run(self, toy: Toy, passes: int) -> Costs:
-        """Collective."""
-        before = forget_peak()
-        run = self._passes.get(toy)
-        if run is None:
-            run = self._passes[toy] = self._prepare(toy)
-        return measure(run, passes, lambda: comm.barrier(self._grid.world), before)
-
-    def _prepare(self, toy: Toy) -> Callable[[], object]:
-        axis = self._grid.pipeline
+    def prepare(self, toy: Toy) -> Callable[[], object]:
+        """What runs a pass. Collective."""
+        grid = self._grids[toy.carrier]
+        axis = grid.pipeline
         schedule = build_schedule(toy.schedule, axis.size, toy.micro_batches, toy.virtual_stages)
         stages = {number: _Stage(toy) for number in schedule.stages_of(axis.index)}
         layers = [[(str(number), stage)] for number, stage in stages.items()]
-        store = ParameterStore(layers, grid=self._grid, device=_CPU, seed=0) if toy.stage != "empty" else None
+        store = ParameterStore(layers, grid=grid, device=_CPU, seed=0) if toy.stage != "empty" else None
         spec = TensorSpec((toy.rows, toy.width))
         executor = PipelineExecutor(
             schedule,
@@ -156,22 +152,33 @@ class _HandOn(torch.autograd.Function):
         return grads[0], None
 
 
-def measure(run: Callable[[], object], passes: int, barrier: Callable[[], object], before: int) -> Costs:
-    """Time passes, all ranks starting each together; the first that it is asked for warm up.
+class Measured:
+    """Times passes of one program or the other, by the same barrier and the same clock.
 
     Args:
-        before: resident bytes before anything of this was made.
+        prepare: makes what runs a pass. grid: whose ranks start together.
     """
-    for _ in range(_WARMUP):
-        run()
-    seconds, cpu = [], 0.0
-    for _ in range(passes):
-        barrier()
-        began, used = time.perf_counter(), time.process_time()
-        run()
-        seconds.append(time.perf_counter() - began)
-        cpu += time.process_time() - used
-    return Costs(seconds=seconds, cpu=cpu, grown=resident_bytes("VmHWM") - before)
+
+    def __init__(self, prepare: Callable[[Toy], Callable[[], object]], grid: Grid) -> None:
+        self._prepare, self._grid = prepare, grid
+        self._passes: dict[Toy, Callable[[], object]] = {}
+
+    def run(self, toy: Toy, passes: int) -> Costs:
+        """So many passes after some that warm up. Collective."""
+        before = forget_peak()
+        run = self._passes.get(toy)
+        if run is None:
+            run = self._passes[toy] = self._prepare(toy)
+        for _ in range(_WARMUP):
+            run()
+        spans, cpu = [], 0.0
+        for _ in range(passes):
+            comm.barrier(self._grid.world)
+            began, used = time.perf_counter(), time.process_time()
+            run()
+            spans.append((began, time.perf_counter()))
+            cpu += time.process_time() - used
+        return Costs(spans=spans, cpu=cpu, grown=resident_bytes("VmHWM") - before)
 
 
 def forget_peak() -> int:

@@ -6,12 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B, ScheduleZBVZeroBubble
 
 from parallel.process_group import World
-from tools.benchmark.toys import Costs, Toy, forget_peak, measure
+from tools.benchmark.toys import Toy
 
 _CPU = torch.device("cpu")
 SCHEDULES = {"1f1b": Schedule1F1B, "interleaved": ScheduleInterleaved1F1B, "zb_v": ScheduleZBVZeroBubble}
@@ -23,17 +22,9 @@ class TorchToys:
     def __init__(self, world: World) -> None:
         """Collective over the world, all of which is the pipeline."""
         self._world = world
-        self._passes: dict[Toy, Callable[[], object]] = {}
 
-    def run(self, toy: Toy, passes: int) -> Costs:
-        """Collective."""
-        before = forget_peak()
-        run = self._passes.get(toy)
-        if run is None:
-            run = self._passes[toy] = self._prepare(toy)
-        return measure(run, passes, lambda: dist.barrier(), before)
-
-    def _prepare(self, toy: Toy) -> Callable[[], object]:
+    def prepare(self, toy: Toy) -> Callable[[], object]:
+        """What runs a pass."""
         rank, ranks = self._world.rank, self._world.size
         modules = {number: _module(toy) for number in stages_of(toy.schedule, rank, ranks, toy.virtual_stages)}
         total = ranks * len(modules)
