@@ -2,7 +2,8 @@
 is ready.
 
 The round trip is of a message that each end waits for. Of one that goes one way while both ends compute, what counts is
-how long it keeps the sender, and then the receiver, who computes until it is there.
+how long it keeps the sender, and then the receiver, who computes until it is there. `cpu_us` is the processor time of
+both ends of a message, all their threads, where nobody waits: several are sent, and then, when they are there, taken.
 
     python -m tools.launch --nproc-per-node 2 -m tools.benchmark messages
 """
@@ -29,6 +30,7 @@ from tools.options import add_json
 
 _BYTES = (64, 64 << 10, 4 << 20)
 _COMPUTES_SECONDS = 0.01
+_TOGETHER = 4  # as many as shared memory has room for
 
 
 def main(argv: Sequence[str], world: World) -> int | None:
@@ -57,9 +59,11 @@ def _over(world: World, rounds: int, *, shared: bool) -> Iterator[dict[str, obje
             trips = _repeat(rounds, _round_trip, post, axis)
             ways = _repeat(rounds, _one_way, post, axis)
             send, take = comm.gather_objects(statistics.median(ways), axis)
+            used = sum(comm.gather_objects(statistics.median(_repeat(rounds, _processor_time, post, axis)), axis))
             yield {
                 "carrier": post.carrier, "policy": "ready" if ready else "static", "bytes": nbytes,
                 "round_trip_us": 1e6 * statistics.median(trips), "send_us": 1e6 * send, "take_us": 1e6 * take,
+                "cpu_us": 1e6 * used,
             }  # fmt: skip
 
 
@@ -107,6 +111,24 @@ def _one_way(post: Post, axis: Axis) -> float:
         back.take()
     post.finish()
     return kept + time.perf_counter() - start
+
+
+def _processor_time(post: Post, axis: Axis) -> float:
+    """Of this end, for a message."""
+    there, back = _lanes(post, axis)
+    message = tuple(torch.zeros(spec.shape) for spec in there.specs)
+    used = -time.process_time()
+    for number in range(_TOGETHER):
+        if axis.index == 0:
+            there.send(number, message)
+        else:
+            back.expect(number)
+    time.sleep(_COMPUTES_SECONDS)  # the threads that carry them may go on
+    if axis.index == 1:
+        for _ in range(_TOGETHER):
+            back.take()
+    post.finish()
+    return (used + time.process_time()) / _TOGETHER
 
 
 def _compute() -> None:
