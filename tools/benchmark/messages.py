@@ -3,7 +3,8 @@ is ready.
 
 The round trip is of a message that each end waits for. Of one that goes one way while both ends compute, what counts is
 how long it keeps the sender, and then the receiver, who computes until it is there. `cpu_us` is the processor time of
-both ends of a message, all their threads, where nobody waits: several are sent, and then, when they are there, taken.
+both ends of a message, all their threads, where nobody waits: several are sent, and then, when they are there, taken,
+less what the same takes with none.
 
     python -m tools.launch --nproc-per-node 2 -m tools.benchmark messages
 """
@@ -14,6 +15,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 
@@ -59,7 +61,9 @@ def _over(world: World, rounds: int, *, shared: bool) -> Iterator[dict[str, obje
             trips = _repeat(rounds, _round_trip, post, axis)
             ways = _repeat(rounds, _one_way, post, axis)
             send, take = comm.gather_objects(statistics.median(ways), axis)
-            used = sum(comm.gather_objects(statistics.median(_repeat(rounds, _processor_time, post, axis)), axis))
+            several, none = (_repeat(rounds, partial(_processor_time, count), post, axis) for count in (_TOGETHER, 0))
+            own = (statistics.median(several) - statistics.median(none)) / _TOGETHER
+            used = sum(comm.gather_objects(own, axis))
             yield {
                 "carrier": post.carrier, "policy": "ready" if ready else "static", "bytes": nbytes,
                 "round_trip_us": 1e6 * statistics.median(trips), "send_us": 1e6 * send, "take_us": 1e6 * take,
@@ -113,22 +117,22 @@ def _one_way(post: Post, axis: Axis) -> float:
     return kept + time.perf_counter() - start
 
 
-def _processor_time(post: Post, axis: Axis) -> float:
-    """Of this end, for a message."""
+def _processor_time(count: int, post: Post, axis: Axis) -> float:
+    """Of this end, for so many messages."""
     there, back = _lanes(post, axis)
     message = tuple(torch.zeros(spec.shape) for spec in there.specs)
     used = -time.process_time()
-    for number in range(_TOGETHER):
+    for number in range(count):
         if axis.index == 0:
             there.send(number, message)
         else:
             back.expect(number)
     time.sleep(_COMPUTES_SECONDS)  # the threads that carry them may go on
     if axis.index == 1:
-        for _ in range(_TOGETHER):
+        for _ in range(count):
             back.take()
     post.finish()
-    return (used + time.process_time()) / _TOGETHER
+    return used + time.process_time()
 
 
 def _compute() -> None:
