@@ -13,6 +13,7 @@ of a rank is not known (`ready`) each direction has a group, so that a message w
 
 from __future__ import annotations
 
+import struct
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,6 +30,7 @@ from parallel.pipeline.boundary import Route, Specs
 from parallel.pipeline.post import SENDS_IN_FLIGHT, FreeLane, Lane, Post, Tensors, message_bytes
 
 _LABEL_BYTES = 64
+_LABEL = struct.Struct("=qqq")  # lane, micro-batch, bytes
 _LOOK_SECONDS = 2e-5  # between looks whether something has come to a GPU
 
 
@@ -83,6 +85,8 @@ class GroupLane(Lane):
     ) -> None:
         self.post, self.number, self.route, self.specs = post, number, route, specs
         self.axis, self.peer, self.kind = axis, peer, kind
+        self.sizes = [message_bytes((spec,)) for spec in specs]
+        self.nbytes, self.wire_bytes = sum(self.sizes), _LABEL_BYTES + sum(map(_aligned, self.sizes))
         self.under_way = deque[_Message]()  # all that were sent and not seen through, or all that are expected
         self.waiter = _Waiter(post.moved) if post.has_waiters else None
 
@@ -132,7 +136,7 @@ class GroupLane(Lane):
         if not self.post.labels:
             return _Message(micro_batch, [x.contiguous() for x in tensors])
         message = self.room(micro_batch)
-        message.wire[0][:_LABEL_BYTES].view(torch.int64)[:3] = torch.tensor(self._label(micro_batch))
+        _LABEL.pack_into(message.wire[0].numpy(), 0, *self._label(micro_batch))
         for part, x in zip(self._parts(message), tensors, strict=True):
             part.copy_(x)
         return message
@@ -140,23 +144,21 @@ class GroupLane(Lane):
     def room(self, micro_batch: int) -> _Message:
         """To be received."""
         if self.post.labels:
-            nbytes = _LABEL_BYTES + sum(_aligned(message_bytes((spec,))) for spec in self.specs)
-            return _Message(micro_batch, [torch.empty(nbytes, dtype=torch.uint8)])
+            return _Message(micro_batch, [torch.empty(self.wire_bytes, dtype=torch.uint8)])
         device = self.post.device
         return _Message(micro_batch, [torch.empty(x.shape, dtype=x.dtype, device=device) for x in self.specs])
 
-    def _label(self, micro_batch: int) -> list[int]:
-        return [self.number, micro_batch, message_bytes(self.specs)]
+    def _label(self, micro_batch: int) -> tuple[int, int, int]:
+        return self.number, micro_batch, self.nbytes
 
     def _parts(self, message: _Message) -> Iterator[Tensor]:
         start = _LABEL_BYTES
-        for spec in self.specs:
-            nbytes = message_bytes((spec,))
+        for spec, nbytes in zip(self.specs, self.sizes, strict=True):
             yield message.wire[0][start : start + nbytes].view(spec.dtype).view(spec.shape)
             start += _aligned(nbytes)
 
     def _unpack(self, message: _Message) -> Tensors:
-        found = message.wire[0][:_LABEL_BYTES].view(torch.int64)[:3].tolist()
+        found = _LABEL.unpack_from(message.wire[0].numpy())
         if found != self._label(message.micro_batch) and not self.axis.planned:
             with watched(self.axis, "recv"):
                 raise MismatchError(
