@@ -18,12 +18,15 @@ that do best where the times differ, found by trial (docs/log.md).
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
 from parallel.pipeline.actions import Action, ActionKind, Schedule
+
+_KINDS = (ActionKind.FORWARD, ActionKind.BACKWARD_INPUT, ActionKind.BACKWARD_WEIGHT)
 
 
 class _Times(NamedTuple):
@@ -100,7 +103,7 @@ def _schedule(
     ranks = [_Rank(times, most_live) for _ in range(max(placement) + 1)]
     interval = sum(times) * len(placement) // len(ranks)
     m_count, steps = num_micro_batches, len(way)
-    # Moments are (time, step, micro-batch), each as one number, which is sorted far sooner than a tuple.
+    # Moments are (time, step, micro-batch), each as one number: that is sorted sooner than a tuple.
     moments = [
         ((time + m * interval) * steps + step) * m_count + m
         for step, (time, *_) in enumerate(way)
@@ -108,17 +111,17 @@ def _schedule(
     ]
     moments.sort()
     arrivals = [0] * m_count  # when the next action of each micro-batch has its input
-    runs = [(kind, stage, ranks[placement[stage]].run) for _, kind, stage in way]
+    runs = [(kind is ActionKind.FORWARD, stage * m_count, ranks[placement[stage]].run) for _, kind, stage in way]
     for moment in moments:
         step, m = moment // m_count % steps, moment % m_count
-        kind, stage, run = runs[step]
-        arrivals[m] = run(Action(kind, stage, m), arrivals[m])
+        is_forward, first, run = runs[step]
+        arrivals[m] = run(first + m, arrivals[m], is_forward=is_forward)
     return Schedule(
         name=name,
         num_stages=len(placement),
         num_micro_batches=num_micro_batches,
         stage_to_rank=tuple(placement),
-        ranks=tuple(rank.finish() for rank in ranks),
+        ranks=tuple(rank.finish(m_count) for rank in ranks),
     )
 
 
@@ -142,17 +145,21 @@ def _way(placement: Sequence[int], times: _Times, lap: int, wait: int) -> list[t
 
 
 class _Rank:
-    """A rank on the clock, which lays weight gradients between its other actions."""
+    """A rank on the clock, which lays weight gradients between its other actions.
+
+    Stage and micro-batch are one number, `stage * micro_batches + micro_batch`. The program is of numbers, too: three
+    times that, and the place of the kind in `_KINDS`. Actions are made of it at the end, so that those of a rank lie
+    side by side in memory: whoever walks through millions of them waits for memory most of the time.
+    """
 
     def __init__(self, times: _Times, most_live: int) -> None:
         self.times, self.most_live = times, most_live
         self.now = self.live = 0
-        self.program: list[Action] = []
-        self.weights: deque[Action] = deque()  # that could run
+        self.program = array("q")
+        self.weights: deque[int] = deque()  # that could run
 
-    def run(self, action: Action, arrival: int) -> int:
+    def run(self, number: int, arrival: int, *, is_forward: bool) -> int:
         """Run a forward or an input gradient once its input is there; returns when it is done."""
-        is_forward = action.kind is ActionKind.FORWARD
         while self.weights and (
             self.now + self.times.weight_gradient <= arrival or (is_forward and self.live >= self.most_live)
         ):
@@ -160,18 +167,18 @@ class _Rank:
         if is_forward:
             self.live += 1
         else:
-            self.weights.append(Action(ActionKind.BACKWARD_WEIGHT, action.stage, action.micro_batch))
-        self.program.append(action)
+            self.weights.append(number)
+        self.program.append(3 * number + (not is_forward))
         self.now = max(self.now, arrival) + (self.times.forward if is_forward else self.times.input_gradient)
         return self.now
 
-    def finish(self) -> tuple[Action, ...]:
+    def finish(self, micro_batches: int) -> tuple[Action, ...]:
         """The program, with the weight gradients that are left at its end."""
         while self.weights:
             self._run_weight()
-        return tuple(self.program)
+        return tuple([Action(_KINDS[n % 3], n // 3 // micro_batches, n // 3 % micro_batches) for n in self.program])
 
     def _run_weight(self) -> None:
-        self.program.append(self.weights.popleft())
+        self.program.append(3 * self.weights.popleft() + 2)
         self.now += self.times.weight_gradient
         self.live -= 1
