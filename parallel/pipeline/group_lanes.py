@@ -136,7 +136,7 @@ class GroupLane(Lane):
         if not self.post.labels:
             return _Message(micro_batch, [x.contiguous() for x in tensors])
         message = self.room(micro_batch)
-        _LABEL.pack_into(message.wire[0].numpy(), 0, *self._label(micro_batch))
+        _LABEL.pack_into(message.wire[0].numpy().data, 0, *self._label(micro_batch))
         for part, x in zip(self._parts(message), tensors, strict=True):
             part.copy_(x)
         return message
@@ -158,7 +158,7 @@ class GroupLane(Lane):
             start += _aligned(nbytes)
 
     def _unpack(self, message: _Message) -> Tensors:
-        found = _LABEL.unpack_from(message.wire[0].numpy())
+        found = _LABEL.unpack_from(message.wire[0].numpy().data)
         if found != self._label(message.micro_batch) and not self.axis.planned:
             with watched(self.axis, "recv"):
                 raise MismatchError(
