@@ -16,6 +16,7 @@ from torch import Tensor
 from engine.optimizers.schedules import factor
 from engine.run.step import Stepper
 from parallel.layout import info_of
+from parallel.pipeline import SCHEDULES
 from parallel.process_group import World
 from tests.distributed import once, run_ranks
 from tests.parity import plain_vit
@@ -70,6 +71,11 @@ def test_layout_equals_one_process(case: Case) -> None:
     assert ours.evaluation[0] == pytest.approx(loss, rel=LOSS)
     assert ours.evaluation[1:] == (accuracy, images)
     assert images == EVAL_IMAGES
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_every_schedule_is_held_against_one_process(ranks: int) -> None:
+    assert {c.schedule for c in cases(ranks) if c.pipeline > 1 and c.micro_batches > 1} >= SCHEDULES.keys()
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -11,8 +11,9 @@ import torch
 
 from tests.distributed import once, run_ranks
 from tests.parity.cases import MODELS, Case
-from tests.parity.climb import Climb, climb_all
+from tests.parity.climb import FEW_IMAGES, Climb, climb_all
 
+STEPS = 4  # the rate rises for three of them; a bit that differs in one stays different
 _OTHERS = ("adafactor", "lamb", "muon")
 LAYOUTS = {
     2: [
@@ -61,7 +62,7 @@ def whole(case: Case, stage: int) -> Case:
 def results(ranks: int) -> dict[Case, Climb]:
     cases = [variant for case in LAYOUTS[ranks] for variant in (case, *(replace(case, zero=z) for z in (1, 2, 3)))]
     cases += [whole(case, 2) for case in LAYOUTS[ranks]]
-    found = run_ranks(ranks, climb_all, cases, timeout=560)[0]
+    found = run_ranks(ranks, climb_all, cases, STEPS, FEW_IMAGES, timeout=560)[0]
     assert isinstance(found, dict)
     return found
 
