@@ -54,12 +54,15 @@ TRAIN = {
     "checkpoint__save_interval": "2", "checkpoint__keep": "null", "model__drop_path": "0.1",
     "optimizer__ema_decay": "0.9",
 }  # fmt: skip
+TWO = {
+    "parallel__pipeline_parallel_size": "2", "parallel__schedule": "zb_v", "parallel__schedule_policy": "ready"
+}  # fmt: skip
 FOUR = {"parallel__tensor_parallel_size": "2", "parallel__zero_stage": "1", "precision__dtype": "bf16"}
 
 
 @dataclass
 class Runs:
-    """What the jobs said, their exit codes, and the folder of the runs `one` and `four`."""
+    """What the jobs said, their exit codes, and the folder of the runs `one`, `two` and `four`."""
 
     folder: Path
     codes: dict[str, list[int]]
@@ -107,10 +110,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("runs")
     train = {
         name: ("train", size, flags(run_dir=str(folder / name), **TRAIN, **more))
-        for name, size, more in (("one", 1, {}), ("four", 4, FOUR))
+        for name, size, more in (("one", 1, {}), ("two", 2, TWO), ("four", 4, FOUR))
     }
     codes = jobs(folder, train)
-    assert codes == {"one": [0], "four": [0] * 4}, [(folder / f"{name}.txt").read_text() for name in codes]
+    assert codes == {"one": [0], "two": [0] * 2, "four": [0] * 4}, [
+        (folder / f"{name}.txt").read_text() for name in codes
+    ]
     for name in ("one", "four"):
         shutil.copytree(folder / name, folder / f"{name}, flipped")
         flip(folder / f"{name}, flipped" / "checkpoints" / "step-00000004")
@@ -123,6 +128,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         "far": ("rerun", 1, [str(folder / "one" / f"{steps}2"), "--against", str(folder / "one" / f"{steps}5")]),
         "tries": ("rerun", 1, [str(folder / "one" / f"{steps}2"), "--steps", "2", "--times", "3"]),
         "another seed": ("rerun", 1, [str(folder / "one" / f"{steps}2"), "--train.seed", "7"]),
+        "by a V": ("rerun", 2, [str(folder / "two" / f"{steps}2")]),
         "on four": ("rerun", 4, [str(folder / "four" / f"{steps}2")]),
         "one, flipped, found": ("rerun", 1, [str(folder / "one, flipped" / f"{steps}2")]),
         "four, flipped, found": ("rerun", 4, [str(folder / "four, flipped" / f"{steps}2")]),
@@ -143,6 +149,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         ("from a step", 1, "steps 3 to 4", "step 4 with 1 line"),
         ("far", 1, "steps 3 to 5", "steps 4 to 5 with 2 lines"),
         ("tries", 1, "steps 3 to 4", "step 4 with 1 line"),
+        ("by a V", 2, "steps 3 to 4", "step 4 with 1 line"),
         ("on four", 4, "steps 3 to 4", "step 4 with 1 line"),
     ],
 )
