@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from engine.errors import ConfigError
-from tools import options
+from tools import places
 
 # Okabe and Ito's, told apart by all kinds of colour vision; without yellow, which white paper swallows.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555")
@@ -94,7 +94,7 @@ def check_place(path: Path) -> Path:
         raise ConfigError(f"{path}: pictures are PNG files: give a name that ends with .png")
     if path.parent.is_dir() and not os.access(path.parent, os.W_OK | os.X_OK):  # a picture replaces the earlier one
         raise ConfigError(f"{path} cannot be written: {path.parent} is not yours to write to: name another place")
-    return options.check_place(path)
+    return places.check_place(path)
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from engine.errors import ConfigError
 from parallel.pipeline.costs import LIMITS, Limit
 from parallel.pipeline.schedules import SCHEDULES
 from parallel.process_group import read_world
+from tools.places import check_place
 
 COUNT = Limit(1, 1_000_000, is_whole=True)
 """Of ranks, micro-batches, stages and repetitions."""
@@ -80,21 +80,6 @@ def refusing() -> Iterator[None]:
         for key, flag in _OWN_WORDS.items():
             text = text.replace(key, flag)
         raise ConfigError(text) from error
-
-
-def check_place(path: Path) -> Path:
-    """`path`, if a file can go there: to be asked before any work is done for it.
-
-    Raises:
-        ConfigError: it is a folder, or its folder is not there or not to be written to.
-    """
-    if path.is_dir():
-        raise ConfigError(f"{path} is a folder: name a file in it")
-    if not path.parent.is_dir():
-        raise ConfigError(f"{path}: there is no folder {path.parent}: make it, or name another place")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ConfigError(f"{path} cannot be written: it is not yours to write to: name another place")
-    return path
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

@@ -22,7 +22,8 @@ from engine.errors import EXIT_DONE, EXIT_USAGE, ConfigError
 from engine.run.trace_events import COMPUTE, SIMULATED, process_events, simulated_events
 from parallel.pipeline import SCHEDULES, Costs, Timeline, build_schedule, simulate, to_csv
 from parallel.pipeline.schedule_file import is_schedule_file, read_schedule
-from tools.options import COUNT, check_place, cost, number, refusing, virtual_stages_of_each
+from tools.options import COUNT, cost, number, refusing, virtual_stages_of_each
+from tools.places import check_place
 from tools.timeline.picture import Panel, simulated_panel
 from tools.timeline.read import choose_step, panels_of, read, source_of
 

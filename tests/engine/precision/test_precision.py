@@ -261,7 +261,7 @@ def _two_stages(world: World, precision: PrecisionConfig) -> tuple[list[StepResu
     a = assembled(small(train=train, parallel=parallel, precision=precision), world)
     stepper = Stepper(a)
     results = [stepper.train_step(batches(seed=seed), 1e-3) for seed in range(3)]
-    return results, [spec for boundary in stepper._train.boundaries for spec in boundary], names_in(a, FP32)
+    return results, [spec for boundary in a.boundaries for spec in boundary], names_in(a, FP32)
 
 
 @pytest.mark.parametrize(
