@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import gc
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -253,23 +252,16 @@ class Schedule:
         )
 
 
-def live_stages(schedule: Schedule, rank: int) -> list[Counter[int]]:
-    """How many activations of each of its stages a rank keeps for a coming backward, after each action of its program.
-
-    An activation lives from the forward (from the recompute, where there is one: before it only the input is kept)
-    until the whole backward, or until the weight gradient where the backward is split, since that still reads the
-    inputs of the layers. A forward-only schedule keeps nothing.
-    """
-    live: Counter[int] = Counter()
-    counts = []
-    for action, delta in zip(schedule.ranks[rank], alive_changes(schedule, schedule.ranks[rank]), strict=True):
-        live[action.stage] += delta
-        counts.append(live.copy())
-    return counts
-
-
 def live_activations(schedule: Schedule, rank: int, program: Sequence[Action] | None = None) -> list[int]:
-    """The same of all its stages together; of actions of the rank in another order, or fewer, if they are given."""
+    """How many activations a rank keeps for a coming backward, after each action of its program.
+
+    An activation, of one stage, lives from the forward (from the recompute, where there is one: before it only the
+    input is kept) until the whole backward, or until the weight gradient where the backward is split, since that still
+    reads the inputs of the layers. A forward-only schedule keeps nothing.
+
+    Args:
+        program: actions of the rank in another order, or fewer, instead of its own.
+    """
     return list(accumulate(alive_changes(schedule, schedule.ranks[rank] if program is None else program)))
 
 
@@ -278,11 +270,10 @@ def alive_changes(schedule: Schedule, program: Sequence[Action]) -> list[int]:
     if schedule.is_forward_only:
         return [0] * len(program)
     recomputed = {(a.stage, a.micro_batch) for a in program if a.kind is ActionKind.RECOMPUTE}
-    change = _ALIVE
     if not recomputed:
-        return [change.get(a.kind, 0) for a in program]
+        return [_ALIVE.get(a.kind, 0) for a in program]
     return [
-        0 if a.kind is ActionKind.FORWARD and (a.stage, a.micro_batch) in recomputed else change.get(a.kind, 0)
+        0 if a.kind is ActionKind.FORWARD and (a.stage, a.micro_batch) in recomputed else _ALIVE.get(a.kind, 0)
         for a in program
     ]
 
