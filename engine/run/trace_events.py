@@ -68,7 +68,7 @@ def step_events(
             COMPUTE if s.what.kind.is_compute else MESSAGES, "wait", f"wait of {s.what}", s, **_arguments(s.what)
         )
     for s in record.messages:
-        route = _route(s.what)
+        route = Route.of(s.what)
         sized = s._replace(size=nbytes.get(route, 0))
         yield event(MESSAGES, "message", str(s.what), sized, carries=str(route), **_arguments(s.what))
         if s.what.kind.is_send:
@@ -98,11 +98,6 @@ def simulated_events(
 
 def _arguments(action: Action) -> dict[str, Any]:
     return {"action": str(action), "stage": action.stage, "micro_batch": action.micro_batch}
-
-
-def _route(message: Action) -> Route:
-    send = message if message.kind.is_send else message.counterpart
-    return Route(send.stage, send.counterpart.stage)
 
 
 def _number(send: Action, schedule: Schedule, step: int, replica: int) -> int:

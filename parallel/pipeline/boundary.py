@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+from parallel.pipeline.actions import Action
+
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -37,6 +39,12 @@ class Route(NamedTuple):
 
     source: int
     target: int
+
+    @classmethod
+    def of(cls, message: Action) -> Route:
+        """That of a send or receive."""
+        send = message if message.kind.is_send else message.counterpart
+        return cls(send.stage, send.counterpart.stage)
 
     def __str__(self) -> str:
         if self.source < self.target:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from parallel.pipeline.actions import Action, ActionKind, Schedule, no_search_for_cycles
+from parallel.pipeline.actions import Action, Schedule, no_search_for_cycles
 from parallel.pipeline.costs import Costs
+from parallel.pipeline.graph import output_send
 from parallel.pipeline.progress import Progress
 
 # Only the order of events matters. Equal times for F, I and W are what papers on schedules assume; most ends would tie
@@ -41,7 +42,7 @@ def insert_communication(compute_order: Schedule) -> Schedule:
     programs: list[list[Action]] = [[] for _ in compute_order.ranks]
     for _, rank, _, action in sorted(_ends(compute_order, progress)):
         programs[rank].append(action)
-        send = _send_after(action, compute_order)
+        send = output_send(action, compute_order)
         if send is not None:
             programs[rank].append(send)
             programs[compute_order.peer(send)].append(send.counterpart)
@@ -55,14 +56,3 @@ def _ends(schedule: Schedule, progress: Progress) -> Iterator[tuple[float, int, 
         for position, action in enumerate(program):
             last = next(ends) if action.kind.is_compute else last
             yield last, rank, position, action
-
-
-def _send_after(action: Action, schedule: Schedule) -> Action | None:
-    """The send of an action's result, None where it has none or where it stays on the rank."""
-    match action.kind:
-        case ActionKind.FORWARD if schedule.crosses_ranks(action.stage, action.stage + 1):
-            return Action(ActionKind.SEND_FORWARD, action.stage, action.micro_batch)
-        case ActionKind.BACKWARD | ActionKind.BACKWARD_INPUT if schedule.crosses_ranks(action.stage, action.stage - 1):
-            return Action(ActionKind.SEND_BACKWARD, action.stage, action.micro_batch)
-        case _:
-            return None

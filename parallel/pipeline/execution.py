@@ -155,16 +155,14 @@ class Static:
         lanes, sends, receives = self._post.lanes, [], []
         for action in actions:
             assert action.micro_batch is not None
-            stage, m = action.stage, action.micro_batch
+            lane, m, stage = lanes[Route.of(action)], action.micro_batch, self._stages[action.stage]
             match action.kind:
                 case ActionKind.SEND_FORWARD:
-                    sends.append((lanes[Route(stage, stage + 1)], m, self._stages[stage].outputs))
+                    sends.append((lane, m, stage.outputs))
                 case ActionKind.SEND_BACKWARD:
-                    sends.append((lanes[Route(stage, stage - 1)], m, self._stages[stage].input_gradients))
-                case ActionKind.RECV_FORWARD:
-                    receives.append((lanes[Route(stage - 1, stage)], m))
+                    sends.append((lane, m, stage.input_gradients))
                 case _:
-                    receives.append((lanes[Route(stage + 1, stage)], m))
+                    receives.append((lane, m))
         return _Exchange(actions, sends, receives)
 
     def _exchange(self, exchange: _Exchange) -> None:

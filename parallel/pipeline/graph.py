@@ -10,6 +10,7 @@ less strict than the second, which is why messages that stand side by side may b
 from __future__ import annotations
 
 import graphlib
+from collections.abc import Container
 from typing import NamedTuple
 
 from parallel.pipeline.actions import Action, ActionKind, Place, Schedule, ScheduleError
@@ -26,16 +27,20 @@ Graph = dict[Node, list[Node]]
 """Each node with the nodes it waits for. Lists, not sets: their order must be the same in every process."""
 
 
-def data_dependencies(action: Action, schedule: Schedule) -> list[Action]:
-    """The compute actions whose result an action reads, on whichever rank (none for receives: see `input_receive`)."""
-    micro_batch = action.micro_batch
+def data_dependencies(action: Action, schedule: Schedule, among: Container[Action] | None = None) -> list[Action]:
+    """The compute actions whose result an action reads, on whichever rank (none for receives: see `input_receive`).
+
+    Args:
+        among: the actions that there are, if not all of the schedule's are looked at.
+    """
+    micro_batch, present = action.micro_batch, schedule.places if among is None else among
 
     def compute(kind: ActionKind, stage: int) -> Action:
         return Action(kind, stage, micro_batch)
 
     def input_gradient(stage: int) -> Action:
         split = compute(ActionKind.BACKWARD_INPUT, stage)
-        return split if split in schedule.places else compute(ActionKind.BACKWARD, stage)
+        return split if split in present else compute(ActionKind.BACKWARD, stage)
 
     stage = action.stage
     match action.kind:
@@ -43,7 +48,7 @@ def data_dependencies(action: Action, schedule: Schedule) -> list[Action]:
             return [compute(ActionKind.FORWARD, stage - 1)] if stage > 0 else []
         case ActionKind.BACKWARD | ActionKind.BACKWARD_INPUT:
             recompute = compute(ActionKind.RECOMPUTE, stage)
-            activations = recompute if recompute in schedule.places else compute(ActionKind.FORWARD, stage)
+            activations = recompute if recompute in present else compute(ActionKind.FORWARD, stage)
             return [activations, input_gradient(stage + 1)] if stage + 1 < schedule.num_stages else [activations]
         case ActionKind.BACKWARD_WEIGHT:
             return [compute(ActionKind.BACKWARD_INPUT, stage)]
@@ -62,6 +67,17 @@ def input_receive(action: Action, schedule: Schedule) -> Action | None:
             return Action(ActionKind.RECV_FORWARD, action.stage, action.micro_batch)
         case ActionKind.BACKWARD | ActionKind.BACKWARD_INPUT if schedule.crosses_ranks(action.stage, action.stage + 1):
             return Action(ActionKind.RECV_BACKWARD, action.stage, action.micro_batch)
+        case _:
+            return None
+
+
+def output_send(action: Action, schedule: Schedule) -> Action | None:
+    """The send of a compute action's result, None where it has none or where it stays on the rank."""
+    match action.kind:
+        case ActionKind.FORWARD if schedule.crosses_ranks(action.stage, action.stage + 1):
+            return Action(ActionKind.SEND_FORWARD, action.stage, action.micro_batch)
+        case ActionKind.BACKWARD | ActionKind.BACKWARD_INPUT if schedule.crosses_ranks(action.stage, action.stage - 1):
+            return Action(ActionKind.SEND_BACKWARD, action.stage, action.micro_batch)
         case _:
             return None
 

@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise, zip_longest
 
 from parallel.pipeline.actions import Action, ActionKind, Schedule, ScheduleError, live_activations
+from parallel.pipeline.graph import data_dependencies, input_receive
 
 _FORWARD, _RECOMPUTE, _INPUT_GRADIENT, _WEIGHT_GRADIENT = range(4)
 _QUEUES = {  # a whole backward is in turn with both: with gradients of inputs (messages) and of weights (sums)
@@ -73,9 +74,10 @@ class Chooser:
         alive = [0, *live_activations(schedule, rank, self.actions)]
         self.cap = max(alive)
         self._delta = [after - before for before, after in pairwise(alive)]
-        self._needs = [_needs(action, places) for action in self.actions]
+        reads = [data_dependencies(action, schedule, places) for action in self.actions]
+        self._needs = [[places[read] for read in of_one if read in places] for of_one in reads]  # on this rank
         self._behind = _NOT_AHEAD if len(schedule.stages_of(rank)) > 1 else _NOT_AHEAD_OF_ONE_STAGE
-        self._lacks = [_has_message(action, schedule) for action in self.actions]
+        self._lacks = [input_receive(action, schedule) is not None for action in self.actions]
         queues: dict[tuple[int, int], list[int]] = defaultdict(list)
         for position, action in enumerate(self.actions):
             for queue in _QUEUES[action.kind]:
@@ -152,36 +154,6 @@ class Chooser:
             if not self._done[passed]:
                 alive += self._delta[passed]
         return alive <= self.cap
-
-
-def _needs(action: Action, places: dict[Action, int]) -> list[int]:
-    """The positions of what an action reads that its own rank computes."""
-    kinds, stage, m = ActionKind, action.stage, action.micro_batch
-    reads = {
-        kinds.FORWARD: [(kinds.FORWARD, stage - 1)],
-        kinds.RECOMPUTE: [(kinds.FORWARD, stage)],
-        kinds.BACKWARD_WEIGHT: [(kinds.BACKWARD_INPUT, stage)],
-    }.get(
-        action.kind,
-        [
-            (kinds.FORWARD, stage),
-            (kinds.RECOMPUTE, stage),
-            (kinds.BACKWARD, stage + 1),
-            (kinds.BACKWARD_INPUT, stage + 1),
-        ],
-    )
-    found = (places.get(Action(kind, source, m)) for kind, source in reads)
-    return [place for place in found if place is not None]
-
-
-def _has_message(action: Action, schedule: Schedule) -> bool:
-    match action.kind:
-        case ActionKind.FORWARD:
-            return schedule.crosses_ranks(action.stage, action.stage - 1)
-        case ActionKind.BACKWARD | ActionKind.BACKWARD_INPUT:
-            return schedule.crosses_ranks(action.stage, action.stage + 1)
-        case _:
-            return False
 
 
 def check_lanes(schedule: Schedule) -> None:

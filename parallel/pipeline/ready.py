@@ -33,6 +33,7 @@ from parallel.comm import Axis
 from parallel.pipeline.actions import Action, ActionKind, Schedule
 from parallel.pipeline.boundary import Route
 from parallel.pipeline.choices import Choices
+from parallel.pipeline.graph import input_receive, output_send
 from parallel.pipeline.lanes import Lane, Post
 from parallel.pipeline.local_stage import Deferrer, Inbox, LocalStage, Tensors
 from parallel.pipeline.readiness import Chooser, check_lanes
@@ -98,7 +99,7 @@ class Ready:
         self._chooser = Chooser(schedule, axis.index)
         self._where, self._post, self._choices = axis.meter.where, post, choices
         self._announce, self._deferrer = announce, deferrer
-        self._tasks = [_task(action, stages[action.stage], post) for action in self._chooser.actions]
+        self._tasks = [_task(action, schedule, stages[action.stage], post) for action in self._chooser.actions]
         fed = {(t.action.kind, t.action.stage): t.inbox for t in self._tasks if t.inbox is not None}
         self._lane_of = {key: inbox.lane for key, inbox in fed.items() if inbox.lane is not None}
         inboxes = dict.fromkeys(fed.values())  # one may feed whole backwards and split ones of a stage
@@ -172,24 +173,18 @@ class Ready:
         return self._lane_of[action.kind, action.stage].has_arrived()
 
 
-def _task(action: Action, stage: LocalStage, post: Post) -> _Task:
-    m, number, kinds = action.micro_batch, action.stage, ActionKind
+def _task(action: Action, schedule: Schedule, stage: LocalStage, post: Post) -> _Task:
+    m, forward = action.micro_batch, action.kind is ActionKind.FORWARD
     assert m is not None
-    inbox, message, target, laid_out = None, kinds.SEND_FORWARD, number + 1, stage.outputs
-    match action.kind:
-        case kinds.FORWARD:
-            inbox = stage.inputs
-        case kinds.BACKWARD | kinds.BACKWARD_INPUT:
-            inbox, message, target, laid_out = stage.gradients, kinds.SEND_BACKWARD, number - 1, stage.input_gradients
-        case _:
-            target = number  # nobody is sent the gradients of weights
-    if inbox is None or inbox.lane is None:
-        inbox, coming = None, []
-    else:
+    inbox, coming = None, []
+    if input_receive(action, schedule) is not None:
+        inbox = stage.inputs if forward else stage.gradients
+        assert inbox is not None and inbox.lane is not None
         place = inbox.order.index(m) + _POSTED_AHEAD
         coming = [(inbox.lane, later) for later in inbox.order[place : place + 1]]
-    lane = post.lanes.get(Route(number, target))
-    send = None if lane is None else (Action(message, number, m), lane, laid_out)
+    send, message = None, output_send(action, schedule)
+    if message is not None:
+        send = message, post.lanes[Route.of(message)], stage.outputs if forward else stage.input_gradients
     return _Task(action, m, stage.method(action.kind), inbox, tuple(coming), send)
 
 

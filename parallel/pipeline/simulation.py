@@ -20,6 +20,7 @@ from typing import Literal
 
 from parallel.pipeline.actions import Action, ActionKind, Schedule, no_search_for_cycles
 from parallel.pipeline.costs import Costs
+from parallel.pipeline.graph import output_send
 from parallel.pipeline.progress import Progress
 from parallel.pipeline.readiness import Chooser, check_lanes
 from parallel.pipeline.timeline import Message, Timeline
@@ -130,19 +131,13 @@ class _Ready:
 
     def _send(self, action: Action, now: float) -> None:
         """What an action that has just ended hands to a stage on another rank."""
-        match action.kind:
-            case ActionKind.FORWARD:
-                kind, stage = ActionKind.RECV_FORWARD, action.stage + 1
-            case ActionKind.BACKWARD | ActionKind.BACKWARD_INPUT:
-                kind, stage = ActionKind.RECV_BACKWARD, action.stage - 1
-            case _:
-                return
-        if not self.schedule.crosses_ranks(action.stage, stage):
+        send = output_send(action, self.schedule)
+        if send is None:
             return
-        forward = kind is ActionKind.RECV_FORWARD
-        start = max(now, self.lanes[forward, stage])
+        receive = send.counterpart
+        lane = forward, stage = receive.kind is ActionKind.RECV_FORWARD, receive.stage
+        start = max(now, self.lanes[lane])
         end = start + (self.transfers[0][stage - 1] if forward else self.transfers[1][stage])
-        self.lanes[forward, stage] = end
-        receive = Action(kind, stage, action.micro_batch)
+        self.lanes[lane] = end
         self.messages.append(_message(self.schedule, receive, start, end))
         heapq.heappush(self.events, (end, next(self.number), self.schedule.stage_to_rank[stage], receive))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from parallel.comm import Axis
 from parallel.failures import MismatchError
-from parallel.pipeline import SCHEDULES, Action, Schedule, ScheduleError, build_schedule, validate
+from parallel.pipeline import SCHEDULES, Schedule, ScheduleError, build_schedule, validate
 from parallel.pipeline.boundary import Route, TensorSpec
 from parallel.pipeline.execution import PipelineExecutor, Policy
 from parallel.pipeline.graph import input_receive
@@ -51,9 +51,9 @@ def walk(schedule: Schedule, post: BlockingPost) -> None:
         if not are_messages:
             for receive in (input_receive(action, schedule) for action in actions):
                 if receive is not None:
-                    post.lanes[Route(receive.counterpart.stage, receive.stage)].take()
+                    post.lanes[Route.of(receive)].take()
             continue
-        messages = [(action, post.lanes[route_of(action)], action.micro_batch or 0) for action in actions]
+        messages = [(action, post.lanes[Route.of(action)], action.micro_batch or 0) for action in actions]
         if post.wires.batches:
             sends = [(lane, m, ()) for action, lane, m in messages if action.kind.is_send]
             post.start(sends, [(lane, m) for action, lane, m in messages if not action.kind.is_send])
@@ -61,11 +61,6 @@ def walk(schedule: Schedule, post: BlockingPost) -> None:
         for action, lane, m in messages:
             lane.send(m, ()) if action.kind.is_send else lane.expect(m)
     post.finish()
-
-
-def route_of(message: Action) -> Route:
-    ends = (message.stage, message.counterpart.stage)
-    return Route(*ends) if message.kind.is_send else Route(*reversed(ends))
 
 
 def walk_all(schedule: Schedule, channel: Channel, **how: bool) -> None:
