@@ -31,8 +31,9 @@ from parallel.fp8 import Fp8Recipe, Fp8Registry, enable_fp8
 from parallel.grid import Grid, make_grid
 from parallel.layout import ParameterInfo
 from parallel.pipeline import Placement, Schedule, Timeline, balance, partition
-from parallel.pipeline.execution import PipelineExecutor, Policy, TensorSpec
+from parallel.pipeline.execution import PipelineExecutor, TensorSpec
 from parallel.pipeline.lanes import Post, open_post
+from parallel.pipeline.readiness import Policy
 from parallel.process_group import World
 from parallel.sharding import Group, ParameterStore, ShardingPolicy
 from parallel.tensor import TensorParallel

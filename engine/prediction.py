@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from model import LayerSpec
 from parallel.pipeline import Costs, Placement, Schedule, Timeline, simulate
-from parallel.pipeline.simulation import Policy
+from parallel.pipeline.readiness import Policy
 
 
 def predicted_step(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -94,6 +94,22 @@ class Costs:
                 if number not in limit:
                     several = "" if is_alone else ", or a tuple of such"
                     raise ValueError(f"costs: {field.name} is {value!r}: it must be {limit}{several}")
+
+    @staticmethod
+    def of_ranks(
+        schedule: Schedule, *, forward: float, backward_input: float, backward_weight: float, **more: Any
+    ) -> Costs:
+        """Of a schedule whose ranks have the work of one micro-batch cut into stages alike.
+
+        Args:
+            forward, backward_input, backward_weight: times of a rank's stages together; to recompute takes a forward's.
+            more: fields of `Costs` as they are.
+        """
+        share = schedule.num_ranks / schedule.num_stages
+        return Costs(
+            forward=forward * share, backward_input=backward_input * share, backward_weight=backward_weight * share,
+            recompute=forward * share, **more,
+        )  # fmt: skip
 
     def check(self, schedule: Schedule) -> None:
         """Raise ValueError unless every tuple has one number for each stage, boundary or rank of a schedule."""

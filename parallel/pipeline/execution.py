@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,9 +26,9 @@ from parallel.pipeline.boundary import TensorSpec as TensorSpec
 from parallel.pipeline.choices import open_choices
 from parallel.pipeline.lanes import Lane, Post, open_post
 from parallel.pipeline.local_stage import Deferrer, Head, Inbox, LocalStage, StageModule, Tensors
+from parallel.pipeline.readiness import Policy
 from parallel.pipeline.ready import Ready
 
-Policy = Literal["static", "ready"]
 Announce = Callable[[Sequence[Action], Sequence[int]], None]
 """Told the actions that a rank will run next, and the numbers of all its stages, ascending."""
 

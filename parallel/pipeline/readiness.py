@@ -29,9 +29,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise, zip_longest
+from typing import Literal
 
 from parallel.pipeline.actions import Action, ActionKind, Schedule, ScheduleError, live_activations
 from parallel.pipeline.graph import data_dependencies, input_receive
+
+Policy = Literal["static", "ready"]
+"""How ranks go through a schedule: in its order, or by what is ready."""
+POLICIES: tuple[Policy, ...] = ("static", "ready")
 
 _FORWARD, _RECOMPUTE, _INPUT_GRADIENT, _WEIGHT_GRADIENT = range(4)
 _QUEUES = {  # a whole backward is in turn with both: with gradients of inputs (messages) and of weights (sums)

@@ -16,17 +16,13 @@ import heapq
 from array import array
 from collections import defaultdict
 from itertools import count
-from typing import Literal
 
 from parallel.pipeline.actions import Action, ActionKind, Schedule, no_search_for_cycles
 from parallel.pipeline.costs import Costs
 from parallel.pipeline.graph import output_send
 from parallel.pipeline.progress import Progress
-from parallel.pipeline.readiness import Chooser, check_lanes
+from parallel.pipeline.readiness import POLICIES, Chooser, Policy, check_lanes
 from parallel.pipeline.timeline import Message, Timeline
-
-Policy = Literal["static", "ready"]
-POLICIES: tuple[Policy, ...] = ("static", "ready")
 
 _AT_ONCE = 1e-9  # of a step's length: events that are no further apart happen together, however sums were rounded
 

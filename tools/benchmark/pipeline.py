@@ -46,7 +46,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from engine.errors import ConfigError
 from parallel.pipeline import build_schedule
-from parallel.pipeline.simulation import POLICIES, Policy
+from parallel.pipeline.readiness import POLICIES, Policy
 from parallel.process_group import World
 from tools.benchmark.sleepers import Case, Pass
 from tools.benchmark.table import Row, show

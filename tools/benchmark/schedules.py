@@ -26,7 +26,7 @@ from typing import Any
 
 from parallel.pipeline import SCHEDULES, Costs, Schedule, Timeline, build_schedule, simulate
 from parallel.pipeline.costs import PerRank
-from parallel.pipeline.simulation import POLICIES, Policy
+from parallel.pipeline.readiness import POLICIES, Policy
 from parallel.process_group import World
 from tools.benchmark.table import Row, show
 from tools.options import COUNT, add_json, cost, number, refusing, several, virtual_stages_of_each
@@ -113,17 +113,17 @@ def _messages(schedule: Schedule) -> int:
 
 def _steps(schedule: Schedule, options: argparse.Namespace, jitter: float, policy: Policy) -> list[Timeline]:
     """The simulated step for each seed."""
-    costs = _costs(options, schedule.num_stages / schedule.num_ranks, jitter)
+    costs = _costs(options, schedule, jitter)
     return [simulate(schedule, replace(costs, seed=seed), policy) for seed in range(options.seeds if jitter else 1)]
 
 
-def _costs(options: argparse.Namespace, stages_per_rank: float, jitter: float) -> Costs:
+def _costs(options: argparse.Namespace, schedule: Schedule, jitter: float) -> Costs:
     speed: PerRank = options.speed[0] if len(options.speed) == 1 else tuple(options.speed)
-    return Costs(
-        forward=options.forward / stages_per_rank,
-        backward_input=options.input / stages_per_rank,
-        backward_weight=options.weight / stages_per_rank,
-        recompute=options.forward / stages_per_rank,
+    return Costs.of_ranks(
+        schedule,
+        forward=options.forward,
+        backward_input=options.input,
+        backward_weight=options.weight,
         latency=options.latency,
         bandwidth=options.bandwidth,
         output_bytes=options.bytes,

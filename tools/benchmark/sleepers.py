@@ -24,8 +24,8 @@ from parallel.pipeline.actions import ActionKind
 from parallel.pipeline.boundary import TensorSpec
 from parallel.pipeline.execution import PipelineExecutor
 from parallel.pipeline.local_stage import Products
+from parallel.pipeline.readiness import Policy
 from parallel.pipeline.recording import Recorder
-from parallel.pipeline.simulation import Policy
 from parallel.process_group import World
 
 _CPU = torch.device("cpu")
@@ -59,11 +59,11 @@ class Case:
 
     def costs(self, schedule: Schedule) -> Costs:
         """Of its stages. Raises ValueError where a number makes no sense."""
-        each = schedule.num_stages // self.ranks
-        return Costs(
-            forward=self.forward / each,
-            backward_input=self.backward_input / each,
-            backward_weight=self.backward_weight / each,
+        return Costs.of_ranks(
+            schedule,
+            forward=self.forward,
+            backward_input=self.backward_input,
+            backward_weight=self.backward_weight,
             jitter=self.jitter,
             seed=self.seed,
             speed=self.speeds or 1.0,

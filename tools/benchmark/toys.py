@@ -23,7 +23,7 @@ from parallel.layout import Init, ParameterInfo, TensorLayout, make_parameter
 from parallel.pipeline import build_schedule
 from parallel.pipeline.boundary import TensorSpec
 from parallel.pipeline.execution import PipelineExecutor
-from parallel.pipeline.simulation import Policy
+from parallel.pipeline.readiness import Policy
 from parallel.process_group import World
 from parallel.sharding import ParameterStore
 from parallel.tensor import ColumnParallelLinear, no_tensor_parallel

@@ -21,6 +21,7 @@ from pathlib import Path
 from engine.errors import EXIT_DONE, EXIT_USAGE, ConfigError
 from engine.run.trace_events import COMPUTE, SIMULATED, process_events, simulated_events
 from parallel.pipeline import SCHEDULES, Costs, Timeline, build_schedule, simulate, to_csv
+from parallel.pipeline.readiness import POLICIES
 from parallel.pipeline.schedule_file import is_schedule_file, read_schedule
 from tools.options import COUNT, cost, number, refusing, virtual_stages_of_each
 from tools.places import check_place
@@ -63,7 +64,7 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     one.add_argument("--ranks", type=number(COUNT), help="of the pipeline (default: a file's, or 4)")
     one.add_argument("--micro-batches", type=number(COUNT), help="per step (default: a file's, or 8)")
     one.add_argument("--virtual-stages", type=number(COUNT), help="stages per rank, of interleaved (default: 2)")
-    one.add_argument("--policy", choices=("static", "ready"), help="default: static")
+    one.add_argument("--policy", choices=POLICIES, help="default: static")
     for name, field, what in (
         ("forward", "forward", "forward"), ("input", "backward_input", "gradient of the inputs"),
         ("weight", "backward_weight", "that of the weights"),
@@ -168,11 +169,9 @@ def _simulated(name: str, options: argparse.Namespace, virtual_stages: int | Non
     if least > _MOST_ACTIONS and not options.text:
         raise ConfigError(f"{name} has at least {least} actions: a picture shows {_MOST_ACTIONS}; ask for less")
     schedule = build_schedule(name, options.ranks, options.micro_batches, virtual_stages)
-    share = schedule.num_ranks / schedule.num_stages
-    costs = Costs(
-        forward=options.forward * share, backward_input=options.input * share,
-        backward_weight=options.weight * share, recompute=options.forward * share, latency=options.latency,
-        jitter=options.jitter, seed=options.seed,
+    costs = Costs.of_ranks(
+        schedule, forward=options.forward, backward_input=options.input, backward_weight=options.weight,
+        latency=options.latency, jitter=options.jitter, seed=options.seed,
     )  # fmt: skip
     return simulate(schedule, costs, options.policy)
 

@@ -31,9 +31,10 @@ from parallel.pipeline import (
 )
 from parallel.pipeline.actions import peak_activations
 from parallel.pipeline.boundary import Route
-from parallel.pipeline.execution import PipelineExecutor, Policy, TensorSpec
+from parallel.pipeline.execution import PipelineExecutor, TensorSpec
 from parallel.pipeline.host_lanes import SLOTS
 from parallel.pipeline.post import SENDS_IN_FLIGHT
+from parallel.pipeline.readiness import Policy
 from parallel.process_group import World
 from parallel.random import uniform
 from parallel.sharding import ParameterStore, ShardingPolicy

@@ -18,8 +18,9 @@ from parallel.comm import Axis
 from parallel.failures import MismatchError
 from parallel.pipeline import SCHEDULES, Schedule, ScheduleError, build_schedule, validate
 from parallel.pipeline.boundary import Route, TensorSpec
-from parallel.pipeline.execution import PipelineExecutor, Policy
+from parallel.pipeline.execution import PipelineExecutor
 from parallel.pipeline.graph import input_receive
+from parallel.pipeline.readiness import Policy
 from tests.parallel.pipeline.blocking import (
     BlockingPost,
     Channel,

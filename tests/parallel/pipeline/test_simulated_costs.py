@@ -21,7 +21,7 @@ from parallel.pipeline import (
 from parallel.pipeline.actions import live_activations
 from parallel.pipeline.costs import LIMITS, PerStage
 from parallel.pipeline.graph import data_dependencies, input_receive
-from parallel.pipeline.simulation import POLICIES, Policy
+from parallel.pipeline.readiness import POLICIES, Policy
 
 
 def times(timeline: Timeline) -> list[list[tuple[str, float, float]]]:
