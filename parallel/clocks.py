@@ -14,6 +14,7 @@ import torch
 
 from parallel import comm, host
 from parallel.comm import Axis
+from parallel.messages import exchange_start
 
 _ROUNDS = 16
 
@@ -43,8 +44,9 @@ def offset_to_first(
 def _answer(axis: Axis, rank: int, clock: Callable[[], int]) -> None:
     for _ in range(_ROUNDS):
         message = torch.zeros(1, dtype=torch.int64, device=comm.device_of(axis))
-        comm.recv_start(message, axis, rank).wait().item()
-        comm.send_start(torch.full_like(message, clock()), axis, rank).wait()
+        exchange_start([], [(message, rank)], axis).wait()
+        message.item()  # waits for a GPU, too
+        exchange_start([(torch.full_like(message, clock()), rank)], [], axis).wait()
 
 
 def _ask(axis: Axis, clock: Callable[[], int]) -> tuple[int, int]:
@@ -52,9 +54,11 @@ def _ask(axis: Axis, clock: Callable[[], int]) -> tuple[int, int]:
     best = None
     for _ in range(_ROUNDS):
         message = torch.zeros(1, dtype=torch.int64, device=comm.device_of(axis))
+        answer = torch.empty_like(message)
         before = clock()
-        comm.send_start(message, axis, 0).wait()
-        there = int(comm.recv_start(torch.empty_like(message), axis, 0).wait().item())
+        exchange_start([(message, 0)], [], axis).wait()
+        exchange_start([], [(answer, 0)], axis).wait()
+        there = int(answer.item())
         after = clock()
         exchange = (there - (before + after) // 2, (after - before + 1) // 2)
         best = exchange if best is None or exchange[1] < best[1] else best

@@ -336,22 +336,6 @@ def barrier(axis: Axis) -> None:
     all_reduce(torch.zeros(1, device=device_of(axis)), axis).item()  # waits for a GPU, too
 
 
-def send_start(x: Tensor, axis: Axis, to: int) -> Pending:
-    """Start sending `x` (contiguous; unchanged until waited for) to index `to`.
-
-    NCCL carries all messages of a rank along an axis in the order in which they are posted, sends and receives alike
-    (the group's communicator exists, so unbatched calls make none of two ranks). A pipeline's: parallel.messages.
-    """
-    x = x.contiguous()
-    return _call(axis, "send", x, x, lambda: dist.isend(x, axis.ranks[to], group=axis.group))
-
-
-def recv_start(x: Tensor, axis: Axis, source: int) -> Pending:
-    """Start receiving into `x` (contiguous) from index `source`; `wait()` returns it filled."""
-    assert x.is_contiguous()
-    return _call(axis, "recv", x, x, lambda: dist.irecv(x, axis.ranks[source], group=axis.group))
-
-
 def device_of(axis: Axis) -> torch.device:
     """Where tensors are that calls along an axis move."""
     if axis.group is not None and "nccl" in dist.get_backend(axis.group):

@@ -194,15 +194,11 @@ class Recorder:
         """What was done ends here; `doing` begins."""
         moment = self.stamp()
         before, record = self._doing, self._record
-        if isinstance(before, Action):
-            if before.kind.is_compute:
-                self.computed.append(Slice(before, self._since, moment))
-            elif record is not None:
-                (record.messages if before.kind.is_message else record.phases).append(
-                    Slice(before, self._since, moment)
-                )
+        if isinstance(before, Action) and before.kind.is_compute:
+            self.computed.append(Slice(before, self._since, moment))
         elif before is not None and record is not None:
-            record.phases.append(Slice(before, self._since, moment))
+            is_message = isinstance(before, Action) and before.kind.is_message
+            (record.messages if is_message else record.phases).append(Slice(before, self._since, moment))
         self._doing, self._since = doing, moment
 
     def enter(self, doing: str | Described | None) -> None:
