@@ -35,6 +35,9 @@ class Listener(Protocol):
     def now(self, doing: str | Described | None) -> None:
         """Another thing is being done, until the next call."""
 
+    def arrived(self) -> None:
+        """What is being done has taken what it needs from another rank."""
+
     def enter(self, doing: str | Described | None) -> None:
         """Something within that begins."""
 
@@ -77,6 +80,11 @@ class Whereabouts:
         self.moves += 1
         if self.listener is not None:
             self.listener.now(doing)
+
+    def arrived(self) -> None:
+        """What is being done has taken what it needs from another rank, whether it waited for that or not."""
+        if self.listener is not None:
+            self.listener.arrived()
 
     @contextlib.contextmanager
     def during(self, doing: str | Described | None = None, *, phase: str | None = None) -> Iterator[None]:

@@ -88,7 +88,8 @@ class PipelineExecutor:
             )
         ready = policy == "ready" and not schedule.is_forward_only
         self.post = post or open_post(schedule.stage_to_rank, boundaries, axis=axis, device=device, ready=ready)
-        self.stages = _connect(schedule, stages, boundaries, self.post, deferrer, ready=ready)
+        arrived = axis.meter.where.arrived
+        self.stages = _connect(schedule, stages, boundaries, self.post, deferrer, arrived, ready=ready)
         announce = None if before_run is None else lambda actions: before_run(actions, sorted(stages))
         self._bounded = not ready  # a schedule in its own order may have a sender wait
         self._walk: Walk
@@ -187,16 +188,17 @@ def _connect(
     boundaries: Sequence[Specs],
     post: Post,
     deferrer: Deferrer | None,
+    arrived: Callable[[], None],
     *,
     ready: bool,
 ) -> dict[int, LocalStage]:
     """A rank's stages, ascending, with what they read from and write to: neighbours on the rank hand over directly."""
     program, last = schedule.ranks[schedule.stage_to_rank[min(stages)]], schedule.num_stages - 1
     inboxes = {
-        Route(source, stage): Inbox(post.lanes.get(Route(source, stage)), _order(program, source, stage, ready=ready))
+        route: Inbox(post.lanes.get(route), _order(program, *route, ready=ready), arrived)
         for stage in stages
-        for source in (stage - 1, stage + 1)
-        if 0 <= source <= last
+        for route in (Route(stage - 1, stage), Route(stage + 1, stage))
+        if 0 <= route.source <= last
     }
 
     def laid_out(stage: int, target: int) -> dict[int, Tensors]:

@@ -56,15 +56,17 @@ class Inbox:
 
     Args:
         lane: that brings them, None where the neighbour is on this rank. order: of the micro-batches in it.
+        arrived: is called when something was taken out of the lane for who asked.
 
     Attributes:
         here: what has come and was not taken.
     """
 
-    __slots__ = ("_coming", "here", "lane", "order")
+    __slots__ = ("_arrived", "_coming", "here", "lane", "order")
 
-    def __init__(self, lane: Lane | None = None, order: Sequence[int] = ()) -> None:
+    def __init__(self, lane: Lane | None, order: Sequence[int], arrived: Callable[[], None]) -> None:
         self.lane, self.order, self.here = lane, tuple(order), dict[int, Tensors]()
+        self._arrived = arrived
         self.begin()
 
     def begin(self) -> None:
@@ -74,8 +76,10 @@ class Inbox:
 
     def take(self, m: int) -> Tensors:
         """Those of micro-batch m; waits for them, and for what the lane brings before them."""
-        while m not in self.here:
-            self.fetch()
+        if m not in self.here:
+            while m not in self.here:
+                self.fetch()
+            self._arrived()
         return self.here.pop(m)
 
     def fetch(self) -> None:

@@ -3,8 +3,8 @@
 Of each pass over a schedule it knows when the compute actions ran, from which the measured bubble follows; of a step
 that is recorded all else as well: waits, messages, collectives, phases.
 
-What a compute action takes from other ranks it takes before it computes. So its start is the end of its last wait for a
-message, and all from then on until the next action counts as busy, collectives within it and reading of images too.
+What a compute action takes from other ranks it takes before it computes. So its start is the moment when it has, waited
+for or not, and all from then on until the next action counts as busy, collectives within it and reading of images too.
 Stamps are nanoseconds of the host's monotonic clock; on CUDA, where actions are launches, they are events on the
 current stream, which are turned into such nanoseconds when the step is over (that has not run on a GPU yet).
 """
@@ -201,6 +201,10 @@ class Recorder:
             (record.messages if is_message else record.phases).append(Slice(before, self._since, moment))
         self._doing, self._since = doing, moment
 
+    def arrived(self) -> None:
+        """A compute action begins to compute."""
+        self._since = self.stamp()
+
     def enter(self, doing: str | Described | None) -> None:
         """Something within begins."""
         self._entered.append((doing, self.stamp()))
@@ -217,11 +221,8 @@ class Recorder:
         """A message was posted (`size` bytes) or waited for (None), or a collective started or waited for."""
         moment, record = self.stamp(), self._record
         if kind in _MESSAGES:
-            if size is None and isinstance(self._doing, Action):
-                if self._doing.kind.is_compute:
-                    self._since = moment
-                if record is not None:
-                    record.waits.append(Slice(self._doing, began, moment))
+            if size is None and isinstance(self._doing, Action) and record is not None:
+                record.waits.append(Slice(self._doing, began, moment))
         elif record is not None and len(record.calls) < self._room:
             name = kind if size is not None else f"wait {kind}"
             record.calls.append(Slice(name, began, moment, size, axis.name))

@@ -51,6 +51,7 @@ def _pass(clock: Turned, meter: CommMeter) -> None:
     call("recv", 5, torch.zeros(3))
     where.now(Action.parse("1F0"))
     call("recv", 30)
+    where.arrived()
     with where.during("reading images"):
         clock.now += 20
     call("all_reduce", 10, torch.zeros(4))
