@@ -8,6 +8,7 @@ import pytest
 from parallel.pipeline import SCHEDULES, Action, ActionKind, Schedule, ScheduleError, build_schedule
 from parallel.pipeline.actions import live_activations
 from parallel.pipeline.readiness import Chooser, check_lanes
+from tests.parallel.pipeline.orders import in_any_order
 
 INPUT = (ActionKind.BACKWARD, ActionKind.BACKWARD_INPUT)
 WEIGHT = (ActionKind.BACKWARD, ActionKind.BACKWARD_WEIGHT)
@@ -95,7 +96,6 @@ def random_schedule(seed: int) -> Schedule:
     num_ranks, num_micro_batches = draw.randint(1, 3), draw.randint(1, 4)
     placement = [*range(num_ranks), *(draw.randrange(num_ranks) for _ in range(draw.randint(0, 3)))]
     draw.shuffle(placement)
-    last = len(placement) - 1
     orders = [draw.sample(range(num_micro_batches), num_micro_batches) for _ in range(2)]
     waiting: list[list[Action]] = []  # in each list one after the other
     for stage in range(len(placement)):
@@ -104,29 +104,7 @@ def random_schedule(seed: int) -> Schedule:
         for queue, kinds in (("I", "RBI"), ("W", "W")):
             queues[queue] = [Action(ActionKind(k), stage, m) for m in orders[1] for k in ways[m] if k in kinds]
         waiting += queues.values()
-    done: set[tuple[str, int, int | None]] = set()
-
-    def is_ready(a: Action) -> bool:
-        key = lambda kind, step=0: (kind, a.stage + step, a.micro_batch)  # noqa: E731
-        if a.kind is ActionKind.FORWARD:
-            return a.stage == 0 or key("F", -1) in done
-        if a.kind is ActionKind.BACKWARD_WEIGHT:
-            return key("I") in done
-        return key("F") in done and (a.kind is ActionKind.RECOMPUTE or a.stage == last or key("I", 1) in done)
-
-    programs: list[list[Action]] = [[] for _ in range(num_ranks)]
-    while any(waiting):
-        row = draw.choice([row for row in waiting if row and is_ready(row[0])])
-        action = row.pop(0)
-        done.add(("I" if action.kind in INPUT else action.kind.value, action.stage, action.micro_batch))
-        programs[placement[action.stage]].append(action)
-    return Schedule(
-        name=f"random {seed}",
-        num_stages=len(placement),
-        num_micro_batches=num_micro_batches,
-        stage_to_rank=tuple(placement),
-        ranks=tuple(map(tuple, programs)),
-    )
+    return in_any_order(draw, f"random {seed}", waiting, placement, num_micro_batches)
 
 
 def test_random_schedules() -> None:

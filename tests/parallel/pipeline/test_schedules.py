@@ -21,6 +21,7 @@ from parallel.pipeline import (
     validate,
 )
 from parallel.pipeline.graph import data_dependencies
+from tests.parallel.pipeline.orders import in_any_order
 
 
 def run_with_blocking_sends(schedule: Schedule) -> None:
@@ -204,27 +205,7 @@ def random_compute_order(seed: int) -> Schedule:
         for micro_batch in range(num_micro_batches):
             kinds = "F" if forward else draw.choice(["FB", "FIW", "FRB", "FRIW"])
             actions += [Action.parse(f"{stage}{kind}{micro_batch}") for kind in kinds]
-    pool = Schedule(
-        name="pool",
-        num_stages=len(placement),
-        num_micro_batches=num_micro_batches,
-        stage_to_rank=tuple(placement),
-        ranks=tuple(tuple(a for a in actions if placement[a.stage] == rank) for rank in range(num_ranks)),
-    )
-    programs: list[list[Action]] = [[] for _ in range(num_ranks)]
-    done: set[Action] = set()
-    while actions:
-        action = draw.choice([a for a in actions if done.issuperset(data_dependencies(a, pool))])
-        actions.remove(action)
-        done.add(action)
-        programs[placement[action.stage]].append(action)
-    return Schedule(
-        name=f"random {seed}",
-        num_stages=len(placement),
-        num_micro_batches=num_micro_batches,
-        stage_to_rank=tuple(placement),
-        ranks=tuple(map(tuple, programs)),
-    )
+    return in_any_order(draw, f"random {seed}", [[a] for a in actions], placement, num_micro_batches)
 
 
 @pytest.mark.parametrize("seed", range(150))
