@@ -23,13 +23,13 @@ class Pipeline:
 
     Attributes:
         parallel: the configuration's. ranks: of the pipeline axis. num_stages: that the layers are cut into.
-        micro_batches: per step, where the schedule is a file, which is for so many alone.
+        written: the schedule of a file, where it is one.
     """
 
     parallel: ParallelConfig
     ranks: int
     num_stages: int
-    micro_batches: int | None = None
+    written: Schedule | None = None
 
     @staticmethod
     def of(parallel: ParallelConfig, ranks: int) -> Pipeline:
@@ -47,9 +47,12 @@ class Pipeline:
                 check_lanes(written)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        return Pipeline(
-            parallel=parallel, ranks=ranks, num_stages=written.num_stages, micro_batches=written.num_micro_batches
-        )
+        return Pipeline(parallel=parallel, ranks=ranks, num_stages=written.num_stages, written=written)
+
+    @property
+    def micro_batches(self) -> int | None:
+        """Per step, where the schedule is a file, which is for so many alone."""
+        return None if self.written is None else self.written.num_micro_batches
 
     @property
     def pieces(self) -> int:
@@ -94,6 +97,9 @@ class Pipeline:
         """That of a training step."""
         if self.ranks == 1:
             return build_schedule("1f1b", 1, num_micro_batches)
+        if self.written is not None:
+            assert self.micro_batches == num_micro_batches, (self.micro_batches, num_micro_batches)
+            return self.written
         p = self.parallel
         return build_schedule(p.schedule, self.ranks, num_micro_batches, p.virtual_stages)
 
