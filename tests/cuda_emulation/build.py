@@ -100,8 +100,13 @@ def _binding_options() -> tuple[str, ...]:
 
 def _link(units: Sequence[Unit], options: Sequence[str], name: str) -> Path:
     """BUILD/<hash>/name; what must be compiled first is, as many files at a time as there are processors."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(_compile, units))
+    objects = {_object(unit): unit for unit in units}
+    missing = [(unit, file) for file, unit in objects.items() if not file.exists()]
+    if missing:  # else no threads: who asks for what is built already may be about to fork
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda pair: _compile(*pair), missing))
+    for file in objects:
+        file.touch()
     target = BUILD / _hash([*options, *map(str, objects)]) / name
     if not target.exists():
         target.parent.mkdir(exist_ok=True)
@@ -109,14 +114,15 @@ def _link(units: Sequence[Unit], options: Sequence[str], name: str) -> Path:
     return target
 
 
-def _compile(unit: Unit) -> Path:
+def _object(unit: Unit) -> Path:
+    """Where what a source is compiled to is kept."""
     headers = sorted({*HERE.rglob("*.h"), *unit.source.parent.glob("*.cuh"), *CUDA.parent.rglob("*.h")})
     texts = [file.read_text() for file in (unit.source, *headers)]
-    target = BUILD / f"{unit.source.name.split('.')[0]}-{_hash([_compiler(), *unit.options, *texts])}.o"
-    if not target.exists():
-        _gcc([*COMMON, *unit.options, "-c", str(unit.source)], target)
-    target.touch()
-    return target
+    return BUILD / f"{unit.source.name.split('.')[0]}-{_hash([_compiler(), *unit.options, *texts])}.o"
+
+
+def _compile(unit: Unit, target: Path) -> None:
+    _gcc([*COMMON, *unit.options, "-c", str(unit.source)], target)
 
 
 def _gcc(arguments: Sequence[str], target: Path) -> None:

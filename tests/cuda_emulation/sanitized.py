@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 from _pytest.runner import runtestprotocol
@@ -60,6 +61,8 @@ class Mutate:
 
 def _notice(items: list[pytest.Item], number: int) -> str:
     """The name of the test that fails, and why; "" if none does."""
+    # A thread, even one that is ending, may hold a lock of AddressSanitizer's: the child would wait for it for ever.
+    assert len(list(Path("/proc/self/task").iterdir())) == 1, "this process has threads: it cannot be forked"
     with tempfile.TemporaryFile("w+") as output:
         if child := os.fork():
             code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
