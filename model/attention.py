@@ -220,7 +220,11 @@ class Attention(WithTables):
     def forward(self, qkv: Tensor) -> Tensor:
         """[R, 3 * h * K], this rank's heads of q, then of k, then of v -> [R, h * K]."""
         q, k, v = self.regions("qk_norm", self._heads, qkv)
-        return self.regions("attention", self.mixer, q, k, v).reshape(-1, self.heads * self.head_dim)
+        return self.regions("attention", self._mix, q, k, v)
+
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """[B, S, h, K] each -> [R, h * K]."""
+        return self.mixer(q, k, v).reshape(-1, self.heads * self.head_dim)
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[R, 3 * h * K] -> q, k, v [B, S, h, K], normalised and rotated."""

@@ -104,9 +104,9 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor, rows: int) -> Tensor:
         """[R, D] (or row parts) -> the same shape."""
-        hidden = self.regions("projection", partial(self.fc1, add_bias=False), x, rows)
-        y = self.regions("activation", self.activation, hidden, self.fc1.bias)
-        return self.regions("output", self.fc2, y)
+        run = self.regions
+        hidden = run("projection", partial(self.fc1, add_bias=False), x, run("gather", self.fc1.gather, x, rows))
+        return run("output", self.fc2, run("activation", self.activation, hidden, self.fc1.bias))
 
 
 def _qkv_biases(build: Build) -> tuple[bool, bool, bool]:
@@ -128,7 +128,10 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, rows: int) -> Tensor:
         """[R, D] (or row parts) -> the same shape."""
-        return self.regions("output", self.proj, self.core(self.regions("projection", self.qkv, x, rows)))
+        run = self.regions
+        return run(
+            "output", self.proj, self.core(run("projection", self.qkv, x, run("gather", self.qkv.gather, x, rows)))
+        )
 
 
 class SequentialBlock(nn.Module):
@@ -192,10 +195,13 @@ class ParallelBlock(nn.Module):
     def forward(self, x: Tensor, batch: MicroBatch) -> Tensor:
         """[R, D] (or this rank's rows) -> the same shape."""
         run = self.regions
-        y = run("projection", self.in_proj, run("norm", self.norm, x), batch.size * self.tokens)
+        y = run("norm", self.norm, x)
+        y = run("projection", self.in_proj, y, run("gather", self.in_proj.gather, y, batch.size * self.tokens))
         qkv, hidden = y.split(self.split, 1)
-        branch = run("activation", self.activation, hidden, self.fc1_bias, self.core(qkv))
-        return run("residual", self._join, run("output", self.out_proj, branch), x, batch)
+        y = run("activation", self.activation, hidden, self.fc1_bias, self.core(qkv))
+        del qkv, hidden  # what is not kept goes before the next product
+        y = run("output", self.out_proj, y)
+        return run("residual", self._join, y, x, batch)
 
     def _join(self, branch: Tensor, x: Tensor, batch: MicroBatch) -> Tensor:
         return x + self.drop(_scaled(branch, self.scale), batch)

@@ -42,7 +42,7 @@ class AttentionPool(nn.Module):
         """[R, D] (or this rank's rows) -> [B, D], on every tensor rank."""
         b = batch.size
         q = self.q(self.probe).view(1, self.heads, 1, self.head_dim).expand(b, -1, -1, -1)
-        packed = self.kv(x, b * self.tokens.count).view(b, -1, 2, self.heads, self.head_dim)
+        packed = self.kv(x, self.kv.gather(x, b * self.tokens.count)).view(b, -1, 2, self.heads, self.head_dim)
         k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)  # [B, h, S, K] each
         out = attend_everywhere(q, k, v, self.tokens.context)  # [B, h, 1, K]
         y = self.proj(out.reshape(b, -1))

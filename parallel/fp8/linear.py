@@ -48,15 +48,15 @@ def _weight8(ctx: Any) -> Quantised:
 class _ColumnParallel(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, fp8: Fp8State, tp: TensorParallel, rows: int,
-        split: bool, record: bool,
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, fp8: Fp8State, tp: TensorParallel,
+        gathered: Tensor | None, record: bool,
     ) -> Tensor:  # fmt: skip
-        full = comm.all_gather_rows(x, tp.axis)[:rows] if split else x
+        full = x if gathered is None else gathered
         x8 = fp8.quantise("input", full, None, record=record)  # each rank has all of it
         weight8 = fp8.quantise_weight(weight, tp.axis, record=record)
         y = fp8.backend.forward(x8, weight8, x.dtype)
         _keep(ctx, fp8, x8, weight, weight8)
-        ctx.tp, ctx.split = tp, split
+        ctx.tp, ctx.split = tp, gathered is not None
         return y if bias is None else y.add_(bias)
 
     @staticmethod
@@ -69,7 +69,7 @@ class _ColumnParallel(torch.autograd.Function):
         x8 = ctx.shell.restore(ctx.saved_tensors)
         grad_weight = _weight_gradient(ctx.weight, backend, grad8, x8) if ctx.needs_input_grad[1] else None
         grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
-        return pending.wait() if pending else None, grad_weight, grad_bias, None, None, None, None, None
+        return pending.wait() if pending else None, grad_weight, grad_bias, None, None, None, None
 
 
 class _RowParallel(torch.autograd.Function):
@@ -105,10 +105,10 @@ class Fp8Products:
         self.state = state
 
     def column(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel, rows: int, split: bool
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel, gathered: Tensor | None = None
     ) -> Tensor:
         """As parallel.tensor.linear.Products."""
-        y: Tensor = _ColumnParallel.apply(x, weight, bias, self.state, tp, rows, split, torch.is_grad_enabled())
+        y: Tensor = _ColumnParallel.apply(x, weight, bias, self.state, tp, gathered, torch.is_grad_enabled())
         return y
 
     def row(self, x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel, split: bool) -> Tensor:

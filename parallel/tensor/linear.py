@@ -39,11 +39,11 @@ def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 class _ColumnParallel(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel, rows: int, split: bool
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel, gathered: Tensor | None
     ) -> Tensor:
-        full = comm.all_gather_rows(x, tp.axis)[:rows] if split else x
+        full = x if gathered is None else gathered
         ctx.save_for_backward(full, weight)
-        ctx.tp, ctx.split = tp, split
+        ctx.tp, ctx.split = tp, gathered is not None
         return _affine(full, weight, bias)
 
     @staticmethod
@@ -55,7 +55,7 @@ class _ColumnParallel(torch.autograd.Function):
             pending = sum_start(products.input_gradient(grad, weight), ctx.tp, ctx.split)
         grad_weight = weight_gradient(weight, grad, full) if ctx.needs_input_grad[1] else None
         grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
-        return pending.wait() if pending else None, grad_weight, grad_bias, None, None, None
+        return pending.wait() if pending else None, grad_weight, grad_bias, None, None
 
 
 class _RowParallel(torch.autograd.Function):
@@ -84,9 +84,9 @@ class Products(Protocol):
     """Who computes the three products of a parallel linear, and moves what they need."""
 
     def column(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel, rows: int, split: bool
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel, gathered: Tensor | None = None
     ) -> Tensor:
-        """As ColumnParallelLinear: [ceil(R/T), D] (row parts: split) or [R, D] -> [R, F/T]."""
+        """As ColumnParallelLinear: [ceil(R/T), D] (row parts, with all rows beside them) or [R, D] -> [R, F/T]."""
 
     def row(self, x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel, split: bool) -> Tensor:
         """As RowParallelLinear: [R, D/T] -> [ceil(R/T), F] (row parts: split) or [R, F]."""
@@ -96,10 +96,10 @@ class PlainProducts:
     """In the operands' format."""
 
     def column(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel, rows: int, split: bool
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel, gathered: Tensor | None = None
     ) -> Tensor:
         """As Products."""
-        y: Tensor = _ColumnParallel.apply(x, weight, bias, tp, rows, split)
+        y: Tensor = _ColumnParallel.apply(x, weight, bias, tp, gathered)
         return y
 
     def row(self, x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel, split: bool) -> Tensor:
@@ -110,7 +110,7 @@ class PlainProducts:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """y = x W' + b on one rank, its weight gradient taken by `weight_gradient`. [R, D] -> [R, F]."""
-    y: Tensor = _ColumnParallel.apply(x, weight, bias, _WHOLE, x.shape[0], False)
+    y: Tensor = _ColumnParallel.apply(x, weight, bias, _WHOLE, None)
     return y
 
 
@@ -177,16 +177,21 @@ class ColumnParallelLinear(nn.Module):
         self._biased = [(piece.length, has) for piece, has in zip(layout.pieces, biased, strict=True)]
         self.products: Products = PlainProducts()
 
-    def forward(self, x: Tensor, rows: int | None = None, *, add_bias: bool = True) -> Tensor:
+    def gather(self, x: Tensor, rows: int) -> Tensor | None:
+        """All R rows [R, D] of row parts [ceil(R/T), D], for `forward`; None where x comes whole. Not differentiable:
+        `forward` is as a function of the parts.
+        """
+        return comm.all_gather_rows(x.detach(), self.tp.axis)[:rows] if self.split_input else None
+
+    def forward(self, x: Tensor, gathered: Tensor | None = None, *, add_bias: bool = True) -> Tensor:
         """[ceil(R/T), D] (row parts) or [R, D] -> [R, F/T].
 
         Args:
-            rows: R; needed where x comes in row parts.
+            gathered: where x comes in row parts, all rows.
             add_bias: False leaves the bias to the caller, who fuses it with what comes next.
         """
-        rows = x.shape[0] if rows is None else rows
-        bias = self._bias() if add_bias else None
-        return self.products.column(x, self.weight, bias, self.tp, rows, self.split_input)
+        assert (gathered is not None) == self.split_input, "row parts come with all rows, whole rows alone"
+        return self.products.column(x, self.weight, self._bias() if add_bias else None, self.tp, gathered)
 
     def _bias(self) -> Tensor | None:
         """[F/T], zero for segments that have none."""

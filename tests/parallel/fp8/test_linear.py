@@ -66,7 +66,7 @@ def test_forward_and_backward(kind: str, format: str, scaling: str) -> None:
     for _ in range(2):  # the second step of delayed scaling uses the first's amaxes, which are the same
         leaves = [t.clone().requires_grad_() for t in (x, w, bias)]
         if kind == "column":
-            y = products.column(*leaves, alone, ROWS, False)
+            y = products.column(*leaves, alone)
         else:
             y = products.row(*leaves, alone, False)
         y.backward(g)
@@ -89,7 +89,7 @@ def test_what_is_not_finite_comes_out(bad: float) -> None:
         tensors = [t.clone() for t in (x, w, g)]
         tensors[poisoned][2, 3] = bad
         leaves = [tensors[0].requires_grad_(), tensors[1].requires_grad_()]
-        y = products.column(leaves[0], leaves[1], bias, no_tensor_parallel(), ROWS, False)
+        y = products.column(leaves[0], leaves[1], bias, no_tensor_parallel())
         assert y.isfinite().all() == (poisoned == 2)
         y.backward(tensors[2])
         assert leaves[0].grad is not None and leaves[1].grad is not None
@@ -101,7 +101,7 @@ def test_bf16_activations() -> None:
     _, products = _products()
     x, w, _, g = _tensors()
     leaf, weight = x.bfloat16().requires_grad_(), w.clone().requires_grad_()
-    y = products.column(leaf, weight, None, no_tensor_parallel(), ROWS, False)
+    y = products.column(leaf, weight, None, no_tensor_parallel())
     y.backward(g.bfloat16())
     assert leaf.grad is not None and weight.grad is not None
     assert (y.dtype, leaf.grad.dtype, weight.grad.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
@@ -122,9 +122,9 @@ def test_inputs_are_kept_in_one_byte_and_the_gradient_is_cast_once(monkeypatch: 
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        first = products.column(*leaves, no_tensor_parallel(), ROWS, False)
+        first = products.column(*leaves, no_tensor_parallel())
     assert saved == [(1, 16 * 32), (4, 1)]
-    second = products.column(*leaves, no_tensor_parallel(), ROWS, False)
+    second = products.column(*leaves, no_tensor_parallel())
     (first + second).backward(g)
     assert casts == [(ROWS, WIDTH), (FEATURES, WIDTH), (ROWS, WIDTH), *[(ROWS, FEATURES)] * 2]
 
@@ -137,7 +137,7 @@ def test_recomputed_activations_change_nothing() -> None:
         leaves = [t.clone().requires_grad_() for t in (x, w, bias)]
 
         def forward(*args: Tensor, run: Fp8Products = products) -> Tensor:
-            return run.column(args[0].tanh(), args[1], args[2], no_tensor_parallel(), ROWS, False).tanh()
+            return run.column(args[0].tanh(), args[1], args[2], no_tensor_parallel()).tanh()
 
         y = checkpoint(forward, *leaves, use_reentrant=False) if recompute else forward(*leaves)
         y.backward(g)
@@ -169,11 +169,7 @@ def test_a_sink_takes_weight_gradients(kind: str) -> None:
         if with_sink:
             attach_sink(weight, sink)
         alone = no_tensor_parallel()
-        y = (
-            products.row(x, weight, None, alone, False)
-            if kind == "row"
-            else products.column(x, weight, None, alone, ROWS, False)
-        )
+        y = products.row(x, weight, None, alone, False) if kind == "row" else products.column(x, weight, None, alone)
         y.backward(g)
         assert (weight.grad is None) == with_sink
         ((parameter, made),) = sink.kept if with_sink else [(weight, lambda p=weight: p.grad)]
@@ -204,7 +200,7 @@ def _one_linear(products: Fp8Products, kind: str, tp: TensorParallel, trace: Tra
     if kind == "column":
         leaf = slice_rows(x, tp).clone().requires_grad_()
         weight = w.chunk(size)[index].clone().requires_grad_()
-        y = products.column(leaf, weight, columns(bias), tp, ROWS, split)
+        y = products.column(leaf, weight, columns(bias), tp, whole(leaf) if split else None)
         y.backward(columns(g))
         found = {"y": gathered(y), "x": whole(leaf.grad), "w": gathered(weight.grad.t()).t()}
     else:

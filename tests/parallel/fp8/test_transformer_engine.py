@@ -130,7 +130,7 @@ def _train(backend: Any, x: Tensor, weight: Tensor, grad: Tensor, scaling: str) 
     products, tp, out = Fp8Products(registry.states["a"]), no_tensor_parallel(), []
     for step in range(1, 4):
         leaf, parameter = (x * step).requires_grad_(), weight.clone().requires_grad_()
-        y = products.column(leaf, parameter, None, tp, x.shape[0], False)
+        y = products.column(leaf, parameter, None, tp)
         y.backward(grad)
         assert leaf.grad is not None and parameter.grad is not None
         registry.finish_step(tp.axis)
@@ -234,7 +234,7 @@ def test_the_real_one_gives_what_ours_gives(scaling: str) -> None:
         registry = Fp8Registry(["a"], recipe=recipe, backend=backend, device=device)
         products, tp = Fp8Products(registry.states["a"]), no_tensor_parallel()
         leaf, parameter = x.bfloat16().requires_grad_(), weight.clone().requires_grad_()
-        y = products.column(leaf, parameter, None, tp, 45, False)
+        y = products.column(leaf, parameter, None, tp)
         y.backward(grad.bfloat16())
         registry.finish_step(tp.axis)
         assert leaf.grad is not None and parameter.grad is not None

@@ -1,0 +1,178 @@
+"""Runs the regions of blocks such that what their save sets drop is computed again when backward asks for it.
+
+A region that is run is a *call*: its function and its inputs. While it runs, autograd hands over each tensor that it
+wants to keep. One that stems from a call whose outputs are dropped (it is an output, or was made within) is not kept:
+autograd gets a *slot* in its place. So do later calls that are to be computed again, where such a tensor is an input of
+theirs. When backward first asks a slot for its tensor, the call is run again, from tensors that were kept or from slots
+of its own, and fills all slots that are still wanted. So each call is run again at most once, as late as can be, and
+what it gives is freed as backward lets go of it; nothing is remembered beside the slots.
+
+The functions are run again as they were: the same module and arguments, gradients enabled, so the same kernels save the
+same tensors in the same order, which is how those made within are told apart. Where tensors come from is found by their
+memory, so views need no care. (Selective recomputation as such: Korthikanti et al. 2022; torch.utils.checkpoint's
+non-reentrant form finds tensors by their order, too.)
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from engine.recompute.save_sets import SaveSet
+from model.regions import Region
+
+T = TypeVar("T")
+
+
+class Recompute:
+    """A model's `model.regions.Policy`.
+
+    Args:
+        sets: by the name of the layer; others keep all.
+    """
+
+    def __init__(self, sets: Mapping[str, SaveSet]) -> None:
+        self.sets = {name: of for name, of in sets.items() if not of.keeps_all}
+        self._dropped = dict[int, tuple[_Call, int]]()
+
+    def run(self, place: str, region: Region, function: Callable[..., T], *inputs: Any) -> T:
+        """As Policy."""
+        layer, branch = _split(place)
+        of = self.sets.get(layer)
+        if of is None or not torch.is_grad_enabled():
+            return function(*inputs)
+        call = _Call(function, inputs, self.origin, drops=of.dropped(branch, region))
+        with saved_tensors_hooks(call.pack, _unpack):
+            out = function(*inputs)
+        if call.drops:
+            self._remember(call, _all_of(out))
+        return out
+
+    @property
+    def dropped_now(self) -> int:
+        """Outputs that are dropped, and still in use by the forward pass."""
+        return len(self._dropped)
+
+    def origin(self, x: Tensor) -> tuple[_Call, int] | None:
+        """Of which call, and which of its outputs, this is dropped memory."""
+        return self._dropped.get(x.untyped_storage()._cdata)
+
+    def _remember(self, call: _Call, outputs: Sequence[Any]) -> None:
+        for place, x in enumerate(outputs):
+            if isinstance(x, Tensor) and self.origin(x) is None and not call.was_given(x):
+                storage = x.untyped_storage()
+                self._dropped[storage._cdata] = call, place
+                weakref.finalize(storage, self._dropped.pop, storage._cdata, None)
+
+
+class _Call:
+    """One run of a region.
+
+    Attributes:
+        drops: whether its outputs, and what is made within, are computed again.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], inputs: Sequence[Any], origin: Callable[[Tensor], Any], *, drops: bool
+    ) -> None:
+        self.drops, self._origin, self._packed = drops, origin, 0
+        self._function: Callable[..., Any] | None = function
+        self._given = {x.untyped_storage()._cdata for x in inputs if isinstance(x, Tensor)}
+        self._inputs = [self._source(x) for x in inputs] if drops else []
+        self._slots: list[weakref.ref[_Slot]] = []
+
+    def _source(self, x: Any) -> tuple[Any, bool]:
+        """An input as it is to be kept, and whether it carries a gradient."""
+        if not isinstance(x, Tensor) or isinstance(x, nn.Parameter):
+            return x, False
+        origin = self._origin(x)
+        return x.detach() if origin is None else origin[0].slot(x, output=origin[1]), x.requires_grad
+
+    def was_given(self, x: Tensor) -> bool:
+        """Whether it is an input, or part of one."""
+        return x.untyped_storage()._cdata in self._given
+
+    def pack(self, x: Tensor) -> Tensor | _Slot:
+        """What autograd keeps in the place of a tensor."""
+        self._packed += 1
+        if isinstance(x, nn.Parameter):
+            return x
+        if (origin := self._origin(x)) is not None:
+            call, output = origin
+            return call.slot(x, output=output)
+        return self.slot(x, packed=self._packed - 1) if self.drops and not self.was_given(x) else x
+
+    def slot(self, x: Tensor, *, output: int | None = None, packed: int | None = None) -> _Slot:
+        """For what this call will give again: an output, or the n-th tensor that autograd was to keep."""
+        slot = _Slot(self, x, output, packed)
+        self._slots.append(weakref.ref(slot))
+        return slot
+
+    def again(self) -> None:
+        """Run it, and fill the slots."""
+        assert self._function is not None, "a region is run again once"
+        inputs = [_given(x, carries) for x, carries in self._inputs]
+        made = list[Tensor]()
+        with torch.enable_grad(), saved_tensors_hooks(lambda x: made.append(x.detach()), _refuse):
+            outputs = _all_of(self._function(*inputs))
+        assert len(made) == self._packed, f"{len(made)} tensors were saved, {self._packed} the first time"
+        for reference in self._slots:
+            if (slot := reference()) is not None:
+                slot.fill(outputs, made)
+        self._function, self._inputs = None, []
+
+
+class _Slot:
+    """Stands for a tensor that is computed again."""
+
+    __slots__ = ("__weakref__", "_call", "_nbytes", "_of", "_value", "_view")
+
+    def __init__(self, call: _Call, x: Tensor, output: int | None, packed: int | None) -> None:
+        self._call: _Call | None = call
+        self._of, self._value = (output, packed), cast("Tensor | None", None)
+        self._view, self._nbytes = (x.dtype, x.storage_offset(), x.size(), x.stride()), x.untyped_storage().nbytes()
+
+    def get(self) -> Tensor:
+        """The tensor, of the same bits."""
+        if self._value is None:
+            assert self._call is not None
+            self._call.again()
+        assert self._value is not None
+        return self._value
+
+    def fill(self, outputs: Sequence[Any], made: Sequence[Tensor]) -> None:
+        """Take it out of what a call has given."""
+        output, packed = self._of
+        x: Tensor = outputs[output] if output is not None else made[packed or 0]
+        assert x.untyped_storage().nbytes() == self._nbytes, "what is computed again has another shape"
+        dtype, offset, size, stride = self._view
+        self._value = torch.empty(0, dtype=dtype, device=x.device).set_(x.untyped_storage(), offset, size, stride)
+        self._call = None
+
+
+def _unpack(kept: Tensor | _Slot) -> Tensor:
+    return kept.get() if isinstance(kept, _Slot) else kept
+
+
+def _refuse(_: Any) -> Tensor:
+    raise AssertionError("what is computed again is not differentiated")
+
+
+def _given(x: Any, carries: bool) -> Any:
+    x = x.get() if isinstance(x, _Slot) else x
+    return x.detach().requires_grad_(carries) if isinstance(x, Tensor) and not isinstance(x, nn.Parameter) else x
+
+
+def _all_of(out: Any) -> Sequence[Any]:
+    return out if isinstance(out, tuple) else (out,)
+
+
+def _split(place: str) -> tuple[str, str]:
+    """The layer, and its branch or "": `blocks.3`, `attn` of `blocks.3.attn`."""
+    *layer, last = place.split(".")
+    return (place, "") if last.isdigit() else (".".join(layer), last)

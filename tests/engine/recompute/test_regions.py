@@ -1,0 +1,160 @@
+"""What a save set drops is computed again: the same bits, no collective twice but those it says, and less is kept."""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.plan import LiveBytes
+from engine.recompute import SAVE_SETS, Recompute
+from model import Build, build_layers
+from model.kernels import Kernels
+from model.regions import Keep, Policy, Region
+from parallel.fp8 import Fp8Recipe, enable_fp8
+from parallel.grid import GridShape, make_grid
+from parallel.process_group import World
+from parallel.tensor import TensorParallel
+from tests.distributed import run_ranks
+from tests.model.kernels.kernel_cases import needs_cpu_module
+from tests.model.small import batch_of, real
+from tests.parity.cases import MODELS
+
+IMAGES = 2
+LADDER = [name for name in SAVE_SETS if "+" not in name]
+"""Without those that gather again."""
+COLLECTIVES_AGAIN = {"attention", "input"}  # beside gathers, those of attention over ranks and of the output
+
+
+class Counted:
+    """Counts how often each region runs, in forward and again."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy, self.runs = policy, Counter[tuple[str, str]]()
+
+    def run(self, place: str, region: Region, function: Callable[..., Any], *inputs: Any) -> Any:
+        def counted(*args: Any) -> Any:
+            self.runs[place, region] += 1
+            return function(*args)
+
+        return self.policy.run(place, region, counted, *inputs)
+
+
+class Run:
+    """All blocks and patch merges of a model, each on random rows, under a policy.
+
+    Attributes:
+        gradients: by name, those of weights and inputs. kept: bytes alive after forward. runs: of each region.
+        calls: collectives in forward and backward, by kind.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        model: str,
+        name: str = "all",
+        *,
+        kernels: Any = "auto",
+        fp8: bool = False,
+        dtype: str = "fp32",
+    ) -> None:
+        grid = make_grid(GridShape(tensor=world.size), world)
+        config = replace(MODELS[model], drop_path=0.5).resolve()
+        specs = [spec for spec in build_layers(config) if spec.name not in ("embed", "head")]
+        policy = Counted(Keep() if name == "all" else Recompute({spec.name: SAVE_SETS[name] for spec in specs}))
+        tp = TensorParallel(axis=grid.tensor, sequence_parallel=True)
+        build = Build(config=config, tp=tp, kernels=Kernels(kernels), policy=policy)
+        self.gradients, self.kept, batch = dict[str, Tensor](), 0, batch_of(list(range(IMAGES)))
+        grid.meter.calls.clear()
+        for before, spec in zip([specs[0], *specs], specs, strict=False):
+            torch.manual_seed(0)
+            layer = real(spec.factory(build.at(spec.stage)))
+            if fp8:
+                enable_fp8([layer], recipe=Fp8Recipe(scaling="current"), device=torch.device("cpu"))
+            x = torch.randn(before.boundary(IMAGES, build), requires_grad=True)
+            with LiveBytes() as counter:
+                y = layer(x, batch)
+                self.kept += counter.now
+            y.square().sum().backward()
+            self.gradients |= {f"{spec.name}.{n}": p.grad for n, p in layer.named_parameters() if p.grad is not None}
+            assert x.grad is not None
+            self.gradients[spec.name] = x.grad
+            del x, y, counter
+        if isinstance(policy.policy, Recompute):
+            assert not policy.policy.dropped_now
+        self.runs, self.calls = policy.runs, Counter(grid.meter.calls)
+        grid.close()
+
+
+def check(kept: Run, found: Run, name: str) -> None:
+    """The same gradients, nothing kept in vain, and each region again at most once, if it was dropped."""
+    assert kept.gradients.keys() == found.gradients.keys()
+    for parameter, gradient in kept.gradients.items():
+        assert torch.equal(gradient, found.gradients[parameter]), (name, parameter)
+    for (place, region), times in found.runs.items():
+        branch = place.rsplit(".", 1)[-1]
+        most = 2 if SAVE_SETS[name].dropped("" if branch.isdigit() else branch, region) else 1
+        assert times <= most, (name, place, region, times)
+    assert any(times == 2 for times in found.runs.values()) or not name.startswith(("norm", "input"))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_save_set_gives_the_same_bits(model: str) -> None:
+    kept = Run(World(), model)
+    runs = {name: Run(World(), model, name) for name in LADDER[1:]}
+    for name, found in runs.items():
+        check(kept, found, name)
+    bytes_kept = [kept.kept, *(run.kept for run in runs.values())]
+    assert bytes_kept == sorted(bytes_kept, reverse=True), bytes_kept
+    assert bytes_kept[-1] < 0.3 * bytes_kept[0]
+    assert bytes_kept[1] < bytes_kept[0]
+
+
+@pytest.mark.parametrize("kernels", [pytest.param("native", marks=needs_cpu_module), "reference"])
+def test_with_either_kind_of_kernels_and_in_fp8(kernels: str) -> None:
+    for model, fp8 in (("parallel", True), ("kinds", False), ("swin", False)):
+        kept = Run(World(), model, kernels=kernels, fp8=fp8)
+        for name in ("norm", "qkv", "input"):
+            check(kept, Run(World(), model, name, kernels=kernels, fp8=fp8), name)
+
+
+def over_ranks(world: World) -> None:
+    for model in ("parallel", "kinds", "pyramid", "heads"):
+        kept = Run(world, model)
+        names = list(SAVE_SETS)[1:] if model == "parallel" else ["norm+gather", "qkv", "attention+gather", "input"]
+        for name in names:
+            found = Run(world, model, name)
+            check(kept, found, name)
+            again = Counter({kind: n for kind, n in (found.calls - kept.calls).items() if n})
+            level = name.removesuffix("+gather")
+            if level not in COLLECTIVES_AGAIN and "+" not in name and MODELS[model].qk_norm_over != "width":
+                assert not again, (model, name, again)
+            if "+" in name and level in LADDER[: LADDER.index("input")]:
+                gathers = sum(region == "gather" for _, region in found.runs.elements()) - sum(
+                    region == "gather" for _, region in kept.runs.elements()
+                )
+                assert gathers > 0, (model, name)
+
+
+def test_over_tensor_ranks_collectives_come_once_but_for_what_is_gathered_again() -> None:
+    run_ranks(2, over_ranks)
+
+
+def test_nothing_is_left_when_backward_never_comes() -> None:
+    config = MODELS["parallel"].resolve()
+    specs = [spec for spec in build_layers(config) if spec.name.startswith("blocks")]
+    policy = Recompute({spec.name: SAVE_SETS["input"] for spec in specs})
+    layer = real(specs[0].factory(Build(config=config, policy=policy)))
+    x = torch.randn(specs[0].boundary(IMAGES, Build(config=config)), requires_grad=True)
+    with LiveBytes() as counter:
+        y = layer(x, batch_of(list(range(IMAGES))))
+        del y
+        gc.collect()
+        assert counter.now == 0
+    assert not policy.dropped_now
