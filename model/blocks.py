@@ -59,6 +59,10 @@ def _scaled(branch: Tensor, gamma: Tensor | None) -> Tensor:
     return branch if gamma is None else branch * gamma
 
 
+def _itself(x: Tensor) -> Tensor:
+    return x
+
+
 class Activation(nn.Module):
     """gelu(x + bias) in one pass, or silu(gate) * value of [gate, value] = x + bias (Shazeer 2020).
 
@@ -198,7 +202,7 @@ class ParallelBlock(nn.Module):
         y = run("norm", self.norm, x)
         y = run("projection", self.in_proj, y, run("gather", self.in_proj.gather, y, batch.size * self.tokens))
         qkv, hidden = y.split(self.split, 1)
-        y = run("activation", self.activation, hidden, self.fc1_bias, self.core(qkv))
+        y = run("activation", self.activation, hidden, self.fc1_bias, self.core(run("qkv", _itself, qkv)))
         del qkv, hidden  # what is not kept goes before the next product
         y = run("output", self.out_proj, y)
         return run("residual", self._join, y, x, batch)

@@ -51,6 +51,9 @@ class Recompute:
             out = function(*inputs)
         if call.drops:
             self._remember(call, _all_of(out))
+            return out
+        if isinstance(out, Tensor) and self.origin(out) is not None:  # part of what is dropped, and to stay without it
+            return cast("T", out.clone(memory_format=torch.contiguous_format))
         return out
 
     @property
@@ -63,6 +66,7 @@ class Recompute:
         return self._dropped.get(x.untyped_storage()._cdata)
 
     def _remember(self, call: _Call, outputs: Sequence[Any]) -> None:
+        call.shape = outputs[0].shape if isinstance(outputs[0], Tensor) else ()
         for place, x in enumerate(outputs):
             if isinstance(x, Tensor) and self.origin(x) is None and not call.was_given(x):
                 storage = x.untyped_storage()
@@ -75,7 +79,10 @@ class _Call:
 
     Attributes:
         drops: whether its outputs, and what is made within, are computed again.
+        shape: of the first output.
     """
+
+    shape: tuple[int, ...] = ()
 
     def __init__(
         self, function: Callable[..., Any], inputs: Sequence[Any], origin: Callable[[Tensor], Any], *, drops: bool
@@ -117,14 +124,31 @@ class _Call:
         """Run it, and fill the slots."""
         assert self._function is not None, "a region is run again once"
         inputs = [_given(x, carries) for x, carries in self._inputs]
-        made = list[Tensor]()
-        with torch.enable_grad(), saved_tensors_hooks(lambda x: made.append(x.detach()), _refuse):
-            outputs = _all_of(self._function(*inputs))
-        assert len(made) == self._packed, f"{len(made)} tensors were saved, {self._packed} the first time"
-        for reference in self._slots:
-            if (slot := reference()) is not None:
+        slots = [slot for reference in self._slots if (slot := reference()) is not None]
+        if not self._part_again(slots, inputs):
+            made = list[Tensor]()
+            with torch.enable_grad(), saved_tensors_hooks(lambda x: made.append(x.detach()), _refuse):
+                outputs = _all_of(self._function(*inputs))
+            assert len(made) == self._packed, f"{len(made)} tensors were saved, {self._packed} the first time"
+            for slot in slots:
                 slot.fill(outputs, made)
         self._function, self._inputs = None, []
+
+    def _part_again(self, slots: Sequence[_Slot], inputs: Sequence[Any]) -> bool:
+        """Whether all that is wanted were some columns of a product that can give them alone: then they are there."""
+        part = getattr(self._function, "part", None)
+        wanted = [slot.columns(self.shape) for slot in slots] if part else [None]
+        known = [c for c in wanted if c is not None]
+        if part is None or len(known) < len(wanted) or not known:
+            return False
+        columns = slice(min(c.start for c in known), max(c.stop for c in known))
+        with torch.no_grad():
+            y = part(columns, *inputs) if columns != slice(0, self.shape[1]) else None
+        if y is None:
+            return False
+        for slot, own in zip(slots, known, strict=True):
+            slot.set(y[:, own.start - columns.start : own.stop - columns.start])
+        return True
 
 
 class _Slot:
@@ -145,14 +169,24 @@ class _Slot:
         assert self._value is not None
         return self._value
 
+    def columns(self, shape: tuple[int, ...]) -> slice | None:
+        """Of the first output [R, F], those that the tensor consists of; None if it does not."""
+        _, offset, size, stride = self._view
+        if self._of[0] != 0 or len(shape) != 2 or len(size) != 2 or stride != (shape[1], 1) or size[0] != shape[0]:
+            return None
+        return slice(offset, offset + size[1])
+
+    def set(self, x: Tensor) -> None:
+        """Take it."""
+        self._value, self._call = x, None
+
     def fill(self, outputs: Sequence[Any], made: Sequence[Tensor]) -> None:
         """Take it out of what a call has given."""
         output, packed = self._of
         x: Tensor = outputs[output] if output is not None else made[packed or 0]
         assert x.untyped_storage().nbytes() == self._nbytes, "what is computed again has another shape"
         dtype, offset, size, stride = self._view
-        self._value = torch.empty(0, dtype=dtype, device=x.device).set_(x.untyped_storage(), offset, size, stride)
-        self._call = None
+        self.set(torch.empty(0, dtype=dtype, device=x.device).set_(x.untyped_storage(), offset, size, stride))
 
 
 def _unpack(kept: Tensor | _Slot) -> Tensor:

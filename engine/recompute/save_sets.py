@@ -19,7 +19,7 @@ class SaveSet:
 
     Attributes:
         drops: regions whose outputs, and all that is made within them, go. In `branch.region` form where only that
-            branch of a sequential block is meant. gathers_again: whether the gathered input of the linears goes, too,
+            branch of a block is meant (`mlp`, `attn`, or nothing of a block that is one). gathers_again: whether the gathered input of the linears goes, too,
             under sequence parallelism: it is as large as on one rank, and a collective brings it back.
     """
 
@@ -47,8 +47,8 @@ _LADDER: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("all", ()),
     ("norm", ("norm", "activation")),
     ("qk_norm", ("qk_norm",)),
-    ("fc1", ("mlp.projection",)),
-    ("qkv", ("projection",)),
+    ("fc1", ("mlp.projection", ".projection")),
+    ("qkv", ("projection", "qkv")),
     ("attention", ("attention",)),
     ("input", ("output", "residual", "merge")),
 )

@@ -193,6 +193,17 @@ class ColumnParallelLinear(nn.Module):
         assert (gathered is not None) == self.split_input, "row parts come with all rows, whole rows alone"
         return self.products.column(x, self.weight, self._bias() if add_bias else None, self.tp, gathered)
 
+    def part(
+        self, columns: slice, x: Tensor, gathered: Tensor | None = None, *, add_bias: bool = True
+    ) -> Tensor | None:
+        """Those columns of what `forward` gives, not differentiable; None if it must be computed whole."""
+        if not isinstance(self.products, PlainProducts):
+            return None
+        bias = self._bias() if add_bias else None
+        return _affine(
+            x if gathered is None else gathered, self.weight[columns], None if bias is None else bias[columns]
+        )
+
     def _bias(self) -> Tensor | None:
         """[F/T], zero for segments that have none."""
         if self.bias is None or all(has for _, has in self._biased):

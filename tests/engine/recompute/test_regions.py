@@ -20,7 +20,7 @@ from model.regions import Keep, Policy, Region
 from parallel.fp8 import Fp8Recipe, enable_fp8
 from parallel.grid import GridShape, make_grid
 from parallel.process_group import World
-from parallel.tensor import TensorParallel
+from parallel.tensor import ColumnParallelLinear, TensorParallel
 from tests.distributed import run_ranks
 from tests.model.kernels.kernel_cases import needs_cpu_module
 from tests.model.small import batch_of, real
@@ -144,6 +144,20 @@ def over_ranks(world: World) -> None:
 
 def test_over_tensor_ranks_collectives_come_once_but_for_what_is_gathered_again() -> None:
     run_ranks(2, over_ranks)
+
+
+def test_of_a_product_that_is_one_with_another_only_its_part_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    part, wanted = ColumnParallelLinear.part, list[slice]()
+
+    def noted(self: ColumnParallelLinear, columns: slice, *args: Any) -> Tensor | None:
+        wanted.append(columns)
+        return part(self, columns, *args)
+
+    monkeypatch.setattr(ColumnParallelLinear, "part", noted)
+    qkv = 3 * (MODELS["parallel"].width or 0)
+    kept, fc1, both = (Run(World(), "parallel", name) for name in ("qk_norm", "fc1", "qkv"))
+    assert wanted == [slice(qkv, qkv + (MODELS["parallel"].mlp_dim or 0))] * 3
+    assert kept.kept > fc1.kept > both.kept
 
 
 def test_nothing_is_left_when_backward_never_comes() -> None:
