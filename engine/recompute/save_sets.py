@@ -18,9 +18,10 @@ class SaveSet:
     """Of one block.
 
     Attributes:
-        drops: regions whose outputs, and all that is made within them, go. In `branch.region` form where only that
-            branch of a block is meant (`mlp`, `attn`, or nothing of a block that is one). gathers_again: whether the gathered input of the linears goes, too,
-            under sequence parallelism: it is as large as on one rank, and a collective brings it back.
+        drops: regions whose outputs, and all that is made within them, go. As `branch.region` where only that branch
+            of a block is meant: `attn` or `mlp`, or "" of a block that is one. gathers_again: whether the gathered
+            input of the linears goes, too, under sequence parallelism: it is as large as on one rank, and a collective
+            brings it back.
     """
 
     name: str

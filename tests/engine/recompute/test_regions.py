@@ -43,6 +43,8 @@ class Counted:
             self.runs[place, region] += 1
             return function(*args)
 
+        if hasattr(function, "part"):
+            counted.part = function.part  # type: ignore[attr-defined]
         return self.policy.run(place, region, counted, *inputs)
 
 
