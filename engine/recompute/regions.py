@@ -5,7 +5,8 @@ wants to keep. One that stems from a call whose outputs are dropped (it is an ou
 autograd gets a *slot* in its place. So do later calls that are to be computed again, where such a tensor is an input of
 theirs. When backward first asks a slot for its tensor, the call is run again, from tensors that were kept or from slots
 of its own, and fills all slots that are still wanted. So each call is run again at most once, as late as can be, and
-what it gives is freed as backward lets go of it; nothing is remembered beside the slots.
+what it gives is freed as backward lets go of it; nothing is remembered beside the slots. What one layer gives to the
+next is kept, if that asks for it: else the last of them would have all run again at once.
 
 The functions are run again as they were: the same module and arguments, gradients enabled, so the same kernels save the
 same tensors in the same order, which is how those made within are told apart. Where tensors come from is found by their
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -46,13 +48,14 @@ class Recompute:
         of = self.sets.get(layer)
         if of is None or not torch.is_grad_enabled():
             return function(*inputs)
-        call = _Call(function, inputs, self.origin, drops=of.dropped(branch, region))
+        origin = partial(self.origin, layer)
+        call = _Call(function, inputs, origin, layer, drops=of.dropped(branch, region))
         with saved_tensors_hooks(call.pack, _unpack):
             out = function(*inputs)
         if call.drops:
             self._remember(call, _all_of(out))
             return out
-        if isinstance(out, Tensor) and self.origin(out) is not None:  # part of what is dropped, and to stay without it
+        if isinstance(out, Tensor) and origin(out) is not None:  # part of what is dropped, and to stay without it
             return cast("T", out.clone(memory_format=torch.contiguous_format))
         return out
 
@@ -61,14 +64,15 @@ class Recompute:
         """Outputs that are dropped, and still in use by the forward pass."""
         return len(self._dropped)
 
-    def origin(self, x: Tensor) -> tuple[_Call, int] | None:
-        """Of which call, and which of its outputs, this is dropped memory."""
-        return self._dropped.get(x.untyped_storage()._cdata)
+    def origin(self, layer: str, x: Tensor) -> tuple[_Call, int] | None:
+        """Of which call of a layer, and which of its outputs, this is dropped memory."""
+        found = self._dropped.get(x.untyped_storage()._cdata)
+        return found if found is not None and found[0].layer == layer else None
 
     def _remember(self, call: _Call, outputs: Sequence[Any]) -> None:
         call.shape = outputs[0].shape if isinstance(outputs[0], Tensor) else ()
         for place, x in enumerate(outputs):
-            if isinstance(x, Tensor) and self.origin(x) is None and not call.was_given(x):
+            if isinstance(x, Tensor) and not call.was_given(x) and self.origin(call.layer, x) is None:
                 storage = x.untyped_storage()
                 self._dropped[storage._cdata] = call, place
                 weakref.finalize(storage, self._dropped.pop, storage._cdata, None)
@@ -78,16 +82,22 @@ class _Call:
     """One run of a region.
 
     Attributes:
-        drops: whether its outputs, and what is made within, are computed again.
+        layer: whose it is. drops: whether its outputs, and what is made within, are computed again.
         shape: of the first output.
     """
 
     shape: tuple[int, ...] = ()
 
     def __init__(
-        self, function: Callable[..., Any], inputs: Sequence[Any], origin: Callable[[Tensor], Any], *, drops: bool
+        self,
+        function: Callable[..., Any],
+        inputs: Sequence[Any],
+        origin: Callable[[Tensor], Any],
+        layer: str,
+        *,
+        drops: bool,
     ) -> None:
-        self.drops, self._origin, self._packed = drops, origin, 0
+        self.layer, self.drops, self._origin, self._packed = layer, drops, origin, 0
         self._function: Callable[..., Any] | None = function
         self._given = {x.untyped_storage()._cdata for x in inputs if isinstance(x, Tensor)}
         self._inputs = [self._source(x) for x in inputs] if drops else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from engine.plan import LiveBytes
 from engine.recompute import SAVE_SETS, Recompute
-from model import Build, build_layers
+from model import Build, Stage, build_layers
 from model.kernels import Kernels
 from model.regions import Keep, Policy, Region
 from parallel.fp8 import Fp8Recipe, enable_fp8
@@ -174,3 +175,22 @@ def test_nothing_is_left_when_backward_never_comes() -> None:
         gc.collect()
         assert counter.now == 0
     assert not policy.dropped_now
+
+
+@pytest.mark.parametrize("model", ["parallel", "sequential", "pyramid"])
+def test_blocks_one_after_the_other_are_computed_again_one_by_one(model: str) -> None:
+    """What a block gives to the next is kept, so backward never holds more than one block beside the inputs of all."""
+    config = MODELS[model] if MODELS[model].stages else replace(MODELS[model], depth=6)
+    specs = [spec for spec in build_layers(config.resolve()) if spec.name not in ("embed", "head")]
+    most, gradients = dict[str, int](), dict[str, Tensor]()
+    for name in ("all", "input"):
+        build = Build(config=config.resolve(), policy=Recompute({spec.name: SAVE_SETS[name] for spec in specs}))
+        stage = real(Stage(specs, build)).requires_grad_(False)
+        x = torch.arange(math.prod(specs[0].boundary(IMAGES, build))).sin().view(specs[0].boundary(IMAGES, build))
+        with LiveBytes() as counter:
+            (y,) = stage((x.requires_grad_(),), batch_of(list(range(IMAGES))))
+            y.backward(torch.ones_like(y))
+        assert x.grad is not None
+        most[name], gradients[name] = counter.peak, x.grad
+    assert torch.equal(gradients["all"], gradients["input"])
+    assert most["input"] < 0.5 * most["all"], most
