@@ -28,8 +28,8 @@ from engine.config.keys import (
     takes_texts,
     wanted,
 )
-from engine.config.yaml_file import excess_of, read_value, read_yaml, yaml_problem
 from engine.errors import ConfigError
+from engine.yaml_file import excess_of, read_value, read_yaml, yaml_problem
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 

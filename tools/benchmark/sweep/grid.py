@@ -15,8 +15,8 @@ import yaml
 
 from engine.config import Config, plain
 from engine.config.keys import default_of, fits, key_types, nearest, value_of, wanted
-from engine.config.yaml_file import read_value
 from engine.errors import ConfigError
+from engine.yaml_file import read_value
 from tools.benchmark.bench import read_config
 
 SHORT = {

@@ -16,32 +16,39 @@ _MAX_DEPTH = 32
 _MAX_VALUES = 100_000  # with every reference (*name) written out: ten lines of them can make a billion
 
 
-def read_yaml(file: str) -> dict[Any, Any]:
-    """What a YAML file holds. Raises ConfigError if that is anything but keys and values."""
+def read_yaml(file: str, option: str = "--config", example: str = "configs/digits.yaml") -> dict[Any, Any]:
+    """What a YAML file holds.
+
+    Args:
+        option: of the command line that names it. example: of such a file.
+
+    Raises:
+        ConfigError: that is anything but keys and values.
+    """
     if not file:
-        raise ConfigError("--config is empty: give a YAML file, such as configs/digits.yaml")
+        raise ConfigError(f"{option} is empty: give a YAML file, such as {example}")
     try:
         with Path(file).open("rb") as stream:
             raw = stream.read(_MAX_BYTES + 1)  # no more, also of what has no end
         if len(raw) > _MAX_BYTES:
-            raise ConfigError(f"--config {file} is larger than {_MAX_BYTES // 1024} KiB, which no configuration is")
+            raise ConfigError(f"{option} {file} is larger than {_MAX_BYTES // 1024} KiB, which no configuration is")
         text = raw.decode()
         if (excess := excess_of(text)) is not None:
-            raise ConfigError(f"--config {file} {excess}")
+            raise ConfigError(f"{option} {file} {excess}")
         node = yaml.compose(text, yaml.SafeLoader)
         values = read_value(text)
         if isinstance(node, yaml.MappingNode) and not isinstance(values, dict):
             values = yaml.safe_load(text)  # that loader takes a lone `train:` for a text
     except OSError as error:
-        raise ConfigError(f"--config {file} cannot be read: {error.strerror}") from error
+        raise ConfigError(f"{option} {file} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"--config {file} is not a text file") from error
+        raise ConfigError(f"{option} {file} is not a text file") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"--config {file} is not valid YAML: {yaml_problem(error)}") from error
+        raise ConfigError(f"{option} {file} is not valid YAML: {yaml_problem(error)}") from error
     if (repeated := _repeated_key(node)) is not None:
         raise ConfigError(f"{file}: key {repeated} is given twice: merge them into one")
     if not isinstance(values, dict | None):
-        raise ConfigError(f"--config {file} holds no `key: value` lines")
+        raise ConfigError(f"{option} {file} holds no `key: value` lines")
     return values or {}
 
 
