@@ -202,7 +202,8 @@ class ParallelBlock(nn.Module):
         y = run("norm", self.norm, x)
         y = run("projection", self.in_proj, y, run("gather", self.in_proj.gather, y, batch.size * self.tokens))
         qkv, hidden = y.split(self.split, 1)
-        y = run("activation", self.activation, hidden, self.fc1_bias, self.core(run("qkv", _itself, qkv)))
+        qkv, hidden = run("qkv", _itself, qkv), run("fc1", _itself, hidden)
+        y = run("activation", self.activation, hidden, self.fc1_bias, self.core(qkv))
         del qkv, hidden  # what is not kept goes before the next product
         y = run("output", self.out_proj, y)
         return run("residual", self._join, y, x, batch)

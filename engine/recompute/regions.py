@@ -39,7 +39,7 @@ class Recompute:
     """
 
     def __init__(self, sets: Mapping[str, SaveSet]) -> None:
-        self.sets = {name: of for name, of in sets.items() if not of.keeps_all}
+        self.sets = {name: of for name, of in sets.items() if of.drops}
         self._dropped = dict[int, tuple[_Call, int]]()
 
     def run(self, place: str, region: Region, function: Callable[..., T], *inputs: Any) -> T:

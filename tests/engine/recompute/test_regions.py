@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.plan import LiveBytes
-from engine.recompute import SAVE_SETS, Recompute
+from engine.recompute import LADDER, SAVE_SETS, Recompute, save_set
 from model import Build, Stage, build_layers
 from model.kernels import Kernels
 from model.regions import Keep, Policy, Region
@@ -28,9 +28,7 @@ from tests.model.small import batch_of, real
 from tests.parity.cases import MODELS
 
 IMAGES = 2
-LADDER = [name for name in SAVE_SETS if "+" not in name]
-"""Without those that gather again."""
-COLLECTIVES_AGAIN = {"attention", "input"}  # beside gathers, those of attention over ranks and of the output
+COLLECTIVES_AGAIN = {"attention", "output"}  # beside gathers: those of attention over ranks and of the output
 
 
 class Counted:
@@ -107,13 +105,24 @@ def check(kept: Run, found: Run, name: str) -> None:
     assert any(times == 2 for times in found.runs.values()) or not name.startswith(("norm", "input"))
 
 
+def test_names() -> None:
+    assert all(save_set(name) == of and of.name == name for name, of in SAVE_SETS.items())
+    assert save_set("all-attention").drops == {"attention"}
+    assert save_set("qk_norm-fc1").name == "fc1"
+    assert len(SAVE_SETS) == 36
+    for wrong in ("full", "norm-fc2", "-norm", ""):
+        with pytest.raises(ValueError, match="take"):
+            save_set(wrong)
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_every_save_set_gives_the_same_bits(model: str) -> None:
     kept = Run(World(), model)
-    runs = {name: Run(World(), model, name) for name in LADDER[1:]}
+    beside = ["qk_norm-qkv", "fc1-attention-output"]
+    runs = {name: Run(World(), model, name) for name in (*LADDER[1:], *beside)}
     for name, found in runs.items():
         check(kept, found, name)
-    bytes_kept = [kept.kept, *(run.kept for run in runs.values())]
+    bytes_kept = [kept.kept, *(runs[name].kept for name in LADDER[1:])]
     assert bytes_kept == sorted(bytes_kept, reverse=True), bytes_kept
     assert bytes_kept[-1] < 0.3 * bytes_kept[0]
     assert bytes_kept[1] < bytes_kept[0]
@@ -135,10 +144,10 @@ def over_ranks(world: World) -> None:
             found = Run(world, model, name)
             check(kept, found, name)
             again = Counter({kind: n for kind, n in (found.calls - kept.calls).items() if n})
-            level = name.removesuffix("+gather")
-            if level not in COLLECTIVES_AGAIN and "+" not in name and MODELS[model].qk_norm_over != "width":
+            drops = SAVE_SETS[name].drops
+            if not drops & COLLECTIVES_AGAIN and "gather" not in drops and MODELS[model].qk_norm_over != "width":
                 assert not again, (model, name, again)
-            if "+" in name and level in LADDER[: LADDER.index("input")]:
+            if "gather" in drops:
                 gathers = sum(region == "gather" for _, region in found.runs.elements()) - sum(
                     region == "gather" for _, region in kept.runs.elements()
                 )
