@@ -28,6 +28,7 @@ BENCHMARKS = {
     "schedules": "pipeline schedules on paper: step time, bubble and memory, with jitter and by either policy",
     "pipeline": "schedules with stages that sleep, against formulas; the cost of an action, against torch's",
     "peers": "the same step against plain eager PyTorch, DDP, FSDP2, DeepSpeed, torch's pipelines",
+    "recompute": "time over memory of what is computed again, against torch's checkpointing",
     "checkpoint": "saving and loading a state against the disk's rate and torch.distributed.checkpoint",
     "reshard": "a checkpoint cut for a layout: what that costs, and what loading gains",
     "convert": "weights converted between formats: rate against the disk's, and memory",
@@ -35,7 +36,8 @@ BENCHMARKS = {
 }
 
 _ALONE = {
-    "precision", "textures", "reshard", "convert", "kernels", "sweep", "schedules", "pipeline", "--against",
+    "precision", "textures", "reshard", "convert", "kernels", "sweep", "schedules", "pipeline", "recompute",
+    "--against",
 }  # with ranks of their own, or none  # fmt: skip
 
 

@@ -29,7 +29,7 @@ from tools.benchmark.turns import Answer, Program, ProgramFailedError, Running, 
 WARMUP = 2
 _MIB = 2**20
 # As model.kernels.tune_allocator, which this engine calls: freed blocks stay in the process.
-_ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
+ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
 _PLAIN = {
     "block": "sequential", "norm": "layernorm", "mlp": "gelu", "gelu": "erf", "layer_scale": 0.0, "qk_norm": False,
     "bias": True, "position": "learned_1d", "pool": "cls", "registers": 0, "global_tokens": 0, "attention": "full",
@@ -222,7 +222,7 @@ def _interpreter(name: str, peer: Peer, options: Options) -> str:
 
 def _environment(peer: Peer, options: Options) -> dict[str, str]:
     """DeepSpeed is told to use the CPU; it finds ninja beside its interpreter, and keeps there what it compiles."""
-    allocator = {} if options.system_malloc else _ALLOCATOR
+    allocator = {} if options.system_malloc else ALLOCATOR
     if not peer.own_environment:
         return allocator
     here = options.peers_python.absolute().parent

@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tools.benchmark.resident import resident_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,12 +77,12 @@ def serve(socket: Connection) -> None:
     task = Task(**socket.recv())
     module, function = PROGRAMS[task.program]
     build: Callable[[Task], Step] = getattr(importlib.import_module(module), function)
-    imports = _resident_bytes("VmRSS")
+    imports = resident_bytes("VmRSS")
     step = build(task)
     answer = {"ready": 1.0}
     waited = Stopwatch()
     while True:
-        memory = {"peak_bytes": _resident_bytes("VmHWM"), "imports_bytes": imports}
+        memory = {"peak_bytes": resident_bytes("VmHWM"), "imports_bytes": imports}
         socket.send({**answer, **memory, "waited_seconds": waited.wall, "waited_cpu_seconds": waited.cpu})
         try:
             with waited if "seconds" in answer else nullcontext():  # not counted: while others are still being built
@@ -107,12 +108,6 @@ class Stopwatch:
     def __exit__(self, *_: object) -> None:
         self.wall += time.perf_counter()
         self.cpu += time.process_time()
-
-
-def _resident_bytes(field: str) -> int:
-    """VmRSS is what is resident now, VmHWM the most that ever was (proc_pid_status(5))."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
 
 
 if __name__ == "__main__":

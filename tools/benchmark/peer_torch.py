@@ -30,7 +30,7 @@ def eager(task: Task) -> Step:
     model = EagerViT(EagerSizes(**task.sizes))
     fill(model, task)
     low = partial(torch.autocast, "cpu", torch.bfloat16)
-    return _plain_step(model, task, low if task.dtype == "bf16" else nullcontext)
+    return plain_step(model, task, low if task.dtype == "bf16" else nullcontext)
 
 
 def fsdp2(task: Task) -> Step:
@@ -51,7 +51,7 @@ def fsdp2(task: Task) -> Step:
     if task.settings["prefetch"]:
         _prefetch([block for block in model.blocks if isinstance(block, FSDPModule)])
     fill(model.to_empty(device="cpu"), task)
-    return _plain_step(model, task)
+    return plain_step(model, task)
 
 
 def _prefetch(blocks: Sequence[FSDPModule]) -> None:
@@ -60,14 +60,22 @@ def _prefetch(blocks: Sequence[FSDPModule]) -> None:
         following.set_modules_to_backward_prefetch([here])
 
 
-def _plain_step(
-    model: nn.Module, task: Task, precision: Callable[[], AbstractContextManager[Any]] = nullcontext
+def plain_step(
+    model: nn.Module,
+    task: Task,
+    precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    keeps_gradients: Callable[[], bool] = lambda: False,
 ) -> Step:
+    """A training step as one writes it.
+
+    Args:
+        keeps_gradients: whether their memory stays from this step to the next; else it is given up, as is usual.
+    """
     optimizer, batches = adamw(model, task), list(task.own_batches())
 
     def step(number: int) -> float:
         images, labels = batches[number % len(batches)]
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=not keeps_gradients())
         with precision():
             loss = F.cross_entropy(model(images).float(), labels)
         loss.backward()

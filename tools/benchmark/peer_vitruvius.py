@@ -16,18 +16,28 @@ from tools.benchmark.peer_programs import Step, Task
 
 def vitruvius(task: Task) -> Step:
     """What engine.run.trainer sets up, fed with the images that the others get."""
+    stepper = stepper_of(task)
+    batches = own_batches(task, stepper)
+    return lambda number: stepper.train_step(batches[number % len(batches)], task.lr).loss
+
+
+def stepper_of(task: Task) -> Stepper:
+    """The engine on this rank. Collective."""
     world = read_world()
     config = read_config([*task.flags, "--precision.dtype", task.dtype]).resolve(world.size)
     device = choose_device("cpu", world)
     prepare_cpu(world)
     set_matmul(config.precision, device)
     process_group.start(world, device, config.parallel.timeout)
-    stepper = Stepper(assemble(config, grid_of(config, world, device), device))
-    size = config.train.micro_batch_size
+    return Stepper(assemble(config, grid_of(config, world, device), device))
+
+
+def own_batches(task: Task, stepper: Stepper) -> list[list[Batch]]:
+    """This rank's images of each batch, in micro-batches."""
+    size = stepper.assembly.config.train.micro_batch_size
     assert size is not None
-    batches = [
+    return [
         [Batch(x, y, sample_ids=torch.arange(len(y)), weights=torch.ones(len(y)))
          for x, y in zip(images.split(size), labels.split(size), strict=True)]
         for images, labels in task.own_batches()
     ]  # fmt: skip
-    return lambda number: stepper.train_step(batches[number % len(batches)], task.lr).loss

@@ -1,0 +1,135 @@
+"""The benchmark of what is computed again: that torch's ways do what they are called, who dominates, a whole run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from engine.errors import ConfigError
+from parallel.process_group import World
+from tests.tools.test_peers import FLAGS, small
+from tools.benchmark import recompute
+from tools.benchmark.eager_vit import EagerSizes, EagerViT
+from tools.benchmark.front import Point, verdicts
+from tools.benchmark.recompute import sets_of
+from tools.benchmark.recompute_theirs import ATTENTION, PRODUCTS, WAYS, Checkpointed
+from tools.benchmark.resident import give_back, resident_bytes
+
+LAYERS = [f"blocks.{number}" for number in range(4)]
+
+
+class Counted(TorchDispatchMode):
+    """Products and attentions that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products = self.attentions = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.products += func in PRODUCTS
+        self.attentions += func in ATTENTION
+        return func(*args, **(kwargs or {}))
+
+
+def test_torchs_ways_compute_again_what_they_say_and_no_bit_differs() -> None:
+    torch.manual_seed(0)
+    depth = 4
+    model = EagerViT(EagerSizes.of(small(depth=depth).model.sizes))
+    images = torch.randn(2, 3, 32, 32)
+    found = {}
+    for way in WAYS:
+        run = Checkpointed(model, way)
+        model.zero_grad()
+        with Counted() as counted:
+            run(images).square().sum().backward()
+        gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        found[way] = counted.products, counted.attentions, gradients
+    products, attentions, kept = found["none"]
+    assert attentions == depth
+    # of a block's four products the last is not wanted again, whose output goes into a sum
+    again = {"every_4th": 1, "every_3rd": 2, "every_2nd": 2, "full": 4}
+    for way, blocks in again.items():
+        assert found[way][1] - attentions == blocks, way
+        assert 3 * blocks <= found[way][0] - products <= 4 * blocks, way
+    for way in ("selective", "selective_every_2nd", "selective_attention"):
+        assert found[way][1] == attentions, way
+    assert found["selective"][0] == products
+    assert depth <= found["selective_every_2nd"][0] - products <= 2 * depth
+    assert 3 * depth <= found["selective_attention"][0] - products <= 4 * depth
+    for way, (_, _, gradients) in found.items():
+        assert all(map(torch.equal, gradients, kept)), way
+
+
+def test_ways_of_ours_are_written_by_the_layer() -> None:
+    assert list(sets_of("fc1", LAYERS).values()) == ["fc1"] * 4
+    assert list(sets_of("input*1/fc1*2/norm+gather", LAYERS).values()) == ["input", "fc1", "fc1", "norm+gather"]
+    for text in ("fc2", "fc1*2", "fc1*5", "fc1*0/all", "fc1/all", "fc1*x/all"):
+        with pytest.raises(ConfigError, match="--ours"):
+            sets_of(text, LAYERS)
+
+
+def test_a_point_is_dominated_by_one_that_takes_neither_more_memory_nor_more_time() -> None:
+    def point(name: str, memory: float, *seconds: float) -> Point:
+        return Point(name=name, is_ours=name.startswith("our"), seconds=seconds, memory={"m": memory})
+
+    ours = [point("our_small", 1, 3.0, 3.0, 9.0), point("our_large", 2, 2.0, 2.0, 2.0)]
+    theirs = [
+        point("a", 1.5, 3.1, 3.1, 3.1),
+        point("b", 2, 1.9, 2.5, 2.5),
+        point("c", 3, 1.9, 1.9, 2.1),
+        point("d", 0.5, 9, 9, 9),
+    ]
+    assert verdicts([*ours, *theirs], "m") == {"a": "our_small", "b": "our_large", "c": None, "d": None}
+
+
+def test_what_a_while_takes_is_seen_after_memory_was_given_back() -> None:
+    torch.ones(2**22)  # freed, and perhaps kept by the allocator
+    before = give_back()
+    x = torch.ones(2**22)
+    del x
+    assert 2**24 <= resident_bytes("VmHWM") - before < 1.5 * 2**24
+
+
+@pytest.mark.slow
+def test_a_whole_run(tmp_path: Path) -> None:
+    flags = [
+        "--rounds",
+        "1",
+        "--ranks",
+        "2",
+        "--train.global_batch_size",
+        "4",
+        *FLAGS,
+        "--json",
+        str(tmp_path / "r.json"),
+    ]
+    recompute.main(
+        [*flags, "--ours", "input*1/norm", "--theirs", "full", "--picture", str(tmp_path / "r.png")], World()
+    )
+    rows = json.loads((tmp_path / "r.json").read_text())
+    assert [(row["program"], row["way"]) for row in rows] == [
+        ("ours", "input*1/norm"),
+        ("theirs", "full"),
+    ]
+    for row in rows:
+        assert row["largest_loss_difference"] < 1e-4
+        assert (
+            row["step_time_ms"] > 0 and row["activations_MiB"] > 0 and row["above_imports_MiB"] > row["activations_MiB"]
+        )
+    with Image.open(tmp_path / "r.png") as picture:
+        assert picture.width > 1000
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--theirs", "half"], "half"), (["--ours", "fc3"], "fc3"), (["--picture", "front.jpg"], "png")],
+)  # fmt: skip
+def test_mistakes_are_told_before_anything_starts(options: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        recompute.main([*options, "--train.global_batch_size", "4", *FLAGS], World())

@@ -1,0 +1,255 @@
+r"""`python -m tools.benchmark recompute`: step time over memory of activations, ours against torch's checkpointing.
+
+Our save sets against torch.utils.checkpoint of whole blocks (all, or each n-th) and its selective form, on the same
+model mathematics, weights, images, threads, allocator settings and matrix library. All ways take turns, step by step,
+in one process (of each rank); what counts is the median of ratios within a round. Memory is each way's in a process of
+its own: of activations, what a step takes beside weights, gradients and optimizer state; and the whole process's peak
+less imports.
+
+    python -m tools.benchmark recompute --model.preset vit_b16 --train.global_batch_size 16 --picture front.png
+
+--ours takes ways with commas between them: a save set for all blocks, or for the first so many and then the rest, as
+`fc1*6/norm` (of docs/recompute.md). --theirs takes some of torch's, or nothing. In a layout that torch's checkpointing
+knows nothing of (tensor, pipeline, context, several micro-batches) ours alone are measured; over data ranks it has DDP.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from engine.config import Config
+from engine.errors import ConfigError
+from engine.objectives import make_objective
+from engine.recompute import SAVE_SETS
+from parallel.process_group import World
+from tools.benchmark.bench import read_config
+from tools.benchmark.front import Point, draw, verdicts
+from tools.benchmark.peer_coordinator import ALLOCATOR, check_plain
+from tools.benchmark.peer_inputs import make_task
+from tools.benchmark.peer_programs import Task
+from tools.benchmark.recompute_theirs import WAYS
+from tools.benchmark.table import Row, show
+from tools.benchmark.timing import quartiles
+from tools.benchmark.turns import Answer, Program, ProgramFailedError, Running, started
+from tools.options import COUNT, add_json, number
+
+WARMUP = 1
+_MIB = 2**20
+_MODULES = {
+    "ours": ["tools.benchmark.peer_vitruvius", "engine.recompute"],
+    "theirs": ["tools.benchmark.peer_torch", "tools.benchmark.recompute_theirs"],
+}
+_OURS = "all,norm,fc1,qkv,attention,input"
+
+
+@dataclass
+class Way:
+    """One program run in one way.
+
+    Attributes:
+        how: what the process is told. seconds: of its steps, the slowest rank's. losses: of each step.
+        activations, above_imports: bytes of the largest rank.
+    """
+
+    program: str
+    name: str
+    how: Any
+    seconds: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    activations: int = 0
+    above_imports: int = 0
+
+    def message(self, step: int, **more: Any) -> Answer:
+        """For a process of its program."""
+        return {"program": self.program, "way": self.how, "step": step, **more}
+
+
+def main(argv: Sequence[str], world: World) -> None:
+    """Measure and print. Options that are not the benchmark's own are those of pretrain_vit.py."""
+    parser = argparse.ArgumentParser(
+        prog="tools.benchmark recompute", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    count = number(COUNT)
+    parser.add_argument("--ranks", type=count, default=1, help="processes of a layout (default 1)")
+    parser.add_argument("--rounds", type=count, default=7, help="measured rounds, a step of each way (default 7)")
+    parser.add_argument("--ours", default=_OURS, help=f"ways of this engine (default {_OURS}, and two halves)")
+    parser.add_argument("--theirs", default=",".join(WAYS), help=f"torch's (default all: {','.join(WAYS)})")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the front of time over memory there, as PNG")
+    add_json(parser)
+    options, flags = parser.parse_known_args(argv)
+    if world.size > 1:
+        raise ConfigError("recompute starts ranks of its own: run it without a launcher, with --ranks")
+    if options.picture is not None:
+        from tools.figures import check_place  # takes half a second
+
+        check_place(options.picture)
+    config = read_config([*flags, "--optimizer.clip_grad", "0"]).resolve(options.ranks)
+    check_plain(config)
+    ways = [*_ours(options.ours, config), *_theirs(options.theirs, config, options.ranks)]
+    with tempfile.TemporaryDirectory(prefix="recompute-") as name:
+        flags = [*flags, "--optimizer.clip_grad", "0"]
+        task = make_task(config, config.grid_shape(options.ranks).data, flags, Path(name))
+        try:
+            for way in ways:
+                _measure_memory(way, task, options.ranks, Path(name))
+            _measure_time(ways, task, options.ranks, options.rounds, Path(name))
+        except ProgramFailedError as error:
+            raise ConfigError(str(error)) from error
+    report(ways, config, options)
+
+
+# -- ways --------------------------------------------------------------------------------------------------------------
+
+
+def _ours(text: str, config: Config) -> list[Way]:
+    layers = [layer.name for layer in make_objective(config).layers if layer.name not in ("embed", "head")]
+    names = text.split(",") if text != _OURS else [*_OURS.split(","), *_halves(len(layers))]
+    return [Way("ours", name, sets_of(name, layers)) for name in names]
+
+
+def _halves(layers: int) -> list[str]:
+    half = layers // 2
+    return [f"norm*{half}/all", f"fc1*{half}/norm", f"input*{half}/norm"] if half else []
+
+
+def sets_of(text: str, layers: Sequence[str]) -> dict[str, str]:
+    """Names of save sets by the names of `layers`, of `fc1*6/norm`: the first six of them, and the rest.
+
+    Raises:
+        ConfigError: a name that there is not, or a number of layers that cannot be.
+    """
+    sets = list[str]()
+    parts = text.split("/")
+    for place, part in enumerate(parts):
+        name, star, times = part.partition("*")
+        if name not in SAVE_SETS:
+            raise ConfigError(f"--ours {text}: no save set is called {name!r}: take some of {', '.join(SAVE_SETS)}")
+        rest = len(layers) - len(sets)
+        if star and not (times.isdecimal() and 0 < int(times) <= rest):
+            raise ConfigError(f"--ours {text}: {part} says of {times!r} layers, of {rest} that there are left")
+        if not star and place < len(parts) - 1:
+            raise ConfigError(
+                f"--ours {text}: say of how many of {rest} layers {name} is, as {name}*{max(1, rest // 2)}"
+            )
+        sets += [name] * (int(times) if star else rest)
+    if len(sets) != len(layers):
+        raise ConfigError(f"--ours {text} is of {len(sets)} layers, but there are {len(layers)}: end it with /all")
+    return dict(zip(layers, sets, strict=True))
+
+
+def _theirs(text: str, config: Config, ranks: int) -> list[Way]:
+    names = text.split(",") if text else []
+    if strange := [name for name in names if name not in WAYS]:
+        raise ConfigError(f"--theirs {','.join(strange)}: take some of {', '.join(WAYS)}, or nothing")
+    shape = config.grid_shape(ranks)
+    if names and (shape.data != ranks or config.num_micro_batches(shape) > 1):
+        print(f"recompute: torch's ways are left out: grid {'x'.join(map(str, shape.sizes))}, micro-batches")
+        return []
+    return [Way("theirs", name, name) for name in names]
+
+
+# -- measuring ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _running(programs: Sequence[str], task: Task, ranks: int, folder: Path) -> Iterator[Running]:
+    modules = [module for name in programs for module in _MODULES[name]]
+    program = Program(
+        name="+".join(programs),
+        interpreter=sys.executable,
+        module="tools.benchmark.recompute_ranks",
+        ranks=ranks,
+        threads=max(1, len(os.sched_getaffinity(0)) // ranks),
+        task={"task": asdict(task), "programs": list(programs), "imports": modules},
+        environment=ALLOCATOR,
+    )
+    with started([program], folder) as running:
+        yield running[0]
+
+
+def _measure_memory(way: Way, task: Task, ranks: int, folder: Path) -> None:
+    """Two steps as they are, for the peak of the process; then one of which that of the activations is measured."""
+    with _running([way.program], task, ranks, folder) as running:
+        for step in range(2):
+            answers = running.ask(way.message(step))
+        way.above_imports = max(answer["peak_bytes"] - answer["imports_bytes"] for answer in answers)
+        answers = running.ask(way.message(2, measure=True))
+        way.activations = max(answer["activation_bytes"] for answer in answers)
+
+
+def _measure_time(ways: Sequence[Way], task: Task, ranks: int, rounds: int, folder: Path) -> None:
+    """One step of each way per round, every other round backwards. Weights are left as they are, since the ways share
+    them: so losses of the same step must agree.
+    """
+    task = replace(task, lr=0.0)
+    with _running(list({way.program: None for way in ways}), task, ranks, folder) as running:
+        for round_ in range(WARMUP + rounds):
+            for way in ways if round_ % 2 else ways[::-1]:
+                answers = running.ask(way.message(round_))
+                way.seconds.append(max(answer["seconds"] for answer in answers))
+                way.losses.append(statistics.fmean(answer["loss"] for answer in answers))
+    for way in ways:
+        del way.seconds[:WARMUP]
+
+
+# -- what is reported --------------------------------------------------------------------------------------------------
+
+
+def report(ways: Sequence[Way], config: Config, options: argparse.Namespace) -> None:
+    """Table, verdicts, files."""
+    points = [
+        Point(
+            name=way.name,
+            is_ours=way.program == "ours",
+            seconds=tuple(way.seconds),
+            memory={"activations": way.activations / _MIB, "above_imports": way.above_imports / _MIB},
+        )
+        for way in ways
+    ]
+    rows = [_row(way, ways, config, options.ranks) for way in ways]
+    for measure in points[0].memory:
+        found = verdicts(points, measure)
+        for row in rows:
+            row[f"dominated_by_{measure}"] = found.get(row["way"]) if row["program"] == "theirs" else None
+    show(rows, options.json)
+    for measure in points[0].memory:
+        found = verdicts(points, measure)
+        lost = [name for name, by in found.items() if by is None]
+        if found:
+            print(f"{measure}: ours dominates {len(found) - len(lost)} of {len(found)}; not {', '.join(lost) or '-'}")
+    if options.picture is not None:
+        draw(points, options.picture, f"{rows[0]['model']}, {rows[0]['global_batch']} images, {rows[0]['dtype']}")
+        print(f"recompute: the picture is {options.picture}")
+
+
+def _row(way: Way, ways: Sequence[Way], config: Config, ranks: int) -> Row:
+    first = ways[0]
+    ratios = [a / b for a, b in zip(way.seconds, first.seconds, strict=True)]
+    low, high = quartiles(ratios)
+    images = config.train.global_batch_size
+    return {
+        "model": config.model.preset or f"{config.model.width}x{config.model.depth}",
+        "program": way.program,
+        "way": way.name,
+        "ranks": ranks,
+        "global_batch": images,
+        "dtype": config.precision.dtype,
+        "step_time_ms": 1000 * statistics.median(way.seconds),
+        "images_per_second": images / statistics.median(way.seconds),
+        f"time_over_{first.name}": statistics.median(ratios),
+        "lower_quartile": low,
+        "upper_quartile": high,
+        "activations_MiB": way.activations / _MIB,
+        "activations_over_first": way.activations / first.activations,
+        "above_imports_MiB": way.above_imports / _MIB,
+        "largest_loss_difference": max(abs(a - b) for a, b in zip(way.losses, first.losses, strict=True)),
+    }
