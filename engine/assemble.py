@@ -5,7 +5,7 @@ Grid, layers cut into stages, parameters in flat buckets, schedule, executor, op
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,8 +23,12 @@ from engine.optimizers.ema import WeightAverage
 from engine.precision.precision import precision_of
 from engine.precision.scaler import LossScaler
 from engine.prediction import predicted_step
+from engine.recompute import Recompute, SaveSet
+from engine.recompute.assignment import assignment
 from model import Build, LayerSpec, MicroBatch, Precision, Stage
 from model.kernels import Kernels
+from model.regions import Keep
+from model.regions import Policy as RegionPolicy
 from parallel import comm
 from parallel.comm import Axis
 from parallel.fp8 import Fp8Recipe, Fp8Registry, enable_fp8
@@ -45,6 +49,7 @@ class Assembly:
 
     Attributes:
         placement: who holds which stage, and its layers.
+        sets: what blocks and patch merges of the whole model keep of a forward pass, where anything is.
         stages: this rank's, by number.
     """
 
@@ -55,6 +60,7 @@ class Assembly:
     placement: Placement
     build: Build
     frozen: Frozen
+    sets: dict[str, SaveSet]
     stages: dict[int, Stage]
     store: ParameterStore
     schedule: Schedule
@@ -95,6 +101,11 @@ class Assembly:
     def predicted(self) -> Timeline:
         """A training step by the simulator, with costs by FLOPs: what the report and `bubble_predicted` tell of."""
         return predicted_step(self.schedule, self.placement, self.layers, self.frozen.passes, self.policy)
+
+    @property
+    def recompute(self) -> Recompute | None:
+        """What runs the regions of this rank's blocks, if any of them drops something."""
+        return self.build.policy if isinstance(self.build.policy, Recompute) else None
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """All that this rank holds, by their names in the model."""
@@ -215,6 +226,12 @@ def _enable_fp8(
         raise ConfigError(f"precision.{error}") from error
 
 
+def _recompute(sets: Mapping[str, SaveSet], layers: Collection[str]) -> RegionPolicy:
+    """Who runs the regions of these layers."""
+    dropping = {name: of for name, of in sets.items() if name in layers and of.drops}
+    return Recompute(dropping) if dropping else Keep()
+
+
 def layer_of(name: str) -> str:
     """The layer of a parameter: `blocks.3` of `blocks.3.attn.qkv.weight`, `head` of `head.fc.bias`."""
     first, second, *_ = name.split(".")
@@ -242,14 +259,13 @@ def assemble(
     frozen = frozen_of(config, layers)
     placement = Placement.of(schedule, cut_into_stages(layers, frozen.passes, schedule.stage_to_rank))
     precision = precision_of(config.precision, layers)
+    held = placement.on(grid.pipeline.index)
+    sets = assignment(config.recompute, layers, frozen.passes)
     build = Build(
         config=config.model, tp=tp, context=grid.context, seed=config.train.seed, kernels=Kernels(config.kernels),
-        precision=precision,
+        precision=precision, policy=_recompute(sets, {layers[i].name for s in held for i in placement.layers[s]}),
     )  # fmt: skip
-    stages = {
-        number: Stage([layers[i] for i in placement.layers[number]], build)
-        for number in placement.on(grid.pipeline.index)
-    }
+    stages = {number: Stage([layers[i] for i in placement.layers[number]], build) for number in held}
     for stage in stages.values():
         frozen.apply(stage)
     available = comm.least(memory_bytes(device) if device_memory is None else device_memory, grid.world)
@@ -275,6 +291,7 @@ def assemble(
         placement=placement,
         build=build,
         frozen=frozen,
+        sets=sets,
         stages=stages,
         store=store,
         schedule=schedule,

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from model.kinds import MOST_LAYERS
+from model.patterns import MOST_LAYERS
 from model.sizes import Sizes, StageSizes, class_tokens_of
 
 if TYPE_CHECKING:

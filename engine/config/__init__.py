@@ -3,7 +3,9 @@
 from engine.config.config import MAX_COUNT, Config, LogConfig, TrainConfig, plain
 from engine.optimizers.config import OptimizerConfig, ScheduleConfig
 from engine.precision.config import PrecisionConfig
+from engine.recompute.config import RecomputeConfig
 
 __all__ = [
-    "MAX_COUNT", "Config", "LogConfig", "OptimizerConfig", "PrecisionConfig", "ScheduleConfig", "TrainConfig", "plain",
+    "MAX_COUNT", "Config", "LogConfig", "OptimizerConfig", "PrecisionConfig", "RecomputeConfig", "ScheduleConfig",
+    "TrainConfig", "plain",
 ]  # fmt: skip

@@ -18,6 +18,7 @@ from engine.config.pipeline import Pipeline
 from engine.errors import ConfigError
 from engine.optimizers.config import OptimizerConfig, ScheduleConfig
 from engine.precision.config import PrecisionConfig
+from engine.recompute.config import RecomputeConfig
 from model import ModelConfig, check_parallel
 from parallel.config import ParallelConfig
 from parallel.grid import GridShape, shape_for_world
@@ -127,6 +128,8 @@ class Config:
     """The learning rate over the steps"""
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     """Number formats"""
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
+    """What of a forward pass is kept for backward, and what is computed again there"""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """What is saved, when, and what a run starts from"""
     log: LogConfig = field(default_factory=LogConfig)
@@ -171,6 +174,7 @@ class Config:
             model = self.model.resolve()
             check_parallel(model, shape.tensor, shape.context)
             self.precision.check_depth(model.sizes.depth)
+            self.recompute.sets(model.sizes.depth)
         except ValueError as error:
             raise ConfigError(str(error)) from error
         if self.objective == "supervised" and not model.num_classes:
@@ -223,6 +227,8 @@ class Config:
                 found.append("parallel.shared_memory false: collectives are NCCL's")
         elif shape.world_size == 1 and not p.shared_memory:
             found.append("parallel.shared_memory false: there is one rank")
+        if not (p.sequence_parallel and shape.tensor > 1) and self.recompute.gathers_again:
+            found.append("recompute.policy ...+gather: no rows are gathered, which sequence parallelism splits")
         o = self.optimizer
         if o.decay_by == "schedule" and not (o.weight_decay or o.head_weight_decay):
             found.append("optimizer.decay_by schedule: nothing decays")

@@ -1,0 +1,29 @@
+"""Who keeps what: a save set for each block and patch merge of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from engine.recompute.config import RecomputeConfig
+from engine.recompute.save_sets import SaveSet
+from model import LayerSpec
+
+
+def assignment(config: RecomputeConfig, layers: Sequence[LayerSpec], passes: Sequence[int]) -> dict[str, SaveSet]:
+    """Of each block and patch merge that gradients pass through, by its name, in order.
+
+    A patch merge goes with the block before it: it is dropped if that block's save set drops merges.
+
+    Args:
+        config: resolved. layers: of the whole model. passes: of each, as `engine.frozen` counts: nothing is kept where
+            that is 1.
+    """
+    sets = iter(config.sets(sum(layer.name.startswith("blocks.") for layer in layers)))
+    found, here = dict[str, SaveSet](), SaveSet()
+    for layer, count in zip(layers, passes, strict=True):
+        kind = layer.name.partition(".")[0]
+        if kind == "blocks":
+            here = next(sets)
+        if kind in ("blocks", "merges") and count > 1:
+            found[layer.name] = here if kind == "blocks" or here.dropped("", "merge") else SaveSet()
+    return found

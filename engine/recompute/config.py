@@ -1,0 +1,130 @@
+"""What is kept of a forward pass: the group `recompute` of the configuration."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from math import isfinite
+
+from engine.recompute.save_sets import SaveSet, save_set
+from model.patterns import Pattern, is_one_name
+
+POLICIES = {"none": "all", "full": "input", "selective": "qk_norm"}
+"""Policies by name, and the save set that each gives to all blocks; `auto` chooses one for each."""
+
+AUTO_SHARE = 0.9
+"""Of a device's memory, that a budget of `auto` is; the rest is for what its allocator cannot use, and for others."""
+
+_UNITS = {"B": 1} | {
+    f"{prefix}{end}": base**power
+    for end, base in (("B", 1000), ("iB", 1024))
+    for power, prefix in enumerate(("k" if base == 1000 else "K", "M", "G", "T"), start=1)
+}
+_FACTORS = {name.lower(): factor for name, factor in _UNITS.items()}
+_NUMBER = re.compile(r"(?P<number>[-+]?(?:\d[\d_]*(?:\.\d*)?|\.\d+)(?:e[-+]?\d+)?)\s*(?P<unit>[a-z]*)", re.IGNORECASE)
+_PATTERN = Pattern(
+    check=save_set,
+    noun="save set",
+    things="blocks",
+    example="input * 6, all * 6",
+    example_of=lambda depth: f"input * {depth // 2}, all * {depth - depth // 2}",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecomputeConfig:
+    """What of a forward pass is kept for backward, and what is computed again there."""
+
+    policy: str | tuple[str, ...] = "none"
+    """none: all is kept; full: of each block its input alone; selective: all but what is quick to compute again; auto:
+    chosen block by block, within memory_budget; or a save set for all blocks (all, norm, qk_norm, fc1, qkv, attention,
+    input, or as docs/recompute.md says), or one for each: a list, or a pattern such as 'input * 6, all * 6'."""
+
+    memory_budget: str | int | float = "auto"
+    """policy auto: the most memory that a rank may take: bytes, a size with a unit (800MiB, 12GB), a share of the
+    device's (0.7), or auto: nine tenths of it."""
+
+    def __post_init__(self) -> None:
+        if self._name not in (*POLICIES, "auto"):
+            try:
+                _PATTERN.expand(self.policy, "recompute.policy")
+            except ValueError as error:
+                raise self._with_policies(error) from error
+        _parsed(self.memory_budget)
+        if self._name != "auto" and self.memory_budget != "auto":
+            raise ValueError(
+                f"recompute.memory_budget {self.memory_budget} has no effect with recompute.policy {self._as_text}, "
+                "which looks at no memory: use policy auto, or leave it out"
+            )
+
+    @property
+    def _name(self) -> str:
+        """The policy, if it is one text."""
+        return self.policy.strip() if isinstance(self.policy, str) else ""
+
+    @property
+    def _as_text(self) -> str:
+        return self._name or f"[{', '.join(self.policy)}]"
+
+    def _with_policies(self, error: ValueError) -> ValueError:
+        """The same mistake, told that there are policies, too, where one name was given for all blocks."""
+        if not is_one_name(self._name):
+            return error
+        return ValueError(
+            f"recompute.policy {self._name!r} is none of none, full, selective and auto, and "
+            f"{error.__cause__}, for all blocks or for each"
+        )
+
+    def sets(self, depth: int) -> tuple[SaveSet, ...]:
+        """One per block.
+
+        Raises:
+            ValueError: a number of save sets that is not `depth`; auto, which nothing chooses yet.
+        """
+        if self._name == "auto":
+            raise ValueError(
+                "recompute.policy auto cannot be asked for yet: give none, full or selective, or save sets, such as "
+                f"'{_PATTERN.example_of(depth)}'"
+            )
+        if self._name in POLICIES:
+            return (save_set(POLICIES[self._name]),) * depth
+        return tuple(save_set(name) for name in _PATTERN.parse(self.policy, depth, "recompute.policy"))
+
+    @property
+    def gathers_again(self) -> bool:
+        """Whether a block does."""
+        return "+gather" in self._as_text
+
+    def budget(self, memory: float) -> int:
+        """Bytes that a rank may take, of a device with `memory` bytes, or of its share of a host."""
+        parsed = _parsed(self.memory_budget)
+        return int(parsed * memory) if isinstance(parsed, float) else parsed
+
+
+def _parsed(budget: str | int | float) -> float | int:
+    """A share, as a float, or bytes. Raises ValueError where it is neither."""
+    text = f"{budget}".strip()
+    if text == "auto":
+        return AUTO_SHARE
+    found = _NUMBER.fullmatch(text)
+    if found is None or not isfinite(number := float(found["number"])):
+        raise _wrong(budget, "which is no amount of memory")
+    unit = found["unit"].lower()
+    if unit and unit not in _FACTORS:
+        raise _wrong(budget, f"whose unit is none of {', '.join(_UNITS)}")
+    is_share = not unit and not found["number"].lstrip("+-").replace("_", "").isdigit()
+    if number <= 0:
+        raise _wrong(budget, "which must be positive")
+    if is_share and number > 1:
+        raise _wrong(budget, "which as a share of the device's memory is more than all of it")
+    amount = number if is_share else round(number * _FACTORS[unit]) if unit else int(found["number"])
+    if not is_share and not 1 <= amount < 2**63:
+        raise _wrong(budget, f"which is {'less than a byte' if amount < 1 else 'more than 64 bits can count'}")
+    return amount
+
+
+def _wrong(budget: object, what: str) -> ValueError:
+    return ValueError(
+        f"recompute.memory_budget is {budget}, {what}: give a whole number of bytes, a size such as 800MiB or 12GB, a "
+        "share such as 0.7, or auto"
+    )
