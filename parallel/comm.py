@@ -143,6 +143,17 @@ class Pending:
         return self._result
 
 
+class _Planned:
+    """Along an axis without ranks nothing is under way."""
+
+    def wait(self) -> None:
+        """At once."""
+
+    def is_completed(self) -> bool:
+        """It is."""
+        return True
+
+
 @contextmanager
 def watched(axis: Axis, kind: str, tensor: Tensor | None = None, *, starts: bool = False) -> Iterator[None]:
     """Meter a call, and turn a backend's complaint about a vanished peer into PeerLostError.
@@ -177,10 +188,8 @@ def watched(axis: Axis, kind: str, tensor: Tensor | None = None, *, starts: bool
 
 
 def _call(axis: Axis, kind: str, tensor: Tensor, result: Tensor, run: Callable[[], Any]) -> Pending:
-    if axis.planned:
-        return Pending(result)
     with watched(axis, kind, tensor):
-        work = run()
+        work = _Planned() if axis.planned else run()
     return Pending(result, work, axis=axis, kind=kind)
 
 

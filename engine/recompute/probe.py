@@ -1,0 +1,249 @@
+"""A layer set up to be timed: clocks, policies that watch its regions, a sink for weight gradients, random rows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from engine.clusters.pricing import Pricer, Spent
+from model import Build, LayerSpec, MicroBatch
+from model.regions import Policy, Region
+from parallel.layout import attach_info, info_of
+from parallel.tensor import products
+from parallel.tensor.weight_grad import attach_sink
+
+T = TypeVar("T")
+Place = tuple[str, str]
+"""(branch of the block, or "", region)."""
+Prepare = Callable[[nn.Module], object]
+"""What is done to layers beside building them (8-bit products)."""
+
+
+class Clock(Protocol):
+    """Takes the time of what runs between two stamps."""
+
+    def stamp(self) -> Any:
+        """This moment."""
+
+    def seconds(self, begin: Any, end: Any) -> float:
+        """Between two."""
+
+    def spent(self) -> Spent:
+        """Since the last call, by what."""
+
+
+class Wall:
+    """Of this process, or of a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._begin = self.stamp()
+
+    def stamp(self) -> Any:
+        """As Clock."""
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, begin: Any, end: Any) -> float:
+        """As Clock."""
+        if self._device.type != "cuda":
+            return float(end - begin)
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1e3
+
+    def spent(self) -> Spent:
+        """As Clock."""
+        begin, self._begin = self._begin, self.stamp()
+        return {"measured": self.seconds(begin, self._begin)}
+
+
+class Priced:
+    """Of a pricer."""
+
+    def __init__(self, pricer: Pricer) -> None:
+        self._pricer = pricer
+
+    def stamp(self) -> float:
+        """As Clock."""
+        return self._pricer.clock
+
+    def seconds(self, begin: float, end: float) -> float:
+        """As Clock."""
+        return end - begin
+
+    def spent(self) -> Spent:
+        """As Clock."""
+        spent = dict(self._pricer.spent)
+        self._pricer.spent.clear()
+        return spent
+
+
+@dataclass
+class TimedRegions:
+    """A policy that keeps everything, and takes the time."""
+
+    clock: Clock
+    spans: list[tuple[Place, Any, Any]] = field(default_factory=list)
+
+    def run(self, place: str, region: Region, function: Callable[..., T], *inputs: Any) -> T:
+        """As Policy."""
+        begin = self.clock.stamp()
+        out = function(*inputs)
+        self.spans.append((_place(place, region), begin, self.clock.stamp()))
+        return out
+
+    def take(self) -> dict[Place, float]:
+        """Seconds of each region since the last call."""
+        found = dict[Place, float]()
+        for place, begin, end in self.spans:
+            found[place] = found.get(place, 0.0) + self.clock.seconds(begin, end)
+        self.spans.clear()
+        return found
+
+
+class RunAgain:
+    """A policy that lets another run the regions, and notes which run a second time, and how much of them."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy, self.again = policy, dict[Place, float]()
+
+    def run(self, place: str, region: Region, function: Callable[..., T], *inputs: Any) -> T:
+        """As Policy."""
+        return self.policy.run(place, region, _Watched(function, _place(place, region), self.again), *inputs)
+
+
+class _Watched:
+    """A region's function."""
+
+    def __init__(self, function: Callable[..., Any], place: Place, again: dict[Place, float]) -> None:
+        self._function, self._place, self._again, self._columns = function, place, again, 0
+        if (part := getattr(function, "part", None)) is not None:
+            self.part = lambda columns, *inputs: self._part(part, columns, *inputs)
+
+    def __call__(self, *inputs: Any) -> Any:
+        out = self._function(*inputs)
+        if self._columns:
+            self._again[self._place] = 1.0
+        first = out[0] if isinstance(out, tuple) else out
+        self._columns = 1 if first is None else max(1, first.shape[-1])
+        return out
+
+    def _part(self, part: Callable[..., Any], columns: slice, *inputs: Any) -> Any:
+        out = part(columns, *inputs)
+        if out is not None:
+            self._again[self._place] = out.shape[-1] / self._columns
+        return out
+
+
+class Sink:
+    """Takes the products of weight gradients, adding them up in fp32 as a bucket does, at once or later.
+
+    Attributes:
+        defers: whether they wait for `run`.
+    """
+
+    def __init__(self, layer: nn.Module, device: torch.device) -> None:
+        self.defers, self._products = False, list[Callable[[], object]]()
+        self._sums = dict[nn.Parameter, Tensor]()
+        for parameter in layer.parameters():
+            attach_sink(parameter, self)
+            if device.type != "meta" and parameter.dim() == 2:
+                self._sums[parameter] = torch.zeros(parameter.shape, device=device)
+
+    def add_product(self, parameter: nn.Parameter, grad_output: Tensor, x: Tensor) -> None:
+        """As GradientSink. On the meta device a product is one: CUDA's goes straight into the sum."""
+        out = self._sums.get(parameter)
+        self._add(lambda: products.weight_gradient(grad_output, x, out, accumulate=out is not None))
+
+    def add_computed(self, parameter: nn.Parameter, product: Callable[[], Tensor]) -> None:
+        """As GradientSink."""
+        self._add(product)
+
+    def _add(self, product: Callable[[], object]) -> None:
+        self._products.append(product)
+        if not self.defers:
+            self.run()
+
+    def run(self) -> None:
+        """All that were taken."""
+        while self._products:
+            self._products.pop(0)()
+
+
+class _Named(nn.Module):
+    """A layer under its name in the model."""
+
+    def __init__(self, name: str, layer: nn.Module) -> None:
+        super().__init__()
+        *path, leaf = name.split(".")
+        parent: nn.Module = self
+        for part in path:
+            parent.add_module(part, nn.Module())
+            parent = parent.get_submodule(part)
+        parent.add_module(leaf, layer)
+
+
+class ReadyLayer:
+    """One layer of a model with random weights, and what takes the products of its weight gradients.
+
+    Args:
+        layers: of the model. index: of the one. build: as a rank builds it. batch_size: images of a micro-batch.
+        prepare: what is done to it, in a module under its name, once it is there. device: of it.
+    """
+
+    def __init__(
+        self, layers: Sequence[LayerSpec], index: int, build: Build, batch_size: int, prepare: Prepare,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        self._layers, self._index, self._build, self._size, self._device = layers, index, build, batch_size, device
+        spec = layers[index]
+        self.module = spec.factory(build.at(spec.stage))
+        for name, parameter in list(self.module.named_parameters()):
+            owner, _, leaf = name.rpartition(".")
+            dtype = build.precision.of_weight(f"{spec.name}.{name}")
+            own = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device).normal_(0, 0.02))
+            attach_info(own, info_of(parameter))
+            setattr(self.module.get_submodule(owner), leaf, own)
+        self.module.to(device)
+        prepare(_Named(spec.name, self.module))
+        self.sink = Sink(self.module, device)
+
+    def step(self, clock: Clock | None = None) -> tuple[Spent, Spent]:
+        """Forward and backward; what they took."""
+        self.module.zero_grad()
+        x, batch = self._inputs()
+        if clock is not None:
+            clock.spent()
+        y = self.module(x, batch)
+        forward = {} if clock is None else clock.spent()
+        gradient = torch.ones_like(y)
+        if clock is not None:
+            clock.spent()
+        torch.autograd.backward(y, gradient)
+        return forward, {} if clock is None else clock.spent()
+
+    def _inputs(self) -> tuple[Tensor | None, MicroBatch]:
+        """Random rows, or images."""
+        sizes, spec = self._build.sizes, self._layers[self._index]
+        zeros = torch.zeros(self._size, dtype=torch.int64, device=self._device)
+        ones = torch.ones(self._size, device=self._device)
+        batch = MicroBatch(images=None, labels=zeros, sample_ids=zeros, weights=ones)
+        if self._index == 0:
+            images = torch.rand(self._size, sizes.channels, *sizes.image, device=self._device)
+            return None, replace(batch, images=images)
+        shape = self._layers[self._index - 1].boundary(self._size, self._build)
+        dtype = self._build.precision.of_layer(spec.name)
+        return torch.randn(shape, dtype=dtype, device=self._device).requires_grad_(), batch
+
+
+def _place(place: str, region: str) -> Place:
+    *_, last = place.split(".")
+    return ("" if last.isdigit() else last), region
