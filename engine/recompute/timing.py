@@ -18,7 +18,8 @@ from engine.clusters import Cluster
 from engine.clusters.pricing import Pricer, Spent
 from engine.recompute.probe import Clock, Place, Prepare, Priced, ReadyLayer, RunAgain, TimedRegions, Wall
 from engine.recompute.regions import Recompute
-from engine.recompute.save_sets import SAVE_SETS, SaveSet
+from engine.recompute.save_sets import SaveSet
+from engine.recompute.save_sets import save_set as set_of
 from model import Build, LayerSpec
 from model.kernels import Kernels
 from model.regions import Keep, Policy
@@ -115,6 +116,7 @@ class Timing:
         return replace(times, again=self._again(index))
 
     def _once(self, layer: ReadyLayer, policy: TimedRegions, clock: Clock) -> LayerTimes:
+        layer.sink.defers = False
         forward, backward = layer.step(clock)
         regions = policy.take()
         layer.sink.defers = True
@@ -136,7 +138,7 @@ class Timing:
 
         def again(save_set: str) -> Mapping[Place, float]:
             if (*key, save_set) not in _AGAIN:
-                _AGAIN[*key, save_set] = small.run_again(index, SAVE_SETS[save_set], META)
+                _AGAIN[*key, save_set] = small.run_again(index, set_of(save_set), META)
             return _AGAIN[*key, save_set]
 
         return again
@@ -176,7 +178,7 @@ def kind_of(spec: LayerSpec, build: Build) -> Hashable:
 
 
 def _policy(name: str, of: SaveSet) -> Policy:
-    return Keep() if of.keeps_all else Recompute({name: of})
+    return Keep() if not of.drops else Recompute({name: of})
 
 
 def _planned(axis: Axis) -> Axis:

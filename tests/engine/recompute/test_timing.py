@@ -10,7 +10,7 @@ import torch
 
 from engine.clusters import Cluster, read_cluster
 from engine.clusters.pricing import Pricer
-from engine.recompute import SAVE_SETS
+from engine.recompute.save_sets import LADDER, save_set
 from engine.recompute.timing import META, Timing
 from model import Build, Precision, build_layers
 from model.kernels import Kernels
@@ -21,7 +21,6 @@ from tests.parity.cases import MODELS
 
 CPU = torch.device("cpu")
 CLUSTER = read_cluster(str(Path(__file__).parents[3] / "configs" / "clusters" / "h100_64.yaml"))
-LADDER = [name for name in SAVE_SETS if "+" not in name]
 GRID = planned_grid(GridShape(tensor=2), 0)
 
 
@@ -46,8 +45,8 @@ def test_regions_that_run_again_are_found_without_running(model: str) -> None:
     times = of.priced(CLUSTER, GRID.meter.where)
     for index, spec in enumerate(of.layers):
         layer = times[spec.name]
-        for name in ("norm", "fc1", "input") if layer.regions else ():
-            assert layer.again(name) == of.run_again(index, SAVE_SETS[name], CPU), (spec.name, name)
+        for name in ("norm", "fc1", "qk_norm-qkv", "input") if layer.regions else ():
+            assert layer.again(name) == of.run_again(index, save_set(name), CPU), (spec.name, name)
         ladder = [layer.recompute_seconds(name) for name in LADDER]
         assert ladder == sorted(ladder) and ladder[0] == 0
         assert bool(layer.regions) == (ladder[-1] > 0)
