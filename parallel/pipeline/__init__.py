@@ -5,6 +5,7 @@ from parallel.pipeline.communication import insert_communication
 from parallel.pipeline.costs import Costs, sum_layers
 from parallel.pipeline.partition import balance, partition
 from parallel.pipeline.placement import Placement
+from parallel.pipeline.recompute import with_recompute
 from parallel.pipeline.schedule_file import to_csv
 from parallel.pipeline.schedules import SCHEDULES, build_schedule, compute_order, forward_only
 from parallel.pipeline.simulation import simulate
@@ -32,4 +33,5 @@ __all__ = [
     "sum_layers",
     "to_csv",
     "validate",
+    "with_recompute",
 ]

@@ -47,7 +47,7 @@ class ActionKind(Enum):
     BACKWARD = "B"  # the whole backward: gradients of the input and of the weights
     BACKWARD_INPUT = "I"  # the gradient of the input alone, which the previous stage waits for
     BACKWARD_WEIGHT = "W"  # the gradients of the weights alone, which nobody waits for
-    RECOMPUTE = "R"  # forward once more from the kept input, before the backward
+    RECOMPUTE = "R"  # what the stage has dropped is computed again, before its backward would have to
     SEND_FORWARD = "SEND_F"
     RECV_FORWARD = "RECV_F"
     SEND_BACKWARD = "SEND_B"
@@ -88,10 +88,9 @@ _COMPUTE = frozenset(
 
 _WHOLE_STAGE = frozenset({ActionKind.UNSHARD, ActionKind.REDUCE})
 
-# What an action adds to the activations that are alive (a forward whose backward recomputes adds none).
+# What an action adds to the activations that are alive.
 _ALIVE = {
     ActionKind.FORWARD: 1,
-    ActionKind.RECOMPUTE: 1,
     ActionKind.BACKWARD: -1,
     ActionKind.BACKWARD_WEIGHT: -1,
 }
@@ -225,6 +224,11 @@ class Schedule:
         backward = (ActionKind.BACKWARD, ActionKind.BACKWARD_INPUT, ActionKind.BACKWARD_WEIGHT)
         return not any(action.kind in backward for program in self.ranks for action in program)
 
+    @cached_property
+    def recomputes(self) -> tuple[Action, ...]:
+        """The recomputes of all ranks."""
+        return tuple(a for program in self.ranks for a in program if a.kind is ActionKind.RECOMPUTE)
+
     def __str__(self) -> str:
         """One line per rank; `from_text` reads it back."""
         return "\n".join(f"rank {rank}: {' '.join(map(str, program))}" for rank, program in enumerate(self.ranks))
@@ -255,9 +259,9 @@ class Schedule:
 def live_activations(schedule: Schedule, rank: int, program: Sequence[Action] | None = None) -> list[int]:
     """How many activations a rank keeps for a coming backward, after each action of its program.
 
-    An activation, of one stage, lives from the forward (from the recompute, where there is one: before it only the
-    input is kept) until the whole backward, or until the weight gradient where the backward is split, since that still
-    reads the inputs of the layers. A forward-only schedule keeps nothing.
+    An activation, of one stage, lives from the forward, however little of it is kept, until the whole backward, or
+    until the weight gradient where the backward is split, since that still reads the inputs of the layers. A
+    forward-only schedule keeps nothing.
 
     Args:
         program: actions of the rank in another order, or fewer, instead of its own.
@@ -267,15 +271,22 @@ def live_activations(schedule: Schedule, rank: int, program: Sequence[Action] | 
 
 def alive_changes(schedule: Schedule, program: Sequence[Action]) -> list[int]:
     """What each action of a rank adds to the count of activations that are alive."""
-    if schedule.is_forward_only:
-        return [0] * len(program)
-    recomputed = {(a.stage, a.micro_batch) for a in program if a.kind is ActionKind.RECOMPUTE}
-    if not recomputed:
-        return [_ALIVE.get(a.kind, 0) for a in program]
-    return [
-        0 if a.kind is ActionKind.FORWARD and (a.stage, a.micro_batch) in recomputed else _ALIVE.get(a.kind, 0)
-        for a in program
-    ]
+    return [0] * len(program) if schedule.is_forward_only else [_ALIVE.get(a.kind, 0) for a in program]
+
+
+def recomputed_ahead(program: Sequence[Action]) -> list[int]:
+    """How many activations, each of one stage, lie recomputed and wait for their gradient, after each action of a rank:
+    from the recompute (R) until the backward, whole or of the inputs.
+    """
+    waiting, counts = set[tuple[int, int | None]](), []
+    for action in program:
+        key = action.stage, action.micro_batch
+        if action.kind is ActionKind.RECOMPUTE:
+            waiting.add(key)
+        elif action.kind is ActionKind.BACKWARD or action.kind is ActionKind.BACKWARD_INPUT:
+            waiting.discard(key)
+        counts.append(len(waiting))
+    return counts
 
 
 def peak_activations(schedule: Schedule) -> tuple[float, ...]:

@@ -95,10 +95,16 @@ class Group:
         """The next action, of the rank that chooses."""
         (position,) = self._lanes[0].take()
         self._expect(1)
+        self._next += 1
         return int(position)
 
     def finish(self) -> None:
-        """The pass is over."""
+        """The pass is over. Of actions that were overtaken nobody was told; the messages come all the same."""
+        while self._next < self._count:
+            if self.follows:
+                self.hear()
+            else:
+                self.tell(-1)
         self._post.end_pass()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from parallel.pipeline.actions import Action, Schedule, no_search_for_cycles
+from parallel.pipeline.actions import Action, ActionKind, Schedule, no_search_for_cycles
 from parallel.pipeline.costs import Costs
 from parallel.pipeline.graph import output_send
 from parallel.pipeline.progress import Progress
@@ -31,22 +31,42 @@ def insert_communication(compute_order: Schedule) -> Schedule:
       where the schedule leaves room, at the price of one receive buffer held for that action. Posting at the last
       moment would save the buffer but make the sender hold the tensor instead, and expose the transfer.
 
+    Recomputes (R) stay right before the action that they stand before, so that all is posted that is known by then.
+
     Raises:
         ScheduleError: the compute order reads what no rank computes, or its ranks wait for each other in a circle.
         ValueError: it has communication already.
     """
     if any(action.kind.is_message for program in compute_order.ranks for action in program):
         raise ValueError(f"schedule {compute_order.name!r} has sends or receives already: give the compute order alone")
-    progress = Progress(compute_order, _NOMINAL_COSTS)
+    bare, recomputes = _without_recomputes(compute_order)
+    progress = Progress(bare, _NOMINAL_COSTS)
     progress.require_complete()
     programs: list[list[Action]] = [[] for _ in compute_order.ranks]
-    for _, rank, _, action in sorted(_ends(compute_order, progress)):
-        programs[rank].append(action)
+    for _, rank, _, action in sorted(_ends(bare, progress)):
+        programs[rank] += [*recomputes.get(action, ()), action]
         send = output_send(action, compute_order)
         if send is not None:
             programs[rank].append(send)
             programs[compute_order.peer(send)].append(send.counterpart)
     return replace(compute_order, ranks=tuple(map(tuple, programs)))
+
+
+def _without_recomputes(schedule: Schedule) -> tuple[Schedule, dict[Action, list[Action]]]:
+    """What is left without them, and those that stand before an action of it."""
+    before = dict[Action, list[Action]]()
+    if not schedule.recomputes:
+        return schedule, before
+    programs = list[tuple[Action, ...]]()
+    for program in schedule.ranks:
+        waiting = list[Action]()
+        for action in program:
+            if action.kind is ActionKind.RECOMPUTE:
+                waiting.append(action)
+            elif waiting:
+                before[action], waiting = waiting, []
+        programs.append((*(a for a in program if a.kind is not ActionKind.RECOMPUTE), *waiting))
+    return replace(schedule, ranks=tuple(programs)), before
 
 
 def _ends(schedule: Schedule, progress: Progress) -> Iterator[tuple[float, int, int, Action]]:

@@ -40,7 +40,7 @@ LIMITS: dict[str, Limit] = {
     "bandwidth": Limit(1e-9, math.inf), "speed": Limit(1e-9, 1e9), "jitter": Limit(0, 10),
     "seed": Limit(0, 1e18, is_whole=True),
     **dict.fromkeys(("forward", "backward_input", "backward_weight", "recompute"), _AMOUNT),
-    **dict.fromkeys(("output_bytes", "gradient_bytes", "activation_bytes"), _AMOUNT),
+    **dict.fromkeys(("output_bytes", "gradient_bytes", "activation_bytes", "recomputed_bytes"), _AMOUNT),
     **dict.fromkeys(("latency", "norm", "optimizer"), _AMOUNT),
 }  # fmt: skip
 """Of each field of `Costs`."""
@@ -60,7 +60,9 @@ class Costs:
     forward: PerStage = 1.0
     backward_input: PerStage = 1.0
     backward_weight: PerStage = 1.0
-    recompute: PerStage = 1.0
+    recompute: PerStage = 0.0
+    """To compute again what a stage has dropped of a micro-batch: by its R, or, where it has none, within its backward,
+    which takes so much longer then."""
     latency: float = 0.0
     """Time of an empty message, from the moment both ends have posted it; messages of a channel pass one by one."""
     bandwidth: float = math.inf
@@ -71,6 +73,8 @@ class Costs:
     """What it gets back for that; None: as much."""
     activation_bytes: PerStage = 0.0
     """What a stage keeps of a micro-batch between forward and backward."""
+    recomputed_bytes: PerStage = 0.0
+    """What computing again adds to that until the backward is over."""
     speed: PerRank = 1.0
     """Of each rank: it takes 1/speed of the times above, and of the optimizer's."""
     jitter: float = 0.0
@@ -97,18 +101,24 @@ class Costs:
 
     @staticmethod
     def of_ranks(
-        schedule: Schedule, *, forward: float, backward_input: float, backward_weight: float, **more: Any
+        schedule: Schedule,
+        *,
+        forward: float,
+        backward_input: float,
+        backward_weight: float,
+        recompute: float = 0.0,
+        **more: Any,
     ) -> Costs:
         """Of a schedule whose ranks have the work of one micro-batch cut into stages alike.
 
         Args:
-            forward, backward_input, backward_weight: times of a rank's stages together; to recompute takes a forward's.
+            forward, backward_input, backward_weight, recompute: times of a rank's stages together.
             more: fields of `Costs` as they are.
         """
         share = schedule.num_ranks / schedule.num_stages
         return Costs(
             forward=forward * share, backward_input=backward_input * share, backward_weight=backward_weight * share,
-            recompute=forward * share, **more,
+            recompute=recompute * share, **more,
         )  # fmt: skip
 
     def check(self, schedule: Schedule) -> None:
@@ -127,7 +137,10 @@ class Costs:
                 raise ValueError(f"costs: {field.name} has {len(value)} entries for {count} {of}")
 
     def durations(self, schedule: Schedule) -> dict[ActionKind, list[float]]:
-        """Times of each kind of compute action, by stage * (number of micro-batches) + micro-batch."""
+        """Times of each kind of compute action, by stage * (number of micro-batches) + micro-batch.
+
+        A backward without an R in the schedule takes the time of one as well.
+        """
         num, m = schedule.num_stages, schedule.num_micro_batches
         speeds = spread(self.speed, schedule.num_ranks)
         speed = np.array([speeds[rank] for rank in schedule.stage_to_rank])[:, None]
@@ -145,6 +158,11 @@ class Costs:
             if kind is ActionKind.BACKWARD_INPUT:
                 whole = per_stage + np.array(spread(self.backward_weight, num))[:, None]
                 times[ActionKind.BACKWARD] = (whole / speed * factors).ravel().tolist()
+        if any(times[ActionKind.RECOMPUTE]):
+            within = np.array(times[ActionKind.RECOMPUTE])
+            within[[a.stage * m + (a.micro_batch or 0) for a in schedule.recomputes]] = 0.0
+            for kind in (ActionKind.BACKWARD, ActionKind.BACKWARD_INPUT):
+                times[kind] = (np.array(times[kind]) + within).tolist()
         return times
 
     def _draw(self, number: int, num_stages: int, num_micro_batches: int) -> np.ndarray:

@@ -25,14 +25,12 @@ from parallel.pipeline.boundary import Route, Specs
 from parallel.pipeline.boundary import TensorSpec as TensorSpec
 from parallel.pipeline.choices import open_choices
 from parallel.pipeline.lanes import Lane, Post, open_post
-from parallel.pipeline.local_stage import Deferrer, Head, Inbox, LocalStage, StageModule, Tensors
+from parallel.pipeline.local_stage import Deferrer, Head, Inbox, LocalStage, Recomputer, StageModule, Tensors
 from parallel.pipeline.readiness import Policy
 from parallel.pipeline.ready import Ready
 
 Announce = Callable[[Sequence[Action], Sequence[int]], None]
 """Told the actions that a rank will run next, and the numbers of all its stages, ascending."""
-
-_COMPUTES = (ActionKind.FORWARD, ActionKind.BACKWARD, ActionKind.BACKWARD_INPUT, ActionKind.BACKWARD_WEIGHT)
 
 
 class Walk(Protocol):
@@ -51,6 +49,8 @@ class PipelineExecutor:
         boundaries: entry s describes the inputs of stage s (empty for stage 0).
         axis: the pipeline axis. device: where tensors are.
         deferrer: puts off weight gradients for schedules that split the backward.
+        recomputer: notes what is to be computed again by schedules that recompute (R). Where a stage drops nothing, an
+            R does nothing.
         before_run: told this rank's actions before they are run: all of a pass, or under `ready` before each action
             that and the next ones to be expected.
         policy: `static`: actions run in the order of the program. `ready`: the first that is ready does; a schedule
@@ -73,6 +73,7 @@ class PipelineExecutor:
         axis: Axis,
         device: torch.device,
         deferrer: Deferrer | None = None,
+        recomputer: Recomputer | None = None,
         before_run: Announce | None = None,
         policy: Policy = "static",
         group: Axis | None = None,
@@ -81,15 +82,17 @@ class PipelineExecutor:
         assert set(stages) == set(schedule.stages_of(axis.index)), (set(stages), schedule.stages_of(axis.index))
         self.schedule, self.axis = schedule, axis
         self.program = schedule.ranks[axis.index]
-        unknown = {a.kind for a in self.program if not a.kind.is_message and a.kind not in _COMPUTES}
+        unknown = {a.kind for a in self.program if a.kind.is_whole_stage}
         if unknown:
             raise ValueError(
                 f"schedule {schedule.name} uses {sorted(k.name for k in unknown)}, which cannot be run yet"
             )
+        if schedule.recomputes and recomputer is None:
+            raise ValueError(f"schedule {schedule.name} has {schedule.recomputes[0]}, but its stages drop nothing")
         ready = policy == "ready" and not schedule.is_forward_only
         self.post = post or open_post(schedule.stage_to_rank, boundaries, axis=axis, device=device, ready=ready)
         arrived = axis.meter.where.arrived
-        self.stages = _connect(schedule, stages, boundaries, self.post, deferrer, arrived, ready=ready)
+        self.stages = _connect(schedule, stages, boundaries, self.post, deferrer, recomputer, arrived, ready=ready)
         announce = None if before_run is None else lambda actions: before_run(actions, sorted(stages))
         self._bounded = not ready  # a schedule in its own order may have a sender wait
         self._walk: Walk
@@ -188,12 +191,14 @@ def _connect(
     boundaries: Sequence[Specs],
     post: Post,
     deferrer: Deferrer | None,
+    recomputer: Recomputer | None,
     arrived: Callable[[], None],
     *,
     ready: bool,
 ) -> dict[int, LocalStage]:
     """A rank's stages, ascending, with what they read from and write to: neighbours on the rank hand over directly."""
     program, last = schedule.ranks[schedule.stage_to_rank[min(stages)]], schedule.num_stages - 1
+    recomputed = {action.stage for action in schedule.recomputes}
     inboxes = {
         route: Inbox(post.lanes.get(route), _order(program, *route, ready=ready), arrived)
         for stage in stages
@@ -214,6 +219,7 @@ def _connect(
             outputs=laid_out(stage, stage + 1),
             input_gradients=laid_out(stage, stage - 1),
             deferrer=deferrer,
+            recomputer=recomputer if stage in recomputed else None,
         )
         for stage in sorted(stages)
     }

@@ -47,9 +47,9 @@ def data_dependencies(action: Action, schedule: Schedule, among: Container[Actio
         case ActionKind.FORWARD:
             return [compute(ActionKind.FORWARD, stage - 1)] if stage > 0 else []
         case ActionKind.BACKWARD | ActionKind.BACKWARD_INPUT:
-            recompute = compute(ActionKind.RECOMPUTE, stage)
-            activations = recompute if recompute in present else compute(ActionKind.FORWARD, stage)
-            return [activations, input_gradient(stage + 1)] if stage + 1 < schedule.num_stages else [activations]
+            reads, recompute = [compute(ActionKind.FORWARD, stage)], compute(ActionKind.RECOMPUTE, stage)
+            reads += [recompute] if recompute in present else []
+            return [*reads, input_gradient(stage + 1)] if stage + 1 < schedule.num_stages else reads
         case ActionKind.BACKWARD_WEIGHT:
             return [compute(ActionKind.BACKWARD_INPUT, stage)]
         case ActionKind.RECOMPUTE | ActionKind.SEND_FORWARD:

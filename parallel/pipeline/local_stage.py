@@ -4,8 +4,8 @@ A stage reads its inputs, and the gradients of its outputs, from an `Inbox`, and
 in the inbox of a neighbour on the same rank, or where the executor finds what it has to send. It knows no rank.
 
 What is kept per micro-batch between forward and backward: the stage's inputs, and the edge of the autograd graph at its
-outputs. Between the two parts of a split backward: the products that were put off, with what they multiply. The outputs
-are freed once they are sent.
+outputs, and what is to be called to recompute, which holds no tensor. Between the two parts of a split backward: the
+products that were put off, with what they multiply. The outputs are freed once they are sent.
 """
 
 from __future__ import annotations
@@ -49,6 +49,13 @@ class Deferrer(Protocol):
 
     def release(self) -> None:
         """Start what was held, as far as it is complete and in its turn."""
+
+
+class Recomputer(Protocol):
+    """Who can compute again what a stage's forward drops."""
+
+    def noting(self) -> AbstractContextManager[Products]:
+        """Note what is dropped within: to call the list in order, once, is to compute it again."""
 
 
 class Inbox:
@@ -108,7 +115,7 @@ class LocalStage:
         module: the stage. inputs: where those come from, None for the first stage, and specs of their boundary.
         gradients: where those of the outputs come from, None for the last stage, and specs of their boundary.
         outputs, input_gradients: where results are laid out.
-        deferrer: puts off weight gradients where the backward is split.
+        deferrer: puts off weight gradients where the backward is split. recomputer: where the schedule recomputes.
     """
 
     def __init__(
@@ -122,14 +129,16 @@ class LocalStage:
         outputs: dict[int, Tensors],
         input_gradients: dict[int, Tensors],
         deferrer: Deferrer | None,
+        recomputer: Recomputer | None = None,
     ) -> None:
-        self.module, self.deferrer = module, deferrer
+        self.module, self.deferrer, self.recomputer = module, deferrer, recomputer
         self.inputs, self.gradients = inputs, gradients
         self.outputs, self.input_gradients = outputs, input_gradients
         self._carrying_in = [i for i, spec in enumerate(boundary_before) if spec.carries_gradient]
         self._carrying_out = [i for i, spec in enumerate(boundary_after) if spec.carries_gradient]
         self._kept: dict[int, _Kept] = {}
         self._products: dict[int, Products] = {}
+        self._dropped: dict[int, Products] = {}
 
     def method(self, kind: ActionKind) -> Callable[[int], None]:
         """What runs an action of this kind. Raises KeyError where nothing does."""
@@ -138,13 +147,14 @@ class LocalStage:
             ActionKind.BACKWARD: self.backward,
             ActionKind.BACKWARD_INPUT: self.backward_input,
             ActionKind.BACKWARD_WEIGHT: self.backward_weight,
+            ActionKind.RECOMPUTE: self.recompute,
         }[kind]
 
     def begin(self, micro_batches: Sequence[Any], head: Head, *, trains: bool) -> None:
         """Another pass over the schedule. What a pass that was broken off has left is dropped."""
         self._micro_batches, self._head, self._trains = micro_batches, head, trains
         self._results: dict[int, Tensor] = {}
-        for held in (self._kept, self._products, self.outputs, self.input_gradients):
+        for held in (self._kept, self._products, self._dropped, self.outputs, self.input_gradients):
             held.clear()
         for inbox in (self.inputs, self.gradients):
             if inbox is not None:
@@ -153,7 +163,7 @@ class LocalStage:
     def end(self) -> list[Tensor]:
         """What `head` returned for each micro-batch, detached; nothing but on the last stage."""
         inboxes = [inbox.here for inbox in (self.inputs, self.gradients) if inbox is not None]
-        left = [self._kept, self._products, self.outputs, self.input_gradients, *inboxes]
+        left = [self._kept, self._products, self._dropped, self.outputs, self.input_gradients, *inboxes]
         assert not any(left), "the schedule left tensors behind"
         self._micro_batches = ()
         return [self._results[m] for m in sorted(self._results)]
@@ -164,7 +174,7 @@ class LocalStage:
         carrying = tuple([inputs[i] for i in self._carrying_in]) if self._trains else ()
         for x in carrying:
             x.requires_grad_()
-        outputs = self.module(inputs, self._micro_batches[m])
+        outputs = self._run(inputs, m)
         if self.gradients is None:
             result = self._head(outputs, self._micro_batches[m])
             self._results[m] = result.detach()
@@ -176,8 +186,20 @@ class LocalStage:
             edges = [get_gradient_edge(x) if x.requires_grad else None for x in roots]
             self._kept[m] = _Kept(carrying, edges)
 
+    def _run(self, inputs: Tensors, m: int) -> Tensors:
+        if self.recomputer is None or not self._trains:
+            return self.module(inputs, self._micro_batches[m])
+        with self.recomputer.noting() as self._dropped[m]:
+            return self.module(inputs, self._micro_batches[m])
+
+    def recompute(self, m: int) -> None:
+        """What the forward has dropped."""
+        for again in self._dropped.pop(m):
+            again()
+
     def backward(self, m: int) -> None:
         """Gradients of the inputs and of the weights."""
+        self._dropped.pop(m, None)
         kept = self._kept.pop(m)
         gradients = self.gradients.take(m) if self.gradients is not None else (None,)
         roots = [(root, x) for root, x in zip(kept.roots, gradients, strict=True) if root is not None]

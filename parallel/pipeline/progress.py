@@ -112,7 +112,7 @@ class Progress:
                 if arrived is None:
                     break
                 if arrived + transfer > clock:
-                    clock = arrived + transfer
+                    clock = self._wait(rank, position, clock, arrived + transfer)
             if own != _NONE and when[event := own + index] is None:
                 break
             start_next(clock)
@@ -127,6 +127,10 @@ class Progress:
             return
         waiting[event] = rank
         self._clocks[rank], self._positions[rank] = clock, position
+
+    def _wait(self, rank: int, position: int, clock: float, until: float) -> float:
+        """The input of an action comes later than the rank could run it; returns when it does."""
+        return until
 
     # -- messages -----------------------------------------------------------------------------------------------------
 

@@ -22,6 +22,11 @@ order of all actions that respects what they read; of those not yet done take th
 reads is done, each lane has brought the messages before its own, and ranks send at once. It fits. So some rank has
 something to run until nothing is left. A bound on the count alone would not do for several stages per rank: forwards of
 the first could take the room that the forwards of the later ones need before anything can be freed.
+
+Recomputes (R) wait for nobody and nobody waits for them. One runs where the rank has nothing else to do but weight
+gradients that come after it in the program; they run in the program's order, and no more lie ahead of their backwards
+than the program has at once. A backward that is ready before its R has run overtakes it: it computes again what it
+needs, and the R is not run any more.
 """
 
 from __future__ import annotations
@@ -31,23 +36,29 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise, zip_longest
 from typing import Literal
 
-from parallel.pipeline.actions import Action, ActionKind, Schedule, ScheduleError, live_activations
+from parallel.pipeline.actions import (
+    Action,
+    ActionKind,
+    Schedule,
+    ScheduleError,
+    live_activations,
+    recomputed_ahead,
+)
 from parallel.pipeline.graph import data_dependencies, input_receive
 
 Policy = Literal["static", "ready"]
 """How ranks go through a schedule: in its order, or by what is ready."""
 POLICIES: tuple[Policy, ...] = ("static", "ready")
 
-_FORWARD, _RECOMPUTE, _INPUT_GRADIENT, _WEIGHT_GRADIENT = range(4)
+_FORWARD, _INPUT_GRADIENT, _WEIGHT_GRADIENT = range(3)
 _QUEUES = {  # a whole backward is in turn with both: with gradients of inputs (messages) and of weights (sums)
     ActionKind.FORWARD: (_FORWARD,),
-    ActionKind.RECOMPUTE: (_RECOMPUTE,),
     ActionKind.BACKWARD: (_INPUT_GRADIENT, _WEIGHT_GRADIENT),
     ActionKind.BACKWARD_INPUT: (_INPUT_GRADIENT,),
     ActionKind.BACKWARD_WEIGHT: (_WEIGHT_GRADIENT,),
 }
 
-_GRADIENTS = frozenset({ActionKind.BACKWARD, ActionKind.BACKWARD_INPUT, ActionKind.RECOMPUTE})
+_GRADIENTS = frozenset({ActionKind.BACKWARD, ActionKind.BACKWARD_INPUT})
 _FORWARDS = frozenset({ActionKind.FORWARD})
 _NOT_AHEAD: dict[ActionKind, frozenset[ActionKind]] = {
     ActionKind.FORWARD: _FORWARDS,  # of another stage
@@ -61,8 +72,8 @@ _NOT_AHEAD_OF_ONE_STAGE = _NOT_AHEAD | dict.fromkeys((ActionKind.FORWARD, Action
 class Chooser:
     """Where one rank is in a pass over a schedule, and what it may run next.
 
-    Actions go by their position in `actions`, a small number that a leader can tell those who follow it: they `take`
-    what it has chosen and choose nothing. A choice looks at the heads of four queues per stage of the rank.
+    Actions go by their position in `actions`, a small number that a leader can tell those who follow it: they run what
+    it has chosen and choose nothing. A choice looks at the heads of three queues per stage of the rank.
 
     Args:
         schedule: validated; `check_lanes` has passed. rank: on the pipeline axis.
@@ -71,6 +82,7 @@ class Chooser:
         actions: the compute actions of the rank's program; the order is the priority.
         cap: activations that may be alive at once, each of one stage.
         live: those that are.
+        recompute_of: the position of the R of a backward, by that of the backward.
     """
 
     def __init__(self, schedule: Schedule, rank: int) -> None:
@@ -80,12 +92,16 @@ class Chooser:
         self.cap = max(alive)
         self._delta = [after - before for before, after in pairwise(alive)]
         reads = [data_dependencies(action, schedule, places) for action in self.actions]
-        self._needs = [[places[read] for read in of_one if read in places] for of_one in reads]  # on this rank
+        needs = [[read for read in of_one if read.kind is not ActionKind.RECOMPUTE] for of_one in reads]
+        self._needs = [[places[read] for read in of_one if read in places] for of_one in needs]  # on this rank
+        self._recomputes = [n for n, a in enumerate(self.actions) if a.kind is ActionKind.RECOMPUTE]
+        self.recompute_of = _recompute_of(self.actions) if self._recomputes else {}
+        self._most_ahead = max(recomputed_ahead(self.actions), default=0)
         self._behind = _NOT_AHEAD if len(schedule.stages_of(rank)) > 1 else _NOT_AHEAD_OF_ONE_STAGE
         self._lacks = [input_receive(action, schedule) is not None for action in self.actions]
         queues: dict[tuple[int, int], list[int]] = defaultdict(list)
         for position, action in enumerate(self.actions):
-            for queue in _QUEUES[action.kind]:
+            for queue in _QUEUES.get(action.kind, ()):
                 queues[action.stage, queue].append(position)
         self._in_order = list(queues.values())
         self.restart()
@@ -95,36 +111,51 @@ class Chooser:
         self.live = 0
         self._done = bytearray(len(self.actions))
         self._first = 0  # the first that is not done
+        self._next_recompute, self._ahead = 0, set[int]()  # among recomputes; of these, those whose backward is to come
         self._queues = [queue[::-1] for queue in self._in_order]  # the last entry is the head
-        self._turns = [len(_QUEUES[action.kind]) for action in self.actions]  # queues whose head it has yet to become
+        self._turns = [len(_QUEUES.get(a.kind, ())) for a in self.actions]  # queues whose head it has yet to become
         for queue in self._queues:
             self._turns[queue[-1]] -= 1
 
     @property
     def is_finished(self) -> bool:
-        """Whether every action has been taken."""
+        """Whether every action has been taken, or overtaken."""
         return self._first == len(self.actions)
 
-    def choose(self, has_arrived: Callable[[Action], bool]) -> int | None:
+    def choose(self, has_arrived: Callable[[Action], bool], *, recomputes: bool = True) -> int | None:
         """The position of the action to run now, None where none is ready. Changes nothing.
 
         Args:
             has_arrived: whether the message that brings this action's input is here. Asked of the head of a lane alone,
                 which is the oldest message not yet taken, and only where all else that the action needs is done.
+            recomputes: whether an R counts, which is always ready.
         """
         actions = self.actions
-        return next((p for p in self._candidates() if not self._lacks[p] or has_arrived(actions[p])), None)
+        first = next((p for p in self._candidates() if not self._lacks[p] or has_arrived(actions[p])), None)
+        again = self._recompute() if recomputes and self._recomputes else None
+        if again is None or first is None:
+            return again if first is None else first
+        return min(first, again) if actions[first].kind is ActionKind.BACKWARD_WEIGHT else first
+
+    def is_done(self, position: int) -> bool:
+        """Whether an action was taken or overtaken."""
+        return bool(self._done[position])
 
     def awaited(self) -> list[Action]:
         """After a choice of None: the actions that lack nothing but their message."""
         return [self.actions[position] for position in self._candidates()]
 
     def take(self, position: int) -> Action:
-        """Count an action as done (before the next choice it is), and return it."""
+        """Count an action as done (before the next choice it is), and return it. A backward overtakes its R."""
         action = self.actions[position]
         assert not self._done[position] and self._turns[position] == 0, f"{action} is not next of its stage and kind"
         self._done[position] = True
         self.live += self._delta[position]
+        if action.kind is ActionKind.RECOMPUTE:
+            self._ahead.add(position)
+        elif (again := self.recompute_of.get(position)) is not None:
+            self._done[again] = True
+            self._ahead.discard(again)
         for queue in self._queues:
             if queue and queue[-1] == position:
                 queue.pop()
@@ -133,6 +164,15 @@ class Chooser:
         while self._first < len(self.actions) and self._done[self._first]:
             self._first += 1
         return action
+
+    def _recompute(self) -> int | None:
+        """The position of the next R, if there is room for it and its forward is done."""
+        while self._next_recompute < len(self._recomputes) and self._done[self._recomputes[self._next_recompute]]:
+            self._next_recompute += 1
+        if self._next_recompute == len(self._recomputes) or len(self._ahead) == self._most_ahead:
+            return None
+        position = self._recomputes[self._next_recompute]
+        return position if all(self._done[need] for need in self._needs[position]) else None
 
     def _candidates(self) -> Iterator[int]:
         """The positions of actions that lack nothing but, perhaps, their message, by priority."""
@@ -161,6 +201,14 @@ class Chooser:
         return alive <= self.cap
 
 
+def _recompute_of(actions: Sequence[Action]) -> dict[int, int]:
+    """The position of each recompute by that of its backward."""
+    recomputes = {(a.stage, a.micro_batch): n for n, a in enumerate(actions) if a.kind is ActionKind.RECOMPUTE}
+    backwards = (n for n, a in enumerate(actions) if a.kind in _GRADIENTS)
+    found = ((n, recomputes.get((actions[n].stage, actions[n].micro_batch))) for n in backwards)
+    return {n: again for n, again in found if again is not None}
+
+
 def check_lanes(schedule: Schedule) -> None:
     """Refuse a schedule with neighbouring stages that run their micro-batches in different orders.
 
@@ -172,7 +220,7 @@ def check_lanes(schedule: Schedule) -> None:
     for program in schedule.ranks:
         for action in program:
             if action.kind.is_compute and action.micro_batch is not None:
-                queues = _QUEUES[action.kind]
+                queues = _QUEUES.get(action.kind, ())
                 if _FORWARD in queues:
                     forward[action.stage].append(action.micro_batch)
                 elif _INPUT_GRADIENT in queues:

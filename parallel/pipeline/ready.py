@@ -106,6 +106,7 @@ class Ready:
         self._first = [(i.lane, m) for i in inboxes if i.lane is not None for m in i.order[:_POSTED_AHEAD]]
         self._num_sends = sum(task.send is not None for task in self._tasks)
         self._pace = Pace() if device.type == "cuda" else None
+        self._overtakes = self._chooser.recompute_of
         self._reductions = _order_of_last(self._chooser.actions, list(stages))
 
     def run(self) -> None:
@@ -122,6 +123,7 @@ class Ready:
             position = self._next()
             task = self._tasks[position]
             del self._not_run[position]
+            self._not_run.pop(self._overtakes.get(position, -1), None)
             sends_left -= task.send is not None
             if sends_left == 0 and self._deferrer is not None:
                 self._deferrer.release()
@@ -148,17 +150,21 @@ class Ready:
         if self._choices.follows:
             self._where.now("waiting for the choice of the first rank of the group")
             return self._choices.hear()
-        while not self._decided and not self._decide():
+        while not self._decided and not self._decide(now=True):
             self._where.now("waiting for an action to be ready")
             self._post.wait_any([self._lane_of[a.kind, a.stage] for a in self._chooser.awaited()])
         position = self._decided.popleft()
         if self._choices.ahead:
-            self._decide()
+            self._decide(now=False)
         return position
 
-    def _decide(self) -> bool:
-        """Choose one more action and tell the others, if one is ready."""
-        position = self._chooser.choose(self._has_arrived)
+    def _decide(self, *, now: bool) -> bool:
+        """Choose one more action and tell the others, if one is ready.
+
+        Args:
+            now: whether the rank has nothing to do until then, as it must to recompute.
+        """
+        position = self._chooser.choose(self._has_arrived, recomputes=now)
         if position is None:
             return False
         self._chooser.take(position)

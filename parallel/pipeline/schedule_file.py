@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
 
-from parallel.pipeline.actions import Action, ActionKind, Place, Schedule, ScheduleError
+from parallel.pipeline.actions import Action, Place, Schedule, ScheduleError
 from parallel.pipeline.communication import insert_communication
 from parallel.pipeline.validation import validate, validate_compute_order
 
@@ -123,8 +123,8 @@ def _schedule(path: str, rows: Sequence[tuple[Action, ...]], num_micro_batches: 
     for rank, row in enumerate(rows):
         for position, action in enumerate(row):
             holders.setdefault(action.stage, Counter())[rank] += 1
-            if action.micro_batch is None or action.kind is ActionKind.RECOMPUTE:
-                raise ScheduleError(f"{action}: give F, B, I, W and their messages alone", Place(rank, position))
+            if action.micro_batch is None:
+                raise ScheduleError(f"{action}: give F, R, B, I, W and their messages alone", Place(rank, position))
             largest = max(largest, (action.micro_batch, Place(rank, position)), key=lambda pair: pair[0])
     last, place = largest
     if num_micro_batches is None:

@@ -112,15 +112,21 @@ class _Ready:
             position = None if busy[rank] else self.choosers[rank].choose(self._has_arrived)
             if position is None:
                 continue
+            end = now + self._duration(self.choosers[rank], position)
             action = self.choosers[rank].take(position)
-            assert action.micro_batch is not None
-            index = action.stage * self.schedule.num_micro_batches + action.micro_batch
-            end = now + self.durations[action.kind][index]
             self.ran[rank].append(action)
             self.starts[rank].append(now)
             self.ends[rank].append(end)
             busy[rank] = True
             heapq.heappush(self.events, (end, next(self.number), rank, action))
+
+    def _duration(self, chooser: Chooser, position: int) -> float:
+        """Of an action that is about to be taken."""
+        action, again = chooser.actions[position], chooser.recompute_of.get(position)
+        assert action.micro_batch is not None
+        index = action.stage * self.schedule.num_micro_batches + action.micro_batch
+        late = again is not None and not chooser.is_done(again)
+        return self.durations[action.kind][index] + (self.durations[ActionKind.RECOMPUTE][index] if late else 0.0)
 
     def _has_arrived(self, action: Action) -> bool:
         return (action.kind is ActionKind.FORWARD, action.stage, action.micro_batch) in self.arrived

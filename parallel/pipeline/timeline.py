@@ -9,8 +9,10 @@ from functools import cached_property
 from itertools import accumulate
 from operator import sub
 
-from parallel.pipeline.actions import Action, Schedule, alive_changes
+from parallel.pipeline.actions import Action, ActionKind, Schedule, alive_changes
 from parallel.pipeline.costs import Costs, spread
+
+_GROW = (ActionKind.RECOMPUTE, ActionKind.BACKWARD_INPUT)  # after these what was dropped is there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,10 +105,22 @@ class Timeline:
         return list(accumulate(alive_changes(self.schedule, self.programs[rank])))
 
     def live_bytes(self, rank: int) -> list[float]:
-        """The same in bytes, by `Costs.activation_bytes`."""
-        sizes = spread(self.costs.activation_bytes, self.schedule.num_stages)
+        """The same in bytes, by `Costs.activation_bytes` and `recomputed_bytes`."""
+        sizes, again = (
+            spread(of, self.schedule.num_stages) for of in (self.costs.activation_bytes, self.costs.recomputed_bytes)
+        )
         changes = alive_changes(self.schedule, self.programs[rank])
-        return list(accumulate(n * sizes[a.stage] for n, a in zip(changes, self.programs[rank], strict=True)))
+        grown = set[tuple[int, int | None]]()  # what is as large as before it was dropped
+        alive, found = 0.0, list[float]()
+        for change, action in zip(changes, self.programs[rank], strict=True):
+            key, alive = (action.stage, action.micro_batch), alive + change * sizes[action.stage]
+            if action.kind in _GROW and key not in grown:
+                grown.add(key)
+                alive += again[action.stage]
+            elif change < 0 and key in grown:
+                alive -= again[action.stage]
+            found.append(alive)
+        return found
 
     @cached_property
     def peak_activations(self) -> tuple[float, ...]:

@@ -3,7 +3,7 @@
 import pytest
 
 from parallel.pipeline import Action, ActionKind, Schedule, build_schedule
-from parallel.pipeline.actions import live_activations, peak_activations
+from parallel.pipeline.actions import live_activations, peak_activations, recomputed_ahead
 
 
 @pytest.mark.parametrize("kind", ActionKind)
@@ -63,13 +63,17 @@ def test_placement_that_does_not_fit(stage_to_rank: tuple[int, ...]) -> None:
     [
         ("0F0 0F1 0B0 0B1", [1, 2, 1, 0]),
         ("0F0 0F1 0I0 0I1 0W0 0W1", [1, 2, 2, 2, 1, 0]),
-        ("0F0 0F1 0R0 0B0 0R1 0B1", [0, 0, 1, 0, 1, 0]),
-        ("0F0 0F1 0R1 0B1 0B0", [1, 1, 2, 1, 0]),
+        ("0F0 0F1 0R0 0B0 0R1 0B1", [1, 2, 2, 1, 1, 0]),
         ("0F0 0F1", [0, 0]),
     ],
 )
 def test_life_of_activations(program: str, counts: list[int]) -> None:
     assert live_activations(Schedule.from_text(program), 0) == counts
+
+
+def test_what_lies_recomputed() -> None:
+    program = Schedule.from_text("0F0 0F1 0R0 0R1 0I0 0W0 0B1 0F2 0B2").ranks[0]
+    assert recomputed_ahead(program) == [0, 0, 1, 2, 1, 1, 0, 0, 0]
 
 
 def test_peak_is_in_shares_of_a_rank() -> None:

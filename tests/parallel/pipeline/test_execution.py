@@ -4,10 +4,11 @@ under both policies; while the ready one is tested, stages sleep.
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -21,6 +22,8 @@ from parallel.failures import PeerLostError
 from parallel.grid import Grid, GridShape, make_grid
 from parallel.pipeline import (
     Action,
+    ActionKind,
+    Costs,
     Schedule,
     ScheduleError,
     build_schedule,
@@ -28,11 +31,13 @@ from parallel.pipeline import (
     insert_communication,
     ready,
     validate,
+    with_recompute,
 )
 from parallel.pipeline.actions import peak_activations
 from parallel.pipeline.boundary import Route
 from parallel.pipeline.execution import PipelineExecutor, TensorSpec
 from parallel.pipeline.host_lanes import SLOTS
+from parallel.pipeline.local_stage import Products
 from parallel.pipeline.post import SENDS_IN_FLIGHT
 from parallel.pipeline.readiness import Policy
 from parallel.process_group import World
@@ -65,6 +70,7 @@ class _Passing(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         ctx.stage.before_backward(ctx.stage, ctx.m)
+        ctx.stage.done.append(f"{ctx.stage.number}B{ctx.m}")
         if ctx.stage.meeting is not None:
             _all_at(-100 * ctx.stage.number - ctx.m, ctx.stage.meeting)
         return grads[0], None, None
@@ -75,12 +81,26 @@ def _all_at(code: int, axis: Axis) -> None:
     assert codes == [code] * axis.size, codes
 
 
+class Notes:
+    """A list that is open while a stage notes what it drops (parallel.pipeline.local_stage.Recomputer)."""
+
+    products: Products | None = None
+
+    @contextmanager
+    def noting(self) -> Iterator[Products]:
+        """As Recomputer."""
+        self.products = []
+        yield self.products
+        self.products = None
+
+
 class TinyStage(nn.Module):
     """Mixes its inputs so that a wrong tensor, order or gradient shows; remembers the storage of what it gave.
 
     Attributes:
         kept: what its forwards made for their backwards (the input of a linear, which the weight's gradient reads).
         before, before_backward: called with each micro-batch. meeting: ranks that are all to be at the same action.
+        notes: who is told what is to be called to recompute. done: recomputes and backwards.
     """
 
     def __init__(self, number: int) -> None:
@@ -94,6 +114,13 @@ class TinyStage(nn.Module):
         self.before: Callable[[TinyStage, int], None] = lambda _stage, _m: None
         self.before_backward = self.before
         self.meeting: Axis | None = None
+        self.notes = Notes()
+        self.done: list[str] = []
+
+    def _again(self, m: int) -> None:
+        self.done.append(f"{self.number}R{m}")
+        if self.meeting is not None:
+            _all_at(10000 + 100 * self.number + m, self.meeting)
 
     def forward(self, inputs: Tensors, micro_batch: Tensor) -> Tensors:
         m = int(micro_batch[0, 0] * 1000)
@@ -114,6 +141,8 @@ class TinyStage(nn.Module):
         out = (y, count + 1, self.side(waves) * side, frozen + y.detach())
         self.given += [StorageWeakRef(t.untyped_storage()) for t in out]
         self.kept.append(StorageWeakRef(waves.untyped_storage()))
+        if self.notes.products is not None:
+            self.notes.products.append(partial(self._again, m))
         return _Passing.apply(out[0], self, m), *out[1:]
 
 
@@ -227,9 +256,10 @@ def _check(case: Case, grid: Grid) -> Ran:
     all_losses, expected = _expected(schedule.num_stages, schedule.num_micro_batches, grid.data.size, case.zero > 1)
     losses = all_losses[grid.data.index]
     together = ("data", "context", "tensor") if case.zero > 1 else ("context", "tensor")
+    notes = Notes()
     executor = PipelineExecutor(
         schedule, place, boundaries, axis=axis, device=CPU, deferrer=store.gradients, before_run=store.plan,
-        policy=case.policy, group=grid.along(*together),
+        policy=case.policy, group=grid.along(*together), recomputer=notes,
     )  # fmt: skip
 
     def alive() -> int:
@@ -246,6 +276,7 @@ def _check(case: Case, grid: Grid) -> Ran:
 
     for stage in place.values():
         stage.before, stage.before_backward, stage.meeting = before, before_backward, grid.tensor
+        stage.notes = notes
     products, add = [], store.gradients._add_product
     store.gradients._add_product = lambda *args: (products.append(grid.meter.where.doing.kind.name), add(*args))[1]  # type: ignore
     for _ in range(2):  # an executor is used again at each step
@@ -261,7 +292,7 @@ def _check(case: Case, grid: Grid) -> Ran:
         assert alive() == 0
         store.updated()
     assert set(products) == {a.kind.name for a in schedule.ranks[rank]} & {"BACKWARD", "BACKWARD_WEIGHT"}
-    assert sorted(map(str, ran.order)) == sorted(str(a) for a in schedule.ranks[rank] if a.kind.is_compute)
+    _check_order(case, ran.order, {number: stage.done for number, stage in place.items()}, rank)
     assert ran.most_alive == round(peak_activations(schedule)[rank] * len(place)) or case.policy == "ready"
     assert ran.most_alive <= round(peak_activations(schedule)[rank] * len(place))
 
@@ -277,6 +308,18 @@ def _check(case: Case, grid: Grid) -> Ran:
     else:
         assert results == evaluated == []
     return ran
+
+
+def _check_order(case: Case, order: Sequence[Action], done: Mapping[int, Sequence[str]], rank: int) -> None:
+    """Each action ran once, but recomputes that their backwards have overtaken, and each R computed something again."""
+    program = [a for a in case.schedule.ranks[rank] if a.kind.is_compute]
+    missing = Counter(program) - Counter(order)
+    assert not Counter(order) - Counter(program)
+    assert all(a.kind is ActionKind.RECOMPUTE and case.policy == "ready" for a in missing), missing
+    names = {ActionKind.RECOMPUTE: "R", ActionKind.BACKWARD: "B", ActionKind.BACKWARD_INPUT: "B"}
+    for stage, of_stage in done.items():
+        own = [f"{stage}{names[a.kind]}{a.micro_batch}" for a in order if a.stage == stage and a.kind in names]
+        assert list(of_stage[-len(own) :]) == own
 
 
 def _check_all(world: World, shape: GridShape, cases: Sequence[Case], *, shared_memory: bool = True) -> list[bool]:
@@ -322,6 +365,15 @@ def _by_hand(text: str, name: str, stage_to_rank: tuple[int, ...] = (0, 1)) -> S
     return insert_communication(Schedule.from_text(text, name=name, stage_to_rank=stage_to_rank))
 
 
+COSTS = Costs(recompute=1.0)
+
+
+def _recomputing(name: str, ranks: int, micro_batches: int) -> Schedule:
+    schedule = with_recompute(build_schedule(name, ranks, micro_batches), COSTS)
+    assert schedule.recomputes
+    return schedule
+
+
 NAMES = ("gpipe", "1f1b", "interleaved", "zb_h1", "zb_h2", "zb_v", "v_half")
 
 
@@ -334,6 +386,7 @@ def test_schedules_on_two_ranks() -> None:
         Case(_by_hand(MIXED, "whole and split backwards of a stage")),
         Case(_by_hand(OTHER_ORDER, "micro-batches in another order")),
     ]
+    cases = [*(Case(_recomputing(name, 2, 3)) for name in NAMES), *cases]
     cases += [Case(case.schedule, "ready", jitter=1e-3) for case in cases[:-1]]
     run_ranks(2, _check_over_both, GridShape(pipeline=2), cases)
 
@@ -353,6 +406,7 @@ def test_sharded_parameters() -> None:
         for zero in (0, 1, 2, 3):
             for name in ("1f1b", "interleaved", "zb_v"):
                 cases.append(Case(build_schedule(name, 2, 3), policy, zero, 0.0 if policy == "static" else 2e-3))
+        cases.append(Case(_recomputing("1f1b", 2, 4), policy, 3))
     run_ranks(4, _check_all, GridShape(pipeline=2, data=2), cases)
 
 
@@ -370,6 +424,7 @@ def _check_over_both(world: World, shape: GridShape, cases: Sequence[Case]) -> l
 
 def test_ranks_with_collectives_in_their_stages_follow_one() -> None:
     cases = [Case(build_schedule(name, 2, 5), "ready", jitter=3e-3) for name in NAMES]
+    cases += [Case(_recomputing(name, 2, 5), "ready", jitter=3e-3) for name in ("1f1b", "interleaved", "zb_h1", "zb_v")]
     changed = run_ranks(4, _check_over_both, GridShape(pipeline=2, tensor=2), cases)
     assert changed[0] == changed[1] and changed[2] == changed[3] and any(map(any, changed))
 
@@ -515,8 +570,11 @@ def test_a_stage_that_fails_is_an_error_there_and_a_lost_peer_elsewhere() -> Non
 
 
 def test_what_cannot_be_run() -> None:
+    gathers = Schedule.from_text("0UNSHARD 0F0 0B0")
+    with pytest.raises(ValueError, match=r"uses \['UNSHARD'\], which cannot be run yet"):
+        PipelineExecutor(gathers, {0: TinyStage(0)}, [()], axis=single_axis("pipeline"), device=CPU)
     recompute = Schedule.from_text("0F0 0R0 0B0")
-    with pytest.raises(ValueError, match=r"uses \['RECOMPUTE'\], which cannot be run yet"):
+    with pytest.raises(ValueError, match="has 0R0, but its stages drop nothing"):
         PipelineExecutor(recompute, {0: TinyStage(0)}, [()], axis=single_axis("pipeline"), device=CPU)
     split = Schedule.from_text("0F0 0I0 0W0")
     module, _ = _stages((0,))

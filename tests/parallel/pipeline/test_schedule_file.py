@@ -37,6 +37,12 @@ def test_round_trip(name: str, tmp_path: Path) -> None:
     assert again.stage_to_rank == schedule.stage_to_rank
 
 
+def test_recomputes_stay_where_they_are_written(tmp_path: Path) -> None:
+    written = read(tmp_path, GOOD.replace(",0I0", "0R0,0I0").replace("1F0,1I0", "1F0,1R0,1I0"))
+    assert written.splitlines()[0] == "rank 0: 0F0 0SEND_F0 0F1 0SEND_F1 0RECV_B0 0R0 0I0 0RECV_B1 0W0 0I1 0W1"
+    assert "1F0 1R0 1I0" in written
+
+
 def test_as_spreadsheets_write_it(tmp_path: Path) -> None:
     plain = read(tmp_path, GOOD)
     assert plain.splitlines()[0] == "rank 0: 0F0 0SEND_F0 0F1 0SEND_F1 0RECV_B0 0I0 0RECV_B1 0W0 0I1 0W1"
@@ -81,8 +87,9 @@ def test_stages_may_be_uneven(tmp_path: Path) -> None:
             "0F0,,0B0,0F1,0B1\n1F0,1F1,1B0,1B1\n",
             r"rank 0, cell 3: .* \(deadlock\): .*0B0 \(rank 0\) before 0F1 \(rank 0\)",
         ),
-        ("1F0", "1UNSHARD,1F0", "rank 1, cell 2: 1UNSHARD: give F, B, I, W and their messages alone"),
-        ("1I0", "1R0,1I0", "rank 1, cell 3: 1R0: give F, B, I, W and their messages alone"),
+        ("1F0", "1UNSHARD,1F0", "rank 1, cell 2: 1UNSHARD: give F, R, B, I, W and their messages alone"),
+        ("1I0", "1I0,1R0", "rank 1, cell 3: 1I0 stands before 1R0, which it needs"),
+        ("0F0", "0R0,0F0", "rank 0, cell 1: 0R0 stands before 0F0, which it needs"),
         ("1I0", ";,1X0", "rank 1, cell 3: ';' is no action"),  # one separator in a file
         (",,,0I0", ",\t,, 0X0\t", "rank 0, cell 5: '0X0' is no action"),
         (",,,0I0", ",\x0b,,0I0", r"rank 0, cell 3: '\\x0b' is no action"),

@@ -81,10 +81,10 @@ def test_costs_per_stage_and_recompute() -> None:
     costs = Costs(forward=(1.0, 10.0), backward_input=(2.0, 20.0), backward_weight=3.0, recompute=5.0, latency=0.5)
     timeline = simulate(insert_communication(order), costs)
     times = [[(str(i.action), i.start, i.end) for i in intervals] for intervals in timeline.ranks]
-    # The recompute fills the wait for the gradient, which comes 0.5 after 34.5.
+    # The recompute fills the wait for the gradient, which comes 0.5 after 39.5: the other backward recomputes within.
     assert times == [
-        [("0F0", 0, 1), ("0R0", 1, 6), ("0B0", 35, 40)],
-        [("1F0", 1.5, 11.5), ("1B0", 11.5, 34.5)],
+        [("0F0", 0, 1), ("0R0", 1, 6), ("0B0", 40, 45)],
+        [("1F0", 1.5, 11.5), ("1B0", 11.5, 39.5)],
     ]
 
 

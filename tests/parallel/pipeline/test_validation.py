@@ -84,6 +84,21 @@ def test_forward_only_has_no_backward_part() -> None:
         validate(Schedule.from_text("0F0 0SEND_F0 0RECV_B0\n1RECV_F0 1F0 1SEND_B0"))
 
 
+def test_a_recompute_stands_once_between_its_forward_and_its_backward() -> None:
+    validate(Schedule.from_text("0F0 0F1 0R1 0B0 0I1 0W1"))
+    for text, why in {
+        "0F0 0R0 0R0 0B0": "action 3: 0R0 stands more than once",
+        "0R0 0F0 0B0": "action 1: 0R0 stands before 0F0, which it needs",
+        "0F0 0B0 0R0": "action 2: 0B0 stands before 0R0, which it needs",
+        "0F0 0I0 0R0 0W0": "action 2: 0I0 stands before 0R0, which it needs",
+        "0F0 0R0": r"a recompute \(R\) and no backward",
+        "0F0 0B0 0F1 0R1": r"a recompute \(R\) and no backward",
+        "0F0 0B0 0R1": "micro-batch 1 has no forward",
+    }.items():
+        with pytest.raises(ScheduleError, match=why):
+            validate(Schedule.from_text(text))
+
+
 def test_neighbours_on_one_rank() -> None:
     with pytest.raises(ScheduleError, match="0SEND_F0 has no other rank at its other end"):
         validate(Schedule.from_text("0F0 0SEND_F0 1RECV_F0 1F0", stage_to_rank=(0, 0)))
