@@ -37,18 +37,22 @@ def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _ColumnParallel(torch.autograd.Function):
+    """The weight, which outlives the node, is no part of what recomputation decides on: from hooks on what is saved a
+    parameter comes back as another tensor, without its sink.
+    """
+
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel, gathered: Tensor | None
     ) -> Tensor:
         full = x if gathered is None else gathered
-        ctx.save_for_backward(full, weight)
-        ctx.tp, ctx.split = tp, gathered is not None
+        ctx.save_for_backward(full)
+        ctx.weight, ctx.tp, ctx.split = weight, tp, gathered is not None
         return _affine(full, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        full, weight = ctx.saved_tensors
+        (full,), weight = ctx.saved_tensors, ctx.weight
         (grad,) = grads
         pending = None
         if ctx.needs_input_grad[0]:
@@ -61,8 +65,8 @@ class _ColumnParallel(torch.autograd.Function):
 class _RowParallel(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel, split: bool) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.tp, ctx.split = tp, split
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.tp, ctx.split = weight, tp, split
         if tp.size == 1:
             return _affine(x, weight, bias)
         out = sum_start(products.linear(x, weight), tp, split).wait()
@@ -70,7 +74,7 @@ class _RowParallel(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+        (x,), weight = ctx.saved_tensors, ctx.weight
         (grad,) = grads
         full = comm.all_gather_rows(grad, ctx.tp.axis)[: x.shape[0]] if ctx.split else grad
         grad_x = products.input_gradient(full, weight) if ctx.needs_input_grad[0] else None

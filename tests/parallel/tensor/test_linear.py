@@ -1,11 +1,13 @@
 """Column- and row-parallel linears against nn.Linear in float64, weight-gradient sinks, and collectives per block."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from itertools import product
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from model import Build, MicroBatch, ModelConfig
 from model.blocks import BLOCKS
@@ -208,7 +210,9 @@ class _Sink:
         return torch.stack([g.t() @ x for p, g, x in self.kept if p is parameter]).sum(0)
 
 
-def test_a_sink_takes_weight_gradients() -> None:
+@pytest.mark.parametrize("hooked", [False, True], ids=["kept", "saved elsewhere"])
+def test_a_sink_takes_weight_gradients(hooked: bool) -> None:
+    """Also where what autograd keeps is saved by another, and comes back as other tensors."""
     column = ColumnParallelLinear(WIDTH, SEGMENTS, tp=no_tensor_parallel())
     row = RowParallelLinear(SEGMENTS, WIDTH, tp=no_tensor_parallel())
     for layer in (column, row):
@@ -218,7 +222,8 @@ def test_a_sink_takes_weight_gradients() -> None:
 
     def backward() -> None:
         for seed in (1, 2):  # two micro-batches
-            y = linear(row(column(_random(3, WIDTH, seed=seed)).tanh()), own, None)
+            with saved_tensors_hooks(lambda x: x, lambda x: x) if hooked else nullcontext():
+                y = linear(row(column(_random(3, WIDTH, seed=seed)).tanh()), own, None)
             (y**2).sum().backward()
 
     backward()
