@@ -1,0 +1,177 @@
+"""The least time that layers without a save set yet can take, such that a moment's bytes stay within a limit.
+
+Bytes of a moment are a sum over the layers, once it is said which layer its action is at (a *row*): what is alive is
+the largest over its rows. Of one row, or of a weighted sum of rows, the least time for so many bytes is found as that
+of a knapsack whose last thing may be taken in part (Dantzig 1957; where one of each class is taken, Sinha & Zoltners
+1979): the steps along the lower hull of every layer's choices, the best first. Weights for the sum come from the linear
+program over all rows (its dual); whatever they are, the bound is true.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+from scipy.optimize import linprog
+
+from engine.recompute.choices import DEFERRED, KEPT, MOMENTS, OWN, Choices, Floats, Ints, Rank
+from engine.recompute.moments import I, W
+
+
+class Row:
+    """A moment with its action at one layer of the stage.
+
+    Attributes:
+        bytes_of: what each choice of each layer adds.
+    """
+
+    def __init__(self, rank: Rank, place: int, layer: int) -> None:
+        self.place, self.moment, self.layer = place, rank.moments[place], layer
+        self.bytes_of = [self._bytes(rank, at).astype(np.float64) for at in range(len(rank.layers))]
+
+    def _bytes(self, rank: Rank, at: int) -> Ints:
+        of, stage, moment = rank.layers[at], rank.stage_of[at], self.moment
+        alive = moment.live[stage] * of.kept + moment.deferred[stage] * of.deferred
+        return alive + self._own(of, at) if stage == moment.stage else alive
+
+    def _own(self, of: Choices, at: int) -> Ints | int:
+        if at == self.layer:
+            return of.held(self.moment)
+        if self.moment.kind is W:
+            return 0
+        if at < self.layer:
+            return of.kept
+        return of.deferred if self.moment.kind is I else 0
+
+    def of_chosen(self, rank: Rank, states: Ints, layer: int) -> Floats:
+        """Bytes of the layers before one, by state."""
+        alive = states[:, MOMENTS + self.place]
+        stage = rank.begun(layer)
+        if stage is None:
+            return alive.astype(np.float64)
+        alive = alive + self.moment.live[stage] * states[:, KEPT] + self.moment.deferred[stage] * states[:, DEFERRED]
+        if stage == self.moment.stage:
+            if layer > self.layer:
+                alive += states[:, OWN[self.moment.kind]]
+            elif self.moment.kind is not W:
+                alive += states[:, KEPT]
+        return alive.astype(np.float64)
+
+
+def rows(rank: Rank) -> list[Row]:
+    """Of each moment those at the ends of runs of equal layers: few, and rarely is another the largest."""
+    found = list[Row]()
+    for place, moment in enumerate(rank.moments):
+        ends = sorted({end for run in rank.runs(moment.stage) for end in run})
+        found += [Row(rank, place, layer) for layer in ends]
+    return found
+
+
+class Knapsack:
+    """Least time of the layers from any one on, over what they may add to a row (or a sum of rows).
+
+    Attributes:
+        least: bytes that the layers from each one on add at least.
+
+    Args:
+        bytes_of, times: of each choice of each layer.
+    """
+
+    def __init__(self, bytes_of: Sequence[Floats], times: Sequence[Floats]) -> None:
+        known = dict[bytes, list[tuple[float, float]]]()
+        hulls = list[list[tuple[float, float]]]()
+        for size, time in zip(bytes_of, times, strict=True):
+            key = size.tobytes() + time.tobytes()
+            known[key] = known.get(key) or _hull(size, time)
+            hulls.append(known[key])
+        steps = [(layer, x - x0, y - y0) for layer, hull in enumerate(hulls) for (x0, y0), (x, y) in pairwise(hull)]
+        steps.sort(key=lambda step: step[2] / step[1])
+        layer_of, more, faster = np.array(steps, dtype=np.float64).reshape(-1, 3).T
+        to_come = np.append(0.0, layer_of) >= np.arange(len(hulls) + 1)[:, None]
+        self._bytes = np.cumsum(to_come * np.append(0.0, more), axis=1)
+        self._times = np.cumsum(to_come * np.append(0.0, faster), axis=1)
+        self.least, self._slowest = (
+            np.append(np.cumsum([hull[0][axis] for hull in reversed(hulls)])[::-1], 0.0) for axis in (0, 1)
+        )
+
+    def time(self, layer: int, room: Floats) -> Floats:
+        """Of the layers from one on, that may add so much; infinite where they cannot."""
+        room = room - self.least[layer]
+        time = self._slowest[layer] + np.interp(room, self._bytes[layer], self._times[layer])
+        return np.where(room < 0, np.inf, time)
+
+
+class Bounds:
+    """What states will take at least, and what their peaks will be at least.
+
+    Attributes:
+        rows: of the rank.
+    """
+
+    def __init__(self, rank: Rank) -> None:
+        self.rank, self.rows = rank, rows(rank)
+        self.times = [of.time.astype(np.float64) for of in rank.layers]
+        self.knapsacks = [Knapsack(row.bytes_of, self.times) for row in self.rows]
+        self._sums = list[tuple[Floats, Knapsack]]()
+        self._rounding = 1e-3 + 1e-12 * sum(time.max() for time in self.times)
+
+    def weigh(self, limit: int) -> None:
+        """Look also at that sum of rows which says most, for a limit, where nothing is chosen yet."""
+        weights = _weights(np.array([np.concatenate(row.bytes_of) for row in self.rows]), self.times, limit)
+        self._sums = []
+        if np.count_nonzero(weights) > 1:
+            sums = [np.tensordot(weights, [row.bytes_of[at] for row in self.rows], 1) for at in range(len(self.times))]
+            self._sums.append((weights, Knapsack(sums, self.times)))
+
+    def chosen(self, states: Ints, layer: int) -> Floats:
+        """[rows, states]: bytes of each row, of the layers before one."""
+        return np.array([row.of_chosen(self.rank, states, layer) for row in self.rows])
+
+    def peaks(self, chosen: Floats, layer: int) -> Floats:
+        """What the peaks will be at least."""
+        return (chosen + np.array([[k.least[layer]] for k in self.knapsacks])).max(axis=0)
+
+    def times_after(self, chosen: Floats, layer: int, limit: float) -> Floats:
+        """Ticks of the layers from one on, at least, such that the peak stays within a limit."""
+        found = np.max([k.time(layer, limit - of) for k, of in zip(self.knapsacks, chosen, strict=True)], axis=0)
+        for weights, knapsack in self._sums:
+            found = np.maximum(found, knapsack.time(layer, limit * (1 + 1e-12) - weights @ chosen))
+        return np.ceil(found - self._rounding)
+
+
+def _weights(bytes_of: Floats, times: Sequence[Floats], limit: int) -> Floats:
+    """Of the rows, by the linear program: the least time within a limit, or the least peak where nothing takes time.
+
+    Args:
+        bytes_of: [rows, choices of all layers].
+    """
+    time = np.concatenate(times)
+    one_each = np.repeat(np.eye(len(times)), [len(of) for of in times], axis=1)
+    unit = max(limit, 1) if time.any() else max(bytes_of.max(), 1)
+    found = linprog(
+        np.append(time / max(time.max(), 1), 0 if time.any() else 1),
+        A_ub=np.column_stack([bytes_of / unit, np.full(len(bytes_of), 0 if time.any() else -1)]),
+        b_ub=np.full(len(bytes_of), 1 if time.any() else 0),
+        A_eq=np.column_stack([one_each, np.zeros(len(times))]),
+        b_eq=np.ones(len(times)),
+    )
+    weights = np.zeros(len(bytes_of)) if found.status else np.maximum(-found.ineqlin.marginals, 0)
+    return weights / max(weights.sum(), 1e-300)
+
+
+def _hull(bytes_of: Floats, times: Floats) -> list[tuple[float, float]]:
+    """The lower hull of (bytes, time), from the least bytes to the least time."""
+    hull = list[tuple[float, float]]()
+    for x, y in sorted(zip(bytes_of.tolist(), times.tolist(), strict=True)):
+        if hull and y >= hull[-1][1]:
+            continue
+        while len(hull) > 1 and _above(hull[-2], hull[-1], (x, y)):
+            hull.pop()
+        hull.append((x, y))
+    return hull
+
+
+def _above(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> bool:
+    """Whether b is on or above the line from a to c."""
+    return (b[1] - a[1]) * (c[0] - a[0]) >= (c[1] - a[1]) * (b[0] - a[0])
