@@ -95,17 +95,38 @@ class Pricer(TorchDispatchMode):
         """As Listener."""
 
 
+class Calls(TorchDispatchMode):
+    """Counts the operators within that take time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.count += _moved(_name(func), func, _tensors((args, kwargs)), _tensors(out)) > 0
+        return out
+
+
+def _name(func: Any) -> str:
+    return str(func._schema.name).partition("::")[2]
+
+
+def _tensors(of: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(of) if isinstance(x, Tensor)]
+
+
 def _price(cluster: Cluster, func: Any, args: Any, kwargs: Any, out: Any) -> tuple[str, float]:
     """(what, seconds) of one operator."""
-    name = str(func._schema.name).partition("::")[2]
+    name = _name(func)
     if name in _PRODUCTS:
         return "products", _product(cluster, *args[_PRODUCTS[name] :][:2])
     if "dot_product" in name:
         return "attention", _attention(cluster, name, args)
-    seconds, tensors = 0.0, [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    seconds, tensors = 0.0, _tensors((args, kwargs))
     if name.startswith("linear_attention"):
         seconds = _linear_attention(cluster, name, args)
-    moved = _moved(name, func, tensors, [x for x in tree_leaves(out) if isinstance(x, Tensor)])
+    moved = _moved(name, func, tensors, _tensors(out))
     if not moved:
         return "memory", seconds
     kind = "norm" if "norm" in name else "activation" if "gelu" in name or "silu" in name else "plain"

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from engine.clusters import Cluster
-from engine.clusters.pricing import Pricer, Spent
+from engine.clusters.pricing import Calls, Pricer, Spent
 from engine.recompute.probe import Clock, Place, Prepare, Priced, ReadyLayer, RunAgain, TimedRegions, Wall
 from engine.recompute.regions import Recompute
 from engine.recompute.save_sets import SaveSet
@@ -80,6 +80,13 @@ class Timing:
             where: of the planned grid that `build` is for.
         """
         return self._by_layer(lambda index: self._priced(index, cluster, where))
+
+    def calls(self, index: int) -> int:
+        """How many operators that take time forward and backward of a layer call."""
+        layer = self._planned._layer(index, Keep(), META)
+        with Calls() as calls:
+            layer.step()
+        return calls.count
 
     def _by_layer(self, find: Callable[[int], LayerTimes]) -> dict[str, LayerTimes]:
         known, found = dict[Hashable, LayerTimes](), dict[str, LayerTimes]()

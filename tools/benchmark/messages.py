@@ -58,7 +58,7 @@ def _over(world: World, rounds: int, *, shared: bool) -> Iterator[dict[str, obje
         for nbytes in _BYTES:
             boundaries = ((), (TensorSpec((nbytes // 4,)),))
             post = open_post((0, 1), boundaries, axis=axis, device=torch.device("cpu"), ready=ready)
-            trips = _repeat(rounds, _round_trip, post, axis)
+            trips = _repeat(rounds, round_trip, post, axis)
             ways = _repeat(rounds, _one_way, post, axis)
             send, take = comm.gather_objects(statistics.median(ways), axis)
             several, none = (_repeat(rounds, partial(_processor_time, count), post, axis) for count in (_TOGETHER, 0))
@@ -85,7 +85,8 @@ def _lanes(post: Post, axis: Axis) -> tuple[Lane, Lane]:
     return (post.lanes[there], post.lanes[back]) if axis.index == 0 else (post.lanes[back], post.lanes[there])
 
 
-def _round_trip(post: Post, axis: Axis) -> float:
+def round_trip(post: Post, axis: Axis) -> float:
+    """Seconds until a message that goes to the other rank and back is there."""
     there, back = _lanes(post, axis)
     message = tuple(torch.zeros(spec.shape) for spec in there.specs)
     start = time.perf_counter()

@@ -1,4 +1,5 @@
-"""`python -m tools.plan --config configs/vit_22b.yaml --ranks 64 --gpu-memory 80`: memory per rank, before any GPU.
+"""`python -m tools.plan --config configs/vit_22b.yaml --ranks 64 --gpu-memory 80`: memory per rank, before any GPU;
+`python -m tools.plan --measure --out FILE`: a cluster file of this machine (--measure --help).
 
 Every ZeRO stage in turn (or those of --stages) for the layout of the configuration, planned on the meta device by the
 code that allocates. The table shows the pipeline rank that needs most, and the bubble that the simulator predicts
@@ -9,13 +10,11 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
 from engine.config import Config
 from engine.config.cli import parse
-from engine.errors import EXIT_USAGE, ConfigError
 from engine.plan import MemoryPlan, plan_memory
 from tools.benchmark.table import Row, show
 
@@ -88,11 +87,3 @@ def row(config: Config, ranks: int, memory: float) -> Row:
         "peak_GB": worst.peak / _GB,
         "fits": worst.peak <= memory * _GB,
     }
-
-
-if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ConfigError as error:
-        print(f"tools.plan: error: {error}", file=sys.stderr)
-        sys.exit(EXIT_USAGE)

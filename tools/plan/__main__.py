@@ -1,0 +1,31 @@
+"""`python -m tools.plan`: memory of a layout (memory.py), or with --measure a cluster file (measure.py)."""
+
+from __future__ import annotations
+
+import sys
+
+from parallel import parent
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    parent.end_with_launcher()
+    parent.end_by_interrupt()
+
+from engine.errors import EXIT_USAGE, ConfigError
+from engine.run.launch import run_rank
+from tools.plan import main, measure
+
+
+def run(argv: list[str]) -> int:
+    """Do what is asked for; returns the exit code."""
+    if "--measure" in argv:
+        return run_rank(measure.main, argv, "tools.plan", alone=True)
+    try:
+        main(argv)
+    except ConfigError as error:
+        print(f"tools.plan: error: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))
