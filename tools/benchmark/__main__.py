@@ -29,6 +29,7 @@ BENCHMARKS = {
     "pipeline": "schedules with stages that sleep, against formulas; the cost of an action, against torch's",
     "peers": "the same step against plain eager PyTorch, DDP, FSDP2, DeepSpeed, torch's pipelines",
     "recompute": "time over memory of what is computed again, against torch's checkpointing",
+    "predictions": "what tools.plan says of memory and time, against runs of configurations drawn by seed",
     "checkpoint": "saving and loading a state against the disk's rate and torch.distributed.checkpoint",
     "reshard": "a checkpoint cut for a layout: what that costs, and what loading gains",
     "convert": "weights converted between formats: rate against the disk's, and memory",
@@ -37,14 +38,14 @@ BENCHMARKS = {
 
 _ALONE = {
     "precision", "textures", "reshard", "convert", "kernels", "sweep", "schedules", "pipeline", "recompute",
-    "--against",
+    "predictions", "--against",
 }  # with ranks of their own, or none  # fmt: skip
 
 
 def main(argv: Sequence[str], world: World) -> int | None:
     """Hand over to the benchmark named first; returns its exit code."""
     if not argv or argv[0] not in BENCHMARKS:
-        lines = [f"  {name:10} {what}" for name, what in BENCHMARKS.items()]
+        lines = [f"  {name:11} {what}" for name, what in BENCHMARKS.items()]
         print("\n".join(["usage: python -m tools.benchmark NAME [options]", *lines]), file=sys.stderr)
         return EXIT_USAGE
     code: int | None = importlib.import_module(f"tools.benchmark.{argv[0]}").main(argv[1:], world)

@@ -57,13 +57,14 @@ def started(config: Config, world: World, distinct_batches: int = 2) -> Iterator
     process_group.start(world, device, config.parallel.timeout)
     try:
         assembly = assemble(config, grid_of(config, world, device), device)
-        steps = islice(_stream(assembly).steps(0), distinct_batches)
+        steps = islice(stream_of(assembly).steps(0), distinct_batches)
         yield Bench(config, world, assembly, [list(step) for step in steps])
     finally:
         process_group.stop()
 
 
-def _stream(a: Assembly) -> TrainStream:
+def stream_of(a: Assembly) -> TrainStream:
+    """Random images of the model's shape, as a rank reads them."""
     sizes, train = a.config.model.sizes, a.config.train
     assert train.micro_batch_size is not None
     images, _ = build_datasets(

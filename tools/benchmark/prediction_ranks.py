@@ -1,0 +1,114 @@
+"""A rank of a run that `python -m tools.benchmark predictions` measures.
+
+`python -m tools.benchmark.prediction_ranks SOCKET`, started by tools.benchmark.turns. What is asked is what the rank
+holds beside what any rank does: code that was read from disk, threads, scratch memory of libraries, sockets. So a tiny
+model of the same kind and layout takes a step first, and is given up; what is resident then is the ground, and the peak
+above it, as the kernel counts it, is the measurement: the kernel's count is what ends a process that takes too much.
+
+Of the allocator there are two answers. A run keeps what it frees (model.kernels.tune_allocator), in one heap with holes
+that no plan knows of, as a GPU's allocator reserves more than it hands out. So the peak is taken with every tensor in
+pages of its own, which is how glibc is left to itself; then what a run holds, and its times, with the run's allocator.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import islice
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from data import DataConfig
+from engine.assemble import assemble, grid_of
+from engine.device import choose_device, prepare_cpu, set_matmul
+from engine.plan import LiveBytes, states
+from engine.run.step import Stepper
+from parallel import comm, process_group
+from parallel.grid import Grid
+from parallel.process_group import read_world
+from tools.benchmark.bench import read_config, stream_of
+from tools.benchmark.resident import give_back, resident_bytes
+
+_DATA = DataConfig(kind="synthetic", size=8)
+_CPU = torch.device("cpu")
+
+
+PAGES_OF_THEIR_OWN = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+"""For the environment: glibc would raise the threshold as it goes."""
+
+
+def measure(flags: Sequence[str], tiny: Sequence[str], steps: int) -> dict[str, Any]:
+    """Bytes, and seconds of `steps` steps. Collective.
+
+    Args:
+        flags: of the configuration. tiny: flags that make it small.
+    """
+    world = read_world()
+    config = replace(read_config(flags), data=_DATA).resolve(world.size)
+    device = choose_device("cpu", world)
+    set_matmul(config.precision, device)
+    process_group.start(world, device, config.parallel.timeout)
+    grid = grid_of(config, world, device)
+    _steps(Stepper(assemble(replace(read_config([*flags, *tiny]), data=_DATA).resolve(world.size), grid, _CPU)), 1)
+    ground, shared = _ground(grid), resident_bytes("RssShmem")
+    stepper = Stepper(assemble(config, grid, _CPU))
+    _steps(stepper, 2)
+    peak, shared = resident_bytes("VmHWM"), resident_bytes("RssShmem") - shared
+    tensors = _live_tensors(stepper)
+    prepare_cpu(world)
+    _ground(grid)
+    seconds = _steps(stepper, 1 + steps)[1:]
+    return {
+        "peak_bytes": peak - ground,
+        "shared_bytes": shared,
+        "heap_bytes": resident_bytes("VmHWM") - ground,
+        "tensor_bytes": tensors,
+        "seconds": seconds,
+    }
+
+
+def _ground(grid: Grid) -> int:
+    """What is resident when all that is free was given back; the peak begins here. Collective."""
+    comm.barrier(grid.world)
+    found = give_back()
+    comm.barrier(grid.world)
+    return found
+
+
+def _steps(stepper: Stepper, count: int) -> list[float]:
+    """Seconds of steps, with micro-batches that are read while they go on, as in a run. Collective."""
+    seconds = list[float]()
+    for batches in islice(stream_of(stepper.assembly).steps(0), count):
+        comm.barrier(stepper.assembly.grid.world)
+        start = time.perf_counter()
+        stepper.train_step(batches, 1e-4)
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def _live_tensors(stepper: Stepper) -> int:
+    """The most bytes that live tensors take, counted while a step makes them."""
+    with LiveBytes() as counter:
+        _steps(stepper, 1)
+    return sum(states(stepper.assembly).values()) + counter.peak
+
+
+def serve(socket: Connection) -> None:
+    """Say when it is ready, then answer one message with what was measured."""
+    task = socket.recv()
+    socket.send({"ready": True})
+    try:
+        socket.recv()
+    except EOFError:
+        return
+    socket.send(measure(**task))
+    socket.close()
+
+
+if __name__ == "__main__":
+    serve(Connection(int(sys.argv[1])))
+    process_group.stop()
