@@ -17,11 +17,8 @@ from tests.tools.test_peers import FLAGS, small
 from tools.benchmark import recompute
 from tools.benchmark.eager_vit import EagerSizes, EagerViT
 from tools.benchmark.front import Point, verdicts
-from tools.benchmark.recompute import sets_of
 from tools.benchmark.recompute_theirs import ATTENTION, PRODUCTS, WAYS, Checkpointed
 from tools.benchmark.resident import give_back, resident_bytes
-
-LAYERS = [f"blocks.{number}" for number in range(4)]
 
 
 class Counted(TorchDispatchMode):
@@ -66,14 +63,6 @@ def test_torchs_ways_compute_again_what_they_say_and_no_bit_differs() -> None:
         assert all(map(torch.equal, gradients, kept)), way
 
 
-def test_ways_of_ours_are_written_by_the_layer() -> None:
-    assert list(sets_of("fc1", LAYERS).values()) == ["fc1"] * 4
-    assert list(sets_of("input*1/fc1*2/norm+gather", LAYERS).values()) == ["input", "fc1", "fc1", "norm+gather"]
-    for text in ("fc2", "fc1*2", "fc1*5", "fc1*0/all", "fc1/all", "fc1*x/all"):
-        with pytest.raises(ConfigError, match="--ours"):
-            sets_of(text, LAYERS)
-
-
 def test_a_point_is_dominated_by_one_that_takes_neither_more_memory_nor_more_time() -> None:
     def point(name: str, memory: float, *seconds: float) -> Point:
         return Point(name=name, is_ours=name.startswith("our"), seconds=seconds, memory={"m": memory})
@@ -109,12 +98,10 @@ def test_a_whole_run(tmp_path: Path) -> None:
         "--json",
         str(tmp_path / "r.json"),
     ]
-    recompute.main(
-        [*flags, "--ours", "input*1/norm", "--theirs", "full", "--picture", str(tmp_path / "r.png")], World()
-    )
+    recompute.main([*flags, "--ours", "input, norm", "--theirs", "full", "--picture", str(tmp_path / "r.png")], World())
     rows = json.loads((tmp_path / "r.json").read_text())
     assert [(row["program"], row["way"]) for row in rows] == [
-        ("ours", "input*1/norm"),
+        ("ours", "input, norm"),
         ("theirs", "full"),
     ]
     for row in rows:
@@ -128,7 +115,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(["--theirs", "half"], "half"), (["--ours", "fc3"], "fc3"), (["--picture", "front.jpg"], "png")],
+    [(["--theirs", "half"], "half"), (["--ours", "none; fc3"], "fc3"), (["--picture", "front.jpg"], "png")],
 )  # fmt: skip
 def test_mistakes_are_told_before_anything_starts(options: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -16,6 +16,7 @@ from typing import Any
 from engine.config import Config
 from engine.errors import ConfigError
 from engine.objectives import make_objective
+from engine.recompute import LADDER
 from tools.benchmark.bench import read_config
 
 SIZES = (250 << 20, 1200 << 20)
@@ -42,7 +43,9 @@ class Draw:
         """What makes the model small, in the same layout, with as many micro-batches. A preset keeps its weights."""
         data = self.config.resolve(self.ranks).grid_shape(self.ranks).data
         count = self.keys["train.global_batch_size"] // self.keys["train.micro_batch_size"] // data
-        keys = {"train.micro_batch_size": 1, "train.global_batch_size": count * data}
+        keys: dict[str, Any] = {"train.micro_batch_size": 1, "train.global_batch_size": count * data}
+        if "recompute.policy" in self.keys:
+            keys["recompute.policy"] = "full"  # whatever its depth
         if "model.preset" not in self.keys:
             keys |= {"model.width": 64, "model.num_heads": 4, "model.mlp_dim": 128, "model.image_size": 128}
             keys |= {"model.depth": 8}  # as many as there can be stages
@@ -66,7 +69,9 @@ def draw(seed: int, number: int) -> Draw:
         ranks = source.choice((1, 2, 2, 3, 4, 4, 4))
         layout = _layout(source, ranks)
         for _ in range(_TRIES):  # else layouts that take little would be drawn seldom
-            found = Draw(number=number, ranks=ranks, keys={**layout, **_model(source), **_formats(source)})
+            model = _model(source)
+            keys = {**layout, **model, **_formats(source), **_recompute(source, model.get("model.depth", 12))}
+            found = Draw(number=number, ranks=ranks, keys=keys)
             if _is_possible(found):
                 return found
 
@@ -99,7 +104,7 @@ def _layout(source: random.Random, ranks: int) -> dict[str, Any]:
 
 
 def _model(source: random.Random) -> dict[str, Any]:
-    if source.random() < 0.1:
+    if source.random() < 0.04:
         return {"model.preset": "swin_t", "model.image_size": source.choice((112, 224))}
     width = source.choice((192, 256, 384, 512, 768, 1024))
     keys: dict[str, Any] = {
@@ -127,6 +132,15 @@ def _model(source: random.Random) -> dict[str, Any]:
 
 def _formats(source: random.Random) -> dict[str, Any]:
     return {"precision.dtype": source.choice(("fp32", "fp32", "bf16", "bf16", "fp16", "fp8"))}
+
+
+def _recompute(source: random.Random, depth: int) -> dict[str, Any]:
+    """A policy; or two save sets, of the first blocks and of the rest."""
+    first = source.randrange(1, depth)
+    sets = [source.choice(LADDER) for _ in range(2)]
+    mixed = f"{sets[0]} * {first}, {sets[1]} * {depth - first}"
+    policy = source.choice(("none", "none", "full", "selective", mixed, mixed, mixed))
+    return {} if policy == "none" else {"recompute.policy": policy}
 
 
 def _is_possible(found: Draw) -> bool:

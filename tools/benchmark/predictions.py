@@ -51,11 +51,12 @@ def main(argv: Sequence[str], world: World) -> int:
     options = parser.parse_args(argv)
     if world.size > 1:
         raise ConfigError("predictions starts ranks of its own: run it without a launcher")
+    check_place(options.json)
     draws = [draw(options.seed, n) for n in options.only or range(options.count)]
     if options.list:
         show([_about(one) for one in draws])
         return EXIT_DONE
-    known = read(check_place(options.json), options.seed)
+    known = read(options.json, options.seed)
     failed = _measure_missing(draws, known, options)
     rows = [row(one, known[one.number]) for one in draws if one.number in known]
     if rows:
@@ -159,6 +160,7 @@ def _about(one: Draw) -> Row:
         "dtype": config.precision.dtype,
         "zero": config.parallel.zero_stage,
         "schedule": config.parallel.schedule if shape.pipeline > 1 else "-",
+        "recompute": str(config.recompute.policy),
         "micro_batches": f"{config.num_micro_batches(shape)} x {config.train.micro_batch_size}",
     }
 

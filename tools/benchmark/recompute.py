@@ -8,8 +8,8 @@ less imports.
 
     python -m tools.benchmark recompute --model.preset vit_b16 --train.global_batch_size 16 --picture front.png
 
---ours takes ways with commas between them: a save set for all blocks, or for the first so many and then the rest, as
-`fc1*6/norm` (of docs/recompute.md). --theirs takes some of torch's, or nothing. In a layout that torch's checkpointing
+--ours takes values of recompute.policy with semicolons between them, such as 'none; fc1 * 6, norm * 6; full'; --theirs
+some of torch's with commas, or nothing. In a layout that torch's checkpointing
 knows nothing of (tensor, pipeline, context, several micro-batches) ours alone are measured; over data ranks it has DDP.
 """
 
@@ -28,8 +28,7 @@ from typing import Any
 
 from engine.config import Config
 from engine.errors import ConfigError
-from engine.objectives import make_objective
-from engine.recompute import SAVE_SETS
+from engine.recompute.config import RecomputeConfig
 from parallel.process_group import World
 from tools.benchmark.bench import read_config
 from tools.benchmark.front import Point, draw, verdicts
@@ -45,10 +44,10 @@ from tools.options import COUNT, add_json, number
 WARMUP = 1
 _MIB = 2**20
 _MODULES = {
-    "ours": ["tools.benchmark.peer_vitruvius", "engine.recompute"],
+    "ours": ["tools.benchmark.peer_vitruvius", "engine.recompute.assignment"],
     "theirs": ["tools.benchmark.peer_torch", "tools.benchmark.recompute_theirs"],
 }
-_OURS = "all,norm,fc1,qkv,attention,input"
+_OURS = ("none", "norm", "fc1", "qkv", "attention", "full")
 
 
 @dataclass
@@ -56,7 +55,8 @@ class Way:
     """One program run in one way.
 
     Attributes:
-        how: what the process is told. seconds: of its steps, the slowest rank's. losses: of each step.
+        name: in the table; of ours a value of recompute.policy. how: what a process of all ways is told.
+        seconds: of its steps, the slowest rank's. losses: of each step.
         activations, above_imports: bytes of the largest rank.
     """
 
@@ -70,7 +70,7 @@ class Way:
 
     def message(self, step: int, **more: Any) -> Answer:
         """For a process of its program."""
-        return {"program": self.program, "way": self.how, "step": step, **more}
+        return {"program": self.program, "way": self.how, "step": step} | more
 
 
 def main(argv: Sequence[str], world: World) -> None:
@@ -81,7 +81,7 @@ def main(argv: Sequence[str], world: World) -> None:
     count = number(COUNT)
     parser.add_argument("--ranks", type=count, default=1, help="processes of a layout (default 1)")
     parser.add_argument("--rounds", type=count, default=7, help="measured rounds, a step of each way (default 7)")
-    parser.add_argument("--ours", default=_OURS, help=f"ways of this engine (default {_OURS}, and two halves)")
+    parser.add_argument("--ours", default="", help="values of recompute.policy, with semicolons between them")
     parser.add_argument("--theirs", default=",".join(WAYS), help=f"torch's (default all: {','.join(WAYS)})")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the front of time over memory there, as PNG")
     add_json(parser)
@@ -111,39 +111,21 @@ def main(argv: Sequence[str], world: World) -> None:
 
 
 def _ours(text: str, config: Config) -> list[Way]:
-    layers = [layer.name for layer in make_objective(config).layers if layer.name not in ("embed", "head")]
-    names = text.split(",") if text != _OURS else [*_OURS.split(","), *_halves(len(layers))]
-    return [Way("ours", name, sets_of(name, layers)) for name in names]
+    depth = config.model.sizes.depth
+    names = [name.strip() for name in text.split(";")] if text else [*_OURS, *_halves(depth)]
+    for name in names:
+        try:
+            RecomputeConfig(policy=name).sets(depth)
+        except ValueError as error:
+            raise ConfigError(f"--ours: {error}") from error
+    return [Way("ours", name, name) for name in names]
 
 
-def _halves(layers: int) -> list[str]:
-    half = layers // 2
-    return [f"norm*{half}/all", f"fc1*{half}/norm", f"input*{half}/norm"] if half else []
-
-
-def sets_of(text: str, layers: Sequence[str]) -> dict[str, str]:
-    """Names of save sets by the names of `layers`, of `fc1*6/norm`: the first six of them, and the rest.
-
-    Raises:
-        ConfigError: a name that there is not, or a number of layers that cannot be.
-    """
-    sets = list[str]()
-    parts = text.split("/")
-    for place, part in enumerate(parts):
-        name, star, times = part.partition("*")
-        if name not in SAVE_SETS:
-            raise ConfigError(f"--ours {text}: no save set is called {name!r}: take some of {', '.join(SAVE_SETS)}")
-        rest = len(layers) - len(sets)
-        if star and not (times.isdecimal() and 0 < int(times) <= rest):
-            raise ConfigError(f"--ours {text}: {part} says of {times!r} layers, of {rest} that there are left")
-        if not star and place < len(parts) - 1:
-            raise ConfigError(
-                f"--ours {text}: say of how many of {rest} layers {name} is, as {name}*{max(1, rest // 2)}"
-            )
-        sets += [name] * (int(times) if star else rest)
-    if len(sets) != len(layers):
-        raise ConfigError(f"--ours {text} is of {len(sets)} layers, but there are {len(layers)}: end it with /all")
-    return dict(zip(layers, sets, strict=True))
+def _halves(depth: int) -> list[str]:
+    """Mixtures: early blocks, whose tensors live longest, drop more."""
+    half = depth // 2
+    pairs = (("norm", "all"), ("fc1", "all"), ("fc1", "norm"), ("qkv", "norm"), ("input", "norm"), ("input", "fc1"))
+    return [f"{a} * {half}, {b} * {depth - half}" for a, b in pairs] if half else []
 
 
 def _theirs(text: str, config: Config, ranks: int) -> list[Way]:
@@ -178,11 +160,13 @@ def _running(programs: Sequence[str], task: Task, ranks: int, folder: Path) -> I
 
 def _measure_memory(way: Way, task: Task, ranks: int, folder: Path) -> None:
     """Two steps as they are, for the peak of the process; then one of which that of the activations is measured."""
-    with _running([way.program], task, ranks, folder) as running:
+    flags = [*task.flags, f"--recompute.policy={way.name}"] if way.program == "ours" else task.flags
+    how = None if way.program == "ours" else way.how
+    with _running([way.program], replace(task, flags=flags), ranks, folder) as running:
         for step in range(2):
-            answers = running.ask(way.message(step))
+            answers = running.ask(way.message(step, way=how))
         way.above_imports = max(answer["peak_bytes"] - answer["imports_bytes"] for answer in answers)
-        answers = running.ask(way.message(2, measure=True))
+        answers = running.ask(way.message(2, way=how, measure=True))
         way.activations = max(answer["activation_bytes"] for answer in answers)
 
 
@@ -190,7 +174,7 @@ def _measure_time(ways: Sequence[Way], task: Task, ranks: int, rounds: int, fold
     """One step of each way per round, every other round backwards. Weights are left as they are, since the ways share
     them: so losses of the same step must agree.
     """
-    task = replace(task, lr=0.0)
+    task = replace(task, lr=0.0, flags=[*task.flags, "--recompute.policy", "full"])
     with _running(list({way.program: None for way in ways}), task, ranks, folder) as running:
         for round_ in range(WARMUP + rounds):
             for way in ways if round_ % 2 else ways[::-1]:

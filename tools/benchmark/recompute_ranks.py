@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -25,39 +25,33 @@ class Switched:
     """A program.
 
     Attributes:
-        step: as of peer_programs. use: choose the way of the steps to come. keep: gradients from now on.
+        step: as of peer_programs. use: choose the way of the steps to come. sets: of ours, by the block, as it was
+            built. keep: gradients from now on.
     """
 
     step: Step
     use: Callable[[Any], object]
+    sets: Sequence[str] = ()
     keep: Callable[[], object] = lambda: None
 
 
 def ours(task: Task) -> Switched:
-    """The engine; its ways are names of save sets by names of layers."""
-    from engine.recompute import SAVE_SETS, Recompute
+    """The engine; its ways are values of recompute.policy, or None for that which it was built with."""
+    from engine.recompute.assignment import assignment
+    from engine.recompute.config import RecomputeConfig
     from tools.benchmark.peer_vitruvius import own_batches, stepper_of
 
-    stepper, policy = stepper_of(task), Recompute({})
-    _hand_to(policy, stepper.assembly.stages.values())
-    batches = own_batches(task, stepper)
+    stepper = stepper_of(task)
+    a, batches = stepper.assembly, own_batches(task, stepper)
 
-    def use(sets: dict[str, str]) -> None:
-        policy.sets = {layer: SAVE_SETS[name] for layer, name in sets.items() if name != "all"}
+    def use(policy: str | None) -> None:
+        if policy is not None:
+            sets = assignment(RecomputeConfig(policy=policy), a.layers, a.frozen.passes)
+            assert a.recompute is not None, "it was built with a policy that computes something again"
+            a.recompute.sets = {layer: of for layer, of in sets.items() if of.drops}
 
-    return Switched(lambda number: stepper.train_step(batches[number % len(batches)], task.lr).loss, use)
-
-
-def _hand_to(policy: Any, stages: Any) -> None:
-    """Have the layers of an assembled model run their regions by `policy`."""
-    from dataclasses import replace
-
-    from model.regions import Regions
-
-    for module in (module for stage in stages for module in stage.modules()):
-        for name, value in vars(module).items():
-            if isinstance(value, Regions):
-                setattr(module, name, replace(value, policy=policy))
+    chosen = [of.name for layer, of in a.sets.items() if layer.startswith("blocks.")]
+    return Switched(lambda number: stepper.train_step(batches[number % len(batches)], task.lr).loss, use, chosen)
 
 
 def theirs(task: Task) -> Switched:
@@ -83,7 +77,7 @@ def theirs(task: Task) -> Switched:
     step = peer_torch.plain_step(
         whole, task, low if task.dtype == "bf16" else nullcontext, keeps_gradients=lambda: bool(kept)
     )
-    return Switched(step, partial(setattr, model, "way"), partial(kept.append, True))
+    return Switched(step, partial(setattr, model, "way"), keep=partial(kept.append, True))
 
 
 def serve(socket: Connection) -> None:
@@ -111,7 +105,7 @@ def serve(socket: Connection) -> None:
 def _timed(program: Switched, number: int) -> dict[str, Any]:
     with Stopwatch() as watch:
         loss = program.step(number)
-    return {"seconds": watch.wall, "loss": loss}
+    return {"seconds": watch.wall, "loss": loss, "sets": list(program.sets)}
 
 
 def _measured(program: Switched, number: int) -> dict[str, Any]:
