@@ -24,6 +24,7 @@ from engine.precision.precision import precision_of
 from engine.precision.scaler import LossScaler
 from engine.prediction import predicted_step
 from engine.recompute import Recompute, SaveSet
+from engine.recompute.ahead import Ahead, flops_again, recompute_schedule
 from engine.recompute.assignment import assignment
 from model import Build, LayerSpec, MicroBatch, Precision, Stage
 from model.kernels import Kernels
@@ -100,7 +101,8 @@ class Assembly:
     @cached_property
     def predicted(self) -> Timeline:
         """A training step by the simulator, with costs by FLOPs: what the report and `bubble_predicted` tell of."""
-        return predicted_step(self.schedule, self.placement, self.layers, self.frozen.passes, self.policy)
+        again = flops_again(self.layers, self.sets, self.config.model)
+        return predicted_step(self.schedule, self.placement, self.layers, self.frozen.passes, self.policy, again)
 
     @property
     def recompute(self) -> Recompute | None:
@@ -145,6 +147,7 @@ class Assembly:
             axis=self.grid.pipeline,
             device=self.device,
             deferrer=self.store.gradients,
+            recomputer=None if self.recompute is None else Ahead(self.recompute, self.store.use),
             before_run=self.store.plan if self.store.gatherer.units else None,
             policy=self.policy,
             group=self._group if self.policy == "ready" else None,
@@ -261,6 +264,9 @@ def assemble(
     precision = precision_of(config.precision, layers)
     held = placement.on(grid.pipeline.index)
     sets = assignment(config.recompute, layers, frozen.passes)
+    if config.recompute.ahead == "auto" and grid.pipeline.size > 1:
+        again = flops_again(layers, sets, config.model)
+        schedule = recompute_schedule(schedule, placement, layers, frozen.passes, again)
     build = Build(
         config=config.model, tp=tp, context=grid.context, seed=config.train.seed, kernels=Kernels(config.kernels),
         precision=precision, policy=_recompute(sets, {layers[i].name for s in held for i in placement.layers[s]}),
@@ -281,6 +287,7 @@ def assemble(
         grid=grid, device=device, seed=config.train.seed, policy=policy, group_of=group_of,
         dtype_of=precision.of_weight,
     )  # fmt: skip
+    store.recomputed = frozenset(name for name, of in sets.items() if of.drops)
     for stage in stages.values():
         stage.to(device)
     return Assembly(

@@ -15,12 +15,24 @@ def predicted_step(
     layers: Sequence[LayerSpec],
     passes: Sequence[int],
     policy: Policy = "static",
+    again: Sequence[int] = (),
 ) -> Timeline:
-    """The simulated step. Time is counted in FLOPs per image; messages take none.
+    """The simulated step.
+
+    Args:
+        layers, passes, again: as for `predicted_costs`.
+    """
+    return simulate(schedule, predicted_costs(placement, layers, passes, again), policy)
+
+
+def predicted_costs(
+    placement: Placement, layers: Sequence[LayerSpec], passes: Sequence[int], again: Sequence[int] = ()
+) -> Costs:
+    """Time is counted in FLOPs per image; messages take none.
 
     Args:
         layers: of the whole model. passes: of each layer, products of the forward's cost (engine.frozen): forward,
-            gradient of the inputs, gradient of the weights.
+            gradient of the inputs, gradient of the weights. again: of each, FLOPs that are computed again, if any are.
     """
 
     def of(least: int) -> tuple[float, ...]:
@@ -28,4 +40,5 @@ def predicted_step(
             float(sum(layers[i].flops for i in stage if passes[i] >= least)) for stage in placement.layers
         )  # fmt: skip
 
-    return simulate(schedule, Costs(forward=of(1), backward_input=of(2), backward_weight=of(3)), policy)
+    recompute = tuple(float(sum(again[i] for i in stage)) if again else 0.0 for stage in placement.layers)
+    return Costs(forward=of(1), backward_input=of(2), backward_weight=of(3), recompute=recompute)

@@ -186,6 +186,7 @@ class Config:
             model = replace(model, head_bias=-10.0 if self.train.loss == "sigmoid" else 0.0)
         pipeline = self.pipeline(shape)
         pipeline.check_depth(model)
+        pipeline.check_recomputes(drops=self.recompute.drops(model.sizes.depth))
         if (self.train.steps is None) == (self.train.epochs is None):
             given = "neither is" if self.train.steps is None else "both are"
             raise ConfigError(f"give either train.steps or train.epochs: {given} set")
@@ -229,6 +230,10 @@ class Config:
             found.append("parallel.shared_memory false: there is one rank")
         if not (p.sequence_parallel and shape.tensor > 1) and self.recompute.gathers_again:
             found.append("recompute.policy ...+gather: no rows are gathered, which sequence parallelism splits")
+        if self.recompute.ahead == "never" and not self.recompute.drops(self.model.sizes.depth):
+            found.append("recompute.ahead never: nothing is dropped")
+        elif self.recompute.ahead == "never" and shape.pipeline == 1:
+            found.append("recompute.ahead never: there is one pipeline rank, which waits for no gradient")
         o = self.optimizer
         if o.decay_by == "schedule" and not (o.weight_decay or o.head_weight_decay):
             found.append("optimizer.decay_by schedule: nothing decays")

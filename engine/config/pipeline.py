@@ -116,6 +116,15 @@ class Pipeline:
             f"use {cure}, or a deeper model"
         )
 
+    def check_recomputes(self, *, drops: bool) -> None:
+        """Raise ConfigError where a schedule from a file computes again (R) what nobody drops."""
+        found = () if self.written is None or drops else self.written.recomputes
+        if found:
+            raise ConfigError(
+                f"parallel.schedule {self.parallel.schedule} has recomputes ({found[0]} and so on), but nothing is "
+                "dropped: set recompute.policy, or leave them out"
+            )
+
     def _too_many(self, layers: int) -> tuple[str, str]:
         """Who asks for so many stages, and what asks for no more than there are layers."""
         name, size = self.parallel.schedule, f"parallel.pipeline_parallel_size {self.ranks}"

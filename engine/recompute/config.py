@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from math import isfinite
+from typing import Literal
 
 from engine.recompute.save_sets import SaveSet, save_set
 from model.patterns import Pattern, is_one_name
@@ -43,6 +44,10 @@ class RecomputeConfig:
     memory_budget: str | int | float = "auto"
     """policy auto: the most memory that a rank may take: bytes, a size with a unit (800MiB, 12GB), a share of the
     device's (0.7), or auto: nine tenths of it."""
+
+    ahead: Literal["auto", "never"] = "auto"
+    """auto: in a pipeline, a rank that would wait for a gradient computes again meanwhile what was dropped of that
+    micro-batch, one at a time, which takes the memory that dropping it has saved; never: backward does all of it"""
 
     def __post_init__(self) -> None:
         if self._name not in (*POLICIES, "auto"):
@@ -89,6 +94,10 @@ class RecomputeConfig:
         if self._name in POLICIES:
             return (save_set(POLICIES[self._name]),) * depth
         return tuple(save_set(name) for name in _PATTERN.parse(self.policy, depth, "recompute.policy"))
+
+    def drops(self, depth: int) -> bool:
+        """Whether any of so many blocks drops something, or may."""
+        return self._name == "auto" or any(of.drops for of in self.sets(depth))
 
     @property
     def gathers_again(self) -> bool:

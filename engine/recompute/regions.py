@@ -6,7 +6,8 @@ autograd gets a *slot* in its place. So do later calls that are to be computed a
 theirs. When backward first asks a slot for its tensor, the call is run again, from tensors that were kept or from slots
 of its own, and fills all slots that are still wanted. So each call is run again at most once, as late as can be, and
 what it gives is freed as backward lets go of it; nothing is remembered beside the slots. What one layer gives to the
-next is kept, if that asks for it: else the last of them would have all run again at once.
+next is kept, if that asks for it: else the last of them would have all run again at once. Who wants calls run again
+before backward comes has them noted, and runs them himself, in the order of the forward pass.
 
 The functions are run again as they were: the same module and arguments, gradients enabled, so the same kernels save the
 same tensors in the same order, which is how those made within are told apart. Where tensors come from is found by their
@@ -17,7 +18,8 @@ non-reentrant form finds tensors by their order, too.)
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -40,11 +42,15 @@ class Recompute:
 
     def __init__(self, sets: Mapping[str, SaveSet]) -> None:
         self.sets = {name: of for name, of in sets.items() if of.drops}
-        self._dropped = dict[int, tuple[_Call, int]]()
+        self._dropped, self._layer = dict[int, tuple[_Call, int]](), ""
+        self._notes: list[Noted] | None = None
 
     def run(self, place: str, region: Region, function: Callable[..., T], *inputs: Any) -> T:
         """As Policy."""
         layer, branch = _split(place)
+        if layer != self._layer:
+            self._leave()
+            self._layer = layer
         of = self.sets.get(layer)
         if of is None or not torch.is_grad_enabled():
             return function(*inputs)
@@ -54,10 +60,26 @@ class Recompute:
             out = function(*inputs)
         if call.drops:
             self._remember(call, _all_of(out))
+            if self._notes is not None:
+                self._notes.append(Noted(call))
             return out
         if isinstance(out, Tensor) and origin(out) is not None:  # part of what is dropped, and to stay without it
             return cast("T", out.clone(memory_format=torch.contiguous_format))
         return out
+
+    @contextmanager
+    def noting(self) -> Iterator[list[Noted]]:
+        """Note the calls within that are to be run again, in order."""
+        before, self._notes = self._notes, list[Noted]()
+        try:
+            yield self._notes
+        finally:
+            self._notes = before
+            self._leave()
+
+    def _leave(self) -> None:
+        """A layer is over: what it gives is not dropped any more, and its calls live as long as they are wanted."""
+        self._dropped.clear()
 
     @property
     def dropped_now(self) -> int:
@@ -76,6 +98,26 @@ class Recompute:
                 storage = x.untyped_storage()
                 self._dropped[storage._cdata] = call, place
                 weakref.finalize(storage, self._dropped.pop, storage._cdata, None)
+
+
+class Noted:
+    """A call that is to be run again, as long as anybody wants it."""
+
+    __slots__ = ("_call",)
+
+    def __init__(self, call: _Call) -> None:
+        self._call = weakref.ref(call)
+
+    def again(self, use: Callable[[str], None]) -> None:
+        """Run it, if nobody has and its outputs are wanted.
+
+        Args:
+            use: has the weights of a layer in place.
+        """
+        call = self._call()
+        if call is not None and call.is_wanted:
+            use(call.layer)
+            call.again()
 
 
 class _Call:
@@ -129,6 +171,11 @@ class _Call:
         slot = _Slot(self, x, output, packed)
         self._slots.append(weakref.ref(slot))
         return slot
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether it was not run again, and there are slots to fill."""
+        return self._function is not None and any(slot() is not None for slot in self._slots)
 
     def again(self) -> None:
         """Run it, and fill the slots."""

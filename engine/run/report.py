@@ -13,7 +13,7 @@ from engine.device import describe
 from engine.plan import states
 from model.kernels import Kernels
 from parallel import comm
-from parallel.pipeline.actions import peak_activations
+from parallel.pipeline.actions import peak_activations, recomputed_ahead
 from parallel.sharding.units import Unit
 
 _WHEN = {"step": "once per step", "micro_batch": "after each micro-batch"}
@@ -100,6 +100,12 @@ def _pipeline_lines(a: Assembly) -> Iterator[str]:
         f"{100 * a.predicted.bubble_fraction:.1f} % predicted (times by FLOPs, messages free); micro-batches alive per "
         f"rank {_span(alive)}; messages by {a.post.carrier}"
     )
+    if a.schedule.recomputes:
+        most = [f"{max(recomputed_ahead(program), default=0)}" for program in a.schedule.ranks]
+        yield (
+            f"  recompute: {len(a.schedule.recomputes)} of {len(a.placement.layers) * a.schedule.num_micro_batches} "
+            f"backwards of stages find it done while their rank waited; {_span(most)} at a time per rank"
+        )
 
 
 def _span(values: Sequence[str]) -> str:

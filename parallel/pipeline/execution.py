@@ -49,8 +49,8 @@ class PipelineExecutor:
         boundaries: entry s describes the inputs of stage s (empty for stage 0).
         axis: the pipeline axis. device: where tensors are.
         deferrer: puts off weight gradients for schedules that split the backward.
-        recomputer: notes what is to be computed again by schedules that recompute (R). Where a stage drops nothing, an
-            R does nothing.
+        recomputer: notes what is to be computed again by schedules that recompute (R); None where the stages of this
+            rank drop nothing. Of a stage that drops nothing an R does nothing.
         before_run: told this rank's actions before they are run: all of a pass, or under `ready` before each action
             that and the next ones to be expected.
         policy: `static`: actions run in the order of the program. `ready`: the first that is ready does; a schedule
@@ -87,8 +87,6 @@ class PipelineExecutor:
             raise ValueError(
                 f"schedule {schedule.name} uses {sorted(k.name for k in unknown)}, which cannot be run yet"
             )
-        if schedule.recomputes and recomputer is None:
-            raise ValueError(f"schedule {schedule.name} has {schedule.recomputes[0]}, but its stages drop nothing")
         ready = policy == "ready" and not schedule.is_forward_only
         self.post = post or open_post(schedule.stage_to_rank, boundaries, axis=axis, device=device, ready=ready)
         arrived = axis.meter.where.arrived

@@ -193,8 +193,8 @@ class LocalStage:
             return self.module(inputs, self._micro_batches[m])
 
     def recompute(self, m: int) -> None:
-        """What the forward has dropped."""
-        for again in self._dropped.pop(m):
+        """What the forward has dropped, if anything."""
+        for again in self._dropped.pop(m, ()):
             again()
 
     def backward(self, m: int) -> None:

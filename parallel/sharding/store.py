@@ -25,7 +25,6 @@ from parallel.sharding.pieces import StatePiece, pieces_of
 from parallel.sharding.plan import GroupOf, Layers, ShardingPolicy, Slot, UnitPlan, plan_units
 from parallel.sharding.units import Unit
 
-_FORWARD = (ActionKind.FORWARD, ActionKind.RECOMPUTE)
 _BACKWARD = (ActionKind.BACKWARD, ActionKind.BACKWARD_INPUT)
 
 
@@ -47,6 +46,9 @@ class ParameterStore:
             parameters are replaced by such as are bound to flat buckets, and initialised from `seed`.
         grid: decides what is summed and shared over which ranks. device: where everything lives.
         policy: what is shared out. group_of: the optimizer's group of a parameter. dtype_of: of a weight, by name.
+
+    Attributes:
+        recomputed: layers of which an R of the schedule has something run again.
     """
 
     def __init__(
@@ -69,6 +71,8 @@ class ParameterStore:
                 unit_bytes=self.policy.unit_bytes,
             )  # fmt: skip
             self.stages.append(self._allocate(plans, grid))
+        self._unit_of = {layer: unit.index for unit in self.units for layer in unit.layers}
+        self.recomputed = frozenset[str]()
         self._bind(stages)
         if device.type != "meta":
             self._initialise(seed)
@@ -209,6 +213,10 @@ class ParameterStore:
             if bucket.stage in (1, 2) and bucket.kind.trains:
                 bucket.complete(bucket.weights)
 
+    def use(self, layer: str) -> None:
+        """Have a layer's weights in place, which is run again otherwise than by being called. Collective."""
+        self.gatherer.use_forward(self._unit_of[layer])
+
     def plan(self, actions: Sequence[Action], stages: Sequence[int]) -> None:
         """Say what will be run next.
 
@@ -220,8 +228,10 @@ class ParameterStore:
         place = dict(zip(stages, self.stages, strict=True))
         uses: list[int] = []
         for action in actions:
-            if action.kind in _FORWARD:
+            if action.kind is ActionKind.FORWARD:
                 uses += [unit.index for unit in place[action.stage]]
+            elif action.kind is ActionKind.RECOMPUTE:
+                uses += [u.index for u in place[action.stage] if not self.recomputed.isdisjoint(u.layers)]
             elif action.kind in _BACKWARD:
                 uses += [unit.index for unit in reversed(place[action.stage])]
         self.gatherer.plan(uses)

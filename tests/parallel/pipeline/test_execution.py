@@ -573,9 +573,6 @@ def test_what_cannot_be_run() -> None:
     gathers = Schedule.from_text("0UNSHARD 0F0 0B0")
     with pytest.raises(ValueError, match=r"uses \['UNSHARD'\], which cannot be run yet"):
         PipelineExecutor(gathers, {0: TinyStage(0)}, [()], axis=single_axis("pipeline"), device=CPU)
-    recompute = Schedule.from_text("0F0 0R0 0B0")
-    with pytest.raises(ValueError, match="has 0R0, but its stages drop nothing"):
-        PipelineExecutor(recompute, {0: TinyStage(0)}, [()], axis=single_axis("pipeline"), device=CPU)
     split = Schedule.from_text("0F0 0I0 0W0")
     module, _ = _stages((0,))
     executor = PipelineExecutor(split, {0: module["0"]}, [()], axis=single_axis("pipeline"), device=CPU)
@@ -589,6 +586,17 @@ def test_what_cannot_be_run() -> None:
         schedule = _by_hand(OTHER_ORDER, "other")
         axis = Axis(name="pipeline", ranks=(0, 1), index=0, planned=True)
         PipelineExecutor(schedule, {0: module["0"]}, [(), BOUNDARY], axis=axis, device=CPU, policy="ready")
+
+
+def test_a_recompute_of_a_stage_that_drops_nothing_does_nothing() -> None:
+    module, store = _stages((0,))
+    schedule = Schedule.from_text("0F0 0R0 0B0")
+    executor = PipelineExecutor(
+        schedule, {0: module["0"]}, [()], axis=single_axis("pipeline"), device=CPU, deferrer=store.gradients
+    )
+    store.gradients.start(1)
+    assert torch.equal(executor.run(_micro_batches(1), _head)[0], _gradients(1, _micro_batches(1))[0][0])
+    assert module["0"].done == ["0B0"]
 
 
 def test_a_pass_leaves_no_message_expected() -> None:
