@@ -18,6 +18,7 @@ non-reentrant form finds tensors by their order, too.)
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -38,10 +39,14 @@ class Recompute:
 
     Args:
         sets: by the name of the layer; others keep all.
+
+    Attributes:
+        ran_again: how many calls were, by region.
     """
 
     def __init__(self, sets: Mapping[str, SaveSet]) -> None:
         self.sets = {name: of for name, of in sets.items() if of.drops}
+        self.ran_again = Counter[Region]()
         self._dropped, self._layer = dict[int, tuple[_Call, int]](), ""
         self._notes: list[Noted] | None = None
 
@@ -55,7 +60,8 @@ class Recompute:
         if of is None or not torch.is_grad_enabled():
             return function(*inputs)
         origin = partial(self.origin, layer)
-        call = _Call(function, inputs, origin, layer, drops=of.dropped(branch, region))
+        count = partial(self.ran_again.update, (region,))
+        call = _Call(function, inputs, origin, layer, count, drops=of.dropped(branch, region))
         with saved_tensors_hooks(call.pack, _unpack):
             out = function(*inputs)
         if call.drops:
@@ -136,10 +142,12 @@ class _Call:
         inputs: Sequence[Any],
         origin: Callable[[Tensor], Any],
         layer: str,
+        count: Callable[[], None],
         *,
         drops: bool,
     ) -> None:
         self.layer, self.drops, self._origin, self._packed = layer, drops, origin, 0
+        self._count = count
         self._function: Callable[..., Any] | None = function
         self._given = {x.untyped_storage()._cdata for x in inputs if isinstance(x, Tensor)}
         self._inputs = [self._source(x) for x in inputs] if drops else []
@@ -190,6 +198,7 @@ class _Call:
             for slot in slots:
                 slot.fill(outputs, made)
         self._function, self._inputs = None, []
+        self._count()
 
     def _part_again(self, slots: Sequence[_Slot], inputs: Sequence[Any]) -> bool:
         """Whether all that is wanted were some columns of a product that can give them alone: then they are there."""

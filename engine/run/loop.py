@@ -20,6 +20,7 @@ from engine.run.finite import check_finite
 from engine.run.metrics import MetricsWriter
 from engine.run.profile import StepProfiler
 from engine.run.progress import Progress
+from engine.run.recomputed import recomputed_lines
 from engine.run.replicas import check_before_saving, check_when_due
 from engine.run.saving import Saving
 from engine.run.step import Stepper, StepResult
@@ -75,6 +76,7 @@ class Loop:
         self.saving, self.progress, self.requests = saving, progress or Progress(), requests
         self._is_wanted = False  # that the run stops, by a vote
         self._recording_seconds = 0.0  # before and after steps that are recorded
+        self._has_told_recomputed = False
         if saving is not None:
             stepper.before_change = saving.saver.before_change
         a = stepper.assembly
@@ -118,6 +120,7 @@ class Loop:
             interval.steps += 1
             interval.paused, self._recording_seconds = interval.paused + self._recording_seconds, 0.0
             interval.bubbles += [] if result.bubble is None else [result.bubble]
+            self._tell_recomputed(result)
             last = step == self.steps
             if last or step % self.config.log.interval == 0:
                 self._report(step, result, lr, interval)
@@ -198,6 +201,18 @@ class Loop:
             began = time.perf_counter()
             call(self.profiler, step)
             self._recording_seconds += time.perf_counter() - began
+
+    def _tell_recomputed(self, result: StepResult) -> None:
+        """Of the first step that was not run again to find out what is wrong with it."""
+        recompute = self.stepper.assembly.recompute
+        if result.bad and recompute is not None:
+            recompute.ran_again.clear()
+        if result.bad or self._has_told_recomputed:
+            return
+        self._has_told_recomputed = True
+        for line in recomputed_lines(self.stepper.assembly):
+            if self.writer is not None:
+                self.writer.say(line)
 
     def _votes(self) -> Sequence[float]:
         """This rank's: whether to stop, and of saving."""

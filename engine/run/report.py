@@ -11,6 +11,7 @@ import torch
 from engine.assemble import Assembly
 from engine.device import describe
 from engine.plan import states
+from engine.run.recomputed import recompute_lines
 from model.kernels import Kernels
 from parallel import comm
 from parallel.pipeline.actions import peak_activations, recomputed_ahead
@@ -39,6 +40,7 @@ def startup_report(assembly: Assembly, *, threads: int, matmul: str, images: Seq
         *_pipeline_lines(assembly),
         *Kernels(assembly.config.kernels).describe(assembly.device),
         *_stage_lines(assembly, {number: held for stages, _ in ranks for number, held in stages.items()}),
+        *recompute_lines(assembly),
         *_precision_lines(assembly),
         _optimizer_line(assembly),
         _sharding_line(assembly),

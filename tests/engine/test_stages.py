@@ -14,8 +14,9 @@ import torch
 
 from data import Batch
 from engine.assemble import Assembly, assemble, grid_of
-from engine.config import TrainConfig
+from engine.config import RecomputeConfig, TrainConfig
 from engine.plan import LiveBytes, plan_memory, states
+from engine.run.recomputed import recompute_lines, recomputed_lines
 from engine.run.report import startup_report
 from engine.run.step import Stepper
 from parallel.process_group import World
@@ -69,6 +70,12 @@ def steps(world: World) -> dict[str, Any]:
     if weight is not None:
         weight.data[0, 0] = float("nan")
     out["weight"] = stepper.train_step(batches_of(stepper, 2), 1e-3).culprit
+    full = replace(CONFIG, recompute=RecomputeConfig(policy="input, qk_norm, all"))
+    stepper = Stepper(assemble(full, assembly.grid, CPU, device_memory=MEMORY))
+    stepper.train_step(batches_of(stepper, 0), 1e-3)
+    assert stepper.assembly.recompute is not None
+    out["again"] = dict(stepper.assembly.recompute.ran_again)
+    out["told"] = [list(recompute_lines(stepper.assembly)), recomputed_lines(stepper.assembly)]
     out["split"] = made_by_a_step(SPLIT, world)[1]
     return out
 
@@ -84,12 +91,17 @@ def test_ranks_with_several_stages() -> None:
         assert "embed" in made["report"][0] and "head" in made["report"][3]
         assert made["pixel"] == "input images not finite (micro-batch 1 of data rank 0)"
         assert made["weight"] == "blocks.1: activation not finite (micro-batch 0 of data rank 0)"
-        planned = plan_memory(CONFIG, CONFIG.grid_shape(2), rank, MEMORY)
-        assert planned.stages == ((0, 3), (1, 2))[rank]
-        for held in (made["states"], planned.states):
+        plan = plan_memory(CONFIG, CONFIG.grid_shape(2), rank, MEMORY)
+        assert plan.stages == ((0, 3), (1, 2))[rank]
+        for held in (made["states"], plan.states):
             held.pop("reduction buffers")
-        assert made["states"] == planned.states
-        assert made["activations"] == pytest.approx(planned.activations, rel=0.01)
+        assert made["states"] == plan.states
+        assert made["activations"] == pytest.approx(plan.activations, rel=0.01)
         split = plan_memory(SPLIT, SPLIT.grid_shape(2), rank, MEMORY)
         assert made["split"] == pytest.approx(split.activations, rel=0.01)  # kept: what is multiplied later, too
+        assert made["again"]["norm"] == 2 * 2  # norms of a block x micro-batches
+        assert made["again"].keys() >= {"norm", "activation"} | ({"attention", "projection"} if rank == 0 else set())
+        planned, counted = made["told"]
+        assert [line.partition("block")[0] for line in planned] == [f"recompute: stage {i}: 1 " for i in range(3)]
+        assert ["rank 0: " in counted[0], "rank 1: 3 region(s)" in counted[1], len(counted)] == [True, True, 2], counted
         assert made["asked"] == dict.fromkeys(range(2), 1)  # not once more for the rank's second stage

@@ -19,7 +19,7 @@ import pretrain_vit
 from data import Batch
 from data.datasets import SyntheticDataset
 from engine.assemble import assemble
-from engine.config import Config, LogConfig, TrainConfig
+from engine.config import Config, LogConfig, RecomputeConfig, TrainConfig
 from engine.errors import EXIT_DIVERGED, EXIT_DONE, ConfigError, DivergedError
 from engine.run.launch import run_rank
 from engine.run.loop import Loop
@@ -139,21 +139,32 @@ def test_time_spent_waiting_for_images_is_told_per_step() -> None:
 
 
 def test_what_is_written_where_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = flags(run_dir=str(tmp_path), log__tensorboard="true")
+    argv = flags(run_dir=str(tmp_path), log__tensorboard="true", recompute__policy="full")
     assert run_rank(pretrain_vit.main, argv, "pretrain_vit.py") == EXIT_DONE
     shown = capsys.readouterr().out
     for written in ("config.yaml", "metrics.jsonl"):
         assert str(tmp_path / written) in shown and (tmp_path / written).exists()
     assert f"TensorBoard {tmp_path}" in shown and list(tmp_path.glob("events.out.tfevents*"))
     assert "grid: pipeline 1 x data 1 x context 1 x tensor 1" in shown  # the start-up report
+    assert "recompute: stage 0: 4 block(s) keep input\n" in shown
+    assert "recompute: per micro-batch again on pipeline rank 0: " in shown and "warning: recompute" not in shown
+
+
+def test_a_policy_that_has_nothing_to_drop_is_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    argv = flags(run_dir=str(tmp_path), recompute__policy="all+gather")
+    assert run_rank(pretrain_vit.main, argv, "pretrain_vit.py") == EXIT_DONE
+    shown = capsys.readouterr().out
+    assert "no effect: recompute.policy ...+gather: " in shown
+    assert "warning: recompute: nothing was computed again on pipeline rank 0" in shown
 
 
 # -- steps that are not finite -----------------------------------------------------------------------------------------
 
 
-def stepper(world: World | None = None, **train: Any) -> Stepper:
-    world = world or World()
-    config = small(train=TrainConfig(**{"steps": 9, "global_batch_size": 8, **train})).resolve(world.size)
+def stepper(world: World | None = None, recompute: str = "none", **train: Any) -> Stepper:
+    world, policy = world or World(), RecomputeConfig(policy=recompute)
+    train = {"steps": 9, "global_batch_size": 8, **train}
+    config = small(train=TrainConfig(**train), recompute=policy).resolve(world.size)
     grid = make_grid(config.grid_shape(world.size), world)
     return Stepper(assemble(config, grid, torch.device("cpu")))
 
@@ -249,6 +260,14 @@ def test_bad_steps_are_counted_and_a_good_one_starts_the_count_anew() -> None:
     patient = loop(bad, max_bad_steps=3)
     patient.run()
     assert (patient.progress.skipped, patient.progress.bad_in_a_row) == (4, 0)
+
+
+def test_what_is_computed_again_is_counted_in_the_first_step_that_was_not_run_twice() -> None:
+    tested = loop([True, False, False], recompute="norm")
+    tested.writer = writer = Mock()
+    tested.run()
+    told = [call.args[0] for call in writer.say.call_args_list if call.args[0].startswith("recompute")]
+    assert len(told) == 1 and "12 region(s) (norm 8, activation 4)" in told[0]  # of 4 blocks
 
 
 def test_too_many_bad_steps_in_a_row_end_the_run() -> None:
