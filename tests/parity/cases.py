@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import cycle, product
+from itertools import cycle, islice, product
 from pathlib import Path
 from typing import Any
 
 from data import DataConfig
-from engine.config import Config, OptimizerConfig, PrecisionConfig, ScheduleConfig, TrainConfig
+from engine.config import Config, OptimizerConfig, PrecisionConfig, RecomputeConfig, ScheduleConfig, TrainConfig
 from model import ModelConfig, StageConfig
 from parallel.config import ParallelConfig
 
@@ -97,6 +97,7 @@ class Case:
     freeze: tuple[str, ...] = ()
     virtual: int | None = None  # parallel.virtual_stages
     policy: str = "static"
+    recompute: str = "none"  # recompute.policy
     batch: int = GLOBAL_BATCH
     shared_memory: bool = True  # False: gloo
 
@@ -109,6 +110,7 @@ class Case:
         )
         how += f"-gather{self.gather}" if self.gather else ""
         how += ("-narrow" if self.gradients == "weights" else "") + (f"-ema{self.ema}" if self.ema else "")
+        how += f"-{self.recompute}" if self.recompute != "none" else ""
         how += f"-frozen[{','.join(self.freeze)}]" if self.freeze else ""
         schedule = f"{Path(self.schedule).stem}{self.virtual or ''}{'ready' if self.policy == 'ready' else ''}"
         layout = f"t{self.tensor}{sp}-p{self.pipeline}{schedule}-d{self.data}{cp}-m{self.micro_batches}"
@@ -176,18 +178,34 @@ class Case:
             ),
             schedule=ScheduleConfig(name="cosine", warmup_steps=3),
             precision=PrecisionConfig(dtype=self.precision),  # type: ignore[arg-type]
+            recompute=RecomputeConfig(policy=self.recompute),
             kernels=KERNELS[self.model],  # type: ignore[arg-type]
         )
         return config.resolve(self.ranks)
 
 
+_SETS = ("input", "norm+gather", "qkv", "all", "qk_norm-attention", "attention+gather", "norm", "fc1", "input+gather")
+
+
+def recomputing(cases: Iterable[Case]) -> Iterator[Case]:
+    """The same, each with another of the policies of `recompute` than the one before it: none, full, selective, and
+    lists in which all kinds of save sets come to stand at all places.
+    """
+    sets, named = cycle(_SETS), cycle(("full", None, "selective", None, "none"))
+    for case in cases:
+        depth = case.depth or MODELS[case.model].resolve().sizes.depth
+        policy = next(named) or ", ".join([*islice(sets, depth + 1)][1:])
+        yield replace(case, recompute=policy)
+
+
 def cases(ranks: int) -> list[Case]:
     """Every layout of this many ranks, for every isotropic model (the mixed one on at most two ranks), those of
     _FAMILY_LAYOUTS for the attention kinds, pyramids and uneven heads, several stages per rank, frozen parts, and
-    other embeddings and heads.
+    other embeddings and heads; each with one of the policies of recomputation.
     """
     several = (_STAGES, _FROZEN, _OUTER)
-    return [*_isotropic(ranks), *_family(ranks), *(case for known in several for case in known.get(ranks, ()))]
+    plain = [*_isotropic(ranks), *_family(ranks), *(case for known in several for case in known.get(ranks, ()))]
+    return list(recomputing(plain))
 
 
 # Several stages on a rank, which may hold the first and the last; backwards in two parts; by readiness; numbers of

@@ -1,5 +1,7 @@
 """Every schedule, static and by readiness, gives the bits of 1F1B on the same layout: gradients, losses, fp8 histories.
 
+With whatever policy of recomputation; 1F1B itself without.
+
 (In fp32 the ladder holds them against one process, too.) Where stages lie on other ranks, the gradient norm is added up
 in another order, and what follows from it may differ in the last bit.
 """
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import replace
+from itertools import islice
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ from torch import Tensor
 
 from engine.config import Config
 from tests.distributed import once, run_ranks
-from tests.parity.cases import BY_HAND, FRONT, Case
+from tests.parity.cases import BY_HAND, FRONT, Case, recomputing
 from tests.parity.climb import FEW_IMAGES, Climb, climb_all
 from tests.parity.test_ladder import relative
 
@@ -50,7 +53,12 @@ def variants(number: int, case: Case) -> list[Case]:
     return [*found, replace(case, policy="ready"), *by_hand, *by_gloo]
 
 
-VARIANTS = {case: variants(i, case) for cases in LAYOUTS.values() for i, case in enumerate(cases)}
+_PLAIN = {case: variants(i, case) for cases in LAYOUTS.values() for i, case in enumerate(cases)}
+_RECOMPUTING = recomputing(case for cases in _PLAIN.values() for case in cases)
+VARIANTS = {
+    base: [*islice(_RECOMPUTING, len(cases)), *(replace(base, recompute=name) for name in ("full", "selective"))]
+    for base, cases in _PLAIN.items()
+}
 
 
 def config_of(case: Case) -> Config:
