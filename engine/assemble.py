@@ -109,6 +109,11 @@ class Assembly:
         """What runs the regions of this rank's blocks, if any of them drops something."""
         return self.build.policy if isinstance(self.build.policy, Recompute) else None
 
+    @property
+    def recomputer(self) -> Ahead | None:
+        """What runs the R of a schedule."""
+        return None if self.recompute is None else Ahead(self.recompute, self.store.use)
+
     def parameters(self) -> dict[str, nn.Parameter]:
         """All that this rank holds, by their names in the model."""
         return {name: p for stage in self.stages.values() for name, p in stage.named_parameters()}
@@ -147,7 +152,7 @@ class Assembly:
             axis=self.grid.pipeline,
             device=self.device,
             deferrer=self.store.gradients,
-            recomputer=None if self.recompute is None else Ahead(self.recompute, self.store.use),
+            recomputer=self.recomputer,
             before_run=self.store.plan if self.store.gatherer.units else None,
             policy=self.policy,
             group=self._group if self.policy == "ready" else None,

@@ -8,6 +8,7 @@ that native kernels and fused attention make, unless kernels is reference. Tempo
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -133,15 +134,19 @@ def _activation_bytes(a: Assembly) -> int:
     alive then, and the images of one micro-batch.
     """
     batch = a.to_device(_batch(a), training=True)
-    a.store.gradients.start(1)
     program = a.schedule.ranks[a.grid.pipeline.index]
     splits = {action.stage for action in program if action.kind is ActionKind.BACKWARD_INPUT}
-    measured = {number: _one_pass(a, number, batch, splits=number in splits) for number in a.stages}
+    ahead = {(action.stage, action.micro_batch) for action in program if action.kind is ActionKind.RECOMPUTE}
+    passes = {(number, False) for number in a.stages} | {(stage, True) for stage, _ in ahead}
+    measured = {
+        (number, again): _one_pass(a, number, batch, splits=number in splits, again=again) for number, again in passes
+    }
     kept, now, most = dict[tuple[int, int | None], int](), 0, 0
     for action in program:
         if not action.kind.is_compute:
             continue
-        key, of = (action.stage, action.micro_batch), measured[action.stage]
+        key = action.stage, action.micro_batch
+        of = measured[action.stage, key in ahead]
         now -= kept.pop(key, 0)
         most = max(most, now + of.most[action.kind])
         if action.kind in of.kept:
@@ -151,14 +156,21 @@ def _activation_bytes(a: Assembly) -> int:
     return most + images
 
 
-def _one_pass(a: Assembly, stage: int, batch: MicroBatch, *, splits: bool) -> _Measured:
-    """What forward and backward of a stage make."""
+def _one_pass(a: Assembly, stage: int, batch: MicroBatch, *, splits: bool, again: bool) -> _Measured:
+    """What forward and backward of a stage make.
+
+    Args:
+        splits: whether its backward is in two parts. again: whether what was dropped is recomputed ahead of it.
+    """
+    a.store.gradients.start(1)
+    noting = a.recomputer.noting() if again and a.recomputer else nullcontext(list[Callable[[], None]]())
     with LiveBytes() as counter:
         inputs = tuple(
             torch.empty(spec.shape, dtype=spec.dtype, device=META, requires_grad=spec.carries_gradient)
             for spec in a.boundaries[stage]
         )
-        outputs = a.stages[stage](inputs, batch)
+        with noting as dropped:
+            outputs = a.stages[stage](inputs, batch)
         if last := stage == a.placement.last:
             outputs = (a.objective.loss_share(outputs, batch, a.grid, 1.0),)
         most = {ActionKind.FORWARD: counter.restart()}
@@ -166,6 +178,9 @@ def _one_pass(a: Assembly, stage: int, batch: MicroBatch, *, splits: bool) -> _M
         like = [(y.shape, y.dtype) for y in outputs if y.requires_grad]
         del outputs  # they are freed when they are sent
         kept = {ActionKind.FORWARD: counter.now}
+        for call in dropped:
+            call()
+        most[ActionKind.RECOMPUTE], kept[ActionKind.RECOMPUTE] = counter.restart(), counter.now
         with a.store.gradients.deferring() if splits else nullcontext() as products:
             torch.autograd.backward(
                 roots, [None if last else torch.empty(shape, dtype=dtype, device=META) for shape, dtype in like]

@@ -15,7 +15,7 @@ import torch
 from engine.assemble import assemble, grid_of
 from engine.config import RecomputeConfig
 from engine.errors import ConfigError
-from engine.plan import META
+from engine.plan import META, plan_memory
 from engine.recompute.ahead import flops_again
 from engine.recompute.regions import _Call
 from engine.recompute.save_sets import save_set
@@ -162,3 +162,17 @@ def test_the_key(tmp_path: Path) -> None:
         config = small(parallel=layout, recompute=RecomputeConfig(policy=policy, ahead="never")).resolve(ranks)
         told = config.without_effect(config.grid_shape(ranks), "cpu", 1)
         assert [line for line in told if line.startswith(f"recompute.ahead never: {why}")], told
+
+
+def test_the_plan_counts_what_lies_recomputed() -> None:
+    """On the first rank: one micro-batch as large as if nothing was dropped, the other as it is kept."""
+
+    def planned(rank: int, **recompute: Any) -> int:
+        parallel = ParallelConfig(pipeline_parallel_size=2)
+        config = small(parallel=parallel, recompute=RecomputeConfig(**recompute), depth=8).resolve(2)
+        return plan_memory(config, config.grid_shape(2), rank, 1e9).activations
+
+    whole, ahead, late = planned(0), planned(0, policy="full"), planned(0, policy="full", ahead="never")
+    assert late < ahead < whole
+    assert ahead == pytest.approx(whole / 2, rel=0.15)
+    assert planned(1, policy="full") == planned(1, policy="full", ahead="never") < planned(1)
