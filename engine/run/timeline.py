@@ -28,7 +28,7 @@ from engine.run.trace_events import (
     step_events,
 )
 from parallel.grid import GridShape
-from parallel.pipeline import Action, Costs, Schedule, ScheduleError, Timeline, simulate
+from parallel.pipeline import Action, ActionKind, Costs, Schedule, ScheduleError, Timeline, simulate
 from parallel.pipeline.boundary import Route
 from parallel.pipeline.graph import input_receive
 from parallel.pipeline.recording import StepRecord
@@ -37,6 +37,7 @@ NAME = "timeline.json"
 MOST_RANKS = 128  # of whose steps the timeline has everything: whole pipelines, the first replicas
 MOST_SLICES = 200_000  # of all these ranks together, about: 90 MB
 _FEWEST = 1_500  # of a rank, where there are many
+_BACKWARDS = (ActionKind.BACKWARD, ActionKind.BACKWARD_INPUT)
 
 
 def part_of(folder: Path, rank: int) -> Path:
@@ -158,12 +159,19 @@ class _Found:
         return [step for step in self.steps if step not in self.first["traced"]] or self.steps
 
     def costs(self) -> Costs:
-        """Mean times of the actions, median of messages, in seconds; B counts as I where a stage has no I."""
+        """Mean times of the actions, median of messages, in seconds; B counts as I where a stage has no I.
+
+        Of a stage that recomputes (R), backwards that had to do so themselves do not count.
+        """
         times: dict[tuple[str, int], list[float]] = defaultdict(list)
+        recomputing = {action.stage for action in self.schedule.recomputes}
         for (step, _), actions in self.busy.items():
-            for name, start, end in actions if step in self.undisturbed else ():
-                action = Action.parse(name)
-                times[action.kind.value, action.stage].append(end - start)
+            ran = [(Action.parse(name), end - start) for name, start, end in actions if step in self.undisturbed]
+            done = {(action.stage, action.micro_batch) for action, _ in ran if action.kind is ActionKind.RECOMPUTE}
+            for action, took in ran:
+                late = action.stage in recomputing and (action.stage, action.micro_batch) not in done
+                if action.kind not in _BACKWARDS or not late:
+                    times[action.kind.value, action.stage].append(took)
 
         def mean(*kinds: str) -> tuple[float, ...]:
             stages = range(self.first["schedule"]["num_stages"])
@@ -242,6 +250,7 @@ class _Found:
             "bubble_simulated": None if timeline is None else timeline.bubble_fraction,
             "seconds": {
                 "F": costs.forward, "I": costs.backward_input, "W": costs.backward_weight, "message": costs.latency,
+                **({"R": costs.recompute} if self.schedule.recomputes else {}),
             },
             "clock_error_seconds": max(header["clock_error"] for header in self.headers) / 1e9,
             "not_recorded": {str(h["rank"]): h["missing"] for h in self.headers if h["missing"]},

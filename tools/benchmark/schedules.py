@@ -24,7 +24,7 @@ from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
-from parallel.pipeline import SCHEDULES, Costs, Schedule, Timeline, build_schedule, simulate
+from parallel.pipeline import SCHEDULES, Costs, Schedule, Timeline, build_schedule, simulate, with_recompute
 from parallel.pipeline.costs import PerRank
 from parallel.pipeline.readiness import POLICIES, Policy
 from parallel.process_group import World
@@ -63,6 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--forward", cost("forward"), 1.0, "time of a forward (default 1)")
     add("--input", cost("backward_input"), 1.0, "of the gradient of the inputs (default 1)")
     add("--weight", cost("backward_weight"), 1.0, "of the gradient of the weights (default 1)")
+    add("--recompute", cost("recompute"), 0.0, "of computing again what was dropped, before its backward (default 0)")
+    add("--ahead", number(COUNT._replace(least=0)), 1, "micro-batches of a rank recomputed while it waits (default 1)")
     add("--latency", cost("latency"), 0.0, "of a message (default 0)")
     add("--bandwidth", cost("bandwidth"), math.inf, "bytes per unit of time of a message (default: no limit)")
     add("--bytes", cost("output_bytes"), 0.0, "of the tensors at a boundary, in either direction (default 0)")
@@ -112,7 +114,9 @@ def _messages(schedule: Schedule) -> int:
 
 
 def _steps(schedule: Schedule, options: argparse.Namespace, jitter: float, policy: Policy) -> list[Timeline]:
-    """The simulated step for each seed."""
+    """The simulated step for each seed; where it recomputes is decided without the jitter, which nobody knows."""
+    if options.ahead and not schedule.recomputes:
+        schedule = with_recompute(schedule, _costs(options, schedule, 0.0), ahead=options.ahead)
     costs = _costs(options, schedule, jitter)
     return [simulate(schedule, replace(costs, seed=seed), policy) for seed in range(options.seeds if jitter else 1)]
 
@@ -124,6 +128,7 @@ def _costs(options: argparse.Namespace, schedule: Schedule, jitter: float) -> Co
         forward=options.forward,
         backward_input=options.input,
         backward_weight=options.weight,
+        recompute=options.recompute,
         latency=options.latency,
         bandwidth=options.bandwidth,
         output_bytes=options.bytes,

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from engine.errors import EXIT_DONE, EXIT_USAGE, ConfigError
 from engine.run.trace_events import COMPUTE, SIMULATED, process_events, simulated_events
-from parallel.pipeline import SCHEDULES, Costs, Timeline, build_schedule, simulate, to_csv
+from parallel.pipeline import SCHEDULES, Costs, Timeline, build_schedule, simulate, to_csv, with_recompute
 from parallel.pipeline.readiness import POLICIES
 from parallel.pipeline.schedule_file import is_schedule_file, read_schedule
 from tools.options import COUNT, cost, number, refusing, virtual_stages_of_each
@@ -32,7 +32,8 @@ _MOST_ACTIONS = 200_000  # in a picture
 _OF_A_RUN = {"step": None, "rank": None}
 _OF_A_SCHEDULE = {
     "ranks": None, "micro_batches": None, "virtual_stages": None, "policy": "static", "forward": 1.0, "input": 1.0,
-    "weight": 1.0, "latency": 0.0, "jitter": 0.0, "seed": 0, "trace": None, "csv": None, "text": False,
+    "weight": 1.0, "recompute": 0.0, "ahead": 1, "latency": 0.0, "jitter": 0.0, "seed": 0, "trace": None, "csv": None,
+    "text": False,
 }  # fmt: skip
 
 
@@ -70,6 +71,13 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
         ("weight", "backward_weight", "that of the weights"),
     ):  # fmt: skip
         one.add_argument(f"--{name}", type=cost(field), metavar="T", help=f"time of a rank's {what} (default: 1)")
+    one.add_argument(
+        "--recompute", type=cost("recompute"), metavar="T", help="of what was dropped, before its backward (default: 0)"
+    )
+    one.add_argument(
+        "--ahead", type=number(COUNT._replace(least=0)),
+        help="micro-batches of a rank recomputed before their gradients come, where it waits (default: 1)",
+    )  # fmt: skip
     one.add_argument("--latency", type=cost("latency"), metavar="T", help="of a message (default: 0)")
     one.add_argument("--jitter", type=cost("jitter"), help="standard deviation of times, as a share (default: 0)")
     one.add_argument("--seed", type=cost("seed"), help="of the jitter")
@@ -145,6 +153,7 @@ def _draw_schedules(options: argparse.Namespace) -> None:
     size = f"{_count(options.ranks, 'rank')}, {_count(options.micro_batches, 'micro-batch')}"
     title = f"{files}: {size}{policy}{jitter}"
     costs = f"F = {options.forward:g}, I = {options.input:g}, W = {options.weight:g}"
+    costs += f", R = {options.recompute:g}" if options.recompute else ""
     message = f", a message {options.latency:g}" if options.latency else ""
     _save(panels, title, f"time, where a rank's whole share of a micro-batch takes {costs}{message}", place)
 
@@ -171,8 +180,10 @@ def _simulated(name: str, options: argparse.Namespace, virtual_stages: int | Non
     schedule = build_schedule(name, options.ranks, options.micro_batches, virtual_stages)
     costs = Costs.of_ranks(
         schedule, forward=options.forward, backward_input=options.input, backward_weight=options.weight,
-        latency=options.latency, jitter=options.jitter, seed=options.seed,
+        recompute=options.recompute, latency=options.latency, jitter=options.jitter, seed=options.seed,
     )  # fmt: skip
+    if options.ahead and not schedule.recomputes:
+        schedule = with_recompute(schedule, replace(costs, jitter=0.0), ahead=options.ahead)
     return simulate(schedule, costs, options.policy)
 
 

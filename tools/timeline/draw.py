@@ -33,7 +33,7 @@ KINDS = {
     "B": Kind(_ORANGE, "B: whole backward"),
     "I": Kind(_RED, "I: gradient of the inputs"),
     "W": Kind(_GREEN, "W: gradient of the weights"),
-    "R": Kind(_SKY, "R: forward again"),
+    "R": Kind(_SKY, "R: recompute of what was dropped"),
     "wait": Kind("#dddddd", "waits for a message"),
     "message": Kind("#b3a2c7", "sends, posts receives"),
     "reduction": Kind("#888888", "finishes gradients"),
