@@ -1,8 +1,9 @@
 """Named regions: a block's forward pass as a short list of steps that others may watch or run in their own way.
 
-Everything that autograd keeps of a block is saved while one of its regions runs, through `save_for_backward` and in no
-other way. So whoever runs the regions decides what stays (`torch.autograd.graph.saved_tensors_hooks` around the call),
-what is computed again, and sees what goes in and comes out, by name, whatever kernels compute it.
+Everything that autograd keeps of a block, its weights apart, is saved while one of its regions runs, through
+`save_for_backward` and in no other way. So whoever runs the regions decides what stays
+(`torch.autograd.graph.saved_tensors_hooks` around the call), what is computed again, and sees what goes in and comes
+out, by name, whatever kernels compute it.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from data import TrainStream, build_datasets
 from engine.assemble import assemble
+from engine.config import RecomputeConfig
 from engine.device import choose_device
 from engine.run.step import Stepper
 from parallel.grid import make_grid
@@ -17,14 +19,15 @@ from parallel.process_group import World
 from tests.parity.cases import MODELS, Case
 
 
-def train(model: str, device: str) -> tuple[list[float], list[float]]:
+def train(model: str, device: str, recompute: str = "none") -> tuple[list[float], list[float]]:
     """Losses and gradient norms of three steps."""
-    case = Case(model, micro_batches=2)
-    config = case.config()
+    config = replace(Case(model, micro_batches=2).config(), recompute=RecomputeConfig(policy=recompute))
     assembly = assemble(config, make_grid(config.grid_shape(1)), choose_device(device, World()))
     stepper = Stepper(assembly)
     place: dict[str, Any] = {"micro_batch_size": config.train.micro_batch_size, "data_rank": 0, "data_size": 1}
-    images, _ = build_datasets(config.data, image_size=8, channels=1, num_classes=10, seed=0)
+    sizes = config.model.sizes
+    shape: dict[str, Any] = {"image_size": sizes.image, "channels": sizes.channels, "num_classes": sizes.classes}
+    images, _ = build_datasets(config.data, **shape, seed=0)
     stream = TrainStream(images, config=config.data, global_batch_size=16, seed=0, **place)
     results = [stepper.train_step(batches, 1e-3) for batches in islice(stream.steps(0), 3)]
     return [r.loss for r in results], [r.grad_norm for r in results]
@@ -36,6 +39,16 @@ def test_a_gpu_trains_to_the_numbers_of_a_cpu(model: str) -> None:
     gpu, cpu = train(model, "cuda"), train(model, "cpu")
     assert gpu[0] == pytest.approx(cpu[0], rel=1e-5)
     assert gpu[1] == pytest.approx(cpu[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu), "cpu"])
+@pytest.mark.parametrize("model", MODELS)
+def test_what_is_computed_again_has_the_same_bits(model: str, device: str) -> None:
+    if device == "cpu" and model not in ("parallel", "pyramid"):
+        pytest.skip("the ladder does all of them")
+    kept = train(model, device)
+    for recompute in ("selective", "fc1", "full"):
+        assert train(model, device, recompute) == kept, recompute
 
 
 def test_auto_takes_the_gpu_where_there_is_one() -> None:
