@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,11 @@ from engine.config import Config, TrainConfig
 from engine.errors import ConfigError
 from model import ModelConfig, VisionTransformer
 from parallel.process_group import World
-from tools.benchmark import peers
+from tools.benchmark import peer_limit, peers
 from tools.benchmark.eager_vit import EagerSizes, EagerViT, name_in_vitruvius, parameter_groups
 from tools.benchmark.peer_coordinator import PEERS, check_plain
 from tools.benchmark.peer_pipeline import Piece
+from tools.benchmark.peer_programs import Task
 from tools.benchmark.turns import Program, ProgramFailedError, started
 
 ROOT = Path(__file__).parents[2]
@@ -42,9 +44,9 @@ def small(**changes: object) -> Config:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("against", ["fsdp2,fsdp2_keep", "deepspeed"])
+@pytest.mark.parametrize("against", ["fsdp2,fsdp2_keep,fsdp2_recompute", "deepspeed,deepspeed_recompute"])
 def test_all_programs_do_the_same_mathematics(against: str, tmp_path: Path) -> None:
-    if against == "deepspeed" and not PEERS_PYTHON.exists():
+    if against.startswith("deepspeed") and not PEERS_PYTHON.exists():
         pytest.skip("needs DeepSpeed's environment: make peers")
     command = [sys.executable, "-m", "tools.benchmark", "peers", "--against", against, "--rounds", "2", *FLAGS]
     more = ["--parallel.zero_stage", "1", "--train.global_batch_size", "8", "--json", str(tmp_path / "rows.json")]
@@ -139,3 +141,41 @@ def test_a_program_that_ends_says_why(tmp_path: Path) -> None:
     )  # fmt: skip
     with pytest.raises(ProgramFailedError, match=r"broken: rank \d ended with code [12]"), started([program], tmp_path):
         raise AssertionError("it cannot have started")
+
+
+def test_a_program_over_the_limit_does_not_count(capsys: pytest.CaptureFixture[str]) -> None:
+    def row(program: str, memory: float) -> dict[str, object]:
+        return {
+            "program": program, "above_imports_MiB_per_rank": memory, "time_over_vitruvius": 1.5,
+            "lower_quartile": 1.4, "upper_quartile": 1.6,
+        }  # fmt: skip
+
+    rows = peer_limit.judge([row("vitruvius", 90), row("fsdp2", 101), row("fsdp2_recompute", 100)], 100 * 2**20)
+    assert [one["within_limit"] for one in rows] == [True, False, True]
+    assert [one["time_over_vitruvius"] for one in rows] == [1.5, None, 1.5]
+    assert "fsdp2 takes 101 MiB" in capsys.readouterr().out
+    assert not any(one["time_over_vitruvius"] for one in peer_limit.judge([row("vitruvius", 102)], 101 * 2**20))
+
+
+def test_the_limit_and_the_budget_that_keeps_it() -> None:
+    task = Task(
+        program="", sizes={}, dtype="fp32", matmul="mkl", lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
+        weights="", batches="", shares=2, distinct=1, flags=[], settings={},
+    )  # fmt: skip
+    taken = {"fsdp2": 200 * 2**20, "fsdp2_recompute": 100 * 2**20}
+
+    def peak(name: str, tried: Task) -> int:
+        return taken.get(name, 0) or 20 * 2**20 + int(1.2 * int(tried.flags[-1]))
+
+    limit, fitted = peer_limit.apply("auto", task, peak)
+    assert limit == 150 * 2**20
+    assert fitted.flags[:3] == ["--recompute.policy", "auto", "--recompute.memory_budget"]
+    assert 0.8 * limit < peak("vitruvius", fitted) <= limit
+    by_hand = replace(task, flags=["--recompute.policy", "full"])
+    assert peer_limit.apply("1GiB", by_hand, peak) == (2**30, by_hand)
+    for wanted, why in (("much", "no amount"), ("10MiB", "every budget")):
+        with pytest.raises(ConfigError, match=why):
+            peer_limit.apply(wanted, task, peak)
+    taken["fsdp2"] = taken["fsdp2_recompute"]
+    with pytest.raises(ConfigError, match="saves FSDP2 nothing"):
+        peer_limit.apply("auto", task, peak)

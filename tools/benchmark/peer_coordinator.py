@@ -13,11 +13,13 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from engine.config import Config
 from engine.errors import ConfigError
+from tools.benchmark import peer_limit
 from tools.benchmark.bench import read_config
 from tools.benchmark.peer_inputs import make_task, pipeline_settings
 from tools.benchmark.peer_programs import Task
@@ -58,12 +60,15 @@ class Peer:
 # own; buckets of a few matrices, faster and smaller than the default of 500 million numbers, and no second stream to
 # overlap with, which a CPU does not have.
 _BUCKETS = {"reduce_bucket_size": 5_000_000, "stage3_prefetch_bucket_size": 5_000_000, "overlap_comm": False}
+_DEEPSPEED = {"cpu_adam": False, "zero_optimization": _BUCKETS}
 PEERS = {
     "fp32": Peer("vitruvius", dtype="fp32"),
     "fsdp2": Peer("fsdp2", {"reshard_after_forward": None, "prefetch": True}),
+    "fsdp2_recompute": Peer("fsdp2", {"reshard_after_forward": None, "prefetch": True, "checkpoint": True}),
     "fsdp2_keep": Peer("fsdp2", {"reshard_after_forward": False, "prefetch": True}),
     "torch_pipeline": Peer("torch_pipeline", in_stages=True),
-    "deepspeed": Peer("deepspeed", {"cpu_adam": False, "zero_optimization": _BUCKETS}, own_environment=True),
+    "deepspeed": Peer("deepspeed", _DEEPSPEED, own_environment=True),
+    "deepspeed_recompute": Peer("deepspeed", {**_DEEPSPEED, "checkpoint": True}, own_environment=True),
 }
 
 
@@ -74,7 +79,8 @@ class Options:
     Attributes:
         against: of PEERS. ranks: of each program but `eager`. peers_python: interpreter of the environment of `make
             peers`. system_malloc: whether the peers go without the allocator settings of this engine, which make steps
-            faster and hand back less memory. json: a file for the rows.
+            faster and hand back less memory. json: a file for the rows. memory_limit: bytes above imports that each
+            rank may take; `auto` for one that FSDP2 keeps by computing blocks again alone.
     """
 
     against: Sequence[str]
@@ -83,6 +89,7 @@ class Options:
     peers_python: Path
     system_malloc: bool = False
     json: str | None = None
+    memory_limit: str | None = None
 
 
 @dataclass
@@ -100,6 +107,11 @@ class Record:
     peak: int = 0
     imports: int = 0
     idle: float = 0.0
+
+    @property
+    def above_imports(self) -> int:
+        """Bytes of the largest rank."""
+        return self.peak - self.imports
 
     def add(self, answers: Sequence[Answer]) -> None:
         """Of a step, from all ranks."""
@@ -132,23 +144,37 @@ def compare(options: Options, flags: Sequence[str]) -> None:
     Raises:
         ConfigError: a configuration that the peers have no counterpart of, or a program that cannot run.
     """
+    options = _without_missing(options)
     in_stages = any(PEERS[name].in_stages for name in options.against)
     flags = _engine_flags(flags, () if in_stages else ("--parallel.zero_stage", "3"))
     config = read_config(flags).resolve(options.ranks)
     check_plain(config)
     (_check_pipeline if in_stages else _check_data_parallel)(config, options)
     with tempfile.TemporaryDirectory(prefix="peers-") as name:
-        programs = _programs(
-            options, config, make_task(config, config.grid_shape(options.ranks).data, flags, Path(name))
-        )
+        task, limit = make_task(config, config.grid_shape(options.ranks).data, flags, Path(name)), None
         try:
+            if options.memory_limit is not None:
+                limit, task = peer_limit.apply(options.memory_limit, task, partial(_peak, options, config, Path(name)))
+            programs = _programs(options, config, task)
             with started(programs, Path(name)) as running:
                 records = take_turns(running, options.rounds)
         except ProgramFailedError as error:
             raise ConfigError(str(error)) from error
     show([_losses(number, records) for number in range(WARMUP + options.rounds)])
     print()
-    show([_row(config, program, records) for program in programs], options.json)
+    rows = [_row(config, program, records) for program in programs]
+    show(rows if limit is None else peer_limit.judge(rows, limit), options.json)
+
+
+def _without_missing(options: Options) -> Options:
+    """Those of several peers whose environment is there; the others are told of."""
+    if options.peers_python.exists():
+        return options
+    there = [name for name in options.against if not PEERS[name].own_environment]
+    for name in options.against if there else ():
+        if name not in there:
+            print(f"{name} is left out: it needs an environment of its own, {options.peers_python}: run `make peers`")
+    return replace(options, against=there or options.against)
 
 
 def _check_data_parallel(config: Config, options: Options) -> None:
@@ -185,15 +211,22 @@ def take_turns(running: Sequence[Running], rounds: int) -> dict[str, Record]:
     return records
 
 
+def _peak(options: Options, config: Config, folder: Path, name: str, task: Task) -> int:
+    """Bytes above imports that the largest rank of a program takes in a few steps, on its own."""
+    against = [] if name == "vitruvius" else [name]
+    with started(_programs(replace(options, against=against), config, task)[-1:], folder) as running:
+        return take_turns(running, 1)[name].above_imports
+
+
 # -- what the programs are given ---------------------------------------------------------------------------------------
 
 
 def _programs(options: Options, config: Config, task: Task) -> list[Program]:
-    """The engine, one process of eager PyTorch with all threads (beside shards), and the peers asked for."""
+    """The engine, the peers asked for; beside shards, without a limit, one eager process with all threads."""
     threads = max(1, len(os.sched_getaffinity(0)) // options.ranks)
     stages = pipeline_settings(config, options.ranks) if config.grid_shape(options.ranks).pipeline > 1 else {}
-    peers = {"vitruvius": Peer("vitruvius"), **({} if stages else {"eager": Peer("eager")})}
-    peers |= {name: PEERS[name] for name in options.against}
+    alone = {} if stages or options.memory_limit is not None else {"eager": Peer("eager")}
+    peers = {"vitruvius": Peer("vitruvius"), **alone, **{name: PEERS[name] for name in options.against}}
     return [
         Program(
             name=name,
@@ -267,7 +300,7 @@ def _row(config: Config, program: Program, records: Mapping[str, Record]) -> Row
         "cpu_time_ms_per_rank": 1000 * statistics.median(record.cpu[WARMUP:]),
         "peak_memory_MiB_per_rank": record.peak / _MIB,
         "imports_MiB_per_rank": record.imports / _MIB,
-        "above_imports_MiB_per_rank": (record.peak - record.imports) / _MIB,
+        "above_imports_MiB_per_rank": record.above_imports / _MIB,
         "cpu_share_while_waiting": record.idle,
         "largest_loss_difference": max(abs(a - b) for a, b in zip(record.losses, ours.losses, strict=True)),
     }

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from tools.benchmark.eager_vit import EagerSizes, EagerViT, parameter_groups
 from tools.benchmark.peer_programs import Step, Task
-from tools.benchmark.peer_torch import adamw, initial, set_matmul
+from tools.benchmark.peer_torch import adamw, compute_again, initial, set_matmul
 
 # Not a requirement of this project, so nothing is known of its types. deepspeed.initialize would import the second
 # with all that compiling needs; here it counts among the libraries.
@@ -26,7 +26,7 @@ def deepspeed(task: Task) -> Step:
     """deepspeed.initialize of a model whose parameters are cut up as they are made (zero.Init).
 
     task.settings: cpu_adam, whether the optimizer is DeepSpeed's own for processors rather than torch's fused AdamW;
-    zero_optimization, its configuration but for the stage.
+    zero_optimization, its configuration but for the stage; checkpoint, whether blocks are computed again in backward.
     """
     set_matmul(task)
     ds.init_distributed(dist_backend="gloo")
@@ -35,6 +35,9 @@ def deepspeed(task: Task) -> Step:
     with ds.zero.Init(config_dict_or_path=config):
         model = EagerViT(EagerSizes(**task.sizes))
     _fill(model, task)
+    if task.settings.get("checkpoint"):
+        ds.checkpointing.configure(None, partition_activations=False)
+        compute_again(model, ds.checkpointing.checkpoint)
     engine, *_ = ds.initialize(model=model, optimizer=_optimizer(model, task), config=config)
     dtype = torch.bfloat16 if task.dtype == "bf16" else torch.float32
 

@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from tools.benchmark.eager_vit import EagerSizes, EagerViT, parameter_groups
 from tools.benchmark.peer_programs import Step, Task
@@ -36,7 +37,8 @@ def eager(task: Task) -> Step:
 def fsdp2(task: Task) -> Step:
     """fully_shard on every block and on the root, built on the meta device.
 
-    task.settings: reshard_after_forward, and prefetch, whether the block to come is gathered while one computes.
+    task.settings: reshard_after_forward; prefetch, whether the block to come is gathered while one computes;
+    checkpoint, whether blocks are computed again in backward.
     """
     set_matmul(task)
     torch.distributed.init_process_group("gloo")
@@ -46,12 +48,20 @@ def fsdp2(task: Task) -> Step:
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     with torch.device("meta"):
         model = EagerViT(EagerSizes(**task.sizes))
+    if task.settings.get("checkpoint"):
+        compute_again(model, partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
     for module in (*model.blocks, model):
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=task.settings["reshard_after_forward"])
     if task.settings["prefetch"]:
         _prefetch([block for block in model.blocks if isinstance(block, FSDPModule)])
     fill(model.to_empty(device="cpu"), task)
     return plain_step(model, task)
+
+
+def compute_again(model: EagerViT, how: Callable[..., Any]) -> None:
+    """Run every block's forward pass by `how(forward, x)`, within whatever hooks the block will have."""
+    for block in model.blocks:
+        block.forward = partial(how, block.forward)
 
 
 def _prefetch(blocks: Sequence[FSDPModule]) -> None:

@@ -16,6 +16,9 @@ Our ZeRO-3 (or --parallel.zero_stage N) against FSDP2 and DeepSpeed's ZeRO-3 (af
 this starts itself:
     python -m tools.benchmark peers --against fsdp2,fsdp2_keep,deepspeed --model.preset vit_s16 \
         --train.global_batch_size 16
+The same at one limit of memory, where they must compute activations again:
+    python -m tools.benchmark peers --against fsdp2_recompute,deepspeed_recompute --memory-limit auto \
+        --model.preset vit_s16 --train.global_batch_size 32
 A pipeline against torch.distributed.pipelining's of the same stages and schedule (1f1b, interleaved or zb_v):
     python -m tools.benchmark peers --against torch_pipeline --model.preset vit_s16 --train.global_batch_size 16 \
         --train.micro_batch_size 2 --parallel.pipeline_parallel_size 2 --parallel.schedule interleaved
@@ -74,6 +77,12 @@ def main(argv: Sequence[str], world: World) -> None:
         action="store_true",
         help="leave the allocator of FSDP2, DeepSpeed and eager as it is: slower steps, less memory",
     )
+    parser.add_argument(
+        "--memory-limit",
+        metavar="SIZE",
+        help="bytes that a rank may take above imports (800MiB, 2GB); auto: between what FSDP2 takes with its blocks "
+        "computed again and without. Ours computes again what it must, unless --recompute.policy says what",
+    )
     add_json(parser)
     options, flags = parser.parse_known_args(argv)
     if options.against not in ("torch", "reference"):
@@ -124,7 +133,10 @@ def _in_own_processes(options: argparse.Namespace, flags: Sequence[str], world: 
         raise ConfigError(f"--against {options.against} starts ranks of its own: run it without a launcher")
     if options.rounds < 2:
         raise ConfigError(f"--rounds {options.rounds}: give at least 2")
-    own = {name: getattr(options, name) for name in ("ranks", "rounds", "peers_python", "system_malloc", "json")}
+    own = {
+        name: getattr(options, name)
+        for name in ("ranks", "rounds", "peers_python", "system_malloc", "json", "memory_limit")
+    }
     compare(Options(against=against, **own), flags)
 
 
