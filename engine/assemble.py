@@ -216,8 +216,13 @@ def sharding_policy(config: Config, memory: float, *, on_cpu: bool) -> ShardingP
     )
 
 
-def _enable_fp8(
-    config: PrecisionConfig, stages: Iterable[Stage], precision: Precision, device: torch.device, *, keep_weights: bool
+def enable_8_bits(
+    config: PrecisionConfig,
+    stages: Iterable[nn.Module],
+    precision: Precision,
+    device: torch.device,
+    *,
+    keep_weights: bool = True,
 ) -> Fp8Registry | None:
     """Give the linears of the layers that are to be in fp8 their products."""
     if not precision.fp8:
@@ -312,5 +317,5 @@ def assemble(
         ),
         scaler=config.precision.loss_scaler() if config.precision.dtype == "fp16" else None,
         average=None if config.optimizer.ema_decay is None else WeightAverage(store, config.optimizer.ema_decay),
-        fp8=_enable_fp8(config.precision, stages.values(), precision, device, keep_weights=policy.stage < 3),
+        fp8=enable_8_bits(config.precision, stages.values(), precision, device, keep_weights=policy.stage < 3),
     )

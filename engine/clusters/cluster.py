@@ -154,11 +154,13 @@ class Cluster:
     """The machine. Ranks are numbered node by node.
 
     Attributes:
-        file: that it was read from. devices_per_node: with a rank on each.
+        file: that it was read from. device_type: CPUs are where the engine does a few things otherwise.
+        devices_per_node: with a rank on each.
     """
 
     file: str = ""
     name: str
+    device_type: Literal["cpu", "cuda"] = "cuda"
     nodes: int
     devices_per_node: int
     memory: Memory

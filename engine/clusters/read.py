@@ -66,6 +66,10 @@ class _Reader:
             return self.group(hint, value, place)
         if get_origin(hint) is dict:
             return self.by_format(hint, value, place)
+        if get_origin(hint) is Literal:
+            if value not in get_args(hint):
+                raise self.wrong(place, value, f"it must be {' or '.join(get_args(hint))}")
+            return value
         if hint is str:
             if not isinstance(value, str) or not value.strip():
                 raise self.wrong(place, value, "it must be a text")

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -26,6 +26,7 @@ from model.regions import Keep, Policy
 from parallel.comm import Axis
 from parallel.heartbeat import Whereabouts
 
+T = TypeVar("T")
 META = torch.device("meta")
 _AGAIN: dict[Hashable, Mapping[Place, float]] = {}  # takes some hundredths of a second, and is the same for all layouts
 
@@ -81,6 +82,15 @@ class Timing:
         """
         return self._by_layer(lambda index: self._priced(index, cluster, where))
 
+    def weights(self) -> dict[str, tuple[int, int]]:
+        """By layer: numbers in its weights on a rank, and their bytes."""
+
+        def of(index: int) -> tuple[int, int]:
+            parameters = list(self._planned._layer(index, Keep(), META).module.parameters())
+            return sum(p.numel() for p in parameters), sum(p.nbytes for p in parameters)
+
+        return self._by_layer(of)
+
     def calls(self, index: int) -> int:
         """How many operators that take time forward and backward of a layer call."""
         layer = self._planned._layer(index, Keep(), META)
@@ -88,8 +98,8 @@ class Timing:
             layer.step()
         return calls.count
 
-    def _by_layer(self, find: Callable[[int], LayerTimes]) -> dict[str, LayerTimes]:
-        known, found = dict[Hashable, LayerTimes](), dict[str, LayerTimes]()
+    def _by_layer(self, find: Callable[[int], T]) -> dict[str, T]:
+        known, found = dict[Hashable, T](), dict[str, T]()
         for index, spec in enumerate(self.layers):
             kind = kind_of(spec, self.build)
             if kind not in known:

@@ -1,4 +1,6 @@
-"""`python -m tools.plan`: memory of a layout (memory.py), or with --measure a cluster file (measure.py)."""
+"""`python -m tools.plan`: memory of a layout (memory.py), with --measure a cluster file (measure.py), with --anchors
+the time model beside published figures (anchors.py).
+"""
 
 from __future__ import annotations
 
@@ -10,21 +12,25 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     parent.end_with_launcher()
     parent.end_by_interrupt()
 
-from engine.errors import EXIT_USAGE, ConfigError
+from engine.errors import EXIT_DONE, EXIT_USAGE, ConfigError
 from engine.run.launch import run_rank
-from tools.plan import main, measure
+from tools.benchmark.table import show
+from tools.plan import anchors, main, measure
 
 
 def run(argv: list[str]) -> int:
     """Do what is asked for; returns the exit code."""
     if "--measure" in argv:
         return run_rank(measure.main, argv, "tools.plan", alone=True)
+    if argv == ["--anchors"]:
+        show(anchors.rows())
+        return EXIT_DONE
     try:
         main(argv)
     except ConfigError as error:
         print(f"tools.plan: error: {error}", file=sys.stderr)
         return EXIT_USAGE
-    return 0
+    return EXIT_DONE
 
 
 if __name__ == "__main__":

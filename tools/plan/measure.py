@@ -85,6 +85,7 @@ def describe(world: World, device: torch.device, rounds: int) -> dict[str, Any]:
     }
     return {
         "name": "",
+        "device_type": device.type,
         "nodes": 1,
         "devices_per_node": world.size,
         "memory": {"gb": memory_of(device, world) / 1e9},

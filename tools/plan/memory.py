@@ -1,5 +1,6 @@
 """`python -m tools.plan --config configs/vit_22b.yaml --ranks 64 --gpu-memory 80`: memory per rank, before any GPU;
-`python -m tools.plan --measure --out FILE`: a cluster file of this machine (--measure --help).
+`python -m tools.plan --measure --out FILE`: a cluster file of this machine (--measure --help);
+`python -m tools.plan --anchors`: the time model beside published figures.
 
 Every ZeRO stage in turn (or those of --stages) for the layout of the configuration, planned on the meta device by the
 code that allocates. The table shows the pipeline rank that needs most, and the bubble that the simulator predicts

@@ -40,6 +40,7 @@ def changed(tmp_path: Path, change: Callable[[Any], object]) -> str:
         (lambda c: c.update(file="x"), "there is no field file"),
         (lambda c: c["host"].update(gb_per_sec=3), "no field host.gb_per_sec: did you mean host.gb_per_second?"),
         (lambda c: c["peak"]["tflops"].update(bf15=3), "no field peak.tflops.bf15: did you mean peak.tflops.bf16?"),
+        (lambda c: c.update(device_type="gpu"), "device_type is 'gpu': it must be cpu or cuda"),
         (lambda c: c.update(nodes=0), "nodes is 0: it must be a whole number, positive, at most 1e+06"),
         (lambda c: c.update(nodes=1.5), "nodes is 1.5"),
         (lambda c: c.update(nodes=True), "nodes is True"),

@@ -1,0 +1,257 @@
+"""How long a training step takes, and what of it goes where: one model for plans and for runs.
+
+Layers have their times (engine.recompute.timing: measured, or priced by a cluster file). Here they become the actions
+of the schedule, which the pipeline's simulator runs; then come what data-parallel ranks tell each other, the gradient
+norm and the optimizer. Not counted: reading images, evaluation, saving, and ranks that differ in speed.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+from operator import add
+
+import torch
+from torch import nn
+
+from engine.assemble import cut_into_stages, enable_8_bits
+from engine.clusters import Cluster
+from engine.clusters.pricing import Pricer, Spent
+from engine.config import Config
+from engine.data_traffic import Traffic
+from engine.frozen import Frozen, frozen_of
+from engine.objectives import Objective, make_objective
+from engine.precision.precision import precision_of
+from engine.recompute.assignment import assignment
+from engine.recompute.timing import META, LayerTimes, Timing
+from model import Build, LayerSpec, MicroBatch
+from model.kernels import Kernels
+from parallel.grid import Grid, GridShape, planned_grid
+from parallel.pipeline import Costs, Placement, Schedule, Timeline, simulate
+from parallel.pipeline.actions import ActionKind
+from parallel.pipeline.readiness import Policy
+from parallel.tensor import TensorParallel
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """A predicted step.
+
+    Attributes:
+        parts: seconds by what they go into, mean over the ranks of the pipeline; they add up to `seconds`. `products`,
+            `attention`, `memory` (passes over it); `tensor` and `context`: what these axes keep the device waiting;
+            `data`: the same of gradients and weights over data-parallel ranks, and of the norm; `recompute`;
+            `optimizer`; `bubble`. Of measured layers the first ones are `measured` together.
+        timeline: of the pipeline. images_per_second: of all ranks. mfu: None where no peak is known.
+    """
+
+    parts: Mapping[str, float]
+    timeline: Timeline
+    images_per_second: float
+    mfu: float | None
+
+    @property
+    def seconds(self) -> float:
+        """Of the step."""
+        return self.timeline.step_time
+
+
+def predict_step(
+    config: Config,
+    shape: GridShape,
+    cluster: Cluster,
+    *,
+    times: Mapping[str, LayerTimes] | None = None,
+    sets: Mapping[str, str] | None = None,
+    placement: Placement | None = None,
+) -> StepTime:
+    """The step of a resolved configuration on ranks of this shape.
+
+    Args:
+        cluster: the machine. times: of each layer, if they were measured. sets: names of the layers' save sets, if they
+            are not as the configuration says. placement: of the layers, if it is not that by FLOPs.
+    """
+    model = StepModel.of(config, shape, cluster, times)
+    schedule = config.pipeline(shape).schedule(config.num_micro_batches(shape))
+    if placement is None:
+        placement = Placement.of(
+            schedule, cut_into_stages(model.layers, model.frozen.passes, schedule.stage_to_rank)
+        )  # fmt: skip
+    if sets is None:
+        given = assignment(config.recompute, model.layers, model.frozen.passes)
+        sets = {name: of.name for name, of in given.items()}
+    return model.step(schedule, placement, sets)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepModel:
+    """What does not hang on the schedule, the cut of the layers and their save sets: made once for many of these.
+
+    Attributes:
+        times: of each layer. loss: of forward and backward of the loss. traffic: of data-parallel ranks.
+    """
+
+    config: Config
+    cluster: Cluster
+    grid: Grid
+    build: Build
+    layers: Sequence[LayerSpec]
+    frozen: Frozen
+    times: Mapping[str, LayerTimes]
+    loss: tuple[Spent, Spent]
+    traffic: Traffic
+
+    @staticmethod
+    def of(
+        config: Config, shape: GridShape, cluster: Cluster, times: Mapping[str, LayerTimes] | None = None
+    ) -> StepModel:
+        """For a resolved configuration."""
+        if not config.parallel.shared_memory and cluster.between_nodes is not None:
+            cluster = replace(cluster, within_node=cluster.between_nodes)  # TCP, within a host, too
+        grid, objective = planned_grid(shape, 0), make_objective(config)
+        layers, timing = objective.layers, timing_of(config, grid, objective)
+        frozen = frozen_of(config, layers)
+        return StepModel(
+            config=config,
+            cluster=cluster,
+            grid=grid,
+            build=timing.build,
+            layers=layers,
+            frozen=frozen,
+            times=times or timing.priced(cluster, grid.meter.where),
+            loss=_loss_times(objective, timing, grid, cluster),
+            traffic=Traffic.of(config, cluster, grid, timing, frozen),
+        )
+
+    def step(self, schedule: Schedule, placement: Placement, sets: Mapping[str, str]) -> StepTime:
+        """With this schedule, the layers of each stage, and the names of their save sets."""
+        splits = any(a.kind is ActionKind.BACKWARD_INPUT for program in schedule.ranks for a in program)
+        stages = [self._stage(number, placement, sets, splits=splits) for number in range(schedule.num_stages)]
+        ranks = range(schedule.num_ranks)
+        held = [[self.layers[i].name for s in placement.on(r) for i in placement.layers[s]] for r in ranks]
+        last = [
+            sum(_total(stages[s]["backward"]) + _total(stages[s]["weight"]) for s in placement.on(r)) for r in ranks
+        ]
+        tails = [self.traffic.at_the_end(names, backward) for names, backward in zip(held, last, strict=True)]
+        updates = [self.traffic.update(names) for names in held]
+        norm = self.traffic.norm(held)
+        of = {what: tuple(_total(stage[what]) for stage in stages) for what in stages[0]}
+        costs = replace(
+            self._messages(placement),
+            forward=of["forward"],
+            backward_input=of["backward"],
+            backward_weight=of["weight"],
+            recompute=of["recompute"],
+            norm=norm,
+            optimizer=tuple(map(add, tails, updates)),
+        )
+        timeline = simulate(schedule, costs, self._policy(schedule))
+        parts: dict[str, float] = defaultdict(float)
+        for rank in ranks:
+            for stage in placement.on(rank):
+                for spent in stages[stage].values():
+                    _add(parts, spent, schedule.num_micro_batches)
+            _add(parts, {"data": tails[rank] + norm, "optimizer": updates[rank], "bubble": timeline.bubble[rank]})
+        return self._result({name: value / len(ranks) for name, value in parts.items() if value}, timeline)
+
+    def _result(self, parts: Mapping[str, float], timeline: Timeline) -> StepTime:
+        images = self.config.train.global_batch_size / timeline.step_time
+        flops = sum(layer.flops * n for layer, n in zip(self.layers, self.frozen.passes, strict=True))
+        peak = self.cluster.peak.tflops.get(self.config.precision.dtype)
+        mfu = None if peak is None else images * flops / (self.grid.shape.world_size * peak * 1e12)
+        return StepTime(parts=parts, timeline=timeline, images_per_second=images, mfu=mfu)
+
+    def _policy(self, schedule: Schedule) -> Policy:
+        return self.config.parallel.schedule_policy if schedule.num_ranks > 1 else "static"
+
+    def _stage(
+        self, number: int, placement: Placement, sets: Mapping[str, str], *, splits: bool
+    ) -> dict[str, dict[str, float]]:
+        """Of one micro-batch, by what: its forward, its backward (the first half, where it is split), the weights'
+        half, computing again."""
+        found: dict[str, dict[str, float]] = {
+            what: defaultdict(float) for what in ("forward", "backward", "weight", "recompute")
+        }
+        for index in placement.layers[number]:
+            name, passes = self.layers[index].name, self.frozen.passes[index]
+            times = self.times[name]
+            _add(found["forward"], times.forward)
+            if passes == 3:
+                _add(found["backward"], times.backward_input if splits else times.backward)
+                _add(found["weight"], times.backward_weight if splits else {})
+            elif passes == 2:
+                _add(found["backward"], times.backward_input)
+            if passes > 1:
+                _add(found["recompute"], {"recompute": times.recompute_seconds(sets.get(name, "all"))})
+        if number == placement.last:
+            _add(found["forward"], self.loss[0])
+            _add(found["backward"], self.loss[1])
+        names = [self.layers[i].name for i in placement.layers[number]]
+        for what, spent in self.traffic.within(names, {key: _total(of) for key, of in found.items()}, splits).items():
+            _add(found[what], {"data": spent})
+        return found
+
+    def _messages(self, placement: Placement) -> Costs:
+        """What the simulator is to know of messages: sizes, latency, and the rate of the slowest link."""
+        ranks, layers = placement.ranks, [self.layers[r.stop - 1] for r in placement.layers[:-1]]
+        size = self.config.train.micro_batch_size
+        assert size is not None
+        sizes = [
+            _bytes(layer.boundary(size, self.build), self.build.precision.of_layer(layer.name)) for layer in layers
+        ]
+        apart = self.grid.shape.world_size // self.grid.shape.pipeline
+        pairs = {(a * apart, b * apart) for a, b in pairwise(ranks) if a != b}
+        if not pairs:
+            return Costs()
+        most = max(sizes)
+        cost = partial(self.cluster.collective, "message")
+        latency, whole = max(cost(0, pair) for pair in pairs), max(cost(most, pair) for pair in pairs)
+        rate = most / max(whole - latency, 1e-12)
+        return Costs(output_bytes=tuple(map(float, sizes)), latency=latency, bandwidth=rate)
+
+
+def timing_of(config: Config, grid: Grid, objective: Objective) -> Timing:
+    """The layers of a resolved configuration, to be timed."""
+    layers, precision = objective.layers, precision_of(config.precision, objective.layers)
+    assert config.train.micro_batch_size is not None
+    tp = TensorParallel(axis=grid.tensor, sequence_parallel=config.parallel.sequence_parallel)
+    build = Build(
+        config=config.model, tp=tp, context=grid.context, seed=config.train.seed, kernels=Kernels(config.kernels),
+        precision=precision,
+    )  # fmt: skip
+
+    def prepare(module: nn.Module) -> None:
+        enable_8_bits(config.precision, [module], precision, next(module.parameters()).device)
+
+    return Timing(layers=layers, build=build, batch_size=config.train.micro_batch_size, prepare=prepare)
+
+
+def _loss_times(objective: Objective, timing: Timing, grid: Grid, cluster: Cluster) -> tuple[Spent, Spent]:
+    """Of the loss of a micro-batch, forward and backward."""
+    size, build = timing.batch_size, timing.build
+    shape = size, build.part(build.sizes.classes)
+    logits = torch.empty(shape, dtype=build.precision.of_layer(timing.layers[-1].name), device=META).requires_grad_()
+    zeros, ones = torch.zeros(size, dtype=torch.int64, device=META), torch.ones(size, device=META)
+    batch = MicroBatch(images=None, labels=zeros, sample_ids=zeros, weights=ones)
+    with Pricer(cluster) as pricer, pricer.listening(grid.meter.where):
+        loss = objective.loss_share((logits,), batch, grid, 1.0)
+        forward = dict(pricer.spent)
+        pricer.spent.clear()
+        loss.backward()
+    return forward, dict(pricer.spent)
+
+
+def _add(to: dict[str, float], spent: Spent, times: int = 1) -> None:
+    for name, seconds in spent.items():
+        to[name] = to.get(name, 0.0) + times * seconds
+
+
+def _total(spent: Spent) -> float:
+    return sum(spent.values())
+
+
+def _bytes(shape: tuple[int, int], dtype: torch.dtype) -> int:
+    return shape[0] * shape[1] * dtype.itemsize
