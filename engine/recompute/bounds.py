@@ -113,16 +113,30 @@ class Bounds:
         self.rank, self.rows = rank, rows(rank)
         self.times = [of.time.astype(np.float64) for of in rank.layers]
         self.knapsacks = [Knapsack(row.bytes_of, self.times) for row in self.rows]
-        self._sums = list[tuple[Floats, Knapsack]]()
+        self._sum = list[tuple[float, Row]]()
+        self._knapsack: Knapsack | None = None
         self._rounding = 1e-3 + 1e-12 * sum(time.max() for time in self.times)
 
     def weigh(self, limit: int) -> None:
-        """Look also at that sum of rows which says most, for a limit, where nothing is chosen yet."""
-        weights = _weights(np.array([np.concatenate(row.bytes_of) for row in self.rows]), self.times, limit)
-        self._sums = []
-        if np.count_nonzero(weights) > 1:
-            sums = [np.tensordot(weights, [row.bytes_of[at] for row in self.rows], 1) for at in range(len(self.times))]
-            self._sums.append((weights, Knapsack(sums, self.times)))
+        """Find the sum of rows that says most, for a limit, where nothing is chosen yet."""
+        found = dict[bytes, tuple[int, Floats, Floats]]()
+        for at, times in enumerate(self.times):
+            block = np.array([row.bytes_of[at] for row in self.rows])
+            key = block.tobytes() + times.tobytes()
+            found[key] = found.get(key, (0,))[0] + 1, block, times
+        weights = _weights(list(found.values()), limit)
+        self._sum = [(weight, row) for weight, row in zip(weights, self.rows, strict=True) if weight]
+        sums = [
+            np.sum([weight * row.bytes_of[at] for weight, row in self._sum], axis=0) for at in range(len(self.times))
+        ]
+        self._knapsack = Knapsack(sums, self.times) if self._sum else None
+
+    def about(self, states: Ints, layer: int, limit: float) -> Floats:
+        """Ticks of the layers from one on, at least, by that sum of rows alone."""
+        if self._knapsack is None:
+            return np.zeros(len(states))
+        chosen = np.sum([weight * row.of_chosen(self.rank, states, layer) for weight, row in self._sum], axis=0)
+        return self._whole(self._knapsack.time(layer, limit * (1 + 1e-12) - chosen))
 
     def chosen(self, states: Ints, layer: int) -> Floats:
         """[rows, states]: bytes of each row, of the layers before one."""
@@ -134,27 +148,31 @@ class Bounds:
 
     def times_after(self, chosen: Floats, layer: int, limit: float) -> Floats:
         """Ticks of the layers from one on, at least, such that the peak stays within a limit."""
-        found = np.max([k.time(layer, limit - of) for k, of in zip(self.knapsacks, chosen, strict=True)], axis=0)
-        for weights, knapsack in self._sums:
-            found = np.maximum(found, knapsack.time(layer, limit * (1 + 1e-12) - weights @ chosen))
-        return np.ceil(found - self._rounding)
+        return self._whole(
+            np.max([k.time(layer, limit - of) for k, of in zip(self.knapsacks, chosen, strict=True)], axis=0)
+        )
+
+    def _whole(self, times: Floats) -> Floats:
+        """Least whole numbers of ticks, with what rounding may have added."""
+        return np.ceil(times - self._rounding)
 
 
-def _weights(bytes_of: Floats, times: Sequence[Floats], limit: int) -> Floats:
+def _weights(blocks: Sequence[tuple[int, Floats, Floats]], limit: int) -> Floats:
     """Of the rows, by the linear program: the least time within a limit, or the least peak where nothing takes time.
 
     Args:
-        bytes_of: [rows, choices of all layers].
+        blocks: of equal layers: how many, the bytes [rows, choices] and the time of each choice.
     """
-    time = np.concatenate(times)
-    one_each = np.repeat(np.eye(len(times)), [len(of) for of in times], axis=1)
-    unit = max(limit, 1) if time.any() else max(bytes_of.max(), 1)
+    time, bytes_of = np.concatenate([of for *_, of in blocks]), np.concatenate([of for _, of, _ in blocks], axis=1)
+    of_each = np.repeat(np.eye(len(blocks)), [len(of) for *_, of in blocks], axis=1)
+    lowers_peak = float(not time.any())
+    unit = max(bytes_of.max() if lowers_peak else limit, 1)
     found = linprog(
-        np.append(time / max(time.max(), 1), 0 if time.any() else 1),
-        A_ub=np.column_stack([bytes_of / unit, np.full(len(bytes_of), 0 if time.any() else -1)]),
-        b_ub=np.full(len(bytes_of), 1 if time.any() else 0),
-        A_eq=np.column_stack([one_each, np.zeros(len(times))]),
-        b_eq=np.ones(len(times)),
+        np.append(time / max(time.max(), 1), lowers_peak),
+        A_ub=np.column_stack([bytes_of / unit, np.full(len(bytes_of), -lowers_peak)]),
+        b_ub=np.full(len(bytes_of), 1 - lowers_peak),
+        A_eq=np.column_stack([of_each, np.zeros(len(blocks))]),
+        b_eq=np.array([count for count, *_ in blocks]),
     )
     weights = np.zeros(len(bytes_of)) if found.status else np.maximum(-found.ineqlin.marginals, 0)
     return weights / max(weights.sum(), 1e-300)

@@ -60,26 +60,48 @@ class Choices:
         return {F: self.forward, W: self.weight}.get(moment.kind, self.backward)
 
 
+def choices_of(stages: Sequence[Sequence[Mapping[str, LayerCost]]], passes: Sequence[int]) -> list[list[Choices]]:
+    """Of each layer of each stage; the same object for layers with equal costs.
+
+    Args:
+        passes: of each stage, see `Choices`.
+
+    Raises:
+        ValueError: as `Choices`.
+    """
+    found = dict[tuple[int, frozenset[tuple[str, LayerCost]]], Choices]()
+
+    def of(costs: Mapping[str, LayerCost], times: int) -> Choices:
+        key = times, frozenset(costs.items())
+        found[key] = found.get(key) or Choices(costs, times)
+        return found[key]
+
+    return [[of(costs, times) for costs in layers] for layers, times in zip(stages, passes, strict=True)]
+
+
 class Rank:
     """The layers of a rank, all its stages one after the other, and its moments.
 
     Attributes:
-        layers: what there is to choose. stage_of: of each layer.
+        stages: what there is to choose, layer by layer. layers: of all stages. stage_of: of each of them.
+
+    Args:
+        order: that the stages are gone through in; ascending as a rule. Equal layers are the same object.
     """
 
     def __init__(
-        self, stages: Sequence[Sequence[Mapping[str, LayerCost]]], at: Sequence[Moment], passes: Sequence[int]
+        self, stages: Sequence[Sequence[Choices]], at: Sequence[Moment], order: Sequence[int] | None = None
     ) -> None:
-        found = dict[tuple[int, frozenset[tuple[str, LayerCost]]], Choices]()
-        self.moments, self.layers, self.stage_of = at, list[Choices](), list[int]()
-        for stage, layers in enumerate(stages):
-            for costs in layers:
-                key = passes[stage], frozenset(costs.items())
-                choices = found[key] = found.get(key) or Choices(costs, passes[stage])
-                self.layers.append(choices)
-                self.stage_of.append(stage)
+        order = range(len(stages)) if order is None else order
+        self.stages, self.moments = stages, at
+        self.layers = [layer for stage in order for layer in stages[stage]]
+        self.stage_of = [stage for stage in order for _ in stages[stage]]
         self.live = np.array([m.live for m in at], dtype=np.int64)
         self.deferred = np.array([m.deferred for m in at], dtype=np.int64)
+
+    def beginning_with(self, stage: int) -> Rank:
+        """The same with one stage before all others."""
+        return Rank(self.stages, self.moments, sorted(range(len(self.stages)), key=lambda other: other != stage))
 
     @property
     def start(self) -> Ints:
@@ -132,9 +154,10 @@ class Rank:
 
 def least(rows: Ints) -> NDArray[np.intp]:
     """Those rows that no other row is as small as in every column, ascending; of equal ones the first."""
-    rows = rows[:, np.ptp(rows, axis=0) > 0]
-    if not rows.shape[1]:
-        return np.arange(1)
+    if len(rows):
+        rows = rows[:, np.ptp(rows, axis=0) > 0]
+    if not rows.size:
+        return np.arange(min(len(rows), 1))
     order = np.lexsort(rows.T[::-1])  # what is smaller than a row stands before it; stable
     rows = rows[order]
     new = np.append(True, (rows[1:] != rows[:-1]).any(axis=1))

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from engine.recompute.choices import TICKS, Rank
+from engine.recompute.choices import TICKS, Rank, choices_of
 from engine.recompute.costs import LayerCost
 from engine.recompute.moments import moments, passes, peak
 from engine.recompute.search import Found, Search
@@ -95,7 +95,7 @@ class Solver:
         if set(stages) != (of := {a.stage for a in program if a.kind.is_compute}):
             raise ValueError(f"costs are given of stages {sorted(stages)}, and the program is of stages {sorted(of)}")
         self._moments, self._passes = moments(program), passes(program)
-        self._search = Search(Rank(list(self.stages.values()), self._moments, self._passes))
+        self._search = Search(Rank(choices_of(list(self.stages.values()), self._passes), self._moments))
         self._smallest: int | None = None
 
     def within(self, budget: int) -> Solution:
@@ -113,7 +113,7 @@ class Solver:
                 [{name: replace(cost, seconds=0.0) for name, cost in layer.items()} for layer in layers]
                 for layers in self.stages.values()
             ]
-            found = Search(Rank(free, self._moments, self._passes)).within(UNLIMITED)
+            found = Search(Rank(choices_of(free, self._passes), self._moments)).within(UNLIMITED)
             assert found is not None
             self._smallest = found.peak + self.static
         return self._smallest
