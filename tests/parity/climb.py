@@ -146,6 +146,8 @@ def climb(
         out.losses.append(result.loss)
         out.grad_norms.append(result.grad_norm)
         out.skipped += result.skipped
+    if (again := assembly.recompute) is not None:  # a comparison with nothing computed again would compare nothing
+        assert again.ran_again or all(of.drops == {"gather"} for of in again.sets.values())
     out.parameters = logical(assembly, "master")
     out.evaluation = evaluated(stepper.evaluate(EvalStream(eval_set, **place)))
     if assembly.average is not None:
