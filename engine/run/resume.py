@@ -30,7 +30,9 @@ from parallel.checkpoint.manifest import (
 from parallel.checkpoint.read import Reader
 
 # Keys that may change without a word: how a run is spread and watched, and where things are.
-_FREE = ("parallel.", "log.", "checkpoint.", "run_dir", "device", "data.path", "data.val_path", "data.workers")
+_FREE = (
+    "parallel.", "recompute.", "log.", "checkpoint.", "run_dir", "device", "data.path", "data.val_path", "data.workers",
+)  # fmt: skip
 _FREE_TRAIN = ("micro_batch_size", "eval_interval", "stop_step", "time_limit", "check_interval", "max_bad_steps")
 _TRAINED_BY = ("drop_path", "layer_scale", "head_bias", "preset")  # keys of the model that say how
 _SHOWN = 10  # of what differs
