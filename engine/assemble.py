@@ -257,6 +257,7 @@ def assemble(
     device: torch.device,
     objective: Objective | None = None,
     device_memory: float | None = None,
+    regions: RegionPolicy | None = None,
 ) -> Assembly:
     """Build this rank's share.
 
@@ -264,6 +265,7 @@ def assemble(
         config: resolved for this world. grid: its groups made. device: of this rank.
         objective: the configuration's, if it was made already. device_memory: bytes of this rank's device, or of its
             share of the host (default: all of it); what goes by it goes by the least of all ranks.
+        regions: who runs those of blocks, instead of what the configuration says of recomputation.
     """
     objective = objective or make_objective(config)
     layers = objective.layers
@@ -279,7 +281,8 @@ def assemble(
         schedule = recompute_schedule(schedule, placement, layers, frozen.passes, again)
     build = Build(
         config=config.model, tp=tp, context=grid.context, seed=config.train.seed, kernels=Kernels(config.kernels),
-        precision=precision, policy=_recompute(sets, {layers[i].name for s in held for i in placement.layers[s]}),
+        precision=precision,
+        policy=regions or _recompute(sets, {layers[i].name for s in held for i in placement.layers[s]}),
     )  # fmt: skip
     stages = {number: Stage([layers[i] for i in placement.layers[number]], build) for number in held}
     for stage in stages.values():

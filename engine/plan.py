@@ -1,32 +1,28 @@
 """What a run would allocate on a rank, found by building it and stepping through it on the meta device.
 
 Nothing here repeats what the engine does: weights, gradients, optimizer state and buffers are the tensors that
-`assemble` makes, and activations those that forward and backward of the stage make, counted while they live: those
-that native kernels and fused attention make, unless kernels is reference. Temporaries inside a kernel are not seen.
+`assemble` makes, and activations those that forward and backward of each kind of layer make, counted while they live
+(`engine.layer_costs`) and added up as the rank's program runs them (`engine.recompute.peaks`): those that native
+kernels and fused attention make, unless kernels is reference. Temporaries inside a kernel are not seen.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-import torch
-from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-
-from data import Batch
 from engine.assemble import Assembly, assemble
 from engine.config import Config
-from model import MicroBatch
+from engine.layer_costs import META as META
+from engine.layer_costs import LayerCosts, micro_batch
+from engine.live_bytes import LiveBytes as LiveBytes
+from engine.recompute.assignment import assignment
+from engine.recompute.costs import LayerCost
+from engine.recompute.peaks import StageCost, peak
+from engine.recompute.save_sets import SaveSet
 from parallel.grid import GridShape, planned_grid
-from parallel.pipeline.actions import ActionKind, peak_activations
-
-META = torch.device("meta")
+from parallel.pipeline.actions import Action, ActionKind, peak_activations
+from parallel.pipeline.post import message_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,48 +49,12 @@ class MemoryPlan:
         return sum(self.states.values()) + self.activations
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors made within, while they live.
-
-    Attributes:
-        now, peak: bytes. alive: storages, by identity.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.alive: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in known | self.alive:
-                self._add(tensor)
-        return out
-
-    def restart(self) -> int:
-        """The peak, which is what is alive now from now on."""
-        peak, self.peak = self.peak, self.now
-        return peak
-
-    def _add(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        self.alive.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._remove, key, size)
-
-    def _remove(self, key: int, size: int) -> None:
-        self.alive.discard(key)
-        self.now -= size
-
-
 def states(assembly: Assembly) -> dict[str, int]:
     """Bytes of what lives for the whole run."""
     held = assembly.store.memory()
     held["optimizer state"] = sum(t.nbytes for group in assembly.optimizer.state_tensors().values() for t in group)
+    if assembly.fp8 is not None:
+        held["weights in 8 bits"] = assembly.fp8.weight_bytes
     if assembly.average is not None:
         held["weight average"] = sum(t.nbytes for t in assembly.average.averages)
     return held
@@ -114,90 +74,54 @@ def plan_memory(config: Config, shape: GridShape, rank: int, device_memory: floa
     return MemoryPlan(
         stages=tuple(assembly.stages),
         states=states(assembly),
-        activations=_activation_bytes(assembly),
+        activations=_activation_bytes(assembly, LayerCosts.of(config, shape, rank)),
         micro_batches=peak_activations(assembly.schedule)[grid.pipeline.index],
         schedule=assembly.schedule.name,
         bubble=assembly.predicted.bubble_fraction,
     )
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """Bytes of one micro-batch on one stage: what is kept after an action, and the most that is held meanwhile."""
-
-    kept: dict[ActionKind, int]
-    most: dict[ActionKind, int]
-
-
-def _activation_bytes(a: Assembly) -> int:
-    """The most that the schedule makes of one forward and backward of a stage, what is kept of the others that are
-    alive then, and the images of one micro-batch.
-    """
-    batch = a.to_device(_batch(a), training=True)
-    program = a.schedule.ranks[a.grid.pipeline.index]
-    splits = {action.stage for action in program if action.kind is ActionKind.BACKWARD_INPUT}
-    ahead = {(action.stage, action.micro_batch) for action in program if action.kind is ActionKind.RECOMPUTE}
-    passes = {(number, False) for number in a.stages} | {(stage, True) for stage, _ in ahead}
-    measured = {
-        (number, again): _one_pass(a, number, batch, splits=number in splits, again=again) for number, again in passes
-    }
-    kept, now, most = dict[tuple[int, int | None], int](), 0, 0
-    for action in program:
-        if not action.kind.is_compute:
-            continue
-        key = action.stage, action.micro_batch
-        of = measured[action.stage, key in ahead]
-        now -= kept.pop(key, 0)
-        most = max(most, now + of.most[action.kind])
-        if action.kind in of.kept:
-            kept[key] = of.kept[action.kind]
-            now += kept[key]
-    images = 0 if batch.images is None else batch.images.nbytes
-    return most + images
-
-
-def _one_pass(a: Assembly, stage: int, batch: MicroBatch, *, splits: bool, again: bool) -> _Measured:
-    """What forward and backward of a stage make.
+def stage_costs(a: Assembly, costs: LayerCosts, sets: Mapping[str, SaveSet]) -> dict[int, StageCost]:
+    """What each stage of a rank holds, by its number.
 
     Args:
-        splits: whether its backward is in two parts. again: whether what was dropped is recomputed ahead of it.
+        sets: by the names of the layers; others keep all.
     """
-    a.store.gradients.start(1)
-    noting = a.recomputer.noting() if again and a.recomputer else nullcontext(list[Callable[[], None]]())
-    with LiveBytes() as counter:
-        inputs = tuple(
-            torch.empty(spec.shape, dtype=spec.dtype, device=META, requires_grad=spec.carries_gradient)
-            for spec in a.boundaries[stage]
-        )
-        with noting as dropped:
-            outputs = a.stages[stage](inputs, batch)
-        if last := stage == a.placement.last:
-            outputs = (a.objective.loss_share(outputs, batch, a.grid, 1.0),)
-        most = {ActionKind.FORWARD: counter.restart()}
-        roots = [get_gradient_edge(y) for y in outputs if y.requires_grad]  # none behind a frozen front
-        like = [(y.shape, y.dtype) for y in outputs if y.requires_grad]
-        del outputs  # they are freed when they are sent
-        kept = {ActionKind.FORWARD: counter.now}
-        for call in dropped:
-            call()
-        most[ActionKind.RECOMPUTE], kept[ActionKind.RECOMPUTE] = counter.restart(), counter.now
-        with a.store.gradients.deferring() if splits else nullcontext() as products:
-            torch.autograd.backward(
-                roots, [None if last else torch.empty(shape, dtype=dtype, device=META) for shape, dtype in like]
+    of_kind = {kind: {x.stage for x in _program(a) if x.kind is kind} for kind in ActionKind}
+
+    def layers(stage: int, *, ahead: bool = False) -> tuple[LayerCost, ...]:
+        splits, notes = (stage in of_kind[kind] for kind in (ActionKind.BACKWARD_INPUT, ActionKind.RECOMPUTE))
+        if ahead and not notes:
+            return ()
+        places = a.placement.layers[stage]
+        ends = {places.start: {"first": True}, places.stop - 1: {"last": stage != a.placement.last}}
+        if len(places) == 1:
+            ends = {places.start: {"first": True, "last": stage != a.placement.last}}
+        return tuple(
+            costs.cost(
+                place, sets.get(a.layers[place].name, SaveSet()), **ends.get(place, {}), splits=splits, notes=notes,
+                ahead=ahead,
             )
-        most[ActionKind.BACKWARD] = most[ActionKind.BACKWARD_INPUT] = counter.restart()
-        if products is not None:
-            del inputs, roots
-            kept[ActionKind.BACKWARD_INPUT] = counter.now
-            for product in products:
-                product()
-            most[ActionKind.BACKWARD_WEIGHT] = counter.restart()
-    return _Measured(kept, most)
+            for place in places
+        )  # fmt: skip
+
+    return {
+        stage: StageCost(
+            layers=layers(stage),
+            ahead=layers(stage, ahead=True),
+            output=message_bytes([*a.boundaries, ()][stage + 1]),
+            input_gradient=message_bytes(tuple(spec for spec in a.boundaries[stage] if spec.carries_gradient)),
+        )
+        for stage in a.stages
+    }
 
 
-def _batch(a: Assembly) -> Batch:
-    size, sizes = a.config.train.micro_batch_size, a.config.model.sizes
-    assert size is not None
-    images = torch.empty(size, sizes.channels, *sizes.image, device=META) if a.holds_images else None
-    zeros = torch.zeros(size, dtype=torch.int64, device=META)
-    return Batch(images=images, labels=zeros, sample_ids=zeros, weights=torch.ones(size, device=META))
+def _program(a: Assembly) -> Sequence[Action]:
+    return a.schedule.ranks[a.grid.pipeline.index]
+
+
+def _activation_bytes(a: Assembly, costs: LayerCosts) -> int:
+    """The most that forwards and backwards of this rank's program hold at once, and the images of one micro-batch."""
+    sets = assignment(a.config.recompute, a.layers, a.frozen.passes)
+    images = micro_batch(a).images
+    return peak(_program(a), stage_costs(a, costs, sets)) + (0 if images is None else images.nbytes)

@@ -41,6 +41,11 @@ class Stage(Layers):
         """Rows of the boundary before (nothing for the first stage) -> those of the boundary after, or logits."""
         x = inputs[0] if inputs else None
         for name, layer in self.layers:
-            x = layer(None if x is None else x.to(self.precision.of_layer(name)), batch)
+            x = self.run(name, layer, x, batch)
         assert isinstance(x, torch.Tensor)
         return (x,)
+
+    def run(self, name: str, layer: nn.Module, x: Tensor | None, batch: MicroBatch) -> Tensor:
+        """One of the layers, on what the layer before gave out (None: the first layer of all), in its own format."""
+        y: Tensor = layer(None if x is None else x.to(self.precision.of_layer(name)), batch)
+        return y

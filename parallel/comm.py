@@ -275,7 +275,9 @@ def reduce_scatter_into_start(out: Tensor, x: Tensor, room: Tensor, axis: Axis, 
         run = lambda: _reduce_scatter_single(room, x, group=axis.group, async_op=True)  # noqa: E731
 
     def finish(arrived: Tensor) -> Tensor:
-        parts = arrived.view(axis.size if x.device.type == "cpu" else 1, *out.shape)
+        if x.device.type != "cpu":  # the sum itself
+            return out.add_(arrived.view_as(out)) if accumulate else out.copy_(arrived.view_as(out))
+        parts = arrived.view(axis.size, *out.shape)
         if accumulate:
             return out.add_(parts.sum(0, dtype=out.dtype))
         return torch.sum(parts, 0, dtype=out.dtype, out=out)

@@ -11,12 +11,15 @@ class LayerCost:
 
     Attributes:
         kept: bytes that stay from its forward to its backward. What it shares with its neighbours counts once: its
-            own input belongs to the layer before it.
-        forward: the most that it holds while its forward runs, beside what was alive before; `kept` included.
+            input is its own, if it keeps it, its output the next layer's.
+        forward: the most that it holds while its forward runs, beside what was alive before; `kept` and its input
+            included.
         backward: the most that is alive while its backward runs, beside what the layers before it keep and beside other
             micro-batches: its own `kept`, recomputed tensors, gradients on their way.
         deferred: of a split backward, bytes kept from BACKWARD_INPUT to BACKWARD_WEIGHT.
         weight: the most beside that while BACKWARD_WEIGHT of the stage runs.
+        held: of the last layer of a stage: what was sent for it and is held, beside `deferred`, while the layers before
+            it go backward.
         seconds: that computing again takes.
     """
 
@@ -25,4 +28,5 @@ class LayerCost:
     backward: int
     deferred: int = 0
     weight: int = 0
+    held: int = 0
     seconds: float = 0.0

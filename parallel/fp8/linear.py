@@ -7,6 +7,7 @@ per element), and the step's 8-bit weight. The output gradient is cast once, for
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from math import prod
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from parallel import comm
 from parallel.fp8.backend import Fp8Backend, choose_backend
-from parallel.fp8.quantise import Quantised
+from parallel.fp8.quantise import Quantised, aligned
 from parallel.fp8.recipe import Fp8Recipe
 from parallel.fp8.state import Fp8Registry, Fp8State
 from parallel.tensor.linear import ColumnParallelLinear, RowParallelLinear
@@ -147,4 +148,6 @@ def enable_fp8(
     )
     for name, layer in linears.items():
         layer.products = Fp8Products(registry.states[name])
+        if keep_weights:
+            registry.weight_bytes += 2 * prod(map(aligned, layer.weight.shape))
     return registry

@@ -32,6 +32,7 @@ class Fp8Registry:
         recipe, backend: how scales are found; who casts and multiplies.
         keep_weights: whether a weight is cast once per step and kept in 8 bits, or for each product, as where weights
             are sharded and must not be held whole.
+        weight_bytes: that kept weights take during a step, the transposes that backward multiplies with included.
         step: counts `finish_step` and loads; 8-bit copies of weights are made once per step.
         records: whether what is cast counts for the next steps' scales; see `unrecorded`.
         amaxes: of the running step, of this rank: [N, 3], in the order of ROLES.
@@ -49,7 +50,7 @@ class Fp8Registry:
         keep_weights: bool = True,
     ) -> None:
         self.recipe, self.backend, self.step, self.keep_weights = recipe, backend, 0, keep_weights
-        self.records = True
+        self.records, self.weight_bytes = True, 0
         count, steps = len(names), recipe.history if recipe.scaling == "delayed" else 0
         self.amaxes = torch.zeros(count, len(ROLES), device=device)
         self.history = torch.zeros(steps, count, len(ROLES), device=device)

@@ -1,0 +1,147 @@
+"""Runs one layer by itself, forward and backward, and counts the bytes that it makes while they live.
+
+It is the engine's own layer, as an assembly on the meta device has it, between two stubs: what the layer before it
+gives out is made here, and so is the gradient that the layer behind it sends back. A tensor between two layers is
+counted with the later one, which alone knows whether it keeps it, and a gradient with the one that it comes to. So
+costs of layers add up to what a stage of them holds, whatever the save sets of their neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from engine.live_bytes import LiveBytes
+from engine.recompute.costs import LayerCost
+from parallel.sharding.gradients import GradientSync
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """What a layer's cost depends on beside the layer.
+
+    Attributes:
+        given: shape and dtype of its input; None for the first layer of all. carries: whether a gradient of it is due.
+        first, last: of its stage, which holds what it has received until its backward is over: the input where it
+            carries a gradient, the gradient of the output.
+        splits: whether backward comes in two parts. notes: whether what is to be computed again is noted, for a
+            schedule that recomputes (R). ahead: whether an R runs it: the cost is from there on, as if that were the
+            forward.
+    """
+
+    given: tuple[tuple[int, ...], torch.dtype] | None
+    carries: bool = True
+    first: bool = False
+    last: bool = False
+    splits: bool = False
+    notes: bool = False
+    ahead: bool = False
+
+
+def measure(
+    layer: Callable[[Tensor | None], Tensor],
+    place: Place,
+    gradients: GradientSync,
+    noting: Callable[[], AbstractContextManager[list[Callable[[], None]]]],
+) -> LayerCost:
+    """What a layer holds, for one micro-batch.
+
+    Args:
+        layer: its input to its output or, of the last layer of all, to the loss. gradients: of its weights, go there.
+        noting: within, what is to be computed again is noted.
+    """
+    gradients.start(1)
+    with LiveBytes() as counter:
+        x = _input(place)
+        with noting() if place.notes else nullcontext(list[Callable[[], None]]()) as dropped:
+            y: Tensor | None = layer(x)
+        forward = counter.restart()
+        assert y is not None
+        root, gradient = _root(y, place)
+        y = None
+        x = x if place.first and place.carries else None
+        kept = counter.now
+        if root is None:
+            return LayerCost(kept=kept, forward=forward, backward=0)
+        if place.ahead:
+            counter.restart()
+            _run_all(dropped)
+            forward, kept = counter.restart(), counter.now
+        dropped.clear()
+        with gradients.deferring() if place.splits else nullcontext() as products:
+            given = [gradient()]
+            torch.autograd.backward([root], given)
+        backward = counter.restart()
+        x = root = None
+        held = counter.now
+        given.clear()
+        deferred = counter.now
+        counter.restart()
+        while products:
+            products.pop(0)()  # lets go of what it multiplies
+        weight = counter.peak - deferred
+    return LayerCost(
+        kept=kept, forward=forward, backward=backward, deferred=deferred, weight=weight, held=held - deferred
+    )
+
+
+def _run_all(calls: list[Callable[[], None]]) -> None:
+    for call in calls:
+        call()
+    calls.clear()
+
+
+def _input(place: Place) -> Tensor | None:
+    """As the layer is given it."""
+    if place.given is None:
+        return None
+    shape, dtype = place.given
+    if place.carries and not place.first:
+        x: Tensor = _Before.apply(torch.empty(0, device="meta", requires_grad=True), shape, dtype)
+        return x
+    return torch.empty(shape, dtype=dtype, device="meta", requires_grad=place.carries)
+
+
+def _root(y: Tensor, place: Place) -> tuple[Any, Callable[[], Tensor | None]]:
+    """Where backward begins (None: nowhere), and the gradient that it begins with."""
+    if not y.requires_grad:
+        return None, lambda: None
+    if y.dim() == 0:
+        return get_gradient_edge(y), lambda: None
+    if place.last:
+        shape, dtype = y.shape, y.dtype
+        return get_gradient_edge(y), lambda: torch.empty(shape, dtype=dtype, device="meta")
+    root = _Behind.apply(y)
+    return get_gradient_edge(root), lambda: torch.empty(0, device="meta")
+
+
+class _Before(torch.autograd.Function):
+    """The layer before: gives out its output, and lets go of the gradient that comes back."""
+
+    @staticmethod
+    def forward(ctx: Any, start: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        return None, None, None
+
+
+class _Behind(torch.autograd.Function):
+    """The layer behind: keeps nothing, and sends back a gradient that nobody else holds."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        ctx.form = y.shape, y.dtype
+        return torch.empty(0, device="meta")
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        shape, dtype = ctx.form
+        return torch.empty(shape, dtype=dtype, device="meta")
