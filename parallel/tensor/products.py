@@ -166,12 +166,20 @@ def _widening_product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> Te
     in fp32. Through fp32 nothing would be rounded, but AVX-512 multiplies bf16 over four times as fast as fp32.
     """
     if not out.is_cuda:
-        return out.add_(a @ b) if accumulate else out.copy_(a @ b)
+        return _add_widened(out, a @ b) if accumulate else out.copy_(a @ b)
     if not accumulate:
         return torch.mm(a, b, out_dtype=out.dtype, out=out)
     if _adds_onto_fp32(a.dtype, out.device):
         return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     return out.add_(torch.mm(a, b, out_dtype=out.dtype))
+
+
+def _add_widened(out: Tensor, x: Tensor) -> Tensor:
+    """out += x, a few rows at a time: torch would make a copy of all of x in the type of `out`."""
+    rows = max(1, _PART // x.shape[1])
+    for part, added in zip(out.split(rows), x.split(rows), strict=True):
+        part.add_(added)
+    return out
 
 
 @cache
