@@ -288,7 +288,7 @@ def assemble(
     for stage in stages.values():
         frozen.apply(stage)
     available = comm.least(memory_bytes(device) if device_memory is None else device_memory, grid.world)
-    policy = sharding_policy(config, available, on_cpu=device.type == "cpu")
+    policy = sharding_policy(config, available, on_cpu=device.type == "cpu" or (grid.planned and grid.shared_memory))
     depths = {layer.name: depth for depth, layer in enumerate(layers)}
     by_layer = config.optimizer.layer_decay != 1
 

@@ -60,16 +60,19 @@ def states(assembly: Assembly) -> dict[str, int]:
     return held
 
 
-def plan_memory(config: Config, shape: GridShape, rank: int, device_memory: float) -> MemoryPlan:
+def plan_memory(
+    config: Config, shape: GridShape, rank: int, device_memory: float, *, on_cpu: bool = False
+) -> MemoryPlan:
     """What `rank` of a world of this shape would hold.
 
     Args:
         config: resolved for that world. device_memory: bytes of a rank's device, which
-            parallel.reshard_after_forward: auto looks at.
+            parallel.reshard_after_forward: auto looks at. on_cpu: whether ranks are processes of one host, without
+            GPUs, that share memory.
     """
     if config.kernels != "reference":
         config = replace(config, kernels="native")  # the shapes of what they make are known without them
-    grid = planned_grid(shape, rank)
+    grid = planned_grid(shape, rank, shared_memory=on_cpu)
     assembly = assemble(config, grid, META, device_memory=device_memory)
     return MemoryPlan(
         stages=tuple(assembly.stages),

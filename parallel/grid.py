@@ -200,9 +200,13 @@ def world_axis(world: World) -> Axis:
     return Axis(name="world", ranks=tuple(range(world.size)), index=world.rank, group=group)
 
 
-def planned_grid(shape: GridShape, rank: int) -> Grid:
-    """The grid as `rank` would see it, without any process group, for planning memory: nothing is sent."""
-    return Grid(shape=shape, rank=rank, planned=True)
+def planned_grid(shape: GridShape, rank: int, *, shared_memory: bool = False) -> Grid:
+    """The grid as `rank` would see it, without any process group, for planning memory: nothing is sent.
+
+    Args:
+        shared_memory: whether ranks would be CPU processes of one host, and use it; else they have GPUs.
+    """
+    return Grid(shape=shape, rank=rank, planned=True, shared_memory=shared_memory)
 
 
 def _open_channel(axis: Axis) -> Channel | None:

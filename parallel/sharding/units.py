@@ -62,7 +62,7 @@ def received(bucket: Bucket) -> int:
     """Elements that need room in its reduction: none in shared memory; through gloo all ranks' parts of the shard; on a
     GPU their sum.
     """
-    if bucket.axis.channel is not None:
+    if bucket.axis.channel is not None or (bucket.axis.planned and bucket.axis.shares):
         return 0
     return bucket.numel if bucket.weights.device.type == "cpu" else bucket.share
 

@@ -14,6 +14,7 @@ from engine import assemble as assembly
 from engine.assemble import assemble, grid_of, sharding_policy
 from engine.config import Config, OptimizerConfig, PrecisionConfig, TrainConfig
 from engine.plan import LiveBytes, plan_memory, states
+from engine.recompute.config import RecomputeConfig
 from engine.run.step import Stepper
 from model.kernels import reference
 from parallel.config import ParallelConfig
@@ -72,15 +73,32 @@ def made_by_a_step(config: Config, world: World) -> tuple[dict[str, int], int]:
     return held, counter.peak + (0 if images is None else images.nbytes)
 
 
+@pytest.fixture
+def without_detours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On GPUs, which plans are for, nothing goes through fp32."""
+    monkeypatch.setattr(reference, "_sums_in_its_own_type", lambda x: False)
+    monkeypatch.setattr(products, "_cpu_flags", lambda: frozenset({"avx512_bf16", "amx_bf16"}))
+
+
 @needs_cpu_module
+@pytest.mark.usefixtures("without_detours")
 @pytest.mark.parametrize("kernels", ["native", "reference"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("model", MODELS)
-def test_a_step_holds_what_was_planned(model: str, dtype: str, kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    # on GPUs, which plans are for, nothing takes a detour through fp32
-    monkeypatch.setattr(reference, "_sums_in_its_own_type", lambda x: False)
-    monkeypatch.setattr(products, "_cpu_flags", lambda: frozenset({"avx512_bf16", "amx_bf16"}))
-    config = replace(config_of(MODELS[model], dtype), kernels=kernels)
+def test_a_step_holds_what_was_planned(model: str, dtype: str, kernels: Any) -> None:
+    check_a_step(replace(config_of(MODELS[model], dtype), kernels=kernels))
+
+
+@needs_cpu_module
+@pytest.mark.usefixtures("without_detours")
+@pytest.mark.parametrize("sets", ["qk_norm", "qkv", "input"])
+@pytest.mark.parametrize("model", ["sequential", "parallel block, class token", "gated"])
+def test_a_step_that_computes_again_holds_what_was_planned(model: str, sets: str) -> None:
+    config = config_of(MODELS[model], "bf16" if sets == "qkv" else "fp32")
+    check_a_step(replace(config, kernels="native", recompute=RecomputeConfig(policy=sets)))
+
+
+def check_a_step(config: Config) -> None:
     planned = plan_memory(config, config.grid_shape(1), 0, MEMORY)
     held, most = made_by_a_step(config, World())
     assert held == planned.states
@@ -116,10 +134,10 @@ def test_ranks_hold_what_was_planned() -> None:
     for rank, (made, _) in enumerate(found):
         for name, (held, _) in made.items():
             config = config_of({}, world=2, **LAYOUTS[name])
-            planned = plan_memory(config, config.grid_shape(2), rank, MEMORY)
-            # on GPUs, which plans are for, what arrives needs room that shared memory does not
-            assert held.pop("reduction buffers") <= planned.states.pop("reduction buffers")
+            planned = plan_memory(config, config.grid_shape(2), rank, MEMORY, on_cpu=True)
             assert held == planned.states, (name, rank)
+            on_gpus = plan_memory(config, config.grid_shape(2), rank, MEMORY).states  # where what arrives needs room
+            assert held["reduction buffers"] <= on_gpus["reduction buffers"]
 
 
 @pytest.mark.parametrize("model", MODELS)

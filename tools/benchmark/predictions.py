@@ -131,7 +131,7 @@ def row(one: Draw, line: Row) -> Row:
     """Of a configuration, the rank whose peak is predicted worst."""
     config = one.config.resolve(one.ranks)
     shape = config.grid_shape(one.ranks)
-    plans = [plan_memory(config, shape, rank, _host_share(one.ranks)) for rank in range(one.ranks)]
+    plans = [plan_memory(config, shape, rank, _host_share(one.ranks), on_cpu=True) for rank in range(one.ranks)]
     worst = max(range(one.ranks), key=lambda rank: abs(error_of(plans[rank], line["ranks"][rank])))
     plan, found = plans[worst], line["ranks"][worst]
     seconds = max(statistics.median(rank["seconds"]) for rank in line["ranks"])
