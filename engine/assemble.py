@@ -278,7 +278,8 @@ def assemble(
     sets = assignment(config.recompute, layers, frozen.passes)
     if config.recompute.ahead == "auto" and grid.pipeline.size > 1:
         again = flops_again(layers, sets, config.model)
-        schedule = recompute_schedule(schedule, placement, layers, frozen.passes, again)
+        policy_of_ranks = config.parallel.schedule_policy
+        schedule = recompute_schedule(schedule, placement, layers, frozen.passes, again, policy_of_ranks)
     build = Build(
         config=config.model, tp=tp, context=grid.context, seed=config.train.seed, kernels=Kernels(config.kernels),
         precision=precision,

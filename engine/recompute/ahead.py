@@ -14,8 +14,10 @@ from engine.recompute.regions import Recompute
 from engine.recompute.save_sets import SaveSet
 from model import Build, LayerSpec, MicroBatch, ModelConfig
 from model.regions import Keep
-from parallel.pipeline import Placement, Schedule, with_recompute
+from parallel.pipeline import Placement, Schedule, simulate, with_recompute
+from parallel.pipeline.readiness import Policy
 
+_ROUNDED = 1e-9
 _LEAST = 1 / 50  # of a forward: what is computed again without a product is bound by memory
 _AGAIN: dict[Hashable, int] = {}  # takes some hundredths of a second per kind of layer
 
@@ -47,15 +49,24 @@ def recompute_schedule(
     layers: Sequence[LayerSpec],
     passes: Sequence[int],
     again: Sequence[int],
+    policy: Policy,
 ) -> Schedule:
     """The schedule with an R wherever a rank would wait, unless it has some already.
 
+    By readiness, actions that come in another order may take longer than they are shorter: then there are none.
+
     Args:
         layers: of the whole model. passes: of each, as `engine.frozen` counts. again: what `flops_again` found.
+        policy: by which ranks go through the schedule.
     """
     if schedule.recomputes:
         return schedule
-    return with_recompute(schedule, predicted_costs(placement, layers, passes, again))
+    costs = predicted_costs(placement, layers, passes, again)
+    filled = with_recompute(schedule, costs)
+    if policy == "static" or not filled.recomputes:
+        return filled
+    before, after = (simulate(one, costs, policy).makespan for one in (schedule, filled))
+    return filled if after <= before * (1 + _ROUNDED) else schedule
 
 
 def flops_again(layers: Sequence[LayerSpec], sets: Mapping[str, SaveSet], config: ModelConfig) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from parallel import comm
 from parallel.grid import GridShape, make_grid
-from parallel.pipeline import Costs, Schedule, Timeline, build_schedule, simulate
+from parallel.pipeline import Costs, Schedule, Timeline, build_schedule, simulate, with_recompute
 from parallel.pipeline.actions import ActionKind
 from parallel.pipeline.boundary import TensorSpec
 from parallel.pipeline.execution import PipelineExecutor
@@ -38,7 +38,8 @@ class Case:
     """What is run. Times are in seconds, those of a rank's stages together, for one micro-batch.
 
     Attributes:
-        virtual_stages: None for the schedule's own number. jitter, seed, speeds: as in `Costs`.
+        virtual_stages: None for the schedule's own number. ahead: micro-batches that a rank recomputes while it waits;
+            0: backwards do it all. jitter, seed, speeds: as in `Costs`.
     """
 
     schedule: str
@@ -49,13 +50,18 @@ class Case:
     forward: float = 0.01
     backward_input: float = 0.01
     backward_weight: float = 0.01
+    recompute: float = 0.0
+    ahead: int = 1
     jitter: float = 0.0
     seed: int = 0
     speeds: tuple[float, ...] | None = None
 
     def program(self) -> Schedule:
         """Raises ValueError where there is no such schedule."""
-        return build_schedule(self.schedule, self.ranks, self.micro_batches, self.virtual_stages)
+        schedule = build_schedule(self.schedule, self.ranks, self.micro_batches, self.virtual_stages)
+        if not self.ahead or schedule.recomputes:
+            return schedule
+        return with_recompute(schedule, replace(self.costs(schedule), jitter=0.0), ahead=self.ahead)
 
     def costs(self, schedule: Schedule) -> Costs:
         """Of its stages. Raises ValueError where a number makes no sense."""
@@ -64,6 +70,7 @@ class Case:
             forward=self.forward,
             backward_input=self.backward_input,
             backward_weight=self.backward_weight,
+            recompute=self.recompute,
             jitter=self.jitter,
             seed=self.seed,
             speed=self.speeds or 1.0,
@@ -86,7 +93,9 @@ class Case:
         ranks, in_full_rounds = self.ranks - 1, self.micro_batches % self.ranks == 0
         match self.schedule:
             case "gpipe" | "1f1b":
-                return ranks * (f + i + w)
+                return ranks * (f + i + w + (0 if self.ahead else self.recompute))
+            case _ if self.recompute:
+                return None
             case "interleaved" if in_full_rounds:
                 return ranks * (f + i + w) / (self.program().num_stages // self.ranks)
             case "zb_h1" | "zb_h2" if self.micro_batches >= 2 * self.ranks:
@@ -146,14 +155,15 @@ class Sleepers:
 
     def _executor(self, case: Case) -> PipelineExecutor:
         schedule, axis = case.program(), self._grid.pipeline
-        times, postponed = case.costs(schedule).durations(schedule), Postponed()
+        times, postponed, notes = case.costs(schedule).durations(schedule), Postponed(), Notes()
         return PipelineExecutor(
             schedule,
-            {s: _Stage(s, case.micro_batches, times, postponed) for s in schedule.stages_of(axis.index)},
+            {s: _Stage(s, schedule, times, postponed, notes) for s in schedule.stages_of(axis.index)},
             [(), *[(TensorSpec(_SHAPE),)] * (schedule.num_stages - 1)],
             axis=axis,
             device=_CPU,
             deferrer=postponed,
+            recomputer=notes,
             policy=case.policy,
         )
 
@@ -181,24 +191,56 @@ class Postponed:
         """There is nothing to reduce."""
 
 
+class Notes:
+    """What is to be called to recompute (parallel.pipeline.local_stage.Recomputer)."""
+
+    def __init__(self) -> None:
+        self.products: Products | None = None
+
+    @contextmanager
+    def noting(self) -> Iterator[Products]:
+        """Note what is dropped within."""
+        self.products = []
+        try:
+            yield self.products
+        finally:
+            self.products = None
+
+
 class _Stage(nn.Module):
-    """Sleeps in its forward, and in its backward what the kind of the backward takes."""
+    """Sleeps in its forward, in its backward what the kind of the backward takes, and before it what a recompute does.
+
+    Attributes:
+        _late: micro-batches that are recomputed before their backward, and were not yet.
+    """
 
     def __init__(
-        self, number: int, micro_batches: int, times: dict[ActionKind, list[float]], postponed: Postponed
+        self, number: int, schedule: Schedule, times: dict[ActionKind, list[float]], postponed: Postponed, notes: Notes
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(()))
-        own = slice(number * micro_batches, (number + 1) * micro_batches)
-        self._times, self._postponed = {kind: row[own] for kind, row in times.items()}, postponed
+        m = schedule.num_micro_batches
+        own = slice(number * m, (number + 1) * m)
+        self._times, self._postponed, self._notes = {kind: row[own] for kind, row in times.items()}, postponed, notes
+        self._planned = {a.micro_batch for a in schedule.recomputes if a.stage == number}
+        self._late = set[int]()
 
     def forward(self, inputs: tuple[Tensor, ...], micro_batch: int) -> tuple[Tensor, ...]:
         sleep(self._times[ActionKind.FORWARD][micro_batch])
+        if self._notes.products is not None and micro_batch in self._planned:
+            self._late.add(micro_batch)
+            self._notes.products.append(partial(self._recompute, micro_batch))
         x = inputs[0] if inputs else torch.zeros(_SHAPE)
         y: Tensor = _Slept.apply(x, self.weight, partial(self._backward, micro_batch))
         return (y,)
 
+    def _recompute(self, micro_batch: int) -> None:
+        self._late.discard(micro_batch)
+        sleep(self._times[ActionKind.RECOMPUTE][micro_batch])
+
     def _backward(self, micro_batch: int) -> None:
+        if micro_batch in self._late:
+            self._recompute(micro_batch)
         products = self._postponed.products
         if products is None:
             sleep(self._times[ActionKind.BACKWARD][micro_batch])

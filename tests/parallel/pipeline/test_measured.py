@@ -25,6 +25,7 @@ RANKS, TRIES = 4, 6
 TIMES = {"1f1b": 12, "interleaved": 24, "zb_h1": 30, "zb_v": 80}
 JITTER, DRAWS = 0.3, 2
 Found = dict[Case, Pass]
+RECOMPUTED_MS = 14
 
 
 def case(schedule: str, ms: float, micro_batches: int = 8, **more: object) -> Case:
@@ -34,6 +35,10 @@ def case(schedule: str, ms: float, micro_batches: int = 8, **more: object) -> Ca
 
 STATIC = [case(name, ms, m) for name, ms in TIMES.items() for m in (8, 16)]
 READY = [replace(one, policy="ready") for one in STATIC if one.micro_batches == 8]
+RECOMPUTED = [
+    case("1f1b", RECOMPUTED_MS, policy=policy, recompute=RECOMPUTED_MS / 1000, ahead=ahead)
+    for policy, ahead in (("static", 0), ("static", 1), ("ready", 1))
+]
 DRAWN = [
     case(name, 10, policy=policy, jitter=JITTER, seed=seed)  # type: ignore[arg-type]
     for name, policy in (("1f1b", "static"), ("interleaved", "ready"), ("zb_v", "ready"))
@@ -53,7 +58,7 @@ def _measure(world: World) -> Found:
     with suppress(PermissionError):
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
     ranks, found = Sleepers(world), Found()
-    for one in (*STATIC, *READY, *DRAWN):
+    for one in (*STATIC, *READY, *RECOMPUTED, *DRAWN):
         for _ in range(TRIES):
             own = ranks.together(one)
             found[one] = min(found.get(one, own), own)
@@ -84,6 +89,15 @@ def test_the_bubble_is_a_small_part_of_that_of_1f1b(name: str, most: float, m: i
         return found[one].idle / one.forward
 
     assert bubble(name) <= most * bubble("1f1b")
+
+
+def test_what_is_recomputed_while_a_rank_waits_shortens_the_step(found: Found) -> None:
+    """By R for each rank that the gradients of a micro-batch come through after the last one."""
+    late, *ahead = (found[one].seconds for one in RECOMPUTED)
+    for one, seconds in zip(RECOMPUTED[1:], ahead, strict=True):
+        assert late - seconds == pytest.approx((RANKS - 1) * RECOMPUTED_MS / 1000, rel=0.3)
+        assert seconds <= 1.05 * one.simulated().makespan
+        assert found[one].idle == pytest.approx(one.formula, rel=0.1)
 
 
 @pytest.mark.parametrize("one", READY, ids=lambda one: one.schedule)
