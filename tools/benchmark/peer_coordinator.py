@@ -149,6 +149,8 @@ def compare(options: Options, flags: Sequence[str]) -> None:
     flags = _engine_flags(flags, () if in_stages else ("--parallel.zero_stage", "3"))
     config = read_config(flags).resolve(options.ranks)
     check_plain(config)
+    if options.memory_limit is not None:
+        read_config(peer_limit.with_policy(flags)).resolve(options.ranks)
     (_check_pipeline if in_stages else _check_data_parallel)(config, options)
     with tempfile.TemporaryDirectory(prefix="peers-") as name:
         task, limit = make_task(config, config.grid_shape(options.ranks).data, flags, Path(name)), None

@@ -30,9 +30,14 @@ def apply(wanted: str, task: Task, peak: Peak) -> tuple[int, Task]:
         ConfigError: FSDP2 takes no less with its blocks computed again; or this engine cannot keep the limit.
     """
     limit = _between(task, peak) if wanted == "auto" else _bytes(wanted)
-    if any(flag.startswith("--recompute.policy") for flag in task.flags):
-        return limit, task
-    return limit, _fitted(task, peak, limit)
+    return limit, _fitted(task, peak, limit) if task.flags != with_policy(task.flags) else task
+
+
+def with_policy(flags: Sequence[str], budget: int | str = "auto") -> list[str]:
+    """The engine's flags, with the policy that chooses by a budget, unless they name one."""
+    if any(flag.startswith("--recompute.policy") for flag in flags):
+        return [*flags]
+    return [*flags, "--recompute.policy", "auto", "--recompute.memory_budget", str(budget)]
 
 
 def judge(rows: Sequence[Row], limit: int) -> list[Row]:
@@ -83,8 +88,7 @@ def _fitted(task: Task, peak: Peak, limit: int) -> Task:
     for _ in range(_TRIES):
         if budget <= 0:
             break
-        flags = ["--recompute.policy", "auto", "--recompute.memory_budget", str(budget)]
-        tried = replace(task, flags=[*task.flags, *flags])
+        tried = replace(task, flags=with_policy(task.flags, budget))
         taken = peak("vitruvius", tried)
         print(f"recompute.memory_budget {budget}: {taken / _MIB:.0f} MiB of {limit / _MIB:.0f}")
         if taken <= limit:
