@@ -77,6 +77,16 @@ def test_a_point_is_dominated_by_one_that_takes_neither_more_memory_nor_more_tim
     assert verdicts([*ours, *theirs], "m") == {"a": "our_small", "b": "our_large", "c": None, "d": None}
 
 
+def test_half_of_the_memory() -> None:
+    def point(name: str, memory: float, seconds: float) -> Point:
+        return Point(name=name, is_ours=name != "torch", seconds=(seconds,), memory={"activations": memory})
+
+    points = [point("none", 100, 1.0), point("norm", 60, 1.0), point("fc1", 50, 1.1), point("full", 10, 1.375)]
+    said = recompute.at_half([*points, point("torch", 40, 1.0)])
+    assert "fc1" in said and "1.100 of its time" in said and "1.250 times the throughput of full" in said
+    assert "no way" in recompute.at_half(points[:2])
+
+
 def test_what_a_while_takes_is_seen_after_memory_was_given_back() -> None:
     torch.ones(2**22)  # freed, and perhaps kept by the allocator
     before = give_back()

@@ -112,7 +112,7 @@ def main(argv: Sequence[str], world: World) -> None:
 
 def _ours(text: str, config: Config) -> list[Way]:
     depth = config.model.sizes.depth
-    names = [name.strip() for name in text.split(";")] if text else [*_OURS, *_halves(depth)]
+    names = [name.strip() for name in text.split(";")] if text else [*_OURS, *_mixtures(depth)]
     for name in names:
         try:
             RecomputeConfig(policy=name).sets(depth)
@@ -121,11 +121,11 @@ def _ours(text: str, config: Config) -> list[Way]:
     return [Way("ours", name, name) for name in names]
 
 
-def _halves(depth: int) -> list[str]:
-    """Mixtures: early blocks, whose tensors live longest, drop more."""
-    half = depth // 2
-    pairs = (("norm", "all"), ("fc1", "all"), ("fc1", "norm"), ("qkv", "norm"), ("input", "norm"), ("input", "fc1"))
-    return [f"{a} * {half}, {b} * {depth - half}" for a, b in pairs] if half else []
+def _mixtures(depth: int) -> list[str]:
+    """Early blocks, whose tensors live longest, drop more."""
+    pairs = (("norm", "all"), ("fc1", "norm"), ("qkv", "fc1"), ("input", "fc1"), ("input", "norm"))
+    cuts = {round(depth * share) for share in (0.25, 0.5, 0.75)} - {0, depth}
+    return [f"{a} * {cut}, {b} * {depth - cut}" for a, b in pairs for cut in sorted(cuts)]
 
 
 def _theirs(text: str, config: Config, ranks: int) -> list[Way]:
@@ -210,9 +210,26 @@ def report(ways: Sequence[Way], config: Config, options: argparse.Namespace) -> 
         lost = [name for name, by in found.items() if by is None]
         if found:
             print(f"{measure}: ours dominates {len(found) - len(lost)} of {len(found)}; not {', '.join(lost) or '-'}")
+    if points[0].is_ours:
+        print(at_half(points))
     if options.picture is not None:
         draw(points, options.picture, f"{rows[0]['model']}, {rows[0]['global_batch']} images, {rows[0]['dtype']}")
         print(f"recompute: the picture is {options.picture}")
+
+
+def at_half(points: Sequence[Point]) -> str:
+    """In words, the fastest of ours with half the activations of the first, beside that and beside the smallest."""
+    first, ours = points[0], [point for point in points if point.is_ours]
+    small = min(ours, key=lambda one: one.memory["activations"])
+    fits = [one for one in ours if 2 * one.memory["activations"] <= first.memory["activations"]]
+    if not fits:
+        return f"no way of ours takes half of the activations of {first.name}"
+    best = min(fits, key=lambda one: one.time_over(first))
+    return (
+        f"with half of the activations of {first.name}: {best.name} ({best.memory['activations']:.0f} of "
+        f"{first.memory['activations']:.0f} MiB) takes {best.time_over(first):.3f} of its time, and has "
+        f"{small.time_over(best):.3f} times the throughput of {small.name}"
+    )
 
 
 def _row(way: Way, ways: Sequence[Way], config: Config, ranks: int) -> Row:
