@@ -1,0 +1,287 @@
+"""The cut of the layers into stages together with the save sets: the slowest rank takes as little time as can be.
+
+A rank's time is that of forward and backward of its layers and of computing again what their save sets drop, in a step;
+every rank is within the budget. A rank that holds many micro-batches is thus given fewer layers, or recomputes more.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, combinations, pairwise
+
+from engine.recompute.choices import TICKS
+from engine.recompute.costs import LayerCost
+from engine.recompute.moments import passes
+from engine.recompute.solve import UNLIMITED, Infeasible, Solution, Solver
+from parallel.pipeline.actions import Schedule
+from parallel.pipeline.partition import balance, partition
+
+IsOver = Callable[[int, range, int], bool]
+"""Whether a stage that has some layers is over a limit; with more layers it is, too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """What there is to know of a layer wherever it is.
+
+    Attributes:
+        costs: of its save sets. seconds: of its forward and backward, of one micro-batch. static: bytes that it adds to
+            what is alive all the time: weights, gradients, optimizer state.
+    """
+
+    costs: Mapping[str, LayerCost]
+    seconds: float
+    static: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """Layers on stages.
+
+    Attributes:
+        stages: the layers of each. ranks: the save sets of each. seconds: of a step, by rank: forward, backward and
+            what is computed again.
+    """
+
+    stages: tuple[range, ...]
+    ranks: tuple[Solution, ...]
+    seconds: tuple[float, ...]
+
+
+def cut_and_assign(layers: Sequence[Layer], schedule: Schedule, *, budget: int, static: Sequence[int] = ()) -> Cut:
+    """The cut and the save sets with which the largest time of a rank is least, every rank within the budget.
+
+    With one stage on each rank that is exact, and of the best cuts the one with the least sum of squares is taken.
+    With several it is the best that a search finds that moves one or two ends of stages by a layer at a time, from even
+    cuts on: there may be a better one, though tests against every cut found none; the save sets of its cut are exact.
+
+    Args:
+        static: by rank, bytes that are alive all the time, beside those of the layers.
+
+    Raises:
+        Infeasible: no cut is within the budget (with several stages on a rank: none was found).
+        ValueError: there are fewer layers than stages, or as of `engine.recompute.solve.solve`.
+    """
+    ranks = _Ranks(layers, schedule, budget, static)
+    if schedule.num_stages > len(layers):
+        raise ValueError(
+            f"{len(layers)} layers cannot be cut into {schedule.num_stages} stages: each needs one at least"
+        )
+    several = schedule.num_stages > schedule.num_ranks
+    return ranks.cut(_search(ranks) if several else _exact(ranks))
+
+
+class _Ranks:
+    """What ranks take with any layers; everything is solved once."""
+
+    def __init__(self, layers: Sequence[Layer], schedule: Schedule, budget: int, static: Sequence[int]) -> None:
+        self.layers, self.schedule, self.budget = layers, schedule, budget
+        self.static = static or [0] * schedule.num_ranks
+        kinds = dict[tuple[frozenset[tuple[str, LayerCost]], float, int], int]()
+        self._kinds = [kinds.setdefault((frozenset(l.costs.items()), l.seconds, l.static), len(kinds)) for l in layers]
+        self._passes = [passes(program) for program in schedule.ranks]
+        self._sums = [0, *accumulate(round(l.seconds * TICKS) for l in layers)]
+        self._solvers = dict[tuple[int, tuple[tuple[int, ...], ...]], Solver]()
+        self._solved = dict[Solver, Solution | None]()
+
+    def time(self, rank: int, stages: Sequence[range]) -> int:
+        """Ticks of a step with these layers on its stages; UNLIMITED where they are not within the budget."""
+        solution = self._solve(rank, stages)
+        return UNLIMITED if solution is None else self._plain(rank, stages) + round(solution.seconds * TICKS)
+
+    def is_over(self, rank: int, stages: Sequence[range], limit: int) -> bool:
+        """Whether it takes longer than a limit."""
+        return self._plain(rank, stages) > limit or self.time(rank, stages) > limit
+
+    def badness(self, stages: Sequence[range]) -> tuple[int, int, int]:
+        """Of a cut: bytes that the worst rank has too little, the largest time, the sum of squares of the times."""
+        of = self.by_rank(stages)
+        times = [self.time(rank, own) for rank, own in enumerate(of)]
+        lack = max(
+            self.smallest(r, own) - self.budget if t == UNLIMITED else 0
+            for r, (own, t) in enumerate(zip(of, times, strict=True))
+        )
+        return lack, max(times), sum(t * t for t in times)
+
+    def plain(self, stages: Sequence[range]) -> int:
+        """The largest time of a rank without what is computed again."""
+        return max(self._plain(rank, own) for rank, own in enumerate(self.by_rank(stages)))
+
+    def worst(self, stages: Sequence[range]) -> int:
+        """The rank that takes longest; of those that are not within the budget, that which lacks most."""
+        of = self.by_rank(stages)
+        times = [self.time(rank, own) for rank, own in enumerate(of)]
+        return max(range(len(of)), key=lambda r: (times[r], self.smallest(r, of[r]) if times[r] == UNLIMITED else 0))
+
+    def smallest(self, rank: int, stages: Sequence[range]) -> int:
+        """The least budget."""
+        return self._solver(rank, stages).smallest
+
+    def cut(self, stages: Sequence[range]) -> Cut:
+        """With the save sets."""
+        of = self.by_rank(stages)
+        solutions = [self._solve(rank, own) for rank, own in enumerate(of)]
+        return Cut(
+            stages=tuple(stages),
+            ranks=tuple(solution for solution in solutions if solution is not None),
+            seconds=tuple(self.time(rank, own) / TICKS for rank, own in enumerate(of)),
+        )
+
+    def by_rank(self, stages: Sequence[range]) -> list[list[range]]:
+        """Of each rank, the layers of its stages."""
+        return [[stages[s] for s in self.schedule.stages_of(rank)] for rank in range(self.schedule.num_ranks)]
+
+    def _plain(self, rank: int, stages: Sequence[range]) -> int:
+        """Ticks of forward and backward alone."""
+        each = zip(self._passes[rank], stages, strict=True)
+        return sum(times * (self._sums[own.stop] - self._sums[own.start]) for times, own in each)
+
+    def _solver(self, rank: int, stages: Sequence[range]) -> Solver:
+        key = rank, tuple(tuple(self._kinds[l] for l in own) for own in stages)
+        if key not in self._solvers:
+            costs = [[self.layers[l].costs for l in own] for own in stages]
+            static = self.static[rank] + sum(self.layers[l].static for own in stages for l in own)
+            numbered = dict(zip(self.schedule.stages_of(rank), costs, strict=True))
+            self._solvers[key] = Solver(numbered, self.schedule.ranks[rank], static=static)
+        return self._solvers[key]
+
+    def _solve(self, rank: int, stages: Sequence[range]) -> Solution | None:
+        solver = self._solver(rank, stages)
+        if solver not in self._solved:
+            try:
+                self._solved[solver] = solver.within(self.budget)
+            except Infeasible:
+                self._solved[solver] = None
+        return self._solved[solver]
+
+
+def _exact(ranks: _Ranks) -> tuple[range, ...]:
+    """For one stage on each rank."""
+    of = ranks.schedule.stage_to_rank
+
+    def is_over(stage: int, layers: range, limit: int) -> bool:
+        return ranks.is_over(of[stage], [layers], limit)
+
+    def needs_more(stage: int, layers: range, limit: int) -> bool:
+        return ranks.smallest(of[stage], [layers]) > limit
+
+    count = len(ranks.layers), len(of)
+    if _last_ends(*count, is_over, UNLIMITED - 1) is None:
+        raise Infeasible(ranks.budget, _least(lambda limit: _last_ends(*count, needs_more, limit), ranks.budget))
+    return _most_even(ranks, _least(lambda limit: _last_ends(*count, is_over, limit), 0))
+
+
+def _least(fits: Callable[[int], object | None], low: int) -> int:
+    """The least limit, from a low one on, that is met: once one is met, all larger ones are."""
+    high = low + 1
+    while fits(high) is None:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) is None else (low, middle)
+    return high
+
+
+def _last_ends(layers: int, stages: int, is_over: IsOver, limit: int) -> list[int] | None:
+    """The last layer that each stage can end before, so that none is over a limit; None where that cannot be.
+
+    Stages are filled from the first one on: with fewer layers none is over that was not.
+    """
+    ends = [0]
+    for stage in range(stages):
+        start, most = ends[-1], layers - (stages - stage - 1)
+        fitting = bisect_left(
+            range(start + 1, most + 1),
+            True,
+            key=lambda end: is_over(stage, range(start, end), limit),
+        )
+        if not fitting:
+            return None
+        ends.append(start + fitting)
+    return ends[1:] if ends[-1] == layers else None
+
+
+def _first_ends(layers: int, stages: int, is_over: IsOver, limit: int) -> list[int]:
+    """The first that each can end before, if there is a cut."""
+
+    def mirrored(stage: int, back: range, limit: int) -> bool:
+        return is_over(stages - 1 - stage, range(layers - back.stop, layers - back.start), limit)
+
+    starts = _last_ends(layers, stages, mirrored, limit)
+    assert starts is not None, "there is a cut"
+    return [layers - start for start in reversed(starts[:-1])] + [layers]
+
+
+def _most_even(ranks: _Ranks, limit: int) -> tuple[range, ...]:
+    """The cut with the least sum of squared times of those where no rank takes longer than a limit; one stage each."""
+    of, layers = ranks.schedule.stage_to_rank, len(ranks.layers)
+
+    def is_over(stage: int, layers: range, limit: int) -> bool:
+        return ranks.is_over(of[stage], [layers], limit)
+
+    first, last = _first_ends(layers, len(of), is_over, limit), _last_ends(layers, len(of), is_over, limit)
+    assert last is not None, "there is a cut"
+    best: dict[int, tuple[int, tuple[int, ...]]] = {
+        0: (0, (0,))
+    }  # where the next stage begins: the sum, the ends so far
+    for stage, ends in enumerate(zip(first, last, strict=True)):
+        longer = dict[int, tuple[int, tuple[int, ...]]]()
+        for end in range(ends[0], ends[1] + 1):
+            sums = [
+                (total + ranks.time(of[stage], [range(start, end)]) ** 2, (*before, end))
+                for start, (total, before) in best.items()
+                if start < end and not ranks.is_over(of[stage], [range(start, end)], limit)
+            ]
+            if sums:
+                longer[end] = min(sums)
+        best = longer
+    return tuple(range(*ends) for ends in pairwise(best[layers][1]))
+
+
+def _search(ranks: _Ranks) -> tuple[range, ...]:
+    """For several stages on a rank: from each of some cuts on, a move at a time as long as one makes it better."""
+    badness, best = min((_improved(ranks, start) for start in _even_cuts(ranks)), key=lambda found: found[0])
+    if badness[0]:
+        raise Infeasible(ranks.budget, ranks.budget + badness[0])
+    return best
+
+
+def _improved(ranks: _Ranks, best: tuple[range, ...]) -> tuple[tuple[int, int, int], tuple[range, ...]]:
+    """How bad the best cut is that moves lead to from one, and the cut."""
+    least, moves = ranks.badness(best), _moves(best, ranks)
+    while (stages := next(moves, None)) is not None:
+        if (least[0] or ranks.plain(stages) <= least[1]) and (badness := ranks.badness(stages)) < least:
+            least, best, moves = badness, stages, _moves(stages, ranks)
+    return least, best
+
+
+def _even_cuts(ranks: _Ranks) -> Iterator[tuple[range, ...]]:
+    """By time alone, by time with all that could be computed again, and by what is kept at least."""
+    of = ranks.schedule
+    slowest = [l.seconds + max(c.seconds for c in l.costs.values()) for l in ranks.layers]
+    kept = [l.static + min(c.kept for c in l.costs.values()) for l in ranks.layers]
+    for costs in ([l.seconds for l in ranks.layers], slowest, kept):
+        yield balance(costs, partition(costs, of.num_stages), of.stage_to_rank)
+
+
+def _moves(stages: tuple[range, ...], ranks: _Ranks) -> Iterator[tuple[range, ...]]:
+    """A layer from the worst rank to a stage of another, those between shift; or one end, or two, move by one layer."""
+    ends, worst, of = [stage.stop for stage in stages[:-1]], ranks.worst(stages), ranks.schedule.stage_to_rank
+    shifts = [
+        [
+            (1 if taker < giver else -1) if min(giver, taker) <= end < max(giver, taker) else 0
+            for end in range(len(ends))
+        ]
+        for giver in ranks.schedule.stages_of(worst)
+        for taker in sorted(range(len(stages)), key=lambda stage: abs(stage - giver))
+        if of[taker] != worst
+    ]
+    steps = [(end, step) for end in range(len(ends)) for step in (-1, 1)]
+    for some in [*((step,) for step in steps), *combinations(steps, 2)]:
+        shifts.append([sum(step for at, step in some if at == end) for end in range(len(ends))])
+    for shift in shifts:
+        moved = [0, *(end + step for end, step in zip(ends, shift, strict=True)), len(ranks.layers)]
+        if all(a < b for a, b in pairwise(moved)):
+            yield tuple(range(a, b) for a, b in pairwise(moved))
