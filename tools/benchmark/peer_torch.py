@@ -5,6 +5,7 @@ Initial weights are filled in parameter by parameter, so that no process holds m
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -19,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from tools.benchmark.eager_vit import EagerSizes, EagerViT, parameter_groups
@@ -32,6 +34,15 @@ def eager(task: Task) -> Step:
     fill(model, task)
     low = partial(torch.autocast, "cpu", torch.bfloat16)
     return plain_step(model, task, low if task.dtype == "bf16" else nullcontext)
+
+
+def data_parallel(model: nn.Module) -> nn.Module:
+    """Under DDP, over all ranks; where there is one, the model itself."""
+    if os.environ["WORLD_SIZE"] == "1":
+        return model
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 def fsdp2(task: Task) -> Step:

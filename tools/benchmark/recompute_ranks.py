@@ -57,7 +57,6 @@ def ours(task: Task) -> Switched:
 def theirs(task: Task) -> Switched:
     """EagerViT, over several ranks by DDP; its ways are those of recompute_theirs.WAYS."""
     import torch
-    from torch.nn.parallel import DistributedDataParallel
 
     from tools.benchmark import peer_torch
     from tools.benchmark.eager_vit import EagerSizes, EagerViT
@@ -67,11 +66,7 @@ def theirs(task: Task) -> Switched:
     core = EagerViT(EagerSizes(**task.sizes))
     peer_torch.fill(core, task)
     model = Checkpointed(core)
-    whole: torch.nn.Module = model
-    if os.environ["WORLD_SIZE"] != "1":
-        if not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("gloo")
-        whole = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    whole = peer_torch.data_parallel(model)
     low = partial(torch.autocast, "cpu", torch.bfloat16)
     kept = list[bool]()
     step = peer_torch.plain_step(
