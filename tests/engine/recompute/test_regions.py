@@ -172,12 +172,6 @@ def test_of_a_product_that_is_one_with_another_only_its_part_is_computed_again(m
     assert kept.kept > fc1.kept > both.kept
 
 
-def test_drop_path_has_no_product_computed_again() -> None:
-    runs = Run(World(), "parallel", "input").runs
-    assert all(times == 1 for (_, region), times in runs.items() if region in ("output", "residual"))
-    assert any(times == 2 for times in runs.values())
-
-
 def test_nothing_is_left_when_backward_never_comes() -> None:
     config = MODELS["parallel"].resolve()
     specs = [spec for spec in build_layers(config) if spec.name.startswith("blocks")]
