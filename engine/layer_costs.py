@@ -16,7 +16,7 @@ from engine.config import Config, TrainConfig
 from engine.recompute.ahead import Ahead
 from engine.recompute.bench import Place, measure
 from engine.recompute.costs import LayerCost
-from engine.recompute.regions import Recompute
+from engine.recompute.regions import Recompute, split_place
 from engine.recompute.save_sets import SAVE_SETS, SaveSet
 from model.regions import Region
 from parallel.config import ParallelConfig
@@ -131,8 +131,7 @@ class _Watched(Recompute):
         """As Policy."""
         out = super().run(place, region, function, *inputs)
         if out is not None:
-            branch = place.rpartition(".")[2]
-            self.seen.add(("" if branch.isdigit() else branch, region))
+            self.seen.add((split_place(place)[1], region))
         return out
 
 

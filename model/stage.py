@@ -12,6 +12,16 @@ from model.inputs import MicroBatch
 from model.layers import LayerSpec
 
 
+def put_under(root: nn.Module, name: str, layer: nn.Module) -> None:
+    """Make a layer a module of `root` by its dotted name in the model."""
+    *path, leaf = name.split(".")
+    for part in path:
+        if part not in root._modules:
+            root.add_module(part, nn.ModuleDict())
+        root = root.get_submodule(part)
+    root.add_module(leaf, layer)
+
+
 class Layers(nn.Module):
     """Consecutive layers, their parameters on the meta device; names are those of the whole model."""
 
@@ -20,13 +30,7 @@ class Layers(nn.Module):
         self.specs, self.precision, self.config = tuple(specs), build.precision, build.config
         self.sizes = build.sizes
         for spec in specs:
-            parent: nn.Module = self
-            *path, leaf = spec.name.split(".")
-            for part in path:
-                if part not in parent._modules:
-                    parent.add_module(part, nn.ModuleDict())
-                parent = parent.get_submodule(part)
-            parent.add_module(leaf, spec.factory(build.at(spec.stage)))
+            put_under(self, spec.name, spec.factory(build.at(spec.stage)))
 
     @property
     def layers(self) -> list[tuple[str, nn.Module]]:

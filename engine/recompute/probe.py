@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from engine.clusters.pricing import Pricer, Spent
+from engine.recompute.regions import split_place
 from model import Build, LayerSpec, MicroBatch
 from model.regions import Policy, Region
+from model.stage import put_under
 from parallel.layout import attach_info, info_of
 from parallel.tensor import products
 from parallel.tensor.weight_grad import attach_sink
@@ -97,7 +99,7 @@ class TimedRegions:
         """As Policy."""
         begin = self.clock.stamp()
         out = function(*inputs)
-        self.spans.append((_place(place, region), begin, self.clock.stamp()))
+        self.spans.append(((split_place(place)[1], region), begin, self.clock.stamp()))
         return out
 
     def take(self) -> dict[Place, float]:
@@ -117,7 +119,7 @@ class RunAgain:
 
     def run(self, place: str, region: Region, function: Callable[..., T], *inputs: Any) -> T:
         """As Policy."""
-        return self.policy.run(place, region, _Watched(function, _place(place, region), self.again), *inputs)
+        return self.policy.run(place, region, _Watched(function, (split_place(place)[1], region), self.again), *inputs)
 
 
 class _Watched:
@@ -178,19 +180,6 @@ class Sink:
             self._products.pop(0)()
 
 
-class _Named(nn.Module):
-    """A layer under its name in the model."""
-
-    def __init__(self, name: str, layer: nn.Module) -> None:
-        super().__init__()
-        *path, leaf = name.split(".")
-        parent: nn.Module = self
-        for part in path:
-            parent.add_module(part, nn.Module())
-            parent = parent.get_submodule(part)
-        parent.add_module(leaf, layer)
-
-
 class ReadyLayer:
     """One layer of a model with random weights, and what takes the products of its weight gradients.
 
@@ -213,7 +202,8 @@ class ReadyLayer:
             attach_info(own, info_of(parameter))
             setattr(self.module.get_submodule(owner), leaf, own)
         self.module.to(device)
-        prepare(_Named(spec.name, self.module))
+        put_under(root := nn.Module(), spec.name, self.module)
+        prepare(root)
         self.sink = Sink(self.module, device)
 
     def step(self, clock: Clock | None = None) -> tuple[Spent, Spent]:
@@ -242,8 +232,3 @@ class ReadyLayer:
         shape = self._layers[self._index - 1].boundary(self._size, self._build)
         dtype = self._build.precision.of_layer(spec.name)
         return torch.randn(shape, dtype=dtype, device=self._device).requires_grad_(), batch
-
-
-def _place(place: str, region: str) -> Place:
-    *_, last = place.split(".")
-    return ("" if last.isdigit() else last), region

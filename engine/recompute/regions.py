@@ -52,7 +52,7 @@ class Recompute:
 
     def run(self, place: str, region: Region, function: Callable[..., T], *inputs: Any) -> T:
         """As Policy."""
-        layer, branch = _split(place)
+        layer, branch = split_place(place)
         if layer != self._layer:
             self._leave()
             self._layer = layer
@@ -272,7 +272,7 @@ def _all_of(out: Any) -> Sequence[Any]:
     return out if isinstance(out, tuple) else (out,)
 
 
-def _split(place: str) -> tuple[str, str]:
+def split_place(place: str) -> tuple[str, str]:
     """The layer, and its branch or "": `blocks.3`, `attn` of `blocks.3.attn`."""
     *layer, last = place.split(".")
     return (place, "") if last.isdigit() else (".".join(layer), last)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+from contextlib import suppress
 from pathlib import Path
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -19,6 +20,15 @@ def resident_bytes(field: str = "VmRSS") -> int:
     """VmRSS is what is resident now, VmHWM the most that ever was, RssShmem shared memory (proc_pid_status(5))."""
     lines = _STATUS.read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) * 1024
+
+
+def forget_peak() -> int:
+    """Count the most there ever was anew, where that is allowed; else it is that of all so far. Returns what is
+    resident now.
+    """
+    with suppress(OSError):
+        _CLEAR.write_text(_TO_NOW)
+    return resident_bytes()
 
 
 def give_back() -> int:

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +25,7 @@ from parallel.pipeline.readiness import Policy
 from parallel.process_group import World
 from parallel.sharding import ParameterStore
 from parallel.tensor import ColumnParallelLinear, no_tensor_parallel
+from tools.benchmark.resident import forget_peak, resident_bytes
 from tools.benchmark.sleepers import Postponed
 
 STAGES = ("scale", "linear", "empty")
@@ -179,16 +178,3 @@ class Measured:
             spans.append((began, time.perf_counter()))
             cpu += time.process_time() - used
         return Costs(spans=spans, cpu=cpu, grown=resident_bytes("VmHWM") - before)
-
-
-def forget_peak() -> int:
-    """Count the peak of resident bytes anew (proc_pid_clear_refs(5)); returns those of now."""
-    with suppress(OSError):  # it may be forbidden: then the peak is that of all cases so far
-        Path("/proc/self/clear_refs").write_text("5")
-    return resident_bytes("VmRSS")
-
-
-def resident_bytes(field: str) -> int:
-    """VmRSS is what is resident now, VmHWM the most that ever was (proc_pid_status(5))."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
