@@ -54,14 +54,16 @@ class MemoryPlan:
         return sum(self.states.values()) + self.activations
 
 
-def states(assembly: Assembly) -> dict[str, int]:
-    """Bytes of what lives for the whole run."""
+def states(assembly: Assembly, *, on_cpu: bool = False) -> dict[str, int]:
+    """Bytes of what lives for the whole run; on a CPU what its libraries keep, too."""
     held = assembly.store.memory()
     held["optimizer state"] = sum(t.nbytes for group in assembly.optimizer.state_tensors().values() for t in group)
     if assembly.fp8 is not None:
         held["weights in 8 bits"] = assembly.fp8.weight_bytes
     if assembly.average is not None:
         held["weight average"] = sum(t.nbytes for t in assembly.average.averages)
+    if on_cpu:
+        held["libraries"] = _LIBRARIES[assembly.build.precision.dtype.itemsize]
     return held
 
 
@@ -75,19 +77,22 @@ def plan_memory(
             parallel.reshard_after_forward: auto looks at. on_cpu: whether ranks are processes of one host, without
             GPUs, that share memory.
     """
-    if config.kernels != "reference":
-        config = replace(config, kernels="native")  # the shapes of what they make are known without them
-    grid = planned_grid(shape, rank, shared_memory=on_cpu)
-    assembly = assemble(config, grid, META, device_memory=device_memory)
+    assembly = planned(config, shape, rank, device_memory, on_cpu=on_cpu)
     return MemoryPlan(
         stages=tuple(assembly.stages),
-        states=states(assembly)
-        | ({"libraries": _LIBRARIES[assembly.build.precision.dtype.itemsize]} if on_cpu else {}),
-        activations=_activation_bytes(assembly, LayerCosts.of(config, shape, rank)),
-        micro_batches=peak_activations(assembly.schedule)[grid.pipeline.index],
+        states=states(assembly, on_cpu=on_cpu),
+        activations=_activation_bytes(assembly, LayerCosts.of(assembly.config, shape, rank)),
+        micro_batches=peak_activations(assembly.schedule)[assembly.grid.pipeline.index],
         schedule=assembly.schedule.name,
         bubble=assembly.predicted.bubble_fraction,
     )
+
+
+def planned(config: Config, shape: GridShape, rank: int, device_memory: float, *, on_cpu: bool = False) -> Assembly:
+    """What `rank` would hold, on the meta device. Arguments as of `plan_memory`."""
+    if config.kernels != "reference":
+        config = replace(config, kernels="native")  # the shapes of what they make are known without them
+    return assemble(config, planned_grid(shape, rank, shared_memory=on_cpu), META, device_memory=device_memory)
 
 
 def stage_costs(a: Assembly, costs: LayerCosts, sets: Mapping[str, SaveSet]) -> dict[int, StageCost]:
@@ -96,22 +101,18 @@ def stage_costs(a: Assembly, costs: LayerCosts, sets: Mapping[str, SaveSet]) -> 
     Args:
         sets: by the names of the layers; others keep all.
     """
-    of_kind = {kind: {x.stage for x in _program(a) if x.kind is kind} for kind in ActionKind}
+    of_kind = {kind: {x.stage for x in program_of(a) if x.kind is kind} for kind in ActionKind}
 
     def layers(stage: int, *, ahead: bool = False) -> tuple[LayerCost, ...]:
         splits, notes = (stage in of_kind[kind] for kind in (ActionKind.BACKWARD_INPUT, ActionKind.RECOMPUTE))
         if ahead and not notes:
             return ()
-        places = a.placement.layers[stage]
-        ends = {places.start: {"first": True}, places.stop - 1: {"last": stage != a.placement.last}}
-        if len(places) == 1:
-            ends = {places.start: {"first": True, "last": stage != a.placement.last}}
         return tuple(
             costs.cost(
-                place, sets.get(a.layers[place].name, SaveSet()), **ends.get(place, {}), splits=splits, notes=notes,
+                place, sets.get(a.layers[place].name, SaveSet()), **ends(a, stage, place), splits=splits, notes=notes,
                 ahead=ahead,
             )
-            for place in places
+            for place in a.placement.layers[stage]
         )  # fmt: skip
 
     return {
@@ -125,12 +126,23 @@ def stage_costs(a: Assembly, costs: LayerCosts, sets: Mapping[str, SaveSet]) -> 
     }
 
 
-def _program(a: Assembly) -> Sequence[Action]:
+def ends(a: Assembly, stage: int, place: int) -> dict[str, bool]:
+    """Whether a layer is the first or last of its stage, as `LayerCosts.cost` asks."""
+    places = a.placement.layers[stage]
+    return {"first": place == places.start, "last": place == places.stop - 1 and stage != a.placement.last}
+
+
+def program_of(a: Assembly) -> Sequence[Action]:
     return a.schedule.ranks[a.grid.pipeline.index]
 
 
 def _activation_bytes(a: Assembly, costs: LayerCosts) -> int:
     """The most that forwards and backwards of this rank's program hold at once, and the images of one micro-batch."""
     sets = assignment(a.config.recompute, a.layers, a.frozen.passes)
+    return peak(program_of(a), stage_costs(a, costs, sets)) + image_bytes(a)
+
+
+def image_bytes(a: Assembly) -> int:
+    """Of one micro-batch, on a rank that reads images."""
     images = micro_batch(a).images
-    return peak(_program(a), stage_costs(a, costs, sets)) + (0 if images is None else images.nbytes)
+    return 0 if images is None else images.nbytes

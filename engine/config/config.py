@@ -174,7 +174,7 @@ class Config:
             model = self.model.resolve()
             check_parallel(model, shape.tensor, shape.context)
             self.precision.check_depth(model.sizes.depth)
-            self.recompute.sets(model.sizes.depth)
+            self.recompute.check_depth(model.sizes.depth)
         except ValueError as error:
             raise ConfigError(str(error)) from error
         if self.objective == "supervised" and not model.num_classes:

@@ -80,24 +80,30 @@ class RecomputeConfig:
             f"{error.__cause__}, for all blocks or for each"
         )
 
+    def check_depth(self, depth: int) -> None:
+        """Raise ValueError where there are save sets, and they are not one for each of so many blocks."""
+        if not self.is_auto:
+            self.sets(depth)
+
     def sets(self, depth: int) -> tuple[SaveSet, ...]:
         """One per block.
 
         Raises:
-            ValueError: a number of save sets that is not `depth`; auto, which nothing chooses yet.
+            ValueError: a number of save sets that is not `depth`.
         """
-        if self._name == "auto":
-            raise ValueError(
-                "recompute.policy auto cannot be asked for yet: give none, full or selective, or save sets, such as "
-                f"'{_PATTERN.example_of(depth)}'"
-            )
+        assert not self.is_auto, "auto is replaced by what it chooses (engine.recompute_choice)"
         if self._name in POLICIES:
             return (save_set(POLICIES[self._name]),) * depth
         return tuple(save_set(name) for name in _PATTERN.parse(self.policy, depth, "recompute.policy"))
 
+    @property
+    def is_auto(self) -> bool:
+        """Whether save sets are still to be chosen."""
+        return self._name == "auto"
+
     def drops(self, depth: int) -> bool:
         """Whether any of so many blocks drops something, or may."""
-        return self._name == "auto" or any(of.drops for of in self.sets(depth))
+        return self.is_auto or any(of.drops for of in self.sets(depth))
 
     @property
     def gathers_again(self) -> bool:

@@ -21,7 +21,9 @@ from engine.assemble import Assembly
 from engine.checkpoint.examine import Differences
 from engine.checkpoint.states import state_pieces
 from engine.config import Config
+from engine.device import memory_share
 from engine.errors import ConfigError
+from engine.recompute_choice import settled
 from engine.run.loop import Loop
 from engine.run.progress import Progress
 from engine.run.resume import take
@@ -121,6 +123,7 @@ def run_again(
     Raises:
         CheckpointError: it is damaged. ConfigError: it is of another model.
     """
+    config, _ = settled(config, grid, inputs.device, memory_share(inputs.device, world))
     assembly = build(config, world, grid, inputs)
     manifest, problem = take(assembly, start, lambda done: inputs.steps, notes)
     if manifest is None:

@@ -24,6 +24,7 @@ from engine.frozen import frozen_of
 from engine.objectives import Objective, make_objective
 from engine.optimizers.schedules import check_schedule
 from engine.precision.precision import check_kernels, check_precision
+from engine.recompute_choice import check_budget, settled
 from engine.run.agreement import check_agreement, facts_of
 from engine.run.elastic import fit, wait_for_the_others
 from engine.run.load import Source, source_of, start_from
@@ -95,11 +96,12 @@ def pretrain(config: Config, world: World) -> int:
     process_group.start(world, inputs.device, config.parallel.timeout)
     check_agreement(facts_of(config, inputs.device, inputs.train_set, inputs.eval_set), world_axis(world))
     grid = grid_of(config, world, inputs.device)
+    config, chosen = settled(config, grid, inputs.device, memory_share(inputs.device, world))
     run, *others = lock_folders(config, inputs.run_dir, inputs.checkpoints, grid.world)
     facts = facts_for_manifests(config, grid, inputs.device, inputs.train_set, inputs.eval_set)
     assembly, resumed = _state(config, world, grid, inputs, facts)
     inputs = inputs.after(resumed.progress, config)
-    notes += resumed.notes
+    notes += chosen + resumed.notes
     if config.checkpoint.save_interval is not None:
         notes += check_folder(inputs.checkpoints, assembly)
     images = describe_datasets(config.data.kind, inputs.train_set, inputs.eval_set, config.model.sizes.classes or None)
@@ -142,6 +144,7 @@ def inputs_of(config: Config, world: World, run_dir: Path, checkpoints: Path) ->
     check_kernels(Kernels(config.kernels), device)
     objective = make_objective(config)
     frozen_of(config, objective.layers)  # what it refuses is refused here
+    check_budget(config, config.grid_shape(world.size), memory_share(device, world), on_cpu=device.type == "cpu")
     source = None if may_resume(config, checkpoints) else source_of(config, objective)
     return Inputs(run_dir, checkpoints, train_set, eval_set, steps, device, objective, source)
 

@@ -15,8 +15,9 @@ from data import Batch, DataConfig, TrainStream, build_datasets
 from engine.assemble import Assembly, assemble, grid_of
 from engine.config import Config
 from engine.config.cli import parse
-from engine.device import choose_device, prepare_cpu, set_matmul, synchronise
+from engine.device import choose_device, memory_share, prepare_cpu, set_matmul, synchronise
 from engine.precision.precision import DTYPES
+from engine.recompute_choice import settled
 from engine.run.step import Stepper
 from parallel import process_group
 from parallel.process_group import World
@@ -56,7 +57,9 @@ def started(config: Config, world: World, distinct_batches: int = 2) -> Iterator
     set_matmul(config.precision, device)
     process_group.start(world, device, config.parallel.timeout)
     try:
-        assembly = assemble(config, grid_of(config, world, device), device)
+        grid = grid_of(config, world, device)
+        config, _ = settled(config, grid, device, memory_share(device, world))
+        assembly = assemble(config, grid, device)
         steps = islice(stream_of(assembly).steps(0), distinct_batches)
         yield Bench(config, world, assembly, [list(step) for step in steps])
     finally:

@@ -6,7 +6,8 @@ import torch
 
 from data import Batch
 from engine.assemble import assemble, grid_of
-from engine.device import choose_device, prepare_cpu, set_matmul
+from engine.device import choose_device, memory_share, prepare_cpu, set_matmul
+from engine.recompute_choice import settled
 from engine.run.step import Stepper
 from parallel import process_group
 from parallel.process_group import read_world
@@ -29,7 +30,9 @@ def stepper_of(task: Task) -> Stepper:
     prepare_cpu(world)
     set_matmul(config.precision, device)
     process_group.start(world, device, config.parallel.timeout)
-    return Stepper(assemble(config, grid_of(config, world, device), device))
+    grid = grid_of(config, world, device)
+    config, _ = settled(config, grid, device, memory_share(device, world))
+    return Stepper(assemble(config, grid, device))
 
 
 def own_batches(task: Task, stepper: Stepper) -> list[list[Batch]]:

@@ -24,8 +24,9 @@ import torch
 
 from data import DataConfig
 from engine.assemble import assemble, grid_of
-from engine.device import choose_device, prepare_cpu, set_matmul
+from engine.device import choose_device, memory_share, prepare_cpu, set_matmul
 from engine.plan import LiveBytes, states
+from engine.recompute_choice import settled
 from engine.run.step import Stepper
 from parallel import comm, process_group
 from parallel.grid import Grid
@@ -55,6 +56,7 @@ def measure(flags: Sequence[str], tiny: Sequence[str], steps: int) -> dict[str, 
     grid = grid_of(config, world, device)
     _steps(Stepper(assemble(replace(read_config([*flags, *tiny]), data=_DATA).resolve(world.size), grid, _CPU)), 1)
     ground, shared = _ground(grid), resident_bytes("RssShmem")
+    config, _ = settled(config, grid, device, memory_share(device, world))
     stepper = Stepper(assemble(config, grid, _CPU))
     _steps(stepper, 2)
     peak, shared = resident_bytes("VmHWM"), resident_bytes("RssShmem") - shared
