@@ -77,7 +77,6 @@ def test_a_policy_is_a_save_set_per_block(tmp_path: Path, policy: str | list[str
         ("norm-fc3", ["none, full, selective and auto", "'fc3' is nothing that can go", "norm, activation, qk_norm"]),
         ("input *", ["recompute.policy 'input *' is not a pattern", "'input * 6, all * 6'"]),
         ("input * 100000", ["recompute.policy 'input * 100000' names more than 10000 blocks"]),
-        ("auto", ["recompute.policy auto cannot be asked for yet", "none, full or selective"]),
     ],
 )
 def test_a_policy_that_cannot_be_is_refused(policy: str | list[str], parts: list[str]) -> None:
