@@ -37,13 +37,17 @@ class DropPath(nn.Module):
         self.rate, self.tp, self.tokens = rate, build.tp, build.tokens.count
         self.stream = random.key(build.seed, f"{name}.drop_path")
 
-    def forward(self, branch: Tensor, batch: MicroBatch) -> Tensor:
-        """Rows of a branch -> the same, zero for the images that skip it."""
+    def forward(self, batch: MicroBatch, dtype: torch.dtype) -> Tensor | None:
+        """What this rank's rows of the branch are multiplied by [R, 1], zero for the images that skip it; None where
+        none does.
+
+        Given to the region that multiplies, not made within: backward needs no more of it, and so no product again.
+        """
         if not self.rate or not batch.training:
-            return branch
+            return None
         kept = random.uniform(self.stream, batch.sample_ids) >= self.rate
-        scale = kept.to(branch.dtype) / (1 - self.rate)
-        return branch * slice_rows(scale.repeat_interleave(self.tokens), self.tp)[:, None]
+        scale = kept.to(dtype) / (1 - self.rate)
+        return slice_rows(scale.repeat_interleave(self.tokens), self.tp)[:, None]
 
 
 def layer_scale(build: Build) -> nn.Parameter | None:
@@ -55,8 +59,10 @@ def layer_scale(build: Build) -> nn.Parameter | None:
     return make_parameter(ParameterInfo(layout=layout, init=init, partial_over_tensor=build.tp.splits_rows))
 
 
-def _scaled(branch: Tensor, gamma: Tensor | None) -> Tensor:
-    return branch if gamma is None else branch * gamma
+def _scaled(branch: Tensor, gamma: Tensor | None, scale: Tensor | None) -> Tensor:
+    """[R, D] by a factor per feature [D] and one per row [R, 1]."""
+    branch = branch if gamma is None else branch * gamma
+    return branch if scale is None else branch * scale
 
 
 def _itself(x: Tensor) -> Tensor:
@@ -160,15 +166,16 @@ class SequentialBlock(nn.Module):
         """[R, D] (or this rank's rows) -> the same shape."""
         rows, attn, mlp = batch.size * self.tokens, self.attn.regions, self.mlp.regions
         branch = self.attn(attn("norm", self.norm1, x), rows)
-        branch = attn("residual", self._first, branch, batch)
+        branch = attn("residual", self._first, branch, self.drop1(batch, branch.dtype))
         y, x = mlp("norm", self.norm2.add, branch, x)
-        return mlp("residual", self._second, self.mlp(y, rows), x, batch)
+        branch = self.mlp(y, rows)
+        return mlp("residual", self._second, branch, x, self.drop2(batch, branch.dtype))
 
-    def _first(self, branch: Tensor, batch: MicroBatch) -> Tensor:
-        return self.drop1(_scaled(branch, self.scale1), batch)
+    def _first(self, branch: Tensor, scale: Tensor | None) -> Tensor:
+        return _scaled(branch, self.scale1, scale)
 
-    def _second(self, branch: Tensor, x: Tensor, batch: MicroBatch) -> Tensor:
-        return x + self.drop2(_scaled(branch, self.scale2), batch)
+    def _second(self, branch: Tensor, x: Tensor, scale: Tensor | None) -> Tensor:
+        return x + _scaled(branch, self.scale2, scale)
 
 
 class ParallelBlock(nn.Module):
@@ -206,10 +213,10 @@ class ParallelBlock(nn.Module):
         y = run("activation", self.activation, hidden, self.fc1_bias, self.core(qkv))
         del qkv, hidden  # what is not kept goes before the next product
         y = run("output", self.out_proj, y)
-        return run("residual", self._join, y, x, batch)
+        return run("residual", self._join, y, x, self.drop(batch, y.dtype))
 
-    def _join(self, branch: Tensor, x: Tensor, batch: MicroBatch) -> Tensor:
-        return x + self.drop(_scaled(branch, self.scale), batch)
+    def _join(self, branch: Tensor, x: Tensor, scale: Tensor | None) -> Tensor:
+        return x + _scaled(branch, self.scale, scale)
 
 
 BLOCKS: dict[str, type[SequentialBlock] | type[ParallelBlock]] = {

@@ -62,7 +62,8 @@ class Recompute:
         origin = partial(self.origin, layer)
         count = partial(self.ran_again.update, (region,))
         call = _Call(function, inputs, origin, layer, count, drops=of.dropped(branch, region))
-        with saved_tensors_hooks(call.pack, _unpack):
+        own = weakref.proxy(call)  # torch holds a hook as long as what it was called for: the call goes by its slots
+        with saved_tensors_hooks(lambda x: own.pack(x), _unpack):
             out = function(*inputs)
         if call.drops:
             self._remember(call, _all_of(out))

@@ -146,7 +146,8 @@ def test_head_bias() -> None:
 
 def _mask(drop: DropPath, ids: list[int], *, training: bool = True) -> Tensor:
     """Which images are kept, and that the rows of an image share its fate: [B]."""
-    rows = drop(torch.ones(len(ids) * drop.tokens, 2), batch_of(ids, training=training)).view(len(ids), -1)
+    scale = drop(batch_of(ids, training=training), torch.float32)
+    rows = torch.ones(len(ids), drop.tokens) if scale is None else scale.view(len(ids), -1)
     assert (rows == rows[:, :1]).all()
     return rows[:, 0]
 

@@ -63,10 +63,10 @@ class Run:
         *,
         kernels: Any = "auto",
         fp8: bool = False,
-        dtype: str = "fp32",
+        drop_path: float = 0.5,
     ) -> None:
         grid = make_grid(GridShape(tensor=world.size), world)
-        config = replace(MODELS[model], drop_path=0.5).resolve()
+        config = replace(MODELS[model], drop_path=drop_path).resolve()
         specs = [spec for spec in build_layers(config) if spec.name not in ("embed", "head")]
         policy = Counted(Keep() if name == "all" else Recompute({spec.name: SAVE_SETS[name] for spec in specs}))
         tp = TensorParallel(axis=grid.tensor, sequence_parallel=True)
@@ -170,6 +170,41 @@ def test_of_a_product_that_is_one_with_another_only_its_part_is_computed_again(m
     kept, fc1, both = (Run(World(), "parallel", name) for name in ("qk_norm", "fc1", "qkv"))
     assert wanted == [slice(qkv, qkv + (MODELS["parallel"].mlp_dim or 0))] * 3
     assert kept.kept > fc1.kept > both.kept
+
+
+@pytest.mark.parametrize("model", ["parallel", "sequential"])
+def test_drop_path_has_nothing_more_computed_again(model: str) -> None:
+    never, often = (Run(World(), model, "input", drop_path=rate).runs for rate in (0.0, 0.5))
+    more = {place.split(".")[-1] + " " + region for place, region in often - never}
+    assert not never - often
+    assert more == ({"attn residual"} if model == "sequential" else set())  # no product, which is there in either
+    again = {region for (_, region), times in often.items() if times == 2}
+    assert "projection" in again and ("output" in again) == (model == "sequential"), again
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_what_is_noted_is_wanted_as_long_as_backward_asks_for_it(model: str) -> None:
+    """Whatever else backward keeps of a region: weights, drop-path's factors."""
+    config = replace(MODELS[model], drop_path=0.5).resolve()
+    specs = [spec for spec in build_layers(config) if spec.name not in ("embed", "head")]
+    policy = Recompute({spec.name: SAVE_SETS["input"] for spec in specs})
+    build = Build(config=config, policy=policy)
+    stage = real(Stage(specs, build))
+    for name, parameter in stage.named_parameters():
+        parameter.requires_grad_("scale" not in name)
+    x = torch.randn(specs[0].boundary(IMAGES, build), requires_grad=True)
+    counts = []
+    for ahead in (False, True):
+        policy.ran_again.clear()
+        with policy.noting() as calls:
+            (y,) = stage((x,), batch_of(list(range(IMAGES))))
+        for call in calls if ahead else ():
+            call.again(lambda _: None)
+        before = policy.ran_again.total()
+        y.sum().backward()
+        assert policy.ran_again.total() == before or not ahead
+        counts.append(policy.ran_again.copy())
+    assert counts[0] == counts[1] and counts[0]
 
 
 def test_nothing_is_left_when_backward_never_comes() -> None:
