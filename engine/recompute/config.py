@@ -10,8 +10,9 @@ from typing import Literal
 from engine.recompute.save_sets import SaveSet, save_set
 from model.patterns import Pattern, is_one_name
 
-POLICIES = {"none": "all", "full": "input", "selective": "qk_norm"}
-"""Policies by name, and the save set that each gives to all blocks; `auto` chooses one for each."""
+POLICIES = {"none": "all", "full": "input+gather", "selective": "qk_norm"}
+"""Policies by name, and the save set that each gives to all blocks; `auto` chooses one for each. full is the least that
+can be kept, so where sequence parallelism splits rows these are gathered again, too."""
 
 AUTO_SHARE = 0.9
 """Of a device's memory, that a budget of `auto` is; the rest is for what its allocator cannot use, and for others."""

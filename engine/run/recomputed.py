@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import get_args
 
 from engine.assemble import Assembly
+from engine.recompute.save_sets import SaveSet
 from model.regions import Region
 from parallel import comm
 
@@ -51,10 +52,15 @@ def _drops(a: Assembly) -> bool:
 def _of_stage(a: Assembly, layers: range) -> str:
     """`6 block(s) keep qk_norm, 6 all; 1 patch merge(s) again`, "" of a stage without any."""
     names = [a.layers[i].name for i in layers]
-    kept = Counter(a.sets[n].name if n in a.sets else "nothing" for n in names if n.startswith("blocks."))
+    kept = Counter(_name(a, a.sets[n]) if n in a.sets else "nothing" for n in names if n.startswith("blocks."))
     merges = sum(bool(a.sets[n].drops) for n in names if n.startswith("merges.") and n in a.sets)
     parts = [f"{count} {'block(s) keep ' * (not i)}{name}" for i, (name, count) in enumerate(kept.items())]
     return "; ".join([", ".join(parts)] * bool(parts) + [f"{merges} patch merge(s) again"] * bool(merges))
+
+
+def _name(a: Assembly, of: SaveSet) -> str:
+    """What a block keeps in this layout: there is nothing to gather where rows are whole."""
+    return of.name if a.build.tp.splits_rows else of.name.replace("+gather", "")
 
 
 def _counted(again: dict[str, int], micro_batches: int) -> str:

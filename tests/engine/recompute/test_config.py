@@ -39,7 +39,7 @@ def keeping(policy: str | Sequence[str], **changes: Any) -> Config:
     ("policy", "expected"),
     [
         ("none", ["all"] * 4),
-        (" full ", ["input"] * 4),
+        (" full ", ["input+gather"] * 4),
         ("selective", ["qk_norm"] * 4),
         ("qkv", ["qkv"] * 4),  # one save set for all blocks
         ("input+gather", ["input+gather"] * 4),
