@@ -119,9 +119,18 @@ def stage_costs(a: Assembly, costs: LayerCosts, sets: Mapping[str, SaveSet]) -> 
         stage: StageCost(
             layers=layers(stage),
             ahead=layers(stage, ahead=True),
-            output=message_bytes([*a.boundaries, ()][stage + 1]),
-            input_gradient=message_bytes(tuple(spec for spec in a.boundaries[stage] if spec.carries_gradient)),
+            output=output,
+            input_gradient=gradient,
         )
+        for stage, (output, gradient) in messages_of(a).items()
+    }
+
+
+def messages_of(a: Assembly) -> dict[int, tuple[int, int]]:
+    """By stage of the rank: bytes of what goes to the stage behind, and of what goes back to the one before."""
+    before, behind = a.boundaries, [*a.boundaries[1:], ()]
+    return {
+        stage: (message_bytes(behind[stage]), message_bytes(tuple(s for s in before[stage] if s.carries_gradient)))
         for stage in a.stages
     }
 

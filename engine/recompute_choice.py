@@ -19,13 +19,12 @@ from engine.config import Config, RecomputeConfig
 from engine.errors import ConfigError
 from engine.layer_costs import LayerCosts
 from engine.objectives import make_objective
-from engine.plan import MemoryPlan, ends, image_bytes, plan_memory, planned, program_of, stage_costs, states
+from engine.plan import MemoryPlan, ends, image_bytes, messages_of, plan_memory, planned, program_of, states
 from engine.precision.precision import precision_of
 from engine.recompute.ahead import flops_again
 from engine.recompute.costs import LayerCost
-from engine.recompute.peaks import peak
 from engine.recompute.save_sets import SAVE_SETS, SaveSet, save_set
-from engine.recompute.solve import Infeasible, Solver
+from engine.recompute.solve import Infeasible, solve
 from engine.recompute.timing import Timing
 from model import Build
 from model.kernels import Kernels
@@ -39,7 +38,6 @@ Seconds = Callable[[str, str], float]
 
 _FLOPS = 1e12  # a second, where nobody knows
 _RUNS = 3  # of each kind of layer that is timed
-_TRIES = 8  # the solver counts a little less than `peak` does
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +130,11 @@ def choose(config: Config, shape: GridShape, memory: float, seconds: Seconds, *,
     Raises:
         ConfigError: no save sets keep all ranks within the budget.
     """
+    if again := config.pipeline(shape).schedule(config.num_micro_batches(shape)).recomputes:
+        raise ConfigError(
+            f"parallel.schedule {config.parallel.schedule} has recomputes ({again[0]} and so on), but recompute.policy "
+            "auto places them itself, if they fit: leave them out, or name the save sets"
+        )
     budget = config.recompute.budget(memory)
     keeps_all = replace(config, recompute=RecomputeConfig(ahead=config.recompute.ahead))
     apart = shape.world_size // shape.pipeline
@@ -156,24 +159,16 @@ def choose(config: Config, shape: GridShape, memory: float, seconds: Seconds, *,
 def _solve(a: Assembly, costs: LayerCosts, static: int, budget: int, seconds: Seconds) -> tuple[dict[str, str], float]:
     """Save sets by layer of a rank, and the seconds that they take in a step."""
     tables = {stage: _tables(a, stage, costs, seconds) for stage in a.stages}
-    solver, program, within = Solver(tables, program_of(a), static=static), program_of(a), budget
-    for _ in range(_TRIES):
-        solution = solver.within(within)
-        names = {
-            a.layers[place].name: name
-            for stage, sets in solution.sets.items()
-            for place, name in zip(a.placement.layers[stage], sets, strict=True)
-        }
-        sets = {layer: save_set(name) for layer, name in names.items()}
-        excess = peak(program, stage_costs(a, costs, sets), static) - budget
-        if excess <= 0:
-            return names, solution.seconds
-        within -= excess
-    raise Infeasible(budget, solver.smallest + excess)
+    found = solve(tables, program_of(a), static=static, messages=messages_of(a), budget=budget)
+    return {
+        a.layers[place].name: name
+        for stage, sets in found.sets.items()
+        for place, name in zip(a.placement.layers[stage], sets, strict=True)
+    }, found.seconds
 
 
 def _tables(a: Assembly, stage: int, costs: LayerCosts, seconds: Seconds) -> Sequence[Mapping[str, LayerCost]]:
-    """What each layer of a stage may have; what its last layer was sent is held while the others go backward."""
+    """What each layer of a stage may have."""
     splits = any(x.kind is ActionKind.BACKWARD_INPUT and x.stage == stage for x in program_of(a))
     places = a.placement.layers[stage]
     tables = []
@@ -187,10 +182,7 @@ def _tables(a: Assembly, stage: int, costs: LayerCosts, seconds: Seconds) -> Seq
         else:
             found = {"all": costs.cost(place, SaveSet(), **ends(a, stage, place), splits=splits)}
         tables.append({name: replace(cost, seconds=seconds(spec.name, name)) for name, cost in found.items()})
-    held = max(cost.held for cost in tables[-1].values())
-    return [
-        {name: replace(cost, backward=cost.backward + held) for name, cost in table.items()} for table in tables[:-1]
-    ] + [tables[-1]]
+    return tables
 
 
 def _named(config: Config, names: Mapping[str, str]) -> Config:

@@ -16,7 +16,7 @@ import numpy as np
 from scipy.optimize import linprog
 
 from engine.recompute.choices import DEFERRED, KEPT, MOMENTS, OWN, Choices, Floats, Ints, Rank
-from engine.recompute.moments import I, W
+from engine.recompute.moments import W
 
 
 class Row:
@@ -35,17 +35,11 @@ class Row:
         alive = moment.live[stage] * of.kept + moment.deferred[stage] * of.deferred
         return alive + self._own(of, at) if stage == moment.stage else alive
 
-    def _own(self, of: Choices, at: int) -> Ints | int:
-        if at == self.layer:
-            return of.held(self.moment)
-        if self.moment.kind is W:
-            return 0
-        if at < self.layer:
-            return of.kept
-        return of.deferred if self.moment.kind is I else 0
+    def _own(self, of: Choices, at: int) -> Ints:
+        return of.own(self.moment) if at == self.layer else of.beside(self.moment, before=at < self.layer)
 
     def of_chosen(self, rank: Rank, states: Ints, layer: int) -> Floats:
-        """Bytes of the layers before one, by state."""
+        """Bytes of the layers before one, and of what is on its way, by state."""
         alive = states[:, MOMENTS + self.place]
         stage = rank.begun(layer)
         if stage is None:
@@ -54,8 +48,8 @@ class Row:
         if stage == self.moment.stage:
             if layer > self.layer:
                 alive += states[:, OWN[self.moment.kind]]
-            elif self.moment.kind is not W:
-                alive += states[:, KEPT]
+            else:
+                alive += states[:, DEFERRED if self.moment.kind is W else KEPT]
         return alive.astype(np.float64)
 
 
@@ -124,7 +118,7 @@ class Bounds:
             block = np.array([row.bytes_of[at] for row in self.rows])
             key = block.tobytes() + times.tobytes()
             found[key] = found.get(key, (0,))[0] + 1, block, times
-        weights = _weights(list(found.values()), limit)
+        weights = _weights(list(found.values()), [limit - row.moment.held for row in self.rows])
         self._sum = [(weight, row) for weight, row in zip(weights, self.rows, strict=True) if weight]
         sums = [
             np.sum([weight * row.bytes_of[at] for weight, row in self._sum], axis=0) for at in range(len(self.times))
@@ -157,20 +151,21 @@ class Bounds:
         return np.ceil(times - self._rounding)
 
 
-def _weights(blocks: Sequence[tuple[int, Floats, Floats]], limit: int) -> Floats:
-    """Of the rows, by the linear program: the least time within a limit, or the least peak where nothing takes time.
+def _weights(blocks: Sequence[tuple[int, Floats, Floats]], room: Sequence[int]) -> Floats:
+    """Of the rows, by the linear program: the least time with so much room, or the least peak where nothing takes time.
 
     Args:
-        blocks: of equal layers: how many, the bytes [rows, choices] and the time of each choice.
+        blocks: of equal layers: how many, the bytes [rows, choices] and the time of each choice. room: of each row.
     """
     time, bytes_of = np.concatenate([of for *_, of in blocks]), np.concatenate([of for _, of, _ in blocks], axis=1)
     of_each = np.repeat(np.eye(len(blocks)), [len(of) for *_, of in blocks], axis=1)
     lowers_peak = float(not time.any())
-    unit = max(bytes_of.max() if lowers_peak else limit, 1)
+    most = max(room)
+    unit = max(bytes_of.max() if lowers_peak else most, 1)
     found = linprog(
         np.append(time / max(time.max(), 1), lowers_peak),
         A_ub=np.column_stack([bytes_of / unit, np.full(len(bytes_of), -lowers_peak)]),
-        b_ub=np.full(len(bytes_of), 1 - lowers_peak),
+        b_ub=(np.array(room, dtype=np.float64) - lowers_peak * most) / unit,
         A_eq=np.column_stack([of_each, np.zeros(len(blocks))]),
         b_eq=np.array([count for count, *_ in blocks]),
     )

@@ -21,7 +21,7 @@ TICKS = 10**12
 
 TIME, KEPT, DEFERRED, FORWARD, BACKWARD, INPUT, WEIGHT, MOMENTS = range(8)
 """Columns of a state: time so far; of the stage that is begun: what it keeps, what it defers, and what its F, B, I and
-W hold at most; then, of each moment, what is alive of the stages that are over."""
+W hold at most; then, of each moment, what is on its way and what is alive of the stages that are over."""
 
 OWN = {F: FORWARD, B: BACKWARD, I: INPUT, W: WEIGHT}
 
@@ -30,7 +30,7 @@ class Choices:
     """The save sets of a layer, least kept first; without those that another is as good as in all respects.
 
     Attributes:
-        names: of the save sets. kept, forward, backward, deferred, weight, time: of each, see LayerCost.
+        names: of the save sets. kept, forward, backward, deferred, weight, held, time: of each, see LayerCost.
 
     Args:
         passes: how often a step recomputes what is dropped.
@@ -41,7 +41,7 @@ class Choices:
 
     def __init__(self, costs: Mapping[str, LayerCost], passes: int) -> None:
         rows = {
-            name: (c.kept, c.forward, c.backward, c.deferred, c.weight, round(c.seconds * TICKS) * passes)
+            name: (c.kept, c.forward, c.backward, c.deferred, c.weight, c.held, round(c.seconds * TICKS) * passes)
             for name, c in costs.items()
         }
         wrong = [name for name, row in rows.items() if min(row) < 0]
@@ -53,11 +53,17 @@ class Choices:
                 kept[name] = row
         self.names = tuple(kept)
         columns = np.array(list(kept.values()), dtype=np.int64).T
-        self.kept, self.forward, self.backward, self.deferred, self.weight, self.time = columns
+        self.kept, self.forward, self.backward, self.deferred, self.weight, self.held, self.time = columns
 
-    def held(self, moment: Moment) -> Ints:
+    def own(self, moment: Moment) -> Ints:
         """What each holds while an action of that moment's kind goes through the layer."""
-        return {F: self.forward, W: self.weight}.get(moment.kind, self.backward)
+        return {F: self.forward, W: self.weight + self.deferred}.get(moment.kind, self.backward)
+
+    def beside(self, moment: Moment, *, before: bool) -> Ints:
+        """What it holds while that is at another layer, which this one is before or behind."""
+        if before:
+            return self.deferred if moment.kind is W else self.kept
+        return {B: self.held, I: self.held + self.deferred}.get(moment.kind, np.zeros_like(self.kept))
 
 
 def choices_of(stages: Sequence[Sequence[Mapping[str, LayerCost]]], passes: Sequence[int]) -> list[list[Choices]]:
@@ -106,7 +112,7 @@ class Rank:
     @property
     def start(self) -> Ints:
         """The one state where nothing is chosen."""
-        return np.zeros((1, MOMENTS + len(self.moments)), dtype=np.int64)
+        return np.array([[0] * MOMENTS + [moment.held for moment in self.moments]], dtype=np.int64)
 
     def runs(self, stage: int) -> Iterator[tuple[int, int]]:
         """The first and the last layer of each run of equal layers in a stage."""
@@ -123,14 +129,14 @@ class Rank:
         """States after each choice for a layer, after each state before it: [states, choices] in one dim."""
         of, (count, _) = self.layers[layer], states.shape
         new = np.repeat(states, len(of.names), axis=0)
-        kept, forward, backward, deferred, weight, time = (
-            np.tile(x, count) for x in (of.kept, of.forward, of.backward, of.deferred, of.weight, of.time)
+        kept, forward, backward, deferred, weight, held, time = (
+            np.tile(x, count) for x in (of.kept, of.forward, of.backward, of.deferred, of.weight, of.held, of.time)
         )
         before = new[:, KEPT].copy()
         new[:, FORWARD] = np.maximum(new[:, FORWARD], before + forward)
-        new[:, BACKWARD] = np.maximum(new[:, BACKWARD], before + backward)
-        new[:, INPUT] = np.maximum(new[:, INPUT] + deferred, before + backward)
-        new[:, WEIGHT] = np.maximum(new[:, WEIGHT], weight)
+        new[:, BACKWARD] = np.maximum(new[:, BACKWARD] + held, before + backward)
+        new[:, INPUT] = np.maximum(new[:, INPUT] + held + deferred, before + backward)
+        new[:, WEIGHT] = np.maximum(new[:, WEIGHT], new[:, DEFERRED] + deferred + weight)
         for column, more in ((TIME, time), (KEPT, kept), (DEFERRED, deferred)):
             new[:, column] += more
         self._forget(new, layer)
@@ -148,7 +154,7 @@ class Rank:
             states[:, KEPT:MOMENTS] = 0
             return
         asked = {OWN[m.kind] for m in self.moments if m.stage == stage}
-        asked |= {DEFERRED} if self.deferred[:, stage].any() else set()
+        asked |= {DEFERRED} if WEIGHT in asked or self.deferred[:, stage].any() else set()
         states[:, [c for c in range(DEFERRED, MOMENTS) if c not in asked]] = 0
 
 

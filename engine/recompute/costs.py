@@ -15,7 +15,7 @@ class LayerCost:
         forward: the most that it holds while its forward runs, beside what was alive before; `kept` and its input
             included.
         backward: the most that is alive while its backward runs, beside what the layers before it keep and beside other
-            micro-batches: its own `kept`, recomputed tensors, gradients on their way.
+            micro-batches: its own `kept`, recomputed tensors, gradients on their way, `deferred` and `held`.
         deferred: of a split backward, bytes kept from BACKWARD_INPUT to BACKWARD_WEIGHT.
         weight: the most beside that while BACKWARD_WEIGHT of the stage runs.
         held: of the last layer of a stage: what was sent for it and is held, beside `deferred`, while the layers before

@@ -1,65 +1,53 @@
-"""When a rank's memory can be fullest: what of other micro-batches is alive while an action of its program runs.
+"""When a rank's memory can be fullest: what else is alive while an action of its program runs.
 
 Bytes alive at an action are those that all micro-batches keep whose forward is over and whose backward is not, what a
-split backward has deferred to a coming BACKWARD_WEIGHT, and what the action itself holds. The first two go by counts of
-micro-batches alone, and of the actions of one kind and stage only those count at which no other has as many alive of
-every stage: a *moment*. There are few, whatever the length of the program.
+split backward has deferred to a coming BACKWARD_WEIGHT, what is on its way to another stage, and what the action itself
+holds. All but the last go by counts, and of the actions of one kind and stage only those count at which no other has as
+many alive of everything: a *moment*. There are few, whatever the length of the program.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import lru_cache
 
-from engine.recompute.costs import LayerCost
 from parallel.pipeline.actions import Action, ActionKind
 
-F, B = ActionKind.FORWARD, ActionKind.BACKWARD
+F, B, R = ActionKind.FORWARD, ActionKind.BACKWARD, ActionKind.RECOMPUTE
 I, W = ActionKind.BACKWARD_INPUT, ActionKind.BACKWARD_WEIGHT
+
+Messages = Mapping[int, tuple[int, int]]
+"""By stage: bytes of what goes to the stage behind, and of what goes back to the one before."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Moment:
     """Actions of one kind and stage, where most is alive beside them.
 
+    Stages are counted from 0 in the order of their numbers; then come the same stages once more, for micro-batches that
+    an R has recomputed, if the program has any.
+
     Attributes:
-        live: by stage, ascending: micro-batches that keep activations, the action's own not among them. deferred: by
-            stage: micro-batches whose BACKWARD_WEIGHT is to come, that of the action itself among them.
+        live: by stage: micro-batches that keep activations. deferred: by stage: micro-batches whose BACKWARD_WEIGHT is
+            to come. Of neither the action's own. held: bytes on their way to other stages.
     """
 
     kind: ActionKind
     stage: int
     live: tuple[int, ...]
     deferred: tuple[int, ...]
+    held: int = 0
 
 
-def moments(program: Sequence[Action]) -> tuple[Moment, ...]:
-    """Those of a rank's program; stages are numbered from 0 in the order of their numbers in the program.
+def moments(program: Sequence[Action], messages: Messages | None = None) -> tuple[Moment, ...]:
+    """Those of a rank's program.
 
-    Raises:
-        ValueError: it has no backward, or a RECOMPUTE.
+    Args:
+        messages: of the rank's stages, if they have a size; what is sent is held until its send, if that is among the
+            actions.
     """
-    computes = [a for a in program if a.kind.is_compute]
-    stages = {stage: place for place, stage in enumerate(sorted({a.stage for a in computes}))}
-    if not any(a.kind in (B, I) for a in computes) or any(a.kind is ActionKind.RECOMPUTE for a in computes):
-        raise ValueError("save sets are chosen for a program with forwards and backwards and no RECOMPUTE: give that")
-    live, deferred = [0] * len(stages), [0] * len(stages)
-    found = dict[tuple[ActionKind, int], set[tuple[int, ...]]]()
-    for action in computes:
-        place = stages[action.stage]
-        if action.kind in (B, I):
-            live[place] -= 1
-        found.setdefault((action.kind, place), set()).add((*live, *deferred))
-        if action.kind is F:
-            live[place] += 1
-        elif action.kind is not B:
-            deferred[place] += 1 if action.kind is I else -1
-    return tuple(
-        Moment(kind=kind, stage=stage, live=counts[: len(stages)], deferred=counts[len(stages) :])
-        for (kind, stage), those in found.items()
-        for counts in _greatest(those)
-    )
+    return _moments(tuple(program), tuple(sorted((messages or {}).items())))
 
 
 def passes(program: Sequence[Action]) -> tuple[int, ...]:
@@ -68,34 +56,78 @@ def passes(program: Sequence[Action]) -> tuple[int, ...]:
     return tuple(sum(a.kind in (B, I) and a.stage == stage for a in program) for stage in stages)
 
 
-def peak(stages: Sequence[Sequence[LayerCost]], at: Sequence[Moment]) -> int:
-    """The most bytes alive on a rank, beside what is alive all the time.
-
-    Args:
-        stages: the layers of each, with the save sets that they have. at: `moments` of the rank's program.
-    """
-    kept = [sum(layer.kept for layer in layers) for layers in stages]
-    deferred = [sum(layer.deferred for layer in layers) for layers in stages]
-    return max(
-        sum(n * k for n, k in zip(moment.live, kept, strict=True))
-        + sum(n * d for n, d in zip(moment.deferred, deferred, strict=True))
-        + _own(moment.kind, stages[moment.stage])
-        for moment in at
+@lru_cache(maxsize=512)
+def _moments(program: tuple[Action, ...], messages: tuple[tuple[int, tuple[int, int]], ...]) -> tuple[Moment, ...]:
+    alive = _Alive(program, dict(messages))
+    found = dict[tuple[ActionKind, int], set[tuple[int, ...]]]()
+    for action in program:
+        if action.kind.is_send:
+            alive.let_go(action.kind, action.stage, action.micro_batch)
+        elif action.kind.is_compute:
+            place = alive.begin(action)
+            found.setdefault((action.kind, place), set()).add((*alive.live, *alive.deferred, alive.held))
+            alive.end(action)
+    count = len(alive.live)
+    return tuple(
+        Moment(kind=kind, stage=stage, live=counts[:count], deferred=counts[count:-1], held=counts[-1])
+        for (kind, stage), those in found.items()
+        for counts in _greatest(those)
     )
 
 
-def _own(kind: ActionKind, layers: Sequence[LayerCost]) -> int:
-    """What one action of a stage holds."""
-    before = [0, *accumulate(layer.kept for layer in layers)]
-    if kind is W:
-        return max((layer.weight for layer in layers), default=0)
-    if kind is F:
-        return max((k + layer.forward for k, layer in zip(before, layers, strict=False)), default=0)
-    after = [0] * len(layers)
-    if kind is I:
-        total = sum(layer.deferred for layer in layers)
-        after = [total - d for d in accumulate(layer.deferred for layer in layers)]
-    return max((k + layer.backward + d for k, layer, d in zip(before, layers, after, strict=False)), default=0)
+class _Alive:
+    """What is alive on a rank between two actions."""
+
+    def __init__(self, program: Sequence[Action], messages: Messages) -> None:
+        self._messages = messages
+        self._stages = sorted({a.stage for a in program if a.kind.is_compute})
+        self._sends = {(a.kind, a.stage, a.micro_batch) for a in program if a.kind.is_send}
+        self._again = set[tuple[int, int | None]]()  # recomputed already
+        count = len(self._stages) * (1 + any(a.kind is R for a in program))
+        self.live, self.deferred, self.held = [0] * count, [0] * count, 0
+        self._on_their_way = dict[object, int]()
+
+    def _place(self, action: Action) -> int:
+        again = (action.stage, action.micro_batch) in self._again
+        return self._stages.index(action.stage) + len(self._stages) * again
+
+    def let_go(self, *what: object) -> None:
+        """Of what is on its way, if it is."""
+        self.held -= self._on_their_way.pop(what, 0)
+
+    def begin(self, action: Action) -> int:
+        """The stage as moments count it; what the action reads is its own from now on."""
+        place = self._place(action)
+        if action.kind is W:
+            self.deferred[place] -= 1
+        elif action.kind is not F:
+            self.live[place] -= 1
+        if action.kind in (F, B, I):
+            self.let_go("input" if action.kind is F else "gradient", action.stage, action.micro_batch)
+        return place
+
+    def end(self, action: Action) -> None:
+        """What it leaves behind."""
+        kind, stage = action.kind, action.stage
+        if kind is R:
+            self._again.add((stage, action.micro_batch))
+        if kind in (F, R):
+            self.live[self._place(action)] += 1
+        elif kind is I:
+            self.deferred[self._place(action)] += 1
+        output, gradient = self._messages.get(stage, (0, 0))
+        if kind is F:
+            self._give("input", stage + 1, ActionKind.SEND_FORWARD, action, output)
+        elif kind in (B, I):
+            self._give("gradient", stage - 1, ActionKind.SEND_BACKWARD, action, gradient)
+
+    def _give(self, what: str, to: int, send: ActionKind, action: Action, size: int) -> None:
+        """To a stage of this rank, or to be sent."""
+        key = (what, to, action.micro_batch) if to in self._stages else (send, action.stage, action.micro_batch)
+        if to in self._stages or key in self._sends:
+            self.let_go(*key)
+            self._on_their_way[key] = size
+            self.held += size
 
 
 def _greatest(counts: set[tuple[int, ...]]) -> list[tuple[int, ...]]:

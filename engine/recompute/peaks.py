@@ -1,6 +1,7 @@
 """The most that a rank holds, from what its layers cost and the order in which it runs them.
 
-This is arithmetic alone: `engine.plan` finds the costs of a configuration, the solver tries assignments of save sets.
+This is arithmetic alone, and the only one: `engine.plan` finds the costs of a configuration, the solver
+(`engine.recompute.solve`) tries assignments of save sets by the same moments.
 """
 
 from __future__ import annotations
@@ -11,11 +12,8 @@ from functools import cached_property
 from itertools import accumulate
 
 from engine.recompute.costs import LayerCost
+from engine.recompute.moments import B, F, I, Moment, R, W, moments
 from parallel.pipeline.actions import Action, ActionKind
-
-F, B, R = ActionKind.FORWARD, ActionKind.BACKWARD, ActionKind.RECOMPUTE
-I, W = ActionKind.BACKWARD_INPUT, ActionKind.BACKWARD_WEIGHT
-SEND_FORWARD, SEND_BACKWARD = ActionKind.SEND_FORWARD, ActionKind.SEND_BACKWARD
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +46,10 @@ class StageCost:
         """While an action of the stage runs, all that it holds of its micro-batch."""
         before = [0, *accumulate(layer.kept for layer in self.layers)]
         put_off = [0, *accumulate(layer.deferred for layer in self.layers)]
-        most, last = dict.fromkeys((F, B, I, W), 0), len(self.layers) - 1
+        held = [0, *accumulate(layer.held for layer in self.layers)]
+        most = dict.fromkeys((F, B, I, W), 0)
         for i, layer in enumerate(self.layers):
-            backward = before[i] + layer.backward + (self.layers[-1].held if i < last else 0)
+            backward = before[i] + layer.backward + held[-1] - held[i + 1]
             most[F] = max(most[F], before[i] + layer.forward)
             most[B] = max(most[B], backward)
             most[I] = max(most[I], backward + self.deferred - put_off[i + 1])
@@ -79,63 +78,17 @@ def peak(program: Sequence[Action], stages: Mapping[int, StageCost], static: int
         program: the rank's actions; what is sent is held until its send, if that is among them.
         stages: those of the rank, by number. static: bytes that are there all the time.
     """
-    held, most = _Held(program, stages), 0
-    for action in program:
-        if action.kind.is_send:
-            held.let_go(action.kind, action.stage, action.micro_batch)
-        elif action.kind.is_compute:
-            others = held.begin(action)
-            most = max(most, others + held.cost(action).most[action.kind])
-            held.end(action)
-    return static + most
+    at = moments(program, {number: (of.output, of.input_gradient) for number, of in stages.items()})
+    return static + fullest([stages[number] for number in sorted(stages)], at)
 
 
-class _Held:
-    """What a rank holds between two actions: of micro-batches, and on its way from one stage to another."""
+def fullest(stages: Sequence[StageCost], at: Sequence[Moment]) -> int:
+    """The most bytes alive at any of the moments of a rank with these stages, ascending."""
+    of = [*stages, *(stage.recomputed for stage in stages)]
+    return max((_alive(of, moment) for moment in at), default=0)
 
-    def __init__(self, program: Sequence[Action], stages: Mapping[int, StageCost]) -> None:
-        self._stages = stages
-        self._sends = {(a.kind, a.stage, a.micro_batch) for a in program if a.kind.is_send}
-        self._sizes = dict[object, int]()
-        self._again = set[tuple[int, int | None]]()  # recomputed already
-        self._now = 0
 
-    def cost(self, action: Action) -> StageCost:
-        """Of its stage, for its micro-batch."""
-        of = self._stages[action.stage]
-        return of.recomputed if (action.stage, action.micro_batch) in self._again else of
-
-    def let_go(self, *what: object) -> None:
-        """Of what is held, if it is."""
-        self._now -= self._sizes.pop(what, 0)
-
-    def _hold(self, *what: object, size: int) -> None:
-        self.let_go(*what)
-        self._sizes[what] = size
-        self._now += size
-
-    def begin(self, action: Action) -> int:
-        """What is held beside an action that begins: what it reads is its own from now on."""
-        self.let_go("kept", action.stage, action.micro_batch)
-        if action.kind in (F, B, I):
-            self.let_go("input" if action.kind is F else "gradient", action.stage, action.micro_batch)
-        return self._now
-
-    def end(self, action: Action) -> None:
-        """What it leaves behind."""
-        kind, stage, m = action.kind, action.stage, action.micro_batch
-        if kind is R:
-            self._again.add((stage, m))
-        of = self.cost(action)
-        self._hold("kept", stage, m, size={F: of.kept, R: of.kept, I: of.deferred}.get(kind, 0))
-        if kind is F:
-            self._give("input", stage + 1, SEND_FORWARD, action, of.output)
-        elif kind in (B, I):
-            self._give("gradient", stage - 1, SEND_BACKWARD, action, of.input_gradient)
-
-    def _give(self, what: str, to: int, send: ActionKind, action: Action, size: int) -> None:
-        """To a stage of this rank, or to be sent."""
-        if to in self._stages:
-            self._hold(what, to, action.micro_batch, size=size)
-        elif (send, action.stage, action.micro_batch) in self._sends:
-            self._hold(send, action.stage, action.micro_batch, size=size)
+def _alive(of: Sequence[StageCost], at: Moment) -> int:
+    kept = sum(n * stage.kept for n, stage in zip(at.live, of, strict=False))
+    deferred = sum(n * stage.deferred for n, stage in zip(at.deferred, of, strict=False))
+    return kept + deferred + at.held + of[at.stage].most[at.kind]

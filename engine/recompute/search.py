@@ -108,7 +108,7 @@ class Search:
         size = max(AT_ONCE // max(len(more.states), 1), 1)
         for start in range(0, len(some.states), size):
             first = some.those(np.arange(start, min(start + size, len(some.states))))
-            states = (first.states[:, None] + more.states).reshape(-1, some.states.shape[1])
+            states = (first.states[:, None] + (more.states - self.rank.start)).reshape(-1, some.states.shape[1])
             left = self._bound(states, layer, limit, best)[0]
             a, b = np.divmod(left, len(more.states))
             found.append(Some(states[left], np.column_stack([first.choices[a], more.choices[b]])))

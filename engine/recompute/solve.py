@@ -1,7 +1,7 @@
 """Which save set each layer of a rank gets: the least time of computing again, within a budget of bytes, exactly.
 
-The peak of a rank is the most that is alive while any action of its program runs (`engine.recompute.moments`), scratch
-of recomputation, gradients and other micro-batches included; the time is that of all micro-batches of a step. Of
+The peak of a rank is the most that is alive while any action of its program runs (`engine.recompute.peaks`), scratch of
+recomputation, gradients, messages and other micro-batches included; the time is that of all micro-batches of a step. Of
 assignments that take equally long the one with the least peak is taken, so that with a larger budget the time is never
 longer and the peak never lower; of those, one in which equal layers that come first keep least, since what they keep
 lives longest. Times are counted in whole picoseconds; else nothing is rounded.
@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 
 from engine.recompute.choices import TICKS, Rank, choices_of
 from engine.recompute.costs import LayerCost
-from engine.recompute.moments import moments, passes, peak
+from engine.recompute.moments import B, I, Messages, R, moments, passes
+from engine.recompute.peaks import StageCost, fullest
 from engine.recompute.search import Found, Search
 from parallel.pipeline.actions import Action
 
@@ -53,22 +54,35 @@ class Solution:
     seconds: float
 
 
-def solve(stages: Mapping[int, Stage], program: Sequence[Action], *, static: int = 0, budget: int) -> Solution:
+def solve(
+    stages: Mapping[int, Stage],
+    program: Sequence[Action],
+    *,
+    static: int = 0,
+    messages: Messages | None = None,
+    budget: int,
+) -> Solution:
     """The assignment of save sets with the least time whose peak is within a budget.
 
     Args:
         stages: that a rank holds, by number. program: of the rank. static: bytes that are alive all the time.
+            messages: as of `engine.recompute.moments`.
 
     Raises:
         Infeasible: there is none.
         ValueError: the stages are not those of the program, a layer has no choice, a cost is negative, or the program
             has no backward or recomputes by itself.
     """
-    return Solver(stages, program, static=static).within(budget)
+    return Solver(stages, program, static=static, messages=messages).within(budget)
 
 
 def front(
-    stages: Mapping[int, Stage], program: Sequence[Action], *, static: int = 0, points: int | None = None
+    stages: Mapping[int, Stage],
+    program: Sequence[Action],
+    *,
+    static: int = 0,
+    messages: Messages | None = None,
+    points: int | None = None,
 ) -> tuple[Solution, ...]:
     """Solutions that none is better than in both peak and time, from the least peak to the least time.
 
@@ -78,7 +92,7 @@ def front(
     Raises:
         ValueError: as `solve`.
     """
-    solver = Solver(stages, program, static=static)
+    solver = Solver(stages, program, static=static, messages=messages)
     found = [solver.within(UNLIMITED)]
     span = found[0].peak - solver.smallest
     while (room := found[-1].peak - solver.smallest) > 0:
@@ -90,11 +104,22 @@ def front(
 class Solver:
     """Of one rank, for any number of budgets; arguments and errors as of `solve`."""
 
-    def __init__(self, stages: Mapping[int, Stage], program: Sequence[Action], *, static: int = 0) -> None:
+    def __init__(
+        self,
+        stages: Mapping[int, Stage],
+        program: Sequence[Action],
+        *,
+        static: int = 0,
+        messages: Messages | None = None,
+    ) -> None:
         self.stages, self.static = {stage: stages[stage] for stage in sorted(stages)}, static
         if set(stages) != (of := {a.stage for a in program if a.kind.is_compute}):
             raise ValueError(f"costs are given of stages {sorted(stages)}, and the program is of stages {sorted(of)}")
-        self._moments, self._passes = moments(program), passes(program)
+        if not any(a.kind in (B, I) for a in program) or any(a.kind is R for a in program):
+            raise ValueError(
+                "save sets are chosen for a program with forwards and backwards and no RECOMPUTE: give that"
+            )
+        self._moments, self._passes = moments(program, messages), passes(program)
         self._search = Search(Rank(choices_of(list(self.stages.values()), self._passes), self._moments))
         self._smallest: int | None = None
 
@@ -137,4 +162,4 @@ class Solver:
         """Beside what is alive all the time."""
         names = self._names(choices)
         costs = [[layer[name] for layer, name in zip(self.stages[s], names[s], strict=True)] for s in self.stages]
-        return peak(costs, self._moments)
+        return fullest([StageCost(layers=tuple(layers)) for layers in costs], self._moments)

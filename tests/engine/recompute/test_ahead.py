@@ -19,6 +19,7 @@ from engine.plan import META, plan_memory
 from engine.recompute.ahead import flops_again
 from engine.recompute.regions import _Call
 from engine.recompute.save_sets import save_set
+from engine.recompute_choice import check_budget
 from engine.run.step import Stepper
 from model import build_layers
 from parallel.config import ParallelConfig
@@ -157,6 +158,11 @@ def test_the_key(tmp_path: Path) -> None:
         assert [str(a) for a in _planned(by_hand, policy="full", ahead=ahead).recomputes] == ["0R1"]
     with pytest.raises(ConfigError, match=r"own.csv has recomputes \(0R1 and so on\), but nothing is dropped: set rec"):
         _planned(by_hand)
+    with pytest.raises(
+        ConfigError, match=r"own.csv has recomputes \(0R1 and so on\), but recompute.policy auto places"
+    ):
+        config = small(parallel=by_hand, recompute=RecomputeConfig(policy="auto")).resolve(2)
+        check_budget(config, config.grid_shape(2), 1e9, on_cpu=True)
     for ranks, policy, why in ((2, "none", "nothing is dropped"), (1, "full", "there is one pipeline rank")):
         layout = ParallelConfig(pipeline_parallel_size=ranks)
         config = small(parallel=layout, recompute=RecomputeConfig(policy=policy, ahead="never")).resolve(ranks)

@@ -10,6 +10,7 @@ import pytest
 
 from engine.recompute import search
 from engine.recompute.costs import LayerCost
+from engine.recompute.moments import Messages
 from engine.recompute.solve import Infeasible, Solver, front, solve
 from parallel.pipeline.actions import Action, ActionKind
 from parallel.pipeline.schedules import build_schedule
@@ -30,31 +31,47 @@ SCHEDULES = {
 }
 
 
-def walked_peak(stages: Stages, sets: Sets, program: Sequence[Action]) -> int:
-    """By the definition: action after action, what each micro-batch keeps and what the action holds."""
+def walked_peak(stages: Stages, sets: Sets, program: Sequence[Action], messages: Messages) -> int:
+    """By the definition: action after action, what each micro-batch keeps, what is on its way, and what the action
+    holds."""
     layers = {s: [costs[name] for costs, name in zip(stages[s], sets[s], strict=True)] for s in stages}
-    alive, most = dict[tuple[int, int | None, str], int](), 0
+    sends = {(a.kind, a.stage, a.micro_batch) for a in program if a.kind.is_send}
+    alive, most = dict[object, int](), 0
     for action in program:
-        of = layers.get(action.stage, [])
-        kept, later = (action.stage, action.micro_batch, "kept"), (action.stage, action.micro_batch, "deferred")
-        own = [0]
-        if action.kind is ActionKind.FORWARD:
-            own = [sum(x.kept for x in of[:l]) + of[l].forward for l in range(len(of))]
-        elif action.kind in (ActionKind.BACKWARD, ActionKind.BACKWARD_INPUT):
-            del alive[kept]
-            split = action.kind is ActionKind.BACKWARD_INPUT
-            after = [sum(x.deferred for x in of[l + 1 :]) if split else 0 for l in range(len(of))]
-            own = [sum(x.kept for x in of[:l]) + of[l].backward + after[l] for l in range(len(of))]
-        elif action.kind is ActionKind.BACKWARD_WEIGHT:
-            own = [x.weight for x in of]
-        if action.kind.is_compute:
-            most = max(most, sum(alive.values()) + max(own, default=0))
-        if action.kind is ActionKind.FORWARD:
-            alive[kept] = sum(x.kept for x in of)
-        elif action.kind is ActionKind.BACKWARD_INPUT:
-            alive[later] = sum(x.deferred for x in of)
-        elif action.kind is ActionKind.BACKWARD_WEIGHT:
-            del alive[later]
+        kind, stage, m = action.kind, action.stage, action.micro_batch
+        if kind.is_send:
+            del alive[kind, stage, m]
+        if not kind.is_compute:
+            continue
+        of, goes_back = layers[stage], kind is not ActionKind.FORWARD
+        splits = kind is ActionKind.BACKWARD_INPUT
+        own = list[int]()
+        for l, layer in enumerate(of):
+            behind = sum(x.held + splits * x.deferred for x in of[l + 1 :])
+            if kind is ActionKind.BACKWARD_WEIGHT:
+                own.append(sum(x.deferred for x in of[: l + 1]) + layer.weight)
+            else:
+                held = layer.backward + behind if goes_back else layer.forward
+                own.append(sum(x.kept for x in of[:l]) + held)
+        if kind is ActionKind.BACKWARD_WEIGHT:
+            del alive[stage, m, "deferred"]
+        else:
+            alive.pop((stage, m, "back" if goes_back else "there"), None)
+        if splits or kind is ActionKind.BACKWARD:
+            del alive[stage, m, "kept"]
+        most = max(most, sum(alive.values()) + max(own))
+        if kind is ActionKind.BACKWARD_WEIGHT:
+            continue
+        if not goes_back:
+            alive[stage, m, "kept"] = sum(x.kept for x in of)
+        if splits:
+            alive[stage, m, "deferred"] = sum(x.deferred for x in of)
+        to, send = (stage - 1, ActionKind.SEND_BACKWARD) if goes_back else (stage + 1, ActionKind.SEND_FORWARD)
+        size = messages[stage][goes_back]
+        if to in stages:
+            alive[to, m, "back" if goes_back else "there"] = size
+        elif (send, stage, m) in sends:
+            alive[send, stage, m] = size
     return most
 
 
@@ -74,12 +91,14 @@ def random_costs(rng: random.Random, most: int) -> dict[str, LayerCost]:
     found = dict[str, LayerCost]()
     for name in "abcd"[: rng.randint(1, most)]:
         kept, scratch = rng.randrange(40), rng.choice([5, 60])
+        deferred, held = rng.randrange(20), rng.choice([0, rng.randrange(30)])
         found[name] = LayerCost(
             kept=kept,
             forward=kept + rng.randrange(scratch),
-            backward=rng.randrange(scratch) + rng.choice([0, kept]),
-            deferred=rng.randrange(20),
+            backward=max(rng.randrange(scratch) + rng.choice([0, kept]), deferred + held),
+            deferred=deferred,
             weight=rng.randrange(60),
+            held=held,
             seconds=max(0, 40 - kept + rng.randrange(-20, 20)) * rng.choice([1e-3, 1e-4]),
         )
     return found
@@ -98,17 +117,15 @@ def random_stages(rng: random.Random, numbers: Sequence[int]) -> Stages:
     return stages
 
 
-def cases(name: str, count: int) -> Iterator[tuple[Stages, tuple[Action, ...], int]]:
-    """(stages, program, micro-batches)"""
+def cases(name: str, count: int) -> Iterator[tuple[Stages, tuple[Action, ...], Messages, int]]:
+    """(stages, program, sizes of messages, micro-batches)"""
     schedule = build_schedule(*SCHEDULES[name])
     for seed in range(count):
         rng = random.Random(f"{name} {seed}")
         rank = rng.randrange(schedule.num_ranks)
-        yield (
-            random_stages(rng, schedule.stages_of(rank)),
-            schedule.ranks[rank],
-            schedule.num_micro_batches,
-        )
+        stages = random_stages(rng, schedule.stages_of(rank))
+        messages = {stage: (rng.randrange(30), rng.randrange(30)) for stage in stages}
+        yield stages, schedule.ranks[rank], messages, schedule.num_micro_batches
 
 
 def pareto(points: Mapping[int, float]) -> list[tuple[int, float]]:
@@ -125,31 +142,31 @@ def pareto(points: Mapping[int, float]) -> list[tuple[int, float]]:
 def test_it_is_the_best_of_all_assignments(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for limit, value in {"FEW": 1, "MORE": 2, "AT_ONCE": 5}.items():  # as where there is much to look at
         monkeypatch.setattr(search, limit, value)
-    for stages, program, micro_batches in cases(name, 12):
+    for stages, program, messages, micro_batches in cases(name, 12):
         best = dict[int, float]()
         for sets in every(stages):
-            peak = walked_peak(stages, sets, program) + 7
+            peak = walked_peak(stages, sets, program, messages) + 7
             best[peak] = min(best.get(peak, float("inf")), seconds_of(stages, sets, micro_batches))
         expected = pareto(best)
 
-        whole = front(stages, program, static=7)
+        whole = front(stages, program, static=7, messages=messages)
 
         assert [(s.peak, s.seconds) for s in whole] == expected
         for solution in whole:
-            assert walked_peak(stages, solution.sets, program) + 7 == solution.peak
+            assert walked_peak(stages, solution.sets, program, messages) + 7 == solution.peak
             assert seconds_of(stages, solution.sets, micro_batches) == solution.seconds
         for budget in (expected[0][0], (expected[0][0] + expected[-1][0]) // 2, expected[-1][0] + 1):
             under = [point for point in expected if point[0] <= budget][-1]
-            found = solve(stages, program, static=7, budget=budget)
+            found = solve(stages, program, static=7, messages=messages, budget=budget)
             assert (found.peak, found.seconds) == under
         with pytest.raises(Infeasible) as error:
-            solve(stages, program, static=7, budget=expected[0][0] - 1)
+            solve(stages, program, static=7, messages=messages, budget=expected[0][0] - 1)
         assert error.value.smallest == expected[0][0]
 
 
 @pytest.mark.parametrize("name", ["1f1b", "zb_v"])
 def test_a_front_of_few_points_is_part_of_the_whole_one_and_has_its_ends(name: str) -> None:
-    for stages, program, _ in cases(name, 4):
+    for stages, program, _, _ in cases(name, 4):
         whole, few = front(stages, program), front(stages, program, points=3)
         assert few[0] == whole[0] and few[-1] == whole[-1] and all(s in whole for s in few)
         assert len(few) <= 3
