@@ -174,8 +174,9 @@ class Sink:
         if not self.defers:
             self.run()
 
+    @torch.no_grad()
     def run(self) -> None:
-        """All that were taken."""
+        """All that were taken. Later, too, nothing is noted for a backward pass."""
         while self._products:
             self._products.pop(0)()
 
