@@ -9,15 +9,21 @@ from typing import Any
 
 import pytest
 
+from engine.clusters import read_cluster
 from engine.errors import ConfigError
 from engine.plan import plan_memory
+from engine.step_time import predict_step
 from parallel.process_group import World
 from tools.benchmark import predictions
-from tools.benchmark.draws import Draw, draw
-from tools.benchmark.predictions import measure, read, row, summary
+from tools.benchmark.bench import read_config
+from tools.benchmark.draws import Draw, draw, named, rival
+from tools.benchmark.prediction_errors import predict_seconds, row, summary
+from tools.benchmark.predictions import measure, read
+from tools.benchmark.table import Row
 
+CLUSTER = replace(read_cluster("configs/clusters/h100_64.yaml"), nodes=1, devices_per_node=2)
 TINY = Draw(
-    number=0,
+    name="0",
     ranks=2,
     keys={
         "model.width": 128, "model.depth": 4, "model.num_heads": 4, "model.mlp_dim": 512, "model.image_size": 128,
@@ -36,38 +42,74 @@ def test_draws_go_by_seed_and_number_and_can_be_run() -> None:
         assert one.config.resolve(one.ranks) != replace(one, keys={**one.keys, "train.seed": 1}).config.resolve(
             one.ranks
         )
+        assert one.config.resolve(one.ranks) == read_config(one.flags).resolve(one.ranks)
 
 
-def measured(peak: int, shared: int = 0) -> dict[str, Any]:
+def test_rivals_differ_in_layout_alone() -> None:
+    rivals = [rival(0, number) for number in range(4)]
+    assert [named(0, one.name) for one in rivals] == rivals
+    configs = [one.config.resolve(2) for one in rivals]
+    assert len({(one.model, one.precision, one.train.global_batch_size) for one in configs}) == 1
+    assert len({str(one.keys) for one in rivals}) == 4
+
+
+def measured(peak: int, shared: int = 0, policy: str = "norm") -> dict[str, Row]:
     of_rank = {
-        "peak_bytes": peak,
-        "shared_bytes": shared,
-        "tensor_bytes": 1,
-        "heap_bytes": 1,
-        "seconds": [3.0, 1.0, 2.0],
+        "peak_bytes": peak, "shared_bytes": shared, "tensor_bytes": 1, "heap_bytes": 1, "policy": policy,
+        "ahead": "never",
+    }  # fmt: skip
+    times = {"seconds": [3.0, 1.0, 2.0], "cpu_seconds": [1.0], "policy": policy, "ahead": "never"}
+    return {
+        "memory": {"ranks": [of_rank, {**of_rank, "peak_bytes": peak // 2}]},
+        "time": {"ranks": [times, {**times, "seconds": [1.0]}]},
     }
-    return {"ranks": [of_rank, {**of_rank, "peak_bytes": peak // 2}]}
 
 
-def test_of_all_ranks_the_worst_counts() -> None:
-    config = TINY.config.resolve(2)
+def test_of_all_ranks_the_worst_counts_with_the_save_sets_of_the_run() -> None:
+    config = replace(TINY, keys={**TINY.keys, "recompute.policy": "full"}).config.resolve(2)
+    config = replace(config, recompute=replace(config.recompute, ahead="never"))
     plans = [plan_memory(config, config.grid_shape(2), rank, 2**34, on_cpu=True) for rank in range(2)]
-    found = row(TINY, measured(plans[0].peak + 2**20, 2**20))
+    found = row(TINY, measured(plans[0].peak + 2**20, 2**20, "full"), CLUSTER)
     assert found["rank"] == 1 and found["measured_seconds"] == 2.0
-    assert found["error_percent"] == pytest.approx(100 * (plans[1].peak / (plans[0].peak // 2 - 2**19) - 1), rel=0.05)
-    errors = [{**found, "error_percent": error} for error in (-3.0, 1.0, -7.0)]
-    assert "3.0 % in the median, 7.0 % at most" in summary(errors)
-    times = [{**found, "measured_seconds": a, "predicted_seconds": b} for a, b in ((1, 1.1), (2, 2.4), (3, 2.3))]
-    assert "10.0 %" not in summary(times) and "20.0 % in the median, Kendall's tau 0.33" in summary(times)
+    assert found["memory_error_percent"] == pytest.approx(100 * (plans[1].peak / (plans[0].peak // 2 - 2**19) - 1))
+    assert found["predicted_seconds"] == predict_step(config, config.grid_shape(2), CLUSTER).seconds
+    assert row(TINY, {}, None)["predicted_MiB"] is row(TINY, {}, None)["measured_seconds"] is None
+
+
+def test_ranks_that_share_cores_take_all_their_work() -> None:
+    config = TINY.config.resolve(2)
+    alone = predict_seconds(config, config.grid_shape(2), CLUSTER)
+    step = predict_step(config, config.grid_shape(2), CLUSTER)
+    assert alone == step.seconds
+    both = predict_seconds(config, config.grid_shape(2), replace(CLUSTER, devices_per_node=1))
+    assert both == pytest.approx(2 * (step.seconds - step.parts["bubble"]))
+
+
+def test_errors_and_ranks_of_predictions_are_told() -> None:
+    def of(name: str, error: float, predicted: float, seconds: float, shares: bool = False) -> Row:
+        return {
+            "draw": name, "predicted_MiB": 1.0, "memory_error_percent": error, "predicted_seconds": predicted,
+            "measured_seconds": seconds, "time_error_percent": 100 * (predicted / seconds - 1), "shares": shares,
+        }  # fmt: skip
+
+    rows = [of("0", -3, 1.1, 1), of("1", 1, 2.4, 2), of("rival 0", -7, 2.3, 3), of("rival 1", 2, 2.5, 2.5)]
+    memory, time, first = summary(rows)
+    assert "4 configurations, error 2.5 % in the median, 7.0 % at most" in memory
+    assert "15.0 % in the median, 23.3 % at most, Kendall's tau 0.33" in time
+    assert "rival 0 of 2" in first and "1.200" in first and "rival 1; Kendall's tau -1.00" in first
+    with_shared = list(summary([*rows, of("2", 0, 9, 10, True)]))
+    assert with_shared[1] == time and "5 configurations" in with_shared[2] and "tau 0.60" in with_shared[2]
 
 
 def test_a_file_of_other_draws_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "lines.jsonl"
     assert read(file, 0) == {}
-    line = {"seed": 0, "number": 1, "commit": "", "keys": dict(draw(0, 1).keys), "ranks": []}
+    keys = dict(rival(0, 1).keys)
+    line = {"seed": 0, "draw": "rival 1", "kind": "time", "commit": "", "keys": keys, "ranks": [{}]}
     file.write_text(json.dumps(line) + "\n")
-    assert read(file, 0) == {1: line}
-    for wrong in ("{", "3", json.dumps({**line, "seed": 1}), json.dumps({**line, "keys": {}}), json.dumps({"seed": 0})):
+    assert read(file, 0) == {"rival 1": {"time": line}}
+    changed: tuple[dict[str, Any], ...] = ({"seed": 1}, {"keys": {}}, {"draw": "x"}, {"kind": "heat"}, {"ranks": []})
+    for wrong in ("{", "3", *(json.dumps({**line, **change}) for change in changed), json.dumps({"seed": 0})):
         file.write_text(wrong + "\n")
         with pytest.raises(ConfigError, match="line 1"):
             read(file, 0)
@@ -78,13 +120,14 @@ def test_mistakes_are_told_before_anything_starts(tmp_path: Path) -> None:
         predictions.main(["--json", str(tmp_path / "x")], World(rank=0, size=2, local_rank=0, local_size=2))
     with pytest.raises(ConfigError):
         predictions.main(["--json", str(tmp_path / "no" / "x")], World())
+    with pytest.raises(ConfigError, match="names as in the table"):
+        predictions.main(["--json", str(tmp_path / "x"), "--only", "rivals 3"], World())
 
 
 @pytest.mark.slow
 def test_a_run_takes_what_was_predicted() -> None:
-    ranks = measure(TINY, 1)
-    found = row(TINY, {"ranks": ranks})
-    assert [len(rank["seconds"]) for rank in ranks] == [1, 1]
+    ranks = measure(TINY, None)
+    found = row(TINY, {"memory": {"ranks": ranks}}, None)
     assert found["predicted_MiB"] > 30
     config = TINY.config.resolve(2)
     states = plan_memory(config, config.grid_shape(2), found["rank"], 2**34, on_cpu=True).states
@@ -92,3 +135,5 @@ def test_a_run_takes_what_was_predicted() -> None:
     assert tensors == pytest.approx(found["live_tensors_MiB"], rel=0.05)
     assert -2 < found["measured_MiB"] - tensors < 25, found
     assert found["heap_MiB"] > 0.9 * found["measured_MiB"]
+    times = measure(replace(TINY, ranks=1, keys={**TINY.keys, "parallel.pipeline_parallel_size": 1}), 2)
+    assert all(len(rank["seconds"]) == len(rank["cpu_seconds"]) == 2 for rank in times)

@@ -2,34 +2,38 @@
 
 A draw is a function of (seed, number) alone: no prediction has a say in what is drawn, lest it choose what it is good
 at. What no configuration can be is drawn again; so is what would take much less or more than SIZES per rank, by a rough
-formula of this module's own.
+formula of this module's own. Rivals are draws of one model and global batch on two ranks, in different layouts: which
+of them is quickest is a question that has an answer.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, get_type_hints
 
 from engine.config import Config
 from engine.errors import ConfigError
 from engine.objectives import make_objective
 from engine.recompute import LADDER
-from tools.benchmark.bench import read_config
 
 SIZES = (250 << 20, 1200 << 20)
 """Bytes per rank that a draw takes, roughly: mostly tensors, and ranks of all of them fit into a small machine."""
 _MOST_FLOPS = 6e11  # of a step of all ranks: a few seconds on two cores
+_GROUPS = get_type_hints(Config)
 _TRIES = 50  # models for a layout
+_RIVAL_IMAGES = 16
+_BESIDE = 48 << 20
+"""Bytes of a rank that the rough formula does not know of: libraries, images, the head."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Draw:
     """A configuration to run: `ranks` processes, and keys of the configuration that are not at their defaults."""
 
-    number: int
+    name: str
     ranks: int
     keys: Mapping[str, Any]
 
@@ -45,7 +49,7 @@ class Draw:
         count = self.keys["train.global_batch_size"] // self.keys["train.micro_batch_size"] // data
         keys: dict[str, Any] = {"train.micro_batch_size": 1, "train.global_batch_size": count * data}
         if "recompute.policy" in self.keys:
-            keys["recompute.policy"] = "full"  # whatever its depth
+            keys |= {"recompute.policy": "full", "recompute.memory_budget": "auto"}  # whatever its depth
         if "model.preset" not in self.keys:
             keys |= {"model.width": 64, "model.num_heads": 4, "model.mlp_dim": 128, "model.image_size": 128}
             keys |= {"model.depth": 8}  # as many as there can be stages
@@ -53,12 +57,22 @@ class Draw:
 
     @property
     def config(self) -> Config:
-        """Not resolved."""
-        return read_config(self.flags)
+        """Not resolved. As the flags give it, but a hundred times as quickly as they are read."""
+        groups: dict[str, dict[str, Any]] = {"train": {"steps": 1}}
+        for key, value in self.keys.items():
+            group, _, name = key.partition(".")
+            groups.setdefault(group, {})[name] = value
+        return Config(**{group: _GROUPS[group](**given) for group, given in groups.items()})
 
 
 def _text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def named(seed: int, name: str) -> Draw:
+    """The draw of this name, such as `7` or `rival 7`."""
+    group, _, number = name.rpartition(" ")
+    return {"": draw, "rival": rival}[group](seed, int(number))
 
 
 @cache
@@ -71,9 +85,36 @@ def draw(seed: int, number: int) -> Draw:
         for _ in range(_TRIES):  # else layouts that take little would be drawn seldom
             model = _model(source)
             keys = {**layout, **model, **_formats(source), **_recompute(source, model.get("model.depth", 12))}
-            found = Draw(number=number, ranks=ranks, keys=keys)
+            found = Draw(name=str(number), ranks=ranks, keys=keys)
             if _is_possible(found):
+                return _with_budget(found, source)
+
+
+@cache
+def rival(seed: int, number: int) -> Draw:
+    """Of one model and global batch of this seed, the layout of this number, unlike those of the numbers before."""
+    model, source = _model_of_rivals(seed), random.Random(f"{seed} rival {number}")
+    others = [rival(seed, other).keys for other in range(number)]
+    while True:
+        keys = {**_layout(source, 2), **model, **_recompute(source, model["model.depth"])}
+        pieces = keys["train.global_batch_size"] // keys["train.micro_batch_size"]
+        keys |= {"train.global_batch_size": _RIVAL_IMAGES, "train.micro_batch_size": _RIVAL_IMAGES // pieces}
+        found = Draw(name=f"rival {number}", ranks=2, keys=keys)
+        if not _RIVAL_IMAGES % pieces and _is_possible(found, least=0):
+            found = _with_budget(found, source)
+            if found.keys not in others:
                 return found
+
+
+def _model_of_rivals(seed: int) -> dict[str, Any]:
+    """Neither small nor with a kind of attention that some layouts refuse."""
+    source = random.Random(f"{seed} rivals")
+    batch = {"train.global_batch_size": _RIVAL_IMAGES, "train.micro_batch_size": _RIVAL_IMAGES}
+    while True:
+        model = {**_model(source), **_formats(source)}
+        plain = model.get("model.attention") == "full" and model["precision.dtype"] != "fp8"
+        if plain and _is_possible(Draw(name="", ranks=1, keys=model | batch), least=2 * SIZES[0]):
+            return model
 
 
 def _layout(source: random.Random, ranks: int) -> dict[str, Any]:
@@ -139,26 +180,36 @@ def _recompute(source: random.Random, depth: int) -> dict[str, Any]:
     first = source.randrange(1, depth)
     sets = [source.choice(LADDER) for _ in range(2)]
     mixed = f"{sets[0]} * {first}, {sets[1]} * {depth - first}"
-    policy = source.choice(("none", "none", "full", "selective", mixed, mixed, mixed))
+    policy = source.choice(("none", "none", "full", "selective", "auto", "auto", mixed, mixed))
     return {} if policy == "none" else {"recompute.policy": policy}
 
 
-def _is_possible(found: Draw) -> bool:
+def _with_budget(found: Draw, source: random.Random) -> Draw:
+    """With policy auto, a budget that leaves room for a share of the activations, roughly."""
+    share = source.choice((0.5, 0.65, 0.8))
+    if found.keys.get("recompute.policy") != "auto":
+        return found
+    state, kept = _rough_bytes(found.config.resolve(found.ranks), found.ranks)
+    budget = round((1.05 * state + share * kept + _BESIDE) / 2**20)
+    return replace(found, keys={**found.keys, "recompute.memory_budget": f"{budget}MiB"})
+
+
+def _is_possible(found: Draw, least: float = SIZES[0]) -> bool:
     try:
         config = found.config.resolve(found.ranks)
         shape = config.grid_shape(found.ranks)
+        if not least <= sum(_rough_bytes(config, found.ranks)) <= SIZES[1]:
+            return False
         layers = make_objective(config).layers
         stages = config.pipeline(shape).schedule(config.num_micro_batches(shape)).stage_to_rank
     except (ConfigError, ValueError):
         return False
     if len(layers) < len(stages):
         return False
-    flops = 3.0 * config.train.global_batch_size * sum(layer.flops for layer in layers)
-    low, high = SIZES
-    return flops <= _MOST_FLOPS and low <= _rough_bytes(config, found.ranks) <= high
+    return 3.0 * config.train.global_batch_size * sum(layer.flops for layer in layers) <= _MOST_FLOPS
 
 
-def _rough_bytes(config: Config, ranks: int) -> float:
+def _rough_bytes(config: Config, ranks: int) -> tuple[float, float]:
     """Sixteen bytes per weight, and of each block some twenty widths of every row of a micro-batch, however shared."""
     shape, sizes, zero = config.grid_shape(ranks), config.model.sizes, config.parallel.zero_stage
     assert config.train.micro_batch_size is not None
@@ -168,4 +219,4 @@ def _rough_bytes(config: Config, ranks: int) -> float:
     images = config.train.micro_batch_size * min(config.num_micro_batches(shape), shape.pipeline)
     element = 4 if config.precision.dtype == "fp32" else 2
     kept = images * element * sum(20 * s.depth * s.width * sizes.tokens_of(s.index) for s in sizes.stages)
-    return (state + kept / shape.context) / (shape.tensor * shape.pipeline)
+    return state / (shape.tensor * shape.pipeline), kept / (shape.context * shape.tensor * shape.pipeline)

@@ -7,7 +7,8 @@ above it, as the kernel counts it, is the measurement: the kernel's count is wha
 
 Of the allocator there are two answers. A run keeps what it frees (model.kernels.tune_allocator), in one heap with holes
 that no plan knows of, as a GPU's allocator reserves more than it hands out. So the peak is taken with every tensor in
-pages of its own, which is how glibc is left to itself; then what a run holds, and its times, with the run's allocator.
+pages of its own, which is how glibc is left to itself; then what a run holds with its own allocator. Times are taken in
+another process, which does as a run does from its start.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 
 from data import DataConfig
 from engine.assemble import assemble, grid_of
+from engine.config import Config
 from engine.device import choose_device, memory_share, prepare_cpu, set_matmul
 from engine.plan import LiveBytes, states
 from engine.recompute_choice import settled
@@ -42,35 +44,58 @@ PAGES_OF_THEIR_OWN = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 """For the environment: glibc would raise the threshold as it goes."""
 
 
-def measure(flags: Sequence[str], tiny: Sequence[str], steps: int) -> dict[str, Any]:
-    """Bytes, and seconds of `steps` steps. Collective.
+def measure_memory(flags: Sequence[str], tiny: Sequence[str]) -> dict[str, Any]:
+    """Bytes. Collective.
 
     Args:
         flags: of the configuration. tiny: flags that make it small.
     """
-    world = read_world()
-    config = replace(read_config(flags), data=_DATA).resolve(world.size)
-    device = choose_device("cpu", world)
-    set_matmul(config.precision, device)
-    process_group.start(world, device, config.parallel.timeout)
-    grid = grid_of(config, world, device)
-    _steps(Stepper(assemble(replace(read_config([*flags, *tiny]), data=_DATA).resolve(world.size), grid, _CPU)), 1)
+    config, grid = _start(flags)
+    _steps(Stepper(assemble(_read([*flags, *tiny]).resolve(grid.world.size), grid, _CPU)), 1)
     ground, shared = _ground(grid), resident_bytes("RssShmem")
-    config, _ = settled(config, grid, device, memory_share(device, world))
     stepper = Stepper(assemble(config, grid, _CPU))
     _steps(stepper, 2)
     peak, shared = resident_bytes("VmHWM"), resident_bytes("RssShmem") - shared
     tensors = _live_tensors(stepper)
-    prepare_cpu(world)
+    prepare_cpu(read_world())
     _ground(grid)
-    seconds = _steps(stepper, 1 + steps)[1:]
+    _steps(stepper, 2)
     return {
         "peak_bytes": peak - ground,
         "shared_bytes": shared,
         "heap_bytes": resident_bytes("VmHWM") - ground,
         "tensor_bytes": tensors,
-        "seconds": seconds,
+        **_chosen(config),
     }
+
+
+def measure_time(flags: Sequence[str], steps: int) -> dict[str, Any]:
+    """Seconds of `steps` steps after one more, and CPU seconds of them. Collective."""
+    prepare_cpu(read_world())
+    config, grid = _start(flags)
+    found = _steps(Stepper(assemble(config, grid, _CPU)), 1 + steps)[1:]
+    return {"seconds": [wall for wall, _ in found], "cpu_seconds": [cpu for _, cpu in found], **_chosen(config)}
+
+
+def _read(flags: Sequence[str]) -> Config:
+    return replace(read_config(flags), data=_DATA)
+
+
+def _start(flags: Sequence[str]) -> tuple[Config, Grid]:
+    """What a run does before it builds the model; with policy auto, it chooses save sets then."""
+    world = read_world()
+    config = _read(flags).resolve(world.size)
+    device = choose_device("cpu", world)
+    set_matmul(config.precision, device)
+    process_group.start(world, device, config.parallel.timeout)
+    grid = grid_of(config, world, device)
+    return settled(config, grid, device, memory_share(device, world))[0], grid
+
+
+def _chosen(config: Config) -> dict[str, Any]:
+    """The save sets of the run, and whether it recomputes ahead: what policy auto has found."""
+    policy = config.recompute.policy
+    return {"policy": policy if isinstance(policy, str) else list(policy), "ahead": config.recompute.ahead}
 
 
 def _ground(grid: Grid) -> int:
@@ -81,15 +106,17 @@ def _ground(grid: Grid) -> int:
     return found
 
 
-def _steps(stepper: Stepper, count: int) -> list[float]:
-    """Seconds of steps, with micro-batches that are read while they go on, as in a run. Collective."""
-    seconds = list[float]()
+def _steps(stepper: Stepper, count: int) -> list[tuple[float, float]]:
+    """Seconds of steps, by the wall and of CPU, with micro-batches that are read while they go on, as in a run.
+    Collective.
+    """
+    found = list[tuple[float, float]]()
     for batches in islice(stream_of(stepper.assembly).steps(0), count):
         comm.barrier(stepper.assembly.grid.world)
-        start = time.perf_counter()
+        start = time.perf_counter(), time.process_time()
         stepper.train_step(batches, 1e-4)
-        seconds.append(time.perf_counter() - start)
-    return seconds
+        found.append((time.perf_counter() - start[0], time.process_time() - start[1]))
+    return found
 
 
 def _live_tensors(stepper: Stepper) -> int:
@@ -100,14 +127,14 @@ def _live_tensors(stepper: Stepper) -> int:
 
 
 def serve(socket: Connection) -> None:
-    """Say when it is ready, then answer one message with what was measured."""
+    """Say when it is ready, then answer one message with what was measured: bytes, unless its task has `steps`."""
     task = socket.recv()
     socket.send({"ready": True})
     try:
         socket.recv()
     except EOFError:
         return
-    socket.send(measure(**task))
+    socket.send((measure_time if "steps" in task else measure_memory)(**task))
     socket.close()
 
 

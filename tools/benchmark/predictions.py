@@ -1,39 +1,42 @@
-"""`python -m tools.benchmark predictions`: what the plan says of a run, held against runs.
+"""`python -m tools.benchmark predictions`: what the plan says of runs, held against runs.
 
-Draws --count configurations by --seed (layouts of one to four ranks, models, formats, schedules, policies), runs each
-for a few steps in processes of its own, and compares the peak of every rank with what tools.plan predicts for it.
-Measurements go to --json, a line each, and are not taken again: predictions are made anew each time. What a rank
-measures is told in tools.benchmark.prediction_ranks.
+Draws --count configurations by --seed (layouts of one to four ranks, models, formats, schedules, policies), and
+--rivals of one model and global batch on two ranks; runs each for a few steps in processes of its own, with a thread
+per rank, and compares the peak of every rank, and the time of a step on the machine of --cluster, with what is
+predicted; and the plan's first choice among the rivals with the quickest of them. Measurements go to --json, a line
+each, and are not taken again: predictions are made anew each time. What a rank measures is told in
+tools.benchmark.prediction_ranks.
 
-    python -m tools.benchmark predictions --count 30 --seed 0 --json predictions.jsonl
+    python -m tools.plan --measure --out this.yaml
+    python -m tools.benchmark predictions --seed 0 --rivals 10 --cluster this.yaml --json predictions.jsonl
+
+Memory can be measured whatever else the machine does, times cannot: --measure memory, then --measure time.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from engine.clusters import Cluster, read_cluster
 from engine.errors import EXIT_DONE, EXIT_FAULT, ConfigError
-from engine.plan import MemoryPlan, plan_memory
 from engine.run.provenance import commit
 from parallel.process_group import World
-from tools.benchmark.draws import Draw, draw
+from tools.benchmark.draws import Draw, draw, named, rival
+from tools.benchmark.prediction_errors import about, row, summary
 from tools.benchmark.prediction_ranks import PAGES_OF_THEIR_OWN
-from tools.benchmark.table import Row, show
+from tools.benchmark.table import Row, show, show_markdown
 from tools.benchmark.turns import Program, ProgramFailedError, started
 from tools.options import COUNT, number
 from tools.places import check_place
 
-_MIB = 2**20
-_SHARED = "shared memory"
-"""What a plan calls the memory through which ranks of a host talk; where it does not count it, neither do we."""
+KINDS = ("memory", "time")
+Known = dict[str, dict[str, Row]]
+"""Measurements by the name of the draw and their kind."""
 
 
 def main(argv: Sequence[str], world: World) -> int:
@@ -43,154 +46,104 @@ def main(argv: Sequence[str], world: World) -> int:
     )
     count = number(COUNT)
     parser.add_argument("--count", type=count, default=30, help="configurations (default 30)")
+    parser.add_argument("--rivals", type=int, default=0, help="of one model, on two ranks (default 0)")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
+    parser.add_argument("--measure", nargs="*", choices=KINDS, default=KINDS, help="what is missing (default: both)")
     parser.add_argument("--steps", type=count, default=3, help="measured steps of each, after one more (default 3)")
-    parser.add_argument("--only", type=int, nargs="+", help="numbers of draws, instead of --count of them from 0")
+    parser.add_argument("--cluster", type=Path, metavar="FILE", help="of this machine, for times: tools.plan --measure")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="draws, such as 3 'rival 7', instead of all")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="measurements; what is there is kept")
     parser.add_argument("--list", action="store_true", help="show what is drawn, and run nothing")
+    parser.add_argument("--markdown", action="store_true", help="print the table for a page of documentation")
     options = parser.parse_args(argv)
     if world.size > 1:
         raise ConfigError("predictions starts ranks of its own: run it without a launcher")
     check_place(options.json)
-    draws = [draw(options.seed, n) for n in options.only or range(options.count)]
+    draws = _draws(options)
     if options.list:
-        show([_about(one) for one in draws])
+        show([about(one) for one in draws])
         return EXIT_DONE
+    cluster = None if options.cluster is None else read_cluster(str(options.cluster))
     known = read(options.json, options.seed)
     failed = _measure_missing(draws, known, options)
-    rows = [row(one, known[one.number]) for one in draws if one.number in known]
-    if rows:
-        show(rows)
-        print(summary(rows))
-        print(f"measured at commits {', '.join(sorted({line['commit'] for line in known.values()}))}")
+    _report(draws, known, cluster, markdown=options.markdown)
     for name, why in failed.items():
         print(f"failed: {name}: {why}", file=sys.stderr)
     return EXIT_FAULT if failed else EXIT_DONE
 
 
+def _draws(options: argparse.Namespace) -> list[Draw]:
+    if options.only:
+        try:
+            return [named(options.seed, name) for name in options.only]
+        except (ValueError, KeyError) as error:
+            raise ConfigError(f"--only {' '.join(options.only)}: give names as in the table: 3 'rival 7'") from error
+    every = [draw(options.seed, n) for n in range(options.count)]
+    return every + [rival(options.seed, n) for n in range(options.rivals)]
+
+
+def _report(draws: Sequence[Draw], known: Known, cluster: Cluster | None, *, markdown: bool) -> None:
+    rows = [row(one, known[one.name], cluster) for one in draws if known.get(one.name)]
+    if not rows:
+        return
+    (show_markdown if markdown else show)(rows)
+    print("", *summary(rows), sep="\n")
+    lines = [line for of_draw in known.values() for line in of_draw.values()]
+    print(f"measured at commits {', '.join(sorted({line['commit'] for line in lines}))}")
+
+
 # -- measuring ---------------------------------------------------------------------------------------------------------
 
 
-def read(path: Path, seed: int) -> dict[int, Row]:
-    """The measurements of a file, by the number of the draw.
+def read(path: Path, seed: int) -> Known:
+    """The measurements of a file.
 
     Raises:
         ConfigError: lines that are none, or of other draws than this program's.
     """
-    known = dict[int, Row]()
+    known: Known = {}
     for place, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
         try:
             found = json.loads(line)
-            same = found["seed"] == seed and found["keys"] == draw(seed, found["number"]).keys
-        except (ValueError, KeyError, TypeError) as error:
+            of, kind, ranks = found["draw"], found["kind"], found["ranks"]
+            same = found["seed"] == seed and found["keys"] == named(seed, of).keys and kind in KINDS and bool(ranks)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{path}: line {place} is no measurement: give another --json") from error
         if not same:
             raise ConfigError(f"{path}: line {place} is of another seed, or of other draws: give another --json")
-        known[found["number"]] = found
+        known.setdefault(of, {})[kind] = found
     return known
 
 
-def _measure_missing(draws: Sequence[Draw], known: dict[int, Row], options: argparse.Namespace) -> dict[str, str]:
+def _measure_missing(draws: Sequence[Draw], known: Known, options: argparse.Namespace) -> dict[str, str]:
     """Run what is not known, and write it down; returns what failed, with the reason."""
     failed = dict[str, str]()
-    for one in draws:
-        if one.number in known:
+    for one, kind in ((one, kind) for one in draws for kind in options.measure):
+        if kind in known.get(one.name, {}):
             continue
-        print(f"draw {one.number}: {' '.join(one.flags)}", file=sys.stderr)
+        print(f"{kind} of draw {one.name}: {' '.join(one.flags)}", file=sys.stderr)
         try:
-            ranks = measure(one, options.steps)
+            ranks = measure(one, options.steps if kind == "time" else None)
         except ProgramFailedError as error:
-            failed[f"draw {one.number}"] = str(error)
+            failed[f"{kind} of draw {one.name}"] = str(error)
             continue
-        line = {"seed": options.seed, "number": one.number, "commit": commit(), "keys": one.keys, "ranks": ranks}
+        line = {"seed": options.seed, "draw": one.name, "kind": kind, "commit": commit(), "keys": one.keys}
         with options.json.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        known[one.number] = line
+            file.write(json.dumps(line | {"ranks": ranks}) + "\n")
+        known.setdefault(one.name, {})[kind] = line | {"ranks": ranks}
     return failed
 
 
-def measure(one: Draw, steps: int) -> list[Row]:
-    """What each rank of a run says."""
+def measure(one: Draw, steps: int | None) -> list[Row]:
+    """What each rank of a run says: of its memory, or with `steps` of the time of so many."""
     program = Program(
-        name=f"draw {one.number}",
+        name=f"draw {one.name}",
         interpreter=sys.executable,
         module="tools.benchmark.prediction_ranks",
         ranks=one.ranks,
-        threads=max(1, len(os.sched_getaffinity(0)) // one.ranks),
-        task={"flags": one.flags, "tiny": one.tiny_flags, "steps": steps},
-        environment=PAGES_OF_THEIR_OWN,
+        threads=1,  # as tools.plan --measure has it on a CPU
+        task={"flags": one.flags, **({"tiny": one.tiny_flags} if steps is None else {"steps": steps})},
+        environment=PAGES_OF_THEIR_OWN if steps is None else {},
     )
     with tempfile.TemporaryDirectory(prefix="predictions-") as folder, started([program], Path(folder)) as running:
         return running[0].ask({})
-
-
-# -- comparing ---------------------------------------------------------------------------------------------------------
-
-
-def row(one: Draw, line: Row) -> Row:
-    """Of a configuration, the rank whose peak is predicted worst."""
-    config = one.config.resolve(one.ranks)
-    shape = config.grid_shape(one.ranks)
-    plans = [plan_memory(config, shape, rank, _host_share(one.ranks), on_cpu=True) for rank in range(one.ranks)]
-    worst = max(range(one.ranks), key=lambda rank: abs(error_of(plans[rank], line["ranks"][rank])))
-    plan, found = plans[worst], line["ranks"][worst]
-    seconds = max(statistics.median(rank["seconds"]) for rank in line["ranks"])
-    return {
-        **_about(one),
-        "rank": worst,
-        "predicted_MiB": plan.peak / _MIB,
-        "measured_MiB": measured_bytes(plan, found) / _MIB,
-        "error_percent": 100 * error_of(plan, found),
-        "shared_MiB": found["shared_bytes"] / _MIB,
-        "live_tensors_MiB": found["tensor_bytes"] / _MIB,
-        "heap_MiB": found["heap_bytes"] / _MIB,
-        "measured_seconds": seconds,
-        "predicted_seconds": None,
-    }
-
-
-def _about(one: Draw) -> Row:
-    config = one.config.resolve(one.ranks)
-    shape = config.grid_shape(one.ranks)
-    model = config.model
-    return {
-        "draw": one.number,
-        "grid_p_d_c_t": "x".join(map(str, shape.sizes)),
-        "model": model.preset or f"{model.block} {model.width}x{model.depth} {one.keys['model.attention']}",
-        "dtype": config.precision.dtype,
-        "zero": config.parallel.zero_stage,
-        "schedule": config.parallel.schedule if shape.pipeline > 1 else "-",
-        "recompute": str(config.recompute.policy),
-        "micro_batches": f"{config.num_micro_batches(shape)} x {config.train.micro_batch_size}",
-    }
-
-
-def _host_share(ranks: int) -> float:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks
-
-
-def measured_bytes(plan: MemoryPlan, found: Row) -> int:
-    """What a rank was measured to take, of what the plan counts."""
-    peak: int = found["peak_bytes"]
-    return peak if _SHARED in plan.states else peak - found["shared_bytes"]
-
-
-def error_of(plan: MemoryPlan, found: Row) -> float:
-    """Of the prediction, as a share of what was measured."""
-    return plan.peak / measured_bytes(plan, found) - 1
-
-
-def summary(rows: Sequence[Row]) -> str:
-    """The errors of all configurations in a line."""
-    errors = [abs(row["error_percent"]) for row in rows]
-    median, most = statistics.median(errors), max(errors)
-    text = f"memory: {len(rows)} configurations, error {median:.1f} % in the median, {most:.1f} % at most"
-    times: list[Any] = [(row["predicted_seconds"], row["measured_seconds"]) for row in rows]
-    if any(predicted is None for predicted, _ in times):
-        return f"{text}; time: not predicted yet"
-    from scipy.stats import kendalltau  # takes a second
-
-    off = statistics.median(abs(predicted / measured - 1) for predicted, measured in times)
-    return (
-        f"{text}; time: {100 * off:.1f} % in the median, Kendall's tau {kendalltau(*zip(*times, strict=True))[0]:.2f}"
-    )

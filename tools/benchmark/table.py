@@ -21,6 +21,13 @@ def show(rows: Sequence[Row], json_file: str | None = None) -> None:
         Path(json_file).write_text(json.dumps(list(rows), indent=1) + "\n")
 
 
+def show_markdown(rows: Sequence[Row]) -> None:
+    """Print them as a page of documentation has them, without columns that say nothing."""
+    columns = [name for name in rows[0] if any(row[name] is not None for row in rows)]
+    for line in [columns, ["---"] * len(columns), *([_text(row[name]) for name in columns] for row in rows)]:
+        print(f"| {' | '.join(line)} |")
+
+
 def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"

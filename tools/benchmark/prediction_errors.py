@@ -1,0 +1,158 @@
+"""Predictions beside measurements, for `python -m tools.benchmark predictions`: rows of a table, what they come to."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from engine.clusters import Cluster
+from engine.config import Config
+from engine.plan import MemoryPlan, plan_memory
+from engine.step_time import predict_step
+from parallel.grid import GridShape
+from tools.benchmark.draws import Draw
+from tools.benchmark.table import Row
+
+_MIB = 2**20
+_SHARED = "shared memory"
+"""What a plan calls the memory through which ranks of a host talk; where it does not count it, neither do we."""
+
+
+def row(one: Draw, lines: Mapping[str, Row], cluster: Cluster | None) -> Row:
+    """Of a configuration: the rank whose peak is predicted worst, and the time of a step; None where it is not known.
+
+    Args:
+        lines: measurements by their kind. cluster: of the machine where times were measured.
+    """
+    return {**about(one), **_memory(one, lines.get("memory")), **_time(one, lines.get("time"), cluster)}
+
+
+def about(one: Draw) -> Row:
+    """What it is, in short."""
+    config = one.config.resolve(one.ranks)
+    shape, model, parallel, micro = config.grid_shape(one.ranks), config.model, config.parallel, config.train
+    gathers = {"always": "3", "never": "3 never"}.get(parallel.reshard_after_forward, "")
+    return {
+        "draw": one.name,
+        "grid_p_d_c_t": "x".join(map(str, shape.sizes)),
+        "model": model.preset or f"{model.block} {model.width}x{model.depth} {one.keys['model.attention']}",
+        "dtype": config.precision.dtype,
+        "zero": gathers if parallel.zero_stage == 3 and gathers else str(parallel.zero_stage),
+        "schedule": parallel.schedule if shape.pipeline > 1 else "-",
+        "recompute": " ".join(
+            filter(None, (one.keys.get("recompute.policy", "none"), one.keys.get("recompute.memory_budget")))
+        ),
+        "micro_batches": f"{config.num_micro_batches(shape)} x {micro.micro_batch_size}",
+    }
+
+
+def _as_run(one: Draw, line: Row) -> tuple[Config, GridShape]:
+    """The configuration, with the save sets that the run had."""
+    config, found = one.config.resolve(one.ranks), line["ranks"][0]
+    policy = found["policy"] if isinstance(found["policy"], str) else tuple(found["policy"])
+    recompute = replace(config.recompute, policy=policy, memory_budget="auto", ahead=found["ahead"])
+    return replace(config, recompute=recompute), config.grid_shape(one.ranks)
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def _memory(one: Draw, line: Row | None) -> Row:
+    names = ("rank", "predicted_MiB", "measured_MiB", "memory_error_percent", "shared_MiB", "live_tensors_MiB")
+    if line is None:
+        return dict.fromkeys((*names, "heap_MiB"))
+    config, shape = _as_run(one, line)
+    plans = [plan_memory(config, shape, rank, _host_share(one.ranks), on_cpu=True) for rank in range(one.ranks)]
+    worst = max(range(one.ranks), key=lambda rank: abs(error_of(plans[rank], line["ranks"][rank])))
+    plan, found = plans[worst], line["ranks"][worst]
+    return {
+        "rank": worst,
+        "predicted_MiB": plan.peak / _MIB,
+        "measured_MiB": measured_bytes(plan, found) / _MIB,
+        "memory_error_percent": 100 * error_of(plan, found),
+        "shared_MiB": found["shared_bytes"] / _MIB,
+        "live_tensors_MiB": found["tensor_bytes"] / _MIB,
+        "heap_MiB": found["heap_bytes"] / _MIB,
+    }
+
+
+def _host_share(ranks: int) -> float:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks
+
+
+def measured_bytes(plan: MemoryPlan, found: Row) -> int:
+    """What a rank was measured to take, of what the plan counts."""
+    peak: int = found["peak_bytes"]
+    return peak if _SHARED in plan.states else peak - found["shared_bytes"]
+
+
+def error_of(plan: MemoryPlan, found: Row) -> float:
+    """Of the prediction, as a share of what was measured."""
+    return plan.peak / measured_bytes(plan, found) - 1
+
+
+# -- time --------------------------------------------------------------------------------------------------------------
+
+
+def _time(one: Draw, line: Row | None, cluster: Cluster | None) -> Row:
+    """Medians over steps, of the slowest rank. shares: whether there were more ranks than cores."""
+    found: Row = dict.fromkeys(("predicted_seconds", "measured_seconds", "time_error_percent", "cpu_seconds", "shares"))
+    if line is None:
+        return found
+    for name, of in (("measured_seconds", "seconds"), ("cpu_seconds", "cpu_seconds")):
+        found[name] = max(statistics.median(rank[of]) for rank in line["ranks"])
+    if cluster is not None:
+        config, shape = _as_run(one, line)
+        found["predicted_seconds"] = seconds = predict_seconds(config, shape, cluster)
+        found["time_error_percent"] = 100 * (seconds / found["measured_seconds"] - 1)
+        found["shares"] = one.ranks > cluster.devices_per_node
+    return found
+
+
+def predict_seconds(config: Config, shape: GridShape, cluster: Cluster) -> float:
+    """Of a step on one host of the cluster. Ranks beyond its devices share these: a step then takes no less than all
+    that ranks do, on as many devices as there are.
+    """
+    devices, ranks = cluster.devices_per_node, shape.world_size
+    step = predict_step(config, shape, replace(cluster, nodes=1, devices_per_node=max(devices, ranks)))
+    busy = sum(step.parts.values()) - step.parts.get("bubble", 0.0)
+    return max(step.seconds, busy * ranks / devices)
+
+
+# -- what it comes to --------------------------------------------------------------------------------------------------
+
+
+def summary(rows: Sequence[Row]) -> Iterator[str]:
+    """A line of memory, of time where each rank had a core, of all times, and of the first choice among rivals."""
+    known = [row for row in rows if row["predicted_MiB"] is not None]
+    if known:
+        yield f"memory: {_errors(known, 'memory_error_percent')}"
+    timed = [row for row in rows if row["predicted_seconds"] is not None]
+    alone = [row for row in timed if not row["shares"]]
+    for what, of in (("time, a core for each rank", alone), ("time, ranks share cores or not", timed)):
+        if len(of) > 1 and (of is alone or len(of) > len(alone)):
+            yield f"{what}: {_errors(of, 'time_error_percent')}, {_tau(of)}"
+    rivals = [row for row in timed if row["draw"].startswith("rival")]
+    if rivals:
+        first, best = (min(rivals, key=lambda row: row[name]) for name in ("predicted_seconds", "measured_seconds"))
+        yield (
+            f"first choice: {first['draw']} of {len(rivals)} layouts, which takes "
+            f"{first['measured_seconds'] / best['measured_seconds']:.3f} of the time of the quickest, {best['draw']}"
+            + (f"; {_tau(rivals)} among them" if len(rivals) > 1 else "")
+        )
+
+
+def _errors(rows: Sequence[Row], name: str) -> str:
+    errors = [abs(row[name]) for row in rows]
+    median, most = statistics.median(errors), max(errors)
+    return f"{len(rows)} configurations, error {median:.1f} % in the median, {most:.1f} % at most"
+
+
+def _tau(rows: Sequence[Row]) -> str:
+    from scipy.stats import kendalltau  # takes a second
+
+    pairs: list[Any] = [(row["predicted_seconds"], row["measured_seconds"]) for row in rows]
+    return f"Kendall's tau {kendalltau(*zip(*pairs, strict=True))[0]:.2f}"
