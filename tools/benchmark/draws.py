@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, get_type_hints
 
@@ -24,9 +24,8 @@ SIZES = (250 << 20, 1200 << 20)
 _MOST_FLOPS = 6e11  # of a step of all ranks: a few seconds on two cores
 _GROUPS = get_type_hints(Config)
 _TRIES = 50  # models for a layout
+_SHARES = (0.2, 0.4, 0.6, 0.8)
 _RIVAL_IMAGES = 16
-_BESIDE = 48 << 20
-"""Bytes of a rank that the rough formula does not know of: libraries, images, the head."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +35,15 @@ class Draw:
     name: str
     ranks: int
     keys: Mapping[str, Any]
+
+    @property
+    def share(self) -> float | None:
+        """With policy auto: the budget is what is planned with everything computed again, and this share of what is
+        planned beyond that when all is kept.
+        """
+        if self.keys.get("recompute.policy") != "auto":
+            return None
+        return random.Random(f"{self.name} {sorted(self.keys.items())}").choice(_SHARES)
 
     @property
     def flags(self) -> list[str]:
@@ -87,7 +95,7 @@ def draw(seed: int, number: int) -> Draw:
             keys = {**layout, **model, **_formats(source), **_recompute(source, model.get("model.depth", 12))}
             found = Draw(name=str(number), ranks=ranks, keys=keys)
             if _is_possible(found):
-                return _with_budget(found, source)
+                return found
 
 
 @cache
@@ -100,10 +108,8 @@ def rival(seed: int, number: int) -> Draw:
         pieces = keys["train.global_batch_size"] // keys["train.micro_batch_size"]
         keys |= {"train.global_batch_size": _RIVAL_IMAGES, "train.micro_batch_size": _RIVAL_IMAGES // pieces}
         found = Draw(name=f"rival {number}", ranks=2, keys=keys)
-        if not _RIVAL_IMAGES % pieces and _is_possible(found, least=0):
-            found = _with_budget(found, source)
-            if found.keys not in others:
-                return found
+        if not _RIVAL_IMAGES % pieces and keys not in others and _is_possible(found, least=0):
+            return found
 
 
 def _model_of_rivals(seed: int) -> dict[str, Any]:
@@ -184,21 +190,11 @@ def _recompute(source: random.Random, depth: int) -> dict[str, Any]:
     return {} if policy == "none" else {"recompute.policy": policy}
 
 
-def _with_budget(found: Draw, source: random.Random) -> Draw:
-    """With policy auto, a budget that leaves room for a share of the activations, roughly."""
-    share = source.choice((0.5, 0.65, 0.8))
-    if found.keys.get("recompute.policy") != "auto":
-        return found
-    state, kept = _rough_bytes(found.config.resolve(found.ranks), found.ranks)
-    budget = round((1.05 * state + share * kept + _BESIDE) / 2**20)
-    return replace(found, keys={**found.keys, "recompute.memory_budget": f"{budget}MiB"})
-
-
 def _is_possible(found: Draw, least: float = SIZES[0]) -> bool:
     try:
         config = found.config.resolve(found.ranks)
         shape = config.grid_shape(found.ranks)
-        if not least <= sum(_rough_bytes(config, found.ranks)) <= SIZES[1]:
+        if not least <= _rough_bytes(config, found.ranks) <= SIZES[1]:
             return False
         layers = make_objective(config).layers
         stages = config.pipeline(shape).schedule(config.num_micro_batches(shape)).stage_to_rank
@@ -209,7 +205,7 @@ def _is_possible(found: Draw, least: float = SIZES[0]) -> bool:
     return 3.0 * config.train.global_batch_size * sum(layer.flops for layer in layers) <= _MOST_FLOPS
 
 
-def _rough_bytes(config: Config, ranks: int) -> tuple[float, float]:
+def _rough_bytes(config: Config, ranks: int) -> float:
     """Sixteen bytes per weight, and of each block some twenty widths of every row of a micro-batch, however shared."""
     shape, sizes, zero = config.grid_shape(ranks), config.model.sizes, config.parallel.zero_stage
     assert config.train.micro_batch_size is not None
@@ -219,4 +215,4 @@ def _rough_bytes(config: Config, ranks: int) -> tuple[float, float]:
     images = config.train.micro_batch_size * min(config.num_micro_batches(shape), shape.pipeline)
     element = 4 if config.precision.dtype == "fp32" else 2
     kept = images * element * sum(20 * s.depth * s.width * sizes.tokens_of(s.index) for s in sizes.stages)
-    return state / (shape.tensor * shape.pipeline), kept / (shape.context * shape.tensor * shape.pipeline)
+    return (state + kept / shape.context) / (shape.tensor * shape.pipeline)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from engine.clusters import Cluster
-from engine.config import Config
+from engine.config import Config, RecomputeConfig
 from engine.plan import MemoryPlan, plan_memory
 from engine.step_time import predict_step
 from parallel.grid import GridShape
@@ -42,9 +42,7 @@ def about(one: Draw) -> Row:
         "dtype": config.precision.dtype,
         "zero": gathers if parallel.zero_stage == 3 and gathers else str(parallel.zero_stage),
         "schedule": parallel.schedule if shape.pipeline > 1 else "-",
-        "recompute": " ".join(
-            filter(None, (one.keys.get("recompute.policy", "none"), one.keys.get("recompute.memory_budget")))
-        ),
+        "recompute": one.keys.get("recompute.policy", "none") if one.share is None else f"auto {one.share}",
         "micro_batches": f"{config.num_micro_batches(shape)} x {micro.micro_batch_size}",
     }
 
@@ -65,7 +63,7 @@ def _memory(one: Draw, line: Row | None) -> Row:
     if line is None:
         return dict.fromkeys((*names, "heap_MiB"))
     config, shape = _as_run(one, line)
-    plans = [plan_memory(config, shape, rank, _host_share(one.ranks), on_cpu=True) for rank in range(one.ranks)]
+    plans = _plans(config, shape)
     worst = max(range(one.ranks), key=lambda rank: abs(error_of(plans[rank], line["ranks"][rank])))
     plan, found = plans[worst], line["ranks"][worst]
     return {
@@ -79,8 +77,25 @@ def _memory(one: Draw, line: Row | None) -> Row:
     }
 
 
-def _host_share(ranks: int) -> float:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks
+def _plans(config: Config, shape: GridShape) -> list[MemoryPlan]:
+    """Of every rank."""
+    ranks = shape.world_size
+    host_share = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks
+    return [plan_memory(config, shape, rank, host_share, on_cpu=True) for rank in range(ranks)]
+
+
+def budget_of(one: Draw) -> int:
+    """Bytes that a rank of a draw with policy auto may take."""
+    assert one.share is not None
+    config = one.config.resolve(one.ranks)
+    low, high = (
+        max(
+            plan.peak
+            for plan in _plans(replace(config, recompute=RecomputeConfig(policy=policy)), config.grid_shape(one.ranks))
+        )
+        for policy in ("full", "none")
+    )
+    return int(low + one.share * (high - low))
 
 
 def measured_bytes(plan: MemoryPlan, found: Row) -> int:

@@ -27,7 +27,7 @@ from engine.errors import EXIT_DONE, EXIT_FAULT, ConfigError
 from engine.run.provenance import commit
 from parallel.process_group import World
 from tools.benchmark.draws import Draw, draw, named, rival
-from tools.benchmark.prediction_errors import about, row, summary
+from tools.benchmark.prediction_errors import about, budget_of, row, summary
 from tools.benchmark.prediction_ranks import PAGES_OF_THEIR_OWN
 from tools.benchmark.table import Row, show, show_markdown
 from tools.benchmark.turns import Program, ProgramFailedError, started
@@ -136,13 +136,14 @@ def _measure_missing(draws: Sequence[Draw], known: Known, options: argparse.Name
 
 def measure(one: Draw, steps: int | None) -> list[Row]:
     """What each rank of a run says: of its memory, or with `steps` of the time of so many."""
+    budget = [f"--recompute.memory_budget={budget_of(one)}"] if one.share is not None else []
     program = Program(
         name=f"draw {one.name}",
         interpreter=sys.executable,
         module="tools.benchmark.prediction_ranks",
         ranks=one.ranks,
         threads=1,  # as tools.plan --measure has it on a CPU
-        task={"flags": one.flags, **({"tiny": one.tiny_flags} if steps is None else {"steps": steps})},
+        task={"flags": [*one.flags, *budget], **({"tiny": one.tiny_flags} if steps is None else {"steps": steps})},
         environment=PAGES_OF_THEIR_OWN if steps is None else {},
     )
     with tempfile.TemporaryDirectory(prefix="predictions-") as folder, started([program], Path(folder)) as running:
