@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import nn
@@ -121,14 +122,17 @@ class Assembly:
     @property
     def boundaries(self) -> list[tuple[TensorSpec, ...]]:
         """Inputs of every stage (none of the first)."""
+        return [self.boundary(layers.start) for layers in self.placement.layers]
+
+    def boundary(self, place: int) -> tuple[TensorSpec, ...]:
+        """What a layer, by its place, is sent where a stage begins with it; the first, and past the last: nothing."""
         batch, precision = self.config.train.micro_batch_size, self.build.precision
+        if not 0 < place < len(self.layers):
+            return ()
         assert batch is not None
-        before = [self.layers[r.start - 1] for r in self.placement.layers[1:]]
-        specs = [
-            TensorSpec(layer.boundary(batch, self.build), precision.of_layer(layer.name), r.start > self.frozen.front)
-            for layer, r in zip(before, self.placement.layers[1:], strict=True)
-        ]
-        return [(), *((spec,) for spec in specs)]
+        before = self.layers[place - 1]
+        shape = before.boundary(batch, self.build)
+        return (TensorSpec(shape, precision.of_layer(before.name), place > self.frozen.front),)
 
     @property
     def policy(self) -> Policy:
@@ -187,6 +191,20 @@ def cut_into_stages(
     """
     costs = [float(layer.flops * count) for layer, count in zip(layers, passes, strict=True)]
     return balance(costs, partition(costs, len(stage_to_rank)), stage_to_rank)
+
+
+def placement_of(config: Config, layers: Sequence[LayerSpec], passes: Sequence[int], schedule: Schedule) -> Placement:
+    """The layers of each stage of a schedule: as parallel.layers_per_stage says, else cut by their cost.
+
+    Args:
+        config: resolved. passes: as of `cut_into_stages`.
+    """
+    given = config.parallel.layers_per_stage
+    if given is None or schedule.num_ranks == 1:
+        return Placement.of(schedule, cut_into_stages(layers, passes, schedule.stage_to_rank))
+    return Placement.of(
+        schedule, [range(end - count, end) for count, end in zip(given, accumulate(given), strict=True)]
+    )
 
 
 def grid_of(config: Config, world: World, device: torch.device) -> Grid:
@@ -272,7 +290,7 @@ def assemble(
     tp = TensorParallel(axis=grid.tensor, sequence_parallel=config.parallel.sequence_parallel)
     schedule = config.pipeline(grid.shape).schedule(config.num_micro_batches(grid.shape))
     frozen = frozen_of(config, layers)
-    placement = Placement.of(schedule, cut_into_stages(layers, frozen.passes, schedule.stage_to_rank))
+    placement = placement_of(config, layers, frozen.passes, schedule)
     precision = precision_of(config.precision, layers)
     held = placement.on(grid.pipeline.index)
     sets = assignment(config.recompute, layers, frozen.passes)

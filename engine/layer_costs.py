@@ -37,7 +37,7 @@ class LayerCosts:
         self._assembly, self._recompute = assembly, recompute
         (self._stage,) = assembly.stages.values()
         self._batch = assembly.to_device(micro_batch(assembly), training=True)
-        self._kinds = [self._kind(layer) for layer in range(len(assembly.layers))]
+        self._kinds = [self._kind_of(layer) for layer in range(len(assembly.layers))]
         self._example = {kind: layer for layer, kind in reversed(list(enumerate(self._kinds)))}
         self._regions: dict[object, frozenset[tuple[str, Region]]] = {}
         self._known: dict[object, LayerCost] = {}
@@ -47,6 +47,10 @@ class LayerCosts:
         """Those of a configuration that is resolved for a world of this shape, on one of its ranks."""
         at = shape.coordinates(rank)
         return _costs_of(_essential(config), shape.tensor, at["tensor"], shape.context, at["context"])
+
+    def kind(self, layer: int) -> object:
+        """Equal for layers (by their place in the list) that hold the same."""
+        return self._kinds[layer]
 
     def cost(self, layer: int, of: SaveSet, **where: Any) -> LayerCost:
         """Of one layer with a save set.
@@ -101,8 +105,7 @@ class LayerCosts:
         given = before.boundary(self._batch.size, a.build), a.build.precision.of_layer(before.name)
         return Place(given=given, carries=layer > a.frozen.front)
 
-    def _kind(self, layer: int) -> object:
-        """Equal for layers that hold the same."""
+    def _kind_of(self, layer: int) -> object:
         a, spec = self._assembly, self._assembly.layers[layer]
         made_by, args = getattr(spec.factory, "func", spec.factory), getattr(spec.factory, "args", ())
         args = tuple(bool(arg) if isinstance(arg, float) else arg for arg in args[1:])  # rates: zero or not

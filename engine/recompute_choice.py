@@ -1,37 +1,39 @@
-"""`recompute.policy: auto`: the save set that each block gets, such that every rank stays within its budget of memory
-and computes the least again.
+"""`recompute.policy: auto`: the layers that each stage gets and the save set of each block, such that every rank stays
+within its budget of memory and the slowest takes least time.
 
-A configuration that asks for it becomes one that names a save set for every block, before anything is built; what runs
-is then a policy as any other. The bytes are those of `engine.plan`, found on the meta device by the code that
-allocates; the times are given. Every pipeline rank has its own stages and micro-batches alive, and so its own solution
+A configuration that asks for it becomes one that names both, before anything is built; what runs is then a policy and a
+cut as any other. The bytes are those of `engine.plan`, found on the meta device by the code that allocates; the times
+are given. Every pipeline rank has its own stages and micro-batches alive, and so its own solution
 (`engine.recompute.solve`), the same for all ranks that share its layers: that of the first of them, which holds most.
+What an R would hold ahead of its backward is looked at afterwards: ranks compute again ahead if all of that fits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 
 import torch
 
-from engine.assemble import Assembly, enable_8_bits
+from engine.assemble import Assembly
 from engine.config import Config, RecomputeConfig
 from engine.errors import ConfigError
+from engine.frozen import frozen_of
 from engine.layer_costs import LayerCosts
 from engine.objectives import make_objective
-from engine.plan import MemoryPlan, ends, image_bytes, messages_of, plan_memory, planned, program_of, states
-from engine.precision.precision import precision_of
+from engine.plan import MemoryPlan, image_bytes, plan_memory, planned, states
 from engine.recompute.ahead import flops_again
 from engine.recompute.costs import LayerCost
+from engine.recompute.cut import Layer, Place, Problem
+from engine.recompute.moments import I
 from engine.recompute.save_sets import SAVE_SETS, SaveSet, save_set
-from engine.recompute.solve import Infeasible, solve
-from engine.recompute.timing import Timing
-from model import Build
-from model.kernels import Kernels
+from engine.recompute.solve import Infeasible
+from engine.recompute.timing import LayerTimes
+from engine.step_time import timing_of
 from parallel import comm
 from parallel.grid import Grid, GridShape
-from parallel.pipeline.actions import ActionKind
-from parallel.tensor import TensorParallel
+from parallel.pipeline.post import message_bytes
 
 Seconds = Callable[[str, str], float]
 """What computing a layer again takes for a micro-batch: its name, that of a save set."""
@@ -40,19 +42,33 @@ _FLOPS = 1e12  # a second, where nobody knows
 _RUNS = 3  # of each kind of layer that is timed
 
 
+class TooLittleError(ConfigError):
+    """A budget that no save sets stay within.
+
+    Attributes:
+        smallest: bytes that the worst rank needs at least.
+    """
+
+    def __init__(self, message: str, smallest: int) -> None:
+        super().__init__(message)
+        self.smallest = smallest
+
+
 @dataclass(frozen=True, kw_only=True)
 class Choice:
     """What `choose` has found.
 
     Attributes:
-        config: with a save set for each block. budget: bytes that a rank may take. peaks: of each pipeline rank, as
-            planned. seconds: of each, that a step computes again.
+        config: with a save set for each block and, if the stages are cut otherwise than without a budget, with the
+            layers of each. budget: bytes that a rank may take. peaks: of each pipeline rank, as planned. seconds: of
+            each, that a step computes again. busy: of each, that a step takes, that included, where it is known.
     """
 
     config: Config
     budget: int
     peaks: tuple[int, ...]
     seconds: tuple[float, ...]
+    busy: tuple[float, ...]
 
     def describe(self) -> str:
         """A line for the start-up report."""
@@ -67,6 +83,8 @@ class Choice:
 def settled(config: Config, grid: Grid, device: torch.device, memory: float) -> tuple[Config, list[str]]:
     """The configuration that a run has, with times measured on its devices, and lines for its report. Collective.
 
+    What is chosen is chosen by the first rank, for all.
+
     Args:
         config: resolved. memory: bytes that this rank may count on; what goes by it goes by the least of all ranks.
 
@@ -75,38 +93,48 @@ def settled(config: Config, grid: Grid, device: torch.device, memory: float) -> 
     """
     if not config.recompute.is_auto:
         return config, []
-    times = comm.gather_objects(_measured(config, grid, device), grid.world)[0]
-    choice = choose(
-        config, grid.shape, comm.least(memory, grid.world), lambda layer, of: times[layer, of],
-        on_cpu=device.type == "cpu",
-    )  # fmt: skip
+    times = timing_of(config, grid, make_objective(config)).measured(device, _RUNS)
+    least, choice = comm.least(memory, grid.world), None
+    if grid.world.index == 0:
+        choice = _chosen(config, grid.shape, least, times, on_cpu=device.type == "cpu")
+    choice = comm.gather_objects(choice, grid.world)[0]
+    if isinstance(choice, str):
+        raise ConfigError(choice)
     return choice.config, [choice.describe()]
 
 
-def check_budget(config: Config, shape: GridShape, memory: float, *, on_cpu: bool) -> None:
-    """What `choose` refuses whatever the times, before ranks talk."""
-    if config.recompute.is_auto:
-        choose(config, shape, memory, lambda layer, of: 0.0, on_cpu=on_cpu)
-
-
-def _measured(config: Config, grid: Grid, device: torch.device) -> dict[tuple[str, str], float]:
-    """Seconds by layer and save set, on this device."""
+def _chosen(
+    config: Config, shape: GridShape, memory: float, times: Mapping[str, LayerTimes], *, on_cpu: bool
+) -> Choice | str:
+    """As `choose`, by measured times; the refusal as a text, which all ranks are to be told."""
     layers = make_objective(config).layers
-    precision = precision_of(config.precision, layers)
-    build = Build(
-        config=config.model,
-        tp=TensorParallel(axis=grid.tensor, sequence_parallel=config.parallel.sequence_parallel),
-        context=grid.context,
-        kernels=Kernels(config.kernels),
-        precision=precision,
-    )
-    assert config.train.micro_batch_size is not None
-    timing = Timing(
-        layers=layers, build=build, batch_size=config.train.micro_batch_size,
-        prepare=lambda module: enable_8_bits(config.precision, [module], precision, device),
-    )  # fmt: skip
-    times = timing.measured(device, _RUNS)
-    return {(layer, name): of.recompute_seconds(name) for layer, of in times.items() for name in SAVE_SETS}
+    splits = any(a.kind is I for a in config.pipeline(shape).schedule(config.num_micro_batches(shape)).ranks[0])
+    passes = dict(zip((layer.name for layer in layers), frozen_of(config, layers).passes, strict=True))
+
+    def seconds(layer: str, of: str) -> float:
+        return times[layer].recompute_seconds(of)
+
+    try:
+        return choose(
+            config, shape, memory, seconds, on_cpu=on_cpu,
+            passes=lambda layer: times[layer].seconds(passes[layer], splits=splits),
+        )  # fmt: skip
+    except ConfigError as error:
+        return str(error)
+
+
+def check_budget(config: Config, shape: GridShape, memory: float, *, on_cpu: bool) -> None:
+    """Raise TooLittleError where `choose` would whatever the times, before ranks talk."""
+    if not config.recompute.is_auto:
+        return
+    problem, stages = _problem(config, shape, memory, lambda layer, of: 0.0, on_cpu=on_cpu)
+    try:
+        if _cuts(config, shape):
+            problem.check()
+        else:
+            problem.solved(stages)
+    except Infeasible as error:
+        raise _refusal(config, problem.budget, memory, error.smallest) from error
 
 
 def by_flops(config: Config) -> Seconds:
@@ -120,75 +148,140 @@ def by_flops(config: Config) -> Seconds:
     return lambda layer, name: again[name][layer] * images / _FLOPS
 
 
-def choose(config: Config, shape: GridShape, memory: float, seconds: Seconds, *, on_cpu: bool) -> Choice:
-    """Save sets for every block.
+def passes_by_flops(config: Config) -> Callable[[str], float]:
+    """The same of forward and backward."""
+    layers, images = make_objective(config).layers, config.train.micro_batch_size or 1
+    counts = zip(layers, frozen_of(config, layers).passes, strict=True)
+    flops = {layer.name: layer.flops * count * images for layer, count in counts}
+    return lambda layer: flops[layer] / _FLOPS
+
+
+def choose(
+    config: Config,
+    shape: GridShape,
+    memory: float,
+    seconds: Seconds,
+    *,
+    on_cpu: bool,
+    passes: Callable[[str], float] | None = None,
+) -> Choice:
+    """Save sets for every block, and the layers of every stage.
 
     Args:
         config: resolved, with recompute.policy auto. memory: bytes of a rank's device, or of its share of a host.
-        on_cpu: as `engine.plan.plan_memory`.
+            seconds: of computing again. on_cpu: as `engine.plan.plan_memory`. passes: seconds of forward and backward
+            of a layer for a micro-batch, by its name; None: stages are as they are cut without budget.
 
     Raises:
-        ConfigError: no save sets keep all ranks within the budget.
+        TooLittleError: no save sets keep all ranks within the budget.
     """
+    problem, stages = _problem(config, shape, memory, seconds, on_cpu=on_cpu, passes=passes or (lambda layer: 0.0))
+    try:
+        found = problem.best() if passes is not None and _cuts(config, shape) else problem.solved(stages)
+    except Infeasible as error:
+        raise _refusal(config, problem.budget, memory, error.smallest) from error
+    layers = make_objective(config).layers
+    names = {
+        layers[place].name: name
+        for rank in found.ranks
+        for stage, sets in rank.sets.items()
+        for place, name in zip(found.stages[stage], sets, strict=True)
+    }
+    config = _named(config, names, found.stages if found.stages != stages else None)
+    chosen, plans = _ahead_within(config, shape, memory, problem.budget, on_cpu=on_cpu)
+    return Choice(
+        config=chosen,
+        budget=problem.budget,
+        peaks=tuple(plan.peak for plan in plans),
+        seconds=tuple(solution.seconds for solution in found.ranks),
+        busy=found.seconds,
+    )
+
+
+def _cuts(config: Config, shape: GridShape) -> bool:
+    """Whether the layers of stages are to be chosen, too."""
+    return shape.pipeline > 1 and config.parallel.layers_per_stage is None
+
+
+def _problem(
+    config: Config,
+    shape: GridShape,
+    memory: float,
+    seconds: Seconds,
+    *,
+    on_cpu: bool,
+    passes: Callable[[str], float] = lambda layer: 0.0,
+) -> tuple[Problem, tuple[range, ...]]:
+    """What is to be solved, and the stages as they are cut without it."""
     if again := config.pipeline(shape).schedule(config.num_micro_batches(shape)).recomputes:
         raise ConfigError(
             f"parallel.schedule {config.parallel.schedule} has recomputes ({again[0]} and so on), but recompute.policy "
             "auto places them itself, if they fit: leave them out, or name the save sets"
         )
+    keeps_all = replace(config, recompute=RecomputeConfig(ahead="never"))
+    a = planned(keeps_all, shape, 0, memory, on_cpu=on_cpu)
+    costs = LayerCosts.of(a.config, shape, 0)
+    layers = [_layer(a, place, costs, seconds, passes) for place in range(len(a.layers))]
+    known = dict[object, int]()
+
+    def static(rank: int, stages: Sequence[range]) -> int:
+        key = tuple(tuple(layers[place].kind for place in own) for own in stages)
+        if key not in known:
+            numbered = dict(zip(a.schedule.stages_of(rank), stages, strict=True))
+            counts = tuple(map(len, _whole_cut(numbered, a.schedule.num_stages, len(layers))))
+            there = replace(keeps_all, parallel=replace(config.parallel, layers_per_stage=counts))
+            held = planned(there, shape, rank * (shape.world_size // shape.pipeline), memory, on_cpu=on_cpu)
+            known[key] = sum(states(held, on_cpu=on_cpu).values()) + image_bytes(held)
+        return known[key]
+
     budget = config.recompute.budget(memory)
-    keeps_all = replace(config, recompute=RecomputeConfig(ahead=config.recompute.ahead))
-    apart = shape.world_size // shape.pipeline
-    names, taken, too_little = dict[str, str](), list[float](), dict[int, int]()
-    for rank in range(shape.pipeline):
-        a = planned(keeps_all, shape, rank * apart, memory, on_cpu=on_cpu)
-        costs = LayerCosts.of(a.config, shape, rank * apart)
-        static = sum(states(a, on_cpu=on_cpu).values()) + image_bytes(a)
-        try:
-            found, time = _solve(a, costs, static, budget, seconds)
-        except Infeasible as error:
-            too_little[rank] = error.smallest
-            continue
-        names |= found
-        taken.append(time)
-    if too_little:
-        raise _refusal(config, budget, memory, too_little)
-    chosen, plans = _ahead_within(_named(config, names), shape, memory, budget, on_cpu=on_cpu)
-    return Choice(config=chosen, budget=budget, peaks=tuple(plan.peak for plan in plans), seconds=tuple(taken))
+    return Problem(layers=layers, schedule=a.schedule, budget=budget, static=static), a.placement.layers
 
 
-def _solve(a: Assembly, costs: LayerCosts, static: int, budget: int, seconds: Seconds) -> tuple[dict[str, str], float]:
-    """Save sets by layer of a rank, and the seconds that they take in a step."""
-    tables = {stage: _tables(a, stage, costs, seconds) for stage in a.stages}
-    found = solve(tables, program_of(a), static=static, messages=messages_of(a), budget=budget)
-    return {
-        a.layers[place].name: name
-        for stage, sets in found.sets.items()
-        for place, name in zip(a.placement.layers[stage], sets, strict=True)
-    }, found.seconds
+def _layer(a: Assembly, place: int, costs: LayerCosts, seconds: Seconds, passes: Callable[[str], float]) -> Layer:
+    """What there is to know of a layer of the model, wherever stages are cut."""
+    spec = a.layers[place]
+    merges = place + 1 < len(a.layers) and a.layers[place + 1].name.startswith("merges.")
 
-
-def _tables(a: Assembly, stage: int, costs: LayerCosts, seconds: Seconds) -> Sequence[Mapping[str, LayerCost]]:
-    """What each layer of a stage may have."""
-    splits = any(x.kind is ActionKind.BACKWARD_INPUT and x.stage == stage for x in program_of(a))
-    places = a.placement.layers[stage]
-    tables = []
-    for place in places:
-        spec, merges = a.layers[place], place + 1 < len(a.layers) and a.layers[place + 1].name.startswith("merges.")
+    def by_set(where: Place) -> Mapping[str, LayerCost]:
         found: Mapping[str, LayerCost]
         if spec.name.startswith("blocks.") and a.frozen.passes[place] > 1:
-            found = costs.by_set(place, **ends(a, stage, place), splits=splits)
+            found = costs.by_set(place, **asdict(where))
             if merges:  # which would go with it
                 found = {name: cost for name, cost in found.items() if "merge" not in save_set(name).drops}
         else:
-            found = {"all": costs.cost(place, SaveSet(), **ends(a, stage, place), splits=splits)}
-        tables.append({name: replace(cost, seconds=seconds(spec.name, name)) for name, cost in found.items()})
-    return tables
+            found = {"all": costs.cost(place, SaveSet(), **asdict(where))}
+        return {name: replace(cost, seconds=seconds(spec.name, name)) for name, cost in found.items()}
+
+    behind, before = a.boundary(place + 1), a.boundary(place)
+    times = passes(spec.name), seconds(spec.name, "input")
+    return Layer(
+        kind=(costs.kind(place), merges, a.frozen.passes[place], *times),
+        costs=cache(by_set),
+        seconds=times[0],
+        output=message_bytes(behind),
+        input_gradient=message_bytes(tuple(spec for spec in before if spec.carries_gradient)),
+    )
 
 
-def _named(config: Config, names: Mapping[str, str]) -> Config:
+def _whole_cut(known: Mapping[int, range], stages: int, layers: int) -> list[range]:
+    """Some cut in which those stages have those layers."""
+    found = list[range]()
+    for stage in range(stages):
+        start = found[-1].stop if found else 0
+        later = min((number for number in known if number > stage), default=stages)
+        end = known[later].start if later in known else layers
+        found.append(known.get(stage, range(start, start + 1 if stage + 1 < later else end)))
+    return found
+
+
+def _named(config: Config, names: Mapping[str, str], stages: Sequence[range] | None) -> Config:
     depth = config.model.sizes.depth
     sets = tuple(names.get(f"blocks.{i}", "all") for i in range(depth))
-    return replace(config, recompute=replace(config.recompute, policy=sets, memory_budget="auto"))
+    config = replace(config, recompute=replace(config.recompute, policy=sets, memory_budget="auto"))
+    if stages is None:
+        return config
+    return replace(config, parallel=replace(config.parallel, layers_per_stage=tuple(map(len, stages))))
 
 
 def _ahead_within(
@@ -207,16 +300,18 @@ def _ahead_within(
     return config, found
 
 
-def _refusal(config: Config, budget: int, memory: float, smallest: Mapping[int, int]) -> ConfigError:
-    rank, least = max(smallest.items(), key=lambda item: item[1])
+def _refusal(config: Config, budget: int, memory: float, least: int) -> TooLittleError:
     of = f", of {memory / 2**20:,.0f} MiB" if budget != memory else ""
     cures = [f"recompute.memory_budget {least}"]
     if (size := config.train.micro_batch_size or 1) > 1:
         cures.append(f"train.micro_batch_size {size // 2}")
     if config.parallel.zero_stage < 3:
         cures.append(f"parallel.zero_stage {config.parallel.zero_stage + 1} with more data ranks")
-    return ConfigError(
+    if config.parallel.layers_per_stage is not None:
+        cures.append("another parallel.layers_per_stage, or none")
+    return TooLittleError(
         f"recompute.memory_budget is {config.recompute.memory_budget} ({budget / 2**20:,.1f} MiB{of}), but with "
-        f"everything computed again pipeline rank {rank} needs {least / 2**20:,.1f} MiB: give {', '.join(cures)}, or "
-        "more ranks that split the layers"
+        f"everything computed again the fullest rank needs {least / 2**20:,.1f} MiB: give {', '.join(cures)}, or more "
+        "ranks that split the layers",
+        least,
     )

@@ -17,7 +17,7 @@ from operator import add
 import torch
 from torch import nn
 
-from engine.assemble import cut_into_stages, enable_8_bits
+from engine.assemble import enable_8_bits, placement_of
 from engine.clusters import Cluster
 from engine.clusters.pricing import Pricer, Spent
 from engine.config import Config
@@ -72,14 +72,12 @@ def predict_step(
 
     Args:
         cluster: the machine. times: of each layer, if they were measured. sets: names of the layers' save sets, if they
-            are not as the configuration says. placement: of the layers, if it is not that by FLOPs.
+            are not as the configuration says. placement: of the layers, if it is not as the configuration says.
     """
     model = StepModel.of(config, shape, cluster, times)
     schedule = config.pipeline(shape).schedule(config.num_micro_batches(shape))
     if placement is None:
-        placement = Placement.of(
-            schedule, cut_into_stages(model.layers, model.frozen.passes, schedule.stage_to_rank)
-        )  # fmt: skip
+        placement = placement_of(config, model.layers, model.frozen.passes, schedule)
     if sets is None:
         given = assignment(config.recompute, model.layers, model.frozen.passes)
         sets = {name: of.name for name, of in given.items()}
@@ -179,11 +177,9 @@ class StepModel:
             name, passes = self.layers[index].name, self.frozen.passes[index]
             times = self.times[name]
             _add(found["forward"], times.forward)
-            if passes == 3:
-                _add(found["backward"], times.backward_input if splits else times.backward)
-                _add(found["weight"], times.backward_weight if splits else {})
-            elif passes == 2:
-                _add(found["backward"], times.backward_input)
+            backward, weight = times.backwards(passes, splits=splits)
+            _add(found["backward"], backward)
+            _add(found["weight"], weight)
             if passes > 1:
                 _add(found["recompute"], {"recompute": times.recompute_seconds(sets.get(name, "all"))})
         if number == placement.last:

@@ -51,6 +51,11 @@ class ParallelConfig:
     bucket_mib: float = 4.0
     """Small layers are gathered and reduced together until their weights take so many MiB of fp32."""
 
+    layers_per_stage: tuple[int, ...] | None = None
+    """How many layers each stage of the pipeline has, first to last, embedding, patch merges and head counted, such as
+    [4, 5, 5]; null: as even as they can be, or, with recompute.policy auto, as its memory_budget allows (no effect on
+    one pipeline rank)."""
+
     schedule: str = "1f1b"
     """Order of forwards and backwards in the pipeline: 1f1b, gpipe, interleaved, zb_h1, zb_h2, zb_v, v_half, or a CSV
     file with a row of actions per rank; see docs/pipelines.md (no effect on one pipeline rank)."""
@@ -100,6 +105,10 @@ class ParallelConfig:
             )
         if self.gather_memory is not None and self.gather_memory < 0:
             raise ValueError(f"parallel.gather_memory is {self.gather_memory}: it must be 0 MiB or more")
+        if self.layers_per_stage is not None and min(self.layers_per_stage, default=0) < 1:
+            raise ValueError(
+                f"parallel.layers_per_stage is {list(self.layers_per_stage)}: each stage needs 1 layer at least"
+            )
         if not 0 < self.bucket_mib <= _MAX_MIB:
             raise ValueError(f"parallel.bucket_mib is {self.bucket_mib}: it must be positive, and at most {_MAX_MIB}")
         if not _MIN_TIMEOUT <= self.timeout <= _MAX_TIMEOUT:

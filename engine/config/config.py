@@ -213,7 +213,8 @@ class Config:
         if self.train.stop_step is not None and self.train.stop_step >= steps:
             found.append(f"train.stop_step {self.train.stop_step}: the run has {steps} steps")
         if shape.pipeline == 1:
-            found += _set(p, ("schedule", "virtual_stages", "schedule_policy"), "there is one pipeline rank")
+            keys = ("layers_per_stage", "schedule", "virtual_stages", "schedule_policy")
+            found += _set(p, keys, "there is one pipeline rank")
         if shape.tensor == 1 and not p.sequence_parallel:
             found.append("parallel.sequence_parallel false: there is one tensor rank")
         if shape.data * shape.context * shape.tensor == 1 and self.train.check_interval != TrainConfig.check_interval:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from engine.config.limits import divisors
 from engine.errors import ConfigError
@@ -101,20 +102,36 @@ class Pipeline:
             assert self.micro_batches == num_micro_batches, (self.micro_batches, num_micro_batches)
             return self.written
         p = self.parallel
-        return build_schedule(p.schedule, self.ranks, num_micro_batches, p.virtual_stages)
+        return _built(p.schedule, self.ranks, num_micro_batches, p.virtual_stages)
 
     def check_depth(self, model: ModelConfig) -> None:
         """Raise ConfigError where the list of layers is shorter than that of the stages."""
         layers = model.sizes.depth + len(model.sizes.stages) + 1
-        if self.num_stages <= layers:
-            return
         count = len(model.sizes.stages) - 1
         merges = f"{count} patch merge{'s' * (count > 1)}, " if count else ""
-        what, cure = self._too_many(layers)
-        raise ConfigError(
-            f"{what} more than the {layers} layers of the model (embedding, {model.sizes.depth} blocks, {merges}head): "
-            f"use {cure}, or a deeper model"
-        )
+        of_model = f"the {layers} layers of the model (embedding, {model.sizes.depth} blocks, {merges}head)"
+        if self.num_stages > layers:
+            what, cure = self._too_many(layers)
+            raise ConfigError(f"{what} more than {of_model}: use {cure}, or a deeper model")
+        self._check_cut(layers, of_model)
+
+    def _check_cut(self, layers: int, of_model: str) -> None:
+        """Raise ConfigError where parallel.layers_per_stage is not a cut of so many layers into these stages."""
+        given = self.parallel.layers_per_stage
+        if given is None or self.ranks == 1:
+            return
+        what, even = f"parallel.layers_per_stage {list(given)}", divmod(layers, self.num_stages)
+        example = [even[0] + (stage < even[1]) for stage in range(self.num_stages)]
+        if len(given) != self.num_stages:
+            raise ConfigError(
+                f"{what} is for {len(given)} stages, but the pipeline has {self.num_stages}: give a number for each of "
+                f"them, such as {example}, or leave it out"
+            )
+        if sum(given) != layers:
+            raise ConfigError(
+                f"{what} has {sum(given)} layers, which are not {of_model}: give numbers that add up to {layers}, such "
+                f"as {example}, or leave it out"
+            )
 
     def check_recomputes(self, *, drops: bool) -> None:
         """Raise ConfigError where a schedule from a file computes again (R) what nobody drops."""
@@ -140,3 +157,9 @@ class Pipeline:
             cures.append("a schedule of one stage per rank, such as 1f1b or zb_h1")
         what = f"{size} with {each} stages per rank (parallel.schedule {name}) is {self.num_stages} stages,"
         return what, ", or ".join(cures) or "fewer ranks"
+
+
+@lru_cache(maxsize=4)
+def _built(name: str, ranks: int, micro_batches: int, virtual_stages: int | None) -> Schedule:
+    """Long ones take a second, and a plan asks for the same one many times."""
+    return build_schedule(name, ranks, micro_batches, virtual_stages)

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-
-import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from engine.prediction import predicted_costs
 from engine.recompute.regions import Recompute
 from engine.recompute.save_sets import SaveSet
-from model import Build, LayerSpec, MicroBatch, ModelConfig
-from model.regions import Keep
+from engine.recompute.timing import Timing
+from model import Build, LayerSpec, ModelConfig
+from model.kernels import Kernels
 from parallel.pipeline import Placement, Schedule, simulate, with_recompute
 from parallel.pipeline.readiness import Policy
 
 _ROUNDED = 1e-9
 _LEAST = 1 / 50  # of a forward: what is computed again without a product is bound by memory
-_AGAIN: dict[Hashable, int] = {}  # takes some hundredths of a second per kind of layer
 
 
 class Ahead:
@@ -75,28 +72,12 @@ def flops_again(layers: Sequence[LayerSpec], sets: Mapping[str, SaveSet], config
     Args:
         config: resolved.
     """
-    found = []
-    for before, spec in zip([None, *layers], layers, strict=False):
-        of = sets.get(spec.name, SaveSet())
-        found.append(_again(before, spec, of, config) if of.drops else 0)
-    return tuple(found)
-
-
-def _again(before: LayerSpec | None, spec: LayerSpec, of: SaveSet, config: ModelConfig) -> int:
-    kind = getattr(spec.factory, "func", spec.factory), getattr(spec.factory, "args", ())[2:], spec.stage
-    key = config, kind, of
-    if key not in _AGAIN:
-        with_set, without = (_flops(before, spec, chosen, config) for chosen in (of, SaveSet()))
-        _AGAIN[key] = max(with_set - without, int(spec.flops * _LEAST), 1)
-    return _AGAIN[key]
-
-
-def _flops(before: LayerSpec | None, spec: LayerSpec, of: SaveSet, config: ModelConfig) -> int:
-    """Of forward and backward, by running them on the meta device."""
-    policy = Recompute({spec.name: of}) if of.drops else Keep()
-    layer = spec.factory(Build(config=config, stage=spec.stage, policy=policy))
-    batch = MicroBatch.of_images(torch.empty(1, config.sizes.channels, *config.sizes.image, device="meta"))
-    x = None if before is None else torch.empty(before.output, device="meta", requires_grad=True)
-    with torch.inference_mode(False), torch.enable_grad(), FlopCounterMode(display=False) as counter:
-        layer(x, batch).sum().backward()
-    return counter.get_total_flops()
+    build = Build(config=config, kernels=Kernels("reference"))  # whose products are counted
+    timing = Timing(layers=layers, build=build, batch_size=1)
+    dropping = {place: sets[layer.name] for place, layer in enumerate(layers) if layer.name in sets}
+    return tuple(
+        max(timing.flops_again(place, of), int(layer.flops * _LEAST), 1)
+        if (of := dropping.get(place, SaveSet())).drops
+        else 0
+        for place, layer in enumerate(layers)
+    )

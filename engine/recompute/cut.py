@@ -7,33 +7,49 @@ every rank is within the budget. A rank that holds many micro-batches is thus gi
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, combinations, pairwise
 
 from engine.recompute.choices import TICKS
 from engine.recompute.costs import LayerCost
-from engine.recompute.moments import passes
-from engine.recompute.solve import UNLIMITED, Infeasible, Solution, Solver
+from engine.recompute.moments import I, passes
+from engine.recompute.solve import UNLIMITED, Infeasible, Solution, Solver, Stage
 from parallel.pipeline.actions import Schedule
 from parallel.pipeline.partition import balance, partition
 
 IsOver = Callable[[int, range, int], bool]
 """Whether a stage that has some layers is over a limit; with more layers it is, too."""
 
+Static = Callable[[int, Sequence[range]], int]
+"""Bytes that are alive all the time on a rank (by number) whose stages have some layers: weights, gradients, optimizer
+state, buffers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where in its stage a layer is, as its costs go by it: the first, the last, of one whose backward is split."""
+
+    first: bool = False
+    last: bool = False
+    splits: bool = False
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """What there is to know of a layer wherever it is.
+    """What there is to know of a layer.
 
     Attributes:
-        costs: of its save sets. seconds: of its forward and backward, of one micro-batch. static: bytes that it adds to
-            what is alive all the time: weights, gradients, optimizer state.
+        kind: equal for layers in whose stead any other of the kind could be. costs: of its save sets, somewhere.
+        seconds: of its forward and backward, of one micro-batch. output, input_gradient: bytes of what it would send if
+            it were the last of a stage, and of what it would send back if it were the first.
     """
 
-    costs: Mapping[str, LayerCost]
+    kind: Hashable
+    costs: Callable[[Place], Mapping[str, LayerCost]]
     seconds: float
-    static: int = 0
+    output: int = 0
+    input_gradient: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,40 +66,67 @@ class Cut:
     seconds: tuple[float, ...]
 
 
-def cut_and_assign(layers: Sequence[Layer], schedule: Schedule, *, budget: int, static: Sequence[int] = ()) -> Cut:
-    """The cut and the save sets with which the largest time of a rank is least, every rank within the budget.
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What is to be cut: layers, for the ranks of a schedule, which have a budget of bytes."""
 
-    With one stage on each rank that is exact, and of the best cuts the one with the least sum of squares is taken.
-    With several it is the best that a search finds that moves one or two ends of stages by a layer at a time, from even
-    cuts on: there may be a better one, though tests against every cut found none; the save sets of its cut are exact.
+    layers: Sequence[Layer]
+    schedule: Schedule
+    budget: int
+    static: Static
 
-    Args:
-        static: by rank, bytes that are alive all the time, beside those of the layers.
+    def best(self) -> Cut:
+        """The cut and the save sets with which the largest time of a rank is least, every rank within the budget.
 
-    Raises:
-        Infeasible: no cut is within the budget (with several stages on a rank: none was found).
-        ValueError: there are fewer layers than stages, or as of `engine.recompute.solve.solve`.
-    """
-    ranks = _Ranks(layers, schedule, budget, static)
-    if schedule.num_stages > len(layers):
-        raise ValueError(
-            f"{len(layers)} layers cannot be cut into {schedule.num_stages} stages: each needs one at least"
-        )
-    several = schedule.num_stages > schedule.num_ranks
-    return ranks.cut(_search(ranks) if several else _exact(ranks))
+        With one stage on each rank that is exact, if a stage with more layers never takes less (as where all boundaries
+        are alike), and of the best cuts the one with the least sum of squares is taken. With several it is the best
+        that a search finds that moves one or two ends of stages by a layer at a time, from even cuts on: there may be a
+        better one, though tests against every cut found none. The save sets of the cut are exact.
+
+        Raises:
+            Infeasible: no cut is within the budget (with several stages on a rank: none was found).
+            ValueError: there are fewer layers than stages, or as of `engine.recompute.solve.solve`.
+        """
+        ranks = _Ranks(self)
+        return ranks.cut(_search(ranks) if self._has_several else _exact(ranks))
+
+    def check(self) -> None:
+        """Raise Infeasible where `best` would, whatever the seconds are."""
+        ranks = _Ranks(self)
+        if self._has_several:
+            _fitting(ranks)
+        else:
+            _check(ranks)
+
+    def solved(self, stages: Sequence[range]) -> Cut:
+        """With these layers on the stages, the save sets with which each rank takes least.
+
+        Raises:
+            Infeasible: as soon as one rank cannot be within the budget; `smallest` is that of the worst.
+        """
+        ranks = _Ranks(self)
+        if lack := ranks.lack(stages):
+            raise Infeasible(self.budget, self.budget + lack)
+        return ranks.cut(stages)
+
+    @property
+    def _has_several(self) -> bool:
+        count, stages = len(self.layers), self.schedule.num_stages
+        if stages > count:
+            raise ValueError(f"{count} layers cannot be cut into {stages} stages: each needs one at least")
+        return stages > self.schedule.num_ranks
 
 
 class _Ranks:
     """What ranks take with any layers; everything is solved once."""
 
-    def __init__(self, layers: Sequence[Layer], schedule: Schedule, budget: int, static: Sequence[int]) -> None:
-        self.layers, self.schedule, self.budget = layers, schedule, budget
-        self.static = static or [0] * schedule.num_ranks
-        kinds = dict[tuple[frozenset[tuple[str, LayerCost]], float, int], int]()
-        self._kinds = [kinds.setdefault((frozenset(l.costs.items()), l.seconds, l.static), len(kinds)) for l in layers]
-        self._passes = [passes(program) for program in schedule.ranks]
-        self._sums = [0, *accumulate(round(l.seconds * TICKS) for l in layers)]
-        self._solvers = dict[tuple[int, tuple[tuple[int, ...], ...]], Solver]()
+    def __init__(self, problem: Problem) -> None:
+        self.layers, self.schedule, self.budget = problem.layers, problem.schedule, problem.budget
+        self._static = problem.static
+        self._passes = [passes(program) for program in self.schedule.ranks]
+        self._splits = {a.stage for program in self.schedule.ranks for a in program if a.kind is I}
+        self._sums = [0, *accumulate(round(l.seconds * TICKS) for l in self.layers)]
+        self._solvers = dict[Hashable, Solver]()
         self._solved = dict[Solver, Solution | None]()
 
     def time(self, rank: int, stages: Sequence[range]) -> int:
@@ -97,13 +140,15 @@ class _Ranks:
 
     def badness(self, stages: Sequence[range]) -> tuple[int, int, int]:
         """Of a cut: bytes that the worst rank has too little, the largest time, the sum of squares of the times."""
-        of = self.by_rank(stages)
-        times = [self.time(rank, own) for rank, own in enumerate(of)]
-        lack = max(
-            self.smallest(r, own) - self.budget if t == UNLIMITED else 0
-            for r, (own, t) in enumerate(zip(of, times, strict=True))
+        times = [self.time(rank, own) for rank, own in enumerate(self.by_rank(stages))]
+        return self.lack(stages), max(times), sum(t * t for t in times)
+
+    def lack(self, stages: Sequence[range]) -> int:
+        """Bytes that the worst rank has too little."""
+        of = enumerate(self.by_rank(stages))
+        return max(
+            0 if self.time(rank, own) < UNLIMITED else self.smallest(rank, own) - self.budget for rank, own in of
         )
-        return lack, max(times), sum(t * t for t in times)
 
     def plain(self, stages: Sequence[range]) -> int:
         """The largest time of a rank without what is computed again."""
@@ -139,13 +184,29 @@ class _Ranks:
         return sum(times * (self._sums[own.stop] - self._sums[own.start]) for times, own in each)
 
     def _solver(self, rank: int, stages: Sequence[range]) -> Solver:
-        key = rank, tuple(tuple(self._kinds[l] for l in own) for own in stages)
+        key = rank, tuple(tuple(self.layers[l].kind for l in own) for own in stages)
         if key not in self._solvers:
-            costs = [[self.layers[l].costs for l in own] for own in stages]
-            static = self.static[rank] + sum(self.layers[l].static for own in stages for l in own)
-            numbered = dict(zip(self.schedule.stages_of(rank), costs, strict=True))
-            self._solvers[key] = Solver(numbered, self.schedule.ranks[rank], static=static)
+            numbered = dict(zip(self.schedule.stages_of(rank), stages, strict=True))
+            self._solvers[key] = Solver(
+                {stage: self._costs(stage, own) for stage, own in numbered.items()},
+                self.schedule.ranks[rank],
+                static=self._static(rank, stages),
+                messages={stage: self._messages(own) for stage, own in numbered.items()},
+            )
         return self._solvers[key]
+
+    def _costs(self, stage: int, own: range) -> Stage:
+        """Of the save sets of each layer of a stage."""
+        places = {
+            l: Place(first=l == own.start, last=l == own.stop - 1 < len(self.layers) - 1, splits=stage in self._splits)
+            for l in own
+        }
+        return [self.layers[l].costs(place) for l, place in places.items()]
+
+    def _messages(self, own: range) -> tuple[int, int]:
+        """Sizes of what a stage sends to both sides."""
+        output = self.layers[own.stop - 1].output if own.stop < len(self.layers) else 0
+        return output, self.layers[own.start].input_gradient if own.start else 0
 
     def _solve(self, rank: int, stages: Sequence[range]) -> Solution | None:
         solver = self._solver(rank, stages)
@@ -164,13 +225,22 @@ def _exact(ranks: _Ranks) -> tuple[range, ...]:
     def is_over(stage: int, layers: range, limit: int) -> bool:
         return ranks.is_over(of[stage], [layers], limit)
 
+    _check(ranks)
+    return _most_even(ranks, _least(lambda limit: _last_ends(len(ranks.layers), len(of), is_over, limit), 0))
+
+
+def _check(ranks: _Ranks) -> None:
+    """Raise Infeasible where no cut with one stage on each rank is within the budget."""
+    of = ranks.schedule.stage_to_rank
+
     def needs_more(stage: int, layers: range, limit: int) -> bool:
         return ranks.smallest(of[stage], [layers]) > limit
 
-    count = len(ranks.layers), len(of)
-    if _last_ends(*count, is_over, UNLIMITED - 1) is None:
-        raise Infeasible(ranks.budget, _least(lambda limit: _last_ends(*count, needs_more, limit), ranks.budget))
-    return _most_even(ranks, _least(lambda limit: _last_ends(*count, is_over, limit), 0))
+    def fits(limit: int) -> list[int] | None:
+        return _last_ends(len(ranks.layers), len(of), needs_more, limit)
+
+    if fits(ranks.budget) is None:
+        raise Infeasible(ranks.budget, _least(fits, ranks.budget))
 
 
 def _least(fits: Callable[[int], object | None], low: int) -> int:
@@ -242,28 +312,46 @@ def _most_even(ranks: _Ranks, limit: int) -> tuple[range, ...]:
 
 def _search(ranks: _Ranks) -> tuple[range, ...]:
     """For several stages on a rank: from each of some cuts on, a move at a time as long as one makes it better."""
-    badness, best = min((_improved(ranks, start) for start in _even_cuts(ranks)), key=lambda found: found[0])
-    if badness[0]:
-        raise Infeasible(ranks.budget, ranks.budget + badness[0])
+    starts = [_fitting(ranks), *(_roomy(ranks, start) for start in _even_cuts(ranks))]
+    return min((_improved(ranks, start) for start in starts if not ranks.lack(start)), key=ranks.badness)
+
+
+def _fitting(ranks: _Ranks) -> tuple[range, ...]:
+    """A cut within the budget, the same whatever the seconds are, or Infeasible."""
+    kept = [float(min(c.kept for c in l.costs(Place()).values())) for l in ranks.layers]
+    found = _roomy(ranks, _even(ranks, kept))
+    if lack := ranks.lack(found):
+        raise Infeasible(ranks.budget, ranks.budget + lack)
+    return found
+
+
+def _roomy(ranks: _Ranks, best: tuple[range, ...]) -> tuple[range, ...]:
+    """From a cut on, moves as long as the worst rank lacks bytes and a move makes that less."""
+    least, moves = ranks.lack(best), _moves(best, ranks)
+    while least and (stages := next(moves, None)) is not None:
+        if (lack := ranks.lack(stages)) < least:
+            least, best, moves = lack, stages, _moves(stages, ranks)
     return best
 
 
-def _improved(ranks: _Ranks, best: tuple[range, ...]) -> tuple[tuple[int, int, int], tuple[range, ...]]:
-    """How bad the best cut is that moves lead to from one, and the cut."""
+def _improved(ranks: _Ranks, best: tuple[range, ...]) -> tuple[range, ...]:
+    """The best cut that moves lead to from one that is within the budget."""
     least, moves = ranks.badness(best), _moves(best, ranks)
     while (stages := next(moves, None)) is not None:
-        if (least[0] or ranks.plain(stages) <= least[1]) and (badness := ranks.badness(stages)) < least:
+        if ranks.plain(stages) <= least[1] and (badness := ranks.badness(stages)) < least:
             least, best, moves = badness, stages, _moves(stages, ranks)
-    return least, best
+    return best
 
 
 def _even_cuts(ranks: _Ranks) -> Iterator[tuple[range, ...]]:
-    """By time alone, by time with all that could be computed again, and by what is kept at least."""
+    """By time alone, and by time with all that could be computed again."""
+    yield _even(ranks, [l.seconds for l in ranks.layers])
+    yield _even(ranks, [l.seconds + max(c.seconds for c in l.costs(Place()).values()) for l in ranks.layers])
+
+
+def _even(ranks: _Ranks, costs: Sequence[float]) -> tuple[range, ...]:
     of = ranks.schedule
-    slowest = [l.seconds + max(c.seconds for c in l.costs.values()) for l in ranks.layers]
-    kept = [l.static + min(c.kept for c in l.costs.values()) for l in ranks.layers]
-    for costs in ([l.seconds for l in ranks.layers], slowest, kept):
-        yield balance(costs, partition(costs, of.num_stages), of.stage_to_rank)
+    return balance(costs, partition(costs, of.num_stages), of.stage_to_rank)
 
 
 def _moves(stages: tuple[range, ...], ranks: _Ranks) -> Iterator[tuple[range, ...]]:

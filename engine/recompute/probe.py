@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from engine.clusters.pricing import Pricer, Spent
 from engine.recompute.regions import split_place
@@ -86,6 +87,27 @@ class Priced:
         spent = dict(self._pricer.spent)
         self._pricer.spent.clear()
         return spent
+
+
+class Flops(FlopCounterMode):
+    """Of products: FLOPs in the place of seconds."""
+
+    def __init__(self) -> None:
+        super().__init__(display=False)
+        self._begin = 0
+
+    def stamp(self) -> int:
+        """As Clock."""
+        return self.get_total_flops()
+
+    def seconds(self, begin: int, end: int) -> float:
+        """As Clock."""
+        return float(end - begin)
+
+    def spent(self) -> Spent:
+        """As Clock."""
+        begin, self._begin = self._begin, self.stamp()
+        return {"products": float(self._begin - begin)}
 
 
 @dataclass

@@ -16,7 +16,7 @@ import torch
 
 from engine.clusters import Cluster
 from engine.clusters.pricing import Calls, Pricer, Spent
-from engine.recompute.probe import Clock, Place, Prepare, Priced, ReadyLayer, RunAgain, TimedRegions, Wall
+from engine.recompute.probe import Clock, Flops, Place, Prepare, Priced, ReadyLayer, RunAgain, TimedRegions, Wall
 from engine.recompute.regions import Recompute
 from engine.recompute.save_sets import SaveSet
 from engine.recompute.save_sets import save_set as set_of
@@ -29,6 +29,7 @@ from parallel.heartbeat import Whereabouts
 T = TypeVar("T")
 META = torch.device("meta")
 _AGAIN: dict[Hashable, Mapping[Place, float]] = {}  # takes some hundredths of a second, and is the same for all layouts
+_FLOPS: dict[Hashable, Mapping[Place, float]] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,20 @@ class LayerTimes:
     backward_weight: Spent
     regions: Mapping[Place, float]
     again: Callable[[str], Mapping[Place, float]] = lambda save_set: {}
+
+    def backwards(self, passes: int, *, splits: bool) -> tuple[Spent, Spent]:
+        """Of BACKWARD and BACKWARD_WEIGHT, or of BACKWARD_INPUT and that where a schedule `splits`.
+
+        Args:
+            passes: of the layer, as `engine.frozen` counts.
+        """
+        if passes < 3:
+            return self.backward_input if passes == 2 else {}, {}
+        return (self.backward_input, self.backward_weight) if splits else (self.backward, {})
+
+    def seconds(self, passes: int, *, splits: bool) -> float:
+        """Of forward and backward, arguments as of `backwards`."""
+        return sum(sum(spent.values()) for spent in (self.forward, *self.backwards(passes, splits=splits)))
 
     def recompute_seconds(self, save_set: str) -> float:
         """What computing again takes with this save set."""
@@ -150,8 +165,7 @@ class Timing:
 
     def _again(self, index: int) -> Callable[[str], Mapping[Place, float]]:
         """Which regions a save set runs again: the same for any number of images and ranks."""
-        spec, small = self.layers[index], replace(self._planned, batch_size=1)
-        key = small.build.config, kind_of(spec, small.build), small.build.tp.splits_rows, small.build.kernels.backend
+        small, key = self._small, self._key(index)
 
         def again(save_set: str) -> Mapping[Place, float]:
             if (*key, save_set) not in _AGAIN:
@@ -159,6 +173,26 @@ class Timing:
             return _AGAIN[*key, save_set]
 
         return again
+
+    def flops_again(self, index: int, of: SaveSet) -> int:
+        """FLOPs per image, of products, that backward computes again with a save set."""
+        key = self._key(index)
+        if key not in _FLOPS:
+            with Flops() as clock:
+                policy = TimedRegions(clock)
+                self._small._layer(index, policy, META).step()
+            _FLOPS[key] = policy.take()
+        return round(sum(_FLOPS[key][place] * share for place, share in self._again(index)(of.name).items()))
+
+    @cached_property
+    def _small(self) -> Timing:
+        """The same without ranks, for one image."""
+        return replace(self._planned, batch_size=1)
+
+    def _key(self, index: int) -> tuple[Hashable, ...]:
+        """What layers have in common whose regions are alike."""
+        build = self._small.build
+        return build.config, kind_of(self.layers[index], build), build.tp.splits_rows, build.kernels.backend
 
     def run_again(self, index: int, of: SaveSet, device: torch.device) -> dict[Place, float]:
         """Which regions of a layer run again with a save set, and what share of each, by running it."""

@@ -12,9 +12,16 @@ import torch
 from data import DataConfig
 from engine.assemble import Assembly, assemble
 from engine.config import Config, RecomputeConfig
-from engine.errors import ConfigError
 from engine.plan import plan_memory
-from engine.recompute_choice import Choice, by_flops, choose, settled
+from engine.recompute_choice import (
+    Choice,
+    TooLittleError,
+    by_flops,
+    check_budget,
+    choose,
+    passes_by_flops,
+    settled,
+)
 from engine.run.step import Stepper
 from parallel.grid import Grid, GridShape, make_grid
 from parallel.process_group import World
@@ -23,10 +30,9 @@ from tools.benchmark.bench import stream_of
 
 MEMORY = 2.0**30
 LAYOUTS: list[dict[str, Any]] = [
-    {"model": "sequential"},
-    {"model": "parallel", "pipeline": 2, "micro_batches": 4},
-    {"model": "pyramid", "pipeline": 2, "schedule": "interleaved", "micro_batches": 4},
-    {"model": "kinds", "pipeline": 2, "schedule": "zb_v", "micro_batches": 4, "precision": "bf16"},
+    {"model": "swin", "micro_batches": 2},
+    {"model": "parallel", "depth": 12, "pipeline": 2, "micro_batches": 4, "batch": 64},
+    {"model": "sequential", "depth": 5, "pipeline": 2, "schedule": "zb_v", "micro_batches": 4, "precision": "bf16"},
     {"model": "parallel", "tensor": 2, "pipeline": 2, "schedule": "zb_h1", "micro_batches": 4, "zero": 3, "data": 2},
 ]
 
@@ -37,7 +43,11 @@ def asking(config: Config, budget: int) -> Config:
 
 def within(config: Config, shape: GridShape, budget: int) -> Choice:
     asked = asking(config, budget)
-    return choose(asked, shape, MEMORY, by_flops(asked), on_cpu=True)
+    return choose(asked, shape, MEMORY, by_flops(asked), on_cpu=True, passes=passes_by_flops(asked))
+
+
+def check(config: Config, shape: GridShape, budget: int) -> None:
+    check_budget(asking(config, budget), shape, MEMORY, on_cpu=True)
 
 
 def test_a_run_keeps_what_was_chosen() -> None:
@@ -68,19 +78,46 @@ def test_within_the_budget_and_least_again(layout: dict[str, Any]) -> None:
     config = case.config()
     unbounded = within(config, shape, 2**40)
     assert max(unbounded.seconds) == 0
-    with pytest.raises(ConfigError, match="needs") as refused:
+    with pytest.raises(TooLittleError, match="needs") as refused:
         within(config, shape, 1)
-    least = int(str(refused.value).partition("give recompute.memory_budget ")[2].partition(",")[0])
-    with pytest.raises(ConfigError, match="needs"):
-        within(config, shape, least - 1)
+    least = refused.value.smallest
+    for refuse in (within, check):
+        with pytest.raises(TooLittleError, match=f"give recompute.memory_budget {least},"):
+            refuse(config, shape, least - 1)
+    check(config, shape, least)
     most = max(unbounded.peaks)
     budgets = [least, *(least + (most - least) * i // 5 for i in range(1, 5)), most]
     found = [within(config, shape, budget) for budget in budgets]
     for choice, budget in zip(found, budgets, strict=True):
         assert max(choice.peaks) <= budget == choice.budget
     for tight, wide in pairwise(found):
-        assert all(a >= b for a, b in zip(tight.seconds, wide.seconds, strict=True))
+        assert max(tight.busy) >= max(wide.busy)
     assert sum(found[0].seconds) > 0 == max(found[-1].seconds)
+    assert found[-1].busy == unbounded.busy
     apart = shape.world_size // shape.pipeline
     again = [plan_memory(found[1].config, shape, rank * apart, MEMORY, on_cpu=True) for rank in range(shape.pipeline)]
     assert tuple(plan.peak for plan in again) == found[1].peaks
+
+
+def test_stages_are_cut_by_times_and_by_the_budget() -> None:
+    """A head that takes as long as nine other layers; less and less memory; a cut by hand, which stays."""
+    case = Case("parallel", depth=12, pipeline=2, micro_batches=4, batch=64)
+    config, shape = case.config(), case.config().grid_shape(case.ranks)
+
+    def chosen(budget: int, config: Config = config) -> Choice:
+        asked = asking(config, budget)
+        passes = {"head": 9.0}
+        return choose(
+            asked, shape, MEMORY, by_flops(asked), on_cpu=True, passes=lambda layer: passes.get(layer, 1.0)
+        )  # fmt: skip
+
+    free = chosen(2**40)
+    assert free.config.parallel.layers_per_stage == (11, 3)
+    tight = chosen(free.peaks[0] * 2 // 3)
+    assert max(tight.peaks) <= free.peaks[0] * 2 // 3 and max(tight.busy) > max(free.busy)
+    by_hand = replace(config, parallel=replace(config.parallel, layers_per_stage=(4, 10)))
+    assert chosen(2**40, by_hand).config.parallel.layers_per_stage == (4, 10)
+    for choice in (free, tight):
+        again = [plan_memory(choice.config, shape, rank, MEMORY, on_cpu=True).peak for rank in range(2)]
+        assert tuple(again) == choice.peaks
+        assert choice.config.resolve(2) == choice.config

@@ -98,6 +98,7 @@ class Case:
     virtual: int | None = None  # parallel.virtual_stages
     policy: str = "static"
     recompute: str = "none"  # recompute.policy
+    cut: tuple[int, ...] | None = None  # parallel.layers_per_stage
     batch: int = GLOBAL_BATCH
     shared_memory: bool = True  # False: gloo
 
@@ -115,6 +116,7 @@ class Case:
         schedule = f"{Path(self.schedule).stem}{self.virtual or ''}{'ready' if self.policy == 'ready' else ''}"
         layout = f"t{self.tensor}{sp}-p{self.pipeline}{schedule}-d{self.data}{cp}-m{self.micro_batches}"
         layout += "" if self.shared_memory else "-gloo"
+        layout += f"-cut{''.join(map(str, self.cut))}" if self.cut else ""
         layout += f"-b{self.batch}" if self.batch != GLOBAL_BATCH else ""
         return f"{self.model}-{layout}{how}"
 
@@ -148,6 +150,7 @@ class Case:
                 context_parallel_size=self.context,
                 schedule=self.schedule,
                 virtual_stages=self.virtual,
+                layers_per_stage=self.cut,
                 schedule_policy=self.policy,  # type: ignore[arg-type]
                 zero_stage=self.zero,  # type: ignore[arg-type]
                 reduce_gradients=self.reduce,  # type: ignore[arg-type]

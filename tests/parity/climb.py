@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import groupby, islice
 from pathlib import Path
@@ -18,6 +18,7 @@ from data.datasets import ArrayDataset
 from engine.assemble import Assembly, assemble, grid_of
 from engine.config import Config
 from engine.optimizers.schedules import factor
+from engine.recompute_choice import TooLittleError, check_budget, settled
 from engine.run.step import Stepper
 from model import ModelConfig
 from parallel import comm
@@ -114,7 +115,7 @@ def climb(
         first: steps that were done before. given: the grid, if it is made already. images: to evaluate on.
     """
     grid = given or grid_of(config, world, CPU)
-    assembly = assemble(config, grid, CPU)
+    assembly = assemble(_settled(config, grid), grid, CPU)
     assert config.parallel.shared_memory or assembly.post.carrier == "gloo", assembly.post.carrier
     poison(assembly.store.gatherer)
     stepper = Stepper(assembly)
@@ -159,6 +160,21 @@ def climb(
     if given is None:
         close(grid)
     return out
+
+
+def _settled(config: Config, grid: Grid) -> Config:
+    """With recompute.policy auto what it chooses, where there is room for a little more than the least. Collective."""
+    if not config.recompute.is_auto:
+        return config
+
+    def within(budget: int) -> Config:
+        return replace(config, recompute=replace(config.recompute, memory_budget=budget))
+
+    try:
+        check_budget(within(1), grid.shape, 2.0**30, on_cpu=True)
+    except TooLittleError as error:
+        least = error.smallest
+    return settled(within(least * 101 // 100), grid, CPU, 2.0**30)[0]
 
 
 def close(grid: Grid) -> None:

@@ -40,7 +40,7 @@ PAIRS: list[Pair] = [
         Case("heads", data=2, context=2, micro_batches=2, zero=3, ema=0.9),
     ),
     (
-        Case("parallel", pipeline=2, data=2, micro_batches=4, schedule="zb_v", zero=3),
+        Case("parallel", pipeline=2, data=2, micro_batches=4, schedule="zb_v", zero=3, cut=(1, 2, 1, 1)),
         Case("parallel", pipeline=4, micro_batches=4),
     ),
     (

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.assemble import cut_into_stages
+from engine.assemble import placement_of
 from engine.config import Config
 from engine.device import set_matmul
 from engine.frozen import frozen_of
@@ -49,14 +49,14 @@ def make_task(config: Config, shares: int, flags: Sequence[str], folder: Path) -
 def pipeline_settings(config: Config, ranks: int) -> dict[str, Any]:
     """Of the engine's pipeline of `ranks`, what another needs to be cut alike."""
     count = config.num_micro_batches(config.grid_shape(ranks))
-    placed = config.pipeline(config.grid_shape(ranks)).schedule(count).stage_to_rank
+    schedule = config.pipeline(config.grid_shape(ranks)).schedule(count)
     layers = make_objective(config).layers
-    cut = cut_into_stages(layers, frozen_of(config, layers).passes, placed)
+    placement = placement_of(config, layers, frozen_of(config, layers).passes, schedule)
     return {
         "schedule": config.parallel.schedule,
-        "virtual_stages": len(placed) // ranks,
+        "virtual_stages": schedule.num_stages // ranks,
         "micro_batches": count,
-        "cut": [(layers.start, layers.stop) for layers in cut],
+        "cut": [(layers.start, layers.stop) for layers in placement.layers],
     }
 
 

@@ -17,7 +17,7 @@ from dataclasses import replace
 from engine.config import Config
 from engine.config.cli import parse
 from engine.plan import MemoryPlan, plan_memory
-from engine.recompute_choice import by_flops, choose
+from engine.recompute_choice import by_flops, choose, passes_by_flops
 from tools.benchmark.table import Row, show
 
 _GB = 1e9
@@ -72,7 +72,8 @@ def row(config: Config, ranks: int, memory: float) -> Row:
     config = config.resolve(ranks)
     shape = config.grid_shape(ranks)
     if config.recompute.is_auto:
-        config = choose(config, shape, memory * _GB, by_flops(config), on_cpu=False).config
+        passes = passes_by_flops(config)
+        config = choose(config, shape, memory * _GB, by_flops(config), on_cpu=False, passes=passes).config
     apart = ranks // shape.pipeline
     plans = [plan_memory(config, shape, rank * apart, memory * _GB) for rank in range(shape.pipeline)]
     worst: MemoryPlan = max(plans, key=lambda plan: plan.peak)

@@ -37,6 +37,10 @@ def layout(
     return small(parallel=parallel, train=TrainConfig(**{"steps": 1, "global_batch_size": 16, **train}))
 
 
+def cut(*layers: int) -> Config:
+    return small(parallel=ParallelConfig(pipeline_parallel_size=2, layers_per_stage=layers))
+
+
 def pyramid(**changes: Any) -> Config:
     return small(**{"width": None, "depth": None, "num_heads": None, "stages": STAGES} | changes)
 
@@ -118,6 +122,16 @@ REFUSED = [
         2,
         ["2 with 4 stages per rank", "is 8 stages", "6 layers", "at most 3 parallel.virtual_stages", "deeper model"],
     ),
+    (
+        cut(3, 2, 1),
+        2,
+        ["layers_per_stage [3, 2, 1] is for 3 stages", "pipeline has 2", "such as [3, 3]", "leave it out"],
+    ),
+    (
+        cut(3, 4),
+        2,
+        ["layers_per_stage [3, 4] has 7 layers", "6 layers of the model (embedding, 4 blocks, head)", "to 6"],
+    ),
     (layout(), 3, ["global_batch_size 16", "3 data-parallel ranks", "15 or 18"]),
     (layout(micro_batch_size=3), 1, ["global_batch_size 16", "micro-batches of 3", "15 or 18", "1, 2, 4, 8, 16"]),
     (layout(micro_batch_size=32), 1, ["global_batch_size 16", "micro-batches of 32", "32", "1, 2, 4, 8, 16"]),
@@ -177,6 +191,7 @@ def test_what_cannot_be_is_refused(config: Config, world: int, parts: list[str])
         (lambda: ScheduleConfig(name="wsd", timescale=5.0), ["timescale 5.0", "no effect", "wsd", "use rsqrt"]),
         (lambda: ScheduleConfig(name="cosine", cooldown_steps=3), ["cooldown_steps 3", "no effect", "rsqrt or wsd"]),
         (lambda: ParallelConfig(schedule="1f2b"), ["'1f2b'", "unknown", "1f1b", "zb_v", ".csv"]),
+        (lambda: ParallelConfig(layers_per_stage=(3, 0)), ["parallel.layers_per_stage is [3, 0]", "1 layer at least"]),
         (lambda: ParallelConfig(virtual_stages=2), ["parallel.virtual_stages is 2", "1f1b", "interleaved"]),
         (lambda: ParallelConfig(schedule="zb_v", virtual_stages=3), ["virtual_stages is 3", "zb_v", "interleaved"]),
         (lambda: ParallelConfig(schedule="interleaved", virtual_stages=0), ["virtual_stages is 0", "2 or more"]),
@@ -287,6 +302,7 @@ def test_a_preset_needs_nothing_else() -> None:
 
 def test_keys_that_do_nothing_in_this_run_are_told() -> None:
     alone = ParallelConfig(
+        layers_per_stage=(3, 2),
         schedule="interleaved",
         virtual_stages=3,
         sequence_parallel=False,
@@ -299,12 +315,11 @@ def test_keys_that_do_nothing_in_this_run_are_told() -> None:
     def told(device: str) -> list[str]:
         return [line.split()[0] for line in config.without_effect(config.grid_shape(1), device, 10)]
 
-    parallel = [
-        f"parallel.{key}" for key in ("schedule", "virtual_stages", "sequence_parallel", "zero_stage", "gather_memory")
-    ]
+    keys = ("layers_per_stage", "schedule", "virtual_stages", "sequence_parallel", "zero_stage", "gather_memory")
+    parallel = [f"parallel.{key}" for key in keys]
     assert told("cpu") == [*parallel, "parallel.shared_memory"]
     assert told("cuda") == [*parallel, "precision.cpu_matmul", "parallel.shared_memory"]
-    shared = replace(alone, tensor_parallel_size=2, pipeline_parallel_size=2)
+    shared = replace(alone, layers_per_stage=(1,) * 6, tensor_parallel_size=2, pipeline_parallel_size=2)
     eight = replace(config, parallel=shared, train=TrainConfig(steps=1, global_batch_size=8)).resolve(8)
     assert eight.without_effect(eight.grid_shape(8), "cpu", 10) == []
     assert small().resolve(1).without_effect(small().grid_shape(1), "cpu", 1) == []

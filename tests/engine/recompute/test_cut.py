@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import pytest
 
 from engine.recompute.costs import LayerCost
-from engine.recompute.cut import Cut, Layer, cut_and_assign
+from engine.recompute.cut import Cut, Layer, Place, Problem
 from engine.recompute.solve import Infeasible, Solver
 from parallel.pipeline.actions import Schedule
 from parallel.pipeline.schedules import build_schedule
@@ -18,16 +19,32 @@ MICRO_BATCHES = 4
 
 
 def random_layers(rng: random.Random, count: int) -> list[Layer]:
-    """Equal blocks between two ends."""
+    """Equal blocks between two ends, which hold more at the ends of a stage: the last what it was sent."""
 
-    def layer() -> Layer:
-        costs = {
+    def layer(kind: str) -> Layer:
+        plain = {
             name: LayerCost(kept=kept, forward=kept + rng.randrange(20), backward=kept + rng.randrange(40), seconds=s)
             for name, kept, s in (("all", 20 + rng.randrange(20), 0.0), ("input", rng.randrange(9), rng.random()))
         }
-        return Layer(costs=costs, seconds=1 + rng.random(), static=rng.randrange(30))
+        return Layer(
+            kind=kind, costs=lambda place: {name: _at(place, cost) for name, cost in plain.items()},
+            seconds=1 + rng.random(), output=7, input_gradient=6,
+        )  # fmt: skip
 
-    return [layer(), *[layer()] * (count - 2), layer()]
+    return [layer("first"), *[layer("block")] * (count - 2), layer("last")]
+
+
+def _at(place: Place, cost: LayerCost) -> LayerCost:
+    kept, held = cost.kept + 2 * place.first, 6 * place.last
+    weight = 11 if place.splits else 0
+    return replace(
+        cost, kept=kept, backward=cost.backward + held + 2, held=held, deferred=4 * bool(weight), weight=weight
+    )
+
+
+def static(rank: int, stages: Sequence[range]) -> int:
+    """A number for each layer, and for the rank."""
+    return 5 * rank + sum(10 + 7 * (l == 0) for own in stages for l in own)
 
 
 def cuts(layers: int, stages: int) -> Iterator[tuple[range, ...]]:
@@ -35,14 +52,26 @@ def cuts(layers: int, stages: int) -> Iterator[tuple[range, ...]]:
         yield tuple(range(*ends) for ends in itertools.pairwise((0, *inner, layers)))
 
 
+def solver(layers: list[Layer], schedule: Schedule, stages: tuple[range, ...], rank: int) -> Solver:
+    """Of a rank, with the layers of a cut."""
+    costs, messages = dict[int, list[Mapping[str, LayerCost]]](), dict[int, tuple[int, int]]()
+    for number in schedule.stages_of(rank):
+        own, splits = stages[number], "zb" in schedule.name
+        costs[number] = [
+            layers[l].costs(Place(first=l == own.start, last=own.stop == l + 1 < len(layers), splits=splits))
+            for l in own
+        ]
+        messages[number] = 7 * (own.stop < len(layers)), 6 * (own.start > 0)
+    alive = static(rank, [stages[number] for number in costs])
+    return Solver(costs, schedule.ranks[rank], static=alive, messages=messages)
+
+
 def times(layers: list[Layer], schedule: Schedule, stages: tuple[range, ...], budget: int) -> list[float]:
     """Of each rank, its best save sets taken."""
     found = list[float]()
-    for rank, program in enumerate(schedule.ranks):
+    for rank in range(schedule.num_ranks):
         own = [l for stage in schedule.stages_of(rank) for l in stages[stage]]
-        costs = {stage: [layers[l].costs for l in stages[stage]] for stage in schedule.stages_of(rank)}
-        static = 5 * rank + sum(layers[l].static for l in own)
-        again = Solver(costs, program, static=static).within(budget).seconds
+        again = solver(layers, schedule, stages, rank).within(budget).seconds
         found.append(MICRO_BATCHES * sum(layers[l].seconds for l in own) + again)
     return found
 
@@ -54,21 +83,28 @@ def every(layers: list[Layer], schedule: Schedule, budget: int) -> tuple[float, 
         try:
             best = min(best, max(times(layers, schedule, stages, budget)))
         except Infeasible:
-            needs = 0
-            for rank, program in enumerate(schedule.ranks):
-                costs = {stage: [layers[l].costs for l in stages[stage]] for stage in schedule.stages_of(rank)}
-                static = 5 * rank + sum(layers[l].static for s in schedule.stages_of(rank) for l in stages[s])
-                needs = max(needs, Solver(costs, program, static=static).smallest)
-            smallest = min(smallest, needs)
+            needs = [solver(layers, schedule, stages, rank).smallest for rank in range(schedule.num_ranks)]
+            smallest = min(smallest, max(needs))
     return best, smallest
 
 
 def found(layers: list[Layer], schedule: Schedule, budget: int) -> Cut:
-    static = [5 * rank for rank in range(schedule.num_ranks)]
-    cut = cut_and_assign(layers, schedule, budget=budget, static=static)
+    problem = Problem(layers=layers, schedule=schedule, budget=budget, static=static)
+    problem.check()
+    cut = problem.best()
     assert all(solution.peak <= budget for solution in cut.ranks)
     assert cut.seconds == pytest.approx(times(layers, schedule, cut.stages, budget))
+    assert problem.solved(cut.stages) == cut
     return cut
+
+
+def refused(layers: list[Layer], schedule: Schedule, budget: int) -> None:
+    """By all ways alike, with the least budget that is not."""
+    problem = Problem(layers=layers, schedule=schedule, budget=budget, static=static)
+    for ask in (problem.check, problem.best):
+        with pytest.raises(Infeasible) as error:
+            ask()
+        assert error.value.smallest == budget + 1
 
 
 @pytest.mark.parametrize(("name", "ranks"), [("1f1b", 3), ("zb_h1", 2), ("gpipe", 2)])
@@ -78,12 +114,13 @@ def test_one_stage_on_each_rank_is_cut_as_well_as_can_be(name: str, ranks: int) 
         rng = random.Random(f"{name} {seed}")
         layers = random_layers(rng, 6)
         _, smallest = every(layers, schedule, 0)
-        with pytest.raises(Infeasible) as error:
-            cut_and_assign(layers, schedule, budget=smallest - 1, static=[5 * r for r in range(ranks)])
-        assert error.value.smallest == smallest
+        refused(layers, schedule, smallest - 1)
+        slowest = float("inf")
         for budget in (smallest, smallest + 40, smallest + 150):
             best, _ = every(layers, schedule, budget)
             assert max(found(layers, schedule, budget).seconds) == pytest.approx(best)
+            assert best <= slowest
+            slowest = best
 
 
 @pytest.mark.parametrize(("name", "ranks"), [("interleaved", 2), ("zb_v", 2)])
@@ -92,6 +129,7 @@ def test_several_stages_on_a_rank_are_cut_well(name: str, ranks: int) -> None:
     for seed in range(4):
         layers = random_layers(random.Random(f"{name} {seed}"), 6)
         _, smallest = every(layers, schedule, 0)
+        refused(layers, schedule, smallest - 1)
         for budget in (smallest, smallest + 100):
             best, _ = every(layers, schedule, budget)
             assert max(found(layers, schedule, budget).seconds) == pytest.approx(best)
@@ -99,4 +137,4 @@ def test_several_stages_on_a_rank_are_cut_well(name: str, ranks: int) -> None:
 
 def test_fewer_layers_than_stages_are_refused() -> None:
     with pytest.raises(ValueError, match="3 layers cannot be cut into 4 stages"):
-        cut_and_assign(random_layers(random.Random(0), 3), build_schedule("1f1b", 4, 4), budget=10**9)
+        found(random_layers(random.Random(0), 3), build_schedule("1f1b", 4, 4), 10**9)
