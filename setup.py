@@ -1,6 +1,7 @@
 """Builds the native kernels with CMake; everything else is in pyproject.toml.
 
-The CPU module is always built. The CUDA module is built where nvcc is found. No torch is needed to build either.
+The CPU module is always built. The CUDA module is built where nvcc is found. No torch is needed to build either. The
+memory module is built where torch is installed (an isolated build has none), on Linux, for that version of it.
 
     VITRUVIUS_CUDA=0|1          never build the CUDA module | fail where it cannot be built (default: build it if nvcc
     is found)
@@ -8,6 +9,8 @@ The CPU module is always built. The CUDA module is built where nvcc is found. No
     VITRUVIUS_SANITIZE=1        AddressSanitizer and UndefinedBehaviorSanitizer (see docs/kernels.md)
 """
 
+import importlib.metadata
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -38,6 +41,17 @@ def nvcc() -> str | None:
     return shutil.which("nvcc", path=str(Path(home) / "bin")) if home else shutil.which("nvcc")
 
 
+def torch_options() -> dict[str, str]:
+    """What CMake is told of the torch that is installed, if there is one, which is not imported."""
+    spec = importlib.util.find_spec("torch") if sys.platform == "linux" else None
+    if spec is None or spec.origin is None:
+        return {}
+    return {
+        "VITRUVIUS_TORCH_DIR": str(Path(spec.origin).parent),
+        "VITRUVIUS_TORCH_VERSION": importlib.metadata.version("torch"),
+    }
+
+
 class CMakeBuild(build_ext):
     """Each extension is one module of the CMake project, named by the last part of its own name."""
 
@@ -56,8 +70,11 @@ class CMakeBuild(build_ext):
             "VITRUVIUS_OUTPUT_DIR": str(output),
             "VITRUVIUS_CPU": "ON" if module == "cpu" else "OFF",
             "VITRUVIUS_CUDA": "ON" if module == "cuda" else "OFF",
+            "VITRUVIUS_MEMORY": "ON" if module == "memory" else "OFF",
             "VITRUVIUS_SANITIZE": "ON" if os.environ.get("VITRUVIUS_SANITIZE") == "1" else "OFF",
         }
+        if module == "memory":
+            options |= torch_options()
         if module == "cuda":
             options["CMAKE_CUDA_COMPILER"] = str(nvcc())
             options["CMAKE_CUDA_ARCHITECTURES"] = os.environ.get("VITRUVIUS_CUDA_ARCHS", "80;90a")
@@ -69,10 +86,13 @@ class CMakeBuild(build_ext):
         except subprocess.CalledProcessError:
             if module == "cpu" or os.environ.get("VITRUVIUS_CUDA") == "1":
                 raise
-            print("vitruvius: the CUDA kernels did not build; going on without (VITRUVIUS_CUDA=1 makes this an error)")
+            hint = " (VITRUVIUS_CUDA=1 makes this an error)" if module == "cuda" else ""
+            print(f"vitruvius: the {module} module did not build; going on without{hint}")
 
 
 modules = [Extension("model.kernels._cpu", sources=[])]
+if torch_options():
+    modules.append(Extension("model.kernels._memory", sources=[], optional=True))
 if nvcc():
     modules.append(Extension("model.kernels._cuda", sources=[], optional=True))
 setup(ext_modules=modules, cmdclass={"build_ext": CMakeBuild})

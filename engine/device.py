@@ -12,7 +12,7 @@ import torch
 
 from engine.errors import ConfigError
 from engine.precision.config import PrecisionConfig
-from model.kernels import tune_allocator
+from model.kernels import pool_state, tune_allocator
 from parallel.process_group import World
 
 # Dense peak of matrix products in TFLOP/s without sparsity, from the vendors' data sheets; fp32 without TF32.
@@ -135,4 +135,4 @@ def describe(device: torch.device) -> str:
     """For the start-up report."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, NCCL"
-    return "CPU, gloo"
+    return f"CPU, gloo, tensors from {pool_state()}"

@@ -4,7 +4,7 @@ choice.
 `layer_norm` and the other functions here choose by themselves: compiled where that can run, plain PyTorch elsewhere.
 """
 
-from .allocator import tune_allocator
+from .allocator import give_back, pool_state, tune_allocator, use_pool
 from .api import Kernels
 from .optimizers import AdamWStep
 from .select import Backend
@@ -28,10 +28,13 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "bias_gelu",
+    "give_back",
     "layer_norm",
     "linear_attention",
     "patch_merge",
+    "pool_state",
     "qk_norm",
     "rms_norm",
     "tune_allocator",
+    "use_pool",
 ]

@@ -23,9 +23,11 @@ def _load(name: str) -> tuple[ModuleType | None, str]:
         return None, str(error)
 
 
-# torch is imported above: its OpenMP runtime must be in the process before the CPU module looks for it.
+# torch is imported above: its OpenMP runtime must be in the process before the CPU module looks for it, and its
+# libraries before the memory module does.
 cpu, cpu_error = _load("_cpu")
 cuda, cuda_error = _load("_cuda")
+memory, memory_error = _load("_memory")
 
 
 def module_for(device: torch.device) -> ModuleType | None:

@@ -1,16 +1,17 @@
 """Memory of this process as the kernel counts it: what is resident, the most that ever was, and the most of a while.
 
 The allocator keeps what is freed, so what is resident after a step says nothing of the next: to see what one step
-takes, free memory is given back first (malloc_trim) and the kernel's mark of the most is set to what is left
+takes, free memory is given back first and the kernel's mark of the most is set to what is left
 (proc_pid_clear_refs(5)).
 """
 
 from __future__ import annotations
 
-import ctypes
 import gc
 from contextlib import suppress
 from pathlib import Path
+
+from model import kernels
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _TO_NOW = "5"  # what clear_refs takes to set the mark of the most to what is resident now
@@ -34,6 +35,6 @@ def forget_peak() -> int:
 def give_back() -> int:
     """Return free memory to the kernel, and forget the most there ever was; returns what is resident now."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    kernels.give_back()
     _CLEAR.write_text(_TO_NOW)
     return resident_bytes()
