@@ -23,10 +23,11 @@ from engine.optimizers import Optimizer, make_optimizer
 from engine.optimizers.ema import WeightAverage
 from engine.precision.precision import precision_of
 from engine.precision.scaler import LossScaler
-from engine.prediction import predicted_step
+from engine.prediction import flop_times, predicted_step
 from engine.recompute import Recompute, SaveSet
 from engine.recompute.ahead import Ahead, flops_again, recompute_schedule
 from engine.recompute.assignment import assignment
+from engine.recompute.timing import LayerTimes
 from model import Build, LayerSpec, MicroBatch, Precision, Stage
 from model.kernels import Kernels
 from model.regions import Keep
@@ -102,8 +103,14 @@ class Assembly:
     @cached_property
     def predicted(self) -> Timeline:
         """A training step by the simulator, with costs by FLOPs: what the report and `bubble_predicted` tell of."""
-        again = flops_again(self.layers, self.sets, self.config.model)
-        return predicted_step(self.schedule, self.placement, self.layers, self.frozen.passes, self.policy, again)
+        return self.predict(flop_times(self.layers, flops_again(self.layers, self.sets, self.config.model)))
+
+    def predict(self, times: Mapping[str, LayerTimes]) -> Timeline:
+        """The same with other times, by the layers' names."""
+        sets = {name: of.name for name, of in self.sets.items()}
+        return predicted_step(
+            self.schedule, self.placement, self.layers, self.frozen.passes, times, sets, self.policy
+        )  # fmt: skip
 
     @property
     def recompute(self) -> Recompute | None:

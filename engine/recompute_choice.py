@@ -23,10 +23,10 @@ from engine.frozen import frozen_of
 from engine.layer_costs import LayerCosts
 from engine.objectives import make_objective
 from engine.plan import MemoryPlan, image_bytes, plan_memory, planned, states
+from engine.prediction import splits
 from engine.recompute.ahead import flops_again
 from engine.recompute.costs import LayerCost
 from engine.recompute.cut import Layer, Place, Problem
-from engine.recompute.moments import I
 from engine.recompute.save_sets import SAVE_SETS, SaveSet, save_set
 from engine.recompute.solve import Infeasible
 from engine.recompute.timing import LayerTimes
@@ -62,6 +62,7 @@ class Choice:
         config: with a save set for each block and, if the stages are cut otherwise than without a budget, with the
             layers of each. budget: bytes that a rank may take. peaks: of each pipeline rank, as planned. seconds: of
             each, that a step computes again. busy: of each, that a step takes, that included, where it is known.
+        pass_seconds, bubble: of all forwards and backwards of a step, as simulated, where times were measured.
     """
 
     config: Config
@@ -69,6 +70,8 @@ class Choice:
     peaks: tuple[int, ...]
     seconds: tuple[float, ...]
     busy: tuple[float, ...]
+    pass_seconds: float = 0.0
+    bubble: float = 0.0
 
     def describe(self) -> str:
         """A line for the start-up report."""
@@ -76,12 +79,13 @@ class Choice:
         seconds = ", ".join(f"{1e3 * s:,.1f}" for s in self.seconds)
         return (
             f"recompute: chosen within {self.budget / 2**20:,.1f} MiB per rank: {peaks} MiB planned, {seconds} ms of a "
-            "step computed again (by pipeline rank)"
+            f"step computed again (by pipeline rank); forwards and backwards of a step {1e3 * self.pass_seconds:,.1f} "
+            f"ms, bubble {100 * self.bubble:.1f} % (layers as timed at the start; messages, loss and optimizer apart)"
         )
 
 
-def settled(config: Config, grid: Grid, device: torch.device, memory: float) -> tuple[Config, list[str]]:
-    """The configuration that a run has, with times measured on its devices, and lines for its report. Collective.
+def settled(config: Config, grid: Grid, device: torch.device, memory: float) -> tuple[Config, Choice | None]:
+    """The configuration that a run has, with times measured on its devices, and what was chosen. Collective.
 
     What is chosen is chosen by the first rank, for all.
 
@@ -92,7 +96,7 @@ def settled(config: Config, grid: Grid, device: torch.device, memory: float) -> 
         ConfigError: as `choose`.
     """
     if not config.recompute.is_auto:
-        return config, []
+        return config, None
     times = timing_of(config, grid, make_objective(config)).measured(device, _RUNS)
     least, choice = comm.least(memory, grid.world), None
     if grid.world.index == 0:
@@ -100,7 +104,7 @@ def settled(config: Config, grid: Grid, device: torch.device, memory: float) -> 
     choice = comm.gather_objects(choice, grid.world)[0]
     if isinstance(choice, str):
         raise ConfigError(choice)
-    return choice.config, [choice.describe()]
+    return choice.config, choice
 
 
 def _chosen(
@@ -108,19 +112,21 @@ def _chosen(
 ) -> Choice | str:
     """As `choose`, by measured times; the refusal as a text, which all ranks are to be told."""
     layers = make_objective(config).layers
-    splits = any(a.kind is I for a in config.pipeline(shape).schedule(config.num_micro_batches(shape)).ranks[0])
+    split = splits(config.pipeline(shape).schedule(config.num_micro_batches(shape)))
     passes = dict(zip((layer.name for layer in layers), frozen_of(config, layers).passes, strict=True))
 
     def seconds(layer: str, of: str) -> float:
         return times[layer].recompute_seconds(of)
 
     try:
-        return choose(
+        choice = choose(
             config, shape, memory, seconds, on_cpu=on_cpu,
-            passes=lambda layer: times[layer].seconds(passes[layer], splits=splits),
+            passes=lambda layer: times[layer].seconds(passes[layer], splits=split),
         )  # fmt: skip
     except ConfigError as error:
         return str(error)
+    timeline = planned(choice.config, shape, 0, memory, on_cpu=on_cpu).predict(times)
+    return replace(choice, pass_seconds=timeline.makespan, bubble=timeline.bubble_fraction)
 
 
 def check_budget(config: Config, shape: GridShape, memory: float, *, on_cpu: bool) -> None:

@@ -25,13 +25,13 @@ from engine.data_traffic import Traffic
 from engine.frozen import Frozen, frozen_of
 from engine.objectives import Objective, make_objective
 from engine.precision.precision import precision_of
+from engine.prediction import splits, stage_times
 from engine.recompute.assignment import assignment
 from engine.recompute.timing import META, LayerTimes, Timing
 from model import Build, LayerSpec, MicroBatch
 from model.kernels import Kernels
 from parallel.grid import Grid, GridShape, planned_grid
 from parallel.pipeline import Costs, Placement, Schedule, Timeline, simulate
-from parallel.pipeline.actions import ActionKind
 from parallel.pipeline.readiness import Policy
 from parallel.tensor import TensorParallel
 
@@ -126,8 +126,8 @@ class StepModel:
 
     def step(self, schedule: Schedule, placement: Placement, sets: Mapping[str, str]) -> StepTime:
         """With this schedule, the layers of each stage, and the names of their save sets."""
-        splits = any(a.kind is ActionKind.BACKWARD_INPUT for program in schedule.ranks for a in program)
-        stages = [self._stage(number, placement, sets, splits=splits) for number in range(schedule.num_stages)]
+        split = splits(schedule)
+        stages = [self._stage(number, placement, sets, split=split) for number in range(schedule.num_stages)]
         ranks = range(schedule.num_ranks)
         held = [[self.layers[i].name for s in placement.on(r) for i in placement.layers[s]] for r in ranks]
         last = [
@@ -166,27 +166,17 @@ class StepModel:
         return self.config.parallel.schedule_policy if schedule.num_ranks > 1 else "static"
 
     def _stage(
-        self, number: int, placement: Placement, sets: Mapping[str, str], *, splits: bool
+        self, number: int, placement: Placement, sets: Mapping[str, str], *, split: bool
     ) -> dict[str, dict[str, float]]:
         """Of one micro-batch, by what: its forward, its backward (the first half, where it is split), the weights'
         half, computing again."""
-        found: dict[str, dict[str, float]] = {
-            what: defaultdict(float) for what in ("forward", "backward", "weight", "recompute")
-        }
-        for index in placement.layers[number]:
-            name, passes = self.layers[index].name, self.frozen.passes[index]
-            times = self.times[name]
-            _add(found["forward"], times.forward)
-            backward, weight = times.backwards(passes, splits=splits)
-            _add(found["backward"], backward)
-            _add(found["weight"], weight)
-            if passes > 1:
-                _add(found["recompute"], {"recompute": times.recompute_seconds(sets.get(name, "all"))})
+        named = [(self.layers[i].name, self.frozen.passes[i]) for i in placement.layers[number]]
+        found = stage_times(((self.times[name], n, sets.get(name, "all")) for name, n in named), split=split)
         if number == placement.last:
             _add(found["forward"], self.loss[0])
             _add(found["backward"], self.loss[1])
-        names = [self.layers[i].name for i in placement.layers[number]]
-        for what, spent in self.traffic.within(names, {key: _total(of) for key, of in found.items()}, splits).items():
+        names = [name for name, _ in named]
+        for what, spent in self.traffic.within(names, {key: _total(of) for key, of in found.items()}, split).items():
             _add(found[what], {"data": spent})
         return found
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
-from engine.prediction import predicted_costs
+from engine.prediction import flop_times, predicted_costs
 from engine.recompute.regions import Recompute
 from engine.recompute.save_sets import SaveSet
 from engine.recompute.timing import Timing
@@ -58,7 +58,7 @@ def recompute_schedule(
     """
     if schedule.recomputes:
         return schedule
-    costs = predicted_costs(placement, layers, passes, again)
+    costs = predicted_costs(schedule, placement, layers, passes, flop_times(layers, again), {})
     filled = with_recompute(schedule, costs)
     if policy == "static" or not filled.recomputes:
         return filled

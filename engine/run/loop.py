@@ -18,6 +18,7 @@ from engine.errors import DivergedError
 from engine.optimizers.schedules import factor
 from engine.run.finite import check_finite
 from engine.run.metrics import MetricsWriter
+from engine.run.predicted import Comparison
 from engine.run.profile import StepProfiler
 from engine.run.progress import Progress
 from engine.run.recomputed import recomputed_lines
@@ -56,7 +57,7 @@ class Loop:
     Args:
         stepper: runs steps. train_set, eval_set: images. steps: of the whole run.
         writer: on rank 0 alone. profiler: traces some of the steps. saving: saves the state; None: never.
-        progress: to go on from. requests: to stop early.
+        progress: to go on from. requests: to stop early. comparison: of what was predicted with the first steps.
     """
 
     def __init__(
@@ -71,12 +72,13 @@ class Loop:
         saving: Saving | None = None,
         progress: Progress | None = None,
         requests: StopRequests | None = None,
+        comparison: Comparison | None = None,
     ) -> None:
         self.stepper, self.steps, self.writer, self.profiler = stepper, steps, writer, profiler
         self.saving, self.progress, self.requests = saving, progress or Progress(), requests
         self._is_wanted = False  # that the run stops, by a vote
         self._recording_seconds = 0.0  # before and after steps that are recorded
-        self._has_told_recomputed = False
+        self._has_told_recomputed, self._comparison = False, comparison
         if saving is not None:
             stepper.before_change = saving.saver.before_change
         a = stepper.assembly
@@ -116,7 +118,9 @@ class Loop:
         first = self.steps + 1 if self._stops else progress.step + 1
         for step, batches in zip(range(first, self.steps + 1), self._batches(), strict=False):
             where.begin(step)
+            before = time.perf_counter()
             lr, result = self._train(step, batches)
+            self._compare(time.perf_counter() - before)
             interval.steps += 1
             interval.paused, self._recording_seconds = interval.paused + self._recording_seconds, 0.0
             interval.bubbles += [] if result.bubble is None else [result.bubble]
@@ -211,6 +215,14 @@ class Loop:
             return
         self._has_told_recomputed = True
         for line in recomputed_lines(self.stepper.assembly):
+            if self.writer is not None:
+                self.writer.say(line)
+
+    def _compare(self, seconds: float) -> None:
+        """What was predicted with what steps take, once enough have been."""
+        if self._comparison is None:
+            return
+        for line in self._comparison.after_step(seconds, self.stepper.assembly.grid):
             if self.writer is not None:
                 self.writer.say(line)
 

@@ -30,6 +30,7 @@ from engine.run.elastic import fit, wait_for_the_others
 from engine.run.load import Source, source_of, start_from
 from engine.run.loop import Loop
 from engine.run.metrics import MetricsWriter
+from engine.run.predicted import Comparison
 from engine.run.profile import StepProfiler, TimelineRecording
 from engine.run.progress import Progress
 from engine.run.provenance import provenance
@@ -96,12 +97,14 @@ def pretrain(config: Config, world: World) -> int:
     process_group.start(world, inputs.device, config.parallel.timeout)
     check_agreement(facts_of(config, inputs.device, inputs.train_set, inputs.eval_set), world_axis(world))
     grid = grid_of(config, world, inputs.device)
-    config, chosen = settled(config, grid, inputs.device, memory_share(inputs.device, world))
+    config, choice = settled(config, grid, inputs.device, memory_share(inputs.device, world))
+    comparison = None if choice is None else Comparison(choice, inputs.device)
     run, *others = lock_folders(config, inputs.run_dir, inputs.checkpoints, grid.world)
     facts = facts_for_manifests(config, grid, inputs.device, inputs.train_set, inputs.eval_set)
     assembly, resumed = _state(config, world, grid, inputs, facts)
     inputs = inputs.after(resumed.progress, config)
-    notes += chosen + resumed.notes
+    notes += [] if choice is None else [choice.describe()]
+    notes += resumed.notes
     if config.checkpoint.save_interval is not None:
         notes += check_folder(inputs.checkpoints, assembly)
     images = describe_datasets(config.data.kind, inputs.train_set, inputs.eval_set, config.model.sizes.classes or None)
@@ -116,7 +119,7 @@ def pretrain(config: Config, world: World) -> int:
         for line in report + notes + [f"no effect: {what}" for what in unused]:
             writer.say(line)
     with StopRequests(config.train, world.rank, began) as requests:
-        loop = _loop(assembly, inputs, facts, writer, resumed, requests)
+        loop = _loop(assembly, inputs, facts, writer, resumed, requests, comparison)
         with watched(grid, world, inputs.device, inputs.run_dir):
             stopped = loop.run()
         if writer is not None:
@@ -178,6 +181,7 @@ def _loop(
     writer: MetricsWriter | None,
     resumed: Resumed,
     requests: StopRequests,
+    comparison: Comparison | None,
 ) -> Loop:
     config = assembly.config
     saves = config.checkpoint.save_interval is not None
@@ -192,6 +196,7 @@ def _loop(
         saving=Saving(assembly, inputs.checkpoints, facts, writer) if saves else None,
         progress=resumed.progress,
         requests=requests,
+        comparison=comparison,
     )
 
 

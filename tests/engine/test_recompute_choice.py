@@ -57,8 +57,9 @@ def test_a_run_keeps_what_was_chosen() -> None:
     grid = make_grid(case.config().grid_shape(1), world)
     _, kept = train(case.config(), grid)
     most = max(within(case.config(), grid.shape, 2**40).peaks)
-    config, lines = settled(asking(case.config(), most - 2**16), grid, device, MEMORY)
-    assert len(lines) == 1 and f"chosen within {(most - 2**16) / 2**20:,.1f} MiB" in lines[0]
+    config, choice = settled(asking(case.config(), most - 2**16), grid, device, MEMORY)
+    assert choice is not None and f"chosen within {(most - 2**16) / 2**20:,.1f} MiB" in choice.describe()
+    assert choice.pass_seconds == pytest.approx(choice.busy[0]) and choice.bubble == 0
     assembly, found = train(config, grid)
     assert found == kept
     assert assembly.recompute is not None and sum(assembly.recompute.ran_again.values()) > 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -156,6 +157,19 @@ def test_a_policy_that_has_nothing_to_drop_is_told(capsys: pytest.CaptureFixture
     shown = capsys.readouterr().out
     assert "no effect: recompute.policy ...+gather: " in shown
     assert "warning: recompute: nothing was computed again on pipeline rank 0" in shown
+
+
+def test_what_was_planned_is_told_beside_what_was_measured(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    argv = flags(run_dir=str(tmp_path), recompute__policy="auto", train__steps="3")
+    assert run_rank(pretrain_vit.main, argv, "pretrain_vit.py") == EXIT_DONE
+    shown = capsys.readouterr().out
+    planned = re.search(
+        r"recompute: chosen within [\d,.]+ MiB per rank: ([\d.]+) MiB planned, .*; forwards and ", shown
+    )
+    assert planned is not None
+    assert re.search(
+        rf"recompute: planned {planned[1]} MiB, measured [\d.]+ more resident, .* whole steps [\d.]+", shown
+    )
 
 
 # -- steps that are not finite -----------------------------------------------------------------------------------------

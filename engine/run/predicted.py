@@ -1,0 +1,50 @@
+"""What was predicted when the run started, beside what its first steps have taken."""
+
+from __future__ import annotations
+
+import torch
+
+from engine.device import peak_memory_bytes
+from engine.recompute_choice import Choice
+from parallel import comm
+from parallel.grid import Grid
+
+_STEPS = 3  # the first is not timed: it makes what others find made
+
+
+class Comparison:
+    """Of a choice by `engine.recompute_choice` with a run. To be made before the model is.
+
+    Memory that is measured is, on CUDA, the most that tensors had from now on; on a CPU, where nobody sees a run's
+    tensors, by how much resident memory has grown at its fullest, with holes in the heap.
+    """
+
+    def __init__(self, choice: Choice, device: torch.device) -> None:
+        self._choice, self._device, self._seconds = choice, device, list[float]()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        self._before = 0 if device.type == "cuda" else peak_memory_bytes(device)
+
+    def after_step(self, seconds: float, grid: Grid) -> list[str]:
+        """A line once, after the third step of this attempt. Collective then.
+
+        Args:
+            seconds: that the step took.
+        """
+        self._seconds.append(seconds)
+        if len(self._seconds) != _STEPS:
+            return []
+        own = grid.pipeline.index, peak_memory_bytes(self._device) - self._before
+        found = comm.gather_objects(own, grid.world)
+        most = [max(grown for place, grown in found if place == rank) for rank in range(grid.pipeline.size)]
+        measured = "at most in tensors" if self._device.type == "cuda" else "more resident, holes in the heap included"
+        took = sum(self._seconds[1:]) / (_STEPS - 1)
+        return [
+            f"recompute: planned {_mib(self._choice.peaks)} MiB, measured {_mib(most)} {measured} (by pipeline rank); "
+            f"forwards and backwards {1e3 * self._choice.pass_seconds:,.1f} ms predicted, whole steps "
+            f"{1e3 * took:,.1f} ms"
+        ]
+
+
+def _mib(sizes: tuple[int, ...] | list[int]) -> str:
+    return ", ".join(f"{size / 2**20:,.1f}" for size in sizes)
