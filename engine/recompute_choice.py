@@ -26,13 +26,14 @@ from engine.plan import MemoryPlan, image_bytes, plan_memory, planned, states
 from engine.prediction import splits
 from engine.recompute.ahead import flops_again
 from engine.recompute.costs import LayerCost
-from engine.recompute.cut import Layer, Place, Problem
+from engine.recompute.cut import Layer, Pace, Place, Problem
 from engine.recompute.save_sets import SAVE_SETS, SaveSet, save_set
 from engine.recompute.solve import Infeasible
 from engine.recompute.timing import LayerTimes
 from engine.step_time import timing_of
 from parallel import comm
 from parallel.grid import Grid, GridShape
+from parallel.pipeline import Costs, simulate
 from parallel.pipeline.post import message_bytes
 
 Seconds = Callable[[str, str], float]
@@ -61,8 +62,9 @@ class Choice:
     Attributes:
         config: with a save set for each block and, if the stages are cut otherwise than without a budget, with the
             layers of each. budget: bytes that a rank may take. peaks: of each pipeline rank, as planned. seconds: of
-            each, that a step computes again. busy: of each, that a step takes, that included, where it is known.
-        pass_seconds, bubble: of all forwards and backwards of a step, as simulated, where times were measured.
+            each, that a step computes again. busy: of each, that a step takes, that included. step: seconds by the same
+            times, with the bubble. pass_seconds, bubble: of all forwards and backwards of a step, as simulated, where
+            times were measured.
     """
 
     config: Config
@@ -70,6 +72,7 @@ class Choice:
     peaks: tuple[int, ...]
     seconds: tuple[float, ...]
     busy: tuple[float, ...]
+    step: float
     pass_seconds: float = 0.0
     bubble: float = 0.0
 
@@ -183,7 +186,10 @@ def choose(
     """
     problem, stages = _problem(config, shape, memory, seconds, on_cpu=on_cpu, passes=passes or (lambda layer: 0.0))
     try:
-        found = problem.best() if passes is not None and _cuts(config, shape) else problem.solved(stages)
+        if passes is None or not _cuts(config, shape):
+            found = problem.solved(stages)
+        else:
+            found = problem.best_of(problem.best(), stages)
     except Infeasible as error:
         raise _refusal(config, problem.budget, memory, error.smallest) from error
     layers = make_objective(config).layers
@@ -201,6 +207,7 @@ def choose(
         peaks=tuple(plan.peak for plan in plans),
         seconds=tuple(solution.seconds for solution in found.ranks),
         busy=found.seconds,
+        step=problem.step(found),
     )
 
 
@@ -241,7 +248,26 @@ def _problem(
         return known[key]
 
     budget = config.recompute.budget(memory)
-    return Problem(layers=layers, schedule=a.schedule, budget=budget, static=static), a.placement.layers
+    pace = _pace(config, shape)
+    return Problem(layers=layers, schedule=a.schedule, budget=budget, static=static, pace=pace), a.placement.layers
+
+
+def _pace(config: Config, shape: GridShape) -> Pace:
+    """A step as simulated, of few micro-batches if it has many: the others take as long as the busiest rank's."""
+    pipeline, count, p = config.pipeline(shape), config.num_micro_batches(shape), shape.pipeline
+    short = count if pipeline.micro_batches is not None or count < 5 * p else 4 * p + count % p
+    schedule = pipeline.schedule(short)
+
+    def seconds(plain: Sequence[float], again: Sequence[float]) -> float:
+        third = tuple(x / 3 for x in plain)
+        costs = Costs(forward=third, backward_input=third, backward_weight=third, recompute=tuple(again))
+        busy = [0.0] * schedule.num_ranks
+        for rank, *each in zip(schedule.stage_to_rank, plain, again, strict=True):
+            busy[rank] += sum(each)
+        made = simulate(schedule, costs, config.parallel.schedule_policy if p > 1 else "static").makespan
+        return made + (count - short) * max(busy)
+
+    return seconds
 
 
 def _layer(a: Assembly, place: int, costs: LayerCosts, seconds: Seconds, passes: Callable[[str], float]) -> Layer:

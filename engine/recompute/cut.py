@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, combinations, pairwise
 
 from engine.recompute.choices import TICKS
@@ -24,6 +25,10 @@ IsOver = Callable[[int, range, int], bool]
 Static = Callable[[int, Sequence[range]], int]
 """Bytes that are alive all the time on a rank (by number) whose stages have some layers: weights, gradients, optimizer
 state, buffers."""
+
+
+Pace = Callable[[Sequence[float], Sequence[float]], float]
+"""Seconds of a step from those of each stage, for one micro-batch: forward and backward, and computing again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,35 +73,41 @@ class Cut:
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """What is to be cut: layers, for the ranks of a schedule, which have a budget of bytes."""
+    """What is to be cut: layers, for the ranks of a schedule, which have a budget of bytes.
+
+    Attributes:
+        pace: what a step takes where ranks have several stages, which wait for each other in many ways, no less than
+            the busiest rank; None: as long as that.
+    """
 
     layers: Sequence[Layer]
     schedule: Schedule
     budget: int
     static: Static
+    pace: Pace | None = None
 
     def best(self) -> Cut:
         """The cut and the save sets with which the largest time of a rank is least, every rank within the budget.
 
         With one stage on each rank that is exact, if a stage with more layers never takes less (as where all boundaries
         are alike), and of the best cuts the one with the least sum of squares is taken. With several it is the best
-        that a search finds that moves one or two ends of stages by a layer at a time, from even cuts on: there may be a
-        better one, though tests against every cut found none. The save sets of the cut are exact.
+        that a search finds that moves one or two ends of stages by a layer at a time, from even cuts on, by the step's
+        `pace`: there may be a better one, though tests against every cut found none. The save sets of the cut are
+        exact.
 
         Raises:
             Infeasible: no cut is within the budget (with several stages on a rank: none was found).
             ValueError: there are fewer layers than stages, or as of `engine.recompute.solve.solve`.
         """
-        ranks = _Ranks(self)
+        ranks = self._ranks
         return ranks.cut(_search(ranks) if self._has_several else _exact(ranks))
 
     def check(self) -> None:
         """Raise Infeasible where `best` would, whatever the seconds are."""
-        ranks = _Ranks(self)
         if self._has_several:
-            _fitting(ranks)
+            _fitting(self._ranks)
         else:
-            _check(ranks)
+            _check(self._ranks)
 
     def solved(self, stages: Sequence[range]) -> Cut:
         """With these layers on the stages, the save sets with which each rank takes least.
@@ -104,10 +115,25 @@ class Problem:
         Raises:
             Infeasible: as soon as one rank cannot be within the budget; `smallest` is that of the worst.
         """
-        ranks = _Ranks(self)
-        if lack := ranks.lack(stages):
+        if lack := self._ranks.lack(stages):
             raise Infeasible(self.budget, self.budget + lack)
+        return self._ranks.cut(stages)
+
+    def step(self, found: Cut) -> float:
+        """Seconds of it by the pace."""
+        return self._ranks.step(found.stages)
+
+    def best_of(self, found: Cut, stages: Sequence[range]) -> Cut:
+        """Of a cut that was found and another, which may not be within the budget, the one by whose pace a step takes
+        less."""
+        ranks = self._ranks
+        if tuple(stages) == found.stages or ranks.lack(stages) or ranks.step(stages) > ranks.step(found.stages):
+            return found
         return ranks.cut(stages)
+
+    @cached_property
+    def _ranks(self) -> _Ranks:
+        return _Ranks(self)
 
     @property
     def _has_several(self) -> bool:
@@ -122,7 +148,7 @@ class _Ranks:
 
     def __init__(self, problem: Problem) -> None:
         self.layers, self.schedule, self.budget = problem.layers, problem.schedule, problem.budget
-        self._static = problem.static
+        self._static, self._pace = problem.static, problem.pace
         self._passes = [passes(program) for program in self.schedule.ranks]
         self._splits = {a.stage for program in self.schedule.ranks for a in program if a.kind is I}
         self._sums = [0, *accumulate(round(l.seconds * TICKS) for l in self.layers)]
@@ -138,10 +164,24 @@ class _Ranks:
         """Whether it takes longer than a limit."""
         return self._plain(rank, stages) > limit or self.time(rank, stages) > limit
 
-    def badness(self, stages: Sequence[range]) -> tuple[int, int, int]:
-        """Of a cut: bytes that the worst rank has too little, the largest time, the sum of squares of the times."""
+    def badness(self, stages: Sequence[range]) -> tuple[float, int]:
+        """Of a cut within the budget: ticks of a step, the sum of squares of the ranks' times. Infinite of another."""
         times = [self.time(rank, own) for rank, own in enumerate(self.by_rank(stages))]
-        return self.lack(stages), max(times), sum(t * t for t in times)
+        if max(times) == UNLIMITED:
+            return float("inf"), 0
+        return self.step(stages) * TICKS if self._pace is not None else max(times), sum(t * t for t in times)
+
+    def step(self, stages: Sequence[range]) -> float:
+        """Seconds of it, of a cut within the budget."""
+        again, pace = [0.0] * len(stages), self._pace
+        for rank, own in enumerate(self.by_rank(stages)):
+            solution = self._solve(rank, own)
+            assert solution is not None and pace is not None
+            for stage, names in solution.sets.items():
+                costs = zip(self._costs(stage, stages[stage]), names, strict=True)
+                again[stage] = sum(of[name].seconds for of, name in costs)
+        assert pace is not None
+        return pace([sum(self.layers[l].seconds for l in own) for own in stages], again)
 
     def lack(self, stages: Sequence[range]) -> int:
         """Bytes that the worst rank has too little."""
@@ -338,7 +378,7 @@ def _improved(ranks: _Ranks, best: tuple[range, ...]) -> tuple[range, ...]:
     """The best cut that moves lead to from one that is within the budget."""
     least, moves = ranks.badness(best), _moves(best, ranks)
     while (stages := next(moves, None)) is not None:
-        if ranks.plain(stages) <= least[1] and (badness := ranks.badness(stages)) < least:
+        if ranks.plain(stages) <= least[0] and (badness := ranks.badness(stages)) < least:
             least, best, moves = badness, stages, _moves(stages, ranks)
     return best
 

@@ -138,3 +138,20 @@ def test_several_stages_on_a_rank_are_cut_well(name: str, ranks: int) -> None:
 def test_fewer_layers_than_stages_are_refused() -> None:
     with pytest.raises(ValueError, match="3 layers cannot be cut into 4 stages"):
         found(random_layers(random.Random(0), 3), build_schedule("1f1b", 4, 4), 10**9)
+
+
+def test_stages_that_wait_for_each_other_are_cut_by_the_pace_of_the_step() -> None:
+    """Ranks of two stages each, for which only how uneven stages are counts."""
+    schedule, layers = build_schedule("interleaved", 2, MICRO_BATCHES), random_layers(random.Random(0), 8)
+
+    def pace(plain: Sequence[float], again: Sequence[float]) -> float:
+        return 2 * MICRO_BATCHES * (max(plain) + max(again))
+
+    problem = Problem(layers=layers, schedule=schedule, budget=10**9, static=static, pace=pace)
+    best = problem.best()
+    every_cut = [problem.solved(stages) for stages in cuts(8, 4)]
+    assert problem.step(best) == min(problem.step(cut) for cut in every_cut)
+    uneven = next(cut for cut in every_cut if problem.step(cut) > problem.step(best))
+    assert problem.best_of(best, uneven.stages) == best == problem.best_of(uneven, best.stages)
+    tight = Problem(layers=layers, schedule=schedule, budget=1, static=static, pace=pace)
+    assert tight.best_of(uneven, best.stages) == uneven
