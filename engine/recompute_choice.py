@@ -11,33 +11,24 @@ What an R would hold ahead of its backward is looked at afterwards: ranks comput
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cache
+from dataclasses import dataclass, replace
 
 import torch
 
-from engine.assemble import Assembly
-from engine.config import Config, RecomputeConfig
+from engine.config import Config
 from engine.errors import ConfigError
 from engine.frozen import frozen_of
-from engine.layer_costs import LayerCosts
 from engine.objectives import make_objective
-from engine.plan import MemoryPlan, image_bytes, plan_memory, planned, states
+from engine.plan import MemoryPlan, plan_memory, planned
 from engine.prediction import splits
 from engine.recompute.ahead import flops_again
-from engine.recompute.costs import LayerCost
-from engine.recompute.cut import Layer, Pace, Place, Problem
-from engine.recompute.save_sets import SAVE_SETS, SaveSet, save_set
+from engine.recompute.save_sets import SAVE_SETS
 from engine.recompute.solve import Infeasible
 from engine.recompute.timing import LayerTimes
+from engine.recompute_problem import Seconds, problem_of
 from engine.step_time import timing_of
 from parallel import comm
 from parallel.grid import Grid, GridShape
-from parallel.pipeline import Costs, simulate
-from parallel.pipeline.post import message_bytes
-
-Seconds = Callable[[str, str], float]
-"""What computing a layer again takes for a micro-batch: its name, that of a save set."""
 
 _FLOPS = 1e12  # a second, where nobody knows
 _RUNS = 3  # of each kind of layer that is timed
@@ -63,8 +54,8 @@ class Choice:
         config: with a save set for each block and, if the stages are cut otherwise than without a budget, with the
             layers of each. budget: bytes that a rank may take. peaks: of each pipeline rank, as planned. seconds: of
             each, that a step computes again. busy: of each, that a step takes, that included. step: seconds by the same
-            times, with the bubble. pass_seconds, bubble: of all forwards and backwards of a step, as simulated, where
-            times were measured.
+            times, with the bubble (0 where `choose` knows none of forwards). pass_seconds, bubble: of all forwards and
+            backwards of a step, as simulated, where times were measured.
     """
 
     config: Config
@@ -136,7 +127,7 @@ def check_budget(config: Config, shape: GridShape, memory: float, *, on_cpu: boo
     """Raise TooLittleError where `choose` would whatever the times, before ranks talk."""
     if not config.recompute.is_auto:
         return
-    problem, stages = _problem(config, shape, memory, lambda layer, of: 0.0, on_cpu=on_cpu)
+    problem, stages = problem_of(config, shape, memory, lambda layer, of: 0.0, on_cpu=on_cpu)
     try:
         if _cuts(config, shape):
             problem.check()
@@ -184,7 +175,7 @@ def choose(
     Raises:
         TooLittleError: no save sets keep all ranks within the budget.
     """
-    problem, stages = _problem(config, shape, memory, seconds, on_cpu=on_cpu, passes=passes or (lambda layer: 0.0))
+    problem, stages = problem_of(config, shape, memory, seconds, on_cpu=on_cpu, passes=passes or (lambda layer: 0.0))
     try:
         if passes is None or not _cuts(config, shape):
             found = problem.solved(stages)
@@ -207,104 +198,13 @@ def choose(
         peaks=tuple(plan.peak for plan in plans),
         seconds=tuple(solution.seconds for solution in found.ranks),
         busy=found.seconds,
-        step=problem.step(found),
+        step=0.0 if passes is None else problem.step(found),
     )
 
 
 def _cuts(config: Config, shape: GridShape) -> bool:
     """Whether the layers of stages are to be chosen, too."""
     return shape.pipeline > 1 and config.parallel.layers_per_stage is None
-
-
-def _problem(
-    config: Config,
-    shape: GridShape,
-    memory: float,
-    seconds: Seconds,
-    *,
-    on_cpu: bool,
-    passes: Callable[[str], float] = lambda layer: 0.0,
-) -> tuple[Problem, tuple[range, ...]]:
-    """What is to be solved, and the stages as they are cut without it."""
-    if again := config.pipeline(shape).schedule(config.num_micro_batches(shape)).recomputes:
-        raise ConfigError(
-            f"parallel.schedule {config.parallel.schedule} has recomputes ({again[0]} and so on), but recompute.policy "
-            "auto places them itself, if they fit: leave them out, or name the save sets"
-        )
-    keeps_all = replace(config, recompute=RecomputeConfig(ahead="never"))
-    a = planned(keeps_all, shape, 0, memory, on_cpu=on_cpu)
-    costs = LayerCosts.of(a.config, shape, 0)
-    layers = [_layer(a, place, costs, seconds, passes) for place in range(len(a.layers))]
-    known = dict[object, int]()
-
-    def static(rank: int, stages: Sequence[range]) -> int:
-        key = tuple(tuple(layers[place].kind for place in own) for own in stages)
-        if key not in known:
-            numbered = dict(zip(a.schedule.stages_of(rank), stages, strict=True))
-            counts = tuple(map(len, _whole_cut(numbered, a.schedule.num_stages, len(layers))))
-            there = replace(keeps_all, parallel=replace(config.parallel, layers_per_stage=counts))
-            held = planned(there, shape, rank * (shape.world_size // shape.pipeline), memory, on_cpu=on_cpu)
-            known[key] = sum(states(held, on_cpu=on_cpu).values()) + image_bytes(held)
-        return known[key]
-
-    budget = config.recompute.budget(memory)
-    pace = _pace(config, shape)
-    return Problem(layers=layers, schedule=a.schedule, budget=budget, static=static, pace=pace), a.placement.layers
-
-
-def _pace(config: Config, shape: GridShape) -> Pace:
-    """A step as simulated, of few micro-batches if it has many: the others take as long as the busiest rank's."""
-    pipeline, count, p = config.pipeline(shape), config.num_micro_batches(shape), shape.pipeline
-    short = count if pipeline.micro_batches is not None or count < 5 * p else 4 * p + count % p
-    schedule = pipeline.schedule(short)
-
-    def seconds(plain: Sequence[float], again: Sequence[float]) -> float:
-        third = tuple(x / 3 for x in plain)
-        costs = Costs(forward=third, backward_input=third, backward_weight=third, recompute=tuple(again))
-        busy = [0.0] * schedule.num_ranks
-        for rank, *each in zip(schedule.stage_to_rank, plain, again, strict=True):
-            busy[rank] += sum(each)
-        made = simulate(schedule, costs, config.parallel.schedule_policy if p > 1 else "static").makespan
-        return made + (count - short) * max(busy)
-
-    return seconds
-
-
-def _layer(a: Assembly, place: int, costs: LayerCosts, seconds: Seconds, passes: Callable[[str], float]) -> Layer:
-    """What there is to know of a layer of the model, wherever stages are cut."""
-    spec = a.layers[place]
-    merges = place + 1 < len(a.layers) and a.layers[place + 1].name.startswith("merges.")
-
-    def by_set(where: Place) -> Mapping[str, LayerCost]:
-        found: Mapping[str, LayerCost]
-        if spec.name.startswith("blocks.") and a.frozen.passes[place] > 1:
-            found = costs.by_set(place, **asdict(where))
-            if merges:  # which would go with it
-                found = {name: cost for name, cost in found.items() if "merge" not in save_set(name).drops}
-        else:
-            found = {"all": costs.cost(place, SaveSet(), **asdict(where))}
-        return {name: replace(cost, seconds=seconds(spec.name, name)) for name, cost in found.items()}
-
-    behind, before = a.boundary(place + 1), a.boundary(place)
-    times = passes(spec.name), seconds(spec.name, "input")
-    return Layer(
-        kind=(costs.kind(place), merges, a.frozen.passes[place], *times),
-        costs=cache(by_set),
-        seconds=times[0],
-        output=message_bytes(behind),
-        input_gradient=message_bytes(tuple(spec for spec in before if spec.carries_gradient)),
-    )
-
-
-def _whole_cut(known: Mapping[int, range], stages: int, layers: int) -> list[range]:
-    """Some cut in which those stages have those layers."""
-    found = list[range]()
-    for stage in range(stages):
-        start = found[-1].stop if found else 0
-        later = min((number for number in known if number > stage), default=stages)
-        end = known[later].start if later in known else layers
-        found.append(known.get(stage, range(start, start + 1 if stage + 1 < later else end)))
-    return found
 
 
 def _named(config: Config, names: Mapping[str, str], stages: Sequence[range] | None) -> Config:

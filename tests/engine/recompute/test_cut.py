@@ -10,7 +10,8 @@ from dataclasses import replace
 import pytest
 
 from engine.recompute.costs import LayerCost
-from engine.recompute.cut import Cut, Layer, Place, Problem
+from engine.recompute.cut import Problem
+from engine.recompute.ranks import Cut, Layer, Place
 from engine.recompute.solve import Infeasible, Solver
 from parallel.pipeline.actions import Schedule
 from parallel.pipeline.schedules import build_schedule

@@ -1,0 +1,114 @@
+"""What `recompute.policy: auto` has to solve: the layers of a configuration, and what a rank with some of them has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import cache
+
+from engine.assemble import Assembly
+from engine.config import Config, RecomputeConfig
+from engine.errors import ConfigError
+from engine.layer_costs import LayerCosts
+from engine.plan import image_bytes, planned, states
+from engine.recompute.costs import LayerCost
+from engine.recompute.cut import Problem
+from engine.recompute.ranks import Layer, Pace, Place
+from engine.recompute.save_sets import SaveSet, save_set
+from parallel.grid import GridShape
+from parallel.pipeline import Costs, simulate
+from parallel.pipeline.post import message_bytes
+
+Seconds = Callable[[str, str], float]
+"""What computing a layer again takes for a micro-batch: its name, that of a save set."""
+
+
+def problem_of(
+    config: Config,
+    shape: GridShape,
+    memory: float,
+    seconds: Seconds,
+    *,
+    on_cpu: bool,
+    passes: Callable[[str], float] = lambda layer: 0.0,
+) -> tuple[Problem, tuple[range, ...]]:
+    """What is to be solved, and the stages as they are cut without it."""
+    if again := config.pipeline(shape).schedule(config.num_micro_batches(shape)).recomputes:
+        raise ConfigError(
+            f"parallel.schedule {config.parallel.schedule} has recomputes ({again[0]} and so on), but recompute.policy "
+            "auto places them itself, if they fit: leave them out, or name the save sets"
+        )
+    keeps_all = replace(config, recompute=RecomputeConfig(ahead="never"))
+    a = planned(keeps_all, shape, 0, memory, on_cpu=on_cpu)
+    costs = LayerCosts.of(a.config, shape, 0)
+    layers = [_layer(a, place, costs, seconds, passes) for place in range(len(a.layers))]
+    known = dict[object, int]()
+
+    def static(rank: int, stages: Sequence[range]) -> int:
+        key = tuple(tuple(layers[place].kind for place in own) for own in stages)
+        if key not in known:
+            numbered = dict(zip(a.schedule.stages_of(rank), stages, strict=True))
+            counts = tuple(map(len, _whole_cut(numbered, a.schedule.num_stages, len(layers))))
+            there = replace(keeps_all, parallel=replace(config.parallel, layers_per_stage=counts))
+            held = planned(there, shape, rank * (shape.world_size // shape.pipeline), memory, on_cpu=on_cpu)
+            known[key] = sum(states(held, on_cpu=on_cpu).values()) + image_bytes(held)
+        return known[key]
+
+    budget = config.recompute.budget(memory)
+    pace = _pace(config, shape)
+    return Problem(layers=layers, schedule=a.schedule, budget=budget, static=static, pace=pace), a.placement.layers
+
+
+def _pace(config: Config, shape: GridShape) -> Pace:
+    """A step as simulated, of few micro-batches if it has many: the others take as long as the busiest rank's."""
+    pipeline, count, p = config.pipeline(shape), config.num_micro_batches(shape), shape.pipeline
+    short = count if pipeline.micro_batches is not None or count < 5 * p else 4 * p + count % p
+    schedule = pipeline.schedule(short)
+
+    def seconds(plain: Sequence[float], again: Sequence[float]) -> float:
+        third = tuple(x / 3 for x in plain)
+        costs = Costs(forward=third, backward_input=third, backward_weight=third, recompute=tuple(again))
+        busy = [0.0] * schedule.num_ranks
+        for rank, *each in zip(schedule.stage_to_rank, plain, again, strict=True):
+            busy[rank] += sum(each)
+        made = simulate(schedule, costs, config.parallel.schedule_policy if p > 1 else "static").makespan
+        return made + (count - short) * max(busy)
+
+    return seconds
+
+
+def _layer(a: Assembly, place: int, costs: LayerCosts, seconds: Seconds, passes: Callable[[str], float]) -> Layer:
+    """What there is to know of a layer of the model, wherever stages are cut."""
+    spec = a.layers[place]
+    merges = place + 1 < len(a.layers) and a.layers[place + 1].name.startswith("merges.")
+
+    def by_set(where: Place) -> Mapping[str, LayerCost]:
+        found: Mapping[str, LayerCost]
+        if spec.name.startswith("blocks.") and a.frozen.passes[place] > 1:
+            found = costs.by_set(place, **asdict(where))
+            if merges:  # which would go with it
+                found = {name: cost for name, cost in found.items() if "merge" not in save_set(name).drops}
+        else:
+            found = {"all": costs.cost(place, SaveSet(), **asdict(where))}
+        return {name: replace(cost, seconds=seconds(spec.name, name)) for name, cost in found.items()}
+
+    behind, before = a.boundary(place + 1), a.boundary(place)
+    times = passes(spec.name), seconds(spec.name, "input")
+    return Layer(
+        kind=(costs.kind(place), merges, a.frozen.passes[place], *times),
+        costs=cache(by_set),
+        seconds=times[0],
+        output=message_bytes(behind),
+        input_gradient=message_bytes(tuple(spec for spec in before if spec.carries_gradient)),
+    )
+
+
+def _whole_cut(known: Mapping[int, range], stages: int, layers: int) -> list[range]:
+    """Some cut in which those stages have those layers."""
+    found = list[range]()
+    for stage in range(stages):
+        start = found[-1].stop if found else 0
+        later = min((number for number in known if number > stage), default=stages)
+        end = known[later].start if later in known else layers
+        found.append(known.get(stage, range(start, start + 1 if stage + 1 < later else end)))
+    return found
