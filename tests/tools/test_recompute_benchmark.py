@@ -16,7 +16,7 @@ from parallel.process_group import World
 from tests.tools.test_peers import FLAGS, small
 from tools.benchmark import recompute
 from tools.benchmark.eager_vit import EagerSizes, EagerViT
-from tools.benchmark.front import Point, verdicts
+from tools.benchmark.front import Point, at_every_budget, verdicts
 from tools.benchmark.recompute_theirs import ATTENTION, PRODUCTS, WAYS, Checkpointed
 from tools.benchmark.resident import give_back, resident_bytes
 
@@ -77,6 +77,16 @@ def test_a_point_is_dominated_by_one_that_takes_neither_more_memory_nor_more_tim
     assert verdicts([*ours, *theirs], "m") == {"a": "our_small", "b": "our_large", "c": None, "d": None}
 
 
+def test_at_each_budget_the_fastest_within_it_count() -> None:
+    def point(name: str, memory: float, seconds: float) -> Point:
+        return Point(name=name, is_ours=name.startswith("our"), seconds=(seconds,), memory={"m": memory})
+
+    points = [point("our_small", 1, 3.0), point("our_large", 2, 2.0), point("a", 2, 4.0), point("b", 3, 2.5)]
+    assert "2 of the 2 budgets" in at_every_budget(points, "m") and "0.50 to 0.80" in at_every_budget(points, "m")
+    said = at_every_budget([*points, point("c", 4, 1.6), point("d", 0.5, 9.0)], "m")
+    assert "2 of the 4 budgets" in said and "not at 0 MiB, 4 MiB" in said
+
+
 def test_half_of_the_memory() -> None:
     def point(name: str, memory: float, seconds: float) -> Point:
         return Point(name=name, is_ours=name != "torch", seconds=(seconds,), memory={"activations": memory})
@@ -108,10 +118,17 @@ def test_a_whole_run(tmp_path: Path) -> None:
         "--json",
         str(tmp_path / "r.json"),
     ]
-    recompute.main([*flags, "--ours", "input, norm", "--theirs", "full", "--picture", str(tmp_path / "r.png")], World())
+    memory = tmp_path / "memory.jsonl"
+    flags += ["--ours", "input, norm; auto 0.5", "--theirs", "full", "--memory", str(memory)]
+    recompute.main([*flags, "--memory-only"], World())
+    assert not (tmp_path / "r.json").exists()
+    before = memory.read_text()
+    recompute.main([*flags, "--picture", str(tmp_path / "r.png")], World())
+    assert memory.read_text() == before and before.count("\n") == 3
     rows = json.loads((tmp_path / "r.json").read_text())
     assert [(row["program"], row["way"]) for row in rows] == [
         ("ours", "input, norm"),
+        ("ours", "auto 0.5"),
         ("theirs", "full"),
     ]
     for row in rows:
@@ -125,7 +142,10 @@ def test_a_whole_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(["--theirs", "half"], "half"), (["--ours", "none; fc3"], "fc3"), (["--picture", "front.jpg"], "png")],
+    [
+        (["--theirs", "half"], "half"), (["--ours", "none; fc3"], "fc3"), (["--picture", "front.jpg"], "png"),
+        (["--ours", "auto 1.5"], "1.5"), (["--memory", str(Path(__file__))], "line 1"),
+    ],
 )  # fmt: skip
 def test_mistakes_are_told_before_anything_starts(options: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):

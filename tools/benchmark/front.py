@@ -38,6 +38,24 @@ def verdicts(points: Sequence[Point], measure: str) -> dict[str, str | None]:
     return found
 
 
+def at_every_budget(points: Sequence[Point], measure: str) -> str:
+    """In words: whether at each memory that a way of theirs takes, the fastest of ours within it beats the fastest of
+    theirs within it, and by how much.
+    """
+    of: dict[bool, list[Point]] = {side: [point for point in points if point.is_ours == side] for side in (True, False)}
+    ratios = dict[float, float]()
+    for budget in sorted(point.memory[measure] for point in of[False]):
+        ours, theirs = ([p for p in of[side] if p.memory[measure] <= budget] for side in (True, False))
+        times = [min((one.time_over(other) for one in ours), default=float("inf")) for other in theirs]
+        ratios[budget] = max(times)
+    lost = [f"{budget:.0f} MiB" for budget, ratio in ratios.items() if ratio > 1]
+    most, least = max(ratios.values()), min(ratios.values())
+    return (
+        f"ours is the faster at {len(ratios) - len(lost)} of the {len(ratios)} budgets that theirs takes, in "
+        f"{least:.2f} to {most:.2f} of the time" + (f"; not at {', '.join(lost)}" if lost else "")
+    )
+
+
 def draw(points: Sequence[Point], picture: Path, title: str) -> None:
     """Both measures of memory side by side, every point with its name; linear axes that begin where points do."""
     from tools import figures  # takes half a second

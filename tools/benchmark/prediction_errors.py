@@ -61,7 +61,7 @@ def _as_run(one: Draw, line: Row) -> tuple[Config, GridShape]:
 def _memory(one: Draw, line: Row | None) -> Row:
     names = ("rank", "predicted_MiB", "measured_MiB", "memory_error_percent", "shared_MiB", "live_tensors_MiB")
     if line is None:
-        return dict.fromkeys((*names, "heap_MiB"))
+        return dict.fromkeys(names)
     config, shape = _as_run(one, line)
     plans = _plans(config, shape)
     worst = max(range(one.ranks), key=lambda rank: abs(error_of(plans[rank], line["ranks"][rank])))
@@ -73,7 +73,6 @@ def _memory(one: Draw, line: Row | None) -> Row:
         "memory_error_percent": 100 * error_of(plan, found),
         "shared_MiB": found["shared_bytes"] / _MIB,
         "live_tensors_MiB": found["tensor_bytes"] / _MIB,
-        "heap_MiB": found["heap_bytes"] / _MIB,
     }
 
 
@@ -87,15 +86,16 @@ def _plans(config: Config, shape: GridShape) -> list[MemoryPlan]:
 def budget_of(one: Draw) -> int:
     """Bytes that a rank of a draw with policy auto may take."""
     assert one.share is not None
-    config = one.config.resolve(one.ranks)
-    low, high = (
-        max(
-            plan.peak
-            for plan in _plans(replace(config, recompute=RecomputeConfig(policy=policy)), config.grid_shape(one.ranks))
-        )
-        for policy in ("full", "none")
-    )
-    return int(low + one.share * (high - low))
+    return budget_between(one.config.resolve(one.ranks), one.config.grid_shape(one.ranks), one.share)
+
+
+def budget_between(config: Config, shape: GridShape, share: float) -> int:
+    """What is planned for a rank of this resolved configuration with everything computed again, and a share of what is
+    planned beyond that when all is kept.
+    """
+    of = (replace(config, recompute=RecomputeConfig(policy=policy)) for policy in ("full", "none"))
+    low, high = (max(plan.peak for plan in _plans(one, shape)) for one in of)
+    return int(low + share * (high - low))
 
 
 def measured_bytes(plan: MemoryPlan, found: Row) -> int:

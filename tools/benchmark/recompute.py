@@ -8,14 +8,19 @@ less imports.
 
     python -m tools.benchmark recompute --model.preset vit_b16 --train.global_batch_size 16 --picture front.png
 
---ours takes values of recompute.policy with semicolons between them, such as 'none; fc1 * 6, norm * 6; full'; --theirs
-some of torch's with commas, or nothing. In a layout that torch's checkpointing
-knows nothing of (tensor, pipeline, context, several micro-batches) ours alone are measured; over data ranks it has DDP.
+--ours takes values of recompute.policy with semicolons between them, such as 'none; fc1 * 6, norm * 6; auto 0.3; full':
+with auto the share of what policy none is planned to take beyond full that the budget leaves; --theirs some of torch's
+with commas, or nothing. In a layout that torch's checkpointing knows nothing of (tensor, pipeline, context, several
+micro-batches) ours alone are measured; over data ranks it has DDP.
+
+Memory is the same whatever else the machine does: --memory FILE keeps what was measured, with the save sets that auto
+has chosen, and --memory-only stops then, so that times can be taken later, when the machine is quiet.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import sys
@@ -31,15 +36,17 @@ from engine.errors import ConfigError
 from engine.recompute.config import RecomputeConfig
 from parallel.process_group import World
 from tools.benchmark.bench import read_config
-from tools.benchmark.front import Point, draw, verdicts
+from tools.benchmark.front import Point, at_every_budget, draw, verdicts
 from tools.benchmark.peer_coordinator import ALLOCATOR, check_plain
 from tools.benchmark.peer_inputs import make_task
 from tools.benchmark.peer_programs import Task
+from tools.benchmark.prediction_errors import budget_between
 from tools.benchmark.recompute_theirs import WAYS
 from tools.benchmark.table import Row, show
 from tools.benchmark.timing import quartiles
 from tools.benchmark.turns import Answer, Program, ProgramFailedError, Running, started
 from tools.options import COUNT, add_json, number
+from tools.places import check_place
 
 WARMUP = 1
 _MIB = 2**20
@@ -47,7 +54,8 @@ _MODULES = {
     "ours": ["tools.benchmark.peer_vitruvius", "engine.recompute.assignment"],
     "theirs": ["tools.benchmark.peer_torch", "tools.benchmark.recompute_theirs"],
 }
-_OURS = ("none", "norm", "fc1", "qkv", "attention", "full")
+_OURS = ("none", "auto 0.8", "auto 0.6", "auto 0.4", "auto 0.25", "auto 0.1", "full")
+_AUTO = "auto "
 
 
 @dataclass
@@ -55,7 +63,8 @@ class Way:
     """One program run in one way.
 
     Attributes:
-        name: in the table; of ours a value of recompute.policy. how: what a process of all ways is told.
+        name: in the table; of ours a value of recompute.policy, or auto with a share. how: what a process of all ways
+            is told; of ours a value of recompute.policy.
         seconds: of its steps, the slowest rank's. losses: of each step.
         activations, above_imports: bytes of the largest rank.
     """
@@ -84,14 +93,18 @@ def main(argv: Sequence[str], world: World) -> None:
     parser.add_argument("--ours", default="", help="values of recompute.policy, with semicolons between them")
     parser.add_argument("--theirs", default=",".join(WAYS), help=f"torch's (default all: {','.join(WAYS)})")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the front of time over memory there, as PNG")
+    parser.add_argument("--memory", type=Path, metavar="FILE", help="keep what is measured of memory, and use it")
+    parser.add_argument("--memory-only", action="store_true", help="measure no time")
     add_json(parser)
     options, flags = parser.parse_known_args(argv)
+    if options.memory is not None:
+        check_place(options.memory)
     if world.size > 1:
         raise ConfigError("recompute starts ranks of its own: run it without a launcher, with --ranks")
     if options.picture is not None:
-        from tools.figures import check_place  # takes half a second
+        from tools import figures  # takes half a second
 
-        check_place(options.picture)
+        figures.check_place(options.picture)
     config = read_config([*flags, "--optimizer.clip_grad", "0"]).resolve(options.ranks)
     check_plain(config)
     ways = [*_ours(options.ours, config), *_theirs(options.theirs, config, options.ranks)]
@@ -99,8 +112,10 @@ def main(argv: Sequence[str], world: World) -> None:
         flags = [*flags, "--optimizer.clip_grad", "0"]
         task = make_task(config, config.grid_shape(options.ranks).data, flags, Path(name))
         try:
-            for way in ways:
-                _measure_memory(way, task, options.ranks, Path(name))
+            _measure_all_memory(ways, config, task, options, Path(name))
+            if options.memory_only:
+                show([_memory_of(way) for way in ways])
+                return
             _measure_time(ways, task, options.ranks, options.rounds, Path(name))
         except ProgramFailedError as error:
             raise ConfigError(str(error)) from error
@@ -112,20 +127,16 @@ def main(argv: Sequence[str], world: World) -> None:
 
 def _ours(text: str, config: Config) -> list[Way]:
     depth = config.model.sizes.depth
-    names = [name.strip() for name in text.split(";")] if text else [*_OURS, *_mixtures(depth)]
+    names = [name.strip() for name in text.split(";")] if text else _OURS
     for name in names:
         try:
-            RecomputeConfig(policy=name).sets(depth)
+            if name.startswith(_AUTO):
+                RecomputeConfig(policy="auto", memory_budget=float(name.removeprefix(_AUTO)))
+            else:
+                RecomputeConfig(policy=name).sets(depth)
         except ValueError as error:
-            raise ConfigError(f"--ours: {error}") from error
+            raise ConfigError(f"--ours {name}: {error}") from error
     return [Way("ours", name, name) for name in names]
-
-
-def _mixtures(depth: int) -> list[str]:
-    """Early blocks, whose tensors live longest, drop more."""
-    pairs = (("norm", "all"), ("fc1", "norm"), ("qkv", "fc1"), ("input", "fc1"), ("input", "norm"))
-    cuts = {round(depth * share) for share in (0.25, 0.5, 0.75)} - {0, depth}
-    return [f"{a} * {cut}, {b} * {depth - cut}" for a, b in pairs for cut in sorted(cuts)]
 
 
 def _theirs(text: str, config: Config, ranks: int) -> list[Way]:
@@ -158,16 +169,62 @@ def _running(programs: Sequence[str], task: Task, ranks: int, folder: Path) -> I
         yield running[0]
 
 
-def _measure_memory(way: Way, task: Task, ranks: int, folder: Path) -> None:
+def _measure_all_memory(
+    ways: Sequence[Way], config: Config, task: Task, options: argparse.Namespace, folder: Path
+) -> None:
+    """Of each way, unless the file of --memory has it."""
+    known = read_memory(options.memory)
+    for way in ways:
+        key = json.dumps([way.program, way.name, options.ranks, task.flags])
+        if key not in known:
+            known[key] = _measure_memory(way, config, task, options.ranks, folder)
+            if options.memory is not None:
+                with options.memory.open("a") as file:
+                    file.write(json.dumps([key, known[key]]) + "\n")
+        way.how, way.activations, way.above_imports = known[key]
+
+
+def read_memory(path: Path | None) -> dict[str, list[Any]]:
+    """How a way is run, bytes of activations, bytes above imports, by what was measured.
+
+    Raises:
+        ConfigError: lines that are none of this.
+    """
+    known = dict[str, list[Any]]()
+    for place, line in enumerate(path.read_text().splitlines() if path is not None and path.exists() else [], 1):
+        try:
+            key, (how, activations, above_imports) = json.loads(line)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{path}: line {place} is no measurement of memory: give another --memory") from error
+        known[key] = [how, activations, above_imports]
+    return known
+
+
+def _measure_memory(way: Way, config: Config, task: Task, ranks: int, folder: Path) -> list[Any]:
     """Two steps as they are, for the peak of the process; then one of which that of the activations is measured."""
-    flags = [*task.flags, f"--recompute.policy={way.name}"] if way.program == "ours" else task.flags
+    flags = [*task.flags, *_own_flags(way, config, ranks)]
     how = None if way.program == "ours" else way.how
     with _running([way.program], replace(task, flags=flags), ranks, folder) as running:
         for step in range(2):
             answers = running.ask(way.message(step, way=how))
-        way.above_imports = max(answer["peak_bytes"] - answer["imports_bytes"] for answer in answers)
+        above_imports = max(answer["peak_bytes"] - answer["imports_bytes"] for answer in answers)
         answers = running.ask(way.message(2, way=how, measure=True))
-        way.activations = max(answer["activation_bytes"] for answer in answers)
+        activations = max(answer["activation_bytes"] for answer in answers)
+    return [", ".join(answers[0]["sets"]) if way.name.startswith(_AUTO) else way.how, activations, above_imports]
+
+
+def _memory_of(way: Way) -> Row:
+    bytes_of = {"activations_MiB": way.activations / _MIB, "above_imports_MiB": way.above_imports / _MIB}
+    return {"program": way.program, "way": way.name, **bytes_of, "save_sets": way.how}
+
+
+def _own_flags(way: Way, config: Config, ranks: int) -> list[str]:
+    if way.program != "ours":
+        return []
+    if not way.name.startswith(_AUTO):
+        return [f"--recompute.policy={way.name}"]
+    budget = budget_between(config, config.grid_shape(ranks), float(way.name.removeprefix(_AUTO)))
+    return ["--recompute.policy=auto", f"--recompute.memory_budget={budget}"]
 
 
 def _measure_time(ways: Sequence[Way], task: Task, ranks: int, rounds: int, folder: Path) -> None:
@@ -210,6 +267,7 @@ def report(ways: Sequence[Way], config: Config, options: argparse.Namespace) -> 
         lost = [name for name, by in found.items() if by is None]
         if found:
             print(f"{measure}: ours dominates {len(found) - len(lost)} of {len(found)}; not {', '.join(lost) or '-'}")
+            print(f"{measure}: {at_every_budget(points, measure)}")
     if points[0].is_ours:
         print(at_half(points))
     if options.picture is not None:
