@@ -5,10 +5,7 @@ holds beside what any rank does: code that was read from disk, threads, scratch 
 model of the same kind and layout takes a step first, and is given up; what is resident then is the ground, and the peak
 above it, as the kernel counts it, is the measurement: the kernel's count is what ends a process that takes too much.
 
-Of the allocator there are two answers. A run keeps what it frees (model.kernels.tune_allocator), in one heap with holes
-that no plan knows of, as a GPU's allocator reserves more than it hands out. So the peak is taken with every tensor in
-pages of its own, which is how glibc is left to itself; then what a run holds with its own allocator. Times are taken in
-another process, which does as a run does from its start.
+Tensors come from the run's own allocator. Times are taken in another process, which does as a run does from its start.
 """
 
 from __future__ import annotations
@@ -40,16 +37,13 @@ _DATA = DataConfig(kind="synthetic", size=8)
 _CPU = torch.device("cpu")
 
 
-PAGES_OF_THEIR_OWN = {"MALLOC_MMAP_THRESHOLD_": "65536"}
-"""For the environment: glibc would raise the threshold as it goes."""
-
-
 def measure_memory(flags: Sequence[str], tiny: Sequence[str]) -> dict[str, Any]:
     """Bytes. Collective.
 
     Args:
         flags: of the configuration. tiny: flags that make it small.
     """
+    prepare_cpu(read_world())
     config, grid = _start(flags)
     _steps(Stepper(assemble(_read([*flags, *tiny]).resolve(grid.world.size), grid, _CPU)), 1)
     ground, shared = _ground(grid), resident_bytes("RssShmem")
@@ -57,16 +51,7 @@ def measure_memory(flags: Sequence[str], tiny: Sequence[str]) -> dict[str, Any]:
     _steps(stepper, 2)
     peak, shared = resident_bytes("VmHWM"), resident_bytes("RssShmem") - shared
     tensors = _live_tensors(stepper)
-    prepare_cpu(read_world())
-    _ground(grid)
-    _steps(stepper, 2)
-    return {
-        "peak_bytes": peak - ground,
-        "shared_bytes": shared,
-        "heap_bytes": resident_bytes("VmHWM") - ground,
-        "tensor_bytes": tensors,
-        **_chosen(config),
-    }
+    return {"peak_bytes": peak - ground, "shared_bytes": shared, "tensor_bytes": tensors, **_chosen(config)}
 
 
 def measure_time(flags: Sequence[str], steps: int) -> dict[str, Any]:

@@ -28,7 +28,6 @@ from engine.run.provenance import commit
 from parallel.process_group import World
 from tools.benchmark.draws import Draw, draw, named, rival
 from tools.benchmark.prediction_errors import about, budget_of, row, summary
-from tools.benchmark.prediction_ranks import PAGES_OF_THEIR_OWN
 from tools.benchmark.table import Row, show, show_markdown
 from tools.benchmark.turns import Program, ProgramFailedError, started
 from tools.options import COUNT, number
@@ -144,7 +143,7 @@ def measure(one: Draw, steps: int | None) -> list[Row]:
         ranks=one.ranks,
         threads=1,  # as tools.plan --measure has it on a CPU
         task={"flags": [*one.flags, *budget], **({"tiny": one.tiny_flags} if steps is None else {"steps": steps})},
-        environment=PAGES_OF_THEIR_OWN if steps is None else {},
+        environment={},
     )
     with tempfile.TemporaryDirectory(prefix="predictions-") as folder, started([program], Path(folder)) as running:
         return running[0].ask({})
