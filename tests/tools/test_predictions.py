@@ -53,23 +53,25 @@ def test_rivals_differ_in_layout_alone() -> None:
     assert len({str(one.keys) for one in rivals}) == 4
 
 
-def measured(peak: int, shared: int = 0, policy: str = "norm") -> dict[str, Row]:
-    of_rank = {
-        "peak_bytes": peak, "shared_bytes": shared, "tensor_bytes": 1, "policy": policy,
-        "ahead": "never",
-    }  # fmt: skip
-    times = {"seconds": [3.0, 1.0, 2.0], "cpu_seconds": [1.0], "policy": policy, "ahead": "never"}
+def measured(peak: int, shared: int = 0, policy: str = "norm", counts: list[int] | None = None) -> dict[str, Row]:
+    chosen = {"policy": policy, "ahead": "never", "layers_per_stage": counts}
+    of_rank = {"peak_bytes": peak, "shared_bytes": shared, "tensor_bytes": 1, **chosen}
+    times = {"seconds": [3.0, 1.0, 2.0], "cpu_seconds": [1.0], **chosen}
     return {
         "memory": {"ranks": [of_rank, {**of_rank, "peak_bytes": peak // 2}]},
         "time": {"ranks": [times, {**times, "seconds": [1.0]}]},
     }
 
 
-def test_of_all_ranks_the_worst_counts_with_the_save_sets_of_the_run() -> None:
+def test_of_all_ranks_the_worst_counts_with_what_the_run_has_chosen() -> None:
     config = replace(TINY, keys={**TINY.keys, "recompute.policy": "full"}).config.resolve(2)
-    config = replace(config, recompute=replace(config.recompute, ahead="never"))
+    config = replace(
+        config,
+        recompute=replace(config.recompute, ahead="never"),
+        parallel=replace(config.parallel, layers_per_stage=(2, 4)),
+    )
     plans = [plan_memory(config, config.grid_shape(2), rank, 2**34, on_cpu=True) for rank in range(2)]
-    found = row(TINY, measured(plans[0].peak + 2**20, 2**20, "full"), CLUSTER)
+    found = row(TINY, measured(plans[0].peak + 2**20, 2**20, "full", [2, 4]), CLUSTER)
     assert found["rank"] == 1 and found["measured_seconds"] == 2.0
     assert found["memory_error_percent"] == pytest.approx(100 * (plans[1].peak / (plans[0].peak // 2 - 2**19) - 1))
     assert found["predicted_seconds"] == predict_step(config, config.grid_shape(2), CLUSTER).seconds

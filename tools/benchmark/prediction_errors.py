@@ -48,11 +48,13 @@ def about(one: Draw) -> Row:
 
 
 def _as_run(one: Draw, line: Row) -> tuple[Config, GridShape]:
-    """The configuration, with the save sets that the run had."""
+    """The configuration, with the save sets that the run had, and its cut into stages."""
     config, found = one.config.resolve(one.ranks), line["ranks"][0]
     policy = found["policy"] if isinstance(found["policy"], str) else tuple(found["policy"])
     recompute = replace(config.recompute, policy=policy, memory_budget="auto", ahead=found["ahead"])
-    return replace(config, recompute=recompute), config.grid_shape(one.ranks)
+    counts = found["layers_per_stage"] and tuple(found["layers_per_stage"])
+    parallel = replace(config.parallel, layers_per_stage=counts)
+    return replace(config, recompute=recompute, parallel=parallel), config.grid_shape(one.ranks)
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------

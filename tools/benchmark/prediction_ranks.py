@@ -78,9 +78,13 @@ def _start(flags: Sequence[str]) -> tuple[Config, Grid]:
 
 
 def _chosen(config: Config) -> dict[str, Any]:
-    """The save sets of the run, and whether it recomputes ahead: what policy auto has found."""
-    policy = config.recompute.policy
-    return {"policy": policy if isinstance(policy, str) else list(policy), "ahead": config.recompute.ahead}
+    """What policy auto has found: the save sets of the run, whether it recomputes ahead, its cut into stages."""
+    policy, counts = config.recompute.policy, config.parallel.layers_per_stage
+    return {
+        "policy": policy if isinstance(policy, str) else list(policy),
+        "ahead": config.recompute.ahead,
+        "layers_per_stage": counts and list(counts),
+    }
 
 
 def _ground(grid: Grid) -> int:
