@@ -207,10 +207,13 @@ def _measure_memory(way: Way, config: Config, task: Task, ranks: int, folder: Pa
     with _running([way.program], replace(task, flags=flags), ranks, folder) as running:
         for step in range(2):
             answers = running.ask(way.message(step, way=how))
-        above_imports = max(answer["peak_bytes"] - answer["imports_bytes"] for answer in answers)
+        above_imports, sets = (
+            max(answer["peak_bytes"] - answer["imports_bytes"] for answer in answers),
+            answers[0]["sets"],
+        )
         answers = running.ask(way.message(2, way=how, measure=True))
         activations = max(answer["activation_bytes"] for answer in answers)
-    return [", ".join(answers[0]["sets"]) if way.name.startswith(_AUTO) else way.how, activations, above_imports]
+    return [", ".join(sets) if way.name.startswith(_AUTO) else way.how, activations, above_imports]
 
 
 def _memory_of(way: Way) -> Row:
