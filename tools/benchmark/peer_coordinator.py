@@ -213,10 +213,14 @@ def take_turns(running: Sequence[Running], rounds: int) -> dict[str, Record]:
     return records
 
 
-def _peak(options: Options, config: Config, folder: Path, name: str, task: Task) -> int:
+def _peak(
+    options: Options, config: Config, folder: Path, name: str, task: Task, *, system_malloc: bool | None = None
+) -> int:
     """Bytes above imports that the largest rank of a program takes in a few steps, on its own."""
     against = [] if name == "vitruvius" else [name]
-    with started(_programs(replace(options, against=against), config, task)[-1:], folder) as running:
+    malloc = options.system_malloc if system_malloc is None else system_malloc
+    options = replace(options, against=against, system_malloc=malloc)
+    with started(_programs(options, config, task)[-1:], folder) as running:
         return take_turns(running, 1)[name].above_imports
 
 
