@@ -11,8 +11,6 @@ import gc
 from contextlib import suppress
 from pathlib import Path
 
-from model import kernels
-
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _TO_NOW = "5"  # what clear_refs takes to set the mark of the most to what is resident now
 
@@ -34,6 +32,8 @@ def forget_peak() -> int:
 
 def give_back() -> int:
     """Return free memory to the kernel, and forget the most there ever was; returns what is resident now."""
+    from model import kernels  # here, since programs without this engine's libraries count what is resident, too
+
     gc.collect()
     kernels.give_back()
     _CLEAR.write_text(_TO_NOW)
