@@ -121,6 +121,7 @@ def test_other_models_are_refused(change: dict[str, object]) -> None:
         (["--against", "fsdp3"], World(), "fsdp3.*" + ".*".join(PEERS)),
         (["--against", "fsdp2"], World(rank=0, size=2, local_rank=0, local_size=2), "without a launcher"),
         (["--against", "fsdp2", "--rounds", "1"], World(), "at least 2"),
+        (["--against", "fsdp2", "--memory-only"], World(), "--memory-limit"),
         (["--against", "fsdp2", "--parallel.pipeline_parallel_size", "2", *FLAGS], World(), "data parallelism"),
         (["--against", "torch_pipeline", *FLAGS], World(), "--parallel.pipeline_parallel_size 2"),
         (["--against", "torch_pipeline,fsdp2", *PIPELINE, *FLAGS], World(), "alone"),
@@ -141,6 +142,12 @@ def test_a_program_that_ends_says_why(tmp_path: Path) -> None:
     )  # fmt: skip
     with pytest.raises(ProgramFailedError, match=r"broken: rank \d ended with code [12]"), started([program], tmp_path):
         raise AssertionError("it cannot have started")
+
+
+def test_programs_of_other_environments_count_memory_without_our_libraries() -> None:
+    code = "import sys, tools.benchmark.resident as r; r.resident_bytes(); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout.split()
+    assert not {"torch", "model"} & set(loaded)
 
 
 def test_a_program_over_the_limit_does_not_count(capsys: pytest.CaptureFixture[str]) -> None:
@@ -172,6 +179,8 @@ def test_the_limit_and_the_budget_that_keeps_it() -> None:
     assert limit == 150 * 2**20
     assert fitted.flags[:3] == ["--recompute.policy", "auto", "--recompute.memory_budget"]
     assert 0.8 * limit < peak("vitruvius", fitted) <= limit
+    again = peer_limit.found(limit, fitted)
+    assert again[:2] == ["--memory-limit", str(limit)] and again[2:] == fitted.flags
     by_hand = replace(task, flags=["--recompute.policy", "full"])
     assert peer_limit.apply("1GiB", by_hand, peak) == (2**30, by_hand)
     for wanted, why in (("much", "no amount"), ("10MiB", "every budget")):

@@ -80,7 +80,8 @@ class Options:
         against: of PEERS. ranks: of each program but `eager`. peers_python: interpreter of the environment of `make
             peers`. system_malloc: whether the peers go without the allocator settings of this engine, which make steps
             faster and hand back less memory. json: a file for the rows. memory_limit: bytes above imports that each
-            rank may take; `auto` for one that FSDP2 keeps by computing blocks again alone.
+            rank may take; `auto` for one that FSDP2 keeps by computing blocks again alone. memory_only: whether to find
+            that alone, and the budget by which this engine keeps it.
     """
 
     against: Sequence[str]
@@ -90,6 +91,7 @@ class Options:
     system_malloc: bool = False
     json: str | None = None
     memory_limit: str | None = None
+    memory_only: bool = False
 
 
 @dataclass
@@ -157,6 +159,9 @@ def compare(options: Options, flags: Sequence[str]) -> None:
         try:
             if options.memory_limit is not None:
                 limit, task = peer_limit.apply(options.memory_limit, task, partial(_peak, options, config, Path(name)))
+                if options.memory_only:
+                    print("at this limit:", *peer_limit.found(limit, task))
+                    return
             programs = _programs(options, config, task)
             with started(programs, Path(name)) as running:
                 records = take_turns(running, options.rounds)

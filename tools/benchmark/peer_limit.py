@@ -35,6 +35,12 @@ def apply(wanted: str, task: Task, peak: Peak) -> tuple[int, Task]:
     return limit, _fitted(task, peak, limit) if task.flags != with_policy(task.flags) else task
 
 
+def found(limit: int, task: Task) -> list[str]:
+    """Options by which the same limit and budget are taken again without being looked for."""
+    own = task.flags[task.flags.index("--recompute.policy") :] if "--recompute.policy" in task.flags else []
+    return ["--memory-limit", str(limit), *own]
+
+
 def with_policy(flags: Sequence[str], budget: int | str = "auto") -> list[str]:
     """The engine's flags, with the policy that chooses by a budget, unless they name one."""
     if any(flag.startswith("--recompute.policy") for flag in flags):

@@ -19,6 +19,8 @@ this starts itself:
 The same at one limit of memory, where they must compute activations again:
     python -m tools.benchmark peers --against fsdp2_recompute,deepspeed_recompute --memory-limit auto \
         --model.preset vit_s16 --train.global_batch_size 32
+where --memory-only stops when limit and budget are found, which other work on the machine does not change, and prints
+the options that take them again.
 A pipeline against torch.distributed.pipelining's of the same stages and schedule (1f1b, interleaved or zb_v):
     python -m tools.benchmark peers --against torch_pipeline --model.preset vit_s16 --train.global_batch_size 16 \
         --train.micro_batch_size 2 --parallel.pipeline_parallel_size 2 --parallel.schedule interleaved
@@ -83,6 +85,9 @@ def main(argv: Sequence[str], world: World) -> None:
         help="bytes that a rank may take above imports (800MiB, 2GB); auto: between what FSDP2 takes with its blocks "
         "computed again and without. Ours computes again what it must, unless --recompute.policy says what",
     )
+    parser.add_argument(
+        "--memory-only", action="store_true", help="with --memory-limit: find limit and budget, and measure no time"
+    )
     add_json(parser)
     options, flags = parser.parse_known_args(argv)
     if options.against not in ("torch", "reference"):
@@ -131,11 +136,13 @@ def _in_own_processes(options: argparse.Namespace, flags: Sequence[str], world: 
         )
     if world.size > 1:
         raise ConfigError(f"--against {options.against} starts ranks of its own: run it without a launcher")
+    if options.memory_only and options.memory_limit is None:
+        raise ConfigError("--memory-only finds what keeps a limit: give --memory-limit, too")
     if options.rounds < 2:
         raise ConfigError(f"--rounds {options.rounds}: give at least 2")
     own = {
         name: getattr(options, name)
-        for name in ("ranks", "rounds", "peers_python", "system_malloc", "json", "memory_limit")
+        for name in ("ranks", "rounds", "peers_python", "system_malloc", "json", "memory_limit", "memory_only")
     }
     compare(Options(against=against, **own), flags)
 
