@@ -7,7 +7,7 @@ as summed over data x context, though those of norms are summed over tensor rank
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.assemble import sharding_policy
 from engine.clusters import Cluster
@@ -49,12 +49,17 @@ class Traffic:
         return Traffic(
             config=config,
             cluster=cluster,
-            policy=sharding_policy(config, cluster.memory.gb * 1e9, on_cpu=cluster.device_type == "cpu"),
+            policy=_policy(config, cluster),
             ranks=grid.along("data", "context").ranks,
             world=grid.world.ranks,
             numbers={name: numbers * trains[name] for name, (numbers, _) in sizes.items()},
             nbytes={name: nbytes for name, (_, nbytes) in sizes.items()},
         )
+
+    def on(self, config: Config, grid: Grid) -> Traffic:
+        """Of the same layers on a grid with as many tensor ranks."""
+        ranks, world = grid.along("data", "context").ranks, grid.world.ranks
+        return replace(self, config=config, policy=_policy(config, self.cluster), ranks=ranks, world=world)
 
     # -- of a layer ---------------------------------------------------------------------------------------------------
 
@@ -140,3 +145,7 @@ class Traffic:
 
     def _pass(self, nbytes: int) -> float:
         return self.cluster.over_memory("plain", nbytes, "fp32") if nbytes else 0.0
+
+
+def _policy(config: Config, cluster: Cluster) -> ShardingPolicy:
+    return sharding_policy(config, cluster.memory.gb * 1e9, on_cpu=cluster.device_type == "cpu")

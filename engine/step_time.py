@@ -26,7 +26,9 @@ from engine.frozen import Frozen, frozen_of
 from engine.objectives import Objective, make_objective
 from engine.precision.precision import precision_of
 from engine.prediction import splits, stage_times
+from engine.recompute.ahead import flops_again, recompute_schedule
 from engine.recompute.assignment import assignment
+from engine.recompute.save_sets import save_set
 from engine.recompute.timing import META, LayerTimes, Timing
 from model import Build, LayerSpec, MicroBatch
 from model.kernels import Kernels
@@ -76,12 +78,11 @@ def predict_step(
     """
     model = StepModel.of(config, shape, cluster, times)
     schedule = config.pipeline(shape).schedule(config.num_micro_batches(shape))
-    if placement is None:
-        placement = placement_of(config, model.layers, model.frozen.passes, schedule)
+    placement = placement or model.placement(schedule)
     if sets is None:
         given = assignment(config.recompute, model.layers, model.frozen.passes)
         sets = {name: of.name for name, of in given.items()}
-    return model.step(schedule, placement, sets)
+    return model.step(model.ahead(schedule, placement, sets), placement, sets)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,10 +125,27 @@ class StepModel:
             traffic=Traffic.of(config, cluster, grid, timing, frozen),
         )
 
+    def on(self, config: Config, shape: GridShape) -> StepModel:
+        """The same layers in another layout whose tensor and context ranks, micro-batch and formats are the same."""
+        grid = planned_grid(shape, 0)
+        return replace(self, config=config, grid=grid, traffic=self.traffic.on(config, grid))
+
+    def placement(self, schedule: Schedule) -> Placement:
+        """As a run cuts the layers."""
+        return placement_of(self.config, self.layers, self.frozen.passes, schedule)
+
+    def ahead(self, schedule: Schedule, placement: Placement, sets: Mapping[str, str]) -> Schedule:
+        """The schedule as a run goes by it, which computes again while it would wait (R)."""
+        if self.config.recompute.ahead == "never" or schedule.num_ranks == 1:
+            return schedule
+        again = flops_again(self.layers, {name: save_set(of) for name, of in sets.items()}, self.config.model)
+        policy = self.config.parallel.schedule_policy
+        return recompute_schedule(schedule, placement, self.layers, self.frozen.passes, again, policy)
+
     def step(self, schedule: Schedule, placement: Placement, sets: Mapping[str, str]) -> StepTime:
         """With this schedule, the layers of each stage, and the names of their save sets."""
         split = splits(schedule)
-        stages = [self._stage(number, placement, sets, split=split) for number in range(schedule.num_stages)]
+        stages = [self.stage(number, placement, sets, split=split) for number in range(schedule.num_stages)]
         ranks = range(schedule.num_ranks)
         held = [[self.layers[i].name for s in placement.on(r) for i in placement.layers[s]] for r in ranks]
         last = [
@@ -165,7 +183,7 @@ class StepModel:
     def _policy(self, schedule: Schedule) -> Policy:
         return self.config.parallel.schedule_policy if schedule.num_ranks > 1 else "static"
 
-    def _stage(
+    def stage(
         self, number: int, placement: Placement, sets: Mapping[str, str], *, split: bool
     ) -> dict[str, dict[str, float]]:
         """Of one micro-batch, by what: its forward, its backward (the first half, where it is split), the weights'

@@ -52,10 +52,12 @@ class GridShape:
 
     def ranks_along(self, names: tuple[str, ...], rank: int) -> tuple[int, ...]:
         """The ranks that differ from `rank` only along `names`, in grid order."""
-        own = self.coordinates(rank)
-        fixed = [name for name in AXES if name not in names]
-        others = ((r, self.coordinates(r)) for r in range(self.world_size))
-        return tuple(r for r, place in others if all(place[name] == own[name] for name in fixed))
+        own, stride, found = self.coordinates(rank), 1, [0]
+        for name, size in reversed(list(zip(AXES, self.sizes, strict=True))):
+            places = range(size) if name in names else (own[name],)
+            found = [place * stride + other for place in places for other in found]
+            stride *= size
+        return tuple(found)
 
 
 def shape_for_world(world_size: int, *, tensor: int, pipeline: int, context: int = 1) -> GridShape:
