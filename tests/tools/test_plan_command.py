@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from engine.errors import EXIT_USAGE
-from tools import plan
+from tools.plan import command
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ from tools import plan
 )
 def test_options_out_of_range(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        plan.main(argv)
+        command.main(argv)
     assert caught.value.code == EXIT_USAGE and says in capsys.readouterr().err
 
 

@@ -1,5 +1,5 @@
-"""`python -m tools.plan`: memory of a layout (memory.py), with --measure a cluster file (measure.py), with --anchors
-the time model beside published figures (anchors.py).
+"""`python -m tools.plan`: the best layouts on a machine, or memory of one (command.py), with --measure a cluster file
+(measure.py), with --anchors the time model beside published figures (anchors.py).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 from engine.errors import EXIT_DONE, EXIT_USAGE, ConfigError
 from engine.run.launch import run_rank
 from tools.benchmark.table import show
-from tools.plan import anchors, main, measure
+from tools.plan import anchors, command, measure
 
 
 def run(argv: list[str]) -> int:
@@ -26,7 +26,7 @@ def run(argv: list[str]) -> int:
         show(anchors.rows())
         return EXIT_DONE
     try:
-        main(argv)
+        command.main(argv)
     except ConfigError as error:
         print(f"tools.plan: error: {error}", file=sys.stderr)
         return EXIT_USAGE

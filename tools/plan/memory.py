@@ -1,54 +1,25 @@
-"""`python -m tools.plan --config configs/vit_22b.yaml --ranks 64 --gpu-memory 80`: memory per rank, before any GPU;
-`python -m tools.plan --measure --out FILE`: a cluster file of this machine (--measure --help);
-`python -m tools.plan --anchors`: the time model beside published figures.
+"""Memory of one layout at ZeRO stages, planned on the meta device by the code that allocates.
 
-Every ZeRO stage in turn (or those of --stages) for the layout of the configuration, planned on the meta device by the
-code that allocates. The table shows the pipeline rank that needs most, and the bubble that the simulator predicts
-(times by FLOPs, messages free). Options that are not the planner's own are those of pretrain_vit.py.
+A row shows the pipeline rank that needs most, and the bubble that the simulator predicts (times by FLOPs, messages
+free).
 """
 
 from __future__ import annotations
 
-import argparse
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 from engine.config import Config
-from engine.config.cli import parse
 from engine.plan import MemoryPlan, plan_memory
 from engine.recompute_choice import by_flops, choose, passes_by_flops
-from tools.benchmark.table import Row, show
+from tools.benchmark.table import Row
 
 _GB = 1e9
 
 
-def main(argv: Sequence[str]) -> None:
-    """Plan and print."""
-    parser = argparse.ArgumentParser(prog="tools.plan", description=__doc__)
-    parser.add_argument("--ranks", type=_ranks, required=True, help="world size to plan for")
-    parser.add_argument("--gpu-memory", type=_gigabytes, default=80.0, help="GB of each device (default 80)")
-    parser.add_argument("--stages", type=int, nargs="+", choices=range(4), default=range(4), help="ZeRO (default: all)")
-    parser.add_argument("--json", help="also write the rows to this file")
-    options, flags = parser.parse_known_args(argv)
-    config, _ = parse(["--data.kind", "synthetic", "--data.path", "null", *flags], "tools.plan")
-    rows = [row(at_stage(config, stage), options.ranks, options.gpu_memory) for stage in options.stages]
-    show(rows, options.json)
-
-
-def _ranks(text: str) -> int:
-    if not (text.isdecimal() and 1 <= len(text) <= 7 and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"is {text}: it must be a number of ranks from 1 to 9999999")
-    return int(text)
-
-
-def _gigabytes(text: str) -> float:
-    try:
-        if math.isfinite(size := float(text)) and size > 0:
-            return size
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"is {text}: it must be a positive number of GB")
+def rows(config: Config, ranks: int, memory: float, stages: Sequence[int]) -> list[Row]:
+    """One for each ZeRO stage, on devices of `memory` GB."""
+    return [row(at_stage(config, stage), ranks, memory) for stage in stages]
 
 
 def at_stage(config: Config, stage: int) -> Config:

@@ -1,0 +1,125 @@
+"""The search for layouts: against every layout of small spaces, what it writes, and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.clusters import Cluster, read_cluster
+from engine.config import Config, PrecisionConfig, TrainConfig
+from engine.config.cli import parse
+from engine.errors import ConfigError
+from model import ModelConfig
+from tools.plan import command
+from tools.plan.evaluate import Evaluator, Misfit, Prediction
+from tools.plan.layouts import Layout, Space, read_layout
+from tools.plan.search import Search
+
+ROOT = Path(__file__).parents[2]
+H100 = read_cluster(str(ROOT / "configs" / "clusters" / "h100_64.yaml"))
+SMALL = Config(
+    model=ModelConfig(
+        width=256, depth=4, num_heads=2, mlp_dim=1024, image_size=64, patch_size=8, num_classes=16, block="parallel"
+    ),
+    train=TrainConfig(steps=1, global_batch_size=16),
+    precision=PrecisionConfig(dtype="bf16"),
+)
+
+
+def of_gigabytes(gb: float) -> Cluster:
+    return replace(H100, memory=replace(H100.memory, gb=gb)).of_ranks(2)
+
+
+def every(space: Space) -> list[Layout]:
+    return [
+        Layout(
+            tensor=key.tensor, sequence=key.sequence, context=key.context, pipeline=p, schedule=schedule,
+            virtual=virtual, data=d, zero=zero, micro_batch=size,
+        )
+        for key in space.families()
+        for p, d in space.pipelines(key)
+        for size in space.micro_batches(key, d)
+        for schedule, virtual in space.schedules(p)
+        for zero in space.zeros(key, d)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("gigabytes", "only"), [(80.0, {"micro_batch": 4}), (0.105, {"micro_batch": 4})])
+def test_no_layout_is_quicker_than_the_first(gigabytes: float, only: Mapping[str, Any]) -> None:
+    """Of every arrangement of ranks the best is found, in order; and no bound is above what it is a bound of."""
+    space, evaluator = Space(config=SMALL, ranks=2, only=only), Evaluator(SMALL, of_gigabytes(gigabytes), 2)
+    best = dict[tuple[int, ...], Prediction]()
+    sizes = set[bool]()
+    for layout in every(space):
+        again = evaluator.least_again(layout, evaluator.budget, closely=True)
+        exact = evaluator.exactly(layout)
+        sizes.add(isinstance(exact, Misfit))
+        if isinstance(exact, Misfit):
+            assert not isinstance(again, Misfit) or again.least <= exact.least
+            continue
+        assert not isinstance(again, Misfit), (layout, again)
+        for bound in (again, evaluator.least(layout), evaluator.least_busy(layout)):
+            assert bound <= exact.seconds * (1 + 1e-9), layout
+        if layout.grid not in best or exact.seconds < best[layout.grid].seconds:
+            best[layout.grid] = exact
+    assert sizes == {False} if gigabytes == 80.0 else {False, True}
+    found = Search(space, evaluator).best(99)
+    assert found.looked_at == len(every(space))
+    assert [p.seconds for p in found.best] == pytest.approx(sorted(p.seconds for p in best.values()))
+    counts = found.counts
+    assert counts["slower"] + counts["too large"] + counts["planned"] + counts["misfits"] == found.looked_at
+
+
+def test_what_is_written_runs_the_same_plan(tmp_path: Path) -> None:
+    files = [str(tmp_path / name) for name in ("given.yaml", "plan.yaml", "plan.json")]
+    Path(files[0]).write_text(SMALL.to_yaml())
+    cluster = str(ROOT / "configs" / "clusters" / "h100_64.yaml")
+    command.main(
+        ["--config", files[0], "--cluster", cluster, "--ranks", "2", "--only", "pipeline=2,schedule=1f1b,micro_batch=2",
+         "--out", files[1], "--json", files[2]]
+    )  # fmt: skip
+    config, _ = parse(["--config", files[1]])
+    assert config.parallel.pipeline_parallel_size == 2 and config.train.micro_batch_size == 2
+    assert config.resolve(2).recompute.sets(4)
+    layout = read_layout("pipeline=2", config, 2, "--explain")
+    again = Evaluator(config, H100.of_ranks(2), 2).exactly(layout)
+    assert isinstance(again, Prediction)
+    assert f'"step_s": {again.seconds}' in Path(files[2]).read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--explain", "tensr=2"], "unknown name 'tensr': did you mean tensor?"),
+        (["--explain", "tensor=two"], "tensor is 'two': it must be a positive integer"),
+        (["--explain", "tensor=2,zero=4"], "zero is 4: it must be 0, 1, 2 or 3"),
+        (["--explain", "schedule=2f2b"], "schedule is '2f2b': choose one of gpipe, 1f1b"),
+        (["--explain", "tensor=3"], "is 0 ranks, but there are 2"),
+        (["--explain", "tensor=2,tensor=1"], "tensor is given twice"),
+        (["--explain", "pipeline=2,micro_batch=3"], "use a global batch of"),
+        (["--explain", "tensor=2,schedule=zb_v,virtual=4"], "zb_v holds 2 stages per rank"),
+        (["--only", "data=2", "--train.global_batch_size", "15"], "global_batch_size 15 can be dealt"),
+        (["--only", "pipeline=2,micro_batch=5"], "no layout with pipeline=2,micro_batch=5"),
+        (["--gpu-memory", "80"], "--gpu-memory has no effect with --cluster"),
+        (["--model.width", "16384", "--model.depth", "16", "--model.mlp_dim", "65536", "--only", "micro_batch=1"],
+         "no layout fits on 2 ranks"),
+        (["--out", "nowhere/plan.yaml"], "there is no folder nowhere"),
+    ],
+)  # fmt: skip
+def test_mistakes(options: list[str], says: str, tmp_path: Path) -> None:
+    given = tmp_path / "given.yaml"
+    given.write_text(SMALL.to_yaml())
+    cluster = str(ROOT / "configs" / "clusters" / "h100_64.yaml")
+    with pytest.raises(ConfigError) as caught:
+        command.main(["--config", str(given), "--cluster", cluster, "--ranks", "2", *options])
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("options", [["--ranks", "1", "--explain", "tensor=1"], []])
+def test_a_machine_is_asked_for(options: list[str]) -> None:
+    with pytest.raises(ConfigError, match="give --cluster"):
+        command.main(options)

@@ -1,0 +1,236 @@
+"""python -m tools.plan --config FILE --cluster FILE [--ranks N]       the best layouts of a configuration on a machine
+python -m tools.plan --config FILE --cluster FILE --explain LAYOUT  one layout: where its time and memory go
+python -m tools.plan --config FILE --ranks N [--gpu-memory GB]      memory at each ZeRO stage, without a machine
+python -m tools.plan --measure --out FILE                           a cluster file of this machine (--measure --help)
+python -m tools.plan --anchors                                      the time model beside published figures
+
+A layout is written tensor=8,pipeline=4,schedule=1f1b,zero=1,micro_batch=2; there are also sequence=on|off, context,
+virtual and data; what it leaves out is as in the configuration. Options that are not the planner's own are those of
+pretrain_vit.py. The batch is that of the configuration (--train.global_batch_size). docs/planning.md tells more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import yaml
+
+from engine.clusters import read_cluster
+from engine.config import Config
+from engine.config.cli import parse
+from engine.errors import ConfigError
+from tools.benchmark.table import show
+from tools.places import check_place
+from tools.plan import memory, words
+from tools.plan.evaluate import Evaluator, Misfit, Prediction
+from tools.plan.layouts import Space, read_layout, read_values
+from tools.plan.search import Found, Search
+
+_GB = 1e9
+_CLUSTER = "configs/clusters/h100_64.yaml"
+_ANY_DATA = ["--data.kind", "synthetic", "--data.path", "null"]
+
+
+def main(argv: Sequence[str]) -> None:
+    """Plan and print.
+
+    Raises:
+        ConfigError: what is asked for cannot be.
+    """
+    options, flags = _parser().parse_known_args(argv)
+    given = [*(part for file in options.config for part in ("--config", file)), *flags]
+    if options.cluster is None:
+        alone = {f"--{name}": getattr(options, name) for name in ("explain", "only", "out", "picture", "best")}
+        if idle := [name for name, given in alone.items() if given is not None]:
+            raise ConfigError(f"{idle[0]} is for the search, which needs a machine: give --cluster, such as {_CLUSTER}")
+        if options.ranks is None:
+            raise ConfigError(
+                f"give --cluster FILE (such as {_CLUSTER}) to search for layouts, or --ranks N for the memory of "
+                "this one"
+            )
+        config, _ = parse([*_ANY_DATA, *given], "tools.plan")
+        rows = memory.rows(config, options.ranks, options.gpu_memory or 80.0, options.stages or range(4))
+        show(rows, options.json)
+        return
+    for name in ("gpu_memory", "stages"):
+        if getattr(options, name) is not None:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} has no effect with --cluster, which says how much memory there is, and "
+                "whose search tries all ZeRO stages: leave it out (--only zero=1 for one)"
+            )
+    _search(options, given)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tools.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", action="append", default=[], help="of the run, as of pretrain_vit.py"
+    )
+    parser.add_argument("--ranks", type=_ranks, help="world size to plan for (default: the machine's devices)")
+    parser.add_argument("--json", metavar="FILE", help="also write the rows to this file")
+    search = parser.add_argument_group("search for layouts")
+    search.add_argument("--cluster", metavar="FILE", help=f"the machine, such as {_CLUSTER}")
+    search.add_argument("--explain", metavar="LAYOUT", help="tell of this layout alone")
+    search.add_argument("--only", metavar="LAYOUT", help="look at layouts alone that have these values")
+    search.add_argument("--best", type=_ranks, metavar="N", help="arrangements of ranks to show (default 5)")
+    search.add_argument("--out", metavar="FILE", help="write the configuration that runs the best (or explained) one")
+    search.add_argument("--picture", metavar="FILE.png", help="draw the least step time over memory")
+    alone = parser.add_argument_group("memory without a machine")
+    alone.add_argument("--gpu-memory", type=_gigabytes, help="GB of each device (default 80)")
+    alone.add_argument("--stages", type=int, nargs="+", choices=range(4), help="ZeRO (default: all)")
+    return parser
+
+
+def _ranks(text: str) -> int:
+    if not (text.isdecimal() and 1 <= len(text) <= 7 and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"is {text}: it must be a number of ranks from 1 to 9999999")
+    return int(text)
+
+
+def _gigabytes(text: str) -> float:
+    try:
+        if math.isfinite(size := float(text)) and size > 0:
+            return size
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"is {text}: it must be a positive number of GB")
+
+
+def _search(options: argparse.Namespace, given: Sequence[str]) -> None:
+    for file in (options.out, options.json):
+        if file is not None:
+            check_place(Path(file))
+    config, _ = parse([*_ANY_DATA, *given], "tools.plan")
+    cluster = read_cluster(options.cluster)
+    ranks = options.ranks or cluster.devices
+    evaluator = Evaluator(config, cluster.of_ranks(ranks), ranks)
+    print(f"{ranks} ranks of {cluster.name}, {config.train.global_batch_size} images per step, {_room(evaluator)}")
+    if options.explain is not None:
+        found: Sequence[Prediction] = [_explained(options.explain, config, evaluator)]
+    else:
+        found = _found(options, config, evaluator)
+    if options.json:
+        show_json(found, options.json)
+    if options.out:
+        write(found[0], given, Path(options.out), options.cluster)
+        print(f"{options.out} runs {'it' if options.explain else 'the first'} on {ranks} ranks")
+
+
+def _room(evaluator: Evaluator) -> str:
+    return f"{evaluator.budget / _GB:.1f} of {evaluator.cluster.memory.gb:g} GB for each"
+
+
+def show_json(found: Sequence[Prediction], file: str) -> None:
+    """Write the rows, with all parts."""
+    Path(file).write_text(json.dumps(words.as_json(found), indent=1) + "\n")
+
+
+def _explained(text: str, config: Config, evaluator: Evaluator) -> Prediction:
+    layout = read_layout(text, config, evaluator.ranks, "--explain")
+    found = evaluator.exactly(layout)
+    if isinstance(found, Misfit):
+        raise ConfigError(_too_large(found, evaluator))
+    show(words.rows([found]))
+    print("\nWhere the time of a step goes:")
+    print(*words.where_time_goes(found), sep="\n")
+    print(f"  save sets: {words.pattern(found)}")
+    return found
+
+
+def _too_large(found: Misfit, evaluator: Evaluator) -> str:
+    keys = [f"train.micro_batch_size below {found.layout.micro_batch}"] * (found.layout.micro_batch > 1)
+    keys += ["a higher parallel.zero_stage"] * (found.layout.zero < 3)
+    cure = ", ".join([*keys, "more tensor or pipeline ranks"])
+    return (
+        f"{found.layout} does not fit: with everything computed again a rank takes {found.least / _GB:.1f} GB at "
+        f"least, and may take {_room(evaluator)}: use {cure}"
+    )
+
+
+def _found(options: argparse.Namespace, config: Config, evaluator: Evaluator) -> Sequence[Prediction]:
+    began = time.perf_counter()
+    only = {} if options.only is None else read_values(options.only, "--only")
+    space = Space(config=config, ranks=evaluator.ranks, only=only)
+    _check(space, options.only)
+    found = Search(space, evaluator).best(options.best or 5)
+    if not found.best:
+        raise ConfigError(_none_fits(found, evaluator))
+    show(words.rows(found.best))
+    first = found.best[0]
+    print(f"\nWhere the time of a step goes, of {first.layout}:")
+    print(*words.where_time_goes(first), sep="\n")
+    print(f"  save sets: {words.pattern(first)}")
+    if len(found.best) > 1:
+        print("\nWhy others lose (the best of each arrangement of ranks):")
+        print(*(words.why_slower(p, first) for p in found.best[1:]), sep="\n")
+    if found.misfits:
+        print("\nMight be quicker, but do not fit:")
+        print(*words.misfits(found.misfits, evaluator.budget), sep="\n")
+    print(f"\n{words.looked_at(found, evaluator, time.perf_counter() - began)}")
+    if options.picture:
+        from tools.plan.picture import draw
+
+        draw(space, evaluator, found, Path(options.picture))
+        print(f"{options.picture}: the least step time over memory")
+    return found.best
+
+
+def _check(space: Space, only: str | None) -> None:
+    """Raise ConfigError where there is no layout to look at."""
+    if space.count():
+        return
+    batch = space.config.train.global_batch_size
+    keys = list(space.families())
+    if any(space.shapes(key) for key in keys) and not any(space.pipelines(key) for key in keys):
+        data = min(d for key in keys for _, d in space.shapes(key))
+        near = [n for n in (batch // data * data, (batch // data + 1) * data) if n]
+        raise ConfigError(
+            f"train.global_batch_size {batch} can be dealt to the data ranks of no layout of {space.ranks} ranks, "
+            f"which are {data} at least: use {' or '.join(map(str, near))} images, or other --ranks"
+        )
+    what = f" with {only}" if only else ""
+    raise ConfigError(
+        f"no layout{what} is there of {space.ranks} ranks of this model and {batch} images: sizes must multiply to the "
+        "ranks, data ranks must divide the images, and each stage needs a layer: give other --ranks, or less in --only"
+    )
+
+
+def _none_fits(found: Found, evaluator: Evaluator) -> str:
+    least = min(found.misfits, key=lambda misfit: misfit.least)
+    need = least.least / evaluator.budget * evaluator.cluster.memory.gb
+    return (
+        f"no layout fits on {evaluator.ranks} ranks: {least.layout} needs least, {least.least / _GB:.1f} GB with "
+        f"everything computed again, and a rank may take {_room(evaluator)}: use more --ranks, devices of "
+        f"{math.ceil(need)} GB, parallel.gradient_dtype weights (half the memory of gradients), or an "
+        "optimizer.name with less state"
+    )
+
+
+def write(best: Prediction, given: Sequence[str], file: Path, cluster: str) -> None:
+    """The configuration that runs a layout: as given, with the layout and its save sets."""
+    config = run_config(best, parse([*_ANY_DATA, *given], "tools.plan")[0])
+    head = f"# Planned for {math.prod(best.layout.grid)} ranks of {cluster}: {1e3 * best.seconds:,.1f} ms a step\n"
+    try:
+        data = parse(given, "tools.plan")[0].data
+        text = replace(config, data=data).to_yaml()
+    except ConfigError:  # its data are to be named yet
+        keys = yaml.safe_load(config.to_yaml())
+        del keys["data"]
+        text = yaml.safe_dump(keys, sort_keys=False)
+        head += "# Its data are to be named, by --data.path and so on, or by another --config before this one\n"
+    file.write_text(head + text)
+
+
+def run_config(best: Prediction, given: Config) -> Config:
+    """As given, with the layout and save sets of a prediction."""
+    config = best.layout.configured(given)
+    recompute = replace(best.config.recompute, policy=words.pattern(best))
+    return replace(config, recompute=recompute)

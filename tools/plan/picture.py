@@ -1,0 +1,62 @@
+"""The least step time over memory, as a picture: what a smaller budget costs, and what else was planned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tools.plan.evaluate import Evaluator, Prediction
+from tools.plan.layouts import Space
+from tools.plan.search import Found, Search
+
+SHARES = (0.85, 0.7, 0.55, 0.4, 0.3, 0.2)
+"""Of the budget, with which the search is made again."""
+_GB = 1e9
+
+
+def front(space: Space, evaluator: Evaluator, first: Prediction) -> list[Prediction]:
+    """The best layouts within ever smaller budgets; prices and costs are known by now."""
+    found = [first]
+    for share in SHARES:
+        budget = int(share * evaluator.budget)
+        if found[-1].peak <= budget:
+            continue
+        best = Search(space, evaluator, budget).best(1).best
+        if not best:
+            break
+        found.append(best[0])
+    return found
+
+
+def draw(space: Space, evaluator: Evaluator, found: Found, file: Path) -> None:
+    """Write the picture.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    from tools.figures import COLORS, FAINT, check_place, new_figure, save, style
+
+    check_place(file)
+    ends = front(space, evaluator, found.best[0])
+    with style():
+        figure = new_figure(8.0, 4.6)
+        axes = figure.subplots()
+        axes.set_title(f"Least step time over memory of a rank, {evaluator.ranks} ranks of {evaluator.cluster.name}")
+        axes.set_xlabel("GB of the fullest rank")
+        axes.set_ylabel("seconds per step")
+        grids = list(dict.fromkeys(p.layout.grid for p in (*ends, *found.best)))
+        x, y = [p.peak / _GB for p in reversed(ends)], [p.seconds for p in reversed(ends)]
+        axes.step(x, y, where="post", color=FAINT, linewidth=1.0, zorder=2)
+        for number, grid in enumerate(grids):
+            own = [p for p in (*ends, *found.best) if p.layout.grid == grid]
+            on = [p for p in own if p in ends]
+            color = COLORS[number % len(COLORS)]
+            name = "pipeline {} x data {} x context {} x tensor {}".format(*grid)
+            axes.scatter(
+                [p.peak / _GB for p in own], [p.seconds for p in own], s=42, zorder=3, label=name,
+                facecolors=[color if p in on else "white" for p in own], edgecolors=color,
+            )  # fmt: skip
+        axes.axvline(evaluator.budget / _GB, color=FAINT, linestyle=(0, (2, 2)), linewidth=0.9, zorder=1)
+        axes.set_ylim(0, 1.08 * max(p.seconds for p in (*ends, *found.best)))
+        axes.set_xlim(0, 1.03 * evaluator.budget / _GB)
+        axes.legend(loc="lower left")
+        save(figure, file)
