@@ -21,13 +21,15 @@ from engine.recompute.costs import LayerCost
 from engine.recompute.peaks import StageCost, peak
 from engine.recompute.save_sets import SaveSet
 from parallel.grid import GridShape, planned_grid
+from parallel.layout import info_of
 from parallel.pipeline.actions import Action, ActionKind, peak_activations
 from parallel.pipeline.post import message_bytes
 
-_LIBRARIES = {4: 4 * 2**20, 2: 20 * 2**20}
-"""By the size of a number: what MKL or oneDNN keeps on a CPU once it has multiplied, code made for each shape of a
-product and scratch. Measured above live tensors after a step, MiB: 3.3, 3.9, 4.8 in fp32; 19 and 36 in bf16, where each
-shape takes 0.3 to 0.7 (`docs/architecture.md` says how)."""
+_SCRATCH = 4 * 2**20
+"""What MKL or oneDNN, and the reading of images, hold on a CPU beside tensors: 3 to 5 MiB as measured in fp32."""
+_MACHINE_CODE = 2 * 252 * 2**10
+"""What oneDNN keeps of each 16-bit product: code made for its shape and strides, in pieces of 252 KiB, of which it has
+22 for 11 products, 34 for 17, 129 for Swin-T's 62, and 54 for 17 of a width that is no multiple of 128."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +65,7 @@ def states(assembly: Assembly, *, on_cpu: bool = False) -> dict[str, int]:
     if assembly.average is not None:
         held["weight average"] = sum(t.nbytes for t in assembly.average.averages)
     if on_cpu:
-        held["libraries"] = _LIBRARIES[assembly.build.precision.dtype.itemsize]
+        held["libraries"] = _libraries(assembly)
     return held
 
 
@@ -93,6 +95,16 @@ def planned(config: Config, shape: GridShape, rank: int, device_memory: float, *
     if config.kernels != "reference":
         config = replace(config, kernels="native")  # the shapes of what they make are known without them
     return assemble(config, planned_grid(shape, rank, shared_memory=on_cpu), META, device_memory=device_memory)
+
+
+def _libraries(assembly: Assembly) -> int:
+    """Bytes that a process on a CPU has beside its tensors. A linear takes three products (its output, the gradients of
+    its input and of its weight), which are made once for linears of one shape."""
+    if assembly.build.precision.dtype.itemsize > 2:
+        return _SCRATCH
+    named = [named for stage in assembly.stages.values() for named in stage.named_parameters()]
+    shapes = {info_of(p).layout.local_shape for name, p in named if name.endswith("weight")}
+    return _SCRATCH + 3 * sum(len(shape) == 2 for shape in shapes) * _MACHINE_CODE
 
 
 def stage_costs(a: Assembly, costs: LayerCosts, sets: Mapping[str, SaveSet]) -> dict[int, StageCost]:

@@ -141,6 +141,23 @@ def test_ranks_hold_what_was_planned() -> None:
             assert held["reduction buffers"] <= on_gpus["reduction buffers"]
 
 
+def test_code_made_for_16_bit_products_goes_by_their_shapes() -> None:
+    """Blocks alike share it, whether weights are there or shared out; a pipeline rank has that of its own layers."""
+
+    def libraries(dtype: str = "bf16", world: int = 1, depth: int = 4, **parallel: Any) -> list[int]:
+        config = config_of({"block": "sequential", "depth": depth}, dtype, world=world, **parallel)
+        shape = config.grid_shape(world)
+        return [plan_memory(config, shape, n, MEMORY, on_cpu=True).states["libraries"] for n in range(world)]
+
+    [bits_32], [alone] = libraries("fp32"), libraries()
+    assert bits_32 == 4 * 2**20 and alone == libraries("fp16", depth=5)[0]
+    code = alone - bits_32
+    assert code % (3 * 504 * 1024) == 0 and code > 3 * 504 * 1024 * 6  # patches, four in a block, head
+    assert libraries(world=2, zero_stage=3) == [alone, alone]
+    cut = [rank - bits_32 for rank in libraries(world=2, pipeline_parallel_size=2)]
+    assert max(cut) < code < sum(cut)
+
+
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("axis", ["tensor", "context", "pipeline"])
 def test_every_layout_can_be_planned(axis: str, model: str) -> None:

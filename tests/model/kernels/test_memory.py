@@ -150,7 +150,7 @@ def others():
         block(1 << 17)
 thread = threading.Thread(target=others)
 thread.start()
-for n in range(6):
+for n in range(4):
     child = os.fork()
     if child == 0:
         kept.fill_(6)
