@@ -264,10 +264,10 @@ def enable_8_bits(
         raise ConfigError(f"precision.{error}") from error
 
 
-def _recompute(sets: Mapping[str, SaveSet], layers: Collection[str]) -> RegionPolicy:
+def _recompute(sets: Mapping[str, SaveSet], layers: Collection[str], *, of_gpu: bool) -> RegionPolicy:
     """Who runs the regions of these layers."""
-    dropping = {name: of for name, of in sets.items() if name in layers and of.drops}
-    return Recompute(dropping) if dropping else Keep()
+    own = {name: of for name, of in sets.items() if name in layers and not of.keeps_all}
+    return Recompute(own, of_gpu=of_gpu) if own else Keep()
 
 
 def layer_of(name: str) -> str:
@@ -305,10 +305,11 @@ def assemble(
         again = flops_again(layers, sets, config.model)
         policy_of_ranks = config.parallel.schedule_policy
         schedule = recompute_schedule(schedule, placement, layers, frozen.passes, again, policy_of_ranks)
+    own = {layers[i].name for s in held for i in placement.layers[s]}
     build = Build(
         config=config.model, tp=tp, context=grid.context, seed=config.train.seed, kernels=Kernels(config.kernels),
         precision=precision,
-        policy=regions or _recompute(sets, {layers[i].name for s in held for i in placement.layers[s]}),
+        policy=regions or _recompute(sets, own, of_gpu=grid.planned and not grid.shared_memory),
     )  # fmt: skip
     stages = {number: Stage([layers[i] for i in placement.layers[number]], build) for number in held}
     for stage in stages.values():

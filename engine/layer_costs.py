@@ -43,10 +43,14 @@ class LayerCosts:
         self._known: dict[object, LayerCost] = {}
 
     @staticmethod
-    def of(config: Config, shape: GridShape, rank: int) -> LayerCosts:
-        """Those of a configuration that is resolved for a world of this shape, on one of its ranks."""
+    def of(config: Config, shape: GridShape, rank: int, *, on_cpu: bool = False) -> LayerCosts:
+        """Those of a configuration that is resolved for a world of this shape, on one of its ranks.
+
+        Args:
+            on_cpu: whether that is a CPU, to which host memory is its own.
+        """
         at = shape.coordinates(rank)
-        return _costs_of(_essential(config), shape.tensor, at["tensor"], shape.context, at["context"])
+        return _costs_of(_essential(config), shape.tensor, at["tensor"], shape.context, at["context"], on_cpu)
 
     def kind(self, layer: int) -> object:
         """Equal for layers (by their place in the list) that hold the same."""
@@ -59,7 +63,7 @@ class LayerCosts:
             layer: place in the list. where: it stands, as in Place.
         """
         kind = self._kinds[layer]
-        key = kind, self._dropped(kind, of), *sorted(name for name, holds in where.items() if holds)
+        key = kind, self._dropped(kind, of), of.offloads, *sorted(name for name, holds in where.items() if holds)
         if key not in self._known:
             self._known[key] = self._run(self._example[kind], replace(self._place(layer), **where), of)
         return self._known[key]
@@ -94,7 +98,8 @@ class LayerCosts:
             y = self._stage.run(spec.name, module, x, self._batch)
             return y if layer < len(a.layers) - 1 else a.objective.loss_share((y,), self._batch, a.grid, 1.0)
 
-        return measure(run, place, a.store.gradients, Ahead(self._recompute, a.store.use).noting)
+        noting = Ahead(self._recompute, a.store.use).noting
+        return measure(run, place, a.store.gradients, noting, self._recompute.sent)
 
     def _place(self, layer: int) -> Place:
         """In the midst of a stage."""
@@ -122,13 +127,19 @@ class _Watched(Recompute):
         seen: (branch, region).
     """
 
-    def __init__(self) -> None:
-        super().__init__({})
+    def __init__(self, *, of_gpu: bool) -> None:
+        super().__init__({}, of_gpu=of_gpu)
         self.seen = set[tuple[str, Region]]()
 
     def begin(self, sets: dict[str, SaveSet]) -> None:
         """Run by these sets now."""
-        self.sets, self.seen = {name: of for name, of in sets.items() if of.drops}, set()
+        self.sets, self.seen = {name: of for name, of in sets.items() if not of.keeps_all}, set()
+        self.offload.sent = 0
+
+    def sent(self) -> int:
+        """Bytes that went to host memory, of which the device holds none any more."""
+        self.offload.settle()
+        return self.offload.sent
 
     def run(self, place: str, region: Region, function: Callable[..., T], *inputs: Any) -> T:
         """As Policy."""
@@ -175,10 +186,12 @@ def _essential(config: Config) -> Config:
 
 
 @cache
-def _costs_of(config: Config, tensor: int, tensor_index: int, context: int, context_index: int) -> LayerCosts:
+def _costs_of(
+    config: Config, tensor: int, tensor_index: int, context: int, context_index: int, on_cpu: bool
+) -> LayerCosts:
     """On a grid of one pipeline rank, and of two data ranks where these share out the weights."""
     shape = GridShape(data=2 if config.parallel.zero_stage == 3 else 1, context=context, tensor=tensor)
-    grid, recompute = planned_grid(shape, context_index * tensor + tensor_index), _Watched()
+    grid, recompute = planned_grid(shape, context_index * tensor + tensor_index), _Watched(of_gpu=not on_cpu)
     config = config.resolve(shape.world_size)
     return LayerCosts(assemble(config, grid, META, device_memory=0.0, regions=recompute), recompute)
 

@@ -18,7 +18,7 @@ from engine.layer_costs import LayerCosts, micro_batch
 from engine.live_bytes import LiveBytes as LiveBytes
 from engine.recompute.assignment import assignment
 from engine.recompute.costs import LayerCost
-from engine.recompute.peaks import StageCost, peak
+from engine.recompute.peaks import StageCost, host_peak, peak
 from engine.recompute.save_sets import SaveSet
 from parallel.grid import GridShape, planned_grid
 from parallel.layout import info_of
@@ -40,12 +40,14 @@ class MemoryPlan:
         stages: of the pipeline, that the rank holds. states: what lives for the whole run, by what it is.
         activations: the most that forward and backward hold beside it, gradients on their way from one layer to the
             next included.
+        host: the most that is in host memory meanwhile, on a GPU (on a CPU that is part of `activations`).
         micro_batches: whose activations are alive at once. schedule: its name. bubble: of the pipeline, as simulated.
     """
 
     stages: tuple[int, ...]
     states: dict[str, int]
     activations: int
+    host: int
     micro_batches: float
     schedule: str
     bubble: float
@@ -80,10 +82,13 @@ def plan_memory(
             GPUs, that share memory.
     """
     assembly = planned(config, shape, rank, device_memory, on_cpu=on_cpu)
+    sets = assignment(assembly.config.recompute, assembly.layers, assembly.frozen.passes)
+    stages = stage_costs(assembly, LayerCosts.of(assembly.config, shape, rank, on_cpu=on_cpu), sets)
     return MemoryPlan(
         stages=tuple(assembly.stages),
         states=states(assembly, on_cpu=on_cpu),
-        activations=_activation_bytes(assembly, LayerCosts.of(assembly.config, shape, rank)),
+        activations=peak(program_of(assembly), stages) + image_bytes(assembly),
+        host=0 if on_cpu else host_peak(program_of(assembly), stages),
         micro_batches=peak_activations(assembly.schedule)[assembly.grid.pipeline.index],
         schedule=assembly.schedule.name,
         bubble=assembly.predicted.bubble_fraction,
@@ -155,12 +160,6 @@ def ends(a: Assembly, stage: int, place: int) -> dict[str, bool]:
 
 def program_of(a: Assembly) -> Sequence[Action]:
     return a.schedule.ranks[a.grid.pipeline.index]
-
-
-def _activation_bytes(a: Assembly, costs: LayerCosts) -> int:
-    """The most that forwards and backwards of this rank's program hold at once, and the images of one micro-batch."""
-    sets = assignment(a.config.recompute, a.layers, a.frozen.passes)
-    return peak(program_of(a), stage_costs(a, costs, sets)) + image_bytes(a)
 
 
 def image_bytes(a: Assembly) -> int:

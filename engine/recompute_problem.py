@@ -40,7 +40,7 @@ def problem_of(
         )
     keeps_all = replace(config, recompute=RecomputeConfig(ahead="never"))
     a = planned(keeps_all, shape, 0, memory, on_cpu=on_cpu)
-    costs = LayerCosts.of(a.config, shape, 0)
+    costs = LayerCosts.of(a.config, shape, 0, on_cpu=on_cpu)
     layers = [_layer(a, place, costs, seconds, passes) for place in range(len(a.layers))]
     known = dict[object, int]()
 

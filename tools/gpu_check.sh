@@ -32,10 +32,15 @@ step tests 180 "$py" -m pytest -m gpu
 step kernels 60 "$py" -m tools.benchmark kernels --device cuda --json "$out/kernels.json"
 step vit_l 90 "$py" -m tools.benchmark step --config configs/vit_l16.yaml --data.kind synthetic \
   --precision.dtype bf16 --train.global_batch_size 64 --train.micro_batch_size 64 --json "$out/vit_l.json"
+for policy in qk_norm qk_norm+offload fc1+offload; do # what offloading to host memory saves and costs
+  step "vit_l_$policy" 45 "$py" -m tools.benchmark step --config configs/vit_l16.yaml --data.kind synthetic \
+    --precision.dtype bf16 --train.global_batch_size 64 --train.micro_batch_size 64 --recompute.policy "$policy" \
+    --json "$out/vit_l_$policy.json"
+done
 for dtype in bf16 fp8; do # a ViT-22B block at its own width, four of them: 1.8 G parameters
   step "block_22b_$dtype" 60 "$py" -m tools.benchmark step --config configs/vit_22b.yaml --data.kind synthetic \
     --parallel.tensor_parallel_size 1 --parallel.zero_stage 0 --model.depth 4 --model.num_classes 1000 \
     --precision.dtype "$dtype" --train.global_batch_size 32 --train.micro_batch_size 32 --json "$out/block_22b_$dtype.json"
 done
-cat "$out/kernels.log" "$out/vit_l.log" "$out"/block_22b_*.log
+cat "$out/kernels.log" "$out"/vit_l*.log "$out"/block_22b_*.log
 exit $failed

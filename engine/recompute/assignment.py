@@ -12,7 +12,8 @@ from model import LayerSpec
 def assignment(config: RecomputeConfig, layers: Sequence[LayerSpec], passes: Sequence[int]) -> dict[str, SaveSet]:
     """Of each block and patch merge that gradients pass through, by its name, in order.
 
-    A patch merge goes with the block before it: it is dropped if that block's save set drops merges.
+    A patch merge goes with the block before it: it is dropped if that block's save set drops merges, and what it keeps
+    is where that block has what it keeps.
 
     Args:
         config: resolved. layers: of the whole model. passes: of each, as `engine.frozen` counts: nothing is kept where
@@ -25,5 +26,6 @@ def assignment(config: RecomputeConfig, layers: Sequence[LayerSpec], passes: Seq
         if kind == "blocks":
             here = next(sets)
         if kind in ("blocks", "merges") and count > 1:
-            found[layer.name] = here if kind == "blocks" or here.dropped("", "merge") else SaveSet()
+            own = kind == "blocks" or here.dropped("", "merge")
+            found[layer.name] = here if own else SaveSet(offloads=here.offloads)
     return found

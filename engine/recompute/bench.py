@@ -49,12 +49,13 @@ def measure(
     place: Place,
     gradients: GradientSync,
     noting: Callable[[], AbstractContextManager[list[Callable[[], None]]]],
+    sent: Callable[[], int] = lambda: 0,
 ) -> LayerCost:
     """What a layer holds, for one micro-batch.
 
     Args:
         layer: its input to its output or, of the last layer of all, to the loss. gradients: of its weights, go there.
-        noting: within, what is to be computed again is noted.
+        noting: within, what is to be computed again is noted. sent: has let go of what was sent to host memory; bytes.
     """
     gradients.start(1)
     with LiveBytes() as counter:
@@ -64,11 +65,11 @@ def measure(
         forward = counter.restart()
         assert y is not None
         root, gradient = _root(y, place)
-        y = None
+        y, away = None, sent()
         x = x if place.first and place.carries else None
         kept = counter.now
         if root is None:
-            return LayerCost(kept=kept, forward=forward, backward=0)
+            return LayerCost(kept=kept, forward=forward, backward=0, away=away)
         if place.ahead:
             counter.restart()
             _run_all(dropped)
@@ -87,7 +88,7 @@ def measure(
             products.pop(0)()  # lets go of what it multiplies
         weight = counter.peak - deferred
     return LayerCost(
-        kept=kept, forward=forward, backward=backward, deferred=deferred, weight=weight, held=held - deferred
+        kept=kept, forward=forward, backward=backward, deferred=deferred, weight=weight, held=held - deferred, away=away
     )
 
 

@@ -40,7 +40,8 @@ class RecomputeConfig:
     policy: str | tuple[str, ...] = "none"
     """none: all is kept; full: of each block its input alone; selective: all but what is quick to compute again; auto:
     chosen block by block, within memory_budget; or a save set for all blocks (all, norm, qk_norm, fc1, qkv, attention,
-    input, or as docs/recompute.md says), or one for each: a list, or a pattern such as 'input * 6, all * 6'."""
+    input, each also with +gather, +offload, or as docs/recompute.md says), or one for each: a list, or a pattern such
+    as 'input * 6, all * 6'."""
 
     memory_budget: str | int | float = "auto"
     """policy auto: the most memory that a rank may take: bytes, a size with a unit (800MiB, 12GB), a share of the

@@ -20,6 +20,8 @@ class LayerCost:
         weight: the most beside that while BACKWARD_WEIGHT of the stage runs.
         held: of the last layer of a stage: what was sent for it and is held, beside `deferred`, while the layers before
             it go backward.
+        away: bytes that are in host memory between its forward and its backward: beside `kept`, unless this is a plan
+            of CPUs, whose memory that is.
         seconds: that computing again takes.
     """
 
@@ -29,4 +31,5 @@ class LayerCost:
     deferred: int = 0
     weight: int = 0
     held: int = 0
+    away: int = 0
     seconds: float = 0.0

@@ -13,6 +13,7 @@ from itertools import accumulate
 
 from engine.recompute.costs import LayerCost
 from engine.recompute.moments import B, F, I, Moment, R, W, moments
+from engine.recompute.offload import LOADS_IN_FLIGHT
 from parallel.pipeline.actions import Action, ActionKind
 
 
@@ -79,7 +80,15 @@ def peak(program: Sequence[Action], stages: Mapping[int, StageCost], static: int
         stages: those of the rank, by number. static: bytes that are there all the time.
     """
     at = moments(program, {number: (of.output, of.input_gradient) for number, of in stages.items()})
-    return static + fullest([stages[number] for number in sorted(stages)], at)
+    flight = LOADS_IN_FLIGHT * max((layer.away for of in stages.values() for layer in of.layers), default=0)
+    return static + flight + fullest([stages[number] for number in sorted(stages)], at)
+
+
+def host_peak(program: Sequence[Action], stages: Mapping[int, StageCost]) -> int:
+    """The most bytes that a rank has in host memory. Arguments as of `peak`."""
+    sent = {stage: sum(layer.away for layer in of.layers) for stage, of in stages.items()}
+    alone = {stage: StageCost(layers=(LayerCost(kept=n, forward=n, backward=n),)) for stage, n in sent.items()}
+    return peak(program, alone)
 
 
 def fullest(stages: Sequence[StageCost], at: Sequence[Moment]) -> int:

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from engine.recompute.offload import Handle, Offload
 from engine.recompute.save_sets import SaveSet
 from model.regions import Region
 
@@ -38,15 +39,16 @@ class Recompute:
     """A model's `model.regions.Policy`.
 
     Args:
-        sets: by the name of the layer; others keep all.
+        sets: by the name of the layer, in order; others keep all. of_gpu: as of Offload.
 
     Attributes:
-        ran_again: how many calls were, by region.
+        ran_again: how many calls were, by region. offload: keeps what layers have in host memory.
     """
 
-    def __init__(self, sets: Mapping[str, SaveSet]) -> None:
-        self.sets = {name: of for name, of in sets.items() if of.drops}
+    def __init__(self, sets: Mapping[str, SaveSet], *, of_gpu: bool = False) -> None:
+        self.sets = {name: of for name, of in sets.items() if not of.keeps_all}
         self.ran_again = Counter[Region]()
+        self.offload = Offload(lambda layer: list(self.sets).index(layer), of_gpu=of_gpu)
         self._dropped, self._layer = dict[int, tuple[_Call, int]](), ""
         self._notes: list[Noted] | None = None
 
@@ -61,7 +63,11 @@ class Recompute:
             return function(*inputs)
         origin = partial(self.origin, layer)
         count = partial(self.ran_again.update, (region,))
-        call = _Call(function, inputs, origin, layer, count, drops=of.dropped(branch, region))
+        keep = _as_it_is
+        if of.offloads:
+            self.offload.enter(layer, (place, region), inputs)
+            keep = self.offload.keep
+        call = _Call(function, inputs, origin, layer, count, keep, drops=of.dropped(branch, region))
         own = weakref.proxy(call)  # torch holds a hook as long as what it was called for: the call goes by its slots
         with saved_tensors_hooks(lambda x: own.pack(x), _unpack):
             out = function(*inputs)
@@ -144,11 +150,12 @@ class _Call:
         origin: Callable[[Tensor], Any],
         layer: str,
         count: Callable[[], None],
+        keep: Callable[[Tensor], Tensor | Handle],
         *,
         drops: bool,
     ) -> None:
         self.layer, self.drops, self._origin, self._packed = layer, drops, origin, 0
-        self._count = count
+        self._count, self._keep = count, keep
         self._function: Callable[..., Any] | None = function
         self._given = {x.untyped_storage()._cdata for x in inputs if isinstance(x, Tensor)}
         self._inputs = [self._source(x) for x in inputs] if drops else []
@@ -159,13 +166,14 @@ class _Call:
         if not isinstance(x, Tensor) or isinstance(x, nn.Parameter):
             return x, False
         origin = self._origin(x)
-        return x.detach() if origin is None else origin[0].slot(x, output=origin[1]), x.requires_grad
+        kept = self._keep(x.detach()) if origin is None else origin[0].slot(x, output=origin[1])
+        return kept, x.requires_grad
 
     def was_given(self, x: Tensor) -> bool:
         """Whether it is an input, or part of one."""
         return x.untyped_storage()._cdata in self._given
 
-    def pack(self, x: Tensor) -> Tensor | _Slot:
+    def pack(self, x: Tensor) -> Tensor | _Slot | Handle:
         """What autograd keeps in the place of a tensor."""
         self._packed += 1
         if isinstance(x, nn.Parameter):
@@ -173,7 +181,7 @@ class _Call:
         if (origin := self._origin(x)) is not None:
             call, output = origin
             return call.slot(x, output=output)
-        return self.slot(x, packed=self._packed - 1) if self.drops and not self.was_given(x) else x
+        return self.slot(x, packed=self._packed - 1) if self.drops and not self.was_given(x) else self._keep(x)
 
     def slot(self, x: Tensor, *, output: int | None = None, packed: int | None = None) -> _Slot:
         """For what this call will give again: an output, or the n-th tensor that autograd was to keep."""
@@ -256,8 +264,12 @@ class _Slot:
         self.set(torch.empty(0, dtype=dtype, device=x.device).set_(x.untyped_storage(), offset, size, stride))
 
 
-def _unpack(kept: Tensor | _Slot) -> Tensor:
-    return kept.get() if isinstance(kept, _Slot) else kept
+def _as_it_is(x: Tensor) -> Tensor | Handle:
+    return x
+
+
+def _unpack(kept: Tensor | _Slot | Handle) -> Tensor:
+    return kept if isinstance(kept, Tensor) else kept.get()
 
 
 def _refuse(_: Any) -> Tensor:
@@ -265,7 +277,7 @@ def _refuse(_: Any) -> Tensor:
 
 
 def _given(x: Any, carries: bool) -> Any:
-    x = x.get() if isinstance(x, _Slot) else x
+    x = x.get() if isinstance(x, _Slot | Handle) else x
     return x.detach().requires_grad_(carries) if isinstance(x, Tensor) and not isinstance(x, nn.Parameter) else x
 
 

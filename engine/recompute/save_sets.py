@@ -32,17 +32,23 @@ class SaveSet:
     """Of one block.
 
     Attributes:
-        drops: of DROPPABLE.
+        drops: of DROPPABLE. offloads: whether what is kept is in host memory from forward to backward.
     """
 
     drops: frozenset[str] = frozenset()
+    offloads: bool = False
+
+    @property
+    def keeps_all(self) -> bool:
+        """Where it is."""
+        return not (self.drops or self.offloads)
 
     @property
     def name(self) -> str:
-        """The rung of the ladder, what goes beside it after a `-`, and `+gather`."""
+        """The rung of the ladder, what goes beside it after a `-`, `+gather`, and `+offload`."""
         rung = max((r for r in LADDER if _rung(r) <= self.drops), key=LADDER.index)
         beside = [f"-{item}" for item in DROPPABLE if item in self.drops - _rung(rung) - {"gather"}]
-        return rung + "".join(beside) + "+gather" * ("gather" in self.drops)
+        return rung + "".join(beside) + "+gather" * ("gather" in self.drops) + "+offload" * self.offloads
 
     def dropped(self, branch: str, region: Region) -> bool:
         """Whether outputs of a region go.
@@ -65,18 +71,19 @@ def _rung(name: str) -> frozenset[str]:
 
 
 def save_set(name: str) -> SaveSet:
-    """By its name: a rung of the ladder, then any of DROPPABLE, each after a `-`, then perhaps `+gather`.
+    """By its name: a rung of the ladder, then any of DROPPABLE, each after a `-`, then perhaps `+gather`, `+offload`.
 
     Raises:
         ValueError: there is none of that name.
     """
-    rung, *beside = name.removesuffix("+gather").split("-")
+    kept = name.removesuffix("+offload")
+    rung, *beside = kept.removesuffix("+gather").split("-")
     if rung not in LADDER:
         raise ValueError(f"no save set is called {name!r}: take one of {', '.join(LADDER)}")
     if wrong := [item for item in beside if item not in DROPPABLE]:
         raise ValueError(f"save set {name!r}: {wrong[0]!r} is nothing that can go: take of {', '.join(DROPPABLE)}")
-    gather = {"gather"} if name.endswith("+gather") else set[str]()
-    return SaveSet(_rung(rung) | set(beside) | gather)
+    gather = {"gather"} if kept.endswith("+gather") else set[str]()
+    return SaveSet(_rung(rung) | set(beside) | gather, offloads=kept != name)
 
 
 def _choices() -> dict[str, SaveSet]:

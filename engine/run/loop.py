@@ -211,6 +211,7 @@ class Loop:
         recompute = self.stepper.assembly.recompute
         if result.bad and recompute is not None:
             recompute.ran_again.clear()
+            recompute.offload.sent = 0
         if result.bad or self._has_told_recomputed:
             return
         self._has_told_recomputed = True

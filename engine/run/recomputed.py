@@ -15,7 +15,7 @@ from parallel import comm
 
 def recompute_lines(a: Assembly) -> Iterator[str]:
     """For the start-up report: how many blocks of each stage keep what; stages that are alike in one line."""
-    if not _drops(a):
+    if not _changes(a):
         yield "recompute: none"
         return
     stages = [(number, _of_stage(a, layers)) for number, layers in enumerate(a.placement.layers)]
@@ -27,16 +27,22 @@ def recompute_lines(a: Assembly) -> Iterator[str]:
 
 def recomputed_lines(a: Assembly) -> list[str]:
     """After the first step: what was really computed again, with a warning where that was nothing. Collective."""
-    if not _drops(a):
+    if not _changes(a):
         return []
     own = a.recompute
-    found = comm.gather_objects(None if own is None else dict(own.ran_again), a.grid.pipeline)
+    facts = None if own is None else (dict(own.ran_again), own.offload.sent, any(of.drops for of in own.sets.values()))
+    gathered = comm.gather_objects(facts, a.grid.pipeline)
+    found = [None if of is None or not of[2] else of[0] for of in gathered]
     count = a.config.num_micro_batches(a.grid.shape)
     parts = [(rank, _counted(again, count)) for rank, again in enumerate(found) if again]
     lines = [
         f"recompute: per micro-batch again on pipeline {_ranks([rank for rank, _ in run])}: {what}"
         for what, run in groupby(parts, key=lambda part: part[1])
     ]
+    if any(of.offloads for of in a.sets.values()):
+        sent = [0 if of is None else of[1] for of in gathered]
+        sizes = ", ".join(f"{n / count / 2**20:,.1f}" for n in sent)
+        lines.append(f"recompute: per micro-batch to host memory: {sizes} MiB (by pipeline rank)")
     if idle := [rank for rank, again in enumerate(found) if again is not None and not any(again.values())]:
         lines.append(
             f"warning: recompute: nothing was computed again on pipeline {_ranks(idle)}, whose blocks are to drop "
@@ -45,8 +51,8 @@ def recomputed_lines(a: Assembly) -> list[str]:
     return lines
 
 
-def _drops(a: Assembly) -> bool:
-    return any(of.drops for of in a.sets.values())
+def _changes(a: Assembly) -> bool:
+    return not all(of.keeps_all for of in a.sets.values())
 
 
 def _of_stage(a: Assembly, layers: range) -> str:

@@ -8,14 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from data import TrainStream, build_datasets
 from engine.assemble import assemble
 from engine.config import RecomputeConfig
 from engine.device import choose_device
+from engine.recompute import Recompute, save_set
 from engine.run.step import Stepper
+from model import Build, MicroBatch, ModelConfig, Stage, build_layers
 from parallel.grid import make_grid
 from parallel.process_group import World
+from tests.model.small import real
 from tests.parity.cases import MODELS, Case
 
 
@@ -50,8 +54,30 @@ def test_a_gpu_trains_to_the_numbers_of_a_cpu(model: str) -> None:
 )
 def test_what_is_computed_again_has_the_same_bits(model: str, device: str) -> None:
     kept = train(model, device)
-    for recompute in ("selective", "fc1", "full"):
+    for recompute in ("selective", "fc1", "full", "all+offload", "input+offload"):
         assert train(model, device, recompute) == kept, recompute
+
+
+@pytest.mark.gpu
+def test_a_gpu_holds_less_of_what_is_in_host_memory() -> None:
+    """Of twelve blocks three, and what is not theirs."""
+    model = ModelConfig(preset="vit_b16", depth=12).resolve()
+    specs = [spec for spec in build_layers(model) if spec.name.startswith("blocks.")]
+    peaks, gradients = list[int](), list[Tensor]()
+    for name in ("all", "all+offload"):
+        build = Build(config=model, policy=Recompute({spec.name: save_set(name) for spec in specs}))
+        stage = real(Stage(specs, build)).requires_grad_(False).cuda()
+        x = torch.ones(specs[0].boundary(8, build), device="cuda").requires_grad_()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        for _ in range(3):  # memory is used again while copies may be under way
+            x.grad = None
+            (y,) = stage((x,), MicroBatch.of_images(torch.empty(8, 3, 224, 224), training=True))
+            y.square().sum().backward()
+        assert x.grad is not None
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        gradients.append(x.grad)
+    assert torch.equal(*gradients) and peaks[1] < 0.4 * peaks[0], peaks
 
 
 def test_auto_takes_the_gpu_where_there_is_one() -> None:

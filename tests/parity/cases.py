@@ -187,7 +187,10 @@ class Case:
         return config.resolve(self.ranks)
 
 
-_SETS = ("input", "norm+gather", "qkv", "all", "qk_norm-attention", "attention+gather", "norm", "fc1", "input+gather")
+_SETS = (
+    "input", "norm+gather", "qkv+offload", "all", "qk_norm-attention", "attention+gather", "norm", "all+offload", "fc1",
+    "input+gather", "input+gather+offload",
+)  # fmt: skip
 
 
 def recomputing(cases: Iterable[Case], every: int = 1) -> Iterator[Case]:

@@ -60,6 +60,7 @@ def row(config: Config, ranks: int, memory: float) -> Row:
         "micro_batches_alive": worst.micro_batches,
         **{f"{name.replace(' ', '_')}_GB": size / _GB for name, size in worst.states.items()},
         "activations_GB": worst.activations / _GB,
+        **({"host_memory_GB": worst.host / _GB} if worst.host else {}),
         "peak_GB": worst.peak / _GB,
         "fits": worst.peak <= memory * _GB,
     }

@@ -44,6 +44,7 @@ def keeping(policy: str | Sequence[str], **changes: Any) -> Config:
         ("qkv", ["qkv"] * 4),  # one save set for all blocks
         ("input+gather", ["input+gather"] * 4),
         ("qk_norm-attention", ["qk_norm-attention"] * 4),
+        ("all+offload, qkv, input+gather+offload * 2", ["all+offload", "qkv", *["input+gather+offload"] * 2]),
         ("[norm-fc1+gather, all] * 2", ["norm-fc1+gather", "all"] * 2),
         ("input*2, all*2", ["input", "input", "all", "all"]),
         ("[norm, attention] * 2", ["norm", "attention"] * 2),

@@ -68,7 +68,7 @@ class Run:
         grid = make_grid(GridShape(tensor=world.size), world)
         config = replace(MODELS[model], drop_path=drop_path).resolve()
         specs = [spec for spec in build_layers(config) if spec.name not in ("embed", "head")]
-        policy = Counted(Keep() if name == "all" else Recompute({spec.name: SAVE_SETS[name] for spec in specs}))
+        policy = Counted(Keep() if name == "all" else Recompute({spec.name: save_set(name) for spec in specs}))
         tp = TensorParallel(axis=grid.tensor, sequence_parallel=True)
         build = Build(config=config, tp=tp, kernels=Kernels(kernels), policy=policy)
         self.gradients, self.kept, batch = dict[str, Tensor](), 0, batch_of(list(range(IMAGES)))
@@ -100,7 +100,7 @@ def check(kept: Run, found: Run, name: str) -> None:
         assert torch.equal(gradient, found.gradients[parameter]), (name, parameter)
     for (place, region), times in found.runs.items():
         branch = place.rsplit(".", 1)[-1]
-        most = 2 if SAVE_SETS[name].dropped("" if branch.isdigit() else branch, region) else 1
+        most = 2 if save_set(name).dropped("" if branch.isdigit() else branch, region) else 1
         assert times <= most, (name, place, region, times)
     assert any(times == 2 for times in found.runs.values()) or not name.startswith(("norm", "input"))
 
@@ -109,8 +109,9 @@ def test_names() -> None:
     assert all(save_set(name) == of and of.name == name for name, of in SAVE_SETS.items())
     assert save_set("all-attention").drops == {"attention"}
     assert save_set("qk_norm-fc1").name == "fc1"
+    assert save_set("qk_norm-fc1+gather+offload").name == "fc1+gather+offload"
     assert len(SAVE_SETS) == 36
-    for wrong in ("full", "norm-fc2", "-norm", ""):
+    for wrong in ("full", "norm-fc2", "-norm", "", "all+offload+gather"):
         with pytest.raises(ValueError, match="take"):
             save_set(wrong)
 
@@ -118,7 +119,7 @@ def test_names() -> None:
 @pytest.mark.parametrize("model", MODELS)
 def test_every_save_set_gives_the_same_bits(model: str) -> None:
     kept = Run(World(), model)
-    beside = ["qk_norm-qkv", "fc1-attention-output"]
+    beside = ["qk_norm-qkv", "fc1-attention-output", "all+offload", "qk_norm+offload", "input+offload"]
     runs = {name: Run(World(), model, name) for name in (*LADDER[1:], *beside)}
     for name, found in runs.items():
         check(kept, found, name)
@@ -132,7 +133,7 @@ def test_every_save_set_gives_the_same_bits(model: str) -> None:
 def test_with_either_kind_of_kernels_and_in_fp8(kernels: str) -> None:
     for model, fp8 in (("parallel", True), ("kinds", False), ("swin", False)):
         kept = Run(World(), model, kernels=kernels, fp8=fp8)
-        for name in ("norm", "qkv", "input"):
+        for name in ("norm", "qkv", "input", "all+offload", "fc1+offload"):
             check(kept, Run(World(), model, name, kernels=kernels, fp8=fp8), name)
 
 
