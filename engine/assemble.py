@@ -308,7 +308,7 @@ def assemble(
     own = {layers[i].name for s in held for i in placement.layers[s]}
     build = Build(
         config=config.model, tp=tp, context=grid.context, seed=config.train.seed, kernels=Kernels(config.kernels),
-        precision=precision,
+        precision=precision, norm_from_output=config.recompute.norm_from_output,
         policy=regions or _recompute(sets, own, of_gpu=grid.planned and not grid.shared_memory),
     )  # fmt: skip
     stages = {number: Stage([layers[i] for i in placement.layers[number]], build) for number in held}

@@ -15,6 +15,7 @@ from engine.assemble import Assembly, assemble
 from engine.config import Config, TrainConfig
 from engine.recompute.ahead import Ahead
 from engine.recompute.bench import Place, measure
+from engine.recompute.config import RecomputeConfig
 from engine.recompute.costs import LayerCost
 from engine.recompute.regions import Recompute, split_place
 from engine.recompute.save_sets import SAVE_SETS, SaveSet
@@ -180,6 +181,7 @@ def _essential(config: Config) -> Config:
             freeze=train.freeze,
         ),
         precision=config.precision,
+        recompute=RecomputeConfig(norm_backward=config.recompute.norm_backward),
         kernels=config.kernels,
         objective=config.objective,
     )  # fmt: skip

@@ -38,7 +38,8 @@ def problem_of(
             f"parallel.schedule {config.parallel.schedule} has recomputes ({again[0]} and so on), but recompute.policy "
             "auto places them itself, if they fit: leave them out, or name the save sets"
         )
-    keeps_all = replace(config, recompute=RecomputeConfig(ahead="never"))
+    recompute = RecomputeConfig(ahead="never", norm_backward=config.recompute.norm_backward)
+    keeps_all = replace(config, recompute=recompute)
     a = planned(keeps_all, shape, 0, memory, on_cpu=on_cpu)
     costs = LayerCosts.of(a.config, shape, 0, on_cpu=on_cpu)
     layers = [_layer(a, place, costs, seconds, passes) for place in range(len(a.layers))]

@@ -224,7 +224,7 @@ def timing_of(config: Config, grid: Grid, objective: Objective) -> Timing:
     tp = TensorParallel(axis=grid.tensor, sequence_parallel=config.parallel.sequence_parallel)
     build = Build(
         config=config.model, tp=tp, context=grid.context, seed=config.train.seed, kernels=Kernels(config.kernels),
-        precision=precision,
+        precision=precision, norm_from_output=config.recompute.norm_from_output,
     )  # fmt: skip
 
     def prepare(module: nn.Module) -> None:

@@ -154,7 +154,9 @@ class SequentialBlock(nn.Module):
     def __init__(self, name: str, drop_rate: float, kind: str, build: Build) -> None:
         super().__init__()
         self.tokens = build.tokens.count
-        self.norm1, self.norm2 = (Norm.of(build, build.here.width) for _ in range(2))
+        self.norm1, self.norm2 = (
+            Norm.of(build, build.here.width, from_output=build.norm_from_output) for _ in range(2)
+        )
         regions = Regions(name, build.policy)
         self.attn = SelfAttention(build, kind, regions.at("attn"))
         self.mlp = Mlp(build, regions.at("mlp"))
@@ -192,7 +194,7 @@ class ParallelBlock(nn.Module):
         self.tokens = build.tokens.count
         self.split = (3 * build.part(here.heads) * here.head_dim, len(hidden) * build.part(here.mlp))
         self.activation = Activation(build, build.config.mlp or "gelu")
-        self.norm = Norm.of(build, here.width)
+        self.norm = Norm.of(build, here.width, from_output=build.norm_from_output)
         segments, units = (*[here.width] * 3, *hidden), (*[here.head_dim] * 3, *[1] * len(hidden))
         joined = (*biases, *[any(biases)] * len(hidden))
         self.in_proj = ColumnParallelLinear(here.width, segments, tp=tp, units=units, bias=joined)

@@ -22,7 +22,8 @@ class Build:
     Attributes:
         config: resolved. tp: how layers are split. context: ranks that share the tokens of an image. seed: that of
             drop-path. kernels: which forms of the kernels run. precision: number formats. policy: who runs the regions
-            of blocks. stage: of the pyramid, whose tokens the layer gives out.
+            of blocks. norm_from_output: whether norms of blocks are differentiated from what they give, which is kept
+            in the place of what they are given. stage: of the pyramid, whose tokens the layer gives out.
     """
 
     config: ModelConfig
@@ -32,6 +33,7 @@ class Build:
     kernels: Kernels = field(default_factory=Kernels)
     precision: Precision = field(default_factory=Precision)
     policy: Policy = field(default_factory=Keep)
+    norm_from_output: bool = False
     stage: int = 0
 
     def at(self, stage: int) -> Build:

@@ -231,6 +231,14 @@ class Config:
             found.append("parallel.shared_memory false: there is one rank")
         if not (p.sequence_parallel and shape.tensor > 1) and self.recompute.gathers_again:
             found.append("recompute.policy ...+gather: no rows are gathered, which sequence parallelism splits")
+        if self.recompute.norm_from_output:
+            why = {
+                "what linears keep has other rows, which sequence parallelism gathers": p.sequence_parallel
+                and shape.tensor > 1,
+                "linears keep 8-bit numbers": self.precision.dtype == "fp8",
+                "no block keeps what a norm gives": not self.recompute.keeps_norms(self.model.sizes.depth),
+            }
+            found += [f"recompute.norm_backward output: saves nothing: {reason}" for reason in why if why[reason]][:1]
         if self.recompute.ahead == "never" and not self.recompute.drops(self.model.sizes.depth):
             found.append("recompute.ahead never: nothing is dropped")
         elif self.recompute.ahead == "never" and shape.pipeline == 1:

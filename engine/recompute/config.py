@@ -51,6 +51,10 @@ class RecomputeConfig:
     """auto: in a pipeline, a rank that would wait for a gradient computes again meanwhile what was dropped of that
     micro-batch, one at a time, which takes the memory that dropping it has saved; never: backward does all of it"""
 
+    norm_backward: Literal["input", "output"] = "input"
+    """What blocks' norms keep for backward; output: that of the norm, which linears keep anyway: less memory, but
+    gradients are rounded in another way, and weights of norms must not be close to 0; needs compiled kernels"""
+
     def __post_init__(self) -> None:
         if self._name not in (*POLICIES, "auto"):
             try:
@@ -97,6 +101,15 @@ class RecomputeConfig:
         if self._name in POLICIES:
             return (save_set(POLICIES[self._name]),) * depth
         return tuple(save_set(name) for name in _PATTERN.parse(self.policy, depth, "recompute.policy"))
+
+    @property
+    def norm_from_output(self) -> bool:
+        """Whether norms are differentiated from what they give."""
+        return self.norm_backward == "output"
+
+    def keeps_norms(self, depth: int) -> bool:
+        """Whether any of so many blocks keeps what a norm gives, or may."""
+        return self.is_auto or not all("norm" in of.drops for of in self.sets(depth))
 
     @property
     def is_auto(self) -> bool:

@@ -21,6 +21,7 @@ from engine.config.keys import key_types, value_of
 from engine.device import choose_device, memory_share, prepare_cpu, set_matmul
 from engine.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
 from engine.frozen import frozen_of
+from engine.norm_backward import check_norm_kernels, check_norm_weights
 from engine.objectives import Objective, make_objective
 from engine.optimizers.schedules import check_schedule
 from engine.precision.precision import check_kernels, check_precision
@@ -102,6 +103,7 @@ def pretrain(config: Config, world: World) -> int:
     run, *others = lock_folders(config, inputs.run_dir, inputs.checkpoints, grid.world)
     facts = facts_for_manifests(config, grid, inputs.device, inputs.train_set, inputs.eval_set)
     assembly, resumed = _state(config, world, grid, inputs, facts)
+    check_norm_weights(assembly)
     inputs = inputs.after(resumed.progress, config)
     notes += [] if choice is None else [choice.describe()]
     notes += resumed.notes
@@ -145,6 +147,7 @@ def inputs_of(config: Config, world: World, run_dir: Path, checkpoints: Path) ->
     device = choose_device(config.device, world)
     check_precision(config.precision, device)
     check_kernels(Kernels(config.kernels), device)
+    check_norm_kernels(config, device)
     objective = make_objective(config)
     frozen_of(config, objective.layers)  # what it refuses is refused here
     check_budget(config, config.grid_shape(world.size), memory_share(device, world), on_cpu=device.type == "cpu")
