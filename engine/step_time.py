@@ -23,6 +23,7 @@ from engine.clusters.pricing import Pricer, Spent
 from engine.config import Config
 from engine.data_traffic import Traffic
 from engine.frozen import Frozen, frozen_of
+from engine.layer_costs import LayerCosts
 from engine.objectives import Objective, make_objective
 from engine.precision.precision import precision_of
 from engine.prediction import splits, stage_times
@@ -46,7 +47,8 @@ class StepTime:
         parts: seconds by what they go into, mean over the ranks of the pipeline; they add up to `seconds`. `products`,
             `attention`, `memory` (passes over it); `tensor` and `context`: what these axes keep the device waiting;
             `data`: the same of gradients and weights over data-parallel ranks, and of the norm; `recompute`;
-            `optimizer`; `bubble`. Of measured layers the first ones are `measured` together.
+            `offload`: what copies to and from host memory take longer than their layer; `optimizer`; `bubble`. Of
+            measured layers the first ones are `measured` together.
         timeline: of the pipeline. images_per_second: of all ranks. mfu: None where no peak is known.
     """
 
@@ -190,6 +192,11 @@ class StepModel:
         half, computing again."""
         named = [(self.layers[i].name, self.frozen.passes[i]) for i in placement.layers[number]]
         found = stage_times(((self.times[name], n, sets.get(name, "all")) for name, n in named), split=split)
+        for index, (name, passes) in zip(placement.layers[number], named, strict=True):
+            if copies := self._copies(index, sets.get(name, "all")):
+                times = self.times[name]
+                for what, of in (("forward", times.forward), ("backward", times.backwards(passes, splits=split)[0])):
+                    _add(found[what], {"offload": max(0.0, copies - _total(of))})
         if number == placement.last:
             _add(found["forward"], self.loss[0])
             _add(found["backward"], self.loss[1])
@@ -197,6 +204,13 @@ class StepModel:
         for what, spent in self.traffic.within(names, {key: _total(of) for key, of in found.items()}, split).items():
             _add(found[what], {"data": spent})
         return found
+
+    def _copies(self, layer: int, sets: str) -> float:
+        """Seconds that what a layer has in host memory takes on its way there, and on its way back."""
+        of = save_set(sets)
+        if not of.offloads:
+            return 0.0
+        return self.cluster.to_host(LayerCosts.of(self.config, self.grid.shape, 0).cost(layer, of).away)
 
     def _messages(self, placement: Placement) -> Costs:
         """What the simulator is to know of messages: sizes, latency, and the rate of the slowest link."""

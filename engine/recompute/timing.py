@@ -168,6 +168,7 @@ class Timing:
         small, key = self._small, self._key(index)
 
         def again(save_set: str) -> Mapping[Place, float]:
+            save_set = save_set.removesuffix("+offload")
             if (*key, save_set) not in _AGAIN:
                 _AGAIN[*key, save_set] = small.run_again(index, set_of(save_set), META)
             return _AGAIN[*key, save_set]

@@ -74,6 +74,18 @@ def test_what_is_computed_again_takes_longer_the_more_it_is() -> None:
     assert seconds == sorted(seconds) and seconds[-1] < 1.35 * seconds[0]
 
 
+def test_copies_to_host_memory_take_time_where_they_are_not_hidden() -> None:
+    """Of a link without end none; the more is kept, and the slower the link, the more."""
+    endless, fast, slow = (replace(CLUSTER, host=replace(CLUSTER.host, gb_per_second=rate)) for rate in (1e9, 50, 25))
+    none, hidden = step(config("none")), step(config("all+offload"), cluster=endless)
+    assert hidden.seconds == pytest.approx(none.seconds) and "offload" not in hidden.parts
+    found = [step(config("all+offload"), cluster=of) for of in (fast, slow)]
+    assert none.seconds < found[0].seconds < found[1].seconds
+    assert all(of.parts["offload"] == pytest.approx(of.seconds - none.seconds) for of in found)
+    less = step(config("fc1+offload"), cluster=slow)
+    assert less.parts["offload"] < 0.6 * found[1].parts["offload"] and less.parts["recompute"] > 0
+
+
 def test_links_and_devices_bound_a_step() -> None:
     """Slower links make every step slower that uses them, and faster ones none; so do more ranks for one batch."""
     near = CLUSTER.within_node
