@@ -22,15 +22,18 @@ from engine.objectives import make_objective
 from engine.plan import MemoryPlan, plan_memory, planned
 from engine.prediction import splits
 from engine.recompute.ahead import flops_again
+from engine.recompute.cut import Cut, Problem
+from engine.recompute.offload import host_rate
 from engine.recompute.save_sets import SAVE_SETS
 from engine.recompute.solve import Infeasible
 from engine.recompute.timing import LayerTimes
-from engine.recompute_problem import Seconds, problem_of
+from engine.recompute_problem import Copies, Seconds, problems_of
 from engine.step_time import timing_of
 from parallel import comm
 from parallel.grid import Grid, GridShape
 
 _FLOPS = 1e12  # a second, where nobody knows
+_FLOPS_PER_BYTE = 14_000  # that a GPU computes while it copies one to its host
 _RUNS = 3  # of each kind of layer that is timed
 
 
@@ -94,7 +97,8 @@ def settled(config: Config, grid: Grid, device: torch.device, memory: float) -> 
     times = timing_of(config, grid, make_objective(config)).measured(device, _RUNS)
     least, choice = comm.least(memory, grid.world), None
     if grid.world.index == 0:
-        choice = _chosen(config, grid.shape, least, times, on_cpu=device.type == "cpu")
+        rate = host_rate(device) if config.recompute.offload == "auto" else 0.0
+        choice = _chosen(config, grid.shape, least, times, rate, on_cpu=device.type == "cpu")
     choice = comm.gather_objects(choice, grid.world)[0]
     if isinstance(choice, str):
         raise ConfigError(choice)
@@ -102,7 +106,7 @@ def settled(config: Config, grid: Grid, device: torch.device, memory: float) -> 
 
 
 def _chosen(
-    config: Config, shape: GridShape, memory: float, times: Mapping[str, LayerTimes], *, on_cpu: bool
+    config: Config, shape: GridShape, memory: float, times: Mapping[str, LayerTimes], rate: float, *, on_cpu: bool
 ) -> Choice | str:
     """As `choose`, by measured times; the refusal as a text, which all ranks are to be told."""
     layers = make_objective(config).layers
@@ -112,10 +116,14 @@ def _chosen(
     def seconds(layer: str, of: str) -> float:
         return times[layer].recompute_seconds(of)
 
+    def copies(layer: str, count: int) -> float:
+        ways = times[layer].forward, times[layer].backwards(passes[layer], splits=split)[0]
+        return sum(max(0.0, count / rate - sum(spent.values())) for spent in ways)
+
     try:
         choice = choose(
             config, shape, memory, seconds, on_cpu=on_cpu,
-            passes=lambda layer: times[layer].seconds(passes[layer], splits=split),
+            passes=lambda layer: times[layer].seconds(passes[layer], splits=split), copies=copies,
         )  # fmt: skip
     except ConfigError as error:
         return str(error)
@@ -127,14 +135,19 @@ def check_budget(config: Config, shape: GridShape, memory: float, *, on_cpu: boo
     """Raise TooLittleError where `choose` would whatever the times, before ranks talk."""
     if not config.recompute.is_auto:
         return
-    problem, stages = problem_of(config, shape, memory, lambda layer, of: 0.0, on_cpu=on_cpu)
-    try:
-        if _cuts(config, shape):
-            problem.check()
+    problems, stages = problems_of(config, shape, memory, lambda layer, of: 0.0, on_cpu=on_cpu)
+    lacks = list[Infeasible]()
+    for problem in problems:
+        try:
+            if _cuts(config, shape):
+                problem.check()
+            else:
+                problem.solved(stages)
+        except Infeasible as error:
+            lacks.append(error)
         else:
-            problem.solved(stages)
-    except Infeasible as error:
-        raise _refusal(config, problem.budget, memory, error.smallest) from error
+            return
+    raise _refusal(config, problems[0].budget, memory, min(error.smallest for error in lacks)) from lacks[0]
 
 
 def by_flops(config: Config) -> Seconds:
@@ -146,6 +159,17 @@ def by_flops(config: Config) -> Seconds:
         for name, of in SAVE_SETS.items()
     }
     return lambda layer, name: again[name][layer] * images / _FLOPS
+
+
+def copies_by_flops(config: Config) -> Copies:
+    """The same of copies to host memory and back."""
+    layers, images = make_objective(config).layers, config.train.micro_batch_size or 1
+    flops = {layer.name: layer.flops * images for layer in layers}
+
+    def copies(layer: str, count: int) -> float:
+        return sum(max(0.0, count * _FLOPS_PER_BYTE - times * flops[layer]) for times in (1, 2)) / _FLOPS
+
+    return copies
 
 
 def passes_by_flops(config: Config) -> Callable[[str], float]:
@@ -164,25 +188,35 @@ def choose(
     *,
     on_cpu: bool,
     passes: Callable[[str], float] | None = None,
+    copies: Copies | None = None,
 ) -> Choice:
     """Save sets for every block, and the layers of every stage.
 
     Args:
         config: resolved, with recompute.policy auto. memory: bytes of a rank's device, or of its share of a host.
             seconds: of computing again. on_cpu: as `engine.plan.plan_memory`. passes: seconds of forward and backward
-            of a layer for a micro-batch, by its name; None: stages are as they are cut without budget.
+            of a layer for a micro-batch, by its name; None: stages are as they are cut without budget. copies: to host
+            memory, with recompute.offload auto.
 
     Raises:
         TooLittleError: no save sets keep all ranks within the budget.
     """
-    problem, stages = problem_of(config, shape, memory, seconds, on_cpu=on_cpu, passes=passes or (lambda layer: 0.0))
-    try:
-        if passes is None or not _cuts(config, shape):
-            found = problem.solved(stages)
-        else:
-            found = problem.best_of(problem.best(), stages)
-    except Infeasible as error:
-        raise _refusal(config, problem.budget, memory, error.smallest) from error
+    problems, stages = problems_of(
+        config, shape, memory, seconds, on_cpu=on_cpu, passes=passes or (lambda layer: 0.0),
+        copies=copies or (lambda layer, count: 0.0),
+    )  # fmt: skip
+    cuts, lacks = list[tuple[Problem, Cut]](), list[Infeasible]()
+    for each in problems:
+        try:
+            if passes is None or not _cuts(config, shape):
+                cuts.append((each, each.solved(stages)))
+            else:
+                cuts.append((each, each.best_of(each.best(), stages)))
+        except Infeasible as error:
+            lacks.append(error)
+    if not cuts:
+        raise _refusal(config, problems[0].budget, memory, min(error.smallest for error in lacks)) from lacks[0]
+    problem, found = min(cuts, key=lambda cut: cut[0].step(cut[1]))
     layers = make_objective(config).layers
     names = {
         layers[place].name: name
@@ -210,7 +244,7 @@ def _cuts(config: Config, shape: GridShape) -> bool:
 def _named(config: Config, names: Mapping[str, str], stages: Sequence[range] | None) -> Config:
     depth = config.model.sizes.depth
     sets = tuple(names.get(f"blocks.{i}", "all") for i in range(depth))
-    config = replace(config, recompute=replace(config.recompute, policy=sets, memory_budget="auto"))
+    config = replace(config, recompute=replace(config.recompute, policy=sets, memory_budget="auto", offload="never"))
     if stages is None:
         return config
     return replace(config, parallel=replace(config.parallel, layers_per_stage=tuple(map(len, stages))))

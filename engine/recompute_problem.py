@@ -13,8 +13,9 @@ from engine.layer_costs import LayerCosts
 from engine.plan import image_bytes, planned, states
 from engine.recompute.costs import LayerCost
 from engine.recompute.cut import Problem
+from engine.recompute.offload import LOADS_IN_FLIGHT
 from engine.recompute.ranks import Layer, Pace, Place
-from engine.recompute.save_sets import SaveSet, save_set
+from engine.recompute.save_sets import LADDER, SaveSet, save_set
 from parallel.grid import GridShape
 from parallel.pipeline import Costs, simulate
 from parallel.pipeline.post import message_bytes
@@ -23,7 +24,11 @@ Seconds = Callable[[str, str], float]
 """What computing a layer again takes for a micro-batch: its name, that of a save set."""
 
 
-def problem_of(
+Copies = Callable[[str, int], float]
+"""What copies to host memory and back add to the time of a layer for a micro-batch: its name, bytes one way."""
+
+
+def problems_of(
     config: Config,
     shape: GridShape,
     memory: float,
@@ -31,8 +36,13 @@ def problem_of(
     *,
     on_cpu: bool,
     passes: Callable[[str], float] = lambda layer: 0.0,
-) -> tuple[Problem, tuple[range, ...]]:
-    """What is to be solved, and the stages as they are cut without it."""
+    copies: Copies = lambda layer, count: 0.0,
+) -> tuple[list[Problem], tuple[range, ...]]:
+    """What is to be solved, and the stages as they are cut without it.
+
+    With recompute.offload auto there are several problems, of which the best solution is taken: first one without
+    offloading, then, since what is in flight takes memory by the largest load of a rank, one for each bound on that.
+    """
     if again := config.pipeline(shape).schedule(config.num_micro_batches(shape)).recomputes:
         raise ConfigError(
             f"parallel.schedule {config.parallel.schedule} has recomputes ({again[0]} and so on), but recompute.policy "
@@ -57,7 +67,49 @@ def problem_of(
 
     budget = config.recompute.budget(memory)
     pace = _pace(config, shape)
-    return Problem(layers=layers, schedule=a.schedule, budget=budget, static=static, pace=pace), a.placement.layers
+    first = Problem(layers=layers, schedule=a.schedule, budget=budget, static=static, pace=pace)
+    if config.recompute.offload == "never" or on_cpu:
+        return [first], a.placement.layers
+
+    def bounded(load: int) -> Problem:
+        return replace(
+            first,
+            layers=[_offloading(a, costs, place, of, load, copies) for place, of in enumerate(layers)],
+            static=lambda rank, stages: static(rank, stages) + LOADS_IN_FLIGHT * load,
+        )
+
+    return [first, *map(bounded, _loads(a, costs))], a.placement.layers
+
+
+def _loads(a: Assembly, costs: LayerCosts) -> list[int]:
+    """The sizes that loads of blocks may have."""
+    places = [place for place in range(len(a.layers)) if _may_offload(a, place)]
+    return sorted({costs.cost(place, save_set(f"{name}+offload")).away for place in places for name in LADDER} - {0})
+
+
+def _may_offload(a: Assembly, place: int) -> bool:
+    """A block that keeps something, and takes no merge along."""
+    behind = a.layers[place + 1].name if place + 1 < len(a.layers) else ""
+    return (
+        a.layers[place].name.startswith("blocks.") and a.frozen.passes[place] > 1 and not behind.startswith("merges.")
+    )
+
+
+def _offloading(a: Assembly, costs: LayerCosts, place: int, layer: Layer, load: int, copies: Copies) -> Layer:
+    """The layer, which may have what rungs of the ladder keep in host memory, up to so many bytes."""
+    if not _may_offload(a, place):
+        return layer
+
+    def by_set(where: Place) -> Mapping[str, LayerCost]:
+        found = dict(layer.costs(where))
+        for name in [name for name in LADDER if name in found]:
+            cost = costs.cost(place, save_set(f"{name}+offload"), **asdict(where))
+            if 0 < cost.away <= load:
+                seconds = found[name].seconds + copies(a.layers[place].name, cost.away)
+                found[f"{name}+offload"] = replace(cost, seconds=seconds)
+        return found
+
+    return replace(layer, costs=cache(by_set))
 
 
 def _pace(config: Config, shape: GridShape) -> Pace:

@@ -231,6 +231,8 @@ class Config:
             found.append("parallel.shared_memory false: there is one rank")
         if not (p.sequence_parallel and shape.tensor > 1) and self.recompute.gathers_again:
             found.append("recompute.policy ...+gather: no rows are gathered, which sequence parallelism splits")
+        if self.recompute.offloads and device_type == "cpu":
+            found.append("recompute.policy ...+offload, recompute.offload: host memory is the device's own here")
         if self.recompute.norm_from_output:
             why = {
                 "what linears keep has other rows, which sequence parallelism gathers": p.sequence_parallel

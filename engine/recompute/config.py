@@ -51,6 +51,9 @@ class RecomputeConfig:
     """auto: in a pipeline, a rank that would wait for a gradient computes again meanwhile what was dropped of that
     micro-batch, one at a time, which takes the memory that dropping it has saved; never: backward does all of it"""
 
+    offload: Literal["never", "auto"] = "never"
+    """policy auto: whether it may keep in the memory of the host what blocks keep (save sets ...+offload), on a GPU"""
+
     norm_backward: Literal["input", "output"] = "input"
     """What blocks' norms keep for backward; output: that of the norm, which linears keep anyway: less memory, but
     gradients are rounded in another way, and weights of norms must not be close to 0; needs compiled kernels"""
@@ -66,6 +69,12 @@ class RecomputeConfig:
             raise ValueError(
                 f"recompute.memory_budget {self.memory_budget} has no effect with recompute.policy {self._as_text}, "
                 "which looks at no memory: use policy auto, or leave it out"
+            )
+
+        if self._name != "auto" and self.offload == "auto":
+            raise ValueError(
+                f"recompute.offload auto has no effect with recompute.policy {self._as_text}, which chooses nothing: "
+                "use policy auto, or name save sets ...+offload"
             )
 
     @property
@@ -119,6 +128,11 @@ class RecomputeConfig:
     def drops(self, depth: int) -> bool:
         """Whether any of so many blocks drops something, or may."""
         return self.is_auto or any(of.drops for of in self.sets(depth))
+
+    @property
+    def offloads(self) -> bool:
+        """Whether a block does, or may."""
+        return self.offload == "auto" or "+offload" in self._as_text
 
     @property
     def gathers_again(self) -> bool:

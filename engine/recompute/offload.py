@@ -14,6 +14,8 @@ which save nothing.
 
 from __future__ import annotations
 
+import statistics
+import time
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol
@@ -292,6 +294,17 @@ class Handle:
         storage = self._away.original() if self._away.here is None else self._away.here
         dtype, device, offset, size, stride = self._view
         return torch.empty(0, dtype=dtype, device=device).set_(storage, offset, size, stride)  # type: ignore[arg-type]
+
+
+def host_rate(device: torch.device) -> float:
+    """Bytes per second from a device to its host's memory: the median of five copies."""
+    x, seconds = torch.zeros(1 << 26, dtype=torch.uint8, device=device), list[float]()
+    copy = torch.empty(x.shape, dtype=x.dtype, pin_memory=device.type == "cuda")
+    for _ in range(5):
+        began = time.perf_counter()
+        copy.copy_(x)  # waits
+        seconds.append(time.perf_counter() - began)
+    return x.nbytes / statistics.median(seconds)
 
 
 def _bytes_of(storage: UntypedStorage, device: torch.device) -> Tensor:

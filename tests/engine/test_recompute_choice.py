@@ -103,6 +103,38 @@ def test_within_the_budget_and_least_again(layout: dict[str, Any]) -> None:
     assert tuple(plan.peak for plan in plans) == found[1].peaks
 
 
+def test_host_memory_is_taken_where_that_is_asked_for_and_quicker() -> None:
+    """By a link that takes no time least memory suffices, by a slow one nothing is sent but what must be."""
+    case = Case("sequential", depth=8, micro_batches=2, batch=64)
+    shape, config = case.config().grid_shape(case.ranks), case.config()
+    config = replace(config, recompute=replace(config.recompute, policy="auto"))
+    offload = replace(config, recompute=replace(config.recompute, offload="auto"))
+
+    def chosen(config: Config, budget: int, rate: float = 1.0) -> Choice:
+        asked = replace(config, recompute=replace(config.recompute, memory_budget=budget))
+        return choose(
+            asked, shape, MEMORY, again, on_cpu=False, passes=lambda layer: 0.02, copies=lambda _, count: count / rate
+        )
+
+    with pytest.raises(TooLittleError) as refused:
+        chosen(config, 1)
+    least = refused.value.smallest
+    with pytest.raises(TooLittleError) as refused:
+        chosen(offload, 1)
+    assert refused.value.smallest < least
+    middle = least + (max(chosen(config, 2**40).peaks) - least) // 3
+    for budget in (least, middle):
+        found = [chosen(offload, budget, rate) for rate in (1e30, 1e8, 1e3)]
+        never = chosen(config, budget)
+        assert all(max(choice.peaks) <= budget for choice in found)
+        assert max(found[0].busy) <= max(found[1].busy) <= max(found[2].busy) == max(never.busy)
+        assert max(found[0].busy) < max(never.busy) and any(
+            "+offload" in name for name in found[0].config.recompute.policy
+        )
+        assert found[2].config == never.config
+        assert found[0].config.resolve(1) == found[0].config
+
+
 def test_stages_are_cut_by_times_and_by_the_budget() -> None:
     """A head that takes as long as nine other layers; less and less memory; a cut by hand, which stays."""
     case = Case("parallel", depth=12, pipeline=2, micro_batches=4, batch=64)

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from engine.config import Config
 from engine.plan import MemoryPlan, plan_memory
-from engine.recompute_choice import by_flops, choose, passes_by_flops
+from engine.recompute_choice import by_flops, choose, copies_by_flops, passes_by_flops
 from tools.benchmark.table import Row
 
 _GB = 1e9
@@ -44,7 +44,9 @@ def row(config: Config, ranks: int, memory: float) -> Row:
     shape = config.grid_shape(ranks)
     if config.recompute.is_auto:
         passes = passes_by_flops(config)
-        config = choose(config, shape, memory * _GB, by_flops(config), on_cpu=False, passes=passes).config
+        config = choose(
+            config, shape, memory * _GB, by_flops(config), on_cpu=False, passes=passes, copies=copies_by_flops(config)
+        ).config
     apart = ranks // shape.pipeline
     plans = [plan_memory(config, shape, rank * apart, memory * _GB) for rank in range(shape.pipeline)]
     worst: MemoryPlan = max(plans, key=lambda plan: plan.peak)

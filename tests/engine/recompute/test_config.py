@@ -136,6 +136,17 @@ def test_a_budget_of_another_policy_than_auto_is_refused(policy: str | tuple[str
         RecomputeConfig(policy=policy, memory_budget="12GB")
 
 
+def test_offloading_without_anybody_who_chooses_is_refused_and_on_a_cpu_it_is_told() -> None:
+    with pytest.raises(
+        ValueError, match=r"recompute.offload auto has no effect with recompute.policy full, .*\+offload"
+    ):
+        RecomputeConfig(policy="full", offload="auto")
+    for recompute in (RecomputeConfig(policy="auto", offload="auto"), RecomputeConfig(policy="all * 3, qkv+offload")):
+        for device, told in (("cpu", 1), ("cuda", 0)):
+            lines = small(recompute=recompute).resolve(1).without_effect(GridShape(), device, 1)
+            assert sum("host memory is the device's own" in line for line in lines) == told
+
+
 @pytest.mark.parametrize("text", ["true", "[1]", "{a: 1}", "null"])
 def test_a_budget_of_a_wrong_type_is_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "given.yaml").write_text(f"recompute: {{policy: auto, memory_budget: {text}}}\n")
