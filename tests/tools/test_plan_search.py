@@ -123,3 +123,27 @@ def test_mistakes(options: list[str], says: str, tmp_path: Path) -> None:
 def test_a_machine_is_asked_for(options: list[str]) -> None:
     with pytest.raises(ConfigError, match="give --cluster"):
         command.main(options)
+
+
+@pytest.mark.parametrize(
+    ("name", "gigabytes", "only", "has_one"),
+    [
+        ("vit_b16", 80.0, {"context": 1}, True),
+        ("vit_l16", 80.0, {"context": 1}, True),
+        ("vit_g14", 80.0, {"context": 1}, True),
+        ("vit_g14", 12.0, {"context": 1, "pipeline": 1, "zero": 0, "micro_batch": 8}, False),
+    ],
+)
+def test_small_models_have_one_tensor_rank_unless_memory_forces_more(
+    name: str, gigabytes: float, only: Mapping[str, Any], has_one: bool
+) -> None:
+    """And the first choice is what docs/scaling.md says."""
+    file = f"{name}.yaml"
+    config, _ = parse(["--config", str(ROOT / "configs" / file), "--data.kind", "synthetic", "--data.path", "null"])
+    cluster = replace(H100, memory=replace(H100.memory, gb=gigabytes))
+    (first,) = Search(Space(config=config, ranks=64, only=only), Evaluator(config, cluster, 64)).best(1).best
+    assert (first.layout.tensor == 1) == has_one
+    assert first.mfu is not None
+    if has_one:
+        row = f"(`{file}`) | `{first.layout}` | {first.seconds:.4f} | {100 * first.mfu:.1f} % |"
+        assert row in (ROOT / "docs" / "scaling.md").read_text()
