@@ -9,7 +9,7 @@ from tools.plan.layouts import Space
 from tools.plan.search import Found, Search
 
 SHARES = (0.85, 0.7, 0.55, 0.4, 0.3, 0.2)
-"""Of the budget, with which the search is made again."""
+"""Of what the best layout takes: budgets with which the search is made again."""
 _GB = 1e9
 
 
@@ -17,7 +17,7 @@ def front(space: Space, evaluator: Evaluator, first: Prediction) -> list[Predict
     """The best layouts within ever smaller budgets; prices and costs are known by now."""
     found = [first]
     for share in SHARES:
-        budget = int(share * evaluator.budget)
+        budget = int(share * first.peak)
         if found[-1].peak <= budget:
             continue
         best = Search(space, evaluator, budget).best(1).best
@@ -55,8 +55,10 @@ def draw(space: Space, evaluator: Evaluator, found: Found, file: Path) -> None:
                 [p.peak / _GB for p in own], [p.seconds for p in own], s=42, zorder=3, label=name,
                 facecolors=[color if p in on else "white" for p in own], edgecolors=color,
             )  # fmt: skip
-        axes.axvline(evaluator.budget / _GB, color=FAINT, linestyle=(0, (2, 2)), linewidth=0.9, zorder=1)
+        most, limit = max(p.peak for p in (*ends, *found.best)), evaluator.budget
+        if most > limit / 2:
+            axes.axvline(limit / _GB, color=FAINT, linestyle=(0, (2, 2)), linewidth=0.9, zorder=1)
         axes.set_ylim(0, 1.08 * max(p.seconds for p in (*ends, *found.best)))
-        axes.set_xlim(0, 1.03 * evaluator.budget / _GB)
+        axes.set_xlim(0, 1.05 * (limit if most > limit / 2 else most) / _GB)
         axes.legend(loc="lower left")
         save(figure, file)
