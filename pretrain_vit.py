@@ -12,6 +12,7 @@ from parallel import parent
 if __name__ == "__main__":  # before the imports below, which take seconds
     parent.end_with_launcher()
     parent.end_by_interrupt()
+    parent.hold_warnings()
     parent.spin_briefly()
 
 from engine.config.cli import parse

@@ -1,5 +1,5 @@
-"""A rank's first moments, before torch is imported (which takes seconds): it ends with its launcher, and by signals;
-its threads do not spin for long.
+"""A rank's first moments, before torch is imported (which takes seconds): it ends with its launcher, and by signals,
+but for a warning, which waits; its threads do not spin for long.
 
 Imports nothing that takes time, so that what it promises holds from the start.
 """
@@ -42,6 +42,18 @@ def interrupts_raise() -> None:
     """Python's own way again: KeyboardInterrupt. Ignored interrupts (of a shell's background jobs) stay ignored."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def hold_warnings() -> None:
+    """Have a warning, SIGUSR1, wait until somebody heeds it: it asks for what may be done within minutes, and would end
+    a process that has not come so far, or has done with it. Processes started meanwhile hold it, too.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+
+
+def let_warnings_come() -> None:
+    """Those that wait come now."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
 
 
 def spin_briefly() -> None:

@@ -5,7 +5,8 @@ each, gives every rank one thread, leaves a folder behind and hears hang-ups thr
 tell "wrong option" from "training diverged" starts ranks with this (or with srun).
 
 SIGTERM, SIGUSR1 and SIGINT are passed on once, and ranks that train then save and end with code 3, which is ours as
-well; they have --shutdown-timeout seconds for it, here 600. A second signal ends them at once. With --max-restarts
+well; they have --shutdown-timeout seconds for it, here 600. A second signal ends them at once. SIGUSR1, which warns
+of an end to come, ends nobody who has just begun: launcher and ranks heed it when they can. With --max-restarts
 ranks are started again after a failure, but not where another try would end alike: codes 2, 3 and 4.
 """
 
@@ -19,6 +20,11 @@ import signal
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
+
+from parallel import parent
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    parent.hold_warnings()
 
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing import SignalException
@@ -47,7 +53,10 @@ def main(argv: Sequence[str]) -> int:
         _heed_signals(arguments)
         _miss_hosts_soon(arguments)
         launcher.LocalElasticAgent, Agent.say = Agent, staticmethod(_say)  # type: ignore[misc]
-        torchrun.run(arguments)
+        try:
+            torchrun.run(arguments)
+        finally:
+            _ignore_signals(arguments)  # it is over
     except ChildFailedError as error:
         rank, failure = first_failure(error.failures)
         if how := ending(rank, failure):
@@ -55,8 +64,6 @@ def main(argv: Sequence[str]) -> int:
         code: int = failure.exitcode
         return code if code >= 0 else 128 - code
     except SignalException as error:
-        for name in filter(None, arguments.signals_to_handle.split(",")):
-            signal.signal(signal.Signals[name], signal.SIG_IGN)  # it is over
         _end(_children() - others)
         return _code_after(signal.Signals(error.sigval), error.codes if isinstance(error, Stopped) else [None])
     except RendezvousConnectionError:
@@ -128,7 +135,14 @@ def _heed_signals(arguments: argparse.Namespace) -> None:
     if unknown:
         raise ValueError(f"--signals-to-handle: {', '.join(unknown)} is no signal of this system")
     heeded = [name for name in names if signal.getsignal(signal.Signals[name]) is not signal.SIG_IGN]
+    if "SIGUSR1" not in heeded:
+        parent.let_warnings_come()
     arguments.signals_to_handle = ",".join(heeded)
+
+
+def _ignore_signals(arguments: argparse.Namespace) -> None:
+    for name in filter(None, arguments.signals_to_handle.split(",")):
+        signal.signal(signal.Signals[name], signal.SIG_IGN)
 
 
 def _miss_hosts_soon(arguments: argparse.Namespace) -> None:

@@ -3,7 +3,8 @@
 A signal is only noted; whether to stop is voted on at the end of each step, with the loss, so that all ranks stop after
 the same one. The same signal a second time, a second or more after the first, ends its rank at once: launcher and
 scheduler may both pass on one request. SLURM's warning (--signal=USR1@120) and the SIGTERM
-that follows it are different signals: the latter does not disturb a save that the former has begun.
+that follows it are different signals: the latter does not disturb a save that the former has begun. A warning that
+comes before, while a rank starts, is heeded after the first step; one that comes after, while it ends, is let go.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class StopRequests:
         self._until = began + 60 * config.time_limit if config.time_limit is not None and rank == 0 else None
         self._signal: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
+        self._held: set[int] = set()  # `parent.hold_warnings`
         self._noted: dict[int, float] = {}  # when each signal came first
         self._last_asked: float | None = None
 
@@ -47,12 +49,16 @@ class StopRequests:
             for number in SIGNALS:
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._note)
+            self._held = signal.pthread_sigmask(signal.SIG_UNBLOCK, self._before) & self._before.keys()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        asked = self._signal if isinstance(error, PeerLostError) else None
+        if asked is None:
+            signal.pthread_sigmask(signal.SIG_BLOCK, self._held)
         self._give_back()
-        if isinstance(error, PeerLostError) and self._signal is not None:
-            os.kill(os.getpid(), self._signal)  # it was how the launcher ends those that are left
+        if asked is not None:
+            os.kill(os.getpid(), asked)  # it was how the launcher ends those that are left
 
     def _give_back(self) -> None:
         for number, handler in self._before.items():

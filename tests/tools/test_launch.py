@@ -9,9 +9,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
+from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
 from tools import launch
 from tools.agent import Agent
@@ -178,6 +180,21 @@ time.sleep(60)
 def test_ranks_that_stop_in_order_are_not_started_again(launched: Launch, number: signal.Signals) -> None:
     ready = f"signal.signal({number.value}, lambda *_: sys.exit(3))"
     assert launched(ready + WHEN_ALL_ARE_UP.format(number.value), "--max-restarts=2") == (3, "")
+
+
+def test_a_warning_while_ranks_begin_is_passed_on_when_they_heed_it(
+    launched: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It interrupts neither the launcher, which has not started all of them, nor those that have just begun."""
+    begin = SubprocessHandler.__init__
+
+    def slowly(self: SubprocessHandler, *args: Any, **kwargs: Any) -> None:
+        begin(self, *args, **kwargs)
+        time.sleep(0.3)
+
+    monkeypatch.setattr(SubprocessHandler, "__init__", slowly)
+    handled = "time.sleep(0.7); signal.signal(10, lambda *_: sys.exit(3)); time.sleep(60)"
+    assert launched(f"rank or os.kill(os.getppid(), 10); {handled}", "--max-restarts=2") == (3, "")
 
 
 @pytest.mark.parametrize(

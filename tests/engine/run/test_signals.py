@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import time
@@ -9,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from engine.config import TrainConfig
+from engine.run.stopping import StopRequests
+from parallel import parent
 from tests.engine.run.forked import checkpoints, long_run, running, steps_told
 
 STOPS = {
@@ -88,3 +92,19 @@ def test_what_was_ignored_from_the_start_stays_so(tmp_path: Path) -> None:
         run.wait_for(step + 10)
         run.kill(signal.SIGTERM)
         assert run.codes() == [3]
+
+
+def test_a_warning_waits_for_a_run_that_begins_and_is_let_go_after_it() -> None:
+    before, handler = signal.pthread_sigmask(signal.SIG_BLOCK, ()), signal.getsignal(signal.SIGUSR1)
+    try:
+        parent.hold_warnings()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        with StopRequests(TrainConfig(), 0, time.monotonic()) as requests:
+            assert requests.vote() == 1
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert signal.SIGUSR1 in signal.sigpending()
+        with StopRequests(TrainConfig(), 0, time.monotonic()) as requests:
+            assert requests.vote() == 1
+        assert signal.getsignal(signal.SIGUSR1) == handler
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
