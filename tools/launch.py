@@ -53,10 +53,7 @@ def main(argv: Sequence[str]) -> int:
         _heed_signals(arguments)
         _miss_hosts_soon(arguments)
         launcher.LocalElasticAgent, Agent.say = Agent, staticmethod(_say)  # type: ignore[misc]
-        try:
-            torchrun.run(arguments)
-        finally:
-            _ignore_signals(arguments)  # it is over
+        torchrun.run(arguments)
     except ChildFailedError as error:
         rank, failure = first_failure(error.failures)
         if how := ending(rank, failure):
@@ -64,6 +61,7 @@ def main(argv: Sequence[str]) -> int:
         code: int = failure.exitcode
         return code if code >= 0 else 128 - code
     except SignalException as error:
+        _ignore_signals(arguments)  # it is over
         _end(_children() - others)
         return _code_after(signal.Signals(error.sigval), error.codes if isinstance(error, Stopped) else [None])
     except RendezvousConnectionError:
