@@ -40,7 +40,7 @@ class StopRequests:
         self._until = began + 60 * config.time_limit if config.time_limit is not None and rank == 0 else None
         self._signal: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
-        self._held: set[int] = set()  # `parent.hold_warnings`
+        self._held = set[signal.Signals]()  # `parent.hold_warnings`
         self._noted: dict[int, float] = {}  # when each signal came first
         self._last_asked: float | None = None
 
@@ -49,13 +49,13 @@ class StopRequests:
             for number in SIGNALS:
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._note)
-            self._held = signal.pthread_sigmask(signal.SIG_UNBLOCK, self._before) & self._before.keys()
+            self._held = {*self._before} & signal.pthread_sigmask(signal.SIG_UNBLOCK, self._before)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         asked = self._signal if isinstance(error, PeerLostError) else None
         if asked is None:
-            signal.pthread_sigmask(signal.SIG_BLOCK, self._held)
+            self._before |= dict.fromkeys(self._held, signal.SIG_IGN)
         self._give_back()
         if asked is not None:
             os.kill(os.getpid(), asked)  # it was how the launcher ends those that are left
