@@ -4,7 +4,7 @@ choice.
 `layer_norm` and the other functions here choose by themselves: compiled where that can run, plain PyTorch elsewhere.
 """
 
-from .allocator import give_back, pool_state, tune_allocator, use_pool
+from .allocator import give_back, most_in_pool, pool_state, tune_allocator, use_pool
 from .api import Kernels
 from .optimizers import AdamWStep
 from .select import Backend
@@ -31,6 +31,7 @@ __all__ = [
     "give_back",
     "layer_norm",
     "linear_attention",
+    "most_in_pool",
     "patch_merge",
     "pool_state",
     "qk_norm",

@@ -50,6 +50,11 @@ def _why_no_pool() -> str:
     return "" if built == torch.__version__ else f"built for torch {built}, this is {torch.__version__}"
 
 
+def most_in_pool() -> int | None:
+    """Bytes, in whole pages, that the pool's tensors had at most at once since `give_back`; None without a pool."""
+    return None if _why_no_pool() or native.memory is None else int(native.memory.counts()["held"])
+
+
 def give_back() -> None:
     """Returns to the kernel what is free, of the pool and of glibc's heap."""
     if native.memory is not None:

@@ -168,7 +168,7 @@ def test_what_was_planned_is_told_beside_what_was_measured(capsys: pytest.Captur
     )
     assert planned is not None
     assert re.search(
-        rf"recompute: planned {planned[1]} MiB, measured [\d.]+ more resident, .* whole steps [\d.]+", shown
+        rf"recompute: planned {planned[1]} MiB, measured [\d.]+ in tensors of 64 KiB .* whole steps [\d.]+", shown
     )
 
 
