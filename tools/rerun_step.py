@@ -156,9 +156,21 @@ def _last(task: Task, start: Manifest, other: Manifest | None, steps: int) -> in
         raise ConfigError(f"{task.start} is of the last step of its run, {steps}: give an earlier checkpoint")
     if last <= start.step:
         raise ConfigError(f"--against {task.against} is of step {last}, and {task.start} of {start.step}: give a later")
+    if other is not None:
+        check_layouts(task, start.about.get("layout") or {}, other.about.get("layout") or {})
     if last > steps:
         raise ConfigError(f"step {last} is beyond the {steps} of the run: {steps - start.step} are left to be run")
     return last
+
+
+def check_layouts(task: Task, start: Mapping[str, int], other: Mapping[str, int]) -> None:
+    """Raise ConfigError where the run went on in another layout between the two checkpoints."""
+    if start and other and start != other:
+        axes = [" x ".join(f"{axis} {length}" for axis, length in of.items()) for of in (start, other)]
+        raise ConfigError(
+            f"{task.start} was saved by {axes[0]}, and {task.against} by {axes[1]}: bits are the same in one layout "
+            "alone: give two checkpoints of one, or --steps, which compares tries with each other"
+        )
 
 
 def _run(job: _Job) -> bool:

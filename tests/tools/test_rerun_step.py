@@ -195,6 +195,7 @@ def test_what_cannot_be_is_refused(runs: Runs, tmp_path: Path) -> None:
         ([str(one / "checkpoints" / "step-00000002"), "--steps", "4"], "beyond the 5"),
         ([str(one), "--times", "2", "--against", str(one)], "--against"),
         ([str(newest), "--against", str(one / "checkpoints" / "step-00000002")], "last step"),
+        ([str(one / "checkpoints" / "step-00000002"), "--against", str(runs.folder / "two")], "one layout"),
         ([str(one), "--trian.steps", "2"], "train.steps"),
         ([str(one), "--parallel.tensor_parallel_size", "2"], "tensor"),
     ):
