@@ -71,11 +71,13 @@ class LayerCosts:
 
     def by_set(self, layer: int, **where: Any) -> dict[str, LayerCost]:
         """As `cost`, with each save set to choose from, by its name; without those that drop more than another one, and
-        save nothing by it.
+        save nothing by it, in the midst of a stage.
         """
         found: dict[str, LayerCost] = {}
-        tried = set[object]()
-        for name, of in SAVE_SETS.items():
+        tried, ends = set[object](), where.get("first") or where.get("last")
+        midst = self.by_set(layer, **(where | {"first": False, "last": False})) if ends else SAVE_SETS
+        for name in midst:
+            of = SAVE_SETS[name]
             drops = self._dropped(self._kinds[layer], of)
             if drops not in tried:
                 found[name] = self.cost(layer, of, **where)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
@@ -24,10 +24,10 @@ class LiveBytes(TorchDispatchMode):
         self.alive: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        known = {_memory(x) for x in tree_leaves((args, kwargs))}
+        known = {_memory(x) for x in _leaves((args, kwargs))}
         out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and _memory(tensor) not in known | self.alive:
+        for tensor in _leaves(out):
+            if isinstance(tensor, Tensor) and (at := _memory(tensor)) not in known and at not in self.alive:
                 self._add(tensor)
         return out
 
@@ -47,6 +47,17 @@ class LiveBytes(TorchDispatchMode):
     def _remove(self, key: int, size: int) -> None:
         self.alive.discard(key)
         self.now -= size
+
+
+def _leaves(of: Any) -> Iterator[Any]:
+    """What operators are given and give, lists of tensors at most: this is called for each."""
+    if isinstance(of, tuple | list):
+        for part in of:
+            yield from _leaves(part)
+    elif isinstance(of, dict):
+        yield from _leaves(list(of.values()))
+    else:
+        yield of
 
 
 def _memory(x: Any) -> int | None:

@@ -8,21 +8,25 @@ kernels and fused attention make, unless kernels is reference. Temporaries insid
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 from engine.assemble import Assembly, assemble
 from engine.config import Config
+from engine.frozen import Frozen
 from engine.layer_costs import META as META
-from engine.layer_costs import LayerCosts, micro_batch
+from engine.layer_costs import LayerCosts
 from engine.live_bytes import LiveBytes as LiveBytes
 from engine.recompute.assignment import assignment
 from engine.recompute.costs import LayerCost
 from engine.recompute.peaks import StageCost, host_peak, peak
 from engine.recompute.save_sets import SaveSet
+from engine.recompute.timing import kind_of
+from model import Build, LayerSpec
 from parallel.grid import GridShape, planned_grid
 from parallel.layout import info_of
-from parallel.pipeline.actions import Action, ActionKind, peak_activations
+from parallel.pipeline.actions import ActionKind, peak_activations
 from parallel.pipeline.post import message_bytes
 
 _SCRATCH = 4 * 2**20
@@ -82,14 +86,14 @@ def plan_memory(
             GPUs, that share memory.
     """
     assembly = planned(config, shape, rank, device_memory, on_cpu=on_cpu)
-    sets = assignment(assembly.config.recompute, assembly.layers, assembly.frozen.passes)
-    stages = stage_costs(assembly, LayerCosts.of(assembly.config, shape, rank, on_cpu=on_cpu), sets)
+    at, costs = assembly.grid.pipeline.index, LayerCosts.of(assembly.config, shape, rank, on_cpu=on_cpu)
+    program, stages = assembly.schedule.ranks[at], _stage_costs(assembly, costs, at)
     return MemoryPlan(
         stages=tuple(assembly.stages),
         states=states(assembly, on_cpu=on_cpu),
-        activations=peak(program_of(assembly), stages) + image_bytes(assembly),
-        host=0 if on_cpu else host_peak(program_of(assembly), stages),
-        micro_batches=peak_activations(assembly.schedule)[assembly.grid.pipeline.index],
+        activations=peak(program, stages) + _image_bytes(assembly, at),
+        host=0 if on_cpu else host_peak(program, stages),
+        micro_batches=peak_activations(assembly.schedule)[at],
         schedule=assembly.schedule.name,
         bubble=assembly.predicted.bubble_fraction,
     )
@@ -112,13 +116,75 @@ def _libraries(assembly: Assembly) -> int:
     return _SCRATCH + 3 * sum(len(shape) == 2 for shape in shapes) * _MACHINE_CODE
 
 
-def stage_costs(a: Assembly, costs: LayerCosts, sets: Mapping[str, SaveSet]) -> dict[int, StageCost]:
-    """What each stage of a rank holds, by its number.
+def peaks(config: Config, shape: GridShape, device_memory: float, *, on_cpu: bool = False) -> tuple[int, ...]:
+    """The peak of the first rank of each pipeline rank, as `plan_memory` finds it; arguments as there.
+
+    One of them is built, for all; what lives for the whole run is built for each that has other layers.
+    """
+    a = planned(config, shape, 0, device_memory, on_cpu=on_cpu)
+    costs, found = LayerCosts.of(a.config, shape, 0, on_cpu=on_cpu), list[int]()
+    for rank, program in enumerate(a.schedule.ranks):
+        kinds = tuple(stage_kind(a.layers, a.placement.layers[s], a.build, a.frozen) for s in a.placement.on(rank))
+        first = rank * (shape.world_size // shape.pipeline)
+        held = static_bytes(config, shape, first, device_memory, kinds, on_cpu=on_cpu) + _image_bytes(a, rank)
+        found.append(held + peak(program, _stage_costs(a, costs, rank)))
+    return tuple(found)
+
+
+def static_bytes(
+    config: Config,
+    shape: GridShape,
+    rank: int,
+    device_memory: float,
+    kinds: Hashable,
+    *,
+    on_cpu: bool = False,
+    cut: Callable[[], Config] | None = None,
+) -> int:
+    """What lives for the whole run on a rank, found once for all layouts in which a rank has such layers.
 
     Args:
-        sets: by the names of the layers; others keep all.
+        kinds: of its stages, as `stage_kind` says. cut: how the configuration comes to have these layers there, if it
+            has not yet. Others as of `plan_memory`.
     """
-    of_kind = {kind: {x.stage for x in program_of(a) if x.kind is kind} for kind in ActionKind}
+    at = tuple(index for name, index in shape.coordinates(rank).items() if name != "pipeline")
+    key = _essential(config), shape.data, shape.context, shape.tensor, at, device_memory, on_cpu, kinds
+    if key not in _STATIC:
+        built = planned(cut() if cut else config, shape, rank, device_memory, on_cpu=on_cpu)
+        _STATIC[key] = sum(states(built, on_cpu=on_cpu).values())
+    return _STATIC[key]
+
+
+_STATIC: dict[Hashable, int] = {}
+
+
+def stage_kind(layers: Sequence[LayerSpec], own: Iterable[int], build: Build, frozen: Frozen) -> Hashable:
+    """Equal for stages that hold as many bytes of weights, gradients and states.
+
+    Args:
+        layers: of the model. own: those of the stage.
+    """
+
+    def of(layer: LayerSpec) -> Hashable:
+        names = (name.removeprefix(layer.name) for name in frozen.names if name.startswith(f"{layer.name}."))
+        return kind_of(layer, build), frozenset(names)
+
+    return tuple(of(layers[place]) for place in own)
+
+
+def _essential(config: Config) -> Hashable:
+    """What the states of given layers go by."""
+    p = replace(
+        config.parallel, pipeline_parallel_size=1, schedule="1f1b", virtual_stages=None, layers_per_stage=None,
+        schedule_policy="static",
+    )  # fmt: skip
+    return config.model, p, config.precision, config.optimizer, config.train.freeze, config.kernels, config.objective
+
+
+def _stage_costs(a: Assembly, costs: LayerCosts, rank: int) -> dict[int, StageCost]:
+    """What each stage of a pipeline rank holds, by its number."""
+    program, sets = a.schedule.ranks[rank], assignment(a.config.recompute, a.layers, a.frozen.passes)
+    of_kind = {kind: {x.stage for x in program if x.kind is kind} for kind in ActionKind}
 
     def layers(stage: int, *, ahead: bool = False) -> tuple[LayerCost, ...]:
         splits, notes = (stage in of_kind[kind] for kind in (ActionKind.BACKWARD_INPUT, ActionKind.RECOMPUTE))
@@ -126,7 +192,7 @@ def stage_costs(a: Assembly, costs: LayerCosts, sets: Mapping[str, SaveSet]) -> 
             return ()
         return tuple(
             costs.cost(
-                place, sets.get(a.layers[place].name, SaveSet()), **ends(a, stage, place), splits=splits, notes=notes,
+                place, sets.get(a.layers[place].name, SaveSet()), **_ends(a, stage, place), splits=splits, notes=notes,
                 ahead=ahead,
             )
             for place in a.placement.layers[stage]
@@ -139,30 +205,34 @@ def stage_costs(a: Assembly, costs: LayerCosts, sets: Mapping[str, SaveSet]) -> 
             output=output,
             input_gradient=gradient,
         )
-        for stage, (output, gradient) in messages_of(a).items()
+        for stage, (output, gradient) in _messages_of(a, rank).items()
     }
 
 
-def messages_of(a: Assembly) -> dict[int, tuple[int, int]]:
-    """By stage of the rank: bytes of what goes to the stage behind, and of what goes back to the one before."""
+def _messages_of(a: Assembly, rank: int) -> dict[int, tuple[int, int]]:
+    """By stage of a pipeline rank: bytes of what goes to the stage behind, and of what goes back to the one before."""
     before, behind = a.boundaries, [*a.boundaries[1:], ()]
     return {
         stage: (message_bytes(behind[stage]), message_bytes(tuple(s for s in before[stage] if s.carries_gradient)))
-        for stage in a.stages
+        for stage in a.placement.on(rank)
     }
 
 
-def ends(a: Assembly, stage: int, place: int) -> dict[str, bool]:
+def _ends(a: Assembly, stage: int, place: int) -> dict[str, bool]:
     """Whether a layer is the first or last of its stage, as `LayerCosts.cost` asks."""
     places = a.placement.layers[stage]
     return {"first": place == places.start, "last": place == places.stop - 1 and stage != a.placement.last}
 
 
-def program_of(a: Assembly) -> Sequence[Action]:
-    return a.schedule.ranks[a.grid.pipeline.index]
+def _image_bytes(a: Assembly, rank: int) -> int:
+    """As `image_bytes`, on a pipeline rank."""
+    return image_bytes(a, [a.placement.layers[stage] for stage in a.placement.on(rank)])
 
 
-def image_bytes(a: Assembly) -> int:
-    """Of one micro-batch, on a rank that reads images."""
-    images = micro_batch(a).images
-    return 0 if images is None else images.nbytes
+def image_bytes(a: Assembly, stages: Iterable[range]) -> int:
+    """Of one micro-batch, on a rank whose stages have these layers, if one of them reads images."""
+    if not any(a.objective.reads_images(own) for own in stages):
+        return 0
+    size, of = a.config.train.micro_batch_size, a.config.model.sizes
+    assert size is not None
+    return 4 * size * of.channels * prod(of.image)

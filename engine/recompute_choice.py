@@ -19,7 +19,7 @@ from engine.config import Config
 from engine.errors import ConfigError
 from engine.frozen import frozen_of
 from engine.objectives import make_objective
-from engine.plan import MemoryPlan, plan_memory, planned
+from engine.plan import peaks, planned
 from engine.prediction import splits
 from engine.recompute.ahead import flops_again
 from engine.recompute.cut import Cut, Problem
@@ -225,11 +225,11 @@ def choose(
         for place, name in zip(found.stages[stage], sets, strict=True)
     }
     config = _named(config, names, found.stages if found.stages != stages else None)
-    chosen, plans = _ahead_within(config, shape, memory, problem.budget, on_cpu=on_cpu)
+    chosen, planned_peaks = _ahead_within(config, shape, memory, problem.budget, on_cpu=on_cpu)
     return Choice(
         config=chosen,
         budget=problem.budget,
-        peaks=tuple(plan.peak for plan in plans),
+        peaks=planned_peaks,
         seconds=tuple(solution.seconds for solution in found.ranks),
         busy=found.seconds,
         step=0.0 if passes is None else problem.step(found),
@@ -252,17 +252,12 @@ def _named(config: Config, names: Mapping[str, str], stages: Sequence[range] | N
 
 def _ahead_within(
     config: Config, shape: GridShape, memory: float, budget: int, *, on_cpu: bool
-) -> tuple[Config, list[MemoryPlan]]:
+) -> tuple[Config, tuple[int, ...]]:
     """Recomputing ahead, unless what then lies recomputed is too much."""
-    apart = shape.world_size // shape.pipeline
-
-    def plans(of: Config) -> list[MemoryPlan]:
-        return [plan_memory(of, shape, rank * apart, memory, on_cpu=on_cpu) for rank in range(shape.pipeline)]
-
-    found = plans(config)
-    if max(plan.peak for plan in found) > budget and config.recompute.ahead != "never":
+    found = peaks(config, shape, memory, on_cpu=on_cpu)
+    if max(found) > budget and config.recompute.ahead != "never":
         config = replace(config, recompute=replace(config.recompute, ahead="never"))
-        found = plans(config)
+        found = peaks(config, shape, memory, on_cpu=on_cpu)
     return config, found
 
 

@@ -10,7 +10,7 @@ from engine.assemble import Assembly
 from engine.config import Config, RecomputeConfig
 from engine.errors import ConfigError
 from engine.layer_costs import LayerCosts
-from engine.plan import image_bytes, planned, states
+from engine.plan import image_bytes, planned, stage_kind, static_bytes
 from engine.recompute.costs import LayerCost
 from engine.recompute.cut import Problem
 from engine.recompute.offload import LOADS_IN_FLIGHT
@@ -53,17 +53,17 @@ def problems_of(
     a = planned(keeps_all, shape, 0, memory, on_cpu=on_cpu)
     costs = LayerCosts.of(a.config, shape, 0, on_cpu=on_cpu)
     layers = [_layer(a, place, costs, seconds, passes) for place in range(len(a.layers))]
-    known = dict[object, int]()
 
     def static(rank: int, stages: Sequence[range]) -> int:
-        key = tuple(tuple(layers[place].kind for place in own) for own in stages)
-        if key not in known:
+        def cut() -> Config:
             numbered = dict(zip(a.schedule.stages_of(rank), stages, strict=True))
             counts = tuple(map(len, _whole_cut(numbered, a.schedule.num_stages, len(layers))))
-            there = replace(keeps_all, parallel=replace(config.parallel, layers_per_stage=counts))
-            held = planned(there, shape, rank * (shape.world_size // shape.pipeline), memory, on_cpu=on_cpu)
-            known[key] = sum(states(held, on_cpu=on_cpu).values()) + image_bytes(held)
-        return known[key]
+            return replace(keeps_all, parallel=replace(config.parallel, layers_per_stage=counts))
+
+        first = rank * (shape.world_size // shape.pipeline)
+        kinds = tuple(stage_kind(a.layers, own, a.build, a.frozen) for own in stages)
+        held = static_bytes(keeps_all, shape, first, memory, kinds, on_cpu=on_cpu, cut=cut)
+        return held + image_bytes(a, stages)
 
     budget = config.recompute.budget(memory)
     pace = _pace(config, shape)

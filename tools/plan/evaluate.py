@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from math import ceil
 
 from engine.clusters import Cluster
@@ -17,20 +17,23 @@ from engine.clusters.cluster import Curve
 from engine.config import Config, RecomputeConfig
 from engine.data_traffic import Traffic
 from engine.layer_costs import LayerCosts
-from engine.plan import planned, states
+from engine.plan import stage_kind, static_bytes
 from engine.recompute.assignment import assignment
+from engine.recompute.costs import LayerCost
 from engine.recompute.timing import kind_of
 from engine.recompute_choice import Choice, TooLittleError, choose
 from engine.step_time import StepModel, StepTime
 from parallel.grid import GridShape
-from parallel.pipeline import Placement, Schedule, build_schedule
+from parallel.pipeline import Placement, Schedule
 from parallel.pipeline.actions import ActionKind
+from parallel.pipeline.communication import insert_communication
 from parallel.pipeline.schedules import compute_order
 from tools.plan.layouts import Key, Layout
-from tools.plan.room import Block, fullest, least_again
+from tools.plan.room import Block, Kept, Moment, Room, fullest
 
 _GB = 1e9
 _PASSES = 4  # over the ranks, after which a schedule may repeat itself; else after twice as many
+_FEW = 2  # that are enough for a bound
 _SETTLED = 1e-7
 
 
@@ -80,9 +83,9 @@ class Evaluator:
     _models: dict[object, StepModel] = field(default_factory=dict)
     _schedules: dict[object, Schedule] = field(default_factory=dict)
     _placements: dict[object, Placement] = field(default_factory=dict)
-    _sets: dict[object, dict[str, int]] = field(default_factory=dict)
-    _found: dict[object, tuple[tuple[float, float], ...]] = field(default_factory=dict)
-    _states: dict[object, int] = field(default_factory=dict)
+    _sets: dict[object, dict[str, LayerCost]] = field(default_factory=dict)
+    _found: dict[object, tuple[Kept, ...]] = field(default_factory=dict)
+    _room: dict[Layout, list[Room]] = field(default_factory=dict)
     _on: dict[object, StepModel] = field(default_factory=dict)
 
     @property
@@ -121,9 +124,9 @@ class Evaluator:
         model = self._priced(layout)
         return max(self._busy(layout, replace(model, traffic=_none_of(model.traffic))))
 
-    def _busy(self, layout: Layout, model: StepModel, again: Sequence[float] = ()) -> list[float]:
+    def _busy(self, layout: Layout, model: StepModel) -> list[float]:
         """By rank: it begins when the first forward gets to it, works all the time, and where backwards are whole,
-        others work after it. `again`: what it computes again of a micro-batch.
+        others work after it.
         """
         schedule = self._schedule(layout, self._lengths(layout)[0])
         placement, splits = self._placement(model, schedule), splits_backward(layout)
@@ -133,74 +136,97 @@ class Evaluator:
         for rank in range(schedule.num_ranks):
             own = placement.on(rank)
             before = sum(f + b * (not splits) for f, b, _ in times[: own[0]])
-            each = sum(sum(times[s]) for s in own) + (again[rank] if again else 0.0)
-            found.append(before + count * each)
+            found.append(before + count * sum(sum(times[s]) for s in own))
         return found
 
     def least_again(self, layout: Layout, budget: int, *, closely: bool) -> float | Misfit:
         """Seconds that it takes at least with what it must compute again to stay within a budget.
 
         Args:
-            closely: states as they are allocated, which takes longer to find; else weights, masters and gradients.
+            closely: states of the rank that takes longest as they are allocated, which takes longer to find; else
+                weights, masters and gradients.
         """
         model, schedule = self._priced(layout), self._schedule(layout, self._lengths(layout)[0])
-        placement, again, lacks = self._placement(model, schedule), [], 0.0
-        for rank in range(schedule.num_ranks):
-            held = (
-                self._static(layout, model, schedule, placement, rank)
-                if closely
-                else _least_static(model, placement, rank)
-            )
-            alive = fullest(schedule.ranks[rank])
-            blocks = [
-                Block(alive=alive[stage], choices=self._choices(layout, i))
-                for stage in placement.on(rank)
-                for i in placement.layers[stage]
-                if model.layers[i].name.startswith("blocks.") and model.frozen.passes[i] > 1
-            ]
-            seconds, lack = least_again(blocks, budget - held)
-            again.append(seconds)
-            lacks = max(lacks, lack)
-        if lacks:
-            return Misfit(layout=layout, least=budget + ceil(lacks))
-        return max(self._busy(layout, model, again))
+        placement, rooms, count = self._placement(model, schedule), self._rooms(layout), self._count(layout)
+        busy, again, lacks = self._busy(layout, model), list[float](), list[float]()
+        for rank, room in enumerate(rooms):
+            seconds, lack = room.least_again(budget - _least_static(model, placement, rank))
+            again.append(busy[rank] + count * seconds)
+            lacks.append(lack)
+        if closely and not max(lacks):
+            rank = max(range(len(rooms)), key=lambda rank: again[rank])
+            held = self._static(layout, model, schedule, placement, rank)
+            seconds, lacks[rank] = rooms[rank].least_again(budget - held)
+            again[rank] = max(again[rank], busy[rank] + count * seconds)
+        if lack := max(lacks):
+            return Misfit(layout=layout, least=budget + ceil(lack))
+        return max(again)
 
-    def _choices(self, layout: Layout, place: int) -> tuple[tuple[float, float], ...]:
-        """Bytes that a block keeps of a micro-batch and seconds that it computes again, by save set. Bytes go straight
-        with the number of images.
+    def _rooms(self, layout: Layout) -> list[Room]:
+        """Of each rank, what its blocks may keep at the fullest moment: the same for all ZeRO stages."""
+        where = replace(layout, zero=0)
+        if where not in self._room:
+            model, schedule = self._priced(layout), self._schedule(layout, self._lengths(layout)[0])
+            placement = self._placement(model, schedule)
+            self._room[where] = [
+                self._room_of(layout, model, placement, fullest(program)) for program in schedule.ranks
+            ]
+        return self._room[where]
+
+    def _room_of(self, layout: Layout, model: StepModel, placement: Placement, at: Moment) -> Room:
+        def of(place: int) -> tuple[Kept, ...]:
+            return self._choices(layout, place) if _may_drop(model, place) else ()
+
+        blocks = [
+            Block(choices=tuple((alive * c.kept + at.deferred.get(stage, 0) * c.deferred, c.again) for c in choices))
+            for stage, alive in at.alive.items()
+            for place in placement.layers[stage]
+            if (choices := of(place))
+        ]
+        last = of(placement.layers[at.backward][-1])
+        return Room(blocks=blocks, own=min((c.backward - c.kept for c in last), default=0.0))
+
+    def _choices(self, layout: Layout, place: int) -> tuple[Kept, ...]:
+        """Of a block and a micro-batch, by save set. Bytes that stay go straight with the number of images, and those of
+        a backward, which are the most of several moments, are no fewer than if they did.
         """
         key, model = Key(tensor=layout.tensor, sequence=layout.sequence, context=layout.context), self._priced(layout)
-        kind, name = kind_of(model.layers[place], model.build), model.layers[place].name
-        if (at := (key, layout.micro_batch, kind)) not in self._found:
-            one, two = (self._kept(key, images, place, kind) for images in (1, 2))
-            self._found[at] = tuple(
-                (one[of] + (layout.micro_batch - 1) * (two[of] - one[of]), model.times[name].recompute_seconds(of))
-                for of in one.keys() & two.keys()
-            )
+        name, splits = model.layers[place].name, splits_backward(layout)
+        kind, more = kind_of(model.layers[place], model.build), layout.micro_batch - 1
+        if (at := (key, layout.micro_batch, kind, splits)) not in self._found:
+            one, two = (self._costs(key, images, place, kind, splits) for images in (1, 2))
+
+            def of(sets: str) -> Kept:
+                a, b = one[sets], two[sets]
+                return Kept(
+                    kept=a.kept + more * (b.kept - a.kept),
+                    deferred=a.deferred + more * (b.deferred - a.deferred),
+                    backward=a.backward + more * (b.backward - a.backward),
+                    again=model.times[name].recompute_seconds(sets),
+                )
+
+            self._found[at] = tuple(of(sets) for sets in one.keys() & two.keys())
         return self._found[at]
 
-    def _kept(self, key: Key, images: int, place: int, kind: object) -> dict[str, int]:
+    def _costs(self, key: Key, images: int, place: int, kind: object, splits: bool) -> dict[str, LayerCost]:
         """Of so many images, by save set."""
-        if (at := (key, images, kind)) not in self._sets:
+        if (at := (key, images, kind, splits)) not in self._sets:
             layout, config = self._alone(key, images)
             config = config if config.kernels == "reference" else replace(config, kernels="native")  # as `planned`
-            costs = LayerCosts.of(config, _shape(layout), 0)
-            self._sets[at] = {name: cost.kept for name, cost in costs.by_set(place).items()}
+            self._sets[at] = LayerCosts.of(config, _shape(layout), 0).by_set(place, splits=splits)
         return self._sets[at]
 
     def _static(self, layout: Layout, model: StepModel, schedule: Schedule, placement: Placement, rank: int) -> int:
         """Bytes that are there all the time, the same for ranks with equal layers."""
-        layers = [model.layers[i] for s in placement.on(rank) for i in placement.layers[s]]
-        kinds = tuple(kind_of(layer, model.build) for layer in layers)
-        key = layout.grid, layout.sequence, layout.zero, kinds, [len(placement.layers[s]) for s in placement.on(rank)]
-        if (where := repr(key)) not in self._states:
-            small = self._few(layout, model.config)
-            config = replace(small, recompute=RecomputeConfig(ahead="never"))
-            apart = self.ranks // layout.pipeline
-            on_cpu = self.cluster.device_type == "cpu"
-            a = planned(config, _shape(layout), rank * apart, self.memory, on_cpu=on_cpu)
-            self._states[where] = sum(states(a, on_cpu=on_cpu).values())
-        return self._states[where]
+        def built() -> Config:  # the model's own may be of another schedule
+            return replace(self._few(layout, self._resolved(layout)), recompute=RecomputeConfig(ahead="never"))
+
+        on_cpu = self.cluster.device_type == "cpu"
+        kinds = tuple(
+            stage_kind(model.layers, placement.layers[s], model.build, model.frozen) for s in placement.on(rank)
+        )
+        first = rank * (self.ranks // layout.pipeline)
+        return static_bytes(model.config, _shape(layout), first, self.memory, kinds, on_cpu=on_cpu, cut=built)
 
     def _few(self, layout: Layout, config: Config) -> Config:
         """The same with as few micro-batches as tell how it goes on."""
@@ -208,9 +234,13 @@ class Evaluator:
         return replace(config, train=replace(config.train, global_batch_size=short * layout.micro_batch * layout.data))
 
     def least(self, layout: Layout) -> float:
-        """Seconds that it takes at least: the schedule runs, and nothing is computed again."""
+        """Seconds that it takes at least: the schedule runs, and nothing is computed again. What the first micro-batches
+        add is no more than later ones do.
+        """
         model = self._priced(layout)
-        return self._step(model, layout, dict.fromkeys((l.name for l in model.layers), "all")).seconds
+        sets = dict.fromkeys((layer.name for layer in model.layers), "all")
+        self.counts["simulated"] += 1
+        return self._by_lengths(model, layout, sets, self._lengths(layout, _FEW)).seconds
 
     # -- what it really takes -----------------------------------------------------------------------------------------
 
@@ -270,15 +300,19 @@ class Evaluator:
     def _step(self, model: StepModel, layout: Layout, sets: Mapping[str, str]) -> _Length:
         """Of a step as long as the configuration's."""
         self.counts["simulated"] += 1
-        count, passes, before = self._count(layout), _PASSES, None
+        passes, before = _PASSES, None
         while True:
             lengths = self._lengths(layout, passes)
-            step = _Length.between(
-                [self._of_length(model, layout, sets, n) for n in dict.fromkeys(lengths)], lengths, count, model
-            )
+            step = self._by_lengths(model, layout, sets, lengths)
             if lengths[0] == lengths[1] or (before and abs(step.seconds - before) <= _SETTLED * before):
                 return step
             passes, before = 2 * passes, step.seconds
+
+    def _by_lengths(
+        self, model: StepModel, layout: Layout, sets: Mapping[str, str], lengths: tuple[int, int]
+    ) -> _Length:
+        steps = [self._of_length(model, layout, sets, n) for n in dict.fromkeys(lengths)]
+        return _Length.between(steps, lengths, self._count(layout), model)
 
     def _of_length(self, model: StepModel, layout: Layout, sets: Mapping[str, str], count: int) -> StepTime:
         schedule = self._schedule(layout, count)
@@ -323,7 +357,7 @@ class Evaluator:
     def _schedule(self, layout: Layout, count: int) -> Schedule:
         key = layout.schedule, layout.pipeline, count, layout.virtual
         if key not in self._schedules:
-            self._schedules[key] = build_schedule(*key)
+            self._schedules[key] = insert_communication(compute_order(*key))  # checked where one is run
         return self._schedules[key]
 
     def _placement(self, model: StepModel, schedule: Schedule) -> Placement:
@@ -414,6 +448,10 @@ def _least_static(model: StepModel, placement: Placement, rank: int) -> int:
     return held + numbers * (0 if wide else 4) // (shards if zero else 1)
 
 
+def _may_drop(model: StepModel, place: int) -> bool:
+    return model.layers[place].name.startswith("blocks.") and model.frozen.passes[place] > 1
+
+
 def _shape(layout: Layout) -> GridShape:
     pipeline, data, context, tensor = layout.grid
     return GridShape(pipeline=pipeline, data=data, context=context, tensor=tensor)
@@ -425,5 +463,10 @@ def _total(spent: Mapping[str, float]) -> float:
 
 def splits_backward(layout: Layout) -> bool:
     """Whether its schedule takes the gradients of weights apart."""
-    order = compute_order(layout.schedule, layout.pipeline, 1, layout.virtual)
+    return _splits(layout.schedule, layout.pipeline, layout.virtual)
+
+
+@cache
+def _splits(schedule: str, pipeline: int, virtual: int | None) -> bool:
+    order = compute_order(schedule, pipeline, 1, virtual)
     return any(action.kind is ActionKind.BACKWARD_INPUT for program in order.ranks for action in program)

@@ -6,56 +6,103 @@ leave. Which of their outputs go is a knapsack whose last thing is taken in part
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 from parallel.pipeline.actions import Action, ActionKind
 
-BACKWARDS = (ActionKind.BACKWARD, ActionKind.BACKWARD_INPUT)
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """By one save set, of a block and a micro-batch: bytes that stay, those that a split backward leaves for its second
+    half, the most while its backward runs, and seconds that are computed again.
+    """
+
+    kept: float
+    deferred: float
+    backward: float
+    again: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """One of a rank: micro-batches of it that are alive at that moment; of a micro-batch, bytes that it may keep and
-    the seconds that it then computes again.
+    """One of a rank: of all micro-batches alive at that moment, bytes that it may keep, and the seconds of each that it
+    then computes again.
     """
 
-    alive: int
-    choices: Sequence[tuple[float, float]]
+    choices: tuple[tuple[float, float], ...]
 
 
-def fullest(program: Sequence[Action]) -> dict[int, int]:
-    """Micro-batches alive of each stage of a rank when there are most of them."""
-    now, most = dict[int, int](), dict[int, int]()
+@dataclass(frozen=True, kw_only=True)
+class Moment:
+    """Of a rank: micro-batches of each stage between forward and backward, and between the halves of a split one, when
+    there are most; and the stage whose backward comes then.
+    """
+
+    alive: dict[int, int]
+    deferred: dict[int, int]
+    backward: int
+
+
+def fullest(program: Sequence[Action]) -> Moment:
+    """The moment of a rank's program when most micro-batches are alive."""
+    alive, deferred = Counter[int](), Counter[int]()
+    found, most = Moment(alive={}, deferred={}, backward=0), 0
     for action in program:
-        if action.kind is ActionKind.FORWARD:
-            now[action.stage] = now.get(action.stage, 0) + 1
-            if sum(now.values()) > sum(most.values()):
-                most = dict(now)
-        elif action.kind in BACKWARDS:
-            now[action.stage] -= 1
-    return most
+        match action.kind:
+            case ActionKind.FORWARD:
+                alive[action.stage] += 1
+            case ActionKind.BACKWARD | ActionKind.BACKWARD_INPUT:
+                if (count := alive.total() + deferred.total()) > most:
+                    found, most = Moment(alive=dict(alive), deferred=dict(deferred), backward=action.stage), count
+                alive[action.stage] -= 1
+                deferred[action.stage] += action.kind is ActionKind.BACKWARD_INPUT
+            case ActionKind.BACKWARD_WEIGHT:
+                deferred[action.stage] -= 1
+    return found
 
 
-def least_again(blocks: Sequence[Block], room: float) -> tuple[float, float]:
-    """(seconds of a micro-batch that blocks compute again at least, bytes that there is too little room for)."""
-    steps, bytes_now, seconds = list[tuple[float, float, float]](), 0.0, 0.0
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """What the blocks of a rank may keep at that moment. `own`: bytes that the backward which comes then adds."""
 
-    for block in blocks:
-        hull = _hull([(block.alive * kept, again) for kept, again in block.choices])
-        bytes_now += hull[0][0]
-        seconds += hull[0][1]
-        steps += [((b[1] - a[1]) / (b[0] - a[0]), b[0] - a[0], b[1] - a[1]) for a, b in pairwise(hull)]
-    left = room - bytes_now
-    if left < 0:
-        return seconds, -left
-    for _, more, faster in sorted(steps):
-        share = min(1.0, left / more)
-        seconds, left = seconds + share * faster, left - share * more
-        if left <= 0:
-            break
-    return max(0.0, seconds), 0.0
+    blocks: Sequence[Block]
+    own: float
+
+    def least_again(self, room: float) -> tuple[float, float]:
+        """(seconds of a micro-batch that blocks compute again at least, bytes that there is too little room for)."""
+        bytes_now, seconds = self._least
+        left = room - self.own - bytes_now
+        if left < 0:
+            return seconds, -left
+        for _, more, faster in self._steps:
+            share = min(1.0, left / more)
+            seconds, left = seconds + share * faster, left - share * more
+            if left <= 0:
+                break
+        return max(0.0, seconds), 0.0
+
+    @cached_property
+    def _hulls(self) -> list[list[tuple[float, float]]]:
+        hulls = {block: _hull(block.choices) for block in set(self.blocks)}
+        return [hulls[block] for block in self.blocks]
+
+    @cached_property
+    def _least(self) -> tuple[float, float]:
+        """Bytes at least, and the seconds that are computed again with these."""
+        return sum(hull[0][0] for hull in self._hulls), sum(hull[0][1] for hull in self._hulls)
+
+    @cached_property
+    def _steps(self) -> list[tuple[float, float, float]]:
+        """(seconds per byte, bytes, seconds) that may be added, the best first."""
+        return sorted(
+            ((b[1] - a[1]) / (b[0] - a[0]), b[0] - a[0], b[1] - a[1])
+            for hull in self._hulls
+            for a, b in pairwise(hull)
+        )
 
 
 def _hull(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
