@@ -167,20 +167,21 @@ class Bucket:
                     continue
                 layout = member.info.layout
                 layout = layout if layout.dim is None else replace(layout, index=t)
-                end = offset + member.numel(t)
-                for rank, index in self._ranks(t):
-                    part = slice(index * share, (index + 1) * share)
-                    if whole or (not own and self.stage == 0):
-                        part = slice(0, share * self.axis.size)
+                end, everywhere = offset + member.numel(t), whole or (not own and self.stage == 0)
+                shards = range(self.axis.size) if everywhere else range(offset // share, -(-end // share))
+                for rank, index in self._ranks(t, shards if end > offset else range(0)):
+                    part = range(share * self.axis.size) if everywhere else range(index * share, (index + 1) * share)
                     first, last = max(offset, part.start), min(end, part.stop)
                     if first < last:
                         found[member.names[0]].append(Holding(rank, layout, first - offset, last - offset))
         return found
 
-    def _ranks(self, tensor_index: int) -> Iterator[tuple[int, int]]:
-        """(index along data x context x tensor, index along `axis`) of the ranks with this tensor index."""
+    def _ranks(self, tensor_index: int, shards: range) -> Iterator[tuple[int, int]]:
+        """(index along data x context x tensor, index along `axis`) of the ranks with this tensor index that have one
+        of these shards.
+        """
         size = self.tensor.size
-        for index in range(self.axis.size):
+        for index in shards:
             if not self.kind.partial:
                 yield index * size + tensor_index, index
             elif index % size == tensor_index:

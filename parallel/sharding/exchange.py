@@ -13,7 +13,7 @@ Legend: M, N rows and columns of a logical matrix.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import prod
@@ -210,7 +210,7 @@ class Exchange:
         assert mine is None or sum(map(_count, turn.owned_by)) == mine.rows * mine.cols, (mine, owned)
         return turn
 
-    def _blocks(self, holdings: dict[str, list[Holding]], matrix: Matrix, rank: int) -> list[Block]:
+    def _blocks(self, holdings: Mapping[str, list[Holding]], matrix: Matrix, rank: int) -> list[Block]:
         """What `rank` holds of the matrix; offsets count from the start of this rank's fragment."""
         fragment = self.fragments.fragments[matrix.fragment]
         return [

@@ -6,8 +6,9 @@ alike. Optimizers that need the logical tensor (its rows and columns, its norm) 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 from torch import Tensor
@@ -103,6 +104,26 @@ class Holding(NamedTuple):
     stop: int
 
 
+class Holdings(Mapping[str, list[Holding]]):
+    """By parameter name, who holds what; found when it is first asked for, since of thousands of ranks it is long."""
+
+    def __init__(self, find: Callable[[], dict[str, list[Holding]]]) -> None:
+        self._find = find
+
+    @cached_property
+    def _found(self) -> dict[str, list[Holding]]:
+        return self._find()
+
+    def __getitem__(self, name: str) -> list[Holding]:
+        return self._found[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+
 @dataclass(frozen=True)
 class Fragments:
     """All that this rank trains.
@@ -118,5 +139,5 @@ class Fragments:
     spans: Sequence[Span]
     fragments: Sequence[Fragment]
     axis: Axis
-    owned: dict[str, list[Holding]]
-    trained: dict[str, list[Holding]]
+    owned: Mapping[str, list[Holding]]
+    trained: Mapping[str, list[Holding]]

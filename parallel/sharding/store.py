@@ -18,7 +18,7 @@ from parallel.layout import ParameterInfo, attach_info
 from parallel.pipeline.actions import Action, ActionKind
 from parallel.random import fill, key
 from parallel.sharding.buckets import Bucket
-from parallel.sharding.fragments import Fragments, Group
+from parallel.sharding.fragments import Fragments, Group, Holdings
 from parallel.sharding.gather import Gatherer
 from parallel.sharding.gradients import GradientSync
 from parallel.sharding.pieces import StatePiece, pieces_of
@@ -116,13 +116,16 @@ class ParameterStore:
     def fragments(self) -> Fragments:
         """What an optimizer trains on this rank."""
         trains = [bucket for bucket in self.buckets if bucket.kind.trains]
-        owned, trained = ({k: v for b in trains for k, v in b.holdings(own=own).items()} for own in (True, False))
+
+        def holdings(own: bool) -> Holdings:
+            return Holdings(lambda: {k: v for b in trains for k, v in b.holdings(own=own).items()})
+
         return Fragments(
             spans=[span for bucket in trains for span in bucket.spans()],
             fragments=[fragment for bucket in trains for fragment in bucket.fragments()],
             axis=self.axis,
-            owned=owned,
-            trained=trained,
+            owned=holdings(True),
+            trained=holdings(False),
         )
 
     def pieces(self, what: str, arrays: Mapping[Bucket, Tensor]) -> Iterator[StatePiece]:

@@ -187,8 +187,8 @@ class Evaluator:
         return Room(blocks=blocks, own=min((c.backward - c.kept for c in last), default=0.0))
 
     def _choices(self, layout: Layout, place: int) -> tuple[Kept, ...]:
-        """Of a block and a micro-batch, by save set. Bytes that stay go straight with the number of images, and those of
-        a backward, which are the most of several moments, are no fewer than if they did.
+        """Of a block and a micro-batch, by save set. Bytes that stay go straight with the number of images; those of a
+        backward, which are the most of several moments, are no fewer than if they did.
         """
         key, model = Key(tensor=layout.tensor, sequence=layout.sequence, context=layout.context), self._priced(layout)
         name, splits = model.layers[place].name, splits_backward(layout)
@@ -218,6 +218,7 @@ class Evaluator:
 
     def _static(self, layout: Layout, model: StepModel, schedule: Schedule, placement: Placement, rank: int) -> int:
         """Bytes that are there all the time, the same for ranks with equal layers."""
+
         def built() -> Config:  # the model's own may be of another schedule
             return replace(self._few(layout, self._resolved(layout)), recompute=RecomputeConfig(ahead="never"))
 
@@ -234,8 +235,8 @@ class Evaluator:
         return replace(config, train=replace(config.train, global_batch_size=short * layout.micro_batch * layout.data))
 
     def least(self, layout: Layout) -> float:
-        """Seconds that it takes at least: the schedule runs, and nothing is computed again. What the first micro-batches
-        add is no more than later ones do.
+        """Seconds that it takes at least: the schedule runs, and nothing is computed again. Each of the first
+        micro-batches adds no more than a later one.
         """
         model = self._priced(layout)
         sets = dict.fromkeys((layer.name for layer in model.layers), "all")

@@ -99,9 +99,7 @@ class Room:
     def _steps(self) -> list[tuple[float, float, float]]:
         """(seconds per byte, bytes, seconds) that may be added, the best first."""
         return sorted(
-            ((b[1] - a[1]) / (b[0] - a[0]), b[0] - a[0], b[1] - a[1])
-            for hull in self._hulls
-            for a, b in pairwise(hull)
+            ((b[1] - a[1]) / (b[0] - a[0]), b[0] - a[0], b[1] - a[1]) for hull in self._hulls for a, b in pairwise(hull)
         )
 
 
