@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from engine.clusters import Cluster, read_cluster
-from engine.config import Config, PrecisionConfig, TrainConfig
+from engine.config import Config, PrecisionConfig, RecomputeConfig, TrainConfig
 from engine.config.cli import parse
 from engine.errors import ConfigError
+from engine.step_time import predict_step
 from model import ModelConfig
 from tools.plan import command
 from tools.plan.evaluate import Evaluator, Misfit, Prediction
@@ -85,10 +86,37 @@ def test_what_is_written_runs_the_same_plan(tmp_path: Path) -> None:
     config, _ = parse(["--config", files[1]])
     assert config.parallel.pipeline_parallel_size == 2 and config.train.micro_batch_size == 2
     assert config.resolve(2).recompute.sets(4)
-    layout = read_layout("pipeline=2", config, 2, "--explain")
-    again = Evaluator(config, H100.of_ranks(2), 2).exactly(layout)
-    assert isinstance(again, Prediction)
+    layout, evaluator = read_layout("pipeline=2", config, 2, "--explain"), Evaluator(config, H100.of_ranks(2), 2)
+    plain = evaluator.exactly(layout)
+    assert isinstance(plain, Prediction)
+    again = evaluator.cut(plain)
+    assert again.seconds < plain.seconds, "the embedding is light: the first stage is given more blocks"
+    assert config.parallel.layers_per_stage == again.config.parallel.layers_per_stage != (3, 3)
     assert f'"step_s": {again.seconds}' in Path(files[2]).read_text()
+    config = config.resolve(2)
+    run = predict_step(config, config.grid_shape(2), H100.of_ranks(2))
+    assert run.seconds == pytest.approx(again.seconds)
+
+
+@pytest.mark.parametrize(("gb_per_second", "offloads"), [(1e-6, False), (1e6, True)])
+def test_a_layout_may_keep_in_host_memory_what_copies_are_quick_for(gb_per_second: float, offloads: bool) -> None:
+    recompute = RecomputeConfig(policy="auto", offload="auto")
+    config = replace(SMALL, model=replace(SMALL.model, depth=16), recompute=recompute)
+    cluster = of_gigabytes(0.2)
+    cluster = replace(cluster, host=replace(cluster.host, gb_per_second=gb_per_second))
+    found = Evaluator(config, cluster, 2).exactly(Layout(data=2, zero=1, micro_batch=8))
+    assert isinstance(found, Prediction)
+    assert any("+offload" in name for name in found.config.recompute.policy) == offloads
+
+
+def test_of_readiness_it_is_said_that_bounds_may_not_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = tmp_path / "given.yaml"
+    given.write_text(SMALL.to_yaml())
+    command.main(
+        ["--config", str(given), "--cluster", str(ROOT / "configs" / "clusters" / "h100_64.yaml"), "--ranks", "2",
+         "--parallel.schedule_policy", "ready", "--only", "pipeline=2,schedule=1f1b,micro_batch=4"]
+    )  # fmt: skip
+    assert "bounds hold for static alone" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -104,6 +132,7 @@ def test_what_is_written_runs_the_same_plan(tmp_path: Path) -> None:
         (["--explain", "tensor=2,schedule=zb_v,virtual=4"], "zb_v holds 2 stages per rank"),
         (["--only", "data=2", "--train.global_batch_size", "15"], "global_batch_size 15 can be dealt"),
         (["--only", "pipeline=2,micro_batch=5"], "no layout with pipeline=2,micro_batch=5"),
+        (["--recompute.policy", "auto", "--recompute.offload", "auto"], "is for one layout (--explain LAYOUT)"),
         (["--gpu-memory", "80"], "--gpu-memory has no effect with --cluster"),
         (["--model.width", "16384", "--model.depth", "16", "--model.mlp_dim", "65536", "--only", "micro_batch=1"],
          "no layout fits on 2 ranks"),

@@ -27,7 +27,7 @@ from parallel.grid import GridShape
 from parallel.pipeline import Placement, Schedule
 from parallel.pipeline.actions import ActionKind
 from parallel.pipeline.communication import insert_communication
-from parallel.pipeline.schedules import compute_order
+from parallel.pipeline.schedules import compute_order, virtual_stages_of
 from tools.plan.layouts import Key, Layout
 from tools.plan.room import Block, Kept, Moment, Room, fullest
 
@@ -86,6 +86,7 @@ class Evaluator:
     _sets: dict[object, dict[str, LayerCost]] = field(default_factory=dict)
     _found: dict[object, tuple[Kept, ...]] = field(default_factory=dict)
     _room: dict[Layout, list[Room]] = field(default_factory=dict)
+    _known: dict[tuple[Layout, bool], list[tuple[int, Prediction | Misfit]]] = field(default_factory=dict)
     _on: dict[object, StepModel] = field(default_factory=dict)
 
     @property
@@ -252,25 +253,50 @@ class Evaluator:
             cuts: whether the layers of stages are found together with them, which takes longer; else they are as they
                 are cut without a budget.
         """
+        budget = budget or self.budget
+        for before, found in self._known.get((layout, cuts), ()):
+            if before >= budget and (found.least > budget if isinstance(found, Misfit) else found.peak <= budget):
+                return found
+        found = self._exactly(layout, budget, cuts)
+        self._known.setdefault((layout, cuts), []).append((budget, found))
+        return found
+
+    def cut(self, found: Prediction, *, several: bool = False) -> Prediction:
+        """The same, or, if that is quicker, with layers cut into stages together with the save sets.
+
+        Args:
+            several: where ranks have several stages, too, which takes many seconds.
+        """
+        layout = found.layout
+        if layout.pipeline == 1 or (not several and virtual_stages_of(layout.schedule, layout.virtual) > 1):
+            return found
+        other = self.exactly(layout, cuts=True)
+        return other if isinstance(other, Prediction) and other.seconds < found.seconds else found
+
+    def _exactly(self, layout: Layout, budget: int, cuts: bool) -> Prediction | Misfit:
         self.counts["solved"] += 1
         model, config = self._priced(layout), self._resolved(layout)
         small = self._few(layout, config)
-        small = replace(small, recompute=replace(config.recompute, memory_budget=budget or self.budget))
+        small = replace(small, recompute=replace(config.recompute, memory_budget=budget))
+        counts = dict(zip((layer.name for layer in model.layers), model.frozen.passes, strict=True))
+        splits, on_cpu = splits_backward(layout), self.cluster.device_type == "cpu"
 
         def seconds(layer: str, of: str) -> float:
             return model.times[layer].recompute_seconds(of)
 
-        counts = dict(zip((layer.name for layer in model.layers), model.frozen.passes, strict=True))
-        splits = splits_backward(layout)
-
         def passes(layer: str) -> float:
             return model.times[layer].seconds(counts[layer], splits=splits)
 
-        on_cpu = self.cluster.device_type == "cpu"
+        def copies(layer: str, count: int) -> float:
+            times = model.times[layer]
+            ways = times.forward, times.backwards(counts[layer], splits=splits)[0]
+            return sum(max(0.0, self.cluster.to_host(count) - _total(spent)) for spent in ways)
+
         try:
             choice: Choice = choose(
-                small, _shape(layout), self.memory, seconds, on_cpu=on_cpu, passes=passes if cuts else None
-            )
+                small, _shape(layout), self.memory, seconds, on_cpu=on_cpu, passes=passes if cuts else None,
+                copies=copies,
+            )  # fmt: skip
         except TooLittleError as error:
             return Misfit(layout=layout, least=error.smallest)
         cut = choice.config.parallel.layers_per_stage

@@ -71,6 +71,13 @@ def pattern(p: Prediction) -> str:
     return ", ".join(f"{name} * {count}" for name, count in runs)
 
 
+def as_written(p: Prediction) -> Iterator[str]:
+    """What the configuration of a layout says beside its name."""
+    yield f"  save sets: {pattern(p)}"
+    if (layers := p.config.parallel.layers_per_stage) is not None:
+        yield f"  layers of the stages: {', '.join(map(str, layers))}"
+
+
 def where_time_goes(p: Prediction) -> Iterator[str]:
     """A line for each part of the step, the longest first, and one for each pipeline rank's memory."""
     for name, seconds in sorted(p.parts.items(), key=lambda part: -part[1]):
