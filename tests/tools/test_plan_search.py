@@ -16,7 +16,8 @@ from engine.errors import ConfigError
 from engine.step_time import predict_step
 from model import ModelConfig
 from tools.plan import command
-from tools.plan.evaluate import Evaluator, Misfit, Prediction
+from tools.plan.bounds import Misfit
+from tools.plan.evaluate import Evaluator, Prediction
 from tools.plan.layouts import Layout, Space, read_layout
 from tools.plan.search import Search
 

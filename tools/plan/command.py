@@ -12,14 +12,11 @@ pretrain_vit.py. The batch is that of the configuration (--train.global_batch_si
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-
-import yaml
 
 from engine.clusters import read_cluster
 from engine.config import Config
@@ -27,14 +24,14 @@ from engine.config.cli import parse
 from engine.errors import ConfigError
 from tools.benchmark.table import show
 from tools.places import check_place
-from tools.plan import memory, words
-from tools.plan.evaluate import Evaluator, Misfit, Prediction
+from tools.plan import memory, refusals, words, written
+from tools.plan.bounds import Misfit
+from tools.plan.evaluate import Evaluator, Prediction
 from tools.plan.layouts import Space, read_layout, read_values
-from tools.plan.search import Found, Search
+from tools.plan.refusals import room
+from tools.plan.search import Search
 
-_GB = 1e9
 _CLUSTER = "configs/clusters/h100_64.yaml"
-_ANY_DATA = ["--data.kind", "synthetic", "--data.path", "null"]
 
 
 def main(argv: Sequence[str]) -> None:
@@ -55,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
                 f"give --cluster FILE (such as {_CLUSTER}) to search for layouts, or --ranks N for the memory of "
                 "this one"
             )
-        config, _ = parse([*_ANY_DATA, *given], "tools.plan")
+        config, _ = parse([*written.ANY_DATA, *given], "tools.plan")
         rows = memory.rows(config, options.ranks, options.gpu_memory or 80.0, options.stages or range(4))
         show(rows, options.json)
         return
@@ -113,36 +110,27 @@ def _search(options: argparse.Namespace, given: Sequence[str]) -> None:
     for file in (options.out, options.json):
         if file is not None:
             check_place(Path(file))
-    config, _ = parse([*_ANY_DATA, *given], "tools.plan")
+    config, _ = parse([*written.ANY_DATA, *given], "tools.plan")
     cluster = read_cluster(options.cluster)
     ranks = options.ranks or cluster.devices
     evaluator = Evaluator(config, cluster.of_ranks(ranks), ranks)
-    print(f"{ranks} ranks of {cluster.name}, {config.train.global_batch_size} images per step, {_room(evaluator)}")
+    print(f"{ranks} ranks of {cluster.name}, {config.train.global_batch_size} images per step, {room(evaluator)}")
     if options.explain is not None:
         found: Sequence[Prediction] = [_explained(options, config, evaluator)]
     else:
         found = _found(options, config, evaluator)
     if options.json:
-        show_json(found, options.json)
+        written.show_json(found, options.json)
     if options.out:
-        write(found[0], given, Path(options.out), options.cluster)
+        written.write(found[0], given, Path(options.out), options.cluster)
         print(f"{options.out} runs {'it' if options.explain else 'the first'} on {ranks} ranks")
-
-
-def _room(evaluator: Evaluator) -> str:
-    return f"{evaluator.budget / _GB:.1f} of {evaluator.cluster.memory.gb:g} GB for each"
-
-
-def show_json(found: Sequence[Prediction], file: str) -> None:
-    """Write the rows, with all parts."""
-    Path(file).write_text(json.dumps(words.as_json(found), indent=1) + "\n")
 
 
 def _explained(options: argparse.Namespace, config: Config, evaluator: Evaluator) -> Prediction:
     layout = read_layout(options.explain, config, evaluator.ranks, "--explain")
     found = evaluator.exactly(layout)
     if isinstance(found, Misfit):
-        raise ConfigError(_too_large(found, evaluator))
+        raise ConfigError(refusals.too_large(found, evaluator))
     found = evaluator.cut(found, several=options.cut)
     show(words.rows([found]))
     print("\nWhere the time of a step goes:")
@@ -151,29 +139,14 @@ def _explained(options: argparse.Namespace, config: Config, evaluator: Evaluator
     return found
 
 
-def _too_large(found: Misfit, evaluator: Evaluator) -> str:
-    keys = [f"train.micro_batch_size below {found.layout.micro_batch}"] * (found.layout.micro_batch > 1)
-    keys += ["a higher parallel.zero_stage"] * (found.layout.zero < 3)
-    cure = ", ".join([*keys, "more tensor or pipeline ranks"])
-    return (
-        f"{found.layout} does not fit: with everything computed again a rank takes {found.least / _GB:.1f} GB at "
-        f"least, and may take {_room(evaluator)}: use {cure}"
-    )
-
-
 def _found(options: argparse.Namespace, config: Config, evaluator: Evaluator) -> Sequence[Prediction]:
     began = time.perf_counter()
     only = {} if options.only is None else read_values(options.only, "--only")
     space = Space(config=config, ranks=evaluator.ranks, only=only)
-    _check(space, options.only)
-    if config.recompute.offload != "never" and evaluator.cluster.device_type != "cpu":
-        raise ConfigError(
-            "recompute.offload auto is for one layout (--explain LAYOUT): the search has no bounds of what host memory "
-            "saves; leave it out, and look at the layouts that are found with it"
-        )
+    refusals.check(space, evaluator, options.only)
     found = Search(space, evaluator).best(options.best or 5)
     if not found.best:
-        raise ConfigError(_none_fits(found, evaluator))
+        raise ConfigError(refusals.none_fits(found, evaluator))
     cut = sorted((evaluator.cut(p, several=options.cut) for p in found.best), key=lambda p: p.seconds)
     found = replace(found, best=tuple(cut))
     show(words.rows(found.best))
@@ -197,57 +170,3 @@ def _found(options: argparse.Namespace, config: Config, evaluator: Evaluator) ->
         draw(space, evaluator, found, Path(options.picture))
         print(f"{options.picture}: the least step time over memory")
     return found.best
-
-
-def _check(space: Space, only: str | None) -> None:
-    """Raise ConfigError where there is no layout to look at."""
-    if space.count():
-        return
-    batch = space.config.train.global_batch_size
-    keys = list(space.families())
-    if any(space.shapes(key) for key in keys) and not any(space.pipelines(key) for key in keys):
-        data = min(d for key in keys for _, d in space.shapes(key))
-        near = [n for n in (batch // data * data, (batch // data + 1) * data) if n]
-        raise ConfigError(
-            f"train.global_batch_size {batch} can be dealt to the data ranks of no layout of {space.ranks} ranks, "
-            f"which are {data} at least: use {' or '.join(map(str, near))} images, or other --ranks"
-        )
-    what = f" with {only}" if only else ""
-    raise ConfigError(
-        f"no layout{what} is there of {space.ranks} ranks of this model and {batch} images: sizes must multiply to the "
-        "ranks, data ranks must divide the images, and each stage needs a layer: give other --ranks, or less in --only"
-    )
-
-
-def _none_fits(found: Found, evaluator: Evaluator) -> str:
-    least = min(found.misfits, key=lambda misfit: misfit.least)
-    need = least.least / evaluator.budget * evaluator.cluster.memory.gb
-    return (
-        f"no layout fits on {evaluator.ranks} ranks: {least.layout} needs least, {least.least / _GB:.1f} GB with "
-        f"everything computed again, and a rank may take {_room(evaluator)}: use more --ranks, devices of "
-        f"{math.ceil(need)} GB, parallel.gradient_dtype weights (half the memory of gradients), or an "
-        "optimizer.name with less state"
-    )
-
-
-def write(best: Prediction, given: Sequence[str], file: Path, cluster: str) -> None:
-    """The configuration that runs a layout: as given, with the layout and its save sets."""
-    config = run_config(best, parse([*_ANY_DATA, *given], "tools.plan")[0])
-    head = f"# Planned for {math.prod(best.layout.grid)} ranks of {cluster}: {1e3 * best.seconds:,.1f} ms a step\n"
-    try:
-        data = parse(given, "tools.plan")[0].data
-        text = replace(config, data=data).to_yaml()
-    except ConfigError:  # its data are to be named yet
-        keys = yaml.safe_load(config.to_yaml())
-        del keys["data"]
-        text = yaml.safe_dump(keys, sort_keys=False)
-        head += "# Its data are to be named, by --data.path and so on, or by another --config before this one\n"
-    file.write_text(head + text)
-
-
-def run_config(best: Prediction, given: Config) -> Config:
-    """As given, with the layout and save sets of a prediction."""
-    config = best.layout.configured(given)
-    recompute = replace(best.config.recompute, policy=words.pattern(best))
-    parallel = replace(config.parallel, layers_per_stage=best.config.parallel.layers_per_stage)
-    return replace(config, parallel=parallel, recompute=recompute)

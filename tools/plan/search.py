@@ -2,7 +2,7 @@
 
 A group of layouts has a lower bound of their time. The group with the least is split into smaller ones with higher
 bounds, down to single layouts whose time is known with their save sets. So what comes out first is the best there is,
-and a layout that never comes out takes no less time than those that did. Legend: of bounds, see `Evaluator`.
+and a layout that never comes out takes no less time than those that did. Bounds: `tools.plan.bounds`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
 
-from tools.plan.evaluate import Evaluator, Misfit, Prediction
+from tools.plan.bounds import Misfit
+from tools.plan.evaluate import Evaluator, Prediction
 from tools.plan.layouts import Key, Layout, Space
 
 _SLACK = 1e-9  # rounding of bounds

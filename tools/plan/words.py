@@ -8,7 +8,8 @@ from itertools import groupby
 
 from parallel.grid import AXES
 from tools.benchmark.table import Row
-from tools.plan.evaluate import Evaluator, Misfit, Prediction
+from tools.plan.bounds import Misfit
+from tools.plan.evaluate import Evaluator, Prediction
 from tools.plan.search import Found
 
 PARTS = {

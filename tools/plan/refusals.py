@@ -1,0 +1,66 @@
+"""What the search for layouts refuses, in words that say what to change."""
+
+from __future__ import annotations
+
+import math
+
+from engine.errors import ConfigError
+from tools.plan.bounds import Misfit
+from tools.plan.evaluate import Evaluator
+from tools.plan.layouts import Space
+from tools.plan.search import Found
+
+_GB = 1e9
+
+
+def room(evaluator: Evaluator) -> str:
+    """What a rank may take."""
+    return f"{evaluator.budget / _GB:.1f} of {evaluator.cluster.memory.gb:g} GB for each"
+
+
+def too_large(found: Misfit, evaluator: Evaluator) -> str:
+    """Of one layout."""
+    keys = [f"train.micro_batch_size below {found.layout.micro_batch}"] * (found.layout.micro_batch > 1)
+    keys += ["a higher parallel.zero_stage"] * (found.layout.zero < 3)
+    cure = ", ".join([*keys, "more tensor or pipeline ranks"])
+    return (
+        f"{found.layout} does not fit: with everything computed again a rank takes {found.least / _GB:.1f} GB at "
+        f"least, and may take {room(evaluator)}: use {cure}"
+    )
+
+
+def none_fits(found: Found, evaluator: Evaluator) -> str:
+    """Of all that were looked at."""
+    least = min(found.misfits, key=lambda misfit: misfit.least)
+    need = least.least / evaluator.budget * evaluator.cluster.memory.gb
+    return (
+        f"no layout fits on {evaluator.ranks} ranks: {least.layout} needs least, {least.least / _GB:.1f} GB with "
+        f"everything computed again, and a rank may take {room(evaluator)}: use more --ranks, devices of "
+        f"{math.ceil(need)} GB, parallel.gradient_dtype weights (half the memory of gradients), or an "
+        "optimizer.name with less state"
+    )
+
+
+def check(space: Space, evaluator: Evaluator, only: str | None) -> None:
+    """Raise ConfigError where there is no layout to look at, or none that bounds are true of."""
+    if space.config.recompute.offload != "never" and evaluator.cluster.device_type != "cpu":
+        raise ConfigError(
+            "recompute.offload auto is for one layout (--explain LAYOUT): the search has no bounds of what host memory "
+            "saves; leave it out, and look at the layouts that are found with it"
+        )
+    if space.count():
+        return
+    batch = space.config.train.global_batch_size
+    keys = list(space.families())
+    if any(space.shapes(key) for key in keys) and not any(space.pipelines(key) for key in keys):
+        data = min(d for key in keys for _, d in space.shapes(key))
+        near = [n for n in (batch // data * data, (batch // data + 1) * data) if n]
+        raise ConfigError(
+            f"train.global_batch_size {batch} can be dealt to the data ranks of no layout of {space.ranks} ranks, "
+            f"which are {data} at least: use {' or '.join(map(str, near))} images, or other --ranks"
+        )
+    what = f" with {only}" if only else ""
+    raise ConfigError(
+        f"no layout{what} is there of {space.ranks} ranks of this model and {batch} images: sizes must multiply to the "
+        "ranks, data ranks must divide the images, and each stage needs a layer: give other --ranks, or less in --only"
+    )
