@@ -8,7 +8,7 @@ from tools.plan.evaluate import Evaluator, Prediction
 from tools.plan.layouts import Space
 from tools.plan.search import Found, Search
 
-SHARES = (0.85, 0.7, 0.55, 0.4, 0.3, 0.2)
+SHARES = (0.8, 0.6, 0.4, 0.25)
 """Of what the best layout takes: budgets with which the search is made again."""
 _GB = 1e9
 
