@@ -30,10 +30,42 @@ def xavier_uniform(fan_in: int, *fan_outs: int) -> Init:
     return Init(kind="uniform", scales=tuple(math.sqrt(6 / (fan_in + fan_out)) for fan_out in fan_outs))
 
 
+_ALIGNED = 64  # bytes: beyond, addresses make no difference to a kernel
+
+
 def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x W' + b, the bias added afterwards: MKL's product that starts from a bias takes up to a third longer."""
     y = products.linear(x, weight)
     return y if bias is None else y.add_(bias)
+
+
+_SAME_BITS = dict[object, bool]()  # what `_same_bits` has found
+
+
+def _same_bits(x: Tensor, weight: Tensor, columns: slice) -> bool:
+    """Whether x times some rows of a weight gives those columns of x W' bit for bit.
+
+    Libraries choose a kernel by shapes, strides and alignment, not by numbers: so it is tried once for each of these,
+    with the numbers at hand, and holds from then on.
+    """
+    if x.is_meta:
+        return True
+    key = (
+        *((t.dtype, t.shape, t.stride(), t.data_ptr() % _ALIGNED, t.device) for t in (x, weight)),
+        (columns.start, columns.stop), torch.get_num_threads(), torch.get_float32_matmul_precision(),
+    )  # fmt: skip
+    if key not in _SAME_BITS:
+        _SAME_BITS[key] = torch.equal(products.linear(x, weight)[:, columns], _part(x, weight, columns))
+    return _SAME_BITS[key]
+
+
+def _part(x: Tensor, weight: Tensor, columns: slice) -> Tensor:
+    """Columns of x W'; their rows are further apart than they are long."""
+    count = columns.stop - columns.start
+    y = x.new_empty(len(x), count + _ALIGNED)[:, :count]
+    if products.through_fp32(x.dtype, x.device):
+        return y.copy_(products.linear(x, weight[columns]))
+    return torch.mm(x, weight[columns].t(), out=y)
 
 
 class _ColumnParallel(torch.autograd.Function):
@@ -200,13 +232,19 @@ class ColumnParallelLinear(nn.Module):
     def part(
         self, columns: slice, x: Tensor, gathered: Tensor | None = None, *, add_bias: bool = True
     ) -> Tensor | None:
-        """Those columns of what `forward` gives, not differentiable; None if it must be computed whole."""
-        if not isinstance(self.products, PlainProducts):
+        """Those columns of what `forward` gives, not differentiable; None if it must be computed whole: where libraries
+        add up in another order for so many columns, the bits would be others.
+
+        As columns of the whole they do not fill their rows: kernels that go over them take the ends of rows by
+        themselves, and add up or round there as they did before.
+        """
+        rows = x if gathered is None else gathered
+        if rows.dim() != 2 or not isinstance(self.products, PlainProducts):
             return None
-        bias = self._bias() if add_bias else None
-        return _affine(
-            x if gathered is None else gathered, self.weight[columns], None if bias is None else bias[columns]
-        )
+        if not _same_bits(rows, self.weight, columns):
+            return None
+        y, bias = _part(rows, self.weight, columns), self._bias() if add_bias else None
+        return y if bias is None else y.add_(bias[columns])
 
     def _bias(self) -> Tensor | None:
         """[F/T], zero for segments that have none."""

@@ -280,3 +280,23 @@ def test_collectives_per_block() -> None:
             sizes = ({"all_gather": times * 14 * row, "reduce_scatter": times * 28 * row},)
             assert found[kind, True] == [(*parts, *sizes)] * 2, kind
             assert found[kind, False] == [({"all_reduce": times}, {"all_reduce": times * 27 * row})] * 2, kind
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_columns_computed_alone_have_the_bits_of_the_whole_product_and_of_what_follows(dtype: torch.dtype) -> None:
+    """At widths that no vector divides, too: a kernel takes the end of each row by itself, or they would have none."""
+    tried = 0
+    for rows, width, head, hidden in ((34, 40, 60, 80), (12, 40, 48, 84), (197, 64, 192, 256), (3, 8, 7, 9)):
+        made = ColumnParallelLinear(width, (head, hidden), tp=no_tensor_parallel())
+        made.to_empty(device="cpu")
+        for p in made.parameters():
+            p.data = torch.randn(p.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        x = torch.randn(rows, width, generator=torch.Generator().manual_seed(2)).to(dtype)
+        with torch.no_grad():
+            whole = made(x)
+            for columns in (slice(0, head), slice(head, head + hidden)):
+                if (part := made.part(columns, x)) is not None:
+                    tried += 1
+                    assert torch.equal(part, whole[:, columns])
+                    assert torch.equal(nn.functional.gelu(part), nn.functional.gelu(whole[:, columns]))
+    assert tried
