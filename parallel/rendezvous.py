@@ -100,7 +100,7 @@ def find_store(host: str, port: int, seconds: float) -> dist.Store | None:
     with _quiet_torch():
         seeker = threading.Thread(target=seek, daemon=True)
         seeker.start()
-        seeker.join(seconds + 1.0)  # torch has written by then that its time is over
+        seeker.join(seconds + 3.0)  # torch has written by then that its time is over, on a busy machine, too
     return found[0] if found else None
 
 
