@@ -23,7 +23,7 @@ from engine.optimizers import Optimizer, make_optimizer
 from engine.optimizers.ema import WeightAverage
 from engine.precision.precision import precision_of
 from engine.precision.scaler import LossScaler
-from engine.prediction import flop_times, predicted_step
+from engine.prediction import flop_times, predicted_costs
 from engine.recompute import Recompute, SaveSet
 from engine.recompute.ahead import Ahead, flops_again, recompute_schedule
 from engine.recompute.assignment import assignment
@@ -37,7 +37,7 @@ from parallel.comm import Axis
 from parallel.fp8 import Fp8Recipe, Fp8Registry, enable_fp8
 from parallel.grid import Grid, make_grid
 from parallel.layout import ParameterInfo
-from parallel.pipeline import Placement, Schedule, Timeline, balance, partition
+from parallel.pipeline import Placement, Schedule, Timeline, balance, partition, simulate
 from parallel.pipeline.execution import PipelineExecutor, TensorSpec
 from parallel.pipeline.lanes import Post, open_post
 from parallel.pipeline.readiness import Policy
@@ -108,9 +108,8 @@ class Assembly:
     def predict(self, times: Mapping[str, LayerTimes]) -> Timeline:
         """The same with other times, by the layers' names."""
         sets = {name: of.name for name, of in self.sets.items()}
-        return predicted_step(
-            self.schedule, self.placement, self.layers, self.frozen.passes, times, sets, self.policy
-        )  # fmt: skip
+        costs = predicted_costs(self.schedule, self.placement, self.layers, self.frozen.passes, times, sets)
+        return simulate(self.schedule, costs, self.policy)
 
     @property
     def recompute(self) -> Recompute | None:

@@ -1,4 +1,4 @@
-"""A training step as it is predicted before anything has run: the simulator's, with times of layers.
+"""What a training step is predicted to cost before anything has run: for the simulator, from times of layers.
 
 Times are measured or priced (`engine.recompute.timing`); where nobody has either they are FLOPs (`flop_times`).
 Messages take none here: `engine.step_time` adds them, and what data-parallel ranks tell each other, for a cluster.
@@ -10,24 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from engine.recompute.timing import LayerTimes
 from model import LayerSpec
-from parallel.pipeline import Costs, Placement, Schedule, Timeline, simulate
+from parallel.pipeline import Costs, Placement, Schedule
 from parallel.pipeline.actions import ActionKind
-from parallel.pipeline.readiness import Policy
 
 _ALL = "", ""
-
-
-def predicted_step(
-    schedule: Schedule,
-    placement: Placement,
-    layers: Sequence[LayerSpec],
-    passes: Sequence[int],
-    times: Mapping[str, LayerTimes],
-    sets: Mapping[str, str],
-    policy: Policy = "static",
-) -> Timeline:
-    """The simulated step, arguments as of `predicted_costs`."""
-    return simulate(schedule, predicted_costs(schedule, placement, layers, passes, times, sets), policy)
 
 
 def predicted_costs(

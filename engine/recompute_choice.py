@@ -117,8 +117,7 @@ def _chosen(
         return times[layer].recompute_seconds(of)
 
     def copies(layer: str, count: int) -> float:
-        ways = times[layer].forward, times[layer].backwards(passes[layer], splits=split)[0]
-        return sum(max(0.0, count / rate - sum(spent.values())) for spent in ways)
+        return sum(times[layer].unhidden(count / rate, passes[layer], splits=split))
 
     try:
         choice = choose(

@@ -11,6 +11,7 @@ from engine.config import Config, RecomputeConfig
 from engine.errors import ConfigError
 from engine.layer_costs import LayerCosts
 from engine.plan import image_bytes, planned, stage_kind, static_bytes
+from engine.recompute.assignment import has_merge, may_drop
 from engine.recompute.costs import LayerCost
 from engine.recompute.cut import Problem
 from engine.recompute.offload import LOADS_IN_FLIGHT
@@ -89,10 +90,7 @@ def _loads(a: Assembly, costs: LayerCosts) -> list[int]:
 
 def _may_offload(a: Assembly, place: int) -> bool:
     """A block that keeps something, and takes no merge along."""
-    behind = a.layers[place + 1].name if place + 1 < len(a.layers) else ""
-    return (
-        a.layers[place].name.startswith("blocks.") and a.frozen.passes[place] > 1 and not behind.startswith("merges.")
-    )
+    return may_drop(a.layers, a.frozen.passes, place) and not has_merge(a.layers, place)
 
 
 def _offloading(a: Assembly, costs: LayerCosts, place: int, layer: Layer, load: int, copies: Copies) -> Layer:
@@ -132,12 +130,11 @@ def _pace(config: Config, shape: GridShape) -> Pace:
 
 def _layer(a: Assembly, place: int, costs: LayerCosts, seconds: Seconds, passes: Callable[[str], float]) -> Layer:
     """What there is to know of a layer of the model, wherever stages are cut."""
-    spec = a.layers[place]
-    merges = place + 1 < len(a.layers) and a.layers[place + 1].name.startswith("merges.")
+    spec, merges = a.layers[place], has_merge(a.layers, place)
 
     def by_set(where: Place) -> Mapping[str, LayerCost]:
         found: Mapping[str, LayerCost]
-        if spec.name.startswith("blocks.") and a.frozen.passes[place] > 1:
+        if may_drop(a.layers, a.frozen.passes, place):
             found = costs.by_set(place, **asdict(where))
             if merges:  # which would go with it
                 found = {name: cost for name, cost in found.items() if "merge" not in save_set(name).drops}

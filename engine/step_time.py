@@ -176,11 +176,15 @@ class StepModel:
         return self._result({name: value / len(ranks) for name, value in parts.items() if value}, timeline)
 
     def _result(self, parts: Mapping[str, float], timeline: Timeline) -> StepTime:
-        images = self.config.train.global_batch_size / timeline.step_time
-        flops = sum(layer.flops * n for layer, n in zip(self.layers, self.frozen.passes, strict=True))
+        images, flops = self.config.train.global_batch_size / timeline.step_time, self.training_flops
         peak = self.cluster.peak.tflops.get(self.config.precision.dtype)
         mfu = None if peak is None else images * flops / (self.grid.shape.world_size * peak * 1e12)
         return StepTime(parts=parts, timeline=timeline, images_per_second=images, mfu=mfu)
+
+    @property
+    def training_flops(self) -> int:
+        """As of `engine.assemble.Assembly`."""
+        return sum(layer.flops * n for layer, n in zip(self.layers, self.frozen.passes, strict=True))
 
     def _policy(self, schedule: Schedule) -> Policy:
         return self.config.parallel.schedule_policy if schedule.num_ranks > 1 else "static"
@@ -194,9 +198,9 @@ class StepModel:
         found = stage_times(((self.times[name], n, sets.get(name, "all")) for name, n in named), split=split)
         for index, (name, passes) in zip(placement.layers[number], named, strict=True):
             if copies := self._copies(index, sets.get(name, "all")):
-                times = self.times[name]
-                for what, of in (("forward", times.forward), ("backward", times.backwards(passes, splits=split)[0])):
-                    _add(found[what], {"offload": max(0.0, copies - _total(of))})
+                more = self.times[name].unhidden(copies, passes, splits=split)
+                for what, seconds in zip(("forward", "backward"), more, strict=True):
+                    _add(found[what], {"offload": seconds})
         if number == placement.last:
             _add(found["forward"], self.loss[0])
             _add(found["backward"], self.loss[1])

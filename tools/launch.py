@@ -61,7 +61,8 @@ def main(argv: Sequence[str]) -> int:
         code: int = failure.exitcode
         return code if code >= 0 else 128 - code
     except SignalException as error:
-        _ignore_signals(arguments)  # it is over
+        for name in filter(None, arguments.signals_to_handle.split(",")):
+            signal.signal(signal.Signals[name], signal.SIG_IGN)  # it is over
         _end(_children() - others)
         return _code_after(signal.Signals(error.sigval), error.codes if isinstance(error, Stopped) else [None])
     except RendezvousConnectionError:
@@ -136,11 +137,6 @@ def _heed_signals(arguments: argparse.Namespace) -> None:
     if "SIGUSR1" not in heeded:
         parent.let_warnings_come()
     arguments.signals_to_handle = ",".join(heeded)
-
-
-def _ignore_signals(arguments: argparse.Namespace) -> None:
-    for name in filter(None, arguments.signals_to_handle.split(",")):
-        signal.signal(signal.Signals[name], signal.SIG_IGN)
 
 
 def _miss_hosts_soon(arguments: argparse.Namespace) -> None:

@@ -9,6 +9,16 @@ from engine.recompute.save_sets import SaveSet
 from model import LayerSpec
 
 
+def may_drop(layers: Sequence[LayerSpec], passes: Sequence[int], place: int) -> bool:
+    """Whether a layer is a block that gradients pass through: it may keep less. Arguments as of `assignment`."""
+    return layers[place].name.startswith("blocks.") and passes[place] > 1
+
+
+def has_merge(layers: Sequence[LayerSpec], place: int) -> bool:
+    """Whether a patch merge goes with a block."""
+    return place + 1 < len(layers) and layers[place + 1].name.startswith("merges.")
+
+
 def assignment(config: RecomputeConfig, layers: Sequence[LayerSpec], passes: Sequence[int]) -> dict[str, SaveSet]:
     """Of each block and patch merge that gradients pass through, by its name, in order.
 

@@ -64,6 +64,15 @@ class LayerTimes:
         """Of forward and backward, arguments as of `backwards`."""
         return sum(sum(spent.values()) for spent in (self.forward, *self.backwards(passes, splits=splits)))
 
+    def unhidden(self, copies: float, passes: int, *, splits: bool) -> tuple[float, float]:
+        """Seconds that copies to host memory take longer than the forward, and those back than the backward.
+
+        Args:
+            copies: seconds of them, one way. Others as of `backwards`.
+        """
+        forward, backward = self.forward, self.backwards(passes, splits=splits)[0]
+        return max(0.0, copies - sum(forward.values())), max(0.0, copies - sum(backward.values()))
+
     def recompute_seconds(self, save_set: str) -> float:
         """What computing again takes with this save set."""
         return sum(self.regions[place] * share for place, share in self.again(save_set).items())

@@ -31,6 +31,7 @@ def xavier_uniform(fan_in: int, *fan_outs: int) -> Init:
 
 
 _ALIGNED = 64  # bytes: beyond, addresses make no difference to a kernel
+_GAP = 64  # numbers between rows that lie apart, which keeps their alignment
 
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -62,7 +63,7 @@ def _same_bits(x: Tensor, weight: Tensor, columns: slice) -> bool:
 def _part(x: Tensor, weight: Tensor, columns: slice) -> Tensor:
     """Columns of x W'; their rows are further apart than they are long."""
     count = columns.stop - columns.start
-    y = x.new_empty(len(x), count + _ALIGNED)[:, :count]
+    y = x.new_empty(len(x), count + _GAP)[:, :count]
     if products.through_fp32(x.dtype, x.device):
         return y.copy_(products.linear(x, weight[columns]))
     return torch.mm(x, weight[columns].t(), out=y)
@@ -239,9 +240,7 @@ class ColumnParallelLinear(nn.Module):
         themselves, and add up or round there as they did before.
         """
         rows = x if gathered is None else gathered
-        if rows.dim() != 2 or not isinstance(self.products, PlainProducts):
-            return None
-        if not _same_bits(rows, self.weight, columns):
+        if not isinstance(self.products, PlainProducts) or not _same_bits(rows, self.weight, columns):
             return None
         y, bias = _part(rows, self.weight, columns), self._bias() if add_bias else None
         return y if bias is None else y.add_(bias[columns])

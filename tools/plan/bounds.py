@@ -12,6 +12,7 @@ from engine.config import Config, RecomputeConfig
 from engine.data_traffic import Traffic
 from engine.layer_costs import LayerCosts
 from engine.plan import stage_kind, static_bytes
+from engine.recompute.assignment import may_drop
 from engine.recompute.costs import LayerCost
 from engine.recompute.timing import kind_of
 from engine.step_time import StepModel
@@ -50,10 +51,7 @@ class Bounds(Prices):
     def _share(self, key: Key, model: StepModel, micro_batch: int) -> float:
         work = total(model.loss[0]) + total(model.loss[1])
         for layer, passes in zip(model.layers, model.frozen.passes, strict=True):
-            times = model.times[layer.name]
-            halves = total(times.backward_input), total(times.backward_weight)
-            backward = {1: 0.0, 2: halves[0], 3: min(total(times.backward), sum(halves))}[passes]
-            work += total(times.forward) + backward
+            work += min(model.times[layer.name].seconds(passes, splits=splits) for splits in (False, True))
         images = self.config.train.global_batch_size * key.tensor * key.context / self.ranks
         return work / micro_batch * images
 
@@ -113,7 +111,7 @@ class Bounds(Prices):
 
     def _room_of(self, layout: Layout, model: StepModel, placement: Placement, at: Moment) -> Room:
         def of(place: int) -> tuple[Kept, ...]:
-            return self._choices(layout, place) if _may_drop(model, place) else ()
+            return self._choices(layout, place) if may_drop(model.layers, model.frozen.passes, place) else ()
 
         blocks = [
             Block(choices=tuple((alive * c.kept + at.deferred.get(stage, 0) * c.deferred, c.again) for c in choices))
@@ -228,7 +226,3 @@ def _least_static(model: StepModel, placement: Placement, rank: int) -> int:
     held = sum(model.traffic.nbytes[name] for name in names) // (shards if zero == 3 else 1)
     held += numbers * (2 if narrow else 4) // (shards if zero >= 2 else 1)
     return held + numbers * (0 if wide else 4) // (shards if zero else 1)
-
-
-def _may_drop(model: StepModel, place: int) -> bool:
-    return model.layers[place].name.startswith("blocks.") and model.frozen.passes[place] > 1

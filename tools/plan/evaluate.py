@@ -11,7 +11,7 @@ from engine.recompute_choice import Choice, TooLittleError, choose
 from parallel.pipeline.schedules import virtual_stages_of
 from tools.plan.bounds import Bounds, Misfit
 from tools.plan.layouts import Layout
-from tools.plan.prices import shape_of, splits_backward, total
+from tools.plan.prices import shape_of, splits_backward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,9 +85,7 @@ class Evaluator(Bounds):
             return model.times[layer].seconds(counts[layer], splits=splits)
 
         def copies(layer: str, count: int) -> float:
-            times = model.times[layer]
-            ways = times.forward, times.backwards(counts[layer], splits=splits)[0]
-            return sum(max(0.0, self.cluster.to_host(count) - total(spent)) for spent in ways)
+            return sum(model.times[layer].unhidden(self.cluster.to_host(count), counts[layer], splits=splits))
 
         try:
             choice: Choice = choose(

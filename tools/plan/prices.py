@@ -160,8 +160,7 @@ class Length:
     def mfu_of(self, prices: Prices) -> float | None:
         """Of all ranks."""
         peak = prices.peak_flops()
-        passes = zip(self.model.layers, self.model.frozen.passes, strict=True)
-        flops = sum(layer.flops * n for layer, n in passes) * prices.config.train.global_batch_size
+        flops = self.model.training_flops * prices.config.train.global_batch_size
         return None if peak is None else flops / self.seconds / peak
 
 
