@@ -25,12 +25,14 @@ class Pipeline:
     Attributes:
         parallel: the configuration's. ranks: of the pipeline axis. num_stages: that the layers are cut into.
         written: the schedule of a file, where it is one.
+        forwards_first: whether all forwards of a step come before its backwards where one rank could do either.
     """
 
     parallel: ParallelConfig
     ranks: int
     num_stages: int
     written: Schedule | None = None
+    forwards_first: bool = False
 
     @staticmethod
     def of(parallel: ParallelConfig, ranks: int) -> Pipeline:
@@ -97,7 +99,7 @@ class Pipeline:
     def schedule(self, num_micro_batches: int) -> Schedule:
         """That of a training step."""
         if self.ranks == 1:
-            return build_schedule("1f1b", 1, num_micro_batches)
+            return build_schedule("gpipe" if self.forwards_first else "1f1b", 1, num_micro_batches)
         if self.written is not None:
             assert self.micro_batches == num_micro_batches, (self.micro_batches, num_micro_batches)
             return self.written

@@ -1,10 +1,13 @@
 """What a run trains towards: one object, made from the configuration, that owns all that differs between goals."""
 
 from engine.config import Config
-from engine.objectives.base import Objective
+from engine.objectives.base import AdditiveObjective, Evaluation, JointLoss, JointObjective, Objective
 from engine.objectives.supervised import Supervised
 
-__all__ = ["OBJECTIVES", "Objective", "Supervised", "make_objective"]
+__all__ = [
+    "OBJECTIVES", "AdditiveObjective", "Evaluation", "JointLoss", "JointObjective", "Objective", "Supervised",
+    "make_objective",
+]  # fmt: skip
 
 OBJECTIVES: dict[str, type[Objective]] = {"supervised": Supervised}
 """By the value of the key `objective`."""

@@ -1,16 +1,46 @@
-"""The seam between goals of training and the engine: step, loop, plan and report know a goal by this alone."""
+"""The seam between goals of training and the engine: step, loop, plan and report know a goal by this alone.
+
+Two kinds of goals. Of an *additive* one each micro-batch has a share of the loss, and is differentiated by itself. The
+loss of a *joint* one is a function of what the last layer gives for all micro-batches of all data ranks at once.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, Self
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor
 
 from engine.config import Config
 from model import LayerSpec, MicroBatch
+from parallel import comm
 from parallel.grid import Grid
+
+Outputs = tuple[Tensor, ...]
+
+
+class Evaluation(ABC):
+    """One look at the held-out set: what is noted of each micro-batch, and what that says in the end."""
+
+    @abstractmethod
+    def look(self, outputs: Outputs, batch: MicroBatch) -> Tensor:
+        """What is to be noted of a micro-batch, on ranks that hold the last layer."""
+
+    @abstractmethod
+    def add(self, found: Sequence[Tensor]) -> None:
+        """What `look` gave for some micro-batches, on ranks that hold the last layer; elsewhere nothing."""
+
+    @abstractmethod
+    def figures(self, *, holds_loss: bool) -> dict[str, float]:
+        """What all of it says, by the names that metrics give it: `loss`, `images` (each counted once), and what else
+        there is. The same on every rank. Collective over the world.
+
+        Args:
+            holds_loss: whether this rank has the last layer.
+        """
 
 
 class Objective(ABC):
@@ -18,11 +48,9 @@ class Objective(ABC):
 
     Attributes:
         layers: the ordered list of named layers of all that is trained, which the pipeline cuts.
-        counted: what evaluation adds up, by name.
     """
 
     layers: tuple[LayerSpec, ...]
-    counted: ClassVar[tuple[str, ...]]
 
     @classmethod
     @abstractmethod
@@ -33,19 +61,124 @@ class Objective(ABC):
     def reads_images(self, layers: range) -> bool:
         """Whether a stage of these layers (places in the list) reads the images of a micro-batch."""
 
+    def reads_texts(self, layers: range) -> bool:
+        """Whether a stage of these layers reads the texts of a micro-batch."""
+        return False
+
     @abstractmethod
-    def loss_share(self, outputs: tuple[Tensor, ...], batch: MicroBatch, grid: Grid, scale: float) -> Tensor:
+    def loss_share(self, outputs: Outputs, batch: MicroBatch, grid: Grid, scale: float) -> Tensor:
         """A micro-batch's share of the loss of the global batch, times `scale`; the last layer's outputs -> a scalar.
 
         Shares are added up over micro-batches, data and context ranks. Tensor ranks have the same one each.
         """
 
     @abstractmethod
-    def counts(self, outputs: tuple[Tensor, ...], batch: MicroBatch, grid: Grid) -> Tensor:
+    def evaluation(self, grid: Grid, device: torch.device) -> Evaluation:
+        """A new look at the held-out set."""
+
+
+class AdditiveObjective(Objective):
+    """A loss that is added up over images.
+
+    Attributes:
+        counted: what evaluation adds up, by name.
+    """
+
+    counted: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def counts(self, outputs: Outputs, batch: MicroBatch, grid: Grid) -> Tensor:
         """A micro-batch's part of each of `counted`: float64, alike on tensor and context ranks."""
 
     @abstractmethod
     def figures(self, totals: Sequence[float]) -> dict[str, float]:
-        """What the sums over the held-out set say, by the names that metrics give it: `loss`, `images` (each counted
-        once), and what else there is.
+        """What the sums over the held-out set say, by name, as of Evaluation."""
+
+    def evaluation(self, grid: Grid, device: torch.device) -> Evaluation:
+        """As Objective."""
+        return _Sums(self, grid, device)
+
+
+class _Sums(Evaluation):
+    """Of an additive objective."""
+
+    def __init__(self, objective: AdditiveObjective, grid: Grid, device: torch.device) -> None:
+        self._objective, self._grid = objective, grid
+        self._totals = torch.zeros(len(objective.counted), dtype=torch.float64, device=device)
+
+    def look(self, outputs: Outputs, batch: MicroBatch) -> Tensor:
+        """As Evaluation."""
+        return self._objective.counts(outputs, batch, self._grid)
+
+    def add(self, found: Sequence[Tensor]) -> None:
+        """As Evaluation."""
+        for counts in found:
+            self._totals += counts
+
+    def figures(self, *, holds_loss: bool) -> dict[str, float]:
+        """As Evaluation."""
+        if not holds_loss or self._grid.tensor.index or self._grid.context.index:
+            self._totals.zero_()
+        return self._objective.figures(comm.all_reduce(self._totals, self._grid.world).tolist())
+
+
+@dataclass(frozen=True)
+class JointLoss:
+    """The loss of all that the last layer has given in a step, and its gradients.
+
+    Attributes:
+        loss: this data rank's share of it, fp32 scalar: shares add up over data ranks.
+        gradients: of each micro-batch's outputs, as many as there are; sums over data ranks are the gradients of what
+            these ranks hold copies of.
+    """
+
+    loss: Tensor
+    gradients: Sequence[Outputs]
+
+
+class JointObjective(Objective):
+    """A loss over all micro-batches and data ranks at once.
+
+    Attributes:
+        passes: over the pipeline that a step takes: 2, a forward one for what the last layer gives, then one with the
+            gradients of that; or 1, whose schedule runs all forwards of the last stage first.
+    """
+
+    passes: int
+
+    @abstractmethod
+    def joint_loss(self, outputs: Sequence[Outputs], batches: Sequence[MicroBatch], grid: Grid) -> JointLoss:
+        """Of this data rank's micro-batches, together with those of the others. Collective over data ranks; alike on
+        tensor and context ranks.
+
+        Args:
+            outputs: of the last layer, detached. batches: without images.
         """
+
+    def loss_share(self, outputs: Outputs, batch: MicroBatch, grid: Grid, scale: float) -> Tensor:
+        """As Objective, for those who plan: something to differentiate that takes no time, and hands out gradients of
+        the outputs' shapes."""
+        zeros = tuple(torch.zeros_like(x) for x in outputs)
+        return inject(lambda: zeros, outputs)
+
+
+class _Inject(torch.autograd.Function):
+    """A zero whose gradients with respect to some tensors are given."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: Any, *outputs: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return outputs[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return None, *ctx.gradients()
+
+
+def inject(gradients: Any, outputs: Outputs) -> Tensor:
+    """A scalar, 0, to be differentiated: its backward gives `outputs` the gradients that `gradients()` returns then.
+
+    It keeps nothing of the outputs.
+    """
+    zero: Tensor = _Inject.apply(gradients, *outputs)
+    return zero

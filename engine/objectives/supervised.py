@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from engine.config import Config
-from engine.objectives.base import Objective
+from engine.objectives.base import AdditiveObjective
 from model import LayerSpec, MicroBatch, build_layers
 from parallel.grid import Grid
 from parallel.tensor import LOSSES, top_class
 
 
 @dataclass(frozen=True, kw_only=True)
-class Supervised(Objective):
+class Supervised(AdditiveObjective):
     """The mean over images of softmax or sigmoid cross entropy (`train.loss`).
 
     Attributes:
@@ -50,12 +50,12 @@ class Supervised(Objective):
         return self._losses(outputs, batch, grid).sum() * (scale / (self.global_batch_size * grid.context.size))
 
     def counts(self, outputs: tuple[Tensor, ...], batch: MicroBatch, grid: Grid) -> Tensor:
-        """As Objective."""
+        """As AdditiveObjective."""
         right = (top_class(outputs[0], self.classes, grid.tensor) == batch.labels) * batch.weights
         return torch.stack([self._losses(outputs, batch, grid).sum(), right.sum(), batch.weights.sum()]).double()
 
     def figures(self, totals: Sequence[float]) -> dict[str, float]:
-        """As Objective: the mean loss and accuracy."""
+        """As AdditiveObjective: the mean loss and accuracy."""
         loss, right, images = totals
         return {"loss": loss / images, "accuracy": right / images, "images": int(images)}
 

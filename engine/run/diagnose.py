@@ -26,7 +26,7 @@ from parallel import comm
 from parallel.comm import Axis
 from parallel.tensor import GradientSink, attach_sink
 
-IMAGES, LOSS = "input images", "loss"
+IMAGES, LOSS, WHOLE_LOSS = "input images", "loss", "loss of the whole batch"
 Phase = Literal["activation", "gradient"]
 LossFunction = Callable[[tuple[Tensor, ...], MicroBatch], Tensor]
 
@@ -39,7 +39,8 @@ class Culprit:
         micro_batch: counted from 0 on each data rank.
         phase: activations come before gradients (and in the alphabet).
         order: place in the phase: from the images to the loss, or in backward from the loss to the images.
-        layer: its name in the model, or that of one of its parameters, or `input images` or `loss`.
+        layer: its name in the model, or that of one of its parameters, or `input images` or `loss`, or `loss of the
+            whole batch`, which has the number that a micro-batch after the last would have.
         data_rank: whose micro-batch it is.
     """
 
@@ -51,6 +52,8 @@ class Culprit:
 
     def describe(self) -> str:
         """E.g. `blocks.17: activation not finite (micro-batch 3 of data rank 1)`."""
+        if self.layer == WHOLE_LOSS:
+            return f"{self.layer} not finite (share of data rank {self.data_rank})"
         itself = self.phase == "activation" and self.layer in (IMAGES, LOSS)
         what = self.layer if itself else f"{self.layer}: {self.phase}"
         return f"{what} not finite (micro-batch {self.micro_batch} of data rank {self.data_rank})"
@@ -90,6 +93,12 @@ class Watch:
 
         return watched
 
+    def whole_loss(self, loss: Tensor, batches: int) -> None:
+        """Look at this data rank's share of the loss of all micro-batches, of which there are so many."""
+        if not bool(loss.isfinite().all()):
+            order = len(self._places) - 1
+            self.found.append(Culprit(batches, "activation", order, WHOLE_LOSS, self._data_rank))
+
     def layer(self, module: nn.Module, name: str, until: ExitStack) -> None:
         """Look at the layer, and at its parameters, until the stack is closed."""
         place = self._places.index(name)
@@ -98,11 +107,12 @@ class Watch:
             self._in_backward[place] = batch
             self._look(grad, batch, "gradient", place + 1)  # the work of the layer behind
 
-        def after(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        def after(_: nn.Module, args: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]) -> None:
             batch = args[1]
-            self._look(output, batch, "activation", place)
-            if output.requires_grad:
-                output.register_hook(lambda grad: arrived(grad, batch))
+            for x in (output,) if isinstance(output, Tensor) else output:
+                self._look(x, batch, "activation", place)
+                if x.requires_grad:
+                    x.register_hook(lambda grad: arrived(grad, batch))
 
         until.callback(module.register_forward_hook(after).remove)
         for leaf, parameter in module.named_parameters():
@@ -175,10 +185,18 @@ def watch(stages: Iterable[Stage], layers: Sequence[LayerSpec], data_rank: int =
         yield watching
 
 
-def first_culprit(found: Sequence[Culprit], axis: Axis) -> Culprit | None:
+def first_culprit(found: Sequence[Culprit], axis: Axis, *, joint: bool = False) -> Culprit | None:
     """The first of all that the ranks of `axis` (the world) have found, the same on each. Collective.
 
     None if all is finite before it is summed over ranks: then the sum overflowed, or the norm.
+
+    Args:
+        joint: whether the loss is one of all micro-batches: all their activations come before it, and all gradients
+            after.
     """
-    firsts = comm.gather_objects(min(found, default=None), axis)
-    return min((culprit for culprit in firsts if culprit is not None), default=None)
+
+    def first(culprits: Iterable[Culprit]) -> Culprit | None:
+        return min(culprits, key=lambda c: (c.phase if joint else "", c), default=None)
+
+    firsts = comm.gather_objects(first(found), axis)
+    return first(culprit for culprit in firsts if culprit is not None)

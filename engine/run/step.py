@@ -15,8 +15,10 @@ from torch import Tensor
 
 from data import Batch
 from engine.assemble import Assembly
+from engine.objectives.base import JointObjective
 from engine.run.bubble import BubbleMeter
-from engine.run.diagnose import LossFunction, first_culprit, watch
+from engine.run.diagnose import Watch, first_culprit, watch
+from engine.run.joint import HeldBatches, JointStep
 from model import MicroBatch
 from parallel import comm
 from parallel.pipeline import forward_only, insert_communication
@@ -89,6 +91,8 @@ class Stepper:
         self.before_change: Callable[[], None] = lambda: None
         self.meter = BubbleMeter(assembly.grid, assembly.device)
         self._train = assembly.executor(assembly.schedule)
+        joint = assembly.objective
+        self._joint = JointStep(assembly, joint, self._train) if isinstance(joint, JointObjective) else None
         self._eval = cache(self._eval_executor)
 
     def train_step(
@@ -102,11 +106,9 @@ class Stepper:
             this rank, as many on each, which are added up with the loss.
         """
         a = self.assembly
-        scale = a.scaler.scale if a.scaler else 1.0
+        scale = self._scale
         self.meter.begin()
-        loss, norm, total = self._forward_backward(
-            _OnDevice(a, batches), self._loss_share, lambda: (*votes(), *self.meter.votes())
-        )
+        loss, norm, total = self._forward_backward(batches, lambda: (*votes(), *self.meter.votes()))
         total, bubble = self.meter.end(total)
         self.before_change()
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -124,16 +126,32 @@ class Stepper:
         return StepResult(loss, norm, skipped=False, loss_scale=scale, votes=total, bubble=bubble)
 
     def _forward_backward(
-        self, micro_batches: Sequence[MicroBatch], loss: LossFunction, votes: Votes = lambda: ()
+        self, batches: Sequence[Batch], votes: Votes = lambda: (), watching: Watch | None = None
     ) -> tuple[float, float, tuple[float, ...]]:
         """(loss, gradient norm, votes) of the whole step, unscaled; the sums of the gradients are left in the store."""
         gradients = self.assembly.store.gradients
-        gradients.start(len(micro_batches))
-        losses = self._train.run(micro_batches, loss)
+        gradients.start(len(batches))
+        losses = self._passes(batches, watching)
         self.assembly.grid.meter.where.now("finishing gradients")
         gradients.finish()
         self.assembly.grid.meter.where.now("adding up loss and norm")
         return self._totals(losses, votes())
+
+    def _passes(self, batches: Sequence[Batch], watching: Watch | None) -> list[Tensor]:
+        """Forward and backward of all micro-batches: shares of the loss, on ranks that hold the last layer."""
+        a = self.assembly
+        if self._joint is None:
+            here = _OnDevice(a, batches)
+            if watching is None:
+                return self._train.run(here, self._loss_share)
+            return self._train.run(watching.batches(here), watching.loss(self._loss_share))
+        held = HeldBatches(batches) if self._joint.reads_twice else batches
+
+        def fresh() -> Sequence[MicroBatch]:
+            here = _OnDevice(a, held)
+            return here if watching is None else watching.batches(here)
+
+        return self._joint.run(fresh, self._scale, watching)
 
     def _skip(self, batches: Sequence[Batch], loss: float, norm: float) -> StepResult:
         """Change nothing but the loss scale; if that cannot be what is wrong, find out what is."""
@@ -149,8 +167,8 @@ class Stepper:
         a.grid.meter.where.listener = None  # what is run again is no part of the step's times
         unrecorded = a.fp8.unrecorded() if a.fp8 is not None else nullcontext()
         with unrecorded, watch(a.stages.values(), a.layers, a.grid.data.index) as watching:
-            self._forward_backward(watching.batches(_OnDevice(a, batches)), watching.loss(self._loss_share))
-        culprit = first_culprit(watching.found, a.grid.world)
+            self._forward_backward(batches, watching=watching)
+        culprit = first_culprit(watching.found, a.grid.world, joint=self._joint is not None)
         return culprit.describe() if culprit else "the sum of the gradients, each of them finite"
 
     def _finish_precision(self, overflow: bool) -> None:
@@ -164,17 +182,14 @@ class Stepper:
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """The objective's figures over all batches of all data ranks; images of weight 0 do not count."""
         a = self.assembly
-        total = torch.zeros(len(a.objective.counted), dtype=torch.float64, device=a.device)
+        evaluation = a.objective.evaluation(a.grid, a.device)
         stream, where = iter(batches), a.grid.meter.where
         while group := list(where.each(islice(stream, 4 * a.grid.pipeline.size), "reading images")):  # bounded memory
             micro_batches = [a.to_device(batch, training=False) for batch in group]
-            for counts in self._eval(len(group)).run(micro_batches, self._counts):
-                total += counts
-        if not self._reports or a.grid.context.index:
-            total.zero_()
-        total = comm.all_reduce(total, a.grid.world)
+            evaluation.add(self._eval(len(group)).run(micro_batches, evaluation.look))
+        figures = evaluation.figures(holds_loss=a.holds_loss)
         self.meter.met()
-        return a.objective.figures(total.tolist())
+        return figures
 
     def evaluate_average(self, batches: Iterable[Batch]) -> dict[str, float]:
         """The same with the moving average of the weights, which must be kept (`optimizer.ema_decay`)."""
@@ -198,6 +213,11 @@ class Stepper:
         return a.executor(insert_communication(order))
 
     @property
+    def _scale(self) -> float:
+        """That of the loss."""
+        return self.assembly.scaler.scale if self.assembly.scaler else 1.0
+
+    @property
     def _reports(self) -> bool:
         """Whether this rank's losses count: one tensor rank; each context rank has its share of the loss."""
         a = self.assembly
@@ -205,11 +225,7 @@ class Stepper:
 
     def _loss_share(self, outputs: tuple[Tensor, ...], batch: MicroBatch) -> Tensor:
         """The micro-batch's share of the loss, times the loss scale."""
-        a = self.assembly
-        return a.objective.loss_share(outputs, batch, a.grid, a.scaler.scale if a.scaler else 1.0)
-
-    def _counts(self, outputs: tuple[Tensor, ...], batch: MicroBatch) -> Tensor:
-        return self.assembly.objective.counts(outputs, batch, self.assembly.grid)
+        return self.assembly.objective.loss_share(outputs, batch, self.assembly.grid, self._scale)
 
     def _totals(self, losses: Sequence[Tensor], votes: Sequence[float]) -> tuple[float, float, tuple[float, ...]]:
         """(mean loss over the global batch, global gradient norm, votes), in one small all-reduce over the world.
@@ -223,7 +239,7 @@ class Stepper:
             stats[0] = torch.stack(list(losses)).sum(dtype=torch.float64)
         stats[1] = a.store.gradients.squared_norm()
         loss, squared, *total = comm.all_reduce(stats, a.grid.world).tolist()
-        scale = a.scaler.scale if a.scaler else 1.0
+        scale = self._scale
         return loss / scale, math.sqrt(squared) / scale, tuple(total)
 
 

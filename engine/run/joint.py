@@ -1,0 +1,172 @@
+"""A step whose loss is over all micro-batches and data ranks at once (an engine.objectives.JointObjective).
+
+*Two passes* (the idea: Gao et al. 2021, "GradCache"): a forward one over all micro-batches, of which nothing is kept
+but what the last layer gives; then the loss of all of that, once, with its gradients in closed form; then the ordinary
+schedule, in which each micro-batch's forward is run again and its backward begins with its share of these gradients.
+Weights, drop-path and number formats are those of the first pass, so the forwards are the same, bit for bit; what is
+cast to 8 bits counts for later scales in the second pass alone. *One pass*: where the schedule runs all forwards of the
+last stage before the first of its backwards, the loss comes in between, and no forward is run again. The numbers are
+the same.
+
+Either way the loss is computed within the last stage's last forward, by all data ranks that are there, whatever other
+stages do meanwhile: no stage waits for another's loss but those of its own pipeline, which wait for its gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from data import Batch
+from engine.assemble import Assembly
+from engine.objectives.base import JointLoss, JointObjective, Outputs, inject
+from model import MicroBatch
+from parallel.pipeline import forward_only, insert_communication
+from parallel.pipeline.execution import PipelineExecutor
+
+MOST_HELD = 2**31
+"""Bytes of a step's images and texts that a rank holds on the host for the second pass; the others are read again."""
+
+
+class LossWatcher(Protocol):
+    """Who looks at what comes of the loss (engine.run.diagnose)."""
+
+    def whole_loss(self, loss: Tensor, batches: int) -> None:
+        """This data rank's share of the loss of so many micro-batches."""
+
+
+class JointStep:
+    """Runs the micro-batches of training steps.
+
+    Args:
+        assembly: whose objective is joint. train: runs its schedule.
+    """
+
+    def __init__(self, assembly: Assembly, objective: JointObjective, train: PipelineExecutor) -> None:
+        self._assembly, self._objective, self._train = assembly, objective, train
+        self._first: PipelineExecutor | None = None
+        if objective.passes == 2:
+            order = forward_only(
+                assembly.grid.pipeline.size,
+                train.schedule.num_micro_batches,
+                stage_to_rank=assembly.placement.ranks,
+            )
+            self._first = assembly.executor(insert_communication(order))
+
+    @property
+    def reads_twice(self) -> bool:
+        """Whether each micro-batch is asked for twice."""
+        return self._first is not None
+
+    def run(
+        self, fresh: Callable[[], Sequence[MicroBatch]], scale: float, watcher: LossWatcher | None = None
+    ) -> list[Tensor]:
+        """Forward and backward of a step.
+
+        Args:
+            fresh: the step's micro-batches, from the first on. scale: that gradients are multiplied by.
+
+        Returns:
+            this rank's share of the loss, times `scale`, on ranks that hold the last layer; elsewhere nothing.
+        """
+        found = _Found(self._assembly, self._objective, scale, watcher)
+        if self._first is not None:
+            self._first.run(found.numbered(fresh()), found.note)
+        self._train.run(found.numbered(fresh()), found.inject)
+        return found.losses
+
+
+class _Found:
+    """What the last layer has given in a step, and, once that is complete, what its gradients are."""
+
+    def __init__(
+        self, assembly: Assembly, objective: JointObjective, scale: float, watcher: LossWatcher | None
+    ) -> None:
+        self._grid, self._objective, self._watcher = assembly.grid, objective, watcher
+        self._share = scale / assembly.grid.context.size  # all context ranks compute the same
+        self._outputs: dict[int, Outputs] = {}
+        self._batches: dict[int, MicroBatch] = {}
+        self._gradients: dict[int, Outputs] = {}
+        self.losses: list[Tensor] = []
+
+    def numbered(self, micro_batches: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
+        """The same, of which it is known which was fetched last: it is what the head is called with."""
+        self._fetched = _Numbered(micro_batches)
+        return self._fetched
+
+    def note(self, outputs: Outputs, batch: MicroBatch) -> Tensor:
+        """The head of a pass: takes note of a micro-batch, and of the loss when it was the last."""
+        self._note(self._fetched.number_of(batch), outputs, batch)
+        return outputs[0].new_zeros(())
+
+    def inject(self, outputs: Outputs, batch: MicroBatch) -> Tensor:
+        """The head of the pass with backwards: hands each its gradients, once they are known."""
+        m = self._fetched.number_of(batch)
+        if not self.losses:
+            self._note(m, outputs, batch)
+        return inject(lambda: self._gradients.pop(m), outputs)
+
+    def _note(self, m: int, outputs: Outputs, batch: MicroBatch) -> None:
+        self._outputs[m] = tuple([x.detach() for x in outputs])
+        self._batches[m] = replace(batch, images=None)
+        if len(self._outputs) < len(self._fetched):
+            return
+        numbers = range(len(self._outputs))
+        with self._grid.meter.where.during("loss of the whole batch"):
+            joint = self._objective.joint_loss(
+                [self._outputs[m] for m in numbers], [self._batches[m] for m in numbers], self._grid
+            )
+        self._outputs.clear()
+        self._batches.clear()
+        if self._watcher is not None:
+            self._watcher.whole_loss(joint.loss, len(numbers))
+        self._take(joint)
+
+    def _take(self, joint: JointLoss) -> None:
+        self.losses.append(joint.loss * self._share)
+        for m, gradients in enumerate(joint.gradients):
+            self._gradients[m] = gradients if self._share == 1 else tuple([x * self._share for x in gradients])
+
+
+class _Numbered(Sequence[MicroBatch]):
+    """Micro-batches, and the number of that which was fetched last."""
+
+    def __init__(self, inner: Sequence[MicroBatch]) -> None:
+        self._inner = inner
+        self._last: tuple[int, MicroBatch] | None = None
+
+    def __len__(self) -> int:
+        return len(self._inner)
+
+    def __getitem__(self, m: Any) -> Any:
+        self._last = m, self._inner[m]
+        return self._last[1]
+
+    def number_of(self, batch: MicroBatch) -> int:
+        """Of the one that was fetched last."""
+        assert self._last is not None and self._last[1] is batch
+        return self._last[0]
+
+
+class HeldBatches(Sequence[Batch]):
+    """A step's micro-batches, kept on the host as they come, up to a number of bytes: they are wanted twice."""
+
+    def __init__(self, inner: Sequence[Batch], most: int = MOST_HELD) -> None:
+        self._inner, self._room = inner, most
+        self._held: dict[int, Batch] = {}
+
+    def __len__(self) -> int:
+        return len(self._inner)
+
+    def __getitem__(self, m: Any) -> Any:
+        if (held := self._held.get(m)) is not None:
+            return held
+        batch = self._inner[m]
+        size = sum(x.nbytes for x in vars(batch).values() if isinstance(x, Tensor))
+        if size <= self._room:
+            self._room -= size
+            self._held[m] = batch
+        return batch
