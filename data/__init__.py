@@ -5,6 +5,8 @@ from data.config import DataConfig
 from data.datasets import Dataset
 from data.errors import UnreadableImageError
 from data.loader import Batch, EvalStream, StepBatches, TrainStream
+from data.texts import Texts, TextShape, captions_fingerprint, prompts
+from data.tokenizers import Tokenizer
 from data.workers import WorkerLostError
 
 __all__ = [
@@ -13,9 +15,14 @@ __all__ = [
     "Dataset",
     "EvalStream",
     "StepBatches",
+    "TextShape",
+    "Texts",
+    "Tokenizer",
     "TrainStream",
     "UnreadableImageError",
     "WorkerLostError",
     "build_datasets",
+    "captions_fingerprint",
     "describe_datasets",
+    "prompts",
 ]

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from data.captions import Look
 from data.config import DataConfig
 from data.keyed import Purpose, keyed_uniforms
 
@@ -34,6 +35,12 @@ class Augmentation:
     shear: NDArray[np.float64]  # [B] tangent of the angle; moves the lower half to the right
     mirror: NDArray[np.bool_]  # [B] left to right
     crop: NDArray[np.float64]  # [B, 4] see crop_boxes
+
+    def looks(self) -> list[Look]:
+        """What each image looks like beside the one that evaluation sees."""
+        scale = self.zoom / np.sqrt(self.crop[:, 0])
+        turned = np.degrees(self.rotation)
+        return [Look(turned=t, scale=s) for t, s in zip(turned.tolist(), scale.tolist(), strict=True)]
 
 
 def draw_augmentation(config: DataConfig, seed: int, first_draw: int, count: int) -> Augmentation:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from data.config import DataConfig
 from data.datasets import Dataset, digits, synthetic
 from data.image_folder import image_folder
-from data.loader import Normalise
+from data.normalise import Normalise
+from data.templates import captions_of
+from data.texts import TextShape, make_texts, make_tokenizer
 from data.textures import textures
 
 _SYNTHETIC_CLASSES = 10  # for objectives without classes, which never look at the labels
@@ -19,26 +21,30 @@ def build_datasets(
     num_classes: int | None,
     seed: int,
     readers: int = 1,
+    text: TextShape | None = None,
 ) -> tuple[Dataset, Dataset]:
     """The data sets to train on and to evaluate on, of images [channels, height, width].
 
     `image_size` is in pixels, (height, width) or both at once. `num_classes` is what the model can tell apart; None:
     the model has no classes. `seed` decides synthetic images and the places of texture crops to train on: every
     seed holds out the same real images. `readers` processes of this host build the same sets: what takes long, one of
-    them does.
+    them does. `text` is what the model's text tower reads; None: it has none, and no texts are made.
 
     Raises:
-        ValueError: for images that cannot be found, for more classes than the model has, and for means and deviations
-            of another number of channels.
+        ValueError: for images that cannot be found, for more classes than the model has, for means and deviations of
+            another number of channels, and for a tokenizer or templates that do not fit.
     """
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     Normalise(config, channels)  # raises
+    texts = None if text is None else make_texts(make_tokenizer(config.tokenizer), text)
     train, held_out = _build(config, (channels, height, width), num_classes or _SYNTHETIC_CLASSES, seed, readers)
     if num_classes is not None and num_classes < train.num_classes:
         raise ValueError(
             f"model.num_classes is {num_classes}, but data.kind={config.kind} has {train.num_classes} classes: "
             f"set model.num_classes to {train.num_classes} or more"
         )
+    for part in (train, held_out):
+        part.captions, part.texts = part.captions or captions_of(part, config), texts
     return train, held_out
 
 

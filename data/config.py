@@ -40,6 +40,17 @@ class DataConfig:
     val_path: str | None = None
     """Held-out images, the same classes as in path; absent: a stratified fifth of path is held out."""
 
+    tokenizer: str = "bytes"
+    """What makes tokens of texts, where the objective reads texts: bytes, whose tokens are the bytes of UTF-8."""
+
+    templates: str | None = None
+    """File of the templates that captions are made of, one a line, such as `a {scale} {class}, {orientation}`;
+    absent: those that suit the kind."""
+
+    prompts: str | None = None
+    """File of the templates of zero-shot classification, one a line, such as `a photo of a {class}`; absent: those
+    that suit the kind."""
+
     workers: int = 0
     """Processes that decode and augment ahead of training; 0: in the training process."""
 

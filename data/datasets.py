@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -20,8 +20,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from data.captions import Captions
 from data.config import FOLDS
 from data.keyed import Purpose, keyed_permutation, keyed_uniforms
+
+if TYPE_CHECKING:
+    from data.texts import Texts
 
 
 def fingerprint(*parts: bytes) -> str:
@@ -42,6 +46,10 @@ class Dataset(Protocol):
     """Whether `read` cuts the crops, out of sources larger than image_shape; else they are left to augmentation."""
     class_names: Sequence[str] | None = None
     """The name of each label, where labels have names."""
+    captions: Captions | None = None
+    """What can be said of the images."""
+    texts: Texts | None = None
+    """How that becomes tokens; None: nobody reads texts."""
 
     @property
     def source(self) -> str | None:

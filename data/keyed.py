@@ -24,6 +24,7 @@ class Purpose(IntEnum):
     SYNTHETIC_LABELS = 4
     SPLIT = 5
     TEXTURE_PLACES = 6
+    CAPTION = 7
 
 
 def keyed_uniforms(seed: int, purpose: Purpose, first: int, count: int, width: int) -> NDArray[np.float32]:

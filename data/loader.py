@@ -1,6 +1,6 @@
-"""Micro-batches for one data-parallel rank, the same images and pixels in every layout.
+"""Micro-batches for one data-parallel rank, the same images, pixels and texts in every layout.
 
-Shapes: B images per micro-batch, C channels, H x W pixels. G is the global batch size.
+Shapes: B images per micro-batch, C channels, H x W pixels, S tokens of a text. G is the global batch size.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,15 +17,15 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader
-from torch.utils.data import Dataset as TorchDataset
 
-from data.augment import augment, draw_augmentation
+from data.augment import Augmentation, augment, draw_augmentation
+from data.captions import CHOICES, Look
 from data.config import DataConfig
 from data.datasets import Dataset
-from data.errors import UnreadableImageError
+from data.keyed import Purpose, keyed_uniforms
+from data.normalise import Normalise
+from data.reading import Content, Source, in_workers
 from data.sampling import SampleOrder
-from data.workers import begin_worker, read_ahead
 
 # What workers hold ready beyond what each is at work on: enough for a schedule that takes micro-batches in bursts.
 # Every one is an open file, and memory of the host in which few files may be open and little may be shared.
@@ -40,18 +40,20 @@ class Batch:
     labels: Tensor  # [B] int64
     sample_ids: Tensor  # [B] int64: the draw in training, the index in evaluation, -1 for padding
     weights: Tensor  # [B] float32: 1 for an image, 0 for padding
+    texts: Tensor | None = None  # [B, S] int64: what is said of each image; None where that is not needed
 
 
 class TrainStream:
     """The endless training stream, as one data-parallel rank sees it.
 
     A global batch is G consecutive draws (see data.sampling). They are dealt to the data ranks in contiguous pieces,
-    and these are cut into micro-batches. An image's pixels depend on (seed, draw) alone. With `with_images=False`
-    nothing is decoded, for the pipeline stages that need only labels and ids. Step s begins with draw s G + `offset`:
-    not 0 where the first steps of a run had another G.
+    and these are cut into micro-batches. An image's pixels and its text depend on (seed, draw) alone. Pipeline stages
+    that need no images or no texts say so, and none are made; there are texts only if the set has a tokenizer. Step s
+    begins with draw s G + `offset`: not 0 where the first steps of a run had another G.
 
     Attributes:
         waited: seconds in all that the caller has waited for micro-batches; without workers, the time to read them.
+        texts_cut: how many texts of the micro-batches that were asked for were longer than the text tower reads.
 
     Raises:
         ValueError: if the global batch cannot be cut so, or the normalisation does not suit the number of channels.
@@ -68,13 +70,14 @@ class TrainStream:
         data_size: int,
         seed: int,
         with_images: bool = True,
+        with_texts: bool = True,
         offset: int = 0,
     ) -> None:
         assert 0 <= data_rank < data_size
         _check_batch_sizes(global_batch_size, micro_batch_size, data_size)
         if seed < 0:
             raise ValueError(f"the seed is {seed}: it must be 0 or more")
-        self.waited = 0.0
+        self.waited, self.texts_cut = 0.0, 0
         self._dataset = dataset
         self._config = config
         self._global_batch_size = global_batch_size
@@ -83,6 +86,7 @@ class TrainStream:
         self._data_rank = data_rank
         self._seed = seed
         self._with_images = with_images
+        self._with_texts = with_texts and dataset.texts is not None
         self._offset = offset
         self._order = SampleOrder(len(dataset), seed)
         self._normalise = Normalise(config, channels=dataset.image_shape[0])
@@ -97,13 +101,13 @@ class TrainStream:
             first = self._first_draw(step)
             yield StepBatches(self, source, range(first, first + self._rank_batch_size, self._micro_batch_size))
 
-    def _source(self, start: int) -> _Source:
-        """This rank's images from step `start` on; nothing at all where none are needed."""
-        if not self._with_images:
-            return _Source(lambda draw: None, None)
+    def _source(self, start: int) -> Source:
+        """What this rank needs from step `start` on."""
+        if not self._with_images and not self._with_texts:
+            return Source(lambda draw: Content(), None)
         ready = min(self._rank_batch_size // self._micro_batch_size, _READY_BATCHES, _READY_BYTES // self._batch_bytes)
-        loader = _in_workers(self._read, self._draws(start), self._config, ready)
-        return _Source(self._read, None if loader is None else zip(self._draws(start), loader, strict=False))
+        loader = in_workers(self._read, self._draws(start), self._config.workers, ready)
+        return Source(self._read, None if loader is None else zip(self._draws(start), loader, strict=False))
 
     @property
     def _batch_bytes(self) -> int:
@@ -118,24 +122,34 @@ class TrainStream:
     def _first_draw(self, step: int) -> int:
         return self._offset + step * self._global_batch_size + self._data_rank * self._rank_batch_size
 
-    def _batch(self, first_draw: int, source: _Source) -> Batch:
+    def _batch(self, first_draw: int, source: Source) -> Batch:
         """The micro-batch that begins with a draw. Counts the time that it takes."""
         asked = time.perf_counter()
         draws = np.arange(first_draw, first_draw + self._micro_batch_size)
+        content = source.take(first_draw)
         batch = Batch(
-            images=source.take(first_draw),
+            images=content.images,
             labels=torch.from_numpy(self._dataset.labels[self._order.indices(draws)]),
             sample_ids=torch.from_numpy(draws),
             weights=torch.ones(len(draws), dtype=torch.float32),
+            texts=None if content.texts is None else torch.from_numpy(content.texts),
         )
+        self.texts_cut += content.texts_cut
         self.waited += time.perf_counter() - asked
         return batch
 
-    def _read(self, first_draw: int) -> Tensor:
-        """The images of a micro-batch, augmented and normalised: [B, C, H, W]."""
-        dataset, config = self._dataset, self._config
+    def _read(self, first_draw: int) -> Content:
+        """Of a micro-batch: images, augmented and normalised, and what is said of them."""
         indices = self._order.indices(np.arange(first_draw, first_draw + self._micro_batch_size))
-        augmentation = draw_augmentation(config, self._seed, first_draw, len(indices))
+        augmentation = draw_augmentation(self._config, self._seed, first_draw, len(indices))
+        images = self._images(indices, augmentation) if self._with_images else None
+        if not self._with_texts:
+            return Content(images)
+        choices = keyed_uniforms(self._seed, Purpose.CAPTION, first_draw, len(indices), width=CHOICES)
+        return Content(images, *_texts(self._dataset, indices, augmentation.looks(), choices))
+
+    def _images(self, indices: NDArray[np.int64], augmentation: Augmentation) -> Tensor:
+        dataset, config = self._dataset, self._config
         crop_when_read = config.crops and dataset.crops_when_read
         images = dataset.read(indices, augmentation.crop if crop_when_read else None)
         return self._normalise(augment(images, augmentation, config, crop=config.crops and not crop_when_read))
@@ -148,7 +162,7 @@ class StepBatches(Sequence[Batch]):
     function of (seed, draw), and read anew, in this process, if the stream is past it.
     """
 
-    def __init__(self, stream: TrainStream, source: _Source, draws: range) -> None:
+    def __init__(self, stream: TrainStream, source: Source, draws: range) -> None:
         self._stream, self._source, self._draws = stream, source, draws
         self._last: tuple[int, Batch] | None = None
 
@@ -164,45 +178,14 @@ class StepBatches(Sequence[Batch]):
         return self._last[1]
 
 
-class _Source:
-    """Images by the first draw of their micro-batch.
-
-    Args:
-        read: gives those of any draw. ahead: (draw, images) of one draw after the other, as workers have read them;
-            None: no workers.
-    """
-
-    def __init__(self, read: Callable[[int], Tensor | None], ahead: Iterator[tuple[int, Tensor]] | None) -> None:
-        self._read, self._ahead = read, ahead
-        self._next = 0  # the stream is past all draws below
-        self._passed: dict[int, Tensor] = {}  # of those, which were not asked for yet
-
-    def take(self, draw: int) -> Tensor | None:
-        """The images of `draw`. What the workers have read before it is kept until it is asked for or forgotten."""
-        if draw in self._passed:
-            return self._passed.pop(draw)
-        if self._ahead is None or draw < self._next:
-            return self._read(draw)
-        try:
-            while (ahead := next(self._ahead))[0] != draw:
-                self._passed[ahead[0]] = ahead[1]
-        except Exception:
-            self._ahead = None  # workers end now; those that the garbage collector finds take 5 s each to end
-            raise
-        self._next = draw + 1
-        return ahead[1]
-
-    def forget_before(self, draw: int) -> None:
-        """Drop what was passed of earlier steps: they are over."""
-        for passed in [p for p in self._passed if p < draw]:
-            del self._passed[passed]
-
-
 class EvalStream:
     """Every image exactly once over all data ranks, unaugmented, for each pass over the stream.
 
     All ranks see the same number of batches of the same size; what is missing at the end is padded with black images of
-    weight 0, label 0 and id -1.
+    weight 0, label 0, id -1 and an empty text. An image's text is the first of its captions, or the one that says most.
+
+    Attributes:
+        texts_cut: as of TrainStream.
     """
 
     def __init__(
@@ -214,14 +197,17 @@ class EvalStream:
         data_rank: int,
         data_size: int,
         with_images: bool = True,
+        with_texts: bool = True,
     ) -> None:
         assert 0 <= data_rank < data_size
+        self.texts_cut = 0
         self._dataset = dataset
         self._config = config
         self._micro_batch_size = micro_batch_size
         self._data_rank = data_rank
         self._data_size = data_size
         self._with_images = with_images
+        self._with_texts = with_texts and dataset.texts is not None
         self._normalise = Normalise(config, channels=dataset.image_shape[0])
 
     def __len__(self) -> int:
@@ -232,45 +218,56 @@ class EvalStream:
         first = self._data_rank * self._micro_batch_size
         stride = self._data_size * self._micro_batch_size
         firsts = range(first, first + len(self) * stride, stride)
-        loader = _in_workers(self._read, firsts, self._config, ready=0) if self._with_images else None
+        needs_any = self._with_images or self._with_texts
+        loader = in_workers(self._read, firsts, self._config.workers, ready=0) if needs_any else None
         for first in firsts:
-            yield self._batch(first, None if not self._with_images else next(loader) if loader else self._read(first))
+            yield self._batch(first, next(loader) if loader else self._read(first))
 
     def _indices(self, first_index: int) -> NDArray[np.int64]:
         return np.arange(first_index, min(first_index + self._micro_batch_size, len(self._dataset)))
 
-    def _read(self, first_index: int) -> Tensor:
-        """The images of a micro-batch, normalised, padding with them: [B, C, H, W]."""
-        indices = self._indices(first_index)
-        padding = (0, 0, 0, 0, 0, 0, 0, self._micro_batch_size - len(indices))
-        return self._normalise(F.pad(self._dataset.read(indices), padding))
+    def _read(self, first_index: int) -> Content:
+        """Of a micro-batch, padding with it: images, normalised, and what is said of them."""
+        indices, images = self._indices(first_index), None
+        missing = self._micro_batch_size - len(indices)
+        if self._with_images:
+            images = self._normalise(F.pad(self._dataset.read(indices), (0, 0, 0, 0, 0, 0, 0, missing)))
+        if not self._with_texts:
+            return Content(images)
+        return Content(images, *_texts(self._dataset, indices, [Look()] * len(indices), None, missing))
 
-    def _batch(self, first_index: int, images: Tensor | None) -> Batch:
+    def _batch(self, first_index: int, content: Content) -> Batch:
         indices = self._indices(first_index)
         missing = self._micro_batch_size - len(indices)
+        self.texts_cut += content.texts_cut
         return Batch(
-            images=images,
+            images=content.images,
             labels=F.pad(torch.from_numpy(self._dataset.labels[indices]), (0, missing)),
             sample_ids=F.pad(torch.from_numpy(indices), (0, missing), value=-1),
             weights=F.pad(torch.ones(len(indices), dtype=torch.float32), (0, missing)),
+            texts=None if content.texts is None else torch.from_numpy(content.texts),
         )
 
 
-class Normalise:
-    """(pixels - mean) / std, with one number for all channels or one per channel."""
+def _texts(
+    dataset: Dataset,
+    indices: NDArray[np.int64],
+    looks: Sequence[Look],
+    choices: NDArray[np.float32] | None,
+    padding: int = 0,
+) -> tuple[NDArray[np.int64], int]:
+    """(what is said of images, in tokens [B, S], how many texts were cut); of `padding` more, nothing.
 
-    def __init__(self, config: DataConfig, channels: int) -> None:
-        for name, values in (("mean", config.mean), ("std", config.std)):
-            if len(values) not in (1, channels):
-                raise ValueError(
-                    f"data.{name} has {len(values)} numbers, but images have {channels} channels: "
-                    f"give one number, or {channels}"
-                )
-        self._mean = torch.tensor(config.mean, dtype=torch.float32).reshape(-1, 1, 1)
-        self._std = torch.tensor(config.std, dtype=torch.float32).reshape(-1, 1, 1)
-
-    def __call__(self, images: Tensor) -> Tensor:
-        return (images - self._mean) / self._std
+    `choices` [B, CHOICES] draw a caption of each image; None: the first of its captions.
+    """
+    assert dataset.captions is not None and dataset.texts is not None
+    said = [""] * (len(indices) + padding)
+    for row, (index, label) in enumerate(zip(indices.tolist(), dataset.labels[indices].tolist(), strict=True)):
+        if choices is None:
+            said[row] = dataset.captions.every(index, label, looks[row])[0]
+        else:
+            said[row] = dataset.captions.one(index, label, looks[row], choices[row])
+    return dataset.texts.tokenizer.encode_counted(said, dataset.texts.length)
 
 
 def _check_batch_sizes(global_batch_size: int, micro_batch_size: int, data_size: int) -> None:
@@ -287,51 +284,3 @@ def _check_batch_sizes(global_batch_size: int, micro_batch_size: int, data_size:
             f"train.global_batch_size is {global_batch_size}, not a multiple of train.micro_batch_size "
             f"{micro_batch_size} x data-parallel size {data_size} = {unit}: nearest that works is {nearest}"
         )
-
-
-class _Images(TorchDataset["Tensor | UnreadableImageError"]):
-    """A map-style data set whose items are the images of whole micro-batches, by their first draw or index.
-
-    An image that cannot be read is handed over, not raised: torch would wrap the worker's traceback around it.
-    """
-
-    def __init__(self, read: Callable[[int], Tensor]) -> None:
-        self._read = read
-
-    def __getitem__(self, first: int) -> Tensor | UnreadableImageError:
-        try:
-            return self._read(first)
-        except UnreadableImageError as error:
-            return error.with_traceback(None)
-
-
-def _in_workers(
-    read: Callable[[int], Tensor], keys: Iterable[int], config: DataConfig, ready: int
-) -> Iterator[Tensor] | None:
-    """read(key) for each key, in their order, ahead of time in worker processes; None if there are to be none.
-
-    At least two micro-batches per worker are read ahead of what is asked for, and at least `ready` of them in all. Only
-    images come from there, as memory that is shared: one open file per micro-batch.
-    """
-    if config.workers == 0:
-        return None
-    loader: DataLoader[Tensor | UnreadableImageError] = DataLoader(
-        _Images(read),
-        batch_size=None,  # items are batches already
-        sampler=keys,
-        num_workers=config.workers,
-        multiprocessing_context="fork",  # else, from Python 3.14 on, a server's children, which do not end with us
-        prefetch_factor=max(2, math.ceil(ready / config.workers)),
-        worker_init_fn=begin_worker,
-        generator=torch.Generator(),  # its own, so that workers leave the global random state alone
-    )
-    return map(_read_well, read_ahead(loader))
-
-
-def _read_well(item: Tensor | UnreadableImageError) -> Tensor:
-    if isinstance(item, UnreadableImageError):
-        try:
-            raise item
-        finally:
-            del item  # else this frame and the error hold each other, and workers that are freed so end 5 s later each
-    return item

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from data import Dataset
+from data import Dataset, captions_fingerprint
 from engine.config import Config
 from engine.config.keys import key_types, value_of
 from engine.errors import ConfigError
@@ -20,8 +20,8 @@ from parallel.comm import Axis
 from parallel.pipeline.schedule_file import fingerprint
 
 _ROOT = Path(__file__).resolve().parents[2]
-# What each host may have in a place of its own: the images themselves are compared, and rank 0 writes.
-_OWN = ("data.path", "data.val_path", "data.workers", "run_dir")
+# What each host may have in a place of its own: the images and texts themselves are compared, and rank 0 writes.
+_OWN = ("data.path", "data.val_path", "data.templates", "data.prompts", "data.tokenizer", "data.workers", "run_dir")
 _PACKAGES = ("parallel", "model", "data", "engine")
 
 
@@ -39,6 +39,8 @@ def facts_of(config: Config, device: torch.device, train_set: Dataset, eval_set:
         "what parallel.schedule says": fingerprint(p.schedule) if p.pipeline_parallel_size > 1 else "nothing",
         "list of training images": f"{len(train_set)} of {train_set.fingerprint}",
         "list of held-out images": f"{len(eval_set)} of {eval_set.fingerprint}",
+        "texts of training images": captions_fingerprint(train_set),
+        "texts of held-out images": captions_fingerprint(eval_set),
         "type of the device": device.type,
         "native kernels": "not wanted" if config.kernels == "reference" else _found(native.module_for(device)),
     }

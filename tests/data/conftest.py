@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import DataConfig, Dataset, build_datasets
+from data import DataConfig, Dataset, TextShape, build_datasets
 
 
 @pytest.fixture(scope="session")
 def digits() -> tuple[Dataset, Dataset]:
-    return build_datasets(DataConfig(), image_size=8, channels=1, num_classes=10, seed=0)
+    text = TextShape(length=40, vocabulary_size=259, end_token=257)
+    return build_datasets(DataConfig(), image_size=8, channels=1, num_classes=10, seed=0, text=text)
 
 
 @pytest.fixture

@@ -27,7 +27,9 @@ def train_stream(dataset: Dataset, config: DataConfig = AUGMENTED, **options: An
 
 def join(batches: Sequence[Batch]) -> Batch:
     assert all(b.images is not None for b in batches)
+    texts = [b.texts for b in batches if b.texts is not None]
     return Batch(
+        texts=torch.cat(texts) if texts else None,
         images=torch.cat([b.images for b in batches if b.images is not None]),
         labels=torch.cat([b.labels for b in batches]),
         sample_ids=torch.cat([b.sample_ids for b in batches]),
@@ -37,7 +39,7 @@ def join(batches: Sequence[Batch]) -> Batch:
 
 def assert_same(a: Batch, b: Batch) -> None:
     for x, y in zip(vars(a).values(), vars(b).values(), strict=True):
-        assert torch.equal(x, y)
+        assert (x is None and y is None) or torch.equal(x, y)
 
 
 @pytest.mark.parametrize(("data_size", "micro"), [(1, 8), (1, 1), (2, 12), (2, 4), (4, 3), (3, 8), (24, 1)])
@@ -50,6 +52,7 @@ def test_a_global_batch_is_the_same_in_every_layout(digits: Datasets, data_size:
     ]
     assert {len(b.labels) for batches in ranks for b in batches} == {micro}
     assert_same(join(list(itertools.chain.from_iterable(ranks))), expected)
+    assert expected.texts is not None and expected.texts.shape == (24, 40)
     assert expected.sample_ids.tolist() == list(range(step * 24, step * 24 + 24))
 
 
@@ -183,7 +186,8 @@ def test_a_loader_twice_as_fast_as_the_model_never_makes_it_wait() -> None:
 
 def test_streams_without_images_agree_on_the_rest(digits: Datasets) -> None:
     for with_images in (True, False):
-        train = next(train_stream(digits[0], with_images=with_images).steps(2))[0]
+        needs = {"with_images": with_images, "with_texts": with_images}
+        train = next(train_stream(digits[0], **needs).steps(2))[0]
         held = list(
             EvalStream(
                 digits[1],
@@ -191,13 +195,14 @@ def test_streams_without_images_agree_on_the_rest(digits: Datasets) -> None:
                 micro_batch_size=100,
                 data_rank=0,
                 data_size=1,
-                with_images=with_images,
+                **needs,
             )
         )[-1]
         if with_images:
             expected = train, held
     for batch, full in zip((train, held), expected, strict=True):
         assert batch.images is None and full.images is not None
+        assert batch.texts is None and full.texts is not None
         for name in ("labels", "sample_ids", "weights"):
             assert torch.equal(getattr(batch, name), getattr(full, name))
 

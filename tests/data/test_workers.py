@@ -21,7 +21,7 @@ from data.loader import TrainStream
 
 
 class Images:
-    image_shape, labels, crops_when_read = (1, 4, 4), np.zeros(64, dtype=np.int64), False
+    image_shape, labels, crops_when_read, texts = (1, 4, 4), np.zeros(64, dtype=np.int64), False, None
 
     def __len__(self):
         return 64

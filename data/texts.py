@@ -1,0 +1,105 @@
+"""What a model with a text tower is given beside images: the captions of a data set, in tokens.
+
+Shapes: n texts, S tokens of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data.datasets import Dataset, fingerprint
+from data.tokenizers import ByteTokenizer, Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextShape:
+    """What a text tower reads.
+
+    Attributes:
+        length: S, tokens of a text, start and end among them. vocabulary_size: tokens that it has embeddings for.
+        end_token: which of them it takes for the end of a text; None: it does not look for it.
+    """
+
+    length: int
+    vocabulary_size: int
+    end_token: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Texts:
+    """How the texts of a run become tokens.
+
+    Attributes:
+        tokenizer: of all texts. length: S.
+    """
+
+    tokenizer: Tokenizer
+    length: int
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """int64 [n, S]: start, tokens, end, padding; of what is too long the last tokens are cut off."""
+        return torch.from_numpy(self.tokenizer.encode(texts, self.length))
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all that tokens depend on."""
+        return f"{self.tokenizer.fingerprint} {self.length}"
+
+
+def make_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer of `data.tokenizer`: `bytes`.
+
+    Raises:
+        ValueError: there is no such tokenizer.
+    """
+    if name == "bytes":
+        return ByteTokenizer()
+    raise ValueError(f"data.tokenizer is {name!r}: give bytes")
+
+
+def make_texts(tokenizer: Tokenizer, shape: TextShape) -> Texts:
+    """Texts for a text tower.
+
+    Raises:
+        ValueError: for a tokenizer that does not fit it.
+    """
+    name, size = f"data.tokenizer {tokenizer.name}", tokenizer.vocabulary_size
+    if shape.vocabulary_size < size:
+        raise ValueError(
+            f"text.vocabulary_size is {shape.vocabulary_size}, but {name} has {size} tokens: set "
+            f"text.vocabulary_size to {size} or more, or data.tokenizer to the one that the text tower was made for"
+        )
+    if shape.end_token is not None and shape.end_token != tokenizer.end:
+        raise ValueError(
+            f"text.end_token is {shape.end_token}, but {name} ends texts with token {tokenizer.end}: set "
+            f"text.end_token to {tokenizer.end}"
+        )
+    if shape.length < 3:
+        raise ValueError(
+            f"text.context_length is {shape.length}, but a text has a start and an end beside its tokens: set it to 3 "
+            "or more"
+        )
+    return Texts(tokenizer=tokenizer, length=shape.length)
+
+
+def captions_fingerprint(dataset: Dataset) -> str:
+    """Of what is said of a set's images, and in which tokens: the same wherever these are."""
+    if dataset.captions is None or dataset.texts is None:
+        return "none"
+    return fingerprint(dataset.captions.fingerprint, dataset.texts.fingerprint.encode())
+
+
+def prompts(dataset: Dataset) -> list[list[str]]:
+    """Of each class, in the order of the labels, several texts that are true of every image of it.
+
+    Raises:
+        ValueError: for a set without captions or classes.
+    """
+    found = None if dataset.captions is None else dataset.captions.prompts()
+    if found is None:
+        raise ValueError("there are no classes to name, so none can be told by what is said of them")
+    return found
