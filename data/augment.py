@@ -1,9 +1,9 @@
-"""Random geometric changes of images, keyed by (seed, draw), done in one bilinear resampling per image.
+"""Random changes of images, keyed by (seed, draw); those of geometry are done in one bilinear resampling per image.
 
-All changes of an image, the crop included, are multiplied into one 2x3 matrix. It maps pixels of the result to places
-in the source, both measured in pixels from the image's centre (x to the right, y down). What lies outside of the source
-is 0. The matrices are applied with elementwise products: a batched matrix product (as in F.affine_grid) may round
-differently with the batch size, and pixels must not depend on the micro-batch.
+All changes of an image's geometry, the crop included, are multiplied into one 2x3 matrix. It maps pixels of the result
+to places in the source, both measured in pixels from the image's centre (x to the right, y down). What lies outside of
+the source is 0. The matrices are applied with elementwise products: a batched matrix product (as in F.affine_grid) may
+round differently with the batch size, and pixels must not depend on the micro-batch.
 
 Shapes: B images, C channels, H x W pixels.
 """
@@ -20,14 +20,15 @@ from torch import Tensor
 
 from data.captions import Look
 from data.config import DataConfig
-from data.keyed import Purpose, keyed_uniforms
+from data.keyed import Purpose, Variant, keyed_uniforms
+from data.photometry import Photometry, apply_photometry
 
 _CROP_STRETCH = 4 / 3  # a random crop is up to this much wider or higher than the result (Szegedy et al., 2014)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """What is done to each image of a micro-batch, in this order: crop, flip, zoom, shear, rotate, shift."""
+    """What is done to each image of a micro-batch: crop, flip, zoom, shear, rotate, shift, photometry, in order."""
 
     rotation: NDArray[np.float64]  # [B] radians, counter-clockwise
     shift: NDArray[np.float64]  # [B, 2] right and down, as fractions of width and height
@@ -35,17 +36,20 @@ class Augmentation:
     shear: NDArray[np.float64]  # [B] tangent of the angle; moves the lower half to the right
     mirror: NDArray[np.bool_]  # [B] left to right
     crop: NDArray[np.float64]  # [B, 4] see crop_boxes
+    photometry: Photometry
 
     def looks(self) -> list[Look]:
         """What each image looks like beside the one that evaluation sees."""
-        scale = self.zoom / np.sqrt(self.crop[:, 0])
-        turned = np.degrees(self.rotation)
-        return [Look(turned=t, scale=s) for t, s in zip(turned.tolist(), scale.tolist(), strict=True)]
+        turned, scale = np.degrees(self.rotation), self.zoom / np.sqrt(self.crop[:, 0])
+        rows = zip(turned.tolist(), scale.tolist(), self.photometry.brightness.tolist(), strict=True)
+        return [Look(turned=turned, scale=scale, brightness=brightness) for turned, scale, brightness in rows]
 
 
-def draw_augmentation(config: DataConfig, seed: int, first_draw: int, count: int) -> Augmentation:
+def draw_augmentation(
+    config: DataConfig, seed: int, first_draw: int, count: int, variant: Variant = Variant.TRAINING
+) -> Augmentation:
     """The augmentations of the draws first_draw, ..., first_draw + count - 1."""
-    uniforms = keyed_uniforms(seed, Purpose.AUGMENT, first_draw, count, width=10)
+    uniforms = keyed_uniforms(seed, Purpose.AUGMENT, first_draw, count, width=14, variant=variant)
     # Contiguous rows in float64, rounded to float32 at the end: NumPy may choose other code, with other last bits, for
     # other lengths and strides, and pixels must not depend on `count`.
     u = np.ascontiguousarray(uniforms.T, dtype=np.float64)
@@ -57,6 +61,13 @@ def draw_augmentation(config: DataConfig, seed: int, first_draw: int, count: int
         shear=np.tan(np.radians(config.shear * signed[4])),
         mirror=(u[5] < 0.5) & config.flip,
         crop=np.stack([1 - (1 - config.crop_min_area) * u[6], _CROP_STRETCH ** signed[7], u[8], u[9]], axis=-1),
+        photometry=Photometry(
+            brightness=(1 + config.brightness) ** signed[10],
+            contrast=(1 + config.contrast) ** signed[11],
+            blur=config.blur * u[12],
+            noise=config.noise * u[13],
+            key=(seed, variant, first_draw),
+        ),
     )
 
 
@@ -76,11 +87,11 @@ def crop_boxes(crop: NDArray[np.float64], height: int, width: int, aspect: float
 def augment(images: Tensor, augmentation: Augmentation, config: DataConfig, *, crop: bool) -> Tensor:
     """Augments [B, C, H, W] images; crop=False where none is wanted, or it was cut when the images were read."""
     if config.warps or crop:
-        return resample(images, sampling_matrices(augmentation, *images.shape[-2:], crop=crop))
-    if config.flip:  # mirroring alone needs no resampling
+        images = resample(images, sampling_matrices(augmentation, *images.shape[-2:], crop=crop))
+    elif config.flip:  # mirroring alone needs no resampling
         mirror = torch.from_numpy(augmentation.mirror)[:, None, None, None]
-        return torch.where(mirror, images.flip(-1), images)
-    return images
+        images = torch.where(mirror, images.flip(-1), images)
+    return apply_photometry(images, augmentation.photometry, config) if config.recolours else images
 
 
 def sampling_matrices(a: Augmentation, height: int, width: int, *, crop: bool) -> Tensor:

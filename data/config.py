@@ -10,6 +10,7 @@ FOLDS = 5
 
 # Far beyond what is of use, and short of what no machine holds.
 _MOST_WORKERS, _MOST_IMAGES = 1024, 10_000_000
+_LARGEST_BLUR = 20  # a filter three times as far to either side
 _LARGEST_PIXEL = 1e6  # means and deviations are meant for pixels in 0..1
 
 # Options that have an effect for some kinds only.
@@ -87,6 +88,24 @@ class DataConfig:
     crop_min_area: float = 1.0
     """Augmentation: random resized crop, smallest part of the largest possible crop's area; 1: off."""
 
+    brightness: float = 0.0
+    """Augmentation: largest relative change of brightness, 0.2 multiplies pixels by 1/1.2 to 1.2."""
+
+    contrast: float = 0.0
+    """Augmentation: largest relative change of the distance of pixels from their mean."""
+
+    blur: float = 0.0
+    """Augmentation: largest standard deviation of a Gaussian blur, in pixels."""
+
+    noise: float = 0.0
+    """Augmentation: largest standard deviation of Gaussian noise, for pixels in 0..1."""
+
+    views: int = 1
+    """2: each image comes twice, augmented independently, for objectives that compare views of an image."""
+
+    vary_held_out: bool = False
+    """Held-out images are augmented, too, each the same way in every run, so that captions tell them apart."""
+
     def __post_init__(self) -> None:
         self._check_kind()
         self._check("workers", 0 <= self.workers <= _MOST_WORKERS, f"from 0 to {_MOST_WORKERS}")
@@ -99,12 +118,22 @@ class DataConfig:
         self._check("shift", 0 <= self.shift <= 1, "a fraction of the image, from 0 to 1")
         self._check("scale", 0 <= self.scale <= 100, "a relative zoom from 0 to 100, such as 0.1")
         self._check("shear", 0 <= self.shear < 90, "from 0 to below 90 degrees")
+        self._check("brightness", 0 <= self.brightness <= 100, "a relative change from 0 to 100, such as 0.2")
+        self._check("contrast", 0 <= self.contrast <= 100, "a relative change from 0 to 100, such as 0.2")
+        self._check("blur", 0 <= self.blur <= _LARGEST_BLUR, f"from 0 to {_LARGEST_BLUR} pixels")
+        self._check("noise", 0 <= self.noise <= 1, "a standard deviation from 0 to 1, where pixels are in 0..1")
+        self._check("views", self.views in (1, 2), "1, or 2 for objectives that compare views of an image")
         self._check("crop_min_area", 1e-4 <= self.crop_min_area <= 1, "from 0.0001 to 1 (1 switches cropping off)")
 
     @property
     def warps(self) -> bool:
         """Whether augmentation turns, shifts, zooms or shears."""
         return any((self.rotate, self.shift, self.scale, self.shear))
+
+    @property
+    def recolours(self) -> bool:
+        """Whether augmentation changes pixels where they are."""
+        return any((self.brightness, self.contrast, self.blur, self.noise))
 
     @property
     def crops(self) -> bool:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _FLOATS_PER_COUNT = 8  # Philox gives 4 words of 64 bits per count, and a float32 takes half a word
+_VARIANT = 256  # more than there are purposes
 
 
 class Purpose(IntEnum):
@@ -25,12 +26,27 @@ class Purpose(IntEnum):
     SPLIT = 5
     TEXTURE_PLACES = 6
     CAPTION = 7
+    NOISE = 8
 
 
-def keyed_uniforms(seed: int, purpose: Purpose, first: int, count: int, width: int) -> NDArray[np.float32]:
-    """Uniform numbers in [0, 1) of shape [count, width]; row i depends on (seed, purpose, first + i, width) alone."""
+class Variant(IntEnum):
+    """What an image is drawn for: keeps apart the numbers that one purpose has of one row."""
+
+    TRAINING = 0
+    TRAINING_OTHER_VIEW = 1
+    HELD_OUT = 2
+    HELD_OUT_OTHER_VIEW = 3
+
+
+def keyed_uniforms(
+    seed: int, purpose: Purpose, first: int, count: int, width: int, variant: Variant = Variant.TRAINING
+) -> NDArray[np.float32]:
+    """Uniform numbers in [0, 1) of shape [count, width].
+
+    Row i depends on (seed, purpose, variant, first + i, width) alone.
+    """
     counts_per_row = math.ceil(width / _FLOATS_PER_COUNT)
-    generator = _generator(seed, purpose, counter=first * counts_per_row)
+    generator = _generator(seed, purpose + _VARIANT * variant, counter=first * counts_per_row)
     return generator.random((count, counts_per_row * _FLOATS_PER_COUNT), dtype=np.float32)[:, :width]
 
 
@@ -39,6 +55,6 @@ def keyed_permutation(seed: int, purpose: Purpose, epoch: int, size: int) -> NDA
     return _generator(seed, purpose, counter=epoch << 128).permutation(size)
 
 
-def _generator(seed: int, purpose: Purpose, counter: int) -> np.random.Generator:
+def _generator(seed: int, purpose: int, counter: int) -> np.random.Generator:
     key = np.array([seed, purpose], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))

@@ -18,12 +18,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data.augment import Augmentation, augment, draw_augmentation
-from data.captions import CHOICES, Look
 from data.config import DataConfig
 from data.datasets import Dataset
-from data.keyed import Purpose, keyed_uniforms
-from data.normalise import Normalise
+from data.making import Maker
 from data.reading import Content, Source, in_workers
 from data.sampling import SampleOrder
 
@@ -32,13 +29,17 @@ from data.sampling import SampleOrder
 _READY_BATCHES, _READY_BYTES = 64, 64 * 2**20
 
 
+SECOND_VIEW = 2**40
+"""Added to the id of a sample, which is far below, for its second view."""
+
+
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch."""
+    """A micro-batch of B images; with `data.views` 2, B / 2 images and then another view of each."""
 
     images: Tensor | None  # [B, C, H, W] float32, normalised; None where they are not needed
     labels: Tensor  # [B] int64
-    sample_ids: Tensor  # [B] int64: the draw in training, the index in evaluation, -1 for padding
+    sample_ids: Tensor  # [B] int64: the draw in training, the index in evaluation, -1 for padding; views: SECOND_VIEW
     weights: Tensor  # [B] float32: 1 for an image, 0 for padding
     texts: Tensor | None = None  # [B, S] int64: what is said of each image; None where that is not needed
 
@@ -85,11 +86,9 @@ class TrainStream:
         self._rank_batch_size = global_batch_size // data_size
         self._data_rank = data_rank
         self._seed = seed
-        self._with_images = with_images
-        self._with_texts = with_texts and dataset.texts is not None
         self._offset = offset
         self._order = SampleOrder(len(dataset), seed)
-        self._normalise = Normalise(config, channels=dataset.image_shape[0])
+        self._maker = Maker(dataset, config, with_images=with_images, with_texts=with_texts)
 
     def steps(self, start: int) -> Iterator[StepBatches]:
         """This rank's micro-batches of step `start`, of the step after it, and so on without end.
@@ -103,7 +102,7 @@ class TrainStream:
 
     def _source(self, start: int) -> Source:
         """What this rank needs from step `start` on."""
-        if not self._with_images and not self._with_texts:
+        if not self._maker.needs_any:
             return Source(lambda draw: Content(), None)
         ready = min(self._rank_batch_size // self._micro_batch_size, _READY_BATCHES, _READY_BYTES // self._batch_bytes)
         loader = in_workers(self._read, self._draws(start), self._config.workers, ready)
@@ -111,7 +110,7 @@ class TrainStream:
 
     @property
     def _batch_bytes(self) -> int:
-        return 4 * self._micro_batch_size * math.prod(self._dataset.image_shape)
+        return 4 * self._config.views * self._micro_batch_size * math.prod(self._dataset.image_shape)
 
     def _draws(self, start: int) -> Iterator[int]:
         """The first draw of each of this rank's micro-batches."""
@@ -126,33 +125,16 @@ class TrainStream:
         """The micro-batch that begins with a draw. Counts the time that it takes."""
         asked = time.perf_counter()
         draws = np.arange(first_draw, first_draw + self._micro_batch_size)
+        labels = torch.from_numpy(self._dataset.labels[self._order.indices(draws)])
         content = source.take(first_draw)
-        batch = Batch(
-            images=content.images,
-            labels=torch.from_numpy(self._dataset.labels[self._order.indices(draws)]),
-            sample_ids=torch.from_numpy(draws),
-            weights=torch.ones(len(draws), dtype=torch.float32),
-            texts=None if content.texts is None else torch.from_numpy(content.texts),
-        )
+        batch = _batch(content, labels, torch.from_numpy(draws), 0, self._config.views)
         self.texts_cut += content.texts_cut
         self.waited += time.perf_counter() - asked
         return batch
 
     def _read(self, first_draw: int) -> Content:
-        """Of a micro-batch: images, augmented and normalised, and what is said of them."""
         indices = self._order.indices(np.arange(first_draw, first_draw + self._micro_batch_size))
-        augmentation = draw_augmentation(self._config, self._seed, first_draw, len(indices))
-        images = self._images(indices, augmentation) if self._with_images else None
-        if not self._with_texts:
-            return Content(images)
-        choices = keyed_uniforms(self._seed, Purpose.CAPTION, first_draw, len(indices), width=CHOICES)
-        return Content(images, *_texts(self._dataset, indices, augmentation.looks(), choices))
-
-    def _images(self, indices: NDArray[np.int64], augmentation: Augmentation) -> Tensor:
-        dataset, config = self._dataset, self._config
-        crop_when_read = config.crops and dataset.crops_when_read
-        images = dataset.read(indices, augmentation.crop if crop_when_read else None)
-        return self._normalise(augment(images, augmentation, config, crop=config.crops and not crop_when_read))
+        return self._maker.training(indices, self._seed, first_draw)
 
 
 class StepBatches(Sequence[Batch]):
@@ -179,10 +161,11 @@ class StepBatches(Sequence[Batch]):
 
 
 class EvalStream:
-    """Every image exactly once over all data ranks, unaugmented, for each pass over the stream.
+    """Every image exactly once over all data ranks, for each pass over the stream; unaugmented, unless `vary_held_out`.
 
     All ranks see the same number of batches of the same size; what is missing at the end is padded with black images of
     weight 0, label 0, id -1 and an empty text. An image's text is the first of its captions, or the one that says most.
+    Of two views the first is the image itself, the second is augmented, the same way in every run.
 
     Attributes:
         texts_cut: as of TrainStream.
@@ -206,9 +189,7 @@ class EvalStream:
         self._micro_batch_size = micro_batch_size
         self._data_rank = data_rank
         self._data_size = data_size
-        self._with_images = with_images
-        self._with_texts = with_texts and dataset.texts is not None
-        self._normalise = Normalise(config, channels=dataset.image_shape[0])
+        self._maker = Maker(dataset, config, with_images=with_images, with_texts=with_texts)
 
     def __len__(self) -> int:
         """Batches per data rank."""
@@ -218,8 +199,8 @@ class EvalStream:
         first = self._data_rank * self._micro_batch_size
         stride = self._data_size * self._micro_batch_size
         firsts = range(first, first + len(self) * stride, stride)
-        needs_any = self._with_images or self._with_texts
-        loader = in_workers(self._read, firsts, self._config.workers, ready=0) if needs_any else None
+        workers = self._config.workers if self._maker.needs_any else 0
+        loader = in_workers(self._read, firsts, workers, ready=0)
         for first in firsts:
             yield self._batch(first, next(loader) if loader else self._read(first))
 
@@ -227,47 +208,27 @@ class EvalStream:
         return np.arange(first_index, min(first_index + self._micro_batch_size, len(self._dataset)))
 
     def _read(self, first_index: int) -> Content:
-        """Of a micro-batch, padding with it: images, normalised, and what is said of them."""
-        indices, images = self._indices(first_index), None
-        missing = self._micro_batch_size - len(indices)
-        if self._with_images:
-            images = self._normalise(F.pad(self._dataset.read(indices), (0, 0, 0, 0, 0, 0, 0, missing)))
-        if not self._with_texts:
-            return Content(images)
-        return Content(images, *_texts(self._dataset, indices, [Look()] * len(indices), None, missing))
+        indices = self._indices(first_index)
+        return self._maker.held_out(indices, self._micro_batch_size - len(indices))
 
     def _batch(self, first_index: int, content: Content) -> Batch:
         indices = self._indices(first_index)
         missing = self._micro_batch_size - len(indices)
+        labels = torch.from_numpy(self._dataset.labels[indices])
         self.texts_cut += content.texts_cut
-        return Batch(
-            images=content.images,
-            labels=F.pad(torch.from_numpy(self._dataset.labels[indices]), (0, missing)),
-            sample_ids=F.pad(torch.from_numpy(indices), (0, missing), value=-1),
-            weights=F.pad(torch.ones(len(indices), dtype=torch.float32), (0, missing)),
-            texts=None if content.texts is None else torch.from_numpy(content.texts),
-        )
+        return _batch(content, labels, torch.from_numpy(indices), missing, self._config.views)
 
 
-def _texts(
-    dataset: Dataset,
-    indices: NDArray[np.int64],
-    looks: Sequence[Look],
-    choices: NDArray[np.float32] | None,
-    padding: int = 0,
-) -> tuple[NDArray[np.int64], int]:
-    """(what is said of images, in tokens [B, S], how many texts were cut); of `padding` more, nothing.
-
-    `choices` [B, CHOICES] draw a caption of each image; None: the first of its captions.
-    """
-    assert dataset.captions is not None and dataset.texts is not None
-    said = [""] * (len(indices) + padding)
-    for row, (index, label) in enumerate(zip(indices.tolist(), dataset.labels[indices].tolist(), strict=True)):
-        if choices is None:
-            said[row] = dataset.captions.every(index, label, looks[row])[0]
-        else:
-            said[row] = dataset.captions.one(index, label, looks[row], choices[row])
-    return dataset.texts.tokenizer.encode_counted(said, dataset.texts.length)
+def _batch(content: Content, labels: Tensor, ids: Tensor, missing: int, views: int) -> Batch:
+    """A micro-batch of one or two views, with padding where images are missing."""
+    all_ids = [F.pad(ids + view * SECOND_VIEW, (0, missing), value=-1) for view in range(views)]
+    return Batch(
+        images=content.images,
+        labels=F.pad(labels, (0, missing)).repeat(views),
+        sample_ids=torch.cat(all_ids),
+        weights=F.pad(torch.ones(len(labels), dtype=torch.float32), (0, missing)).repeat(views),
+        texts=None if content.texts is None else torch.from_numpy(content.texts),
+    )
 
 
 def _check_batch_sizes(global_batch_size: int, micro_batch_size: int, data_size: int) -> None:

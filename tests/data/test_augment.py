@@ -9,8 +9,28 @@ import torch
 
 from data import DataConfig
 from data.augment import Augmentation, augment, crop_boxes, draw_augmentation
+from data.keyed import Variant
+from data.photometry import Photometry, apply_photometry
 
-EVERYTHING = DataConfig(rotate=15, shift=0.1, scale=0.2, shear=10, flip=True, crop_min_area=0.5)
+EVERYTHING = DataConfig(
+    rotate=15,
+    shift=0.1,
+    scale=0.2,
+    shear=10,
+    flip=True,
+    crop_min_area=0.5,
+    brightness=0.3,
+    contrast=0.4,
+    blur=1.0,
+    noise=0.1,
+)
+UNCHANGED = Photometry(
+    brightness=np.ones(1),
+    contrast=np.ones(1),
+    blur=np.zeros(1),
+    noise=np.zeros(1),
+    key=(0, Variant.TRAINING, 0),
+)
 WARPS = DataConfig(rotate=1)  # switches resampling on; what is done is given by hand below
 
 
@@ -23,6 +43,7 @@ def by_hand(**values: Any) -> Augmentation:
         shear=np.zeros(1),
         mirror=np.zeros(1, dtype=bool),
         crop=np.array([[1.0, 1.0, 0.5, 0.5]]),
+        photometry=UNCHANGED,
     )
     return replace(nothing, **{name: np.array([value]) for name, value in values.items()})
 
@@ -102,8 +123,10 @@ def test_draws_fill_their_ranges_and_depend_on_seed_and_draw_alone() -> None:
     assert 0.45 < drawn.mirror.mean() < 0.55
     later = draw_augmentation(EVERYTHING, 5, 640, 3)
     other = draw_augmentation(EVERYTHING, 6, 640, 3)
-    for field in fields(Augmentation):
-        np.testing.assert_array_equal(getattr(later, field.name), getattr(drawn, field.name)[640:643])
+    for ours, all_of_them in ((later, drawn), (later.photometry, drawn.photometry)):
+        for field in fields(ours):
+            if field.name not in ("photometry", "key"):
+                np.testing.assert_array_equal(getattr(ours, field.name), getattr(all_of_them, field.name)[640:643])
     assert not np.array_equal(later.rotation, other.rotation)
 
 
@@ -117,3 +140,38 @@ def test_pixels_do_not_depend_on_the_micro_batch() -> None:
             for i in range(0, 48, size)
         ]
         assert torch.equal(torch.cat(pieces), together)
+
+
+def photometry(**values: float) -> Photometry:
+    """Of one image."""
+    return replace(UNCHANGED, **{name: np.array([value]) for name, value in values.items()})
+
+
+def test_brightness_and_contrast(image: torch.Tensor) -> None:
+    config = DataConfig(brightness=1, contrast=1)
+    changed = apply_photometry(image, photometry(brightness=0.5, contrast=0.25), config)
+    half = image / 2
+    torch.testing.assert_close(changed, half.mean() + (half - half.mean()) / 4)
+    assert apply_photometry(image, photometry(brightness=2), config).max() == 1
+    torch.testing.assert_close(apply_photometry(image, UNCHANGED, config), image)
+
+
+@pytest.mark.parametrize("deviation", [0.0, 0.5, 2.0])
+def test_blur_is_scipys(image: torch.Tensor, deviation: float) -> None:
+    ndimage = pytest.importorskip("scipy.ndimage")
+    blurred = apply_photometry(image, photometry(blur=deviation), DataConfig(blur=2.0))
+    expected = ndimage.gaussian_filter(image[0].double().numpy(), (0, deviation, deviation), mode="nearest", radius=6)
+    np.testing.assert_allclose(blurred[0].numpy(), expected, atol=1e-6)
+
+
+def test_noise_is_normal_and_keyed() -> None:
+    config = DataConfig(noise=0.1)
+    grey = torch.full((40, 1, 31, 33), 0.5)
+    many = replace(UNCHANGED, noise=np.full(40, 0.1))
+    noise = (apply_photometry(grey, many, config) - 0.5) / 0.1
+    assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02 and abs((noise**4).mean() - 3) < 0.15
+    assert len(torch.unique(noise.flatten(1), dim=0)) == 40
+    others = [replace(many, key=key) for key in ((1, Variant.TRAINING, 0), (0, Variant.TRAINING_OTHER_VIEW, 0))]
+    assert all(not torch.equal(apply_photometry(grey, other, config), noise * 0.1 + 0.5) for other in others)
+    later = replace(many, key=(0, Variant.TRAINING, 1), noise=np.full(1, 0.1))
+    assert torch.equal(apply_photometry(grey[:1], later, config)[0], apply_photometry(grey, many, config)[1])

@@ -31,6 +31,11 @@ NOT_PIXELS = (float("nan"), float("inf"), -float("inf"), 1e39, -1e39)
         ({"scale": 1e308}, r"data\.scale is 1e\+308"),
         ({"crop_min_area": 1e-300}, r"data\.crop_min_area is 1e-300"),
         ({"kind": "image_folder", "path": "x", "val_path": ""}, r"data\.val_path is empty"),
+        ({"brightness": -0.1}, r"data\.brightness is -0\.1"),
+        ({"contrast": float("nan")}, r"data\.contrast is nan"),
+        ({"blur": 21.0}, r"data\.blur is 21\.0: it must be from 0 to 20 pixels"),
+        ({"noise": 1.5}, r"data\.noise is 1\.5"),
+        ({"views": 3}, r"data\.views is 3: it must be 1, or 2 for"),
         ({"shear": 90.0}, r"data\.shear is 90\.0"),
         ({"crop_min_area": 0.0}, r"data\.crop_min_area is 0\.0.* .1 switches cropping off"),
         (

@@ -1,0 +1,100 @@
+"""A micro-batch's images and texts, made of a data set by its configuration; what is drawn at random goes by a key.
+
+Shapes: B samples, V views of each (1 or 2), C channels, H x W pixels, S tokens of a text. Rows are view by view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from data.augment import Augmentation, augment, draw_augmentation
+from data.captions import CHOICES, Look
+from data.config import DataConfig
+from data.datasets import Dataset
+from data.keyed import Purpose, Variant, keyed_uniforms
+from data.normalise import Normalise
+from data.reading import Content
+
+_TRAINING = (Variant.TRAINING, Variant.TRAINING_OTHER_VIEW)
+_HELD_OUT_SEED = 0  # every run sees the same
+
+
+class Maker:
+    """Makes what is needed of micro-batches.
+
+    Attributes:
+        needs_any: whether anything is. makes_texts: whether they are; there are texts if the set has a tokenizer.
+    """
+
+    def __init__(self, dataset: Dataset, config: DataConfig, *, with_images: bool, with_texts: bool) -> None:
+        self._dataset, self._config = dataset, config
+        self._with_images = with_images
+        self.makes_texts = with_texts and dataset.texts is not None
+        self.needs_any = with_images or self.makes_texts
+        self._normalise = Normalise(config, channels=dataset.image_shape[0])
+
+    def training(self, indices: NDArray[np.int64], seed: int, first_draw: int) -> Content:
+        """Of images at `indices`, which are drawn one after the other from `first_draw` on."""
+        images, said = [], []
+        for variant in _TRAINING[: self._config.views]:
+            augmentation = draw_augmentation(self._config, seed, first_draw, len(indices), variant)
+            images.append(self._images(indices, augmentation))
+            if self.makes_texts:
+                choices = keyed_uniforms(seed, Purpose.CAPTION, first_draw, len(indices), CHOICES, variant)
+                said += self._said(indices, augmentation.looks(), choices)
+        return self._content(images, said)
+
+    def held_out(self, indices: NDArray[np.int64], missing: int) -> Content:
+        """Of the images at `indices`, which follow each other, and `missing` black ones, of which nothing is said.
+
+        The first view is the image itself, unless held-out images are to be varied.
+        """
+        images, said = [], []
+        for view in range(self._config.views):
+            augmentation, looks = None, [Look()] * len(indices)
+            if (view or self._config.vary_held_out) and len(indices):
+                variant = Variant.HELD_OUT_OTHER_VIEW if view else Variant.HELD_OUT
+                augmentation = draw_augmentation(self._config, _HELD_OUT_SEED, int(indices[0]), len(indices), variant)
+                looks = augmentation.looks()
+            images.append(self._images(indices, augmentation, missing))
+            if self.makes_texts:
+                said += self._said(indices, looks, None) + [""] * missing
+        return self._content(images, said)
+
+    def _images(self, indices: NDArray[np.int64], augmentation: Augmentation | None, missing: int = 0) -> Tensor | None:
+        """[B, C, H, W], normalised."""
+        if not self._with_images:
+            return None
+        dataset, config = self._dataset, self._config
+        if augmentation is None:
+            images = dataset.read(indices)
+        else:
+            crop_when_read = config.crops and dataset.crops_when_read
+            images = dataset.read(indices, augmentation.crop if crop_when_read else None)
+            images = augment(images, augmentation, config, crop=config.crops and not crop_when_read)
+        return self._normalise(F.pad(images, (0, 0, 0, 0, 0, 0, 0, missing)) if missing else images)
+
+    def _said(
+        self, indices: NDArray[np.int64], looks: Sequence[Look], choices: NDArray[np.float32] | None
+    ) -> list[str]:
+        """A caption of each image, drawn by `choices` [B, CHOICES]; None: its first, or the one that says most."""
+        captions, labels = self._dataset.captions, self._dataset.labels[indices].tolist()
+        assert captions is not None
+        rows = list(zip(indices.tolist(), labels, looks, strict=True))
+        if choices is None:
+            return [captions.every(*row)[0] for row in rows]
+        return [captions.one(*row, choice) for row, choice in zip(rows, choices, strict=True)]
+
+    def _content(self, images: Sequence[Tensor | None], said: Sequence[str]) -> Content:
+        made = [view for view in images if view is not None]
+        pixels = None if not made else made[0] if len(made) == 1 else torch.cat(made)
+        texts = self._dataset.texts
+        if not self.makes_texts or texts is None:
+            return Content(pixels)
+        return Content(pixels, *texts.tokenizer.encode_counted(said, texts.length))
