@@ -42,7 +42,8 @@ class DataConfig:
     """Held-out images, the same classes as in path; absent: a stratified fifth of path is held out."""
 
     tokenizer: str = "bytes"
-    """What makes tokens of texts, where the objective reads texts: bytes, whose tokens are the bytes of UTF-8."""
+    """What makes tokens of texts, where the objective reads texts: bytes (of UTF-8), or the path of a vocabulary of
+    CLIP's (bpe_simple_vocab_16e6.txt.gz, tokenizer.json, or the folder of vocab.json and merges.txt)."""
 
     templates: str | None = None
     """File of the templates that captions are made of, one a line, such as `a {scale} {class}, {orientation}`;

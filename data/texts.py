@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from data.clip_tokens import ClipTokenizer
 from data.datasets import Dataset, fingerprint
 from data.tokenizers import ByteTokenizer, Tokenizer
 
@@ -51,14 +52,12 @@ class Texts:
 
 
 def make_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of `data.tokenizer`: `bytes`.
+    """The tokenizer of `data.tokenizer`: `bytes`, or the path of a vocabulary of CLIP's.
 
     Raises:
-        ValueError: there is no such tokenizer.
+        ValueError: there is no such vocabulary.
     """
-    if name == "bytes":
-        return ByteTokenizer()
-    raise ValueError(f"data.tokenizer is {name!r}: give bytes")
+    return ByteTokenizer() if name == "bytes" else ClipTokenizer(name)
 
 
 def make_texts(tokenizer: Tokenizer, shape: TextShape) -> Texts:
