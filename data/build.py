@@ -5,8 +5,9 @@ from __future__ import annotations
 from data.config import DataConfig
 from data.datasets import Dataset, digits, synthetic
 from data.image_folder import image_folder
+from data.image_text import image_text
 from data.normalise import Normalise
-from data.templates import captions_of
+from data.templates import captions_of, class_prompts
 from data.texts import TextShape, make_texts, make_tokenizer
 from data.textures import textures
 
@@ -38,6 +39,11 @@ def build_datasets(
     Normalise(config, channels)  # raises
     texts = None if text is None else make_texts(make_tokenizer(config.tokenizer), text)
     train, held_out = _build(config, (channels, height, width), num_classes or _SYNTHETIC_CLASSES, seed, readers)
+    if num_classes is not None and not train.num_classes:
+        raise ValueError(
+            f"data.kind={config.kind} has no classes, but the objective needs some: name the column that has them in "
+            "data.label_column"
+        )
     if num_classes is not None and num_classes < train.num_classes:
         raise ValueError(
             f"model.num_classes is {num_classes}, but data.kind={config.kind} has {train.num_classes} classes: "
@@ -74,5 +80,7 @@ def _build(
         case "image_folder":
             assert config.path is not None
             return image_folder(config.path, config.val_path, image_shape, config.fold, readers)
+        case "image_text":
+            return image_text(config, image_shape, class_prompts(config), readers)
         case "textures":
             return textures(image_shape, config.crops_per_class, seed)

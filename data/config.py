@@ -13,11 +13,17 @@ _MOST_WORKERS, _MOST_IMAGES = 1024, 10_000_000
 _LARGEST_BLUR = 20  # a filter three times as far to either side
 _LARGEST_PIXEL = 1e6  # means and deviations are meant for pixels in 0..1
 
+_FILES = ("image_folder", "image_text")  # kinds
+
 # Options that have an effect for some kinds only.
 _ONLY_FOR = {
-    "path": ("image_folder",),
-    "val_path": ("image_folder",),
-    "fold": ("digits", "image_folder"),
+    "path": _FILES,
+    "val_path": _FILES,
+    "fold": ("digits", *_FILES),
+    "image_column": ("image_text",),
+    "caption_column": ("image_text",),
+    "label_column": ("image_text",),
+    "templates": ("digits", "synthetic", "image_folder", "textures"),
     "size": ("synthetic",),
     "crops_per_class": ("textures",),
 }
@@ -31,15 +37,25 @@ class DataConfig:
         ValueError: for a value out of range, and for an option that would have no effect for the chosen kind.
     """
 
-    kind: Literal["digits", "synthetic", "image_folder", "textures"] = "digits"
-    """Source of images: scikit-learn's handwritten digits, random numbers, a folder of PATH/CLASS/IMAGE files, or
-    crops of the photographs in scikit-image."""
+    kind: Literal["digits", "synthetic", "image_folder", "textures", "image_text"] = "digits"
+    """Source of images: scikit-learn's handwritten digits, random numbers, a folder of PATH/CLASS/IMAGE files, crops
+    of the photographs in scikit-image, or a table of images and captions."""
 
     path: str | None = None
-    """Folder with one sub-folder of images, at any depth, per class (image_folder only)."""
+    """image_folder: folder with one sub-folder of images, at any depth, per class; image_text: CSV or TSV file whose
+    first row names the columns, paths of images relative to it."""
 
     val_path: str | None = None
-    """Held-out images, the same classes as in path; absent: a stratified fifth of path is held out."""
+    """Held-out images, as in path, of the same classes; absent: a stratified fifth of path is held out."""
+
+    image_column: str = "image"
+    """Column of the images' paths (image_text only); rows with the same image are captions of it."""
+
+    caption_column: str = "caption"
+    """Column of the captions (image_text only)."""
+
+    label_column: str | None = None
+    """Column of the names of classes (image_text only); absent: there are no classes."""
 
     tokenizer: str = "bytes"
     """What makes tokens of texts, where the objective reads texts: bytes (of UTF-8), or the path of a vocabulary of
@@ -57,7 +73,7 @@ class DataConfig:
     """Processes that decode and augment ahead of training; 0: in the training process."""
 
     fold: int = 0
-    """Which of the 5 stratified folds is held out (digits, and image_folder without val_path)."""
+    """Which of the 5 stratified folds is held out (digits, and files without val_path)."""
 
     size: int = 256
     """Training images of the synthetic set; a quarter as many, other ones, are held out."""
@@ -159,10 +175,11 @@ class DataConfig:
                     f"data.{name} is {value!r}, but has no effect with data.kind={self.kind}: remove it, or "
                     f"set data.kind to {' or '.join(kinds)}"
                 )
-        if self.kind == "image_folder" and not self.path:
-            raise ValueError("data.kind is image_folder, but data.path is not set: give the folder of PATH/CLASS/IMAGE")
+        if self.kind in _FILES and not self.path:
+            wanted = {"image_folder": "the folder of PATH/CLASS/IMAGE", "image_text": "the CSV or TSV file"}[self.kind]
+            raise ValueError(f"data.kind is {self.kind}, but data.path is not set: give {wanted}")
         if self.val_path is not None and not self.val_path:
-            raise ValueError("data.val_path is empty: give the folder of held-out images, or remove it")
+            raise ValueError("data.val_path is empty: give the held-out images, or remove it")
         if self.val_path is not None and self.fold != 0:
             raise ValueError(
                 f"data.fold is {self.fold}, but has no effect with data.val_path={self.val_path!r}: remove one of them"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -10,14 +12,26 @@ from torch import Tensor
 from data.config import FOLDS
 from data.datasets import Dataset, fingerprint, stratified_split
 from data.decode import decode
-from data.listing import Listing
 from data.sharing import scan_once
 
 _CENTRE = np.array([1.0, 1.0, 0.5, 0.5])  # largest box of the result's shape, in the middle
 
 
-class ImageFolder(Dataset):
-    """The files of a listing, or those at `part`, and their labels.
+class FileList(Protocol):
+    """Image files and their labels [N]; `classes` names these, none if they have no names."""
+
+    @property
+    def labels(self) -> NDArray[np.int64]: ...
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+    @property
+    def fingerprint(self) -> str: ...
+    def file(self, index: int) -> str: ...
+    def describe(self) -> str: ...
+
+
+class ImageFiles(Dataset):
+    """The files of a list, or those at `part`, and their labels.
 
     A box is cut out of each image and scaled to image_shape with an antialiasing bilinear filter. For evaluation that
     is the largest centred box (the same as resizing the shorter side, then cropping the centre), for training with
@@ -27,15 +41,15 @@ class ImageFolder(Dataset):
     crops_when_read = True
 
     def __init__(
-        self, listing: Listing, image_shape: tuple[int, int, int], part: NDArray[np.int64] | None = None
+        self, listing: FileList, image_shape: tuple[int, int, int], part: NDArray[np.int64] | None = None
     ) -> None:
         if image_shape[0] not in (1, 3):
-            raise ValueError(f"image folders are read with 1 channel (grey) or 3 (RGB), not {image_shape[0]}")
+            raise ValueError(f"image files are read with 1 channel (grey) or 3 (RGB), not {image_shape[0]}")
         self.listing = listing
         self.part = part
         self.labels = listing.labels if part is None else listing.labels[part]
         self.num_classes = len(listing.classes)
-        self.class_names = listing.classes
+        self.class_names = listing.classes or None
         self.image_shape = image_shape
 
     @property
@@ -67,7 +81,7 @@ class ImageFolder(Dataset):
 
 def image_folder(
     path: str, val_path: str | None, image_shape: tuple[int, int, int], fold: int, readers: int = 1
-) -> tuple[ImageFolder, ImageFolder]:
+) -> tuple[ImageFiles, ImageFiles]:
     """The images of `path` to train on, and those of `val_path` (or fold `fold` of `path`) held out.
 
     `readers` processes of this host ask for the same: one of them scans the folders.
@@ -84,7 +98,7 @@ def image_folder(
                 f"data.path={path} and data.val_path={val_path} must hold the same classes: only in data.path "
                 f"{sorted(ours - theirs)}, only in data.val_path {sorted(theirs - ours)}"
             )
-        return ImageFolder(listing, image_shape), ImageFolder(held_out, image_shape)
+        return ImageFiles(listing, image_shape), ImageFiles(held_out, image_shape)
     for name, count in zip(listing.classes, np.bincount(listing.labels), strict=True):
         if count < FOLDS:
             raise ValueError(
@@ -92,4 +106,4 @@ def image_folder(
                 f"add images, or give held-out images in data.val_path"
             )
     train, part = stratified_split(listing.labels, fold)
-    return ImageFolder(listing, image_shape, train), ImageFolder(listing, image_shape, part)
+    return ImageFiles(listing, image_shape, train), ImageFiles(listing, image_shape, part)

@@ -1,4 +1,4 @@
-"""One rank of a host lists a folder; the others read what it found.
+"""One rank of a host lists a folder, or reads a table of files; the others read what it found.
 
 Ranks build their data sets before they talk to each other, so that a wrong folder is refused first, by the same code
 on every rank. So they meet at a folder in the host's temporary directory instead: whoever locks it first lists and
@@ -17,10 +17,11 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -31,7 +32,7 @@ _STARTED = time.time()
 
 _LATE = 600.0  # seconds that ranks of one run may start apart
 
-_ARRAYS = ("names", "ends", "labels")
+Found = TypeVar("Found")
 
 
 def scan_once(path: str, key: str, readers: int) -> Listing:
@@ -40,24 +41,34 @@ def scan_once(path: str, key: str, readers: int) -> Listing:
     Nothing is left on disk once all have asked, or if the folder is refused (then each finds out for itself). Where the
     temporary directory cannot be used, each scans for itself, too.
     """
+    return once(Listing, lambda: scan(path, key), f"{key}={Path(path).absolute()}", readers)
+
+
+def once(kind: type[Found], make: Callable[[], Found], what: str, readers: int) -> Found:
+    """`make()`, done by one of the `readers` processes of this host that ask for the same.
+
+    Args:
+        kind: of what is made: a dataclass whose fields are arrays and what JSON knows, lists as tuples. what: names it:
+            all that it depends on.
+    """
     if readers == 1:
-        return scan(path, key)
-    what = f"{socket.gethostname()} {key}={Path(path).absolute()}"  # hosts may share their temporary directory
-    digest = hashlib.sha256(what.encode(errors="surrogateescape")).hexdigest()
+        return make()
+    named = f"{socket.gethostname()} {what}"  # hosts may share their temporary directory
+    digest = hashlib.sha256(named.encode(errors="surrogateescape")).hexdigest()
     place = Path(tempfile.gettempdir()) / f"vitruvius-{os.getuid()}-{digest[:16]}"
     with _locked(place) as usable:
         if not usable:
-            return scan(path, key)
-        return _read_or_scan(place, path, key, readers)
+            return make()
+        return _read_or_make(kind, make, place, readers)
 
 
-def _read_or_scan(place: Path, path: str, key: str, readers: int) -> Listing:
-    listing, asked = _read(place), _asked(place)
+def _read_or_make(kind: type[Found], make: Callable[[], Found], place: Path, readers: int) -> Found:
+    found, asked = _read(kind, place), _asked(place)
     try:
-        if listing is None:
-            listing = scan(path, key)
-            with suppress(OSError):  # a full disk: the next one scans
-                _write(place, listing)
+        if found is None:
+            found = make()
+            with suppress(OSError):  # a full disk: the next one makes it anew
+                _write(place, found)
     except ValueError:
         shutil.rmtree(place, ignore_errors=True)
         raise
@@ -66,7 +77,7 @@ def _read_or_scan(place: Path, path: str, key: str, readers: int) -> Listing:
     else:
         with suppress(OSError):
             (place / "asked").write_text(str(asked + 1))
-    return listing
+    return found
 
 
 @contextmanager
@@ -98,17 +109,19 @@ def _lock(place: Path) -> int:
         os.close(descriptor)
 
 
-def _read(place: Path) -> Listing | None:
-    """What was listed in this run, if anything was."""
+def _read(kind: type[Found], place: Path) -> Found | None:
+    """What was made in this run, if anything was."""
     summary = place / "summary.json"
     try:
         if summary.stat().st_mtime < _STARTED:
             return None
         found: dict[str, Any] = json.loads(summary.read_bytes())
-        arrays = {name: np.asarray(np.load(place / f"{name}.npy", mmap_mode="r")) for name in _ARRAYS}
+        arrays: list[str] = found.pop("arrays")
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+        mapped = {name: np.asarray(np.load(place / f"{name}.npy", mmap_mode="r")) for name in arrays}
     except (OSError, ValueError):
         return None
-    return Listing(root=found["root"], classes=tuple(found["classes"]), left_out=found["left_out"], **arrays)
+    return kind(**values, **mapped)
 
 
 def _asked(place: Path) -> int:
@@ -120,12 +133,15 @@ def _asked(place: Path) -> int:
         return 0
 
 
-def _write(place: Path, listing: Listing) -> None:
+def _write(place: Path, found: Any) -> None:
     (place / "summary.json").unlink(missing_ok=True)
-    for name in _ARRAYS:
+    values = {field.name: getattr(found, field.name) for field in fields(found)}
+    arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
+    for name, array in arrays.items():
         file = place / f"{name}.npy"
         file.unlink(missing_ok=True)  # another run may have mapped it
-        np.save(file, getattr(listing, name))
+        np.save(file, array)
+    rest: dict[str, Any] = {name: value for name, value in values.items() if name not in arrays}
     part = place / "summary.part"
-    part.write_text(json.dumps({"root": listing.root, "classes": listing.classes, "left_out": listing.left_out}))
+    part.write_text(json.dumps(rest | {"arrays": list(arrays)}))
     part.rename(place / "summary.json")  # last, and whole: without it nothing counts

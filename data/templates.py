@@ -72,12 +72,21 @@ def captions_of(dataset: Dataset, config: DataConfig) -> Captions:
         ValueError: for files of templates that are none.
     """
     templates: tuple[str, ...] = _TEMPLATES.get(config.kind, _PHOTOS)
-    class_prompts: tuple[str, ...] = _PROMPTS.get(config.kind, _PHOTOS)
     if config.templates is not None:
         templates = read_templates(config.templates, "data.templates", ATTRIBUTES)
-    if config.prompts is not None:
-        class_prompts = read_templates(config.prompts, "data.prompts", ())
-    return TemplateCaptions(names=class_words(dataset, config.kind), templates=templates, class_prompts=class_prompts)
+    names = class_words(dataset, config.kind)
+    return TemplateCaptions(names=names, templates=templates, class_prompts=class_prompts(config))
+
+
+def class_prompts(config: DataConfig) -> tuple[str, ...]:
+    """The templates of zero-shot classification.
+
+    Raises:
+        ValueError: for a file of templates that is none.
+    """
+    if config.prompts is None:
+        return _PROMPTS.get(config.kind, _PHOTOS)
+    return read_templates(config.prompts, "data.prompts", ())
 
 
 def class_words(dataset: Dataset, kind: str) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ import pytest
 from data import DataConfig, EvalStream, TextShape, build_datasets
 from data.texts import make_tokenizer
 from data.tokenizers import ByteTokenizer
+from tools.convert.libraries import library
 
 TEXTS = [
     "a photo of a cat",
@@ -34,13 +35,14 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def original() -> str:
-    open_clip = pytest.importorskip("open_clip.tokenizer")
-    return str(open_clip.default_bpe())
+    try:
+        return str(library("open_clip").tokenizer.default_bpe())
+    except ImportError as error:
+        pytest.skip(str(error))
 
 
 def test_the_originals_file_gives_open_clips_tokens(original: str) -> None:
-    from open_clip.tokenizer import SimpleTokenizer
-
+    SimpleTokenizer = library("open_clip").tokenizer.SimpleTokenizer
     theirs, ours = SimpleTokenizer(original), make_tokenizer(original)
     rng = np.random.default_rng(0)
     alphabet = [chr(c) for c in (*range(32, 127), *range(160, 500), *range(0x400, 0x460), *range(0x4E00, 0x4E40))]
