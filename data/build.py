@@ -8,7 +8,7 @@ from data.image_folder import image_folder
 from data.image_text import image_text
 from data.normalise import Normalise
 from data.templates import captions_of, class_prompts
-from data.texts import TextShape, make_texts, make_tokenizer
+from data.texts import TextShape, describe_texts, make_texts, make_tokenizer
 from data.textures import textures
 
 _SYNTHETIC_CLASSES = 10  # for objectives without classes, which never look at the labels
@@ -55,9 +55,10 @@ def build_datasets(
 
 
 def describe_datasets(kind: str, train: Dataset, held_out: Dataset, num_classes: int | None) -> list[str]:
-    """What the start-up report says of the data: how much there is, what was left out, what the model is too large for.
+    """What the start-up report says of the data.
 
-    `num_classes` is as for build_datasets.
+    How much there is, what was left out, what is said of it, what the model is too large for. `num_classes` is as for
+    build_datasets.
     """
     lines = [f"data: {kind}, {len(train)} training and {len(held_out)} held-out images"]
     lines += [f"  {source}" for source in dict.fromkeys((train.source, held_out.source)) if source is not None]
@@ -66,7 +67,7 @@ def describe_datasets(kind: str, train: Dataset, held_out: Dataset, num_classes:
             f"  warning: the model tells {num_classes} classes apart, but there are images of {train.num_classes}: "
             f"model.num_classes {train.num_classes} would do"
         )
-    return lines
+    return lines + describe_texts(held_out)
 
 
 def _build(

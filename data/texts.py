@@ -11,9 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from data.captions import Look
 from data.clip_tokens import ClipTokenizer
 from data.datasets import Dataset, fingerprint
 from data.tokenizers import ByteTokenizer, Tokenizer
+
+_LOOKED_AT = 1000  # texts, before a run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +93,23 @@ def captions_fingerprint(dataset: Dataset) -> str:
     if dataset.captions is None or dataset.texts is None:
         return "none"
     return fingerprint(dataset.captions.fingerprint, dataset.texts.fingerprint.encode())
+
+
+def describe_texts(dataset: Dataset) -> list[str]:
+    """What the start-up report says of texts: how long, of what, an example, and whether some will be cut."""
+    if dataset.captions is None or dataset.texts is None or not len(dataset):
+        return []
+    tokenizer, length = dataset.texts.tokenizer, dataset.texts.length
+    first = range(min(len(dataset), _LOOKED_AT))
+    said = [dataset.captions.every(i, int(dataset.labels[i]), Look())[0] for i in first]
+    needed = [len(tokens) + 2 for tokens in tokenizer.tokens(said)]  # with start and end
+    lines = [f"  texts: {length} tokens ({tokenizer.name}), such as {said[0][:100]!r}"]
+    if cut := sum(tokens > length for tokens in needed):
+        lines.append(
+            f"  warning: {cut} of the first {len(said)} held-out texts are longer, and cut: text.context_length "
+            f"{max(needed)} would hold them"
+        )
+    return lines
 
 
 def prompts(dataset: Dataset) -> list[list[str]]:

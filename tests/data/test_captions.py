@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from data import DataConfig, Dataset, EvalStream, TextShape, TrainStream, build_datasets, captions_fingerprint, prompts
+from data import (
+    DataConfig,
+    Dataset,
+    EvalStream,
+    TextShape,
+    TrainStream,
+    build_datasets,
+    captions_fingerprint,
+    describe_datasets,
+    prompts,
+)
 from data.augment import draw_augmentation
 from data.captions import Look
 
@@ -117,6 +127,10 @@ def test_long_texts_are_cut_and_counted() -> None:
             real = batch.weights == 1
             assert (batch.texts[real][:, -1] == 257).all() and (batch.texts[~real][:, 1] == 257).all()
         assert stream.texts_cut == 360
+    report = describe_datasets("digits", held_out, held_out, None)
+    assert report[1].startswith("  texts: 6 tokens (bytes), such as 'a medium grey ")
+    assert "360 of the first 360 held-out texts are longer, and cut: text.context_length 30 would hold" in report[2]
+    assert len(describe_datasets("digits", *build(DataConfig()), None)) == 2
     assert said(batch.texts)[0] == "a me"
 
 
