@@ -10,6 +10,7 @@ import csv
 import hashlib
 import json
 import os
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-_FIELD = 2**20  # characters: beyond, a quotation mark was not closed
+_DIGEST = 16  # bytes of a hash, by which images are known to be the same
 _DELIMITERS = {".tsv": "\t,;", ".tab": "\t,;"}  # tried in this order; by the columns that they give
 
 
@@ -122,35 +123,41 @@ class _LeftOut:
 
 def _read(file: Path, given: str, columns: Columns, classes: Sequence[str] | None) -> Pairs:
     left_out, table = _LeftOut(), _Table(file, given, columns)
-    digests, names, said, labels, lines = bytearray(), _Strings(), _Strings(), _Strings(), []
+    digests, names, said, labels, lines = bytearray(), _Strings(), _Strings(), _Strings(), array("q")
     for line, (name, caption, *label) in table.rows(left_out):
         encoded = os.fsencode(name)
-        digests += hashlib.blake2b(encoded, digest_size=16).digest()
+        digests += hashlib.blake2b(encoded, digest_size=_DIGEST).digest()
         names.add(encoded)
         said.add(caption.encode())
         labels.add(label[0].encode() if label else b"")
         lines.append(line)
-    rows_of = _group(np.frombuffer(bytes(digests), dtype="S16"))
-    root = file.parent
-    kept = [rows for rows in rows_of if _is_there(root, names, rows, lines, left_out)]
-    if not kept:
+    order, counts = _group(np.frombuffer(bytes(digests), dtype=f"V{_DIGEST}"))
+    first = order[np.cumsum(counts) - counts]
+    is_there = np.ones(len(first), dtype=bool)
+    for image, row in enumerate(first.tolist()):
+        path = os.fsdecode(names[row])
+        if not _is_file(file.parent, path):
+            is_there[image] = False
+            left_out.add("rows of images that are missing", lines[row], path[:200], count=int(counts[image]))
+    if not is_there.any():
         wrong = ", ".join(f"{n} {why} (the first: {left_out.first[why]})" for why, n in left_out.counts.items())
         raise ValueError(
             f"{given} has no row with a caption and an image that is there: left out were {wrong or 'no rows'}; paths "
-            f"of images are looked for in {root}"
+            f"of images are looked for in {file.parent}"
         )
-    found, numbers = _labels([labels[int(rows[0])].decode() for rows in kept], given, columns, classes)
-    paths, ends = names.joined([int(rows[0]) for rows in kept])
-    captions, caption_ends = said.joined(np.concatenate(kept).tolist())
+    first = first[is_there]
+    found, numbers = _labels([labels[row].decode() for row in first.tolist()], given, columns, classes)
+    paths, ends = names.joined(first)
+    captions, caption_ends = said.joined(order[np.repeat(is_there, counts)])
     return Pairs(
-        root=str(root),
+        root=str(file.parent),
         classes=found,
         labels=numbers,
         names=paths,
         ends=ends,
         said=captions,
         said_ends=caption_ends,
-        captions=np.cumsum([len(rows) for rows in kept], dtype=np.int64),
+        captions=np.cumsum(counts[is_there], dtype=np.int64),
         left_out=left_out.counts,
         first=left_out.first,
     )
@@ -160,7 +167,7 @@ class _Strings:
     """Many strings, one after the other."""
 
     def __init__(self) -> None:
-        self._bytes, self._ends = bytearray(), [0]
+        self._bytes, self._ends = bytearray(), array("q", [0])
 
     def add(self, text: bytes) -> None:
         self._bytes += text
@@ -169,34 +176,29 @@ class _Strings:
     def __getitem__(self, index: int) -> bytes:
         return bytes(self._bytes[self._ends[index] : self._ends[index + 1]])
 
-    def joined(self, order: Sequence[int]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    def joined(self, order: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         """Those at `order`, and where each ends."""
-        pieces = [self[index] for index in order]
-        ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
-        return np.frombuffer(b"".join(pieces), dtype=np.uint8), ends
+        joined, ends = bytearray(), np.empty(len(order), dtype=np.int64)
+        for place, index in enumerate(order.tolist()):
+            joined += self[index]
+            ends[place] = len(joined)
+        return np.frombuffer(bytes(joined), dtype=np.uint8), ends
 
 
-def _group(digests: NDArray[np.bytes_]) -> list[NDArray[np.int64]]:
-    """The rows of each image, both in the order of the table."""
-    if not len(digests):
-        return []
+def _group(digests: NDArray[np.void]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(all rows, image by image, both in the order of the table; how many each image has)."""
     _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
     place = np.empty(len(first), dtype=np.int64)
     place[np.argsort(first)] = np.arange(len(first))
     images = place[inverse]
-    order = np.argsort(images, kind="stable")
-    return np.split(order, np.cumsum(np.bincount(images))[:-1])
+    return np.argsort(images, kind="stable"), np.bincount(images, minlength=len(first))
 
 
-def _is_there(root: Path, names: _Strings, rows: NDArray[np.int64], lines: list[int], left_out: _LeftOut) -> bool:
-    name = os.fsdecode(names[int(rows[0])])
+def _is_file(root: Path, name: str) -> bool:
     try:
-        found = (root / name).is_file()
+        return (root / name).is_file()
     except (OSError, ValueError):  # too long; a zero within
-        found = False
-    if not found:
-        left_out.add("rows of images that are missing", lines[int(rows[0])], name[:200], count=len(rows))
-    return found
+        return False
 
 
 def _labels(
@@ -242,20 +244,20 @@ class _Table:
 
     def rows(self, left_out: _LeftOut) -> Iterator[tuple[int, list[str]]]:
         """(line in the file, image, caption and label if wanted); what is no such row is counted."""
-        csv.field_size_limit(max(csv.field_size_limit(), _FIELD))
         with self._open() as lines:
+            next(lines)
             reader = csv.reader(lines, delimiter=self._delimiter, strict=True)
-            next(reader)
             while True:
                 try:
                     row = next(reader)
                 except StopIteration:
                     return
-                except csv.Error as error:
-                    left_out.add("rows that are no CSV", reader.line_num, str(error))
+                except csv.Error as error:  # also of a quotation mark that is not closed, after 2^17 characters
+                    left_out.add("rows that are no CSV", reader.line_num + 1, str(error))
                     continue
-                if (found := self._wanted(row, reader.line_num, left_out)) is not None:
-                    yield reader.line_num, found
+                line = reader.line_num + 1
+                if (found := self._wanted(row, line, left_out)) is not None:
+                    yield line, found
 
     def _wanted(self, row: list[str], line: int, left_out: _LeftOut) -> list[str] | None:
         if not row:  # an empty line
@@ -286,6 +288,6 @@ def _piece(joined: NDArray[np.uint8], ends: NDArray[np.int64], index: int) -> by
 
 def _digest(begin: bytes, *arrays: NDArray[np.generic]) -> str:
     digest = hashlib.sha256(begin)
-    for array in arrays:
-        digest.update(np.ascontiguousarray(array).data)
+    for part in arrays:
+        digest.update(np.ascontiguousarray(part).data)
     return digest.hexdigest()
