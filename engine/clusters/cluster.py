@@ -18,7 +18,7 @@ from engine.errors import ConfigError
 
 Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "message"]
 Number = Literal["fp32", "bf16", "fp16", "fp8"]
-PASSES = ("plain", "norm", "activation")
+PASSES = ("plain", "norm", "activation", "copy", "cast", "strided", "reduction")
 
 
 @dataclass(frozen=True)
@@ -94,11 +94,21 @@ class PassRates:
     """GB/s, read and written, of passes in one format over the MB that they read and write."""
 
     plain: Curve
-    """Copies, sums, the optimizer."""
+    """What computes little; the optimizer."""
     norm: Curve
     """LayerNorm and RMSNorm, of q and k too."""
     activation: Curve
     """GELU and the like."""
+    copy: Curve | None = None
+    """What only moves numbers, or fills with one. Where nothing is said of this and of those below, they go as `plain`,
+    as on GPUs, whose kernels wait for memory whatever they do with it; a CPU computes in half precision by way of
+    fp32."""
+    cast: Curve | None = None
+    """From a format to another."""
+    strided: Curve | None = None
+    """Copies number by number: of transposed matrices, and by an index."""
+    reduction: Curve | None = None
+    """Sums and largest values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,7 +226,8 @@ class Cluster:
         Args:
             kind: one of PASSES.
         """
-        curve: Curve = getattr(self._rates("passes", number), kind)
+        rates = self._rates("passes", "bf16" if number == "fp8" and number not in self.passes.rates else number)
+        curve: Curve = getattr(rates, kind) or getattr(rates, "plain")  # noqa: B009
         return self.launch_seconds + nbytes / curve.at(max(nbytes, 1) / 1e6) / 1e9
 
     def _rates(self, of: str, number: Number) -> object:

@@ -28,6 +28,10 @@ _NUMBERS: dict[torch.dtype, Number] = {torch.bfloat16: "bf16", torch.float16: "f
 _PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "addmm_": 1, "baddbmm": 1, "_scaled_mm": 0}  # where the factors begin
 _MADE = ("empty", "new_empty", "detach", "_efficientzerotensor")  # memory that nobody writes
 _OVERWRITES = ("copy_", "zero_", "fill_", "_foreach_copy_")
+_KINDS = {"norm": "norm", "gelu": "activation", "silu": "activation"}  # of passes, by a part of the name
+_SUMS = ("sum", "mean", "amax", "aminmax", "max", "var")
+_COPIES = (*_OVERWRITES, "clone", "cat", "stack", "roll", "constant_pad_nd", "index", "neg")
+_FILLS = ("ones", "zeros", "full")
 
 
 class Pricer(TorchDispatchMode):
@@ -129,15 +133,29 @@ def _price(cluster: Cluster, func: Any, args: Any, kwargs: Any, out: Any) -> tup
     moved = _moved(name, func, tensors, _tensors(out))
     if not moved:
         return "memory", seconds
-    kind = "norm" if "norm" in name else "activation" if "gelu" in name or "silu" in name else "plain"
-    dtype = next((x.dtype for x in tensors if x.is_floating_point()), torch.float32)
+    kind, dtype = _kind(name, tensors, _tensors(out))
     return "memory", seconds + cluster.over_memory(kind, moved, _number(dtype))
 
 
+def _kind(name: str, inputs: list[Tensor], outputs: list[Tensor]) -> tuple[str, torch.dtype]:
+    """(kind of pass over memory, the narrowest format that takes part)."""
+    formats = {x.dtype for x in (*inputs, *outputs) if x.is_floating_point() and x.numel() > 1}
+    narrow = min(formats, key=lambda dtype: dtype.itemsize, default=torch.float32)
+    for part, kind in _KINDS.items():
+        if part in name:
+            return kind, narrow
+    if len(formats) > 1:
+        return "cast", narrow
+    if name in _SUMS:
+        return "reduction", narrow
+    if name not in _COPIES and not name.startswith(_FILLS):
+        return "plain", narrow
+    by_number = name == "index" or any(x.dim() and x.stride(-1) != 1 < x.shape[-1] for x in (*inputs, *outputs))
+    return "strided" if by_number else "copy", narrow
+
+
 def _number(dtype: torch.dtype) -> Number:
-    if dtype.itemsize == 1 and dtype.is_floating_point:  # of what is 8 bits, products alone are computed so
-        return "bf16"
-    return _NUMBERS.get(dtype, "fp32")
+    return "fp8" if dtype.itemsize == 1 and dtype.is_floating_point else _NUMBERS.get(dtype, "fp32")
 
 
 def _product(cluster: Cluster, a: Tensor, b: Tensor) -> float:
@@ -145,10 +163,8 @@ def _product(cluster: Cluster, a: Tensor, b: Tensor) -> float:
     kind = "forward" if b.stride(-2) == 1 and b.stride(-1) != 1 else "input_gradient"
     if a.stride(-2) == 1 and a.stride(-1) != 1:
         kind = "weight_gradient"
-    eight = a.dtype.itemsize == 1 and a.dtype.is_floating_point
-    number: Number = "fp8" if eight else _number(a.dtype)
     *batch, m, k = a.shape
-    return cluster.product(kind, m, b.shape[-1], k, number, batch[0] if batch else 1)
+    return cluster.product(kind, m, b.shape[-1], k, _number(a.dtype), batch[0] if batch else 1)
 
 
 def _attention(cluster: Cluster, name: str, args: Any) -> float:

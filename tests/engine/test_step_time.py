@@ -111,6 +111,12 @@ def test_schedules_are_told_apart() -> None:
     assert virtual.parts["bubble"] < 0.9 * whole.parts["bubble"]
 
 
+def test_products_in_8_bits_take_about_half_as_long() -> None:
+    """They took none while the meta device made their results of nothing."""
+    half, eight = (step(config(dtype=dtype)).parts["products"] for dtype in ("bf16", "fp8"))
+    assert 0.5 < eight / half < 0.8
+
+
 def test_small_models_do_not_pay_for_tensor_ranks() -> None:
     whole, cut = (step(config(tensor_parallel_size=size, zero_stage=1, batch=1024), 64) for size in (1, 8))
     assert cut.seconds > 1.2 * whole.seconds

@@ -33,7 +33,11 @@ def test_a_machine_becomes_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     file, found = tmp_path / "this.yaml", measure.describe(World(), CPU, 1)
     measure.write(file, found | {"name": "mine", "devices_per_node": 2}, "measured")
     cluster = read_cluster(str(file))
-    assert set(cluster.products.rates) == set(cluster.passes.rates) == {"fp32", "bf16", "fp16"}
+    assert set(cluster.products.rates) == set(cluster.passes.rates) == {"fp32", "bf16", "fp16", "fp8"}
+    assert cluster.passes.rates["fp32"].cast is None
+    for number, of in cluster.passes.rates.items():
+        assert of.copy and of.strided and of.reduction and (of.cast or number == "fp32")
+    assert cluster.passes.rates["bf16"].norm.points[1][0] == pytest.approx(5 / 3, rel=1e-2)  # MB that it moves
     assert cluster.products.rates["fp32"].forward.points[0][0] == pytest.approx(1 / (1 / 32 + 2 / 16), rel=1e-3)
     assert cluster.between_nodes is not None and "TCP" in cluster.between_nodes.source
     assert 0 < cluster.collective("all_gather", 1 << 20, (0, 1)) < 1

@@ -13,7 +13,9 @@ from engine.config import Config, RecomputeConfig
 from engine.plan import MemoryPlan, plan_memory
 from engine.step_time import predict_step
 from parallel.grid import GridShape
+from parallel.pipeline import Timeline
 from tools.benchmark.draws import Draw
+from tools.benchmark.prediction_ranks import PROBE
 from tools.benchmark.table import Row
 
 _MIB = 2**20
@@ -115,28 +117,76 @@ def error_of(plan: MemoryPlan, found: Row) -> float:
 
 
 def _time(one: Draw, line: Row | None, cluster: Cluster | None) -> Row:
-    """Medians over steps, of the slowest rank. shares: whether there were more ranks than cores."""
-    found: Row = dict.fromkeys(("predicted_seconds", "measured_seconds", "time_error_percent", "cpu_seconds", "shares"))
+    """Medians over steps, of the slowest rank. paced: as they would be if the machine were as fast as when its cluster
+    file was measured. shares: whether there were more ranks than cores.
+    """
+    found: Row = dict.fromkeys(("predicted_seconds", "measured_seconds", "time_error_percent", "cpu_seconds"))
+    found |= dict.fromkeys(("paced_seconds", "paced_error_percent", "shares"))
     if line is None:
         return found
-    for name, of in (("measured_seconds", "seconds"), ("cpu_seconds", "cpu_seconds")):
-        found[name] = max(statistics.median(rank[of]) for rank in line["ranks"])
+    found |= {"measured_seconds": _slowest(line, "seconds"), "cpu_seconds": _slowest(line, "cpu_seconds")}
     if cluster is not None:
         config, shape = _as_run(one, line)
         found["predicted_seconds"] = seconds = predict_seconds(config, shape, cluster)
         found["time_error_percent"] = 100 * (seconds / found["measured_seconds"] - 1)
         found["shares"] = one.ranks > cluster.devices_per_node
+        if all("probe_seconds" in rank for rank in line["ranks"]):
+            found["paced_seconds"] = paced = _slowest(_at_pace_of(cluster, line), "seconds")
+            found["paced_error_percent"] = 100 * (seconds / paced - 1)
     return found
 
 
+def _at_pace_of(cluster: Cluster, line: Row) -> Row:
+    """The seconds of each step by what the probe took beside it, of all ranks, and takes by the cluster file."""
+    rows, inner, columns = PROBE
+    usual = cluster.product("forward", rows, columns, inner, "fp32") - cluster.launch_seconds
+    took = [statistics.mean(each) for each in zip(*(rank["probe_seconds"] for rank in line["ranks"]), strict=True)]
+    ranks = [
+        {**rank, "seconds": [seconds * usual / probe for seconds, probe in zip(rank["seconds"], took, strict=True)]}
+        for rank in line["ranks"]
+    ]
+    return {**line, "ranks": ranks}
+
+
+def _slowest(line: Row, name: str) -> float:
+    """The median over steps of the rank with the largest."""
+    return float(max(statistics.median(rank[name]) for rank in line["ranks"]))
+
+
+def together(first: Mapping[str, Row], again: Mapping[str, Row]) -> dict[str, Row]:
+    """Measurements by kind, with the steps of both where times were measured twice with the same save sets."""
+    if not ("time" in first and "time" in again) or _chosen(first["time"]) != _chosen(again["time"]):
+        return dict(first)
+    ranks = [
+        {**a, **{name: [*a[name], *b[name]] for name in ("seconds", "cpu_seconds", "probe_seconds") if name in a}}
+        for a, b in zip(first["time"]["ranks"], again["time"]["ranks"], strict=True)
+    ]
+    return {**first, "time": {**first["time"], "ranks": ranks}}
+
+
+def _chosen(line: Row) -> list[Any]:
+    return [(rank["policy"], rank["ahead"], rank["layers_per_stage"]) for rank in line["ranks"]]
+
+
 def predict_seconds(config: Config, shape: GridShape, cluster: Cluster) -> float:
-    """Of a step on one host of the cluster. Ranks beyond its devices share these: a step then takes no less than all
-    that ranks do, on as many devices as there are.
+    """Of a step on one host of the cluster. Ranks beyond its devices share these: while more of them compute than there
+    are devices, each is slowed alike.
     """
     devices, ranks = cluster.devices_per_node, shape.world_size
     step = predict_step(config, shape, replace(cluster, nodes=1, devices_per_node=max(devices, ranks)))
-    busy = sum(step.parts.values()) - step.parts.get("bubble", 0.0)
-    return max(step.seconds, busy * ranks / devices)
+    return shared_seconds(step.timeline, ranks // shape.pipeline, devices)
+
+
+def shared_seconds(timeline: Timeline, ranks: int, devices: int) -> float:
+    """A step's seconds if each rank of the pipeline stands for `ranks` processes, and `devices` compute at a time."""
+    changes = [(t, ranks) for starts in timeline.starts for t in starts]
+    changes += [(t, -ranks) for ends in timeline.ends for t in ends]
+    seconds, before, busy = 0.0, 0.0, 0
+    for t, change in sorted(changes):
+        seconds += (t - before) * max(1.0, busy / devices)
+        before, busy = t, busy + change
+    tail = timeline.step_time - timeline.makespan  # norm and optimizer, of all ranks at once
+    return seconds + tail * max(1.0, len(timeline.starts) * ranks / devices)
 
 
 # -- what it comes to --------------------------------------------------------------------------------------------------
@@ -152,14 +202,30 @@ def summary(rows: Sequence[Row]) -> Iterator[str]:
     for what, of in (("time, a core for each rank", alone), ("time, ranks share cores or not", timed)):
         if len(of) > 1 and (of is alone or len(of) > len(alone)):
             yield f"{what}: {_errors(of, 'time_error_percent')}, {_tau(of)}"
+            if all(row.get("paced_seconds") for row in of):
+                tau = _tau(of, "paced_seconds")
+                yield f"  at the pace of the cluster file: {_errors(of, 'paced_error_percent')}, {tau}"
     rivals = [row for row in timed if row["draw"].startswith("rival")]
-    if rivals:
-        first, best = (min(rivals, key=lambda row: row[name]) for name in ("predicted_seconds", "measured_seconds"))
-        yield (
-            f"first choice: {first['draw']} of {len(rivals)} layouts, which takes "
-            f"{first['measured_seconds'] / best['measured_seconds']:.3f} of the time of the quickest, {best['draw']}"
-            + (f"; {_tau(rivals)} among them" if len(rivals) > 1 else "")
-        )
+    for name, pace in (("measured_seconds", ""), ("paced_seconds", " (at the pace of the cluster file)")):
+        if rivals and all(row.get(name) for row in rivals):
+            first, best = (min(rivals, key=lambda row: row[key]) for key in ("predicted_seconds", name))
+            yield (
+                f"first choice{pace}: {first['draw']} of {len(rivals)} layouts, which takes "
+                f"{first[name] / best[name]:.3f} of the time of the quickest, {best['draw']}"
+                + (f"; {_tau(rivals, name)} among them" if len(rivals) > 1 else "")
+            )
+
+
+def repeated(known: Mapping[str, Mapping[str, Row]], again: Mapping[str, Mapping[str, Row]]) -> Iterator[str]:
+    """A line of what one finds who predicts times by having measured them before."""
+    rows = list[Row]()
+    for name in known:
+        if "time" in known[name] and "time" in again.get(name, {}):
+            first, second = (_slowest(of[name]["time"], "seconds") for of in (known, again))
+            error = 100 * (first / second - 1)
+            rows.append({"predicted_seconds": first, "measured_seconds": second, "time_error_percent": error})
+    if len(rows) > 1:
+        yield f"times measured twice, the first as prediction: {_errors(rows, 'time_error_percent')}, {_tau(rows)}"
 
 
 def _errors(rows: Sequence[Row], name: str) -> str:
@@ -168,8 +234,8 @@ def _errors(rows: Sequence[Row], name: str) -> str:
     return f"{len(rows)} configurations, error {median:.1f} % in the median, {most:.1f} % at most"
 
 
-def _tau(rows: Sequence[Row]) -> str:
+def _tau(rows: Sequence[Row], measured: str = "measured_seconds") -> str:
     from scipy.stats import kendalltau  # takes a second
 
-    pairs: list[Any] = [(row["predicted_seconds"], row["measured_seconds"]) for row in rows]
+    pairs: list[Any] = [(row["predicted_seconds"], row[measured]) for row in rows]
     return f"Kendall's tau {kendalltau(*zip(*pairs, strict=True))[0]:.2f}"

@@ -6,15 +6,18 @@ model of the same kind and layout takes a step first, and is given up; what is r
 above it, as the kernel counts it, is the measurement: the kernel's count is what ends a process that takes too much.
 
 Tensors come from the run's own allocator. Times are taken in another process, which does as a run does from its start.
+Processors are not equally fast from minute to minute (heat, neighbours of a virtual machine): a product that a cluster
+file has the time of is taken before and after each step, by all ranks at once, and says how fast they were then.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import islice
+from functools import partial
+from itertools import islice, pairwise
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -35,6 +38,8 @@ from tools.benchmark.resident import give_back, resident_bytes
 
 _DATA = DataConfig(kind="synthetic", size=8)
 _CPU = torch.device("cpu")
+PROBE = (1024, 512, 512)
+"""Rows, input and output width of the product, one of those that `tools.plan --measure` times."""
 
 
 def measure_memory(flags: Sequence[str], tiny: Sequence[str]) -> dict[str, Any]:
@@ -55,11 +60,26 @@ def measure_memory(flags: Sequence[str], tiny: Sequence[str]) -> dict[str, Any]:
 
 
 def measure_time(flags: Sequence[str], steps: int) -> dict[str, Any]:
-    """Seconds of `steps` steps after one more, and CPU seconds of them. Collective."""
+    """Seconds of `steps` steps after one more, CPU seconds of them, and of the probe before and after. Collective."""
     prepare_cpu(read_world())
     config, grid = _start(flags)
-    found = _steps(Stepper(assemble(config, grid, _CPU)), 1 + steps)[1:]
-    return {"seconds": [wall for wall, _ in found], "cpu_seconds": [cpu for _, cpu in found], **_chosen(config)}
+    probes, probe = list[float](), partial(torch.nn.functional.linear, *(torch.randn(n, PROBE[1]) for n in PROBE[::2]))
+    found = _steps(Stepper(assemble(config, grid, _CPU)), 1 + steps, lambda: probes.append(_seconds_of(probe)))[1:]
+    return {
+        "seconds": [wall for wall, _ in found],
+        "cpu_seconds": [cpu for _, cpu in found],
+        "probe_seconds": [(before + after) / 2 for before, after in pairwise(probes[1:])],
+        **_chosen(config),
+    }
+
+
+def _seconds_of(probe: Callable[[], object], repeats: int = 5) -> float:
+    """CPU seconds, which more ranks than cores do not change, of one thread."""
+    probe()
+    start = time.thread_time()
+    for _ in range(repeats):
+        probe()
+    return (time.thread_time() - start) / repeats
 
 
 def _read(flags: Sequence[str]) -> Config:
@@ -95,16 +115,23 @@ def _ground(grid: Grid) -> int:
     return found
 
 
-def _steps(stepper: Stepper, count: int) -> list[tuple[float, float]]:
+def _steps(stepper: Stepper, count: int, between: Callable[[], object] = lambda: None) -> list[tuple[float, float]]:
     """Seconds of steps, by the wall and of CPU, with micro-batches that are read while they go on, as in a run.
     Collective.
+
+    Args:
+        between: what is done before each step and after the last, by all ranks at once.
     """
-    found = list[tuple[float, float]]()
+    found, world = list[tuple[float, float]](), stepper.assembly.grid.world
     for batches in islice(stream_of(stepper.assembly).steps(0), count):
-        comm.barrier(stepper.assembly.grid.world)
+        comm.barrier(world)
+        between()
+        comm.barrier(world)
         start = time.perf_counter(), time.process_time()
         stepper.train_step(batches, 1e-4)
         found.append((time.perf_counter() - start[0], time.process_time() - start[1]))
+    comm.barrier(world)
+    between()
     return found
 
 

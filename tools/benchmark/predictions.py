@@ -10,7 +10,9 @@ tools.benchmark.prediction_ranks.
     python -m tools.plan --measure --out this.yaml
     python -m tools.benchmark predictions --seed 0 --rivals 10 --cluster this.yaml --json predictions.jsonl
 
-Memory can be measured whatever else the machine does, times cannot: --measure memory, then --measure time.
+Memory can be measured whatever else the machine does, times cannot: --measure memory, then --measure time. How well
+times can be known at all is told by measuring them again, into another file: with it as --repeat, steps of both count,
+and its times are held against the first as predictions are.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from engine.errors import EXIT_DONE, EXIT_FAULT, ConfigError
 from engine.run.provenance import commit
 from parallel.process_group import World
 from tools.benchmark.draws import Draw, draw, named, rival
-from tools.benchmark.prediction_errors import about, budget_of, row, summary
+from tools.benchmark.prediction_errors import about, budget_of, repeated, row, summary, together
 from tools.benchmark.table import Row, show, show_markdown
 from tools.benchmark.turns import Program, ProgramFailedError, started
 from tools.options import COUNT, number
@@ -52,6 +54,7 @@ def main(argv: Sequence[str], world: World) -> int:
     parser.add_argument("--cluster", type=Path, metavar="FILE", help="of this machine, for times: tools.plan --measure")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="draws, such as 3 'rival 7', instead of all")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="measurements; what is there is kept")
+    parser.add_argument("--repeat", type=Path, metavar="FILE", help="the same measured another time, as --json")
     parser.add_argument("--list", action="store_true", help="show what is drawn, and run nothing")
     parser.add_argument("--markdown", action="store_true", help="print the table for a page of documentation")
     options = parser.parse_args(argv)
@@ -65,7 +68,8 @@ def main(argv: Sequence[str], world: World) -> int:
     cluster = None if options.cluster is None else read_cluster(str(options.cluster))
     known = read(options.json, options.seed)
     failed = _measure_missing(draws, known, options)
-    _report(draws, known, cluster, markdown=options.markdown)
+    again = {} if options.repeat is None else read(options.repeat, options.seed)
+    _report(draws, known, again, cluster, markdown=options.markdown)
     for name, why in failed.items():
         print(f"failed: {name}: {why}", file=sys.stderr)
     return EXIT_FAULT if failed else EXIT_DONE
@@ -81,12 +85,13 @@ def _draws(options: argparse.Namespace) -> list[Draw]:
     return every + [rival(options.seed, n) for n in range(options.rivals)]
 
 
-def _report(draws: Sequence[Draw], known: Known, cluster: Cluster | None, *, markdown: bool) -> None:
-    rows = [row(one, known[one.name], cluster) for one in draws if known.get(one.name)]
+def _report(draws: Sequence[Draw], known: Known, again: Known, cluster: Cluster | None, *, markdown: bool) -> None:
+    both = {name: together(kinds, again.get(name, {})) for name, kinds in known.items()}
+    rows = [row(one, both[one.name], cluster) for one in draws if known.get(one.name)]
     if not rows:
         return
     (show_markdown if markdown else show)(rows)
-    print("", *summary(rows), sep="\n")
+    print("", *summary(rows), *repeated(known, again), sep="\n")
     lines = [line for of_draw in known.values() for line in of_draw.values()]
     print(f"measured at commits {', '.join(sorted({line['commit'] for line in lines}))}")
 
