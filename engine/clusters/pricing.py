@@ -148,10 +148,14 @@ def _kind(name: str, inputs: list[Tensor], outputs: list[Tensor]) -> tuple[str, 
         return "cast", narrow
     if name in _SUMS:
         return "reduction", narrow
-    if name not in _COPIES and not name.startswith(_FILLS):
+    if name not in _COPIES and not _fills(name):
         return "plain", narrow
     by_number = name == "index" or any(x.dim() and x.stride(-1) != 1 < x.shape[-1] for x in (*inputs, *outputs))
     return "strided" if by_number else "copy", narrow
+
+
+def _fills(name: str) -> bool:
+    return name.removeprefix("new_").startswith(_FILLS)
 
 
 def _number(dtype: torch.dtype) -> Number:
@@ -189,5 +193,5 @@ def _moved(name: str, func: Any, inputs: list[Tensor], outputs: list[Tensor]) ->
         return 0
     if not func._schema.is_mutable and all(x.untyped_storage()._cdata in given for x in outputs):
         return 0  # a view
-    read = inputs[1:] if name in _OVERWRITES else inputs
+    read = [] if _fills(name) else inputs[1:] if name in _OVERWRITES else inputs
     return sum(min(x.nbytes, x.untyped_storage().nbytes()) for x in (*read, *outputs))

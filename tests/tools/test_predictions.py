@@ -113,13 +113,13 @@ def test_errors_and_ranks_of_predictions_are_told() -> None:
 
 
 def test_steps_count_at_the_pace_of_the_cluster_file() -> None:
-    """Where the probe takes twice as long beside a step as by the file, that step would have taken half as long."""
+    """Where the probe takes twice as long as by the file, steps would have taken half as long."""
     lines = measured(1)
     usual = CLUSTER.product("forward", 1024, 512, 512, "fp32") - CLUSTER.launch_seconds
-    for rank, probes in zip(lines["time"]["ranks"], ([1.0, 1.0, 4.0], [1.0, 3.0, 4.0]), strict=True):
+    for rank, probes in zip(lines["time"]["ranks"], ([1.0, 1.0, 9.0], [2.0, 2.0, 3.0]), strict=True):
         rank |= {"seconds": [4.0, 6.0, 8.0], "probe_seconds": [usual * probe for probe in probes]}
     found = row(TINY, {"time": lines["time"]}, CLUSTER)
-    assert found["measured_seconds"] == 6 and found["paced_seconds"] == pytest.approx(3)  # of 4, 3 and 2
+    assert found["measured_seconds"] == 6 and found["paced_seconds"] == pytest.approx(3)
     assert found["paced_error_percent"] == pytest.approx(100 * (found["predicted_seconds"] / 3 - 1))
     rows = [{**found, "draw": f"rival {n}", "paced_seconds": 3.0 + n, "predicted_seconds": 1.0 + n} for n in range(2)]
     _, paced, first, paced_first = summary(rows)

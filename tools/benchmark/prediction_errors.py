@@ -137,15 +137,11 @@ def _time(one: Draw, line: Row | None, cluster: Cluster | None) -> Row:
 
 
 def _at_pace_of(cluster: Cluster, line: Row) -> Row:
-    """The seconds of each step by what the probe took beside it, of all ranks, and takes by the cluster file."""
+    """The seconds of all steps by what the probe took beside them in the median, and takes by the cluster file."""
     rows, inner, columns = PROBE
     usual = cluster.product("forward", rows, columns, inner, "fp32") - cluster.launch_seconds
-    took = [statistics.mean(each) for each in zip(*(rank["probe_seconds"] for rank in line["ranks"]), strict=True)]
-    ranks = [
-        {**rank, "seconds": [seconds * usual / probe for seconds, probe in zip(rank["seconds"], took, strict=True)]}
-        for rank in line["ranks"]
-    ]
-    return {**line, "ranks": ranks}
+    pace = usual / statistics.median(probe for rank in line["ranks"] for probe in rank["probe_seconds"])
+    return {**line, "ranks": [{**rank, "seconds": [pace * each for each in rank["seconds"]]} for rank in line["ranks"]]}
 
 
 def _slowest(line: Row, name: str) -> float:
