@@ -101,7 +101,7 @@ class Loop:
             **place,
         )
         self.eval_stream = EvalStream(eval_set, **place)
-        self.images_per_epoch = len(train_set)
+        self.images_per_epoch, self._has_texts = len(train_set), train_set.texts is not None
         self.flops_per_image = a.training_flops
         self.bubble_predicted = a.predicted.bubble_fraction if a.grid.pipeline.size > 1 else None
         self.evaluated: tuple[int, Mapping[str, float]] = (-1, {})
@@ -295,9 +295,21 @@ class Loop:
             "data_time": waited,
             "bubble": statistics.fmean(interval.bubbles) if interval.bubbles else None,
             "bubble_predicted": self.bubble_predicted,
-        }
+        } | self._texts_cut()
         if self.writer is not None:
             self.writer.train(step, values)
+
+    def _texts_cut(self) -> dict[str, int]:
+        """How many texts were too long, in this attempt; nothing where there are none.
+
+        Ranks that read the texts of one data rank count the same ones.
+        """
+        if not self._has_texts:
+            return {}
+        grid = self.stepper.assembly.grid
+        counts = torch.zeros(grid.data.size, dtype=torch.float64, device=self.stepper.assembly.device)
+        counts[grid.data.index] = self.train_stream.texts_cut
+        return {"texts_cut": int(comm.all_reduce(counts, grid.world, "max").sum().item())}
 
     def _interval_loss(self, result: StepResult) -> float:
         """Mean since the last line of metrics, up to the step of this result."""

@@ -13,12 +13,16 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 
 import pretrain_vit
-from data import Batch
+from data import Batch, DataConfig, TrainStream
+from data.captions import TemplateCaptions
 from data.datasets import SyntheticDataset
+from data.texts import Texts
+from data.tokenizers import ByteTokenizer
 from engine.assemble import assemble
 from engine.config import Config, LogConfig, RecomputeConfig, TrainConfig
 from engine.errors import EXIT_DIVERGED, EXIT_DONE, ConfigError, DivergedError
@@ -137,6 +141,22 @@ def test_time_spent_waiting_for_images_is_told_per_step() -> None:
     Loop(stepper(), images, SyntheticDataset(size=8, **place), steps=12, writer=writer).run()
     lines = [call.args[1] for call in writer.train.call_args_list]
     assert len(lines) == 2 and all(0.02 <= line["data_time"] <= line["step_time"] for line in lines)
+
+
+def test_texts_that_are_too_long_are_counted() -> None:
+    place: dict[str, Any] = {"image_shape": (1, 8, 8), "num_classes": 10, "seed": 0}
+    images = SyntheticDataset(first=0, size=32, **place)
+    images.texts = Texts(tokenizer=ByteTokenizer(), length=3)
+    images.captions = TemplateCaptions(names=("a", "bc") * 5, templates=("{class}",), class_prompts=("{class}",))
+    writer = Mock()
+    tested = Loop(stepper(), images, SyntheticDataset(first=32, size=8, **place), steps=9, writer=writer)
+    tested.train_stream = TrainStream(
+        images, config=DataConfig(), global_batch_size=8, micro_batch_size=8, data_rank=0, data_size=1, seed=0
+    )
+    tested.run()
+    counted = writer.train.call_args_list[-1].args[1]["texts_cut"]
+    drawn = tested.train_stream._order.indices(np.arange(72))
+    assert counted == int((images.labels[drawn] % 2).sum()) > 0
 
 
 def test_what_is_written_where_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
