@@ -74,7 +74,7 @@ def _parameters(model: ModelConfig, layers: tuple[LayerSpec, ...]) -> tuple[tupl
     return tuple(
         tuple(
             (f"{spec.name}.{inner}", parameter.numel(), parameter.requires_grad)
-            for inner, parameter in spec.factory(build.at(spec.stage)).named_parameters()
+            for inner, parameter in spec.factory(build.of(spec)).named_parameters()
         )
         for spec in layers
     )

@@ -98,8 +98,8 @@ class LayerCosts:
         self._recompute.begin({spec.name: of})
 
         def run(x: Tensor | None) -> Tensor:
-            y = self._stage.run(spec.name, module, x, self._batch)
-            return y if layer < len(a.layers) - 1 else a.objective.loss_share((y,), self._batch, a.grid, 1.0)
+            flow = self._stage.run(spec, module, () if x is None else (x,), self._batch)
+            return flow[0] if layer < len(a.layers) - 1 else a.objective.loss_share(flow, self._batch, a.grid, 1.0)
 
         noting = Ahead(self._recompute, a.store.use).noting
         return measure(run, place, a.store.gradients, noting, self._recompute.sent)

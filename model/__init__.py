@@ -1,25 +1,35 @@
 """What a Vision Transformer is. Sees ranks only through the layers that `parallel` gives it."""
 
-from model.build import Build, check_parallel
+from model.build import Build, Tower, check_parallel
 from model.config import ModelConfig, StageConfig
+from model.image_text import ImageText
 from model.inputs import MicroBatch
-from model.layers import LayerSpec, build_layers, training_flops
+from model.layers import LayerSpec, build_layers, makers, training_flops
 from model.precision import Precision
 from model.presets import PRESETS
 from model.stage import Stage
+from model.text import TEXT_PRESETS, TextConfig
+from model.towers import build_towers, check_towers
 from model.vit import VisionTransformer
 
 __all__ = [
     "PRESETS",
+    "TEXT_PRESETS",
     "Build",
+    "ImageText",
     "LayerSpec",
     "MicroBatch",
     "ModelConfig",
     "Precision",
     "Stage",
     "StageConfig",
+    "TextConfig",
+    "Tower",
     "VisionTransformer",
     "build_layers",
+    "build_towers",
     "check_parallel",
+    "check_towers",
+    "makers",
     "training_flops",
 ]

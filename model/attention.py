@@ -5,6 +5,7 @@ tensor rank.
 
 Which tokens see which, with class token, registers and global tokens together called the prefix:
 - full, linear: all see all;
+- causal: each sees itself and those before it, in the order prefix, then patches row by row (or a text's tokens);
 - window, shifted_window, grid: patches see the patches of their group; prefix tokens see all;
 - global_tokens: patches see their window and the prefix; prefix tokens see all.
 """
@@ -43,26 +44,30 @@ class Mixer(Protocol):
         """[B, S, h, K] each -> [B, S, h, K]."""
 
 
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def softmax_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, causal: bool = False
+) -> Tensor:
     """Fused attention with heads after tokens: [B, S, h, K] each -> [B, S, h, K]."""
-    out = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
+    out = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, causal=causal)
     return out.transpose(1, 2)
 
 
 class FullAttention(nn.Module):
-    """Softmax attention of all tokens to all tokens; over a context axis each rank takes a share of the heads."""
+    """Softmax attention of all tokens to all tokens, or, `causal`, to those before them; over a context axis each rank
+    takes a share of the heads."""
 
     def __init__(self, build: Build, kind: str) -> None:
         super().__init__()
-        self.tokens = build.tokens
+        self.tokens, self.causal = build.tokens, kind == "causal"
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """As Mixer."""
         axis, heads = self.tokens.context, q.shape[2]
         if axis.size == 1:
-            return softmax_attention(q, k, v)
+            return softmax_attention(q, k, v, causal=self.causal)
         q, k, v = tokens_to_heads(torch.stack([q, k, v]), self.tokens.counts, axis).unbind(0)
-        return heads_to_tokens(softmax_attention(q, k, v), heads, self.tokens.counts, axis)
+        out = softmax_attention(q, k, v, causal=self.causal)
+        return heads_to_tokens(out, heads, self.tokens.counts, axis)
 
 
 class GroupedAttention(nn.Module):
@@ -166,6 +171,7 @@ class LinearAttention(nn.Module):
 
 MIXERS: dict[str, type[FullAttention] | type[GroupedAttention] | type[LinearAttention]] = {
     "full": FullAttention,
+    "causal": FullAttention,
     "window": GroupedAttention,
     "shifted_window": GroupedAttention,
     "grid": GroupedAttention,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from model.config import ModelConfig
 from model.kernels import Kernels
@@ -13,6 +14,23 @@ from model.sizes import Sizes, StageSizes, Tokens
 from parallel.comm import Axis, single_axis
 from parallel.layout import split_range
 from parallel.tensor import TensorParallel, no_tensor_parallel
+
+if TYPE_CHECKING:
+    from model.layers import LayerSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tower:
+    """One of several models whose layers are in one list.
+
+    Attributes:
+        name: the prefix of its layers' names. config: resolved. shares_tokens: whether context ranks share the tokens of
+            a sample; else each of them computes all of it.
+    """
+
+    name: str
+    config: ModelConfig
+    shares_tokens: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +57,13 @@ class Build:
     def at(self, stage: int) -> Build:
         """The same for a layer of another stage."""
         return self if stage == self.stage else replace(self, stage=stage)
+
+    def of(self, spec: LayerSpec) -> Build:
+        """The same for a layer of the list: of its stage and, where there are several, of its tower."""
+        if spec.tower is None:
+            return self.at(spec.stage)
+        context = self.context if spec.tower.shares_tokens else single_axis("context")
+        return replace(self, config=spec.tower.config, context=context, stage=spec.stage)
 
     @cached_property
     def sizes(self) -> Sizes:
@@ -89,9 +114,9 @@ def check_parallel(config: ModelConfig, tensor_size: int, context_size: int = 1)
             f"of the last stage, which it deals out: use at most {rows}, or larger images"
         )
     for stage in sizes.stages:
-        if context_size > 1 and "full" in stage.kinds and stage.heads // tensor_size < context_size:
+        if context_size > 1 and {"full", "causal"} & set(stage.kinds) and stage.heads // tensor_size < context_size:
             raise ValueError(
                 f"parallel.context_parallel_size {context_size} cannot deal out the {stage.heads} heads, over "
-                f"tensor_parallel_size {tensor_size}, of layers with full attention: use at most "
+                f"tensor_parallel_size {tensor_size}, of layers with full or causal attention: use at most "
                 f"{stage.heads // tensor_size}, or another kind of attention"
             )

@@ -92,6 +92,11 @@ def check_fit(config: ModelConfig, sizes: Sizes) -> None:
             f"model.class_tokens is 2, the second with a classifier of its own, but model.pool is {config.pool}: set "
             "model.pool to cls, or model.class_tokens to 1 or 0"
         )
+    if class_tokens_of(config.pool) and _kinds(sizes) == {"causal"}:
+        raise ValueError(
+            f"model.pool is {config.pool}, but all layers of model.attention are causal, in which the class token, the "
+            "first of all, sees nothing: set model.pool to gap or map, or take another kind for some layers"
+        )
     if "global_tokens" in _kinds(sizes) and not sizes.prefix:
         raise ValueError("model.attention global_tokens needs model.global_tokens (or registers, or pool cls): set it")
     _check_relative(config, sizes)

@@ -48,7 +48,7 @@ def sincos_table(rows: int, cols: int, width: int) -> Tensor:
     return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], 1).float()
 
 
-def _add_in_turn(x: Tensor, table: Tensor, first: int) -> Tensor:
+def add_in_turn(x: Tensor, table: Tensor, first: int) -> Tensor:
     """x [R, D] with row (first + r) mod S of `table` [S, D] added to row r.
 
     By broadcasting, whose gradient is a sum in fp32 whatever the type; that of `table[index]` is one in the table's.
@@ -111,7 +111,7 @@ class Embedding(WithTables):
         y = linear(local.to(self.weight.dtype), self.weight, None)
         table = self._table(y.device).to(y.dtype)
         if self.tp.splits_rows:
-            y = _add_in_turn(y, table, self.tp.row_range(rows)[0])
+            y = add_in_turn(y, table, self.tp.row_range(rows)[0])
         else:
             y = (y.view(b, -1, y.shape[1]) + table).flatten(0, 1)
         return y if self.norm is None else self.norm(y)

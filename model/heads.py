@@ -18,6 +18,7 @@ from model.norm import Norm
 from parallel.context import attend_everywhere, share_first, sum_over
 from parallel.layout import Init, ParameterInfo, TensorLayout, make_parameter
 from parallel.tensor import ColumnParallelLinear, RowParallelLinear, gather_rows
+from parallel.tensor.products import attention
 
 _STD = 0.02
 
@@ -38,13 +39,21 @@ class AttentionPool(nn.Module):
         self.norm = Norm(width, bias=True, partial=False, kernels=build.kernels, eps=build.eps)
         self.mlp = Mlp(build, kind="gelu", split=False)
 
-    def forward(self, x: Tensor, batch: MicroBatch) -> Tensor:
-        """[R, D] (or this rank's rows) -> [B, D], on every tensor rank."""
+    def forward(self, x: Tensor, batch: MicroBatch, mask: Tensor | None = None) -> Tensor:
+        """[R, D] (or this rank's rows) -> [B, D], on every tensor rank.
+
+        Args:
+            mask: bool [B, S], true for tokens that the probe sees, one at least; where no context ranks share them.
+        """
         b = batch.size
         q = self.q(self.probe).view(1, self.heads, 1, self.head_dim).expand(b, -1, -1, -1)
         packed = self.kv(x, self.kv.gather(x, b * self.tokens.count)).view(b, -1, 2, self.heads, self.head_dim)
         k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)  # [B, h, S, K] each
-        out = attend_everywhere(q, k, v, self.tokens.context)  # [B, h, 1, K]
+        if mask is None:
+            out = attend_everywhere(q, k, v, self.tokens.context)  # [B, h, 1, K]
+        else:
+            assert self.tokens.context.size == 1
+            out = attention(q, k, v, mask[:, None, None])
         y = self.proj(out.reshape(b, -1))
         return y + self.mlp(self.norm(y), b)
 
@@ -61,12 +70,12 @@ class Head(nn.Module):
         self.tp, self.kind, self.tokens = build.tp, build.config.pool, build.tokens
         self.class_tokens, self.norm_last = build.sizes.class_tokens, bool(build.config.norm_after_pool)
         width = build.here.width
-        features = 2 * width if self.kind == "cls_gap" else width
+        features = self.features = pooled_features(build)
         self.norm = Norm.of(build, features, partial=False) if self.norm_last else Norm.of(build, width)
         self.pool = AttentionPool(build) if self.kind == "map" else None
         own = build.sizes.classes > 0
-        self.fc = _classifier(build, features) if own else None
-        self.fc_distill = _classifier(build, features) if own and self.class_tokens == 2 else None
+        self.fc = classifier(build, features) if own else None
+        self.fc_distill = classifier(build, features) if own and self.class_tokens == 2 else None
 
     def forward(self, x: Tensor, batch: MicroBatch) -> Tensor:
         """[R, D] (or this rank's rows) -> logits [B, C/T] of this rank's classes; without classes [B, D], or [B, 2D]
@@ -98,7 +107,13 @@ class Head(nn.Module):
         return (sum_over(patches, t.context) / (t.rows * t.cols)).to(tokens.dtype)
 
 
-def _classifier(build: Build, features: int) -> ColumnParallelLinear:
+def pooled_features(build: Build) -> int:
+    """Of the vector that a model's tokens are pooled to."""
+    return build.sizes.last.width * (2 if build.config.pool == "cls_gap" else 1)
+
+
+def classifier(build: Build, features: int) -> ColumnParallelLinear:
+    """[B, D] -> [B, C/T]: classes, or the features of an embedding, split over tensor ranks."""
     return ColumnParallelLinear(
         features,
         (build.sizes.classes,),

@@ -10,16 +10,18 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """One micro-batch of B images.
+    """One micro-batch of B images, or of B images and their texts.
 
     Attributes:
-        images: [B, C, H, W]; None on ranks that do not hold the embedding.
+        images: [B, C, H, W]; None on ranks that do not hold a layer that reads them.
         labels: int64 [B].
         sample_ids: int64 [B]; what drop-path is drawn from: the same image at the same place of the data order has the
-        same
-            id in every layout.
+            same id in every layout.
         weights: fp32 [B], 1 for an image, 0 for padding.
         training: whether drop-path is active.
+        texts: tokens, int64 [B, S], filled up at the right; None where there are none, or no layer reads them.
+
+    Of two views of each sample, B is twice the number of samples: first views, then second ones.
     """
 
     images: Tensor | None
@@ -27,6 +29,7 @@ class MicroBatch:
     sample_ids: Tensor
     weights: Tensor
     training: bool = True
+    texts: Tensor | None = None
 
     @property
     def size(self) -> int:
@@ -36,10 +39,17 @@ class MicroBatch:
     @staticmethod
     def of_images(images: Tensor, *, training: bool = False) -> MicroBatch:
         """A micro-batch of images alone: labels 0, ids 0 to B - 1, or, in training, new ones of torch's generator."""
-        ids = torch.arange(images.shape[0], device=images.device)
+        return MicroBatch.of(images, None, training=training)
+
+    @staticmethod
+    def of(images: Tensor | None, texts: Tensor | None, *, training: bool = False) -> MicroBatch:
+        """The same of images, of texts, or of both."""
+        given = images if images is not None else texts
+        assert given is not None
+        ids = torch.arange(given.shape[0], device=given.device)
         if training:
-            ids = torch.randint(2**62, ids.shape, device=images.device)
-        weights = torch.ones(images.shape[0], device=images.device)
+            ids = torch.randint(2**62, ids.shape, device=given.device)
+        weights = torch.ones(given.shape[0], device=given.device)
         return MicroBatch(
-            images=images, labels=torch.zeros_like(ids), sample_ids=ids, weights=weights, training=training
+            images=images, labels=torch.zeros_like(ids), sample_ids=ids, weights=weights, training=training, texts=texts
         )

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.blocks import BLOCKS
-from model.build import Build
+from model.build import Build, Tower
 from model.config import ModelConfig
 from model.embed import Embedding
 from model.heads import Head
@@ -30,13 +31,23 @@ Factory = Callable[[Build], nn.Module]
 class LayerSpec:
     """One layer of the list.
 
+    What a layer is given is a tuple: the output of the layer before it, then its *rides*, outputs of earlier layers that
+    a later one waits for, and which the layers in between hand on untouched.
+
     Attributes:
         name: global, e.g. `blocks.17`; the prefix of its parameters' names in every layout.
         factory: makes the module, its parameters on the meta device.
-        flops: of the forward matrix products per image, 2 per multiply-add.
+        flops: of the forward matrix products per sample, 2 per multiply-add.
         parameters: of the logical layer.
         stage: of the pyramid, whose tokens it gives out.
-        output: rows per image (on all context ranks together) and width of what it gives to the next layer.
+        output: rows per sample (on all context ranks together) and width of what it gives to the next layer.
+        tower: that it belongs to; None in a model of one.
+        gives: rows of tokens; one vector per image or text, whole on every tensor rank (`vectors`); or this tensor
+            rank's share of its features (`shares`).
+        reads: of the micro-batch. per_sample: images per sample, 2 where each has two views.
+        rides: the layers whose outputs ride beside its input, by name, in order.
+        begins: whether it begins a later tower: the output of the layer before it is a ride, too, and it is given no
+            rows. joins: whether it reads its rides, and gives out a tuple.
     """
 
     name: str
@@ -45,10 +56,32 @@ class LayerSpec:
     parameters: int = 0
     stage: int = 0
     output: tuple[int, int] = (0, 0)
+    tower: Tower | None = None
+    gives: Literal["rows", "vectors", "shares"] = "rows"
+    reads: tuple[Literal["images", "texts"], ...] = ()
+    per_sample: int = 1
+    rides: tuple[str, ...] = ()
+    begins: bool = False
+    joins: bool = False
 
     def boundary(self, batch_size: int, build: Build) -> tuple[int, int]:
-        """Shape of its output for B images on this rank (of any layer but the head)."""
-        return build.tp.local_rows(batch_size * build.at(self.stage).tokens.count), self.output[1]
+        """Shape of its output for so many samples on this rank (of any layer but the last of all)."""
+        here, images = build.of(self), batch_size * self.per_sample
+        if self.gives == "rows":
+            return here.tp.local_rows(images * here.tokens.count), self.output[1]
+        return images, here.part(self.output[1]) if self.gives == "shares" else self.output[1]
+
+    def parted(self, flow: tuple[Tensor, ...]) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+        """What it is given: its rows (None for the first layer of a tower), and its rides."""
+        return (None, flow) if self.begins or not flow else (flow[0], flow[1:])
+
+
+def makers(layers: Sequence[LayerSpec], place: int) -> tuple[LayerSpec, ...]:
+    """The layers whose outputs a layer, by its place, is given, in order."""
+    if not place:
+        return ()
+    named, spec = {layer.name: layer for layer in layers}, layers[place]
+    return tuple([layers[place - 1]] * (not spec.begins)) + tuple(named[name] for name in spec.rides)
 
 
 def build_layers(config: ModelConfig) -> list[LayerSpec]:
@@ -59,7 +92,9 @@ def build_layers(config: ModelConfig) -> list[LayerSpec]:
 @cache
 def _measured(config: ModelConfig) -> tuple[LayerSpec, ...]:
     """A tenth of a second, and the same for every run of a configuration in this process."""
-    return tuple(_measure(_layers(config), config))
+    sizes = config.sizes
+    batch = MicroBatch.of_images(torch.empty(1, sizes.channels, *sizes.image, device="meta"))
+    return tuple(measured(_layers(config), Build(config=config), batch))
 
 
 def logical_shapes(config: ModelConfig, layers: Sequence[LayerSpec] | None = None) -> dict[str, tuple[int, ...]]:
@@ -70,47 +105,67 @@ def logical_shapes(config: ModelConfig, layers: Sequence[LayerSpec] | None = Non
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for spec in layers or _layers(config):
-        layer = spec.factory(Build(config=config, stage=spec.stage))
+        layer = spec.factory(Build(config=config).of(spec))
         shapes |= {f"{spec.name}.{name}": info_of(p).layout.shape for name, p in layer.named_parameters()}
     return shapes
 
 
 def _layers(config: ModelConfig) -> list[LayerSpec]:
+    return [
+        LayerSpec(name="embed", factory=Embedding, reads=("images",)),
+        *block_layers(config),
+        LayerSpec(name="head", factory=Head, stage=config.sizes.last.index, gives=head_gives(config)),
+    ]
+
+
+def head_gives(config: ModelConfig) -> Literal["vectors", "shares"]:
+    """Without a classifier whole vectors, else a tensor rank's share of its classes."""
+    return "shares" if config.sizes.classes else "vectors"
+
+
+def block_layers(config: ModelConfig, prefix: str = "") -> list[LayerSpec]:
+    """Blocks and patch merges of a resolved configuration, neither measured nor told of their tower."""
     sizes, block = config.sizes, BLOCKS[config.block or "sequential"]
-    layers = [LayerSpec(name="embed", factory=Embedding)]
+    layers: list[LayerSpec] = []
     done = 0
     for stage in sizes.stages:
         if stage.index:
-            merge = f"merges.{stage.index - 1}"
+            merge = f"{prefix}merges.{stage.index - 1}"
             layers.append(LayerSpec(name=merge, factory=partial(PatchMerge, merge), stage=stage.index))
         for i, kind in enumerate(stage.kinds, start=done):
-            rate = config.drop_path * i / max(1, sizes.depth - 1)
-            factory = partial(block, f"blocks.{i}", rate, kind)
-            layers.append(LayerSpec(name=f"blocks.{i}", factory=factory, stage=stage.index))
+            rate, name = config.drop_path * i / max(1, sizes.depth - 1), f"{prefix}blocks.{i}"
+            layers.append(LayerSpec(name=name, factory=partial(block, name, rate, kind), stage=stage.index))
         done += stage.depth
-    layers.append(LayerSpec(name="head", factory=Head, stage=sizes.last.index))
     return layers
 
 
-def _measure(layers: Sequence[LayerSpec], config: ModelConfig) -> list[LayerSpec]:
-    """Fill in costs and shapes by one image's forward on the meta device, once per class, kind and stage of layers."""
-    sizes = config.sizes
-    batch = MicroBatch.of_images(torch.empty(1, sizes.channels, *sizes.image, device="meta"))
-    known: dict[object, tuple[int, int, Tensor]] = {}
-    x = torch.empty(0, device="meta")
+def measured(layers: Sequence[LayerSpec], build: Build, batch: MicroBatch) -> list[LayerSpec]:
+    """Costs and shapes filled in by one sample's forward on the meta device, once per class, kind and stage of layers.
+
+    Args:
+        build: on one rank. batch: one sample on the meta device.
+    """
+    known: dict[object, tuple[int, int, tuple[Tensor, ...]]] = {}
+    flow: tuple[Tensor, ...] = ()
     out = []
     for spec in layers:
-        kind = (getattr(spec.factory, "func", spec.factory), getattr(spec.factory, "args", ())[2:], spec.stage)
+        made_by, args = getattr(spec.factory, "func", spec.factory), getattr(spec.factory, "args", ())[2:]
+        kind = (made_by, args, spec.stage, spec.tower)
+        x, rides = spec.parted(flow)
         if kind not in known:
+            given = (torch.empty(0, device="meta") if x is None else x, batch, *([rides] if spec.joins else []))
             with torch.inference_mode(False), FlopCounterMode(display=False) as counter, torch.no_grad():
-                layer = spec.factory(Build(config=config, stage=spec.stage))
-                y = layer(x, batch)
-            known[kind] = (counter.get_total_flops(), sum(p.numel() for p in layer.parameters()), y)
-        flops, parameters, x = known[kind]
-        out.append(replace(spec, flops=flops, parameters=parameters, output=(x.shape[0], x.shape[1])))
+                layer = spec.factory(build.of(spec))
+                y = layer(*given)
+            outputs = y if isinstance(y, tuple) else (y,)
+            known[kind] = (counter.get_total_flops(), sum(p.numel() for p in layer.parameters()), outputs)
+        flops, parameters, outputs = known[kind]
+        flow = outputs if spec.joins else (*outputs, *rides)
+        output = (outputs[0].shape[0], outputs[0].shape[1])
+        out.append(replace(spec, flops=flops, parameters=parameters, output=output))
     return out
 
 
 def training_flops(layers: Sequence[LayerSpec]) -> int:
-    """FLOPs per image of forward and backward, matrix products alone: what MFU counts (Chowdhery et al. 2022)."""
+    """FLOPs per sample of forward and backward, matrix products alone: what MFU counts (Chowdhery et al. 2022)."""
     return 3 * sum(layer.flops for layer in layers)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from model.build import Build
@@ -30,7 +29,7 @@ class Layers(nn.Module):
         self.specs, self.precision, self.config = tuple(specs), build.precision, build.config
         self.sizes = build.sizes
         for spec in specs:
-            put_under(self, spec.name, spec.factory(build.at(spec.stage)))
+            put_under(self, spec.name, spec.factory(build.of(spec)))
 
     @property
     def layers(self) -> list[tuple[str, nn.Module]]:
@@ -42,14 +41,23 @@ class Stage(Layers):
     """Layers of one pipeline stage."""
 
     def forward(self, inputs: tuple[Tensor, ...], batch: MicroBatch) -> tuple[Tensor, ...]:
-        """Rows of the boundary before (nothing for the first stage) -> those of the boundary after, or logits."""
-        x = inputs[0] if inputs else None
-        for name, layer in self.layers:
-            x = self.run(name, layer, x, batch)
-        assert isinstance(x, torch.Tensor)
-        return (x,)
+        """What flows over the boundary before (nothing, for the first stage) -> what flows over that after, or what the
+        last layer gives: logits, or the embeddings of two towers.
 
-    def run(self, name: str, layer: nn.Module, x: Tensor | None, batch: MicroBatch) -> Tensor:
-        """One of the layers, on what the layer before gave out (None: the first layer of all), in its own format."""
-        y: Tensor = layer(None if x is None else x.to(self.precision.of_layer(name)), batch)
-        return y
+        That is the rows of the layer before, then, in a later tower, what earlier towers have given.
+        """
+        flow = inputs
+        for spec in self.specs:
+            flow = self.run(spec, self.get_submodule(spec.name), flow, batch)
+        return flow
+
+    def run(
+        self, spec: LayerSpec, layer: nn.Module, flow: tuple[Tensor, ...], batch: MicroBatch
+    ) -> tuple[Tensor, ...]:
+        """One of the layers, in its own format, on its part of what flows: the rest rides on."""
+        given, rides = spec.parted(flow)
+        x = None if given is None else given.to(self.precision.of_layer(spec.name))
+        if spec.joins:
+            joined: tuple[Tensor, ...] = layer(x, batch, rides)
+            return joined
+        return (layer(x, batch), *rides)

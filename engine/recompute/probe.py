@@ -217,7 +217,7 @@ class ReadyLayer:
     ) -> None:  # fmt: skip
         self._layers, self._index, self._build, self._size, self._device = layers, index, build, batch_size, device
         spec = layers[index]
-        self.module = spec.factory(build.at(spec.stage))
+        self.module = spec.factory(build.of(spec))
         for name, parameter in list(self.module.named_parameters()):
             owner, _, leaf = name.rpartition(".")
             dtype = build.precision.of_weight(f"{spec.name}.{name}")

@@ -7,11 +7,13 @@ from parallel.tensor.rows import (
     TensorParallel,
     copy_in,
     enter,
+    gather_features,
     gather_rows,
     leave,
     no_tensor_parallel,
     slice_rows,
 )
+from parallel.tensor.vocabulary import VocabularyEmbedding
 from parallel.tensor.weight_grad import GradientSink, attach_sink, weight_gradient
 
 __all__ = [
@@ -20,9 +22,11 @@ __all__ = [
     "GradientSink",
     "RowParallelLinear",
     "TensorParallel",
+    "VocabularyEmbedding",
     "attach_sink",
     "copy_in",
     "enter",
+    "gather_features",
     "gather_rows",
     "leave",
     "linear",

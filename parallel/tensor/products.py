@@ -95,20 +95,20 @@ def weight_gradient(grad: Tensor, x: Tensor, out: Tensor | None = None, *, accum
     return _product_into(grad.t(), x, out, accumulate)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, causal: bool = False) -> Tensor:
     """softmax(q k' / sqrt(K)) v, statistics in fp32: [B, h, P, K], [B, h, S, K] twice -> [B, h, P, K].
 
     Args:
         mask: [B, 1, P, S], true where a query sees a key; every query sees one. Not on CPUs also [B, h, P, S] in the
-            operands' format, added to the logits.
+            operands' format, added to the logits. causal: query i sees keys 0 to i alone (without a mask, P = S).
     """
     if q.is_meta:  # keeps what a fused kernel keeps; torch would keep P x S scores here
         bias = None if mask is None else mask.to(q.dtype)
-        out: Tensor = _efficient(q, k, v, bias, compute_log_sumexp=True)[0]
+        out: Tensor = _efficient(q, k, v, bias, compute_log_sumexp=True, is_causal=causal)[0]
         return out
     if attends_through_fp32(q.dtype, q.device):
-        return _WideAttention.apply(q, k, v, mask)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return _WideAttention.apply(q, k, v, mask, causal)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
 
 
 class _WideAttention(torch.autograd.Function):
@@ -117,16 +117,17 @@ class _WideAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
         """[B, h, P, K], [B, h, S, K] twice, [B, 1, P, S] -> [B, h, P, K]."""
         bias = None if mask is None else torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)
         out, log_sums = torch.empty_like(q), []
         for part in _parts(q, k):
             own = None if bias is None else bias[part]
-            wide, sums = _flash(q[part].float(), k[part].float(), v[part].float(), attn_mask=own)
+            wide, sums = _flash(q[part].float(), k[part].float(), v[part].float(), is_causal=causal, attn_mask=own)
             out[part] = wide
             log_sums.append(sums)
         ctx.save_for_backward(q, k, v, out, bias, *log_sums)
+        ctx.causal = causal
         return out
 
     @staticmethod
@@ -137,9 +138,9 @@ class _WideAttention(torch.autograd.Function):
         for part, sums in zip(_parts(q, k), log_sums, strict=True):
             wide = (x[part].float() for x in (grad, q, k, v, out))
             own = None if bias is None else bias[part]
-            for whole, given in zip(grads, _flash_backward(*wide, sums, 0.0, False, attn_mask=own), strict=True):
+            for whole, given in zip(grads, _flash_backward(*wide, sums, 0.0, ctx.causal, attn_mask=own), strict=True):
                 whole[part] = given
-        return *grads, None
+        return *grads, None, None
 
 
 def _parts(q: Tensor, k: Tensor) -> list[slice]:

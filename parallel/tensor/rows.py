@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from parallel import comm
 from parallel.comm import Axis, single_axis
+from parallel.layout import split_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +142,31 @@ class _SumOut(torch.autograd.Function):
         if ctx.tp.splits_rows:
             return comm.all_gather_rows(grads[0], ctx.tp.axis)[: ctx.rows], None
         return grads[0], None
+
+
+class _GatherFeatures(torch.autograd.Function):
+    """All features from each rank's share; every rank goes on to do the same with them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tp: TensorParallel, features: int) -> Tensor:
+        shares = [split_range(features, tp.size, i) for i in range(tp.size)]
+        ctx.own = shares[tp.axis.index]
+        most = shares[0][1]  # the first ranks have one more
+        parts = comm.all_gather_rows(pad_rows(x.t(), most), tp.axis).split(most)
+        return torch.cat([part[: stop - start] for part, (start, stop) in zip(parts, shares, strict=True)]).t()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        start, stop = ctx.own
+        return grads[0][:, start:stop], None, None
+
+
+def gather_features(x: Tensor, tp: TensorParallel, features: int) -> Tensor:
+    """Leave a column-parallel linear for a part that every rank computes alike: [B, F/T] -> [B, F].
+
+    Backward takes this rank's share of the gradient, which is complete on every rank.
+    """
+    return _GatherFeatures.apply(x, tp, features) if tp.size > 1 else x
 
 
 def enter(x: Tensor, tp: TensorParallel, rows: int) -> Tensor:

@@ -32,7 +32,7 @@ WIDTH = HEADS * HEAD_DIM
 
 
 def config_of(kind: str, rows: int, cols: int, side: int, prefix: int = 0, **changes: Any) -> ModelConfig:
-    sides = {} if kind in ("full", "linear") else {"grid_size" if kind == "grid" else "window_size": side}
+    sides = {} if kind in ("full", "causal", "linear") else {"grid_size" if kind == "grid" else "window_size": side}
     config = ModelConfig(
         width=WIDTH, depth=1, num_heads=HEADS, image_size=(rows, cols), patch_size=1, in_channels=1, num_classes=2,
         attention=kind, pool="gap", **sides,
@@ -60,6 +60,8 @@ def who_sees_whom(kind: str, rows: int, cols: int, side: int, prefix: int) -> Te
     sees = torch.ones(prefix + rows * cols, prefix + rows * cols, dtype=torch.bool)
     if kind in ("full", "linear"):
         return sees
+    if kind == "causal":
+        return sees.tril()
     sees[prefix:, :prefix] = kind == "global_tokens"
     sees[prefix:, prefix:] = patches_that_see("window" if kind == "global_tokens" else kind, rows, cols, side)
     return sees

@@ -42,9 +42,9 @@ def test_shapes(pool: Any, position: Any, block: Any) -> None:
 def test_shapes_with_everything_else_there_is(block: Any) -> None:
     """Each kind of attention, RMSNorm, gated MLP, layer scale, all prefix tokens, and images that are not square."""
     config = replace(
-        TINY, image_size=(9, 12), in_channels=1, depth=6, block=block, norm="rmsnorm", mlp="swiglu", layer_scale=0.5,
+        TINY, image_size=(9, 12), in_channels=1, depth=7, block=block, norm="rmsnorm", mlp="swiglu", layer_scale=0.5,
         qk_norm=True, position="rope_2d", pool="cls", registers=2, global_tokens=3, linear_conv=3, window_size=3,
-        grid_size=2, attention="linear, window, shifted_window, grid, global_tokens, full",
+        grid_size=2, attention="linear, window, shifted_window, grid, global_tokens, causal, full",
     ).resolve()  # fmt: skip
     model = VisionTransformer(config)
     images = torch.randn(3, 1, 9, 12)
@@ -55,7 +55,7 @@ def test_shapes_with_everything_else_there_is(block: Any) -> None:
     torch.testing.assert_close(model.logits(images[1:2]), logits[1:2])  # images do not mix
     tokens = 5 * 6 + 1 + 2 + 3
     assert config.sizes.tokens == tokens
-    assert [layer.output for layer in model.specs] == [(tokens, 16)] * 7 + [(1, 5)]
+    assert [layer.output for layer in model.specs] == [(tokens, 16)] * 8 + [(1, 5)]
     assert sum(layer.parameters for layer in model.specs) == sum(p.numel() for p in model.parameters())
 
 

@@ -35,7 +35,7 @@ MODELS = {
     "sequential": replace(_SMALL, block="sequential", bias=True, position="learned_1d", pool="cls"),
     "mixed": replace(_SMALL, block="parallel", bias=True, position="sincos_2d", pool="gap", registers=1),
     "kinds": replace(
-        _FAMILY, block="sequential", attention="window, shifted_window, grid, linear, global_tokens, full",
+        _FAMILY, block="sequential", attention="window, shifted_window, grid, linear, global_tokens, causal",
         global_tokens=2, position="rope_2d", norm="rmsnorm", mlp="swiglu", layer_scale=0.5, linear_conv=3, qk_norm=True,
         pool="gap", qkv_bias="qv",
     ),

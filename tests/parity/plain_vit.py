@@ -30,7 +30,7 @@ class StageShape:
 
     depth: int
     heads: int
-    kinds: tuple[str, ...]  # of each block: full, window, shifted_window, grid, global_tokens, linear
+    kinds: tuple[str, ...]  # of each block: full, causal, window, shifted_window, grid, global_tokens, linear
     window: int = 0
     grid_size: int = 0
 
@@ -93,6 +93,8 @@ class Site:
 
     def sees(self, token: int, other: int) -> bool:
         """Whether a token attends to another."""
+        if self.kind == "causal":
+            return other <= token
         if self.kind == "full" or token < self.prefix:
             return True
         if other < self.prefix:

@@ -1,0 +1,161 @@
+"""Two towers as one ordered list of layers, image first: `image.embed` ... `image.head`, `text.embed` ... `text.head`,
+`pair`.
+
+The image's embedding rides along the text tower's layers, so that stages may be cut anywhere; or there is one tower,
+which is given two views of each image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache, partial
+from typing import Literal
+
+import torch
+
+from model.build import Build, Tower, check_parallel
+from model.config import ModelConfig
+from model.embed import Embedding
+from model.heads import Head, pooled_features
+from model.inputs import MicroBatch
+from model.layers import LayerSpec, block_layers, head_gives, measured
+from model.pair import Pair
+from model.projection import ProjectedHead, Projection
+from model.text import TextConfig
+from model.text_layers import TextEmbedding, TextHead
+
+IMAGE, TEXT, PAIR = "image", "text", "pair"
+
+
+def build_towers(
+    image: ModelConfig,
+    text: TextConfig | None,
+    *,
+    embedding: int,
+    projection: Projection = "linear",
+    temperature: float = 0.07,
+    learn_temperature: bool = True,
+    max_logit_scale: float = 100.0,
+    bias: float | None = None,
+) -> list[LayerSpec]:
+    """The layers of contrastive training, in order, measured as `model.build_layers` does.
+
+    Args:
+        image: resolved; its classifier is replaced by the projection. text: resolved; None: two views of each image, first
+            views before second ones in a micro-batch. embedding: features of both towers' embeddings. projection: from
+            pooled features to them, unless the text tower has its own. temperature: at the start. learn_temperature:
+            whether it is trained. max_logit_scale: bound of its inverse. bias: of logits, at the start; None: none.
+
+    Raises:
+        ValueError: a tower without a projection whose features are not the embedding's.
+    """
+    return list(
+        _towers(
+            image, text, embedding, projection, temperature=temperature, learns=learn_temperature, most=max_logit_scale,
+            bias=bias,
+        )
+    )  # fmt: skip
+
+
+@cache
+def _towers(
+    image: ModelConfig,
+    text: TextConfig | None,
+    embedding: int,
+    projection: Projection,
+    *,
+    temperature: float,
+    learns: bool,
+    most: float,
+    bias: float | None,
+) -> tuple[LayerSpec, ...]:
+    """Measured once in a process."""
+    layers = image_tower(image, embedding, projection, views=2 if text is None else 1)
+    ends = layers[-1:]
+    if text is not None:
+        layers += text_tower(text, embedding, projection, rides=(layers[-1].name,))
+        ends = [*ends, layers[-1]]
+    pair = partial(
+        Pair, embedding=embedding, shares=tuple(end.gives == "shares" for end in ends), temperature=temperature,
+        learns=learns, most=most, bias=bias,
+    )  # fmt: skip
+    rides, views = tuple(end.name for end in ends[:-1]), ends[0].per_sample
+    layers.append(LayerSpec(name=PAIR, factory=pair, gives="vectors", rides=rides, joins=True, per_sample=views))
+    sizes = image.sizes
+    images = torch.empty(views, sizes.channels, *sizes.image, device="meta")
+    texts = None
+    if text is not None and text.context_length is not None:
+        texts = torch.zeros(1, text.context_length, dtype=torch.int64, device="meta")
+    return tuple(measured(layers, Build(config=image), MicroBatch.of(images, texts)))
+
+
+def image_tower(image: ModelConfig, embedding: int, projection: Projection, *, views: int = 1) -> list[LayerSpec]:
+    """`image.embed` to `image.head`, not measured. Arguments as of `build_towers`; views: of each sample."""
+    linear = projection == "linear"
+    config = replace(
+        image, num_classes=embedding if linear else 0, classifier_bias=False if linear else image.classifier_bias,
+        head_bias=None,
+    )  # fmt: skip
+    _check_width(pooled_features(Build(config=config)), embedding, projection, "contrastive.projection", "image")
+    head = partial(ProjectedHead, outputs=embedding) if projection == "mlp" else Head
+    layers = [
+        LayerSpec(name="embed", factory=Embedding, reads=("images",)),
+        *block_layers(config, f"{IMAGE}."),
+        LayerSpec(name="head", factory=head, stage=config.sizes.last.index, gives=head_gives(config)),
+    ]
+    tower = Tower(name=IMAGE, config=config)
+    return [replace(spec, name=_under(IMAGE, spec.name), tower=tower, per_sample=views) for spec in layers]
+
+
+def text_tower(
+    text: TextConfig, embedding: int, projection: Projection, *, rides: tuple[str, ...] = ()
+) -> list[LayerSpec]:
+    """`text.embed` to `text.head`, not measured. Arguments as of `build_towers`; rides: as of LayerSpec."""
+    projection = text.projection or projection
+    config = text.model(embedding, projection)
+    _check_width(config.sizes.last.width, embedding, projection, "text.projection", "text")
+    assert text.pool is not None and text.end_token is not None and text.vocabulary_size is not None
+    head = partial(
+        TextHead, pool=text.pool, end_token=text.end_token, projection=projection, outputs=embedding
+    )  # fmt: skip
+    reads: tuple[Literal["texts"], ...] = () if text.pool == "last" else ("texts",)
+    layers = [
+        LayerSpec(
+            name="embed", factory=partial(TextEmbedding, vocabulary=text.vocabulary_size), reads=("texts",),
+            begins=bool(rides),
+        ),
+        *block_layers(config, f"{TEXT}."),
+        LayerSpec(name="head", factory=head, gives=head_gives(config), reads=reads),
+    ]  # fmt: skip
+    tower = Tower(name=TEXT, config=config, shares_tokens=False)
+    return [replace(spec, name=_under(TEXT, spec.name), tower=tower, rides=rides) for spec in layers]
+
+
+def _under(tower: str, name: str) -> str:
+    return name if name.startswith(f"{tower}.") else f"{tower}.{name}"
+
+
+def _check_width(features: int, embedding: int, projection: Projection, key: str, tower: str) -> None:
+    if projection == "none" and features != embedding:
+        raise ValueError(
+            f"{key} is none, but the {tower} tower's pooled features are {features} and contrastive.embedding is "
+            f"{embedding}: set that to {features}, or take projection linear or mlp"
+        )
+
+
+def check_towers(layers: Sequence[LayerSpec], tensor_size: int, context_size: int = 1) -> None:
+    """Raise ValueError where towers cannot be split over this many tensor- and context-parallel ranks."""
+    for tower in dict.fromkeys(spec.tower for spec in layers if spec.tower is not None):
+        try:
+            check_parallel(tower.config, tensor_size, context_size if tower.shares_tokens else 1)
+        except ValueError as error:
+            own = str(error).replace("model.num_classes", "contrastive.embedding")
+            raise ValueError(own.replace("model.", "text.") if tower.name == TEXT else own) from error
+    for spec in layers:
+        vocabulary = getattr(spec.factory, "keywords", {}).get("vocabulary", tensor_size)
+        if vocabulary < tensor_size:
+            raise ValueError(
+                f"text.vocabulary_size {vocabulary} cannot be split over parallel.tensor_parallel_size {tensor_size}: "
+                f"use a size of at most {vocabulary}"
+            )
