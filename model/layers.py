@@ -64,6 +64,12 @@ class LayerSpec:
     begins: bool = False
     joins: bool = False
 
+    @property
+    def kind(self) -> str:
+        """What of a tower it is: `embed`, `blocks`, `merges`, `head`; or `pair`."""
+        *path, last = self.name.split(".")
+        return path[-1] if last.isdigit() else last
+
     def boundary(self, batch_size: int, build: Build) -> tuple[int, int]:
         """Shape of its output for so many samples on this rank (of any layer but the last of all)."""
         here, images = build.of(self), batch_size * self.per_sample
