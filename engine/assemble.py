@@ -28,7 +28,7 @@ from engine.recompute import Recompute, SaveSet
 from engine.recompute.ahead import Ahead, flops_again, recompute_schedule
 from engine.recompute.assignment import assignment
 from engine.recompute.timing import LayerTimes
-from model import Build, LayerSpec, MicroBatch, Precision, Stage
+from model import TOWERS, Build, LayerSpec, MicroBatch, Precision, Stage, makers
 from model.kernels import Kernels
 from model.regions import Keep
 from model.regions import Policy as RegionPolicy
@@ -131,14 +131,23 @@ class Assembly:
         return [self.boundary(layers.start) for layers in self.placement.layers]
 
     def boundary(self, place: int) -> tuple[TensorSpec, ...]:
-        """What a layer, by its place, is sent where a stage begins with it; the first, and past the last: nothing."""
-        batch, precision = self.config.train.micro_batch_size, self.build.precision
+        """What a layer, by its place, is sent where a stage begins with it; the first, and past the last: nothing.
+
+        That is the rows of the layer before it, and what rides beside them.
+        """
         if not 0 < place < len(self.layers):
             return ()
+        return tuple(self._sent[maker.name] for maker in makers(self.layers, place))
+
+    @cached_property
+    def _sent(self) -> dict[str, TensorSpec]:
+        """What each layer but the last gives out, by its name."""
+        batch, precision = self.config.train.micro_batch_size, self.build.precision
         assert batch is not None
-        before = self.layers[place - 1]
-        shape = before.boundary(batch, self.build)
-        return (TensorSpec(shape, precision.of_layer(before.name), place > self.frozen.front),)
+        return {
+            layer.name: TensorSpec(layer.boundary(batch, self.build), precision.of_layer(layer.name), passes > 1)
+            for layer, passes in zip(self.layers[:-1], self.frozen.passes, strict=False)
+        }
 
     @property
     def policy(self) -> Policy:
@@ -270,9 +279,12 @@ def _recompute(sets: Mapping[str, SaveSet], layers: Collection[str], *, of_gpu: 
 
 
 def layer_of(name: str) -> str:
-    """The layer of a parameter: `blocks.3` of `blocks.3.attn.qkv.weight`, `head` of `head.fc.bias`."""
-    first, second, *_ = name.split(".")
-    return f"{first}.{second}" if second.isdigit() else first
+    """The layer of a parameter: `blocks.3` of `blocks.3.attn.qkv.weight`, `text.head` of `text.head.fc.bias`."""
+    tower, *rest = name.split(".")
+    if tower not in TOWERS:
+        tower, rest = "", [tower, *rest]
+    count = 2 if rest[1:] and rest[1].isdigit() else 1
+    return ".".join([tower] * bool(tower) + rest[:count])
 
 
 def assemble(

@@ -17,7 +17,7 @@ from torch import nn
 
 from engine.config import Config
 from engine.errors import ConfigError
-from model import Build, LayerSpec, ModelConfig
+from model import Build, LayerSpec, ModelConfig, makers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,8 @@ class Frozen:
     Attributes:
         names: of the frozen parameters. count: numbers in them.
         passes: of each layer, products of the forward's cost that a step takes: 1 where nothing is sent backward, 2
-            where gradients only pass through, 3 where a weight is trained.
+            where gradients only pass through, 3 where a weight is trained. So the output of a layer with 1 carries no
+            gradient, wherever it rides to.
     """
 
     names: frozenset[str]
@@ -62,9 +63,20 @@ def frozen_of(config: Config, layers: Sequence[LayerSpec]) -> Frozen:
             count += numbers * known[name]
             trains[-1] |= not known[name]
     _check(patterns, known)
-    after = accumulate(trains, max)  # whether a layer, or one before it, is trained
-    passes = tuple(3 if own else 2 if any_before else 1 for own, any_before in zip(trains, after, strict=True))
-    return Frozen(names=frozenset(name for name, frozen in known.items() if frozen), count=count, passes=passes)
+    return Frozen(
+        names=frozenset(name for name, frozen in known.items() if frozen), count=count, passes=_passes(layers, trains)
+    )
+
+
+def _passes(layers: Sequence[LayerSpec], trains: Sequence[bool]) -> tuple[int, ...]:
+    """Of each layer, from whether it trains anything, and whether anything does that has made what it reads."""
+    carries, passes = dict[str, bool](), list[int]()
+    for place, (layer, own) in enumerate(zip(layers, trains, strict=True)):
+        read = makers(layers, place)
+        read = read if layer.joins else read[: len(read) - len(layer.rides)]  # the others ride on
+        carries[layer.name] = own or any(carries[maker.name] for maker in read)
+        passes.append(3 if own else 2 if carries[layer.name] else 1)
+    return tuple(passes)
 
 
 @lru_cache(maxsize=32)  # some milliseconds, and the same for all runs of a model in this process

@@ -97,8 +97,8 @@ class LayerCosts:
         module = self._stage.get_submodule(spec.name)
         self._recompute.begin({spec.name: of})
 
-        def run(x: Tensor | None) -> Tensor:
-            flow = self._stage.run(spec, module, () if x is None else (x,), self._batch)
+        def run(x: Tensor | None, rides: tuple[Tensor, ...]) -> Tensor:
+            flow = self._stage.run(spec, module, rides if x is None else (x, *rides), self._batch)
             return flow[0] if layer < len(a.layers) - 1 else a.objective.loss_share(flow, self._batch, a.grid, 1.0)
 
         noting = Ahead(self._recompute, a.store.use).noting
@@ -106,12 +106,13 @@ class LayerCosts:
 
     def _place(self, layer: int) -> Place:
         """In the midst of a stage."""
-        a = self._assembly
-        if not layer:
-            return Place(given=None, carries=False)
-        before = a.layers[layer - 1]
-        given = before.boundary(self._batch.size, a.build), a.build.precision.of_layer(before.name)
-        return Place(given=given, carries=layer > a.frozen.front)
+        a, spec = self._assembly, self._assembly.layers[layer]
+        ridden = any(spec.name in other.rides for other in a.layers)
+        flow = tuple((of.shape, of.dtype, of.carries_gradient) for of in a.boundary(layer))
+        count = len(flow) - len(spec.rides)
+        rides, given = flow[count:], flow[0][:2] if count else None
+        carries = bool(count) and flow[0][2]
+        return Place(given=given, carries=carries, rides=rides, reads=spec.joins, ridden=ridden)
 
     def _kind_of(self, layer: int) -> object:
         a, spec = self._assembly, self._assembly.layers[layer]
@@ -120,7 +121,7 @@ class LayerCosts:
         prefix, precision = f"{spec.name}.", a.build.precision
         frozen = frozenset(name.removeprefix(prefix) for name in a.frozen.names if name.startswith(prefix))
         formats = precision.of_layer(spec.name), spec.name in precision.fp8
-        return made_by, args, spec.stage, formats, frozen, self._place(layer)
+        return made_by, args, spec.stage, spec.tower, formats, frozen, self._place(layer)
 
 
 class _Watched(Recompute):

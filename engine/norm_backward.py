@@ -20,7 +20,7 @@ from parallel import comm
 LEAST = 1e-3
 """Of a weight. What y was rounded by is divided by it."""
 
-_NORM = re.compile(r"w/blocks\.\d+\.norm\d?\.weight")
+_NORM = re.compile(r"w/(?:\w+\.)?blocks\.\d+\.norm\d?\.weight")
 _KEY = "recompute.norm_backward output"
 
 

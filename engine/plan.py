@@ -9,7 +9,7 @@ kernels and fused attention make, unless kernels is reference. Temporaries insid
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from math import prod
 
 from engine.assemble import Assembly, assemble
@@ -21,9 +21,10 @@ from engine.live_bytes import LiveBytes as LiveBytes
 from engine.recompute.assignment import assignment
 from engine.recompute.costs import LayerCost
 from engine.recompute.peaks import StageCost, host_peak, peak
+from engine.recompute.ranks import Place
 from engine.recompute.save_sets import SaveSet
 from engine.recompute.timing import kind_of
-from model import Build, LayerSpec
+from model import Build, LayerSpec, ride_of
 from parallel.grid import GridShape, planned_grid
 from parallel.layout import info_of
 from parallel.pipeline.actions import ActionKind, peak_activations
@@ -188,14 +189,15 @@ def _stage_costs(a: Assembly, costs: LayerCosts, rank: int) -> dict[int, StageCo
 
     def layers(stage: int, *, ahead: bool = False) -> tuple[LayerCost, ...]:
         splits, notes = (stage in of_kind[kind] for kind in (ActionKind.BACKWARD_INPUT, ActionKind.RECOMPUTE))
+        own = a.placement.layers[stage]
         if ahead and not notes:
             return ()
         return tuple(
             costs.cost(
-                place, sets.get(a.layers[place].name, SaveSet()), **_ends(a, stage, place), splits=splits, notes=notes,
-                ahead=ahead,
+                place, sets.get(a.layers[place].name, SaveSet()), notes=notes, ahead=ahead,
+                **asdict(Place.of(place, own, len(a.layers), ride_of(a.layers, place), splits=splits)),
             )
-            for place in a.placement.layers[stage]
+            for place in own
         )  # fmt: skip
 
     return {
@@ -218,21 +220,17 @@ def _messages_of(a: Assembly, rank: int) -> dict[int, tuple[int, int]]:
     }
 
 
-def _ends(a: Assembly, stage: int, place: int) -> dict[str, bool]:
-    """Whether a layer is the first or last of its stage, as `LayerCosts.cost` asks."""
-    places = a.placement.layers[stage]
-    return {"first": place == places.start, "last": place == places.stop - 1 and stage != a.placement.last}
-
-
 def _image_bytes(a: Assembly, rank: int) -> int:
     """As `image_bytes`, on a pipeline rank."""
     return image_bytes(a, [a.placement.layers[stage] for stage in a.placement.on(rank)])
 
 
 def image_bytes(a: Assembly, stages: Iterable[range]) -> int:
-    """Of one micro-batch, on a rank whose stages have these layers, if one of them reads images."""
-    if not any(a.objective.reads_images(own) for own in stages):
-        return 0
-    size, of = a.config.train.micro_batch_size, a.config.model.sizes
+    """Of the images and texts of one micro-batch, on a rank whose stages have these layers, if one of them reads them."""
+    size, found = a.config.train.micro_batch_size, dict[str, int]()
     assert size is not None
-    return 4 * size * of.channels * prod(of.image)
+    for layer in (a.layers[place] for own in stages for place in own):
+        of, count = a.build.of(layer), size * layer.per_sample
+        each = {"images": 4 * of.sizes.channels * prod(of.sizes.image), "texts": 8 * of.tokens.count}
+        found |= {what: count * each[what] for what in layer.reads}
+    return sum(found.values())

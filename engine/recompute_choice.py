@@ -223,7 +223,9 @@ def choose(
         for stage, sets in rank.sets.items()
         for place, name in zip(found.stages[stage], sets, strict=True)
     }
-    config = _named(config, names, found.stages if found.stages != stages else None)
+    blocks = [layer.name for layer in layers if layer.kind == "blocks"]
+    sets = tuple(names.get(block, "all") for block in blocks)
+    config = _named(config, sets, found.stages if found.stages != stages else None)
     chosen, planned_peaks = _ahead_within(config, shape, memory, problem.budget, on_cpu=on_cpu)
     return Choice(
         config=chosen,
@@ -240,9 +242,7 @@ def _cuts(config: Config, shape: GridShape) -> bool:
     return shape.pipeline > 1 and config.parallel.layers_per_stage is None
 
 
-def _named(config: Config, names: Mapping[str, str], stages: Sequence[range] | None) -> Config:
-    depth = config.model.sizes.depth
-    sets = tuple(names.get(f"blocks.{i}", "all") for i in range(depth))
+def _named(config: Config, sets: tuple[str, ...], stages: Sequence[range] | None) -> Config:
     config = replace(config, recompute=replace(config.recompute, policy=sets, memory_budget="auto", offload="never"))
     if stages is None:
         return config

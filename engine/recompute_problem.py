@@ -17,6 +17,7 @@ from engine.recompute.cut import Problem
 from engine.recompute.offload import LOADS_IN_FLIGHT
 from engine.recompute.ranks import Layer, Pace, Place
 from engine.recompute.save_sets import LADDER, SaveSet, save_set
+from model import ride_of
 from parallel.grid import GridShape
 from parallel.pipeline import Costs, simulate
 from parallel.pipeline.post import message_bytes
@@ -148,6 +149,7 @@ def _layer(a: Assembly, place: int, costs: LayerCosts, seconds: Seconds, passes:
         kind=(costs.kind(place), merges, a.frozen.passes[place], *times),
         costs=cache(by_set),
         seconds=times[0],
+        ride=ride_of(a.layers, place),
         output=message_bytes(behind),
         input_gradient=message_bytes(tuple(spec for spec in before if spec.carries_gradient)),
     )

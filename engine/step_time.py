@@ -31,7 +31,7 @@ from engine.recompute.ahead import flops_again, recompute_schedule
 from engine.recompute.assignment import assignment
 from engine.recompute.save_sets import save_set
 from engine.recompute.timing import META, LayerTimes, Timing
-from model import Build, LayerSpec, MicroBatch
+from model import Build, LayerSpec, MicroBatch, makers
 from model.kernels import Kernels
 from parallel.grid import Grid, GridShape, planned_grid
 from parallel.pipeline import Costs, Placement, Schedule, Timeline, simulate
@@ -218,11 +218,14 @@ class StepModel:
 
     def _messages(self, placement: Placement) -> Costs:
         """What the simulator is to know of messages: sizes, latency, and the rate of the slowest link."""
-        ranks, layers = placement.ranks, [self.layers[r.stop - 1] for r in placement.layers[:-1]]
-        size = self.config.train.micro_batch_size
+        ranks, size = placement.ranks, self.config.train.micro_batch_size
         assert size is not None
         sizes = [
-            _bytes(layer.boundary(size, self.build), self.build.precision.of_layer(layer.name)) for layer in layers
+            sum(
+                _bytes(layer.boundary(size, self.build), self.build.precision.of_layer(layer.name))
+                for layer in makers(self.layers, of.stop)
+            )
+            for of in placement.layers[:-1]
         ]
         apart = self.grid.shape.world_size // self.grid.shape.pipeline
         pairs = {(a * apart, b * apart) for a, b in pairwise(ranks) if a != b}
@@ -253,13 +256,15 @@ def timing_of(config: Config, grid: Grid, objective: Objective) -> Timing:
 
 def _loss_times(objective: Objective, timing: Timing, grid: Grid, cluster: Cluster) -> tuple[Spent, Spent]:
     """Of the loss of a micro-batch, forward and backward."""
-    size, build = timing.batch_size, timing.build
-    shape = size, build.part(build.sizes.classes)
-    logits = torch.empty(shape, dtype=build.precision.of_layer(timing.layers[-1].name), device=META).requires_grad_()
+    build, last = timing.build, timing.layers[-1]
+    shape, dtype = last.boundary(timing.batch_size, build), build.precision.of_layer(last.name)
+    forms = [shape, shape, (), ()] if last.joins else [shape]  # embeddings of both sides, scale, bias; or logits
+    outputs = tuple(torch.empty(form, dtype=dtype, device=META).requires_grad_() for form in forms)
+    size = timing.batch_size * last.per_sample
     zeros, ones = torch.zeros(size, dtype=torch.int64, device=META), torch.ones(size, device=META)
     batch = MicroBatch(images=None, labels=zeros, sample_ids=zeros, weights=ones)
     with Pricer(cluster) as pricer, pricer.listening(grid.meter.where):
-        loss = objective.loss_share((logits,), batch, grid, 1.0)
+        loss = objective.loss_share(outputs, batch, grid, 1.0)
         forward = dict(pricer.spent)
         pricer.spent.clear()
         loss.backward()

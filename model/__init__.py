@@ -4,17 +4,18 @@ from model.build import Build, Tower, check_parallel
 from model.config import ModelConfig, StageConfig
 from model.image_text import ImageText
 from model.inputs import MicroBatch
-from model.layers import LayerSpec, build_layers, makers, training_flops
+from model.layers import LayerSpec, build_layers, makers, ride_of, training_flops
 from model.precision import Precision
 from model.presets import PRESETS
 from model.stage import Stage
 from model.text import TEXT_PRESETS, TextConfig
-from model.towers import build_towers, check_towers
+from model.towers import TOWERS, build_towers, check_towers
 from model.vit import VisionTransformer
 
 __all__ = [
     "PRESETS",
     "TEXT_PRESETS",
+    "TOWERS",
     "Build",
     "ImageText",
     "LayerSpec",
@@ -31,5 +32,6 @@ __all__ = [
     "check_parallel",
     "check_towers",
     "makers",
+    "ride_of",
     "training_flops",
 ]

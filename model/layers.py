@@ -90,6 +90,19 @@ def makers(layers: Sequence[LayerSpec], place: int) -> tuple[LayerSpec, ...]:
     return tuple([layers[place - 1]] * (not spec.begins)) + tuple(named[name] for name in spec.rides)
 
 
+def ride_of(layers: Sequence[LayerSpec], place: int) -> range | None:
+    """What of the list a ride spans that passes a layer, is read or made by it: from its maker to its reader, by place.
+
+    All rides of a list end in one layer.
+    """
+    spec = layers[place]
+    names = spec.rides or tuple(spec.name for other in layers if spec.name in other.rides)[:1]
+    if not names:
+        return None
+    numbers = {layer.name: number for number, layer in enumerate(layers)}
+    return range(numbers[names[0]], next(n for n, layer in enumerate(layers) if layer.joins) + 1)
+
+
 def build_layers(config: ModelConfig) -> list[LayerSpec]:
     """The layers of a resolved configuration, in order: `embed`, `blocks.0` ..., `merges.0` between stages, `head`."""
     return list(_measured(config))

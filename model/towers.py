@@ -26,6 +26,8 @@ from model.text import TextConfig
 from model.text_layers import TextEmbedding, TextHead
 
 IMAGE, TEXT, PAIR = "image", "text", "pair"
+TOWERS = (IMAGE, TEXT)
+"""What the names of layers may begin with."""
 
 
 def build_towers(

@@ -17,14 +17,20 @@ _SINCE = {"bf16": (8, 0), "fp16": (5, 3)}  # compute capability with fast produc
 
 
 def precision_of(config: PrecisionConfig, layers: Sequence[LayerSpec]) -> Precision:
-    """What each layer of the model computes in."""
-    blocks = [layer.name for layer in layers if layer.name.startswith("blocks.")]
-    edge = {*blocks[: config.high_first_blocks], *blocks[len(blocks) - config.high_last_blocks :]}
-    outer = {name for name in ("embed", "head") if name in config.high_layers}
+    """What each layer computes in: of two towers, the first and last blocks of each are kept high, and where they meet is
+    fp32 always.
+    """
+    towers = dict.fromkeys(layer.tower for layer in layers)
+    by_tower = [[layer.name for layer in layers if layer.kind == "blocks" and layer.tower == t] for t in towers]
+    blocks, edge = [name for own in by_tower for name in own], set[str]()
+    for own in by_tower:
+        edge |= {*own[: config.high_first_blocks], *own[max(0, len(own) - config.high_last_blocks) :]}
+    outer = {layer.name for layer in layers if layer.kind in config.high_layers}
+    pair = {layer.name for layer in layers if layer.joins}  # a temperature of 16 bits would move in steps of half a percent
     fp8 = config.dtype == "fp8"
     return Precision(
         dtype=DTYPES[config.dtype],
-        high=frozenset(outer if fp8 else outer | edge),
+        high=frozenset(outer | pair if fp8 else outer | pair | edge),
         norms_in_fp32="norms" in config.high_layers,
         fp8=frozenset(set(blocks) - edge if fp8 else ()),
     )

@@ -11,16 +11,17 @@ from model import LayerSpec
 
 def may_drop(layers: Sequence[LayerSpec], passes: Sequence[int], place: int) -> bool:
     """Whether a layer is a block that gradients pass through: it may keep less. Arguments as of `assignment`."""
-    return layers[place].name.startswith("blocks.") and passes[place] > 1
+    return layers[place].kind == "blocks" and passes[place] > 1
 
 
 def has_merge(layers: Sequence[LayerSpec], place: int) -> bool:
     """Whether a patch merge goes with a block."""
-    return place + 1 < len(layers) and layers[place + 1].name.startswith("merges.")
+    return place + 1 < len(layers) and layers[place + 1].kind == "merges"
 
 
 def assignment(config: RecomputeConfig, layers: Sequence[LayerSpec], passes: Sequence[int]) -> dict[str, SaveSet]:
-    """Of each block and patch merge that gradients pass through, by its name, in order.
+    """Of each block and patch merge that gradients pass through, by its name, in order: a list in the configuration names
+    all blocks of the list of layers, those of the image tower before those of the text tower.
 
     A patch merge goes with the block before it: it is dropped if that block's save set drops merges, and what it keeps
     is where that block has what it keeps.
@@ -29,10 +30,10 @@ def assignment(config: RecomputeConfig, layers: Sequence[LayerSpec], passes: Seq
         config: resolved. layers: of the whole model. passes: of each, as `engine.frozen` counts: nothing is kept where
             that is 1.
     """
-    sets = iter(config.sets(sum(layer.name.startswith("blocks.") for layer in layers)))
+    sets = iter(config.sets(sum(layer.kind == "blocks" for layer in layers)))
     found, here = dict[str, SaveSet](), SaveSet()
     for layer, count in zip(layers, passes, strict=True):
-        kind = layer.name.partition(".")[0]
+        kind = layer.kind
         if kind == "blocks":
             here = next(sets)
         if kind in ("blocks", "merges") and count > 1:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
@@ -22,30 +23,49 @@ from engine.recompute.costs import LayerCost
 from parallel.sharding.gradients import GradientSync
 
 
+Form = tuple[tuple[int, ...], torch.dtype]
+"""Shape and dtype."""
+Ride = tuple[tuple[int, ...], torch.dtype, bool]
+"""Shape, dtype, and whether a gradient is due."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Place:
     """What a layer's cost depends on beside the layer.
 
     Attributes:
-        given: shape and dtype of its input; None for the first layer of all. carries: whether a gradient of it is due.
+        given: shape and dtype of its input; None for the first layer of a tower. carries: whether a gradient of it is
+            due. rides: what rides beside its input, if anything. reads: whether it reads that. ridden: whether its output
+            is to ride.
         first, last: of its stage, which holds what it has received until its backward is over: the input where it
             carries a gradient, the gradient of the output.
         splits: whether backward comes in two parts. notes: whether what is to be computed again is noted, for a
             schedule that recomputes (R). ahead: whether an R runs it: the cost is from there on, as if that were the
-            forward.
+            forward. arises: whether the layer is in the stage whose output the ride is. joined: whether that is which reads
+            it.
     """
 
-    given: tuple[tuple[int, ...], torch.dtype] | None
+    given: Form | None
     carries: bool = True
+    rides: tuple[Ride, ...] = ()
+    reads: bool = False
+    ridden: bool = False
     first: bool = False
     last: bool = False
     splits: bool = False
     notes: bool = False
     ahead: bool = False
+    arises: bool = False
+    joined: bool = False
+
+    @property
+    def waits(self) -> bool:
+        """Whether its output has been sent as a ride, with which its gradient comes."""
+        return self.ridden and not self.last and not self.joined
 
 
 def measure(
-    layer: Callable[[Tensor | None], Tensor],
+    layer: Callable[[Tensor | None, tuple[Tensor, ...]], Tensor],
     place: Place,
     gradients: GradientSync,
     noting: Callable[[], AbstractContextManager[list[Callable[[], None]]]],
@@ -54,22 +74,25 @@ def measure(
     """What a layer holds, for one micro-batch.
 
     Args:
-        layer: its input to its output or, of the last layer of all, to the loss. gradients: of its weights, go there.
+        layer: its input, and the rides that it reads, to its output or, of the last layer of all, to the loss.
+            gradients: of its weights, go there.
         noting: within, what is to be computed again is noted. sent: has let go of what was sent to host memory; bytes.
     """
     gradients.start(1)
     with LiveBytes() as counter:
-        x = _input(place)
+        x = _input(place.given, carries=place.carries, from_stage=not place.first)
+        rides = tuple(_input((s, d), carries=c, from_stage=place.arises) for s, d, c in place.rides * place.reads)
         with noting() if place.notes else nullcontext(list[Callable[[], None]]()) as dropped:
-            y: Tensor | None = layer(x)
+            y: Tensor | None = layer(x, rides)  # type: ignore[arg-type]
         forward = counter.restart()
         assert y is not None
         root, gradient = _root(y, place)
         y, away = None, sent()
         x = x if place.first and place.carries else None
+        rides = () if place.arises else tuple(ride for ride in rides if ride is not None and ride.requires_grad)
         kept = counter.now
         if root is None:
-            return LayerCost(kept=kept, forward=forward, backward=0, away=away)
+            return with_rides(LayerCost(kept=kept, forward=forward, backward=0, away=away), place)
         if place.ahead:
             counter.restart()
             _run_all(dropped)
@@ -82,14 +105,42 @@ def measure(
         x = root = None
         held = counter.now
         given.clear()
+        rides = ()
         deferred = counter.now
         counter.restart()
         while products:
             products.pop(0)()  # lets go of what it multiplies
         weight = counter.peak - deferred
-    return LayerCost(
+    cost = LayerCost(
         kept=kept, forward=forward, backward=backward, deferred=deferred, weight=weight, held=held - deferred, away=away
     )
+    return with_rides(cost, place)
+
+
+def with_rides(cost: LayerCost, place: Place) -> LayerCost:
+    """The cost, and what rides past the layer meanwhile.
+
+    That is alive while any layer of its stage that it passes runs forward. Its gradient is there while they run backward,
+    as what was sent for the last layer of the stage, or, from the layer that reads it on, until the one that made it
+    takes it, which ends where the later tower begins.
+    """
+    size = sum(_size(shape, dtype) for shape, dtype, _ in place.rides)
+    gradient = sum(_size(shape, dtype) for shape, dtype, carries in place.rides if carries)
+    forward, backward, held = cost.forward, cost.backward, cost.held
+    if place.rides and not place.reads:
+        forward += 0 if place.ahead else size
+        held += gradient if place.last else 0
+        held -= gradient if place.given is None and place.arises and place.joined else 0
+    if place.reads and place.arises:
+        held += gradient
+    if place.waits:
+        own = cost.held
+        backward, held = backward - own, held - own
+    return replace(cost, forward=forward, backward=backward, held=held)
+
+
+def _size(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return prod(shape) * dtype.itemsize
 
 
 def _run_all(calls: list[Callable[[], None]]) -> None:
@@ -98,15 +149,15 @@ def _run_all(calls: list[Callable[[], None]]) -> None:
     calls.clear()
 
 
-def _input(place: Place) -> Tensor | None:
-    """As the layer is given it."""
-    if place.given is None:
+def _input(given: Form | None, *, carries: bool, from_stage: bool) -> Tensor | None:
+    """As the layer is given it: by a layer of its stage, or as the stage is."""
+    if given is None:
         return None
-    shape, dtype = place.given
-    if place.carries and not place.first:
+    shape, dtype = given
+    if carries and from_stage:
         x: Tensor = _Before.apply(torch.empty(0, device="meta", requires_grad=True), shape, dtype)
         return x
-    return torch.empty(shape, dtype=dtype, device="meta", requires_grad=place.carries)
+    return torch.empty(shape, dtype=dtype, device="meta", requires_grad=carries)
 
 
 def _root(y: Tensor, place: Place) -> tuple[Any, Callable[[], Tensor | None]]:
@@ -115,7 +166,7 @@ def _root(y: Tensor, place: Place) -> tuple[Any, Callable[[], Tensor | None]]:
         return None, lambda: None
     if y.dim() == 0:
         return get_gradient_edge(y), lambda: None
-    if place.last:
+    if place.last or place.waits:
         shape, dtype = y.shape, y.dtype
         return get_gradient_edge(y), lambda: torch.empty(shape, dtype=dtype, device="meta")
     root = _Behind.apply(y)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from engine.clusters.pricing import Pricer, Spent
 from engine.recompute.regions import split_place
-from model import Build, LayerSpec, MicroBatch
+from model import Build, LayerSpec, MicroBatch, makers
 from model.regions import Policy, Region
 from model.stage import put_under
 from parallel.layout import attach_info, info_of
@@ -232,26 +232,32 @@ class ReadyLayer:
     def step(self, clock: Clock | None = None) -> tuple[Spent, Spent]:
         """Forward and backward; what they took."""
         self.module.zero_grad()
-        x, batch = self._inputs()
+        given = self._inputs()
         if clock is not None:
             clock.spent()
-        y = self.module(x, batch)
+        y = self.module(*given)
         forward = {} if clock is None else clock.spent()
-        gradient = torch.ones_like(y)
+        outputs = [x for x in (y if isinstance(y, tuple) else (y,)) if x.requires_grad]
+        gradients = [torch.ones_like(x) for x in outputs]
         if clock is not None:
             clock.spent()
-        torch.autograd.backward(y, gradient)
+        torch.autograd.backward(outputs, gradients)
         return forward, {} if clock is None else clock.spent()
 
-    def _inputs(self) -> tuple[Tensor | None, MicroBatch]:
-        """Random rows, or images."""
-        sizes, spec = self._build.sizes, self._layers[self._index]
-        zeros = torch.zeros(self._size, dtype=torch.int64, device=self._device)
-        ones = torch.ones(self._size, device=self._device)
-        batch = MicroBatch(images=None, labels=zeros, sample_ids=zeros, weights=ones)
-        if self._index == 0:
-            images = torch.rand(self._size, sizes.channels, *sizes.image, device=self._device)
-            return None, replace(batch, images=images)
-        shape = self._layers[self._index - 1].boundary(self._size, self._build)
-        dtype = self._build.precision.of_layer(spec.name)
-        return torch.randn(shape, dtype=dtype, device=self._device).requires_grad_(), batch
+    def _inputs(self) -> tuple[Any, ...]:
+        """Random rows, or none, and a micro-batch of what the layer reads; of one that joins towers, rides."""
+        spec, precision, device = self._layers[self._index], self._build.precision, self._device
+        here, size = self._build.of(spec), self._size * spec.per_sample
+        images = texts = None
+        if "images" in spec.reads:
+            images = torch.rand(size, here.sizes.channels, *here.sizes.image, device=device)
+        if "texts" in spec.reads:
+            texts = torch.zeros(size, here.tokens.count, dtype=torch.int64, device=device)
+        zeros = torch.zeros(size, dtype=torch.int64, device=device)
+        batch = MicroBatch(
+            images=images, texts=texts, labels=zeros, sample_ids=zeros, weights=torch.ones(size, device=device)
+        )
+        flow = [maker.boundary(self._size, self._build) for maker in makers(self._layers, self._index)]
+        dtype = precision.of_layer(spec.name)
+        x, rides = spec.parted(tuple(torch.randn(of, dtype=dtype, device=device).requires_grad_() for of in flow))
+        return (x, batch, rides) if spec.joins else (x, batch)

@@ -23,11 +23,29 @@ Pace = Callable[[Sequence[float], Sequence[float]], float]
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where in its stage a layer is, as its costs go by it: the first, the last, of one whose backward is split."""
+    """Where in its stage a layer is, as its costs go by it: the first, the last, of one whose backward is split; and of
+    a layer that something rides past, reads that or makes it: whether the stage makes it, and whether it reads it."""
 
     first: bool = False
     last: bool = False
     splits: bool = False
+    arises: bool = False
+    joined: bool = False
+
+    @staticmethod
+    def of(layer: int, stage: range, layers: int, ride: range | None, *, splits: bool = False) -> Place:
+        """Of a layer, by its number among so many.
+
+        Args:
+            stage: its layers. ride: from the layer that makes what rides past this one to that which reads it.
+        """
+        return Place(
+            first=layer == stage.start,
+            last=layer == stage.stop - 1 < layers - 1,
+            splits=splits,
+            arises=ride is not None and ride.start in stage,
+            joined=ride is not None and ride.stop - 1 in stage,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +54,7 @@ class Layer:
 
     Attributes:
         kind: equal for layers in whose stead any other of the kind could be. costs: of its save sets, somewhere.
+        ride: from the layer that makes what rides past this one to that which reads it, if anything does.
         seconds: of its forward and backward, of one micro-batch. output, input_gradient: bytes of what it would send if
             it were the last of a stage, and of what it would send back if it were the first.
     """
@@ -45,6 +64,7 @@ class Layer:
     seconds: float
     output: int = 0
     input_gradient: int = 0
+    ride: range | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,8 +178,7 @@ class Ranks:
     def _costs(self, stage: int, own: range) -> Stage:
         """Of the save sets of each layer of a stage."""
         places = {
-            l: Place(first=l == own.start, last=l == own.stop - 1 < len(self.layers) - 1, splits=stage in self._splits)
-            for l in own
+            l: Place.of(l, own, len(self.layers), self.layers[l].ride, splits=stage in self._splits) for l in own
         }
         return [self.layers[l].costs(place) for l, place in places.items()]
 

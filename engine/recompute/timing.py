@@ -235,7 +235,7 @@ def kind_of(spec: LayerSpec, build: Build) -> Hashable:
     args: Sequence[Any] = getattr(spec.factory, "args", ())
     rate, rest = args[1:2], args[2:]  # after the name: drop-path, kind of attention
     formats = build.precision.of_layer(spec.name), spec.name in build.precision.fp8
-    return getattr(spec.factory, "func", spec.factory), any(rate), rest, spec.stage, formats
+    return getattr(spec.factory, "func", spec.factory), any(rate), rest, spec.stage, spec.tower, formats
 
 
 def _policy(name: str, of: SaveSet) -> Policy:

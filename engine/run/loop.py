@@ -103,6 +103,7 @@ class Loop:
         self.eval_stream = EvalStream(eval_set, **place)
         self.images_per_epoch, self._has_texts = len(train_set), train_set.texts is not None
         self.flops_per_image = a.training_flops
+        self.tokens_per_sample = sum(layer.output[0] for layer in a.layers if layer.kind == "embed")
         self.bubble_predicted = a.predicted.bubble_fraction if a.grid.pipeline.size > 1 else None
         self.evaluated: tuple[int, Mapping[str, float]] = (-1, {})
 
@@ -287,7 +288,7 @@ class Loop:
             "skipped_steps": self.progress.skipped,
             "step_time": step_time,
             "images_per_second": images_per_second,
-            "tokens_per_second": images_per_second * self.config.model.sizes.tokens,
+            "tokens_per_second": images_per_second * self.tokens_per_sample,
             "tflops_per_device": tflops,
             "mfu": tflops / peak if peak else None,
             "peak_memory": int(memory),

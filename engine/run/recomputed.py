@@ -58,8 +58,8 @@ def _changes(a: Assembly) -> bool:
 def _of_stage(a: Assembly, layers: range) -> str:
     """`6 block(s) keep qk_norm, 6 all; 1 patch merge(s) again`, "" of a stage without any."""
     names = [a.layers[i].name for i in layers]
-    kept = Counter(_name(a, a.sets[n]) if n in a.sets else "nothing" for n in names if n.startswith("blocks."))
-    merges = sum(bool(a.sets[n].drops) for n in names if n.startswith("merges.") and n in a.sets)
+    kept = Counter(_name(a, a.sets[n]) if n in a.sets else "nothing" for n in names if "blocks." in n)
+    merges = sum(bool(a.sets[n].drops) for n in names if "merges." in n and n in a.sets)
     parts = [f"{count} {'block(s) keep ' * (not i)}{name}" for i, (name, count) in enumerate(kept.items())]
     return "; ".join([", ".join(parts)] * bool(parts) + [f"{merges} patch merge(s) again"] * bool(merges))
 

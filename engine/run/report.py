@@ -12,6 +12,7 @@ from engine.assemble import Assembly
 from engine.device import describe
 from engine.plan import states
 from engine.run.recomputed import recompute_lines
+from model import ModelConfig, Tower
 from model.kernels import Kernels
 from parallel import comm
 from parallel.pipeline.actions import peak_activations, recomputed_ahead
@@ -64,23 +65,34 @@ def _grid_line(a: Assembly) -> str:
 
 
 def _model_lines(a: Assembly) -> Iterator[str]:
-    model, sizes = a.config.model, a.config.model.sizes
-    yield (
-        f"model: {model.block} blocks, {model.norm}, {model.mlp}, position {model.position}, pool {model.pool}; "
-        f"images {sizes.channels} x {sizes.image[0]} x {sizes.image[1]}, {sizes.prefix} prefix token(s)"
-    )
-    for stage in sizes.stages:
-        name = f"  stage {stage.index} of the pyramid" if model.stages else "  blocks"
-        kinds = ", ".join(f"{kind} x {len(list(run))}" for kind, run in groupby(stage.kinds))
-        yield (
-            f"{name}: depth {stage.depth}, width {stage.width}, heads {stage.heads}, mlp {stage.mlp}; "
-            f"{stage.rows} x {stage.cols} patches; attention {kinds}"
-        )
-    parameters = sum(layer.parameters for layer in a.layers)
-    yield f"size: {parameters:,} parameters, {a.training_flops / 1e9:.3f} GFLOP per image, forward and backward"
+    for tower in dict.fromkeys(layer.tower for layer in a.layers if not layer.joins):
+        yield from _tower_lines(a.config.model if tower is None else tower.config, tower)
+    parameters, of = sum(layer.parameters for layer in a.layers), "pair" if a.layers[-1].rides else "image"
+    of = "sample, in two views" if a.layers[-1].per_sample == 2 else of
+    yield f"size: {parameters:,} parameters, {a.training_flops / 1e9:.3f} GFLOP per {of}, forward and backward"
     if a.frozen.names:
         front = f"; nothing goes backward through the first {a.frozen.front} layer(s)" if a.frozen.front else ""
         yield f"  frozen: {a.frozen.count:,} parameters, {len(a.frozen.names)} tensor(s){front}"
+
+
+def _tower_lines(model: ModelConfig, tower: Tower | None) -> Iterator[str]:
+    sizes, of_text = model.sizes, tower is not None and not tower.shares_tokens
+    form = f"{model.block} blocks, {model.norm}, {model.mlp}"
+    if of_text:
+        yield f"{tower.name if tower else ''} tower: {form}; texts of {sizes.tokens} tokens"
+    else:
+        yield (
+            f"{'model' if tower is None else f'{tower.name} tower'}: {form}, position {model.position}, pool {model.pool}; "
+            f"images {sizes.channels} x {sizes.image[0]} x {sizes.image[1]}, {sizes.prefix} prefix token(s)"
+        )
+    for stage in sizes.stages:
+        name = f"  stage {stage.index} of the pyramid" if model.stages else "  blocks"
+        kinds = ", ".join(f"{kind} x {len(list(run))}" for kind, run in groupby(stage.kinds))
+        patches = "" if of_text else f"{stage.rows} x {stage.cols} patches; "
+        yield (
+            f"{name}: depth {stage.depth}, width {stage.width}, heads {stage.heads}, mlp {stage.mlp}; "
+            f"{patches}attention {kinds}"
+        )
 
 
 def _batch_lines(a: Assembly) -> Iterator[str]:
@@ -143,7 +155,7 @@ def _precision_lines(a: Assembly) -> Iterator[str]:
             f"halved from overflow {a.scaler.hysteresis} on"
         )
     if a.fp8 is not None:
-        yield f"  fp8: {a.fp8.describe()}; {len(kept.fp8)} of {a.config.model.sizes.depth} blocks"
+        yield f"  fp8: {a.fp8.describe()}; {len(kept.fp8)} of {sum(layer.kind == 'blocks' for layer in a.layers)} blocks"
 
 
 def _optimizer_line(a: Assembly) -> str:

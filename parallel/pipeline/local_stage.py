@@ -5,7 +5,8 @@ in the inbox of a neighbour on the same rank, or where the executor finds what i
 
 What is kept per micro-batch between forward and backward: the stage's inputs, and the edge of the autograd graph at its
 outputs, and what is to be called to recompute, which holds no tensor. Between the two parts of a split backward: the
-products that were put off, with what they multiply. The outputs are freed once they are sent.
+products that were put off, with what they multiply. The outputs are freed once they are sent. Of an input that is an
+output, too, nothing is kept: the gradient that comes for the one is that of the other.
 """
 
 from __future__ import annotations
@@ -100,11 +101,12 @@ class _Kept:
     """What one micro-batch keeps between forward and backward.
 
     Attributes:
-        inputs: those that carry a gradient. roots: of the outputs that carry one, None where nothing that is trained,
-            here or before, has made it.
+        inputs: those that carry a gradient; in the place of one that is an output, too, the number of that among those
+            that carry one. roots: of the outputs that carry one, None where nothing that is trained, here or before, has
+            made it, or where it is an input.
     """
 
-    inputs: Tensors
+    inputs: Sequence[Tensor | int]
     roots: Sequence[GradientEdge | None]
 
 
@@ -183,8 +185,13 @@ class LocalStage:
             self.outputs[m] = tuple([x.detach() for x in outputs])
             roots = [outputs[i] for i in self._carrying_out]
         if self._trains:
+            passed = {id(x): i for i, x in enumerate(roots)} if carrying else {}
+            kept = [passed.get(id(x), x) for x in carrying]
             edges = [get_gradient_edge(x) if x.requires_grad else None for x in roots]
-            self._kept[m] = _Kept(carrying, edges)
+            for i in kept:
+                if isinstance(i, int):
+                    edges[i] = None
+            self._kept[m] = _Kept(kept, edges)
 
     def _run(self, inputs: Tensors, m: int) -> Tensors:
         if self.recomputer is None or not self._trains:
@@ -207,9 +214,7 @@ class LocalStage:
             edges, arrived = zip(*roots, strict=True)
             torch.autograd.backward(edges, arrived)
         if self.inputs is not None:
-            # What the stage did not use has no gradient; zeros of its shape keep the boundary's message static.
-            own = [x.grad if x.grad is not None else torch.zeros_like(x) for x in kept.inputs]
-            self.input_gradients[m] = tuple(own)
+            self.input_gradients[m] = tuple([_gradient_of(x, gradients) for x in kept.inputs])
 
     def backward_input(self, m: int) -> None:
         """Gradients of the inputs alone."""
@@ -224,3 +229,16 @@ class LocalStage:
         products.reverse()
         while products:  # each is let go, with what it multiplies, as soon as it is done
             products.pop()()
+
+
+def _gradient_of(x: Tensor | int, arrived: Sequence[Tensor | None]) -> Tensor:
+    """Of an input; what the stage did not use has none: zeros of its shape keep the boundary's message static.
+
+    Args:
+        x: itself or, of one that is an output, too, the number of that. arrived: gradients of the outputs.
+    """
+    if isinstance(x, int):
+        grad = arrived[x]
+        assert grad is not None
+        return grad
+    return x.grad if x.grad is not None else torch.zeros_like(x)

@@ -72,7 +72,7 @@ class VocabularyEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """int64 [B, S] in [0, V) -> [R, D], or this rank's rows of it."""
-        rows = tokens.flatten()
+        rows = tokens.flatten().int()  # a copy, kept for backward: the texts themselves may go
         if self.tp.size > 1:
             own = rows - self.first
             rows = own.masked_fill((own < 0) | (own >= self.count), _ABSENT)

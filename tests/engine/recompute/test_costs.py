@@ -47,8 +47,8 @@ def test_costs_of_layers_add_up_to_a_pass_of_the_rank(case: Case, sets: str) -> 
         assembly = assemble(config, planned_grid(shape, rank), META, device_memory=0.0)
         counted, left = bytes_of_a_pass(assembly)
         planned = plan_memory(config, shape, rank, 0.0).activations
-        images = assembly.to_device(micro_batch(assembly), training=True).images
-        planned -= 0 if images is None else images.nbytes
+        batch = assembly.to_device(micro_batch(assembly), training=True)
+        planned -= sum(x.nbytes for x in (batch.images, batch.texts) if x is not None)
         losses = 4 * case.micro_batches * assembly.holds_loss
         assert 0 <= counted - planned <= losses + 8, (counted, planned)
         assert left == losses
