@@ -226,7 +226,8 @@ def _image_bytes(a: Assembly, rank: int) -> int:
 
 
 def image_bytes(a: Assembly, stages: Iterable[range]) -> int:
-    """Of the images and texts of one micro-batch, on a rank whose stages have these layers, if one of them reads them."""
+    """Of the images and texts of one micro-batch, on a rank whose stages have these layers, if one of them reads
+    them."""
     size, found = a.config.train.micro_batch_size, dict[str, int]()
     assert size is not None
     for layer in (a.layers[place] for own in stages for place in own):

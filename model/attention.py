@@ -44,9 +44,7 @@ class Mixer(Protocol):
         """[B, S, h, K] each -> [B, S, h, K]."""
 
 
-def softmax_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, causal: bool = False
-) -> Tensor:
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, causal: bool = False) -> Tensor:
     """Fused attention with heads after tokens: [B, S, h, K] each -> [B, S, h, K]."""
     out = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, causal=causal)
     return out.transpose(1, 2)

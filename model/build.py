@@ -24,8 +24,8 @@ class Tower:
     """One of several models whose layers are in one list.
 
     Attributes:
-        name: the prefix of its layers' names. config: resolved. shares_tokens: whether context ranks share the tokens of
-            a sample; else each of them computes all of it.
+        name: the prefix of its layers' names. config: resolved. shares_tokens: whether context ranks share the tokens
+            of a sample; else each of them computes all of it.
     """
 
     name: str

@@ -22,12 +22,12 @@ from parallel.random import initialise
 class ImageText(Stage):
     """An image tower and a text tower on one process, with their initial weights, for use outside the engine.
 
-    It computes in the format of its weights (`.bfloat16()`, `.half()`, `.double()`); embeddings are normalised in fp32 at
-    least. In training mode drop-path draws from torch's generator, anew at each call.
+    It computes in the format of its weights (`.bfloat16()`, `.half()`, `.double()`); embeddings are normalised in fp32
+    at least. In training mode drop-path draws from torch's generator, anew at each call.
 
     Args:
-        image, text: resolved or not. embedding, projection, temperature, learn_temperature, max_logit_scale, bias: as of
-            `build_towers`. seed: of the weights. device: where it lives. kernels: which form of them runs.
+        image, text: resolved or not. embedding, projection, temperature, learn_temperature, max_logit_scale, bias: as
+            of `build_towers`. seed: of the weights. device: where it lives. kernels: which form of them runs.
 
     Example:
         >>> image, text = ModelConfig(preset="vit_ti16"), TextConfig(width=192, depth=4, num_heads=3)

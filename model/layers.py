@@ -31,8 +31,8 @@ Factory = Callable[[Build], nn.Module]
 class LayerSpec:
     """One layer of the list.
 
-    What a layer is given is a tuple: the output of the layer before it, then its *rides*, outputs of earlier layers that
-    a later one waits for, and which the layers in between hand on untouched.
+    What a layer is given is a tuple: the output of the layer before it, then its *rides*, outputs of earlier layers
+    that a later one waits for, and which the layers in between hand on untouched.
 
     Attributes:
         name: global, e.g. `blocks.17`; the prefix of its parameters' names in every layout.

@@ -38,12 +38,14 @@ class _AtMost(torch.autograd.Function):
 
 def _scalar(value: float, *, trains: bool = True) -> nn.Parameter:
     info = ParameterInfo(layout=TensorLayout(shape=(1,)), init=Init(kind="constant", scales=(value,)))
-    return make_parameter(info).requires_grad_(trains)
+    parameter = make_parameter(info)
+    parameter.requires_grad_(trains)
+    return parameter
 
 
 class Pair(nn.Module):
-    """(image [B, E], text [B, E], scale [], bias []): embeddings divided by their length, fp32 at least, and what a logit
-    is, scale * image . text + bias. Alike on tensor and context ranks.
+    """(image [B, E], text [B, E], scale [], bias []): embeddings divided by their length, fp32 at least, and what a
+    logit is, scale * image . text + bias. Alike on tensor and context ranks.
 
     Of one tower, whose rows are first views, then second ones of the same samples, the two views.
 

@@ -51,9 +51,7 @@ class Stage(Layers):
             flow = self.run(spec, self.get_submodule(spec.name), flow, batch)
         return flow
 
-    def run(
-        self, spec: LayerSpec, layer: nn.Module, flow: tuple[Tensor, ...], batch: MicroBatch
-    ) -> tuple[Tensor, ...]:
+    def run(self, spec: LayerSpec, layer: nn.Module, flow: tuple[Tensor, ...], batch: MicroBatch) -> tuple[Tensor, ...]:
         """One of the layers, in its own format, on its part of what flows: the rest rides on."""
         given, rides = spec.parted(flow)
         x = None if given is None else given.to(self.precision.of_layer(spec.name))

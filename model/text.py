@@ -137,8 +137,8 @@ class TextConfig:
         given = {f.name: getattr(self, f.name) for f in fields(self)}
         if given["vocabulary_size"] not in (None, base["vocabulary_size"]) and given["end_token"] is None:
             raise ValueError(
-                f"text.vocabulary_size is {self.vocabulary_size}, but text.end_token is not set: give the token that ends "
-                f"a text ({base['end_token']} is that of the usual {base['vocabulary_size']})"
+                f"text.vocabulary_size is {self.vocabulary_size}, but text.end_token is not set: give the token that "
+                f"ends a text ({base['end_token']} is that of the usual {base['vocabulary_size']})"
             )
         resolved = replace(self, **(given | {k: v for k, v in base.items() if given[k] is None}))
         for name, (least, most) in _LIMITS.items():
@@ -147,12 +147,13 @@ class TextConfig:
         assert resolved.end_token is not None and resolved.vocabulary_size is not None
         if not 0 <= resolved.end_token < resolved.vocabulary_size:
             raise ValueError(
-                f"text.end_token is {resolved.end_token}, but text.vocabulary_size {resolved.vocabulary_size} has tokens "
-                f"0 to {resolved.vocabulary_size - 1}: give one of them, or a larger vocabulary"
+                f"text.end_token is {resolved.end_token}, but text.vocabulary_size {resolved.vocabulary_size} has "
+                f"tokens 0 to {resolved.vocabulary_size - 1}: give one of them, or a larger vocabulary"
             )
         if resolved.projection_bias and resolved.projection in ("mlp", "none"):
             raise ValueError(
-                f"text.projection_bias is true, but text.projection is {resolved.projection}: leave it out, or use linear"
+                f"text.projection_bias is true, but text.projection is {resolved.projection}: leave it out, or use "
+                "linear"
             )
         resolved.model(1, "linear")
         return resolved

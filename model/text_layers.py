@@ -49,8 +49,8 @@ class TextEmbedding(nn.Module):
         assert texts is not None
         if texts.shape[1] != self.length:
             raise ValueError(
-                f"texts have {texts.shape[1]} tokens, but the model takes {self.length}: cut or fill them up to that, or "
-                "set text.context_length"
+                f"texts have {texts.shape[1]} tokens, but the model takes {self.length}: cut or fill them up to that, "
+                "or set text.context_length"
             )
         y = self.token(texts)
         if self.tp.splits_rows:
@@ -99,7 +99,8 @@ class TextHead(nn.Module):
     def _picked(self, x: Tensor, batch: MicroBatch) -> Tensor:
         """One row per text: [B, D]."""
         first = torch.arange(batch.size, device=x.device) * self.length
-        return self._all(x, batch).index_select(0, first + (self._ends(batch) if self.kind == "eos" else self.length - 1))
+        at = self._ends(batch) if self.kind == "eos" else self.length - 1
+        return self._all(x, batch).index_select(0, first + at)
 
     def _pooled(self, x: Tensor, batch: MicroBatch) -> Tensor:
         """Of the tokens up to the end of each text: [B, D]."""

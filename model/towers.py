@@ -44,10 +44,11 @@ def build_towers(
     """The layers of contrastive training, in order, measured as `model.build_layers` does.
 
     Args:
-        image: resolved; its classifier is replaced by the projection. text: resolved; None: two views of each image, first
-            views before second ones in a micro-batch. embedding: features of both towers' embeddings. projection: from
-            pooled features to them, unless the text tower has its own. temperature: at the start. learn_temperature:
-            whether it is trained. max_logit_scale: bound of its inverse. bias: of logits, at the start; None: none.
+        image: resolved; its classifier is replaced by the projection. text: resolved; None: two views of each image,
+            first views before second ones in a micro-batch. embedding: features of both towers' embeddings.
+            projection: from pooled features to them, unless the text tower has its own. temperature: at the start.
+            learn_temperature: whether it is trained. max_logit_scale: bound of its inverse. bias: of logits, at the
+            start; None: none.
 
     Raises:
         ValueError: a tower without a projection whose features are not the embedding's.

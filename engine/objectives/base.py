@@ -158,8 +158,8 @@ class JointObjective(Objective):
     def loss_share(self, outputs: Outputs, batch: MicroBatch, grid: Grid, scale: float) -> Tensor:
         """As Objective, for those who plan: something to differentiate that takes no time, and hands out gradients of
         the outputs' shapes."""
-        zeros = tuple(torch.zeros_like(x) for x in outputs)
-        return inject(lambda: zeros, outputs)
+        forms = [(x.shape, x.dtype, x.device) for x in outputs]
+        return inject(lambda: tuple(torch.zeros(s, dtype=d, device=at) for s, d, at in forms), outputs)
 
 
 class _Inject(torch.autograd.Function):

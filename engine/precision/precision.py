@@ -17,8 +17,8 @@ _SINCE = {"bf16": (8, 0), "fp16": (5, 3)}  # compute capability with fast produc
 
 
 def precision_of(config: PrecisionConfig, layers: Sequence[LayerSpec]) -> Precision:
-    """What each layer computes in: of two towers, the first and last blocks of each are kept high, and where they meet is
-    fp32 always.
+    """What each layer computes in: of two towers, the first and last blocks of each are kept high, and where they meet
+    is fp32 always.
     """
     towers = dict.fromkeys(layer.tower for layer in layers)
     by_tower = [[layer.name for layer in layers if layer.kind == "blocks" and layer.tower == t] for t in towers]
@@ -26,7 +26,7 @@ def precision_of(config: PrecisionConfig, layers: Sequence[LayerSpec]) -> Precis
     for own in by_tower:
         edge |= {*own[: config.high_first_blocks], *own[max(0, len(own) - config.high_last_blocks) :]}
     outer = {layer.name for layer in layers if layer.kind in config.high_layers}
-    pair = {layer.name for layer in layers if layer.joins}  # a temperature of 16 bits would move in steps of half a percent
+    pair = {layer.name for layer in layers if layer.joins}  # 16 bits of a temperature are steps of half a percent
     fp8 = config.dtype == "fp8"
     return Precision(
         dtype=DTYPES[config.dtype],

@@ -20,8 +20,8 @@ def has_merge(layers: Sequence[LayerSpec], place: int) -> bool:
 
 
 def assignment(config: RecomputeConfig, layers: Sequence[LayerSpec], passes: Sequence[int]) -> dict[str, SaveSet]:
-    """Of each block and patch merge that gradients pass through, by its name, in order: a list in the configuration names
-    all blocks of the list of layers, those of the image tower before those of the text tower.
+    """Of each block and patch merge that gradients pass through, by its name, in order: a list in the configuration
+    names all blocks of the list of layers, those of the image tower before those of the text tower.
 
     A patch merge goes with the block before it: it is dropped if that block's save set drops merges, and what it keeps
     is where that block has what it keeps.

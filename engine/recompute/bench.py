@@ -22,7 +22,6 @@ from engine.live_bytes import LiveBytes
 from engine.recompute.costs import LayerCost
 from parallel.sharding.gradients import GradientSync
 
-
 Form = tuple[tuple[int, ...], torch.dtype]
 """Shape and dtype."""
 Ride = tuple[tuple[int, ...], torch.dtype, bool]
@@ -35,14 +34,14 @@ class Place:
 
     Attributes:
         given: shape and dtype of its input; None for the first layer of a tower. carries: whether a gradient of it is
-            due. rides: what rides beside its input, if anything. reads: whether it reads that. ridden: whether its output
-            is to ride.
+            due. rides: what rides beside its input, if anything. reads: whether it reads that. ridden: whether its
+            output is to ride.
         first, last: of its stage, which holds what it has received until its backward is over: the input where it
             carries a gradient, the gradient of the output.
         splits: whether backward comes in two parts. notes: whether what is to be computed again is noted, for a
             schedule that recomputes (R). ahead: whether an R runs it: the cost is from there on, as if that were the
-            forward. arises: whether the layer is in the stage whose output the ride is. joined: whether that is which reads
-            it.
+            forward. arises: whether the layer is in the stage whose output the ride is. joined: whether that is which
+            reads it.
     """
 
     given: Form | None
@@ -120,16 +119,17 @@ def measure(
 def with_rides(cost: LayerCost, place: Place) -> LayerCost:
     """The cost, and what rides past the layer meanwhile.
 
-    That is alive while any layer of its stage that it passes runs forward. Its gradient is there while they run backward,
-    as what was sent for the last layer of the stage, or, from the layer that reads it on, until the one that made it
-    takes it, which ends where the later tower begins.
+    That is alive while any layer of its stage that it passes runs forward. Its gradient is there while they run
+    backward, as what was sent for the last layer of the stage, or, from the layer that reads it on, until the one that
+    made it takes it, which ends where the later tower begins.
     """
     size = sum(_size(shape, dtype) for shape, dtype, _ in place.rides)
     gradient = sum(_size(shape, dtype) for shape, dtype, carries in place.rides if carries)
     forward, backward, held = cost.forward, cost.backward, cost.held
     if place.rides and not place.reads:
         forward += 0 if place.ahead else size
-        held += gradient if place.last else 0
+        if place.last:
+            backward, held = backward + gradient, held + gradient
         held -= gradient if place.given is None and place.arises and place.joined else 0
     if place.reads and place.arises:
         held += gradient

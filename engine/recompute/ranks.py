@@ -177,9 +177,7 @@ class Ranks:
 
     def _costs(self, stage: int, own: range) -> Stage:
         """Of the save sets of each layer of a stage."""
-        places = {
-            l: Place.of(l, own, len(self.layers), self.layers[l].ride, splits=stage in self._splits) for l in own
-        }
+        places = {l: Place.of(l, own, len(self.layers), self.layers[l].ride, splits=stage in self._splits) for l in own}
         return [self.layers[l].costs(place) for l, place in places.items()]
 
     def _messages(self, own: range) -> tuple[int, int]:

@@ -82,7 +82,8 @@ def _tower_lines(model: ModelConfig, tower: Tower | None) -> Iterator[str]:
         yield f"{tower.name if tower else ''} tower: {form}; texts of {sizes.tokens} tokens"
     else:
         yield (
-            f"{'model' if tower is None else f'{tower.name} tower'}: {form}, position {model.position}, pool {model.pool}; "
+            f"{'model' if tower is None else f'{tower.name} tower'}: {form}, position {model.position}, "
+            f"pool {model.pool}; "
             f"images {sizes.channels} x {sizes.image[0]} x {sizes.image[1]}, {sizes.prefix} prefix token(s)"
         )
     for stage in sizes.stages:
@@ -155,7 +156,8 @@ def _precision_lines(a: Assembly) -> Iterator[str]:
             f"halved from overflow {a.scaler.hysteresis} on"
         )
     if a.fp8 is not None:
-        yield f"  fp8: {a.fp8.describe()}; {len(kept.fp8)} of {sum(layer.kind == 'blocks' for layer in a.layers)} blocks"
+        blocks = sum(layer.kind == "blocks" for layer in a.layers)
+        yield f"  fp8: {a.fp8.describe()}; {len(kept.fp8)} of {blocks} blocks"
 
 
 def _optimizer_line(a: Assembly) -> str:

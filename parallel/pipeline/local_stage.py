@@ -102,8 +102,8 @@ class _Kept:
 
     Attributes:
         inputs: those that carry a gradient; in the place of one that is an output, too, the number of that among those
-            that carry one. roots: of the outputs that carry one, None where nothing that is trained, here or before, has
-            made it, or where it is an input.
+            that carry one. roots: of the outputs that carry one, None where nothing that is trained, here or before,
+            has made it, or where it is an input.
     """
 
     inputs: Sequence[Tensor | int]

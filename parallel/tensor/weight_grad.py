@@ -44,8 +44,8 @@ def weight_gradient(weight: Tensor, grad_output: Tensor, x: Tensor) -> Tensor | 
 
 
 def computed_gradient(weight: Tensor, product: Callable[[], Tensor]) -> Tensor | None:
-    """What `product` gives, as the gradient of `weight`, in its format; None if the weight's sink took it, which may call
-    `product` later."""
+    """What `product` gives, as the gradient of `weight`, in its format; None if the weight's sink took it, which may
+    call `product` later."""
     sink: GradientSink | None = getattr(weight, "vitruvius_sink", None)
     if sink is None:
         return product().to(weight.dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -160,7 +161,7 @@ def test_any_cut_into_stages_gives_the_same_bits() -> None:
     every = list(range(1, len(layers)))
     for cuts in [[cut] for cut in every] + [every]:
         edges = [0, *cuts, len(layers)]
-        stages = [real(Stage(layers[a:b], build)) for a, b in zip(edges, edges[1:], strict=False)]
+        stages = [real(Stage(layers[a:b], build)) for a, b in pairwise(edges)]
         found = _run(stages, _batch())
         assert all(torch.equal(*both) for both in zip(found, expected, strict=True)), cuts
         for stage in stages:
@@ -233,8 +234,14 @@ def test_over_ranks_towers_are_as_on_one() -> None:
         ({"attention": "window"}, "text.attention names window: texts have no map of patches; use causal or full"),
         ({"end_token": 11}, "text.end_token is 11, but text.vocabulary_size 11 has tokens 0 to 10: give one of them.*"),
         ({"context_length": 0}, "text.context_length is 0: it must be 1 to 65536"),
-        ({"projection": "mlp", "projection_bias": True}, "text.projection_bias is true, but text.projection is mlp: .*"),
-        ({"norm": "rmsnorm", "norm_bias": False}, "text.norm_bias is False, but text.norm is rmsnorm, which has none: .*"),
+        (
+            {"projection": "mlp", "projection_bias": True},
+            "text.projection_bias is true, but text.projection is mlp: .*",
+        ),
+        (
+            {"norm": "rmsnorm", "norm_bias": False},
+            "text.norm_bias is False, but text.norm is rmsnorm, which has none: .*",
+        ),
     ],
 )
 def test_mistakes_are_told_by_name(keys: dict[str, Any], message: str) -> None:

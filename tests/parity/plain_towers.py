@@ -1,6 +1,7 @@
 """Two towers and where they meet, written a second time in plain PyTorch, as `plain_vit` is, whose blocks both share.
 
-Its weights are a dictionary with the engine's (logical) names. Legend: B pairs, S tokens of a text, D width, E embedding.
+Its weights are a dictionary with the engine's (logical) names. Legend: B pairs, S tokens of a text, D width, E
+embedding.
 """
 
 from __future__ import annotations
