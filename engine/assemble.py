@@ -78,6 +78,11 @@ class Assembly:
         return any(self._reads_images(stage) for stage in self.stages)
 
     @property
+    def holds_texts(self) -> bool:
+        """Whether a stage of this rank reads texts."""
+        return any(self.objective.reads_texts(self.placement.layers[stage]) for stage in self.stages)
+
+    @property
     def later_stages_read_images(self) -> bool:
         """Whether another than the first of this rank's stages does."""
         return any(self._reads_images(stage) for stage in sorted(self.stages)[1:])
@@ -193,6 +198,7 @@ class Assembly:
             sample_ids=batch.sample_ids.to(self.device, non_blocking=True),
             weights=batch.weights.to(self.device, non_blocking=True),
             training=training,
+            texts=batch.texts.to(self.device, non_blocking=True) if batch.texts is not None else None,
         )
 
 

@@ -203,8 +203,13 @@ def _costs_of(
 
 def micro_batch(a: Assembly) -> Batch:
     """One that an assembly on the meta device may be run with."""
-    size, sizes = a.config.train.micro_batch_size, a.config.model.sizes
-    assert size is not None
-    images = torch.empty(size, sizes.channels, *sizes.image, device=META) if a.holds_images else None
+    samples, sizes, images, texts = a.config.train.micro_batch_size, a.config.model.sizes, None, None
+    assert samples is not None
+    size = samples * max(layer.per_sample for layer in a.layers)
+    if a.holds_images:
+        images = torch.empty(size, sizes.channels, *sizes.image, device=META)
+    if a.holds_texts:
+        length = next(layer.output[0] for layer in a.layers if layer.kind == "embed" and "texts" in layer.reads)
+        texts = torch.zeros(size, length, dtype=torch.int64, device=META)
     zeros = torch.zeros(size, dtype=torch.int64, device=META)
-    return Batch(images=images, labels=zeros, sample_ids=zeros, weights=torch.ones(size, device=META))
+    return Batch(images=images, texts=texts, labels=zeros, sample_ids=zeros, weights=torch.ones(size, device=META))
