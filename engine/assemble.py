@@ -18,6 +18,7 @@ from engine.config import Config, PrecisionConfig
 from engine.device import memory_bytes
 from engine.errors import ConfigError
 from engine.frozen import Frozen, frozen_of
+from engine.layer_list import depths_of, layer_of, outputs_of
 from engine.objectives import Objective, make_objective
 from engine.optimizers import Optimizer, make_optimizer
 from engine.optimizers.ema import WeightAverage
@@ -28,7 +29,7 @@ from engine.recompute import Recompute, SaveSet
 from engine.recompute.ahead import Ahead, flops_again, recompute_schedule
 from engine.recompute.assignment import assignment
 from engine.recompute.timing import LayerTimes
-from model import TOWERS, Build, LayerSpec, MicroBatch, Precision, Stage, makers
+from model import Build, LayerSpec, MicroBatch, Precision, Stage, makers
 from model.kernels import Kernels
 from model.regions import Keep
 from model.regions import Policy as RegionPolicy
@@ -142,17 +143,14 @@ class Assembly:
         """
         if not 0 < place < len(self.layers):
             return ()
-        return tuple(self._sent[maker.name] for maker in makers(self.layers, place))
+        return tuple(self.outputs[maker.name] for maker in makers(self.layers, place))
 
     @cached_property
-    def _sent(self) -> dict[str, TensorSpec]:
+    def outputs(self) -> dict[str, TensorSpec]:
         """What each layer but the last gives out, by its name."""
-        batch, precision = self.config.train.micro_batch_size, self.build.precision
+        batch = self.config.train.micro_batch_size
         assert batch is not None
-        return {
-            layer.name: TensorSpec(layer.boundary(batch, self.build), precision.of_layer(layer.name), passes > 1)
-            for layer, passes in zip(self.layers[:-1], self.frozen.passes, strict=False)
-        }
+        return outputs_of(self.layers, self.frozen.passes, batch, self.build)
 
     @property
     def policy(self) -> Policy:
@@ -284,15 +282,6 @@ def _recompute(sets: Mapping[str, SaveSet], layers: Collection[str], *, of_gpu: 
     return Recompute(own, of_gpu=of_gpu) if own else Keep()
 
 
-def layer_of(name: str) -> str:
-    """The layer of a parameter: `blocks.3` of `blocks.3.attn.qkv.weight`, `text.head` of `text.head.fc.bias`."""
-    tower, *rest = name.split(".")
-    if tower not in TOWERS:
-        tower, rest = "", [tower, *rest]
-    count = 2 if rest[1:] and rest[1].isdigit() else 1
-    return ".".join([tower] * bool(tower) + rest[:count])
-
-
 def assemble(
     config: Config,
     grid: Grid,
@@ -333,7 +322,7 @@ def assemble(
         frozen.apply(stage)
     available = comm.least(memory_bytes(device) if device_memory is None else device_memory, grid.world)
     policy = sharding_policy(config, available, on_cpu=device.type == "cpu" or (grid.planned and grid.shared_memory))
-    depths = {layer.name: depth for depth, layer in enumerate(layers)}
+    depths = depths_of(layers)
     by_layer = config.optimizer.layer_decay != 1
 
     def group_of(name: str, info: ParameterInfo) -> Group:

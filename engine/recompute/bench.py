@@ -120,23 +120,15 @@ def with_rides(cost: LayerCost, place: Place) -> LayerCost:
     """The cost, and what rides past the layer meanwhile.
 
     That is alive while any layer of its stage that it passes runs forward. Its gradient is there while they run
-    backward, as what was sent for the last layer of the stage, or, from the layer that reads it on, until the one that
-    made it takes it, which ends where the later tower begins.
+    backward: it came with that of the last layer's output, or the layer that reads it has given it already. (Where that
+    has it from the stage's inputs, both stay to the end, and are what it is measured to hold.)
     """
-    size = sum(_size(shape, dtype) for shape, dtype, _ in place.rides)
+    if not place.rides or place.reads:
+        return cost
+    size = 0 if place.ahead else sum(_size(shape, dtype) for shape, dtype, _ in place.rides)
     gradient = sum(_size(shape, dtype) for shape, dtype, carries in place.rides if carries)
-    forward, backward, held = cost.forward, cost.backward, cost.held
-    if place.rides and not place.reads:
-        forward += 0 if place.ahead else size
-        if place.last:
-            backward, held = backward + gradient, held + gradient
-        held -= gradient if place.given is None and place.arises and place.joined else 0
-    if place.reads and place.arises:
-        held += gradient
-    if place.waits:
-        own = cost.held
-        backward, held = backward - own, held - own
-    return replace(cost, forward=forward, backward=backward, held=held)
+    gradient = gradient if place.arises or not place.joined else 0
+    return replace(cost, forward=cost.forward + size, backward=cost.backward + gradient)
 
 
 def _size(shape: tuple[int, ...], dtype: torch.dtype) -> int:

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from engine.assemble import Assembly, layer_of
+from engine.assemble import Assembly
 from engine.checkpoint.states import state_pieces
 from engine.errors import DivergedError
+from engine.layer_list import layer_of
 from parallel import comm
 
 

@@ -7,11 +7,12 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby, takewhile
 
-from engine.assemble import Assembly, layer_of
+from engine.assemble import Assembly
 from engine.checkpoint.fit import Fit
 from engine.checkpoint.load import LoadPlan, load_weights, open_to_load, plan_load
 from engine.config import Config
 from engine.errors import ConfigError
+from engine.layer_list import layer_of
 from engine.objectives import Objective
 from engine.run.agreement import check_agreement
 from model.formats.base import ConversionError

@@ -21,9 +21,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from engine.assemble import Assembly, layer_of
+from engine.assemble import Assembly
 from engine.checkpoint.states import state_pieces
 from engine.errors import DriftError
+from engine.layer_list import layer_of
 from engine.run.agreement import named_ranks
 from parallel import comm
 from parallel.digest import digest, signed

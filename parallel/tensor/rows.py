@@ -158,7 +158,7 @@ class _GatherFeatures(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         start, stop = ctx.own
-        return grads[0][:, start:stop], None, None
+        return grads[0][:, start:stop].contiguous(), None, None  # a view would keep all of it
 
 
 def gather_features(x: Tensor, tp: TensorParallel, features: int) -> Tensor:

@@ -1,0 +1,41 @@
+"""What the engine asks of the list of layers: whose a parameter is, how deep a layer is, what flows between two."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from model import TOWERS, Build, LayerSpec
+from parallel.pipeline.boundary import TensorSpec
+
+
+def layer_of(name: str) -> str:
+    """The layer of a parameter: `blocks.3` of `blocks.3.attn.qkv.weight`, `text.head` of `text.head.fc.bias`."""
+    tower, *rest = name.split(".")
+    if tower not in TOWERS:
+        tower, rest = "", [tower, *rest]
+    count = 2 if rest[1:] and rest[1].isdigit() else 1
+    return ".".join([tower] * bool(tower) + rest[:count])
+
+
+def depths_of(layers: Sequence[LayerSpec]) -> dict[str, int]:
+    """By the layers' names: places in the list, if each tower stood at its end alone (optimizer.layer_decay)."""
+    depths, left = dict[str, int](), Counter(layer.tower for layer in layers)
+    for layer in layers:
+        depths[layer.name] = len(layers) - left[layer.tower]
+        left[layer.tower] -= 1
+    return depths
+
+
+def outputs_of(
+    layers: Sequence[LayerSpec], passes: Sequence[int], batch_size: int, build: Build
+) -> dict[str, TensorSpec]:
+    """What each layer but the last gives out of a micro-batch, by its name.
+
+    Args:
+        passes: of each, as `engine.frozen` counts.
+    """
+    return {
+        layer.name: TensorSpec(layer.boundary(batch_size, build), build.precision.of_layer(layer.name), count > 1)
+        for layer, count in zip(layers[:-1], passes, strict=False)
+    }
