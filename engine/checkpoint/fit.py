@@ -1,7 +1,8 @@
 """What of a checkpoint's weights fits a model of another geometry, depth or head, tensor by tensor.
 
 Names and shapes alone decide, but for positions and the patch kernel, whose shapes say too little (4 x 4 patches have
-as many positions as 2 x 8): there image and patch sizes of both models do.
+as many positions as 2 x 8): there image and patch sizes of both models do. An image tower beside a text tower and a model
+that stands alone are one to the other what they are: `image.blocks.3` is `blocks.3`.
 
 Legend: D width, C channels, P patch side.
 """
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from model.resize import block_of_relative, can_resize_channels, resize_channels, resize_relative, resize_weights
 from model.sizes import class_rows, class_tokens_of
+from model.towers import IMAGE
 from parallel.checkpoint.manifest import shapes_apart
 from parallel.sharding.boxes import Box
 
@@ -106,20 +108,27 @@ def fit(here: Mapping[str, Shape], stored: Mapping[str, Shape], source: Geometry
     """
     numbers = {place: number for number, place in enumerate(source.blocks())}
     renamed = {number: numbers.get(place) for number, place in enumerate(target.blocks())}
+    named = {_lone(name): name for name in stored}
     fits = []
     for name, shape in here.items():
-        origin: str | None = name
-        if block := _BLOCK.fullmatch(name):
+        own = _lone(name)
+        origin = named.get(own)
+        if block := _BLOCK.fullmatch(own):
             number = renamed[int(block[1])]
-            origin = None if number is None else f"blocks.{number}.{block[2]}"
-        if origin is None or origin not in stored:
+            origin = None if number is None else named.get(f"blocks.{number}.{block[2]}")
+        if origin is None:
             fits.append(Fit(name=name, here=shape, stored=None, source=None, how="new"))
             continue
-        how, note = _how(name, shape, stored[origin], source, target)
+        how, note = _how(own, shape, stored[origin], source, target)
         fits.append(Fit(name=name, here=shape, stored=stored[origin], source=origin, how=how, note=note))
     used = {f.source for f in fits}
     left = (name for name in stored if name not in used)
     return (*fits, *(Fit(name=n, here=None, stored=stored[n], source=n, how="left out") for n in left))
+
+
+def _lone(name: str) -> str:
+    """What a tensor is called where the image tower stands alone."""
+    return name.removeprefix(f"{IMAGE}.")
 
 
 def _how(name: str, here: Shape, stored: Shape, source: Geometry, target: Geometry) -> tuple[How, str]:
@@ -183,6 +192,7 @@ def resized(name: str, values: Tensor, source: Geometry, target: Geometry) -> li
     Args:
         values: the whole tensor of the checkpoint.
     """
+    name = _lone(name)
     if (number := block_of_relative(name)) is not None:
         return [_rows(0, resize_relative(values, *_window_of(number, source, target)))]
     if name == "embed.cls":
@@ -214,4 +224,4 @@ def _rows(first: int, values: Tensor) -> tuple[Box, Tensor]:
 
 def is_another_model(fits: Sequence[Fit]) -> bool:
     """Whether no matrix of any block is taken: the rest is of no use without."""
-    return not any(f.how == "taken" and f.name.startswith("blocks.") and len(f.here or ()) > 1 for f in fits)
+    return not any(f.how == "taken" and "blocks." in f.name and len(f.here or ()) > 1 for f in fits)
