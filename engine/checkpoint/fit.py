@@ -1,8 +1,8 @@
 """What of a checkpoint's weights fits a model of another geometry, depth or head, tensor by tensor.
 
 Names and shapes alone decide, but for positions and the patch kernel, whose shapes say too little (4 x 4 patches have
-as many positions as 2 x 8): there image and patch sizes of both models do. An image tower beside a text tower and a model
-that stands alone are one to the other what they are: `image.blocks.3` is `blocks.3`.
+as many positions as 2 x 8): there image and patch sizes of both models do. What an image tower calls `image.blocks.3` a
+model that stands alone calls `blocks.3`.
 
 Legend: D width, C channels, P patch side.
 """
