@@ -165,7 +165,7 @@ class ModelConfig:
 
     attention: str | tuple[str, ...] | None = None
     """Kind of attention of all layers, or of each: a list, or a pattern such as '[window, window, full] * 4'. Kinds:
-    full, causal, window, shifted_window, grid, global_tokens, linear."""
+    full, window, shifted_window, grid, global_tokens, linear, causal."""
 
     window_size: int | None = None
     """Side of a window in patches (usually 7)."""

@@ -8,12 +8,12 @@ from model.patterns import Pattern
 
 KINDS: dict[str, str] = {
     "full": "softmax attention of all tokens to all tokens",
-    "causal": "softmax attention of each token to itself and those before it",
     "window": "softmax attention inside windows of window_size x window_size patches",
     "shifted_window": "the same with windows moved by half their side (Liu et al. 2021, Swin)",
     "grid": "softmax attention among grid_size x grid_size patches spread over the image (Tu et al. 2022, MaxViT)",
     "global_tokens": "a window and all prefix tokens (Beltagy et al. 2020, Longformer; Zhang et al. 2021, ViL)",
     "linear": "attention through feature maps, linear in the tokens (Katharopoulos et al. 2020)",
+    "causal": "softmax attention of each token to itself and those before it",
 }
 
 

@@ -97,7 +97,8 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return slice_rows(grads[0], ctx.tp), None, None
+        own = slice_rows(grads[0], ctx.tp)
+        return own if own.untyped_storage().nbytes() == own.nbytes else own.clone(), None, None  # a view keeps all
 
 
 def copy_in(x: Tensor, axis: Axis) -> Tensor:
