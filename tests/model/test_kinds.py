@@ -39,7 +39,7 @@ def test_forms(value: str | Sequence[str], expected: list[str]) -> None:
     ("value", "depth", "message"),
     [
         ("dense", 2, "model.attention: 'dense' is no kind of attention: choose among full, window, shifted_window, .*"),
-        (("window", "Full"), 2, "model.attention: 'Full' is no kind of attention: choose among .*linear"),
+        (("window", "Full"), 2, "model.attention: 'Full' is no kind of attention: choose among .*causal"),
         ("3", 2, "model.attention: '3' is no kind of attention: choose among .*"),
         *(
             (text, 2, f"model.attention {re.escape(repr(text))} is not a pattern: write a kind, a list, or .*")
