@@ -1,0 +1,62 @@
+"""Retrieval: is the text among the nearest to its image, and the image among the nearest to its text?
+
+An image may have several texts; it is found if one of them is among the K nearest, and each text looks for its one
+image (Karpathy and Fei-Fei 2015; CLIP's and big_vision's evaluation on COCO).
+
+Legend: N images, M texts, E embedding, K how many of the nearest are looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.evaluation.nearest import nearest
+from engine.evaluation.rows import Rows
+from parallel import comm
+
+WITHIN = (1, 5, 10)
+
+
+@dataclass(frozen=True)
+class Recalls:
+    """Shares that find what belongs to them among the K nearest, by K."""
+
+    image_to_text: dict[int, float]
+    text_to_image: dict[int, float]
+
+
+def retrieval(images: Rows, texts: Rows, image_of_text: Tensor, *, within: Sequence[int] = WITHIN) -> Recalls:
+    """Recall both ways. Collective.
+
+    Args:
+        images, texts: embeddings, of any length. image_of_text: the image of each text, int64 [M], on every rank.
+
+    Raises:
+        ValueError: there are fewer images or texts than the largest of `within`, or an image has no text.
+    """
+    counts = torch.bincount(image_of_text, minlength=images.total)
+    if len(image_of_text) != texts.total or len(counts) != images.total or not bool((counts > 0).all()):
+        raise ValueError(
+            f"each of the {images.total} images needs a text, and each of the {texts.total} texts one image that is "
+            "there"
+        )
+    images, texts = images.normalised(), texts.normalised()
+    of_text = image_of_text.to(images.values.device)
+    own_texts = of_text[texts.span.start : texts.span.stop, None]
+    own_images = torch.arange(images.span.start, images.span.stop, device=of_text.device)[:, None]
+    most = max(within)
+    found_texts, found_images = nearest(images, texts, most).indices, nearest(texts, images, most).indices
+    return Recalls(
+        image_to_text=_recall(of_text[found_texts] == own_images, images, within),
+        text_to_image=_recall(found_images == own_texts, texts, within),
+    )
+
+
+def _recall(hits: Tensor, of: Rows, within: Sequence[int]) -> dict[int, float]:
+    """Of whether each of the nearest is one that is looked for, bool [n, K]."""
+    counts = torch.stack([hits[:, :k].any(1).sum() for k in within]).double()
+    return dict(zip(within, (comm.all_reduce(counts, of.axis) / of.total).tolist(), strict=True))
