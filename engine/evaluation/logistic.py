@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,18 +54,37 @@ class Samples:
         return Samples(rows.values[mask], here[mask], int(chosen.sum()), rows)
 
 
+class Judged(NamedTuple):
+    """What a classifier does on some samples: the share that it gets right, and the mean cross entropy."""
+
+    accuracy: float
+    loss: float
+
+    @property
+    def merit(self) -> tuple[float, float]:
+        """What is larger of the better one: of equally many right, the one with less loss."""
+        return self.accuracy, -self.loss
+
+
 class Classifier:
     """A linear classifier: weights and bias as one matrix [D + 1, C], fp64, on every rank while it is used."""
 
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = matrix
 
-    def right(self, samples: Samples) -> int:
-        """How many of all samples it gets right. Collective."""
-        count = torch.zeros(1, dtype=torch.float64, device=samples.values.device)
+    def judge(self, samples: Samples) -> Judged:
+        """Collective."""
+        total = torch.zeros(2, dtype=torch.float64, device=samples.values.device)
         for x, labels in _blocks(samples, self.matrix.shape[1]):
-            count += (first_of_most(x @ self.matrix[:-1] + self.matrix[-1]) == labels).sum()
-        return int(comm.all_reduce(count, samples.like.axis).item())
+            total += judged(x @ self.matrix[:-1] + self.matrix[-1], labels)
+        right, loss = comm.all_reduce(total, samples.like.axis).tolist()
+        return Judged(right / samples.total, loss / samples.total)
+
+
+def judged(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many are right, and the sum of their cross entropies: [B, C] and int64 [B] -> fp64 [2]."""
+    loss = logits.logsumexp(1) - logits.gather(1, labels[:, None])[:, 0]
+    return torch.stack([(first_of_most(logits) == labels).sum().double(), loss.double().sum()])
 
 
 class Loss:
@@ -79,7 +99,7 @@ class Loss:
         numel = self.shape[0] * self.shape[1]
         self.part = -(-numel // self.axis.size)
         first = self.axis.index * self.part
-        self.mean = comm.all_reduce(samples.values.double().sum(0), self.axis) / samples.total
+        self.mean = comm.all_reduce(samples.values.sum(0, dtype=torch.float64), self.axis) / samples.total
         # of this rank's part, the elements that are weights: the bias is the last row
         self.weights = slice(0, min(self.part, max(0, numel - classes - first)))
 

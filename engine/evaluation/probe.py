@@ -10,15 +10,13 @@ an eighth of a decade (Radford et al. 2021, "Learning transferable visual models
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from engine.evaluation.logistic import Classifier, Samples, fit
+from engine.evaluation.logistic import Samples, fit
 from engine.evaluation.rows import Indices, Rows
 from parallel import comm
 
@@ -65,18 +63,21 @@ def moments(rows: Rows) -> tuple[Tensor, Tensor]:
 
     In two passes, since features may be far from 0 and close to each other.
     """
-    values = rows.values.double()
-    mean = comm.all_reduce(values.sum(0), rows.axis) / rows.total
-    deviation = (comm.all_reduce((values - mean).square().sum(0), rows.axis) / rows.total).sqrt()
+    mean = comm.all_reduce(rows.values.sum(0, dtype=torch.float64), rows.axis) / rows.total
+    squares = torch.zeros_like(mean)
+    for block in rows.values.split(4096):
+        squares += (block - mean).square().sum(0)
+    deviation = (comm.all_reduce(squares, rows.axis) / rows.total).sqrt()
     return mean.float(), torch.where(deviation > 0, deviation, 1.0).float()
 
 
 @dataclass(frozen=True)
 class Tried:
-    """A strength, the held-out accuracy of its fit, and whether that had converged."""
+    """A strength, what its fit does on held-out images, and whether that had converged."""
 
     l2: float
     held_out_accuracy: float
+    held_out_loss: float
     converged: bool
     iterations: int
 
@@ -117,7 +118,8 @@ def probe(
         everything, sets.classes, 10**best, start=sweep.parts[best], tolerance=tolerance, iterations=iterations
     )
     tried = [sweep.tried[at] for at in sorted(sweep.tried)]
-    return Probe(_accuracy(classifier, sets), 10**best, tried, found.converged)
+    accuracy, _ = classifier.judge(Samples.of(sets.test, sets.test_labels))
+    return Probe(accuracy, 10**best, tried, found.converged)
 
 
 class _Sweep:
@@ -131,8 +133,8 @@ class _Sweep:
 
     @property
     def best(self) -> float:
-        """The strongest of those that do best: of equals, the one with smaller weights."""
-        return max(self.tried, key=lambda at: (self.tried[at].held_out_accuracy, at))
+        """The logarithm of the best."""
+        return max(self.tried, key=lambda at: (self.tried[at].held_out_accuracy, -self.tried[at].held_out_loss))
 
     def try_out(self, at: float) -> None:
         """Fit with l2 = 10^at, from the minimum of the nearest stronger one."""
@@ -143,16 +145,8 @@ class _Sweep:
         classifier, found = fit(
             self.fitted, self.sets.classes, 10**at, start=start, tolerance=self.tolerance, iterations=self.iterations
         )
-        accuracy = classifier.right(self.asked) / self.asked.total
-        self.tried[at], self.parts[at] = Tried(10**at, accuracy, found.converged, found.iterations), found.point
+        accuracy, loss = classifier.judge(self.asked)
+        self.parts[at] = found.point
+        self.tried[at] = Tried(10**at, accuracy, loss, found.converged, found.iterations)
         end = "" if found.converged else f", not converged (gradient {found.gradient_max:.1e})"
-        self.tell(f"  l2 {10**at:.3e}: held out {accuracy:.2%}, {found.iterations} iterations{end}")
-
-
-def _accuracy(classifier: Classifier, sets: Sets) -> float:
-    return classifier.right(Samples.of(sets.test, sets.test_labels)) / sets.test.total
-
-
-def spacing_of(low: float, high: float, count: int) -> tuple[float, ...]:
-    """`count` decimal logarithms, evenly from l2 `low` to `high`."""
-    return tuple(np.linspace(math.log10(low), math.log10(high), count).tolist())
+        self.tell(f"  l2 {10**at:.3e}: held out {accuracy:.2%}, loss {loss:.4f}, {found.iterations} iterations{end}")

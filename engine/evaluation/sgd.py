@@ -14,6 +14,7 @@ Legend: N samples, B of a batch, D features, C classes, H classifiers, of this r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from data.sampling import SampleOrder
-from engine.evaluation.knn import first_of_most
+from engine.evaluation.logistic import Judged, judged
 from engine.evaluation.probe import Sets
 from engine.evaluation.rows import Indices, Rows
 from parallel import comm
@@ -47,11 +48,11 @@ class Setting:
 
 @dataclass(frozen=True)
 class Swept:
-    """Accuracy on the test images of the best setting; (setting, held-out accuracy) of all; steps of a training."""
+    """Accuracy on the test images of the best setting; what each does on held-out images; steps of a training."""
 
     accuracy: float
     best: Setting
-    tried: Sequence[tuple[Setting, float]]
+    tried: Sequence[tuple[Setting, Judged]]
     steps: int
 
 
@@ -72,14 +73,15 @@ def sweep(
     own = range(*split_range(len(settings), sets.train.axis.size, sets.train.axis.index))
     plan = _Plan.of(fitted, sets, epochs, fewest_steps, batch, seed)
     trained = _train([settings[i] for i in own], plan, sets.classes)
-    accuracies = _of_all(trained, own, sets.train, sets.train_labels, len(settings), sets.held_out)
-    best = max(range(len(settings)), key=lambda i: (accuracies[i], -settings[i].lr))  # of equals the most cautious
-    tell(f"  {len(settings)} classifiers, {plan.steps} steps of {plan.batch}: held out at most {accuracies[best]:.2%}")
+    found = _of_all(trained, own, sets.train, sets.train_labels, len(settings), sets.held_out)
+    best = max(range(len(settings)), key=lambda i: found[i].merit)
+    most = f"held out at most {found[best].accuracy:.2%}"
+    tell(f"  {len(settings)} classifiers, {plan.steps} steps of {plan.batch}: {most}")
     own = range(1) if sets.train.axis.index == 0 else range(0)
     everything = _Plan.of(np.arange(sets.train.total), sets, epochs, fewest_steps, batch, seed)
     trained = _train([settings[best]][own.start : own.stop], everything, sets.classes)
-    (accuracy,) = _of_all(trained, own, sets.test, sets.test_labels, 1, np.arange(sets.test.total))
-    return Swept(accuracy, settings[best], list(zip(settings, accuracies, strict=True)), everything.steps)
+    (last,) = _of_all(trained, own, sets.test, sets.test_labels, 1, np.arange(sets.test.total))
+    return Swept(last.accuracy, settings[best], list(zip(settings, found, strict=True)), everything.steps)
 
 
 @dataclass(frozen=True)
@@ -131,20 +133,20 @@ def _train(settings: Sequence[Setting], plan: _Plan, classes: int) -> Tensor:
     return matrix.view(width + 1, heads, classes)
 
 
-def _of_all(trained: Tensor, own: range, rows: Rows, labels: Tensor, count: int, asked: Indices) -> list[float]:
-    """The accuracy of each of `count` classifiers, of which this rank has trained those of `own`. Collective.
+def _of_all(trained: Tensor, own: range, rows: Rows, labels: Tensor, count: int, asked: Indices) -> list[Judged]:
+    """What each of `count` classifiers does on some samples; this rank has trained those of `own`. Collective.
 
     The samples travel around the ranks, and each asks its own classifiers; such as have diverged are right about none.
     """
-    right = torch.zeros(count, dtype=torch.float64, device=rows.values.device)
+    total = torch.zeros(count, 2, dtype=torch.float64, device=rows.values.device)
     wanted = np.zeros(rows.total, dtype=bool)
     wanted[asked] = True
     for span, values in rows.around():
         here = torch.from_numpy(np.flatnonzero(wanted[span.start : span.stop]))
         for places in here.split(1024) if len(here) and len(own) else ():
             x = values[places.to(values.device)]
-            logits = torch.einsum("bd,dhc->bhc", x, trained[:-1]) + trained[-1]
             truth = labels[places + span.start].to(values.device)
-            good = (first_of_most(logits) == truth[:, None]) & logits.isfinite().all(2)
-            right[own.start : own.stop] += good.sum(0)
-    return [float(share) for share in (comm.all_reduce(right, rows.axis) / len(asked)).tolist()]
+            logits = torch.einsum("bd,dhc->hbc", x, trained[:-1]) + trained[-1][:, None]
+            total[own.start : own.stop] += torch.stack([judged(of_one, truth) for of_one in logits])
+    found = [Judged(*pair) for pair in (comm.all_reduce(total, rows.axis) / len(asked)).tolist()]
+    return [one if math.isfinite(one.loss) else Judged(0.0, math.inf) for one in found]

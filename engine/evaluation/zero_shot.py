@@ -4,12 +4,11 @@ A class is described by several prompts, and stands for the mean of them: each e
 they are averaged, and the mean is brought to length 1 (Radford et al. 2021, "Learning transferable visual models",
 3.1.4). Of equally near classes the first is taken; products are of fp64, rounded to fp32 (see `nearest.py`).
 
-Legend: N images, T templates, C classes, E embedding.
+Legend: N images, T prompts of a class, C classes, E embedding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,9 +19,6 @@ from engine.evaluation.nearest import QUERIES
 from engine.evaluation.rows import Rows
 from parallel import comm
 
-SLOT = "{}"
-"""Stands for the name of the class in a template."""
-
 
 @dataclass(frozen=True)
 class ZeroShot:
@@ -31,20 +27,6 @@ class ZeroShot:
     accuracy: float
     top5: float
     mean_per_class: float
-
-
-def prompts(names: Sequence[str], templates: Sequence[str]) -> list[str]:
-    """Every template of the first class, then of the second, and so on.
-
-    Raises:
-        ValueError: a template has no place, or several, for the name; or a list is empty.
-    """
-    if not names or not templates:
-        raise ValueError(f"zero shots need names of classes and templates: there are {len(names)} and {len(templates)}")
-    for template in templates:
-        if template.count(SLOT) != 1:
-            raise ValueError(f"template {template!r} must have {SLOT} once, where the name of the class is to stand")
-    return [template.replace(SLOT, name) for name in names for template in templates]
 
 
 def class_embeddings(texts: Tensor, classes: int) -> Tensor:

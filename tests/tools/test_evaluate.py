@@ -1,0 +1,200 @@
+"""`python -m tools.evaluate`: the same figures in every layout, those of the run itself among them; what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from engine.errors import ConfigError
+from model import VisionTransformer
+from parallel.process_group import World
+from tests.distributed import free_port
+from tests.engine.small import flags
+from tools.evaluate.__main__ import main
+
+ROOT = Path(__file__).parents[2]
+# One process imports torch; its children are the ranks of one job after the other.
+SCRIPT = """
+import json, os, sys
+import pretrain_vit, tools.evaluate.__main__
+from engine.run.launch import run_rank
+
+mains, codes = {"train": pretrain_vit.main, "evaluate": tools.evaluate.__main__.main}, {}
+for name, what, size, argv, port, told in json.loads(sys.argv[1]):
+    ranks = []
+    for rank in range(size):
+        if pid := os.fork():
+            ranks.append(pid)
+            continue
+        file = os.open(told, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        code = run_rank(mains[what], argv, "prog")
+        sys.stdout.flush()
+        os._exit(code)
+    codes[name] = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks]
+print(json.dumps(codes))
+"""
+TRAIN = {
+    "data__kind": "digits", "train__steps": "60", "train__global_batch_size": "64", "optimizer__lr": "0.003",
+    "schedule__warmup_steps": "5", "model__patch_size": "2", "model__pool": "gap", "model__width": "32",
+    "optimizer__ema_decay": "0.9", "model__drop_path": "0.1",
+}  # fmt: skip
+TASKS = {
+    "supervised": [],
+    "knn": ["--k", "1,20"],
+    "probe": ["--l2-range", "1e-2,1e2", "--l2-count", "3", "--l2-finest", "1", "--lr", "0.1,1", "--weight-decay", "0",
+              "--standardise"],
+    "fewshot": ["--shots", "1,10", "--seeds", "0,1", "--l2", "1024"],
+}  # fmt: skip
+LAYOUTS = {
+    "tensor x pipeline": ["--parallel.tensor_parallel_size", "2", "--parallel.pipeline_parallel_size", "2"],
+    "data x context": ["--parallel.context_parallel_size", "2", "--parallel.zero_stage", "3"],
+}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The folder of a run of one process, and what each job has written as JSON."""
+    folder = tmp_path_factory.mktemp("runs")
+    run = flags(run_dir=str(folder / "run"), **TRAIN)
+    i = run.index("--data.size")
+    jobs: list[tuple[str, str, int, list[str]]] = [("train", "train", 1, run[:i] + run[i + 2 :])]
+
+    def evaluate(name: str, size: int, task: str, *more: str) -> None:
+        argv = ["--checkpoint", str(folder / "run"), "--task", task, *TASKS[task], *more]
+        jobs.append((name, "evaluate", size, [*argv, "--json", str(folder / f"{name}.json")]))
+
+    for task in TASKS:
+        evaluate(task, 1, task)
+        evaluate(f"{task} tensor x pipeline", 4, task, *LAYOUTS["tensor x pipeline"])
+    evaluate("average", 1, "supervised", "--weights", "average")
+    evaluate("knn data x context", 4, "knn", *LAYOUTS["data x context"], "--train.micro_batch_size", "10")
+    evaluate("other images", 1, "knn", "--data.kind", "synthetic", "--data.size", "100")
+    listed = [(*job, free_port(), str(folder / f"{job[0]}.txt")) for job in jobs]
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps(listed)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    codes = json.loads(done.stdout.splitlines()[-1])
+    for name, of_ranks in codes.items():
+        assert not any(of_ranks), (name, of_ranks, (folder / f"{name}.txt").read_text())
+    written = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    return written | {"folder": folder}
+
+
+def line_of_run(folder: Path) -> dict[str, Any]:
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    return next(line for line in lines if line["event"] == "eval")
+
+
+@pytest.mark.slow
+def test_supervised_is_what_the_run_has_evaluated(found: dict[str, Any]) -> None:
+    line = line_of_run(found["folder"])
+    assert {key: found["supervised"][key] for key in ("loss", "accuracy", "images")} == {
+        key: line[key] for key in ("loss", "accuracy", "images")
+    }
+    assert found["average"]["loss"] == line["ema_loss"] != line["loss"]
+    assert found["average"]["accuracy"] == line["ema_accuracy"]
+    layout = found["supervised tensor x pipeline"]
+    assert layout["loss"] == pytest.approx(line["loss"], rel=1e-5)
+    assert layout["accuracy"] == pytest.approx(line["accuracy"], abs=1.01 / line["images"])
+    assert layout["layout"] == {"pipeline": 2, "data": 1, "context": 1, "tensor": 2} and layout["step"] == 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["knn", "probe", "fewshot"])
+def test_layouts_agree(found: dict[str, Any], task: str) -> None:
+    """Features of other layouts are others in their last bits, which may turn over an image that is as near to two."""
+    one, four = found[task], found[f"{task} tensor x pipeline"]
+    assert one["images"] == 360 and one["train_images"] == 1437
+    assert four["accuracy"] == pytest.approx(one["accuracy"], abs=1.01 / 360)
+    assert 0.4 < one["accuracy"] < 1.0
+    lists = {"knn": ("votes",), "fewshot": ("fits",), "probe": ("lbfgs", "sgd")}[task]
+    for name in lists:
+        for ours, theirs in zip(figures(one[name]), figures(four[name]), strict=True):
+            assert theirs == pytest.approx(ours, abs=1.01 / 287)  # a fifth of the training images
+
+
+def figures(value: Any) -> list[float]:
+    """All accuracies in what was written, in their order."""
+    if isinstance(value, list):
+        return [number for part in value for number in figures(part)]
+    if not isinstance(value, dict):
+        return []
+    keys = ("accuracy", "weighted", "plain", "held_out_accuracy")
+    own = [value[key] for key in keys if key in value]
+    return own + [number for part in value.values() for number in figures(part)]
+
+
+@pytest.mark.slow
+def test_neighbours_are_those_of_the_model_alone(found: dict[str, Any]) -> None:
+    """Of features that the library's model makes of the digits, by plain products; on other ranks and batches, too."""
+    from tools.evaluate.images import images_of
+    from tools.evaluate.source import open_source, source_of
+
+    path = found["folder"] / "run"
+    weights = open_source(path, "weights", [])
+    source = source_of(weights, [], World(), features=True)
+    images = images_of(source.config, World(), None)
+    weights.close()
+    model = VisionTransformer.from_pretrained(path).eval()
+    model.head.fc = None
+
+    def features(dataset: Any) -> np.ndarray[Any, Any]:
+        pixels = (dataset.read(np.arange(len(dataset))) - 0.5) / 0.5
+        with torch.no_grad():
+            out = model(pixels)
+        return torch.nn.functional.normalize(out.double(), dim=1).numpy()
+
+    nearest = (features(images.test) @ features(images.train).T).argmax(1)
+    right = float((images.train.labels[nearest] == images.test.labels).mean())
+    assert found["knn"]["votes"][0]["plain"] == pytest.approx(right, abs=1.01 / 360)
+    for ours, theirs in zip(found["knn"]["votes"], found["knn data x context"]["votes"], strict=True):
+        assert theirs == pytest.approx(ours, abs=1.01 / 360)
+    other = found["other images"]
+    assert (other["train_images"], other["images"], other["data"]) == (100, 25, "synthetic")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--task", "knn", "--k", "5,1500"], "--k 1500 is more than the 1437 training images"),
+        (["--task", "nearest"], "argument --task: invalid choice: 'nearest'"),
+        (["--task", "zero_shot"], "--task zero_shot is for contrastive models, and .* has no text tower"),
+        (["--task", "knn", "--features", "embedding"], "--features embedding is for contrastive models"),
+        (["--task", "knn", "--shots", "5"], "--shots is of task fewshot, and --task is knn"),
+        (["--task", "knn", "--optimizer.lr", "1"], "--optimizer.lr is no option of an evaluation"),
+        (["--task", "knn", "--model.depth", "6"], r"has not the weights of this model \(other than there: model.depth"),
+        (["--task", "knn", "--data.kind", "image_folder"], "data.path is not set"),
+        (["--task", "probe", "--l2-range", "2,1"], "--l2-range 2,1 begins above its end"),
+        (["--task", "supervised", "--parallel.tensor_parallel_size", "2"], "1 rank cannot be shared"),
+        (["--task", "fewshot", "--data.kind", "synthetic", "--data.size", "4"], "and no training image"),
+        (["--task", "knn", "--data.kind", "synthetic", "--data.size", "4"], "held-out images of class .* no training"),
+        (["--task", "knn", "--json", "/nowhere/x.json"], "argument --json: /nowhere/x.json: there is no folder"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(found: dict[str, Any], given: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        main(["--checkpoint", str(found["folder"] / "run"), *given], World())
+
+
+def test_no_checkpoint_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--checkpoint: "):
+        main(["--checkpoint", str(tmp_path), "--task", "knn"], World())

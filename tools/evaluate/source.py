@@ -1,0 +1,218 @@
+"""From a checkpoint to a model that is run in whatever layout: its configuration, its frozen layers, its weights.
+
+Nothing of training is made: all layers are frozen, so that a rank holds weights and nothing else; and for features the
+classifier is not built, since what it would be given is what comes out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from engine.assemble import Assembly, assemble
+from engine.checkpoint.load import LoadPlan, load_weights, plan_load
+from engine.config import Config, plain
+from engine.config.cli import parse
+from engine.errors import ConfigError
+from engine.objectives import Objective, make_objective
+from engine.objectives.base import Evaluation
+from model import Build, LayerSpec, MicroBatch, ModelConfig, build_layers
+from model.formats.api import open_weights
+from model.formats.base import ConversionError
+from model.formats.checkpoint import CheckpointWeights
+from model.formats.weights import StoredWeights, Which
+from parallel.checkpoint.manifest import CheckpointError
+from parallel.checkpoint.read import Reader
+from parallel.grid import Grid
+from parallel.process_group import World
+from tools.evaluate.options import PROGRAM
+
+# Of a run, what says nothing of its model and images, or of the ranks that run it here.
+_DROPPED = ("parallel", "recompute", "optimizer", "schedule", "checkpoint", "log", "run_dir", "device")
+_KEPT_OF_TRAIN = ("seed", "loss", "micro_batch_size")
+_MICRO_BATCH = 64  # of what no run of ours has saved
+_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Forward(Objective):
+    """Layers that nothing is trained of: what the last one gives is what is wanted."""
+
+    layers: tuple[LayerSpec, ...]
+
+    @classmethod
+    def of(cls, config: Config) -> Self:
+        """As Objective."""
+        return cls(tuple(build_layers(config.model)))
+
+    def reads_images(self, layers: range) -> bool:
+        """As Objective: the first layer does."""
+        return 0 in layers
+
+    def loss_share(self, outputs: tuple[Tensor, ...], batch: MicroBatch, grid: Grid, scale: float) -> Tensor:
+        """There is none."""
+        raise AssertionError("nothing is trained")
+
+    def evaluation(self, grid: Grid, device: torch.device) -> Evaluation:
+        """There is none."""
+        raise AssertionError("nothing is trained")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to evaluate, known to be possible before ranks talk.
+
+    Attributes:
+        weights: open for reading. config: resolved, of this world and without a classifier where features are wanted.
+        objective: with frozen layers. plan: what is loaded.
+    """
+
+    weights: StoredWeights
+    config: Config
+    objective: Objective
+    plan: LoadPlan
+
+    @property
+    def step(self) -> int | None:
+        """Of a checkpoint of this program."""
+        return self.weights.manifest.step if isinstance(self.weights, CheckpointWeights) else None
+
+
+def open_source(path: Path, which: Which, flags: Sequence[str]) -> StoredWeights:
+    """What --checkpoint means. Raises ConfigError if it cannot be read."""
+    given = {k.removeprefix("model."): v for k, v in _values(flags).items() if k.startswith("model.")}
+    try:
+        model = parse([f"--model.{k}={v}" for k, v in given.items()], PROGRAM)[0].model if given else None
+        keys = {k: getattr(model, k) for k in given}
+        return open_weights(path, given=keys, only_model=True, which=which)
+    except ConversionError as error:
+        raise ConfigError(f"--checkpoint: {error}") from error
+
+
+def source_of(weights: StoredWeights, flags: Sequence[str], world: World, *, features: bool) -> Source:
+    """What is built and loaded. By the same code on every rank, before they talk.
+
+    Args:
+        features: what the classifier would be given is wanted, not what it gives.
+
+    Raises:
+        ConfigError: the model cannot be run so, or has not all weights.
+    """
+    config = _config(weights, flags, world, features=features)
+    objective = _frozen(Forward(tuple(build_layers(config.model))) if features else make_objective(config))
+    try:
+        plan = plan_load(weights, config.model, objective.layers, config.data)
+        plan = replace(plan, changed=[found for found in plan.changed if found[0] != "model.num_classes"])
+    except ConversionError as error:
+        raise ConfigError(f"--checkpoint: {error}") from error
+    _check(weights, plan)
+    return Source(weights, config, objective, plan)
+
+
+def _config(weights: StoredWeights, flags: Sequence[str], world: World, *, features: bool) -> Config:
+    config, _ = parse(flags, PROGRAM, stored=_stored(weights, _values(flags)))
+    shape = config.grid_shape(world.size)
+    micro = config.train.micro_batch_size or _MICRO_BATCH
+    batch = micro * shape.data * config.pipeline(shape).pieces  # a step's, of which there will be none
+    train = replace(config.train, micro_batch_size=micro, global_batch_size=batch)
+    config = replace(config, train=train)
+    if not features:
+        if not weights.description.model.num_classes:
+            raise ConfigError(f"{weights.path} has no classifier: take --task knn, probe or fewshot, which need none")
+        return config.resolve(world.size)
+    stand_in = replace(config.model, num_classes=shape.tensor)  # a run must have some, over all tensor ranks
+    config = replace(config, model=stand_in).resolve(world.size)
+    return replace(config, model=replace(config.model, num_classes=0))
+
+
+def _stored(weights: StoredWeights, flags: Mapping[str, str]) -> dict[str, Any]:
+    """Keys of the configuration that flags win over."""
+    kept: dict[str, Any] = {}
+    if isinstance(weights, CheckpointWeights):
+        saved = weights.manifest.config
+        kept = {name: value for name, value in saved.items() if name not in _DROPPED}
+    kept["model"] = _model_of(weights.description.model, kept.get("model"))
+    train = kept.get("train") or {}
+    kept["train"] = {name: train[name] for name in _KEPT_OF_TRAIN if name in train} | {"steps": 1}
+    images = weights.description.preprocessing
+    if images is not None:
+        kept.setdefault("data", {"mean": list(images.mean), "std": list(images.std)})
+    data = kept.get("data")
+    if data:
+        data = kept["data"] = {name: value for name, value in data.items() if name != "views"}  # each image once
+    if data and "data.kind" in flags and flags["data.kind"] != data.get("kind"):  # other images, seen alike
+        kept["data"] = {name: data[name] for name in ("mean", "std", "workers") if name in data}
+    return kept
+
+
+def _model_of(model: ModelConfig, saved: Mapping[str, Any] | None) -> dict[str, Any]:
+    return dict(saved) if saved is not None else plain(asdict(model))
+
+
+def _values(flags: Sequence[str]) -> dict[str, str]:
+    """By key, of flags such as `--data.kind digits` and `--data.kind=digits`."""
+    found = {}
+    for i, flag in enumerate(flags):
+        key, given, value = flag.removeprefix("--").partition("=")
+        if flag.startswith("--"):
+            found[key] = value if given else next(iter(flags[i + 1 :]), "")
+    return found
+
+
+def _frozen(objective: Objective) -> Objective:
+    """The same with layers of which none is trained."""
+    layers = tuple(replace(spec, factory=partial(_freeze, spec.factory)) for spec in objective.layers)
+    frozen: Objective = replace(objective, layers=layers)  # type: ignore[type-var]
+    return frozen
+
+
+def _freeze(factory: Any, build: Build) -> nn.Module:
+    layer: nn.Module = factory(build)
+    return layer.requires_grad_(False)
+
+
+def _check(weights: StoredWeights, plan: LoadPlan) -> None:
+    """Raise ConfigError where a weight would stay as it was initialised, or one of the checkpoint's has no place."""
+    new = [f.describe() for f in plan.of("new").values()]
+    left = [name for name in plan.of("left out") if not name.startswith(("head.fc.", "head.fc_distill."))]
+    if not new and not left:
+        return
+    changed = f" (other than there: {plan.changes})" if plan.changed else ""
+    shown = "; ".join([*new, *(f"{name} has no place" for name in left)][:_SHOWN])
+    raise ConfigError(
+        f"{weights.path} has not the weights of this model{changed}: {shown}: evaluate it as it was trained, leaving "
+        "out flags of model"
+    )
+
+
+def load(source: Source, grid: Grid, device: torch.device, memory: float) -> Assembly:
+    """The model on this rank, with its weights; the checkpoint is closed. Collective.
+
+    Raises:
+        ConfigError: on every rank, if one has found damage.
+    """
+    with closing(source.weights):
+        assembly = assemble(source.config, grid, device, source.objective, device_memory=memory)
+        try:
+            load_weights(assembly, source.weights, source.plan)
+            _load_scales(assembly, source)
+        except (ConversionError, CheckpointError) as error:
+            raise ConfigError(f"--checkpoint: {error}") from error
+    return assembly
+
+
+def _load_scales(assembly: Assembly, source: Source) -> None:
+    """What numbers in 8 bits were scaled by when they were saved, which decides how they round."""
+    if assembly.fp8 is None or not isinstance(source.weights, CheckpointWeights):
+        return
+    with Reader(source.weights.path) as reader:
+        names = list(assembly.fp8.state_dict())
+        if names and all(f"fp8/{name}" in reader.manifest.tensors for name in names):
+            assembly.fp8.load_state_dict({name: reader.whole(f"fp8/{name}") for name in names})
