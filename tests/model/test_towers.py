@@ -11,7 +11,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import Build, ImageText, MicroBatch, ModelConfig, Stage, TextConfig, build_layers, build_towers, makers
+from model import (
+    Build,
+    ImageText,
+    MicroBatch,
+    ModelConfig,
+    Precision,
+    Stage,
+    TextConfig,
+    build_layers,
+    build_towers,
+    makers,
+)
 from model.text_layers import ends
 from parallel import comm
 from parallel.comm import single_axis
@@ -193,11 +204,12 @@ def _over_ranks(world: World) -> None:
     ):  # fmt: skip
         text = replace(TEXT, pool=pool, attention="causal, full, causal").resolve()
         layers = build_towers(IMAGE, text, embedding=9, projection=projection, bias=-1.0)  # type: ignore[arg-type]
-        whole = real(Stage(layers, Build(config=IMAGE)))
+        wide = Precision(dtype=torch.float64)
+        whole = real(Stage(layers, Build(config=IMAGE, precision=wide)))
         weights = _weights(whole)
         grid = make_grid(GridShape(**{"context" if axis == "context" else "tensor": world.size}), world)
         tp = TensorParallel(axis=grid.tensor, sequence_parallel=axis == "rows")
-        ours = real(Stage(layers, Build(config=IMAGE, tp=tp, context=grid.context))).double()
+        ours = real(Stage(layers, Build(config=IMAGE, tp=tp, context=grid.context, precision=wide))).double()
         for name, parameter in ours.named_parameters():
             parameter.data.copy_(info_of(parameter).layout.local(weights[name].detach()))
         expected, found = whole((), batch), ours((), replace(batch, images=images))
