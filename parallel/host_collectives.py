@@ -121,6 +121,26 @@ def all_reduce(channel: Channel, x: Tensor, op: str) -> Operation:
     return operation
 
 
+def shift(channel: Channel, out: Tensor, x: Tensor) -> Operation:
+    """`x` of the rank before this one into `out`, both contiguous; x is read at once.
+
+    `out` is written to when the operation is waited for, or before, where x takes several slots: then it must not
+    share memory with x.
+    """
+    flat, into, before, what = x.view(-1), out.view(-1), (channel.index - 1) % channel.size, _what("shift", x)
+    for piece in _pieces(flat.shape[0], SLOT_BYTES // x.itemsize):
+        length = piece.stop - piece.start
+
+        def deposit(slot: Tensor, piece: slice = piece, length: int = length) -> None:
+            _view(slot, x.dtype, 0, length).copy_(flat[piece])
+
+        def collect(slots: Sequence[Tensor], piece: slice = piece, length: int = length) -> None:
+            into[piece].copy_(_view(slots[before], x.dtype, 0, length))
+
+        operation = channel.start(what, deposit, collect)
+    return operation
+
+
 def all_to_all(channel: Channel, out: Tensor, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> None:
     """Rows of `x`, `send` of them for each rank, into `out`, `receive` of them from each: done on return.
 

@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.comm import Axis, watched
+from parallel import host_collectives
+from parallel.comm import Axis, Pending, watched
+from parallel.host_channel import SLOT_BYTES
 
 
 class Exchange:
@@ -60,6 +63,41 @@ def exchange_start(
     for x, _ in receives:
         count_message(axis, "recv", x.numel() * x.itemsize)
     return Exchange(works, axis, kind)
+
+
+class _Arrival:
+    """An exchange, as `Pending` waits for it."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self.exchange = exchange
+
+    def wait(self) -> None:
+        self.exchange.wait_unseen()
+
+    def is_completed(self) -> bool:
+        return self.exchange.is_done()
+
+
+def shift_start(x: Tensor, out: Tensor, axis: Axis) -> Pending:
+    """Start passing `x` on to the next rank of the axis, the last rank's to the first; `wait` gives `out`, with that of
+    the rank before.
+
+    Args:
+        x, out: contiguous, of one size and type on all ranks; `x` must be unchanged until waited for. They may be the
+            same memory, which is then overwritten when it is waited for and not before: what goes round needs no second
+            buffer. That holds as long as one operation of the axis at most is started meanwhile.
+    """
+    assert axis.size > 1 and x.is_contiguous() and out.is_contiguous() and x.numel() == out.numel()
+    if (channel := axis.channel) is not None:
+        alone = x.numel() * x.itemsize <= SLOT_BYTES or x.data_ptr() != out.data_ptr()
+        room = out if alone else torch.empty_like(out)
+        with watched(axis, "shift", x):
+            pending = Pending(room, host_collectives.shift(channel, room, x), axis=axis, kind="shift")
+        return pending if alone else pending.then(out.copy_)
+    room = torch.empty_like(out)
+    after, before = (axis.index + 1) % axis.size, (axis.index - 1) % axis.size
+    exchange = exchange_start([(x, after)], [(room, before)], axis)
+    return Pending(room, _Arrival(exchange), axis=axis, kind="recv").then(out.copy_)
 
 
 def count_message(axis: Axis, kind: str, nbytes: int) -> None:

@@ -28,6 +28,7 @@ BENCHMARKS = {
     "schedules": "pipeline schedules on paper: step time, bubble and memory, with jitter and by either policy",
     "pipeline": "schedules with stages that sleep, against formulas; the cost of an action, against torch's",
     "peers": "the same step against plain eager PyTorch, DDP, FSDP2, DeepSpeed, torch's pipelines",
+    "contrastive": "contrastive losses and their gradients against open_clip's: time over the GEMM limit, memory",
     "recompute": "time over memory of what is computed again, against torch's checkpointing",
     "predictions": "what tools.plan says of memory and time, against runs of configurations drawn by seed",
     "checkpoint": "saving and loading a state against the disk's rate and torch.distributed.checkpoint",
@@ -38,7 +39,7 @@ BENCHMARKS = {
 
 _ALONE = {
     "precision", "textures", "reshard", "convert", "kernels", "sweep", "schedules", "pipeline", "recompute",
-    "predictions", "--against",
+    "predictions", "contrastive", "--against",
 }  # with ranks of their own, or none  # fmt: skip
 
 
