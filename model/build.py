@@ -114,9 +114,10 @@ def check_parallel(config: ModelConfig, tensor_size: int, context_size: int = 1)
             f"of the last stage, which it deals out: use at most {rows}, or larger images"
         )
     for stage in sizes.stages:
-        if context_size > 1 and {"full", "causal"} & set(stage.kinds) and stage.heads // tensor_size < context_size:
+        whole = [kind for kind in ("full", "causal") if kind in stage.kinds]
+        if context_size > 1 and whole and stage.heads // tensor_size < context_size:
             raise ValueError(
                 f"parallel.context_parallel_size {context_size} cannot deal out the {stage.heads} heads, over "
-                f"tensor_parallel_size {tensor_size}, of layers with full or causal attention: use at most "
+                f"tensor_parallel_size {tensor_size}, of layers with {' and '.join(whole)} attention: use at most "
                 f"{stage.heads // tensor_size}, or another kind of attention"
             )
