@@ -35,10 +35,11 @@ from model.regions import Keep
 from model.regions import Policy as RegionPolicy
 from parallel import comm
 from parallel.comm import Axis
+from parallel.contrastive import KeyQueue
 from parallel.fp8 import Fp8Recipe, Fp8Registry, enable_fp8
 from parallel.grid import Grid, make_grid
 from parallel.layout import ParameterInfo
-from parallel.pipeline import Placement, Schedule, Timeline, balance, partition, simulate
+from parallel.pipeline import Placement, Schedule, Timeline, balance, behind_forwards, partition, simulate
 from parallel.pipeline.execution import PipelineExecutor, TensorSpec
 from parallel.pipeline.lanes import Post, open_post
 from parallel.pipeline.readiness import Policy
@@ -71,6 +72,8 @@ class Assembly:
     optimizer: Optimizer
     scaler: LossScaler | None
     average: WeightAverage | None
+    keys: WeightAverage | None
+    queue: KeyQueue | None
     fp8: Fp8Registry | None
 
     @property
@@ -115,7 +118,12 @@ class Assembly:
         """The same with other times, by the layers' names."""
         sets = {name: of.name for name, of in self.sets.items()}
         costs = predicted_costs(self.schedule, self.placement, self.layers, self.frozen.passes, times, sets)
-        return simulate(self.schedule, costs, self.policy)
+        return simulate(behind_forwards(self.schedule, self.objective.forward_passes), costs, self.policy)
+
+    @property
+    def averages(self) -> tuple[WeightAverage, ...]:
+        """All moving averages of the weights that are kept."""
+        return tuple(average for average in (self.average, self.keys) if average is not None)
 
     @property
     def recompute(self) -> Recompute | None:
@@ -353,5 +361,9 @@ def assemble(
         ),
         scaler=config.precision.loss_scaler() if config.precision.dtype == "fp16" else None,
         average=None if config.optimizer.ema_decay is None else WeightAverage(store, config.optimizer.ema_decay),
+        keys=None
+        if objective.momentum is None
+        else WeightAverage(store, objective.momentum, name="keys", corrected=False),
+        queue=objective.key_queue(grid, config.train.seed, device) if placement.last in held else None,
         fp8=enable_8_bits(config.precision, stages.values(), precision, device, keep_weights=policy.stage < 3),
     )

@@ -180,13 +180,14 @@ def _essential(config: Config) -> Config:
             gradient_dtype=p.gradient_dtype,
         ),
         train=TrainConfig(
-            steps=1, micro_batch_size=micro, global_batch_size=micro * (2 if gathers else 1), loss=train.loss,
-            freeze=train.freeze,
+            steps=1, micro_batch_size=micro, global_batch_size=2 * micro, loss=train.loss, freeze=train.freeze,
         ),
         precision=config.precision,
         recompute=RecomputeConfig(norm_backward=config.recompute.norm_backward),
         kernels=config.kernels,
         objective=config.objective,
+        text=config.text,
+        contrastive=replace(config.contrastive, passes="auto"),
     )  # fmt: skip
 
 

@@ -69,8 +69,10 @@ def states(assembly: Assembly, *, on_cpu: bool = False) -> dict[str, int]:
     held["optimizer state"] = sum(t.nbytes for group in assembly.optimizer.state_tensors().values() for t in group)
     if assembly.fp8 is not None:
         held["weights in 8 bits"] = assembly.fp8.weight_bytes
-    if assembly.average is not None:
-        held["weight average"] = sum(t.nbytes for t in assembly.average.averages)
+    if assembly.queue is not None:
+        held["queue of keys"] = assembly.queue.keys.nbytes
+    if assembly.averages:
+        held["weight average"] = sum(t.nbytes for average in assembly.averages for t in average.averages)
     if on_cpu:
         held["libraries"] = _libraries(assembly)
     return held
@@ -92,7 +94,7 @@ def plan_memory(
     return MemoryPlan(
         stages=tuple(assembly.stages),
         states=states(assembly, on_cpu=on_cpu),
-        activations=peak(program, stages) + _image_bytes(assembly, at),
+        activations=peak(program, stages) + _image_bytes(assembly, at) + _loss_bytes(assembly, at),
         host=0 if on_cpu else host_peak(program, stages),
         micro_batches=peak_activations(assembly.schedule)[at],
         schedule=assembly.schedule.name,
@@ -128,6 +130,7 @@ def peaks(config: Config, shape: GridShape, device_memory: float, *, on_cpu: boo
         kinds = tuple(stage_kind(a.layers, a.placement.layers[s], a.build, a.frozen) for s in a.placement.on(rank))
         first = rank * (shape.world_size // shape.pipeline)
         held = static_bytes(config, shape, first, device_memory, kinds, on_cpu=on_cpu) + _image_bytes(a, rank)
+        held += _loss_bytes(a, rank)
         found.append(held + peak(program, _stage_costs(a, costs, rank)))
     return tuple(found)
 
@@ -179,7 +182,8 @@ def _essential(config: Config) -> Hashable:
         config.parallel, pipeline_parallel_size=1, schedule="1f1b", virtual_stages=None, layers_per_stage=None,
         schedule_policy="static",
     )  # fmt: skip
-    return config.model, p, config.precision, config.optimizer, config.train.freeze, config.kernels, config.objective
+    goal = config.objective, config.text, replace(config.contrastive, passes="auto")
+    return config.model, p, config.precision, config.optimizer, config.train.freeze, config.kernels, goal
 
 
 def _stage_costs(a: Assembly, costs: LayerCosts, rank: int) -> dict[int, StageCost]:
@@ -218,6 +222,12 @@ def _messages_of(a: Assembly, rank: int) -> dict[int, tuple[int, int]]:
         stage: (message_bytes(behind[stage]), message_bytes(tuple(s for s in before[stage] if s.carries_gradient)))
         for stage in a.placement.on(rank)
     }
+
+
+def _loss_bytes(a: Assembly, rank: int) -> int:
+    """What the objective holds of a step on a pipeline rank."""
+    samples = a.config.train.global_batch_size // a.grid.data.size
+    return a.objective.bytes_held(samples) if rank == a.placement.ranks[-1] else 0
 
 
 def _image_bytes(a: Assembly, rank: int) -> int:

@@ -34,7 +34,7 @@ from engine.recompute.timing import META, LayerTimes, Timing
 from model import Build, LayerSpec, MicroBatch, makers
 from model.kernels import Kernels
 from parallel.grid import Grid, GridShape, planned_grid
-from parallel.pipeline import Costs, Placement, Schedule, Timeline, simulate
+from parallel.pipeline import Costs, Placement, Schedule, Timeline, behind_forwards, simulate
 from parallel.pipeline.readiness import Policy
 from parallel.tensor import TensorParallel
 
@@ -99,7 +99,7 @@ class StepModel:
     cluster: Cluster
     grid: Grid
     build: Build
-    layers: Sequence[LayerSpec]
+    objective: Objective
     frozen: Frozen
     times: Mapping[str, LayerTimes]
     loss: tuple[Spent, Spent]
@@ -113,14 +113,13 @@ class StepModel:
         if not config.parallel.shared_memory and cluster.between_nodes is not None:
             cluster = replace(cluster, within_node=cluster.between_nodes)  # TCP, within a host, too
         grid, objective = planned_grid(shape, 0), make_objective(config)
-        layers, timing = objective.layers, timing_of(config, grid, objective)
-        frozen = frozen_of(config, layers)
+        timing, frozen = timing_of(config, grid, objective), frozen_of(config, objective.layers)
         return StepModel(
             config=config,
             cluster=cluster,
             grid=grid,
             build=timing.build,
-            layers=layers,
+            objective=objective,
             frozen=frozen,
             times=times or timing.priced(cluster, grid.meter.where),
             loss=_loss_times(objective, timing, grid, cluster),
@@ -131,6 +130,11 @@ class StepModel:
         """The same layers in another layout whose tensor and context ranks, micro-batch and formats are the same."""
         grid = planned_grid(shape, 0)
         return replace(self, config=config, grid=grid, traffic=self.traffic.on(config, grid))
+
+    @property
+    def layers(self) -> Sequence[LayerSpec]:
+        """Of all that is trained."""
+        return self.objective.layers
 
     def placement(self, schedule: Schedule) -> Placement:
         """As a run cuts the layers."""
@@ -166,12 +170,13 @@ class StepModel:
             norm=norm,
             optimizer=tuple(map(add, tails, updates)),
         )
-        timeline = simulate(schedule, costs, self._policy(schedule))
+        before = self.objective.forward_passes
+        timeline = simulate(behind_forwards(schedule, before), costs, self._policy(schedule))
         parts: dict[str, float] = defaultdict(float)
         for rank in ranks:
             for stage in placement.on(rank):
-                for spent in stages[stage].values():
-                    _add(parts, spent, schedule.num_micro_batches)
+                for what, spent in stages[stage].items():
+                    _add(parts, spent, schedule.num_micro_batches * (1 + before if what == "forward" else 1))
             _add(parts, {"data": tails[rank] + norm, "optimizer": updates[rank], "bubble": timeline.bubble[rank]})
         return self._result({name: value / len(ranks) for name, value in parts.items() if value}, timeline)
 

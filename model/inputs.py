@@ -19,6 +19,7 @@ class MicroBatch:
             same id in every layout.
         weights: fp32 [B], 1 for an image, 0 for padding.
         training: whether drop-path is active.
+        keys: whether what comes out are keys that queries are compared with, which pass no predictor.
         texts: tokens, int64 [B, S], filled up at the right; None where there are none, or no layer reads them.
 
     Of two views of each sample, B is twice the number of samples: first views, then second ones.
@@ -30,6 +31,7 @@ class MicroBatch:
     weights: Tensor
     training: bool = True
     texts: Tensor | None = None
+    keys: bool = False
 
     @property
     def size(self) -> int:

@@ -21,11 +21,12 @@ from model.heads import Head, pooled_features
 from model.inputs import MicroBatch
 from model.layers import LayerSpec, block_layers, head_gives, measured
 from model.pair import Pair
+from model.predictor import Predictor
 from model.projection import ProjectedHead, Projection
 from model.text import TextConfig
 from model.text_layers import TextEmbedding, TextHead
 
-IMAGE, TEXT, PAIR = "image", "text", "pair"
+IMAGE, TEXT, PAIR, PREDICTOR = "image", "text", "pair", "predictor"
 TOWERS = (IMAGE, TEXT)
 """What the names of layers may begin with."""
 
@@ -40,6 +41,7 @@ def build_towers(
     learn_temperature: bool = True,
     max_logit_scale: float = 100.0,
     bias: float | None = None,
+    predictor: int = 0,
 ) -> list[LayerSpec]:
     """The layers of contrastive training, in order, measured as `model.build_layers` does.
 
@@ -48,7 +50,8 @@ def build_towers(
             first views before second ones in a micro-batch. embedding: features of both towers' embeddings.
             projection: from pooled features to them, unless the text tower has its own. temperature: at the start.
             learn_temperature: whether it is trained. max_logit_scale: bound of its inverse. bias: of logits, at the
-            start; None: none.
+            start; None: none. predictor: of two views, hidden features of what turns queries into guesses of keys; 0:
+            nothing does.
 
     Raises:
         ValueError: a tower without a projection whose features are not the embedding's.
@@ -56,7 +59,7 @@ def build_towers(
     return list(
         _towers(
             image, text, embedding, projection, temperature=temperature, learns=learn_temperature, most=max_logit_scale,
-            bias=bias,
+            bias=bias, predictor=predictor,
         )
     )  # fmt: skip
 
@@ -72,9 +75,14 @@ def _towers(
     learns: bool,
     most: float,
     bias: float | None,
+    predictor: int,
 ) -> tuple[LayerSpec, ...]:
     """Measured once in a process."""
     layers = image_tower(image, embedding, projection, views=2 if text is None else 1)
+    if predictor:
+        before = layers[-1]
+        guess = partial(Predictor, embedding=embedding, hidden=predictor, is_share=before.gives == "shares")
+        layers.append(replace(before, name=PREDICTOR, factory=guess, gives="vectors", reads=()))
     ends = layers[-1:]
     if text is not None:
         layers += text_tower(text, embedding, projection, rides=(layers[-1].name,))

@@ -161,8 +161,8 @@ def load_weights(a: Assembly, weights: StoredWeights, plan: LoadPlan) -> None:
         values = changed[i][2].to(a.device) if changed else torch.empty(box.shape, device=a.device)
         _place(comm.broadcast(values, a.grid.world), box, (p for p in pieces if p.name == f"weights/{name}"))
     a.store.loaded()
-    if a.average is not None:
-        a.average.restart()
+    for average in a.averages:
+        average.restart()
     if a.fp8 is not None:
         a.fp8.forget_weights()
 

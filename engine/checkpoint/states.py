@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,8 +29,19 @@ def held_pieces(a: Assembly) -> Iterator[StatePiece]:
     """Those whose values are the state's own memory."""
     yield from weight_pieces(a)
     yield from a.optimizer.pieces()
-    if a.average is not None:
-        yield from a.average.pieces()
+    for average in a.averages:
+        yield from average.pieces()
+    yield from _queue_pieces(a)
+
+
+def _queue_pieces(a: Assembly) -> Iterator[StatePiece]:
+    """Of the queue of keys: data ranks have parts of it, context and tensor ranks copies of these."""
+    if a.queue is None:
+        return
+    copies, is_first = a.grid.context.size * a.grid.tensor.size, not (a.grid.context.index or a.grid.tensor.index)
+    for piece in a.queue.pieces():
+        holders = [piece.holders[rank // copies]._replace(rank=rank) for rank in range(a.store.axis.size)]
+        yield replace(piece, axis=a.store.axis, holders=holders, own=piece.own if is_first else slice(0, 0))
 
 
 def weight_pieces(a: Assembly) -> Iterator[StatePiece]:
@@ -49,8 +60,7 @@ def _copies(a: Assembly) -> dict[str, tuple[Tensor, Axis]]:
 
 def _numbers(a: Assembly) -> dict[str, float]:
     numbers = {"optimizer.steps": float(a.optimizer.steps)}
-    if a.average is not None:
-        numbers["average.updates"] = float(a.average.updates)
+    numbers |= {f"{average.name}.updates": float(average.updates) for average in a.averages}
     if a.scaler is not None:
         numbers |= {f"loss_scale.{name}": float(value) for name, value in a.scaler.state_dict().items()}
     return numbers
@@ -94,14 +104,14 @@ def restore(a: Assembly, reader: Reader) -> int:
     stored = reader.manifest.tensors
     held = targets(held_pieces(a), {name: name for name in stored})
     count = reader.read({name: found for name, found in held.items() if name.startswith("weights/")})
-    if a.average is not None:
-        a.average.restart()  # what has no average yet begins with the weights
+    for average in a.averages:
+        average.restart()  # what has no average yet begins with the weights
     count += reader.read({name: found for name, found in held.items() if not name.startswith("weights/")})
     numbers = {name: reader.whole(name) for name in stored if "/" not in name}
     if "optimizer.steps" in numbers:
         a.optimizer.steps = int(numbers["optimizer.steps"])
-    if a.average is not None and "average.updates" in numbers:
-        a.average.updates = int(numbers["average.updates"])
+    for average in a.averages:
+        average.updates = int(numbers.get(f"{average.name}.updates", average.updates))
     scale = {n.partition(".")[2]: float(value) for n, value in numbers.items() if n.startswith("loss_scale.")}
     if a.scaler is not None and scale:
         a.scaler.load_state_dict(scale)

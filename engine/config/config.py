@@ -13,13 +13,15 @@ import yaml
 
 from data import DataConfig
 from engine.checkpoint.config import CheckpointConfig
+from engine.config.contrastive import ContrastiveConfig
 from engine.config.limits import check_values
+from engine.config.objectives import check_objective, passes_of, resolve_model
 from engine.config.pipeline import Pipeline
 from engine.errors import ConfigError
 from engine.optimizers.config import OptimizerConfig, ScheduleConfig
 from engine.precision.config import PrecisionConfig
 from engine.recompute.config import RecomputeConfig
-from model import ModelConfig, check_parallel
+from model import ModelConfig, TextConfig
 from parallel.config import ParallelConfig
 from parallel.grid import GridShape, shape_for_world
 
@@ -116,6 +118,8 @@ class Config:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     """What the model is"""
+    text: TextConfig = field(default_factory=TextConfig)
+    """What the text tower is, of objective contrastive"""
     data: DataConfig = field(default_factory=DataConfig)
     """Where images come from"""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -134,9 +138,12 @@ class Config:
     """What is saved, when, and what a run starts from"""
     log: LogConfig = field(default_factory=LogConfig)
     """What is reported, how often"""
+    contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
+    """What is made alike, of objective contrastive"""
 
-    objective: Literal["supervised"] = "supervised"
-    """What is trained towards: the classes of labelled images."""
+    objective: Literal["supervised", "contrastive"] = "supervised"
+    """What is trained towards: the classes of labelled images, or that images and their texts (or two views of an
+    image) are alike; see docs/contrastive.md."""
 
     run_dir: str | None = None
     """Folder for config.yaml, metrics.jsonl and TensorBoard events; made if missing."""
@@ -170,23 +177,16 @@ class Config:
             ConfigError: values that cannot be, alone or together or on this many ranks.
         """
         shape = self.grid_shape(world_size)
+        check_objective(self)
         try:
-            model = self.model.resolve()
-            check_parallel(model, shape.tensor, shape.context)
-            self.precision.check_depth(model.sizes.depth)
-            self.recompute.check_depth(model.sizes.depth)
+            built = resolve_model(self, shape)
+            self.precision.check_depth(built.blocks)
+            self.recompute.check_depth(built.blocks)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        if self.objective == "supervised" and not model.num_classes:
-            raise ConfigError(
-                "model.num_classes is 0, so the model has no classifier, but objective supervised trains one: set "
-                "model.num_classes to the number of classes of the data"
-            )
-        if model.head_bias is None and model.num_classes and model.classifier_bias:
-            model = replace(model, head_bias=-10.0 if self.train.loss == "sigmoid" else 0.0)
         pipeline = self.pipeline(shape)
-        pipeline.check_depth(model)
-        pipeline.check_recomputes(drops=self.recompute.drops(model.sizes.depth))
+        pipeline.check_layers(built.layers, built.what)
+        pipeline.check_recomputes(drops=self.recompute.drops(built.blocks))
         if (self.train.steps is None) == (self.train.epochs is None):
             given = "neither is" if self.train.steps is None else "both are"
             raise ConfigError(f"give either train.steps or train.epochs: {given} set")
@@ -197,11 +197,16 @@ class Config:
             )
         batch, micro = self.train.global_batch_size, self.train.micro_batch_size
         train = replace(self.train, micro_batch_size=pipeline.micro_batch_size(batch, micro, shape.data))
-        return replace(self, model=model, train=train, optimizer=self.optimizer.resolve())
+        resolved = replace(self, **built.groups, train=train, optimizer=self.optimizer.resolve())
+        if self.objective == "contrastive":
+            passes = passes_of(self.contrastive, pipeline, resolved.num_micro_batches(shape))
+            resolved = replace(resolved, contrastive=replace(resolved.contrastive, passes=passes))
+        return resolved
 
     def pipeline(self, shape: GridShape) -> Pipeline:
         """The pipeline of this configuration. Raises ConfigError where its schedule does not fit the ranks."""
-        return Pipeline.of(self.parallel, shape.pipeline)
+        one_pass = self.objective == "contrastive" and self.contrastive.passes == 1
+        return replace(Pipeline.of(self.parallel, shape.pipeline), forwards_first=one_pass)
 
     def without_effect(self, shape: GridShape, device_type: str, steps: int) -> list[str]:
         """Keys of a resolved configuration that are set and do nothing in this run, each with the reason.
@@ -259,14 +264,24 @@ class Config:
         """As a YAML file that can be given as --config.
 
         With the configuration as it was given before it was resolved, a micro-batch that was left open stays open, as
-        it follows from the number of ranks: the file serves another number, too, and a comment tells what it was.
+        it follows from the number of ranks, and so do the passes of a contrastive step: the file serves another
+        number, too, and a comment tells what it was.
         """
         text = yaml.safe_dump(plain(asdict(self)), sort_keys=False)
-        if given is None or given.train.micro_batch_size is not None:
+        if given is None:
             return text
-        line = f"\n  micro_batch_size: {self.train.micro_batch_size}\n"
-        assert text.count(line) == 1
-        return text.replace(line, f"\n  micro_batch_size: null  # here {self.train.micro_batch_size}\n")
+        if given.train.micro_batch_size is None:
+            text = _left_open(text, "micro_batch_size", self.train.micro_batch_size, "null")
+        if self.contrastive.passes != given.contrastive.passes:
+            text = _left_open(text, "passes", self.contrastive.passes, given.contrastive.passes)
+        return text
+
+
+def _left_open(text: str, key: str, here: Any, given: Any) -> str:
+    """A key of a configuration in YAML as it was given, with a comment of what it is here."""
+    line = f"\n  {key}: {here}\n"
+    assert text.count(line) == 1
+    return text.replace(line, f"\n  {key}: {given}  # here {here}\n")
 
 
 def _set(p: ParallelConfig, keys: Sequence[str], why: str) -> list[str]:

@@ -7,7 +7,6 @@ from functools import lru_cache
 
 from engine.config.limits import divisors
 from engine.errors import ConfigError
-from model import ModelConfig
 from parallel.config import ParallelConfig
 from parallel.pipeline import Schedule, build_schedule
 from parallel.pipeline.readiness import check_lanes
@@ -106,15 +105,16 @@ class Pipeline:
         p = self.parallel
         return _built(p.schedule, self.ranks, num_micro_batches, p.virtual_stages)
 
-    def check_depth(self, model: ModelConfig) -> None:
-        """Raise ConfigError where the list of layers is shorter than that of the stages."""
-        layers = model.sizes.depth + len(model.sizes.stages) + 1
-        count = len(model.sizes.stages) - 1
-        merges = f"{count} patch merge{'s' * (count > 1)}, " if count else ""
-        of_model = f"the {layers} layers of the model (embedding, {model.sizes.depth} blocks, {merges}head)"
+    def check_layers(self, layers: int, what: str, deeper: str = "a deeper model") -> None:
+        """Raise ConfigError where the list of layers is shorter than that of the stages, or not cut as was asked for.
+
+        Args:
+            layers: how many. what: they are. deeper: what would have more.
+        """
+        of_model = f"the {layers} layers of {what}"
         if self.num_stages > layers:
-            what, cure = self._too_many(layers)
-            raise ConfigError(f"{what} more than {of_model}: use {cure}, or a deeper model")
+            asked, cure = self._too_many(layers)
+            raise ConfigError(f"{asked} more than {of_model}: use {cure}, or {deeper}")
         self._check_cut(layers, of_model)
 
     def _check_cut(self, layers: int, of_model: str) -> None:

@@ -2,14 +2,15 @@
 
 from engine.config import Config
 from engine.objectives.base import AdditiveObjective, Evaluation, JointLoss, JointObjective, Objective
+from engine.objectives.contrastive import Contrastive
 from engine.objectives.supervised import Supervised
 
 __all__ = [
-    "OBJECTIVES", "AdditiveObjective", "Evaluation", "JointLoss", "JointObjective", "Objective", "Supervised",
-    "make_objective",
+    "OBJECTIVES", "AdditiveObjective", "Contrastive", "Evaluation", "JointLoss", "JointObjective", "Objective",
+    "Supervised", "make_objective",
 ]  # fmt: skip
 
-OBJECTIVES: dict[str, type[Objective]] = {"supervised": Supervised}
+OBJECTIVES: dict[str, type[Objective]] = {"supervised": Supervised, "contrastive": Contrastive}
 """By the value of the key `objective`."""
 
 

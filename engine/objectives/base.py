@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from engine.config import Config
 from model import LayerSpec, MicroBatch
 from parallel import comm
+from parallel.contrastive import KeyQueue
 from parallel.grid import Grid
 
 Outputs = tuple[Tensor, ...]
@@ -48,22 +49,31 @@ class Objective(ABC):
 
     Attributes:
         layers: the ordered list of named layers of all that is trained, which the pipeline cuts.
+        passes: over the pipeline that a step takes, those that make keys apart. momentum: decay of a moving average of
+            the weights, which makes keys that the last layer's outputs are compared with; None: there are none.
     """
 
     layers: tuple[LayerSpec, ...]
+    passes: int = 1
+    momentum: float | None = None
+
+    @property
+    def forward_passes(self) -> int:
+        """How many passes without backwards a step takes before the one that has them."""
+        return self.passes - 1 + (self.momentum is not None)
 
     @classmethod
     @abstractmethod
     def of(cls, config: Config) -> Self:
         """That of a resolved configuration."""
 
-    @abstractmethod
     def reads_images(self, layers: range) -> bool:
         """Whether a stage of these layers (places in the list) reads the images of a micro-batch."""
+        return any("images" in self.layers[place].reads for place in layers)
 
     def reads_texts(self, layers: range) -> bool:
         """Whether a stage of these layers reads the texts of a micro-batch."""
-        return False
+        return any("texts" in self.layers[place].reads for place in layers)
 
     @abstractmethod
     def loss_share(self, outputs: Outputs, batch: MicroBatch, grid: Grid, scale: float) -> Tensor:
@@ -75,6 +85,22 @@ class Objective(ABC):
     @abstractmethod
     def evaluation(self, grid: Grid, device: torch.device) -> Evaluation:
         """A new look at the held-out set."""
+
+    def key_queue(self, grid: Grid, seed: int, device: torch.device) -> KeyQueue | None:
+        """A new queue of keys of earlier steps, on a rank that has the last layer, if there is to be one."""
+        return None
+
+    def describe(self) -> str | None:
+        """A line for the start-up report, where there is more to tell than the model and the batch."""
+        return None
+
+    def bytes_held(self, samples: int) -> int:
+        """What a rank that has the last layer holds between forward and backward of a step, beside activations.
+
+        Args:
+            samples: of a step, on a data rank.
+        """
+        return 0
 
 
 class AdditiveObjective(Objective):
@@ -136,6 +162,20 @@ class JointLoss:
     gradients: Sequence[Outputs]
 
 
+class Keys(NamedTuple):
+    """What outputs are compared with. Attributes: outputs: of each micro-batch, by the average of the weights,
+    detached. queue: of earlier steps.
+    """
+
+    outputs: Sequence[Outputs]
+    queue: KeyQueue | None
+
+    def in_order(self) -> Tensor:
+        """Of all views: both of the first sample, then of the next, whatever micro-batches they are in: [2n, E]."""
+        sides = [torch.cat([made[side] for made in self.outputs]) for side in (0, 1)]
+        return torch.stack(sides, 1).flatten(0, 1)
+
+
 class JointObjective(Objective):
     """A loss over all micro-batches and data ranks at once.
 
@@ -147,12 +187,15 @@ class JointObjective(Objective):
     passes: int
 
     @abstractmethod
-    def joint_loss(self, outputs: Sequence[Outputs], batches: Sequence[MicroBatch], grid: Grid) -> JointLoss:
+    def joint_loss(
+        self, outputs: Sequence[Outputs], batches: Sequence[MicroBatch], grid: Grid, keys: Keys | None = None
+    ) -> JointLoss:
         """Of this data rank's micro-batches, together with those of the others. Collective over data ranks; alike on
         tensor and context ranks.
 
         Args:
-            outputs: of the last layer, detached. batches: without images.
+            outputs: of the last layer, detached. batches: without images. keys: what there are, where the weights'
+                average makes any.
         """
 
     def loss_share(self, outputs: Outputs, batch: MicroBatch, grid: Grid, scale: float) -> Tensor:

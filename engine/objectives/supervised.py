@@ -41,10 +41,6 @@ class Supervised(AdditiveObjective):
             layers=tuple(build_layers(config.model)),
         )
 
-    def reads_images(self, layers: range) -> bool:
-        """As Objective: the embedding does, the first of all layers."""
-        return 0 in layers
-
     def loss_share(self, outputs: tuple[Tensor, ...], batch: MicroBatch, grid: Grid, scale: float) -> Tensor:
         """As Objective; in equal parts on the context ranks, which all compute it."""
         return self._losses(outputs, batch, grid).sum() * (scale / (self.global_batch_size * grid.context.size))

@@ -22,15 +22,19 @@ class WeightAverage:
     The corrected average of t updates is that of t - 1, moved towards the weights by `rate`: so what is kept is what
     is used, and is as the weights are: one array beside each master, a piece of the same logical tensors.
 
+    Not corrected it is the recursion itself, from the initial weights on: the key encoder of He et al. 2020 (MoCo).
+
     Args:
-        store: whose trained weights are averaged, as far as this rank trains them; maybe none. decay: per step.
+        store: whose trained weights are averaged, as far as this rank trains them; maybe none. decay: per step. name:
+            of the state. corrected: for its start.
 
     Attributes:
         averages: beside the trained masters of `store.buckets`, one by one. updates: taken in so far.
     """
 
-    def __init__(self, store: ParameterStore, decay: float) -> None:
-        self.store, self.decay, self.updates = store, decay, 0
+    def __init__(self, store: ParameterStore, decay: float, *, name: str = "average", corrected: bool = True) -> None:
+        self.store, self.decay, self.name, self.updates = store, decay, name, 0
+        self._corrected = corrected
         self._buckets = [bucket for bucket in store.buckets if bucket.kind.trains]
         self._masters = [bucket.master for bucket in self._buckets]
         self.averages = [master.clone() for master in self._masters]
@@ -49,12 +53,13 @@ class WeightAverage:
 
     def pieces(self) -> Iterator[StatePiece]:
         """The averages as pieces of logical tensors."""
-        return self.store.pieces("average", dict(zip(self._buckets, self.averages, strict=True)))
+        return self.store.pieces(self.name, dict(zip(self._buckets, self.averages, strict=True)))
 
     @property
     def rate(self) -> float:
-        """What the newest of all weights so far weighs: 1 at first, then falling to 1 - decay."""
-        return (1 - self.decay) / (1 - self.decay**self.updates)
+        """What the newest of all weights so far weighs: 1 at first, then falling to 1 - decay; that always, where the
+        average is not corrected."""
+        return 1 - self.decay if not self._corrected else (1 - self.decay) / (1 - self.decay**self.updates)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

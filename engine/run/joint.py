@@ -8,6 +8,9 @@ cast to 8 bits counts for later scales in the second pass alone. *One pass*: whe
 last stage before the first of its backwards, the loss comes in between, and no forward is run again. The numbers are
 the same.
 
+Where keys come from a moving average of the weights (momentum contrast), a pass by that comes first of all: the average
+and the weights change places for it, and back.
+
 Either way the loss is computed within the last stage's last forward, by all data ranks that are there, whatever other
 stages do meanwhile: no stage waits for another's loss but those of its own pipeline, which wait for its gradients.
 """
@@ -22,7 +25,7 @@ from torch import Tensor
 
 from data import Batch
 from engine.assemble import Assembly
-from engine.objectives.base import JointLoss, JointObjective, Outputs, inject
+from engine.objectives.base import JointLoss, JointObjective, Keys, Outputs, inject
 from model import MicroBatch
 from parallel.pipeline import forward_only, insert_communication
 from parallel.pipeline.execution import PipelineExecutor
@@ -48,7 +51,8 @@ class JointStep:
     def __init__(self, assembly: Assembly, objective: JointObjective, train: PipelineExecutor) -> None:
         self._assembly, self._objective, self._train = assembly, objective, train
         self._first: PipelineExecutor | None = None
-        if objective.passes == 2:
+        self._keys_made: Keys | None = None
+        if objective.passes == 2 or assembly.keys is not None:
             order = forward_only(
                 assembly.grid.pipeline.size,
                 train.schedule.num_micro_batches,
@@ -61,22 +65,42 @@ class JointStep:
         """Whether each micro-batch is asked for twice."""
         return self._first is not None
 
+    def _make_keys(self, found: _Found, fresh: Callable[[bool], Sequence[MicroBatch]]) -> None:
+        """A pass by the average of the weights."""
+        a = self._assembly
+        assert a.keys is not None and self._first is not None
+        with a.keys.applied():
+            if a.fp8 is not None:
+                a.fp8.forget_weights()
+            self._first.run(found.numbered(fresh(True)), found.note_keys)
+        if a.fp8 is not None:
+            a.fp8.forget_weights()
+
     def run(
-        self, fresh: Callable[[], Sequence[MicroBatch]], scale: float, watcher: LossWatcher | None = None
+        self, fresh: Callable[[bool], Sequence[MicroBatch]], scale: float, watcher: LossWatcher | None = None
     ) -> list[Tensor]:
         """Forward and backward of a step.
 
         Args:
-            fresh: the step's micro-batches, from the first on. scale: that gradients are multiplied by.
+            fresh: the step's micro-batches, from the first on, for keys or not. scale: of gradients, a factor.
 
         Returns:
             this rank's share of the loss, times `scale`, on ranks that hold the last layer; elsewhere nothing.
         """
         found = _Found(self._assembly, self._objective, scale, watcher)
-        if self._first is not None:
-            self._first.run(found.numbered(fresh()), found.note)
-        self._train.run(found.numbered(fresh()), found.inject)
+        if self._assembly.keys is not None:
+            self._make_keys(found, fresh)
+        if self._first is not None and self._objective.passes == 2:
+            self._first.run(found.numbered(fresh(False)), found.note)
+        self._train.run(found.numbered(fresh(False)), found.inject)
+        self._keys_made = found.keys
         return found.losses
+
+    def taken(self) -> None:
+        """The step counts: its keys enter the queue. Collective over data ranks."""
+        if self._assembly.queue is not None and self._keys_made is not None:
+            self._assembly.queue.push(self._keys_made.in_order())
+        self._keys_made = None
 
 
 class _Found:
@@ -86,10 +110,12 @@ class _Found:
         self, assembly: Assembly, objective: JointObjective, scale: float, watcher: LossWatcher | None
     ) -> None:
         self._grid, self._objective, self._watcher = assembly.grid, objective, watcher
+        self._queue = assembly.queue
         self._share = scale / assembly.grid.context.size  # all context ranks compute the same
         self._outputs: dict[int, Outputs] = {}
         self._batches: dict[int, MicroBatch] = {}
         self._gradients: dict[int, Outputs] = {}
+        self._keys: dict[int, Outputs] = {}
         self.losses: list[Tensor] = []
 
     def numbered(self, micro_batches: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
@@ -100,6 +126,16 @@ class _Found:
     def note(self, outputs: Outputs, batch: MicroBatch) -> Tensor:
         """The head of a pass: takes note of a micro-batch, and of the loss when it was the last."""
         self._note(self._fetched.number_of(batch), outputs, batch)
+        return outputs[0].new_zeros(())
+
+    @property
+    def keys(self) -> Keys | None:
+        """What queries are compared with, if with keys."""
+        return Keys([self._keys[m] for m in sorted(self._keys)], self._queue) if self._keys else None
+
+    def note_keys(self, outputs: Outputs, batch: MicroBatch) -> Tensor:
+        """The head of the pass that makes keys."""
+        self._keys[self._fetched.number_of(batch)] = tuple([x.detach() for x in outputs])
         return outputs[0].new_zeros(())
 
     def inject(self, outputs: Outputs, batch: MicroBatch) -> Tensor:
@@ -117,7 +153,10 @@ class _Found:
         numbers = range(len(self._outputs))
         with self._grid.meter.where.during("loss of the whole batch"):
             joint = self._objective.joint_loss(
-                [self._outputs[m] for m in numbers], [self._batches[m] for m in numbers], self._grid
+                [self._outputs[m] for m in numbers],
+                [self._batches[m] for m in numbers],
+                self._grid,
+                self.keys,
             )
         self._outputs.clear()
         self._batches.clear()
@@ -149,6 +188,19 @@ class _Numbered(Sequence[MicroBatch]):
         """Of the one that was fetched last."""
         assert self._last is not None and self._last[1] is batch
         return self._last[0]
+
+
+class OfKeys(Sequence[MicroBatch]):
+    """Micro-batches for the pass that makes keys."""
+
+    def __init__(self, inner: Sequence[MicroBatch]) -> None:
+        self._inner = inner
+
+    def __len__(self) -> int:
+        return len(self._inner)
+
+    def __getitem__(self, m: Any) -> Any:
+        return replace(self._inner[m], keys=True)
 
 
 class HeldBatches(Sequence[Batch]):

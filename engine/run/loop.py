@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from engine.run.metrics import MetricsWriter
 from engine.run.predicted import Comparison
 from engine.run.profile import StepProfiler
 from engine.run.progress import Progress
+from engine.run.prompts import prompt_batches
 from engine.run.recomputed import recomputed_lines
 from engine.run.replicas import check_before_saving, check_when_due
 from engine.run.saving import Saving
@@ -91,6 +93,7 @@ class Loop:
             "data_rank": a.grid.data.index,
             "data_size": a.grid.data.size,
             "with_images": a.holds_images,
+            "with_texts": a.holds_texts,
         }
         batch, done = a.config.train.global_batch_size, self.progress
         self.train_stream = TrainStream(
@@ -101,6 +104,7 @@ class Loop:
             **place,
         )
         self.eval_stream = EvalStream(eval_set, **place)
+        self._prompts = prompt_batches(eval_set, **place)
         self.images_per_epoch, self._has_texts = len(train_set), train_set.texts is not None
         self.flops_per_image = a.training_flops
         self.tokens_per_sample = sum(layer.output[0] for layer in a.layers if layer.kind == "embed")
@@ -319,10 +323,10 @@ class Loop:
     def _evaluate(self, step: int) -> Mapping[str, float]:
         synchronise(self.stepper.assembly.device)
         began = time.perf_counter()
-        result = self.stepper.evaluate(self.eval_stream)
+        result = self.stepper.evaluate(chain(self.eval_stream, self._prompts))
         values = dict(result)
         if self.stepper.assembly.average is not None:
-            averaged = self.stepper.evaluate_average(self.eval_stream)
+            averaged = self.stepper.evaluate_average(chain(self.eval_stream, self._prompts))
             values |= {f"ema_{name}": value for name, value in averaged.items() if name != "images"}
         values |= {"epoch": self.progress.samples / self.images_per_epoch}
         if self.writer is not None:

@@ -103,6 +103,8 @@ def _batch_lines(a: Assembly) -> Iterator[str]:
         f"batch: {train.global_batch_size} images = {data} data rank(s) x {count} micro-batch(es) "
         f"x {train.micro_batch_size}"
     )
+    if (line := a.objective.describe()) is not None:
+        yield line
 
 
 def _pipeline_lines(a: Assembly) -> Iterator[str]:

@@ -23,6 +23,7 @@ from engine.checkpoint.states import state_pieces
 from engine.config import Config
 from engine.device import memory_share
 from engine.errors import ConfigError
+from engine.passes import settle_passes
 from engine.recompute_choice import settled
 from engine.run.loop import Loop
 from engine.run.progress import Progress
@@ -123,7 +124,9 @@ def run_again(
     Raises:
         CheckpointError: it is damaged. ConfigError: it is of another model.
     """
-    config, _ = settled(config, grid, inputs.device, memory_share(inputs.device, world))
+    memory = memory_share(inputs.device, world)
+    config, _ = settle_passes(config, grid, memory, on_cpu=inputs.device.type == "cpu")
+    config, _ = settled(config, grid, inputs.device, memory)
     assembly = build(config, world, grid, inputs)
     manifest, problem = take(assembly, start, lambda done: inputs.steps, notes)
     if manifest is None:

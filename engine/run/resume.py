@@ -14,7 +14,7 @@ from typing import Any
 from engine.assemble import Assembly
 from engine.checkpoint.states import Difference, differences, restore, shapes_of
 from engine.config import Config, plain
-from engine.config.keys import key_types
+from engine.config.keys import default_of, key_types
 from engine.errors import ConfigError
 from engine.run.progress import Progress
 from parallel import comm
@@ -32,6 +32,7 @@ from parallel.checkpoint.read import Reader
 # Keys that may change without a word: how a run is spread and watched, and where things are.
 _FREE = (
     "parallel.", "recompute.", "log.", "checkpoint.", "run_dir", "device", "data.path", "data.val_path", "data.workers",
+    "contrastive.passes",
 )  # fmt: skip
 _FREE_TRAIN = ("micro_batch_size", "eval_interval", "stop_step", "time_limit", "check_interval", "max_bad_steps")
 _TRAINED_BY = ("drop_path", "layer_scale", "head_bias", "preset")  # keys of the model that say how
@@ -293,7 +294,7 @@ def changed_images(manifest: Manifest, facts: Mapping[str, Any]) -> list[str]:
 def _is_of_the_function(key: str) -> bool:
     """Whether it decides what is computed with given weights, and not how they begin or are trained."""
     group, _, name = key.partition(".")
-    return key == "objective" or (group == "model" and name not in _TRAINED_BY)
+    return key == "objective" or (group in ("model", "text") and name not in _TRAINED_BY)
 
 
 def _is_free(key: str) -> bool:
@@ -312,8 +313,11 @@ def _stored(config: Mapping[str, Any], key: str) -> Any:
 
 
 def _then(config: Mapping[str, Any], key: str, here: Config) -> Any:
-    """As _stored; of a key of the model that is younger than the checkpoint, what it is where it is left out."""
+    """As _stored; of a key of the model, or a group, that is younger than the checkpoint, what it is where it is left
+    out."""
     value, (group, _, name) = _stored(config, key), key.partition(".")
+    if value is _MISSING and name and group not in config:
+        return plain(default_of(key))
     if value is not _MISSING or group != "model":
         return value
     absent: dict[str, Any] = {name: None}

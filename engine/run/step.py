@@ -18,7 +18,7 @@ from engine.assemble import Assembly
 from engine.objectives.base import JointObjective
 from engine.run.bubble import BubbleMeter
 from engine.run.diagnose import Watch, first_culprit, watch
-from engine.run.joint import HeldBatches, JointStep
+from engine.run.joint import HeldBatches, JointStep, OfKeys
 from model import MicroBatch
 from parallel import comm
 from parallel.pipeline import forward_only, insert_communication
@@ -108,6 +108,8 @@ class Stepper:
         a = self.assembly
         scale = self._scale
         self.meter.begin()
+        if a.keys is not None:  # which change places with the weights
+            self.before_change()
         loss, norm, total = self._forward_backward(batches, lambda: (*votes(), *self.meter.votes()))
         total, bubble = self.meter.end(total)
         self.before_change()
@@ -121,8 +123,10 @@ class Stepper:
             lr=lr, grad_factor=factor, decay_factor=lr_factor if o.decay_by == "schedule" else None
         )  # fmt: skip
         a.store.updated()
-        if a.average is not None:
-            a.average.update()
+        for average in a.averages:
+            average.update()
+        if self._joint is not None:
+            self._joint.taken()
         return StepResult(loss, norm, skipped=False, loss_scale=scale, votes=total, bubble=bubble)
 
     def _forward_backward(
@@ -147,8 +151,9 @@ class Stepper:
             return self._train.run(watching.batches(here), watching.loss(self._loss_share))
         held = HeldBatches(batches) if self._joint.reads_twice else batches
 
-        def fresh() -> Sequence[MicroBatch]:
-            here = _OnDevice(a, held)
+        def fresh(of_keys: bool) -> Sequence[MicroBatch]:
+            here: Sequence[MicroBatch] = _OnDevice(a, held)
+            here = OfKeys(here) if of_keys else here
             return here if watching is None else watching.batches(here)
 
         return self._joint.run(fresh, self._scale, watching)

@@ -6,6 +6,7 @@ Times are microseconds. `python -m tools.timeline` reads the categories and argu
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ Event = dict[str, Any]
 STEPS, COMPUTE, MESSAGES, COLLECTIVES = range(4)
 _LANES = ("steps", "compute", "messages", "collectives")
 _GAP = 2  # nanoseconds: readers round, and drop what overlaps the slice before
+_PASSES = 3  # over the schedule, at most, in a step
 SIMULATED = 1_000_000  # processes from here on are those of the simulated step
 
 
@@ -40,7 +42,7 @@ def step_events(
         replica: which of the pipelines this rank is in: no message goes from one to another.
         shift: nanoseconds that are added to the record's times.
     """
-    step = record.step
+    step, seen = record.step, Counter[Action]()
     if (span := record.span) is None:
         return
 
@@ -59,7 +61,8 @@ def step_events(
     for s in record.computed:
         yield event(COMPUTE, "compute", str(s.what), s, **_arguments(s.what))
         if (receive := input_receive(s.what, schedule)) is not None:
-            number = _number(receive.counterpart, schedule, step, replica)
+            number = _number(receive.counterpart, schedule, step, replica, seen[receive])
+            seen[receive] += 1
             yield mark("f", COMPUTE, s.start + min(1, (s.end - s.start) / 2), "message", id=number, bp="e")
             arguments = {"step": step, **_arguments(receive)}
             yield mark("i", MESSAGES, s.start, f"{receive} is there", s="t", args=arguments)
@@ -72,7 +75,8 @@ def step_events(
         sized = s._replace(size=nbytes.get(route, 0))
         yield event(MESSAGES, "message", str(s.what), sized, carries=str(route), **_arguments(s.what))
         if s.what.kind.is_send:
-            number = _number(s.what, schedule, step, replica)
+            number = _number(s.what, schedule, step, replica, seen[s.what])
+            seen[s.what] += 1
             yield mark("s", MESSAGES, s.start + min(1, (s.end - s.start) / 2), "message", id=number)
     for s in record.phases:
         yield event(COMPUTE, "phase", str(s.what), s)
@@ -100,8 +104,12 @@ def _arguments(action: Action) -> dict[str, Any]:
     return {"action": str(action), "stage": action.stage, "micro_batch": action.micro_batch}
 
 
-def _number(send: Action, schedule: Schedule, step: int, replica: int) -> int:
-    """Of a message, which no other one of any step or pipeline has: both its ends work it out alike."""
+def _number(send: Action, schedule: Schedule, step: int, replica: int, turn: int) -> int:
+    """Of a message, which no other one of any step or pipeline has: both its ends work it out alike.
+
+    Args:
+        turn: how often it went before, in passes of this step.
+    """
     assert send.micro_batch is not None
     place = (2 * send.stage + (send.kind is ActionKind.SEND_BACKWARD)) * schedule.num_micro_batches + send.micro_batch
-    return ((step << 20) + replica) * 2 * schedule.num_stages * schedule.num_micro_batches + place
+    return (((step << 20) + replica) * _PASSES + turn) * 2 * schedule.num_stages * schedule.num_micro_batches + place

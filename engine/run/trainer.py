@@ -18,12 +18,14 @@ from data import Dataset, build_datasets, describe_datasets
 from engine.assemble import Assembly, assemble, grid_of
 from engine.config import MAX_COUNT, Config
 from engine.config.keys import key_types, value_of
+from engine.config.objectives import check_labels, text_shape
 from engine.device import choose_device, memory_share, prepare_cpu, set_matmul
 from engine.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
 from engine.frozen import frozen_of
 from engine.norm_backward import check_norm_kernels, check_norm_weights
 from engine.objectives import Objective, make_objective
 from engine.optimizers.schedules import check_schedule
+from engine.passes import settle_passes
 from engine.precision.precision import check_kernels, check_precision
 from engine.recompute_choice import check_budget, settled
 from engine.run.agreement import check_agreement, facts_of
@@ -98,14 +100,16 @@ def pretrain(config: Config, world: World) -> int:
     process_group.start(world, inputs.device, config.parallel.timeout)
     check_agreement(facts_of(config, inputs.device, inputs.train_set, inputs.eval_set), world_axis(world))
     grid = grid_of(config, world, inputs.device)
-    config, choice = settled(config, grid, inputs.device, memory_share(inputs.device, world))
+    memory, on_cpu = memory_share(inputs.device, world), inputs.device.type == "cpu"
+    config, of_passes = settle_passes(config, grid, memory, on_cpu=on_cpu)
+    config, choice = settled(config, grid, inputs.device, memory)
     comparison = None if choice is None else Comparison(choice, inputs.device)
     run, *others = lock_folders(config, inputs.run_dir, inputs.checkpoints, grid.world)
     facts = facts_for_manifests(config, grid, inputs.device, inputs.train_set, inputs.eval_set)
     assembly, resumed = _state(config, world, grid, inputs, facts)
     check_norm_weights(assembly)
     inputs = inputs.after(resumed.progress, config)
-    notes += [] if choice is None else [choice.describe()]
+    notes += of_passes + ([] if choice is None else [choice.describe()])
     notes += resumed.notes
     if config.checkpoint.save_interval is not None:
         notes += check_folder(inputs.checkpoints, assembly)
@@ -157,7 +161,7 @@ def inputs_of(config: Config, world: World, run_dir: Path, checkpoints: Path) ->
 
 def build(config: Config, world: World, grid: Grid, inputs: Inputs) -> Assembly:
     """A new model on this rank, and the means to train it. Collective."""
-    return assemble(config, grid, inputs.device, inputs.objective, device_memory=memory_share(inputs.device, world))
+    return assemble(config, grid, inputs.device, device_memory=memory_share(inputs.device, world))
 
 
 def _state(
@@ -280,13 +284,16 @@ def total_steps(config: Config, train_images: int, done: Progress | None = None)
 def _datasets(config: Config, world: World) -> tuple[Dataset, Dataset]:
     sizes = config.model.sizes
     try:
-        return build_datasets(
+        found = build_datasets(
             config.data,
             image_size=sizes.image,
             channels=sizes.channels,
             num_classes=sizes.classes or None,
             seed=config.train.seed,
             readers=world.local_size,
+            text=text_shape(config),
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    check_labels(config, found[0].num_classes)
+    return found

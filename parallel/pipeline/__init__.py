@@ -7,7 +7,7 @@ from parallel.pipeline.partition import balance, partition
 from parallel.pipeline.placement import Placement
 from parallel.pipeline.recompute import with_recompute
 from parallel.pipeline.schedule_file import to_csv
-from parallel.pipeline.schedules import SCHEDULES, build_schedule, compute_order, forward_only
+from parallel.pipeline.schedules import SCHEDULES, behind_forwards, build_schedule, compute_order, forward_only
 from parallel.pipeline.simulation import simulate
 from parallel.pipeline.timeline import Interval, Message, Timeline
 from parallel.pipeline.validation import validate
@@ -24,6 +24,7 @@ __all__ = [
     "ScheduleError",
     "Timeline",
     "balance",
+    "behind_forwards",
     "build_schedule",
     "compute_order",
     "forward_only",

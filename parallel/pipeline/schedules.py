@@ -8,7 +8,7 @@ whichever schedule is chosen. What p, m and v are in comments: ranks, micro-batc
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from parallel.pipeline.actions import Action, ActionKind, Schedule, no_search_for_cycles
 from parallel.pipeline.communication import insert_communication
@@ -97,6 +97,24 @@ def forward_only(num_ranks: int, num_micro_batches: int, *, stage_to_rank: Seque
         stage_to_rank=placement,
         ranks=tuple(map(tuple, programs)),
     )
+
+
+def behind_forwards(schedule: Schedule, times: int = 1) -> Schedule:
+    """For the simulator: a training schedule behind forward passes over as many micro-batches, which keep nothing.
+
+    Their micro-batches have the numbers after the others'. What reads live activations off it would be wrong.
+    """
+    if not times:
+        return schedule
+    count, placement = schedule.num_micro_batches, schedule.stage_to_rank
+    first = forward_only(schedule.num_ranks, times * count, stage_to_rank=placement)
+    if any(action.kind.is_message for program in schedule.ranks for action in program):
+        first = insert_communication(first)
+    ranks = [
+        (*(replace(a, micro_batch=count + m) for a in before if (m := a.micro_batch) is not None), *program)
+        for before, program in zip(first.ranks, schedule.ranks, strict=True)
+    ]
+    return replace(schedule, num_micro_batches=(1 + times) * count, ranks=tuple(ranks))
 
 
 @dataclass(frozen=True, kw_only=True)

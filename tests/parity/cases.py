@@ -7,11 +7,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import cycle, islice, product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from data import DataConfig
 from engine.config import Config, OptimizerConfig, PrecisionConfig, RecomputeConfig, ScheduleConfig, TrainConfig
-from model import ModelConfig, StageConfig
+from engine.config.contrastive import ContrastiveConfig
+from model import ModelConfig, StageConfig, TextConfig
 from parallel.config import ParallelConfig
 
 STEPS = 10
@@ -69,6 +70,38 @@ MODELS = {
         norm_after_pool=True, gelu="quick",
     ),
 }  # fmt: skip
+# Two towers: pairs of digits and captions, which are cut at 20 bytes. Nine layers, which no number of stages divides;
+# an embedding that four tensor ranks share unevenly. Ten classes, so that most images have several true partners. And
+# two views of each image.
+_IMAGE = replace(
+    _SMALL, num_classes=None, width=24, depth=2, num_heads=4, mlp_dim=48, block="sequential", pool="map", registers=1,
+    position="learned_1d",
+)  # fmt: skip
+_TEXT = TextConfig(width=32, depth=2, num_heads=4, mlp_dim=48, context_length=20, drop_path=0.1)
+PAIRS: dict[str, tuple[ModelConfig, TextConfig, ContrastiveConfig]] = {
+    "pairs": (_IMAGE, _TEXT, ContrastiveConfig(embedding=18)),
+    "pairs_sigmoid": (
+        replace(_IMAGE, block="parallel", pool="gap", bias=False),
+        replace(_TEXT, attention="full", pool="map", block="parallel", norm="rmsnorm"),
+        ContrastiveConfig(embedding=18, loss="sigmoid", projection="mlp"),
+    ),
+    "pairs_supcon": (
+        replace(_IMAGE, pool="cls", qk_norm=True), replace(_TEXT, attention="full", pool="mean", mlp="swiglu"),
+        ContrastiveConfig(embedding=18, loss="supcon"),
+    ),
+    "views": (
+        replace(_IMAGE, pool="gap", block="parallel"), TextConfig(),
+        ContrastiveConfig(embedding=18, pairs="views", projection="mlp"),
+    ),
+    "moco": (
+        replace(_IMAGE, pool="cls"), TextConfig(),
+        ContrastiveConfig(embedding=18, pairs="views", momentum=0.8, predictor=20),
+    ),
+    "moco_queue": (
+        replace(_IMAGE, pool="cls"), TextConfig(),
+        ContrastiveConfig(embedding=18, pairs="views", momentum=0.8, queue=70),
+    ),
+}  # fmt: skip
 FAMILY = ("kinds", "pyramid", "heads")
 LOSSES = defaultdict(lambda: "softmax", mixed="sigmoid")
 KERNELS = defaultdict(lambda: "auto", sequential="reference", heads="reference")
@@ -101,6 +134,7 @@ class Case:
     cut: tuple[int, ...] | None = None  # parallel.layers_per_stage
     batch: int = GLOBAL_BATCH
     shared_memory: bool = True  # False: gloo
+    passes: Literal["auto", 1, 2] = "auto"  # contrastive.passes
 
     def __str__(self) -> str:
         sp = "sp" if self.sequence_parallel else ""
@@ -118,6 +152,7 @@ class Case:
         layout += "" if self.shared_memory else "-gloo"
         layout += f"-cut{''.join(map(str, self.cut))}" if self.cut else ""
         layout += f"-b{self.batch}" if self.batch != GLOBAL_BATCH else ""
+        layout += f"-passes{self.passes}" if self.passes != "auto" else ""
         return f"{self.model}-{layout}{how}"
 
     @property
@@ -134,6 +169,23 @@ class Case:
         )  # fmt: skip
 
     @property
+    def blocks(self) -> int:
+        """Of all towers."""
+        if self.model in PAIRS:
+            image, text, _ = PAIRS[self.model]
+            return (image.depth or 0) + (text.depth or 0)
+        return self.depth or MODELS[self.model].resolve().sizes.depth
+
+    @property
+    def groups(self) -> dict[str, Any]:
+        """Of the configuration: those that say what is trained."""
+        if self.model in PAIRS:
+            image, text, contrastive = PAIRS[self.model]
+            own = replace(contrastive, passes=self.passes)
+            return {"model": image, "text": text, "contrastive": own, "objective": "contrastive"}
+        return {"model": MODELS[self.model] if self.depth is None else replace(MODELS[self.model], depth=self.depth)}
+
+    @property
     def by_1f1b(self) -> Case:
         """The same layout under the schedule that others are held against."""
         return replace(self, schedule="1f1b", virtual=None, policy="static")
@@ -141,7 +193,7 @@ class Case:
     def config(self, **train: Any) -> Config:
         """The resolved configuration of the case; keyword arguments override the `train` group."""
         config = Config(
-            model=MODELS[self.model] if self.depth is None else replace(MODELS[self.model], depth=self.depth),
+            **self.groups,
             data=DataConfig(rotate=10.0, shift=0.1),
             parallel=ParallelConfig(
                 tensor_parallel_size=self.tensor,
@@ -205,17 +257,16 @@ def recomputing(cases: Iterable[Case], every: int = 1) -> Iterator[Case]:
         if number % every:
             yield case
             continue
-        depth = case.depth or MODELS[case.model].resolve().sizes.depth
-        policy = next(named) or ", ".join([*islice(sets, depth + 1)][1:])
+        policy = next(named) or ", ".join([*islice(sets, case.blocks + 1)][1:])
         yield replace(case, recompute=policy)
 
 
 def cases(ranks: int) -> list[Case]:
     """Every layout of this many ranks, for every isotropic model (the mixed one on at most two ranks), those of
     _FAMILY_LAYOUTS for the attention kinds, pyramids and uneven heads, several stages per rank, frozen parts, and
-    other embeddings and heads; some with one of the policies of recomputation.
+    other embeddings and heads, two towers; some with one of the policies of recomputation.
     """
-    several = (_STAGES, _FROZEN, _OUTER)
+    several = (_STAGES, _FROZEN, _OUTER, _PAIRS)
     plain = [*_isotropic(ranks), *_family(ranks), *(case for known in several for case in known.get(ranks, ()))]
     return list(recomputing(plain, every=3))  # bits are compared elsewhere
 
@@ -279,6 +330,45 @@ _OUTER = {
         Case("beside", tensor=2, sequence_parallel=True, context=2, micro_batches=2, zero=1),
     ],
 }
+
+
+# The loss over all micro-batches and data ranks: in two passes, and in one where the schedule keeps all forwards.
+_PAIRS = {
+    1: [
+        Case("pairs", micro_batches=4),
+        Case("pairs", micro_batches=2, passes=1),
+        Case("pairs_sigmoid", micro_batches=4),
+        Case("pairs_supcon", micro_batches=2),
+        Case("views", micro_batches=4),
+        Case("moco", micro_batches=4),
+        Case("moco_queue", micro_batches=2),
+    ],
+    2: [
+        Case("pairs", tensor=2, sequence_parallel=True, micro_batches=2),
+        Case("pairs", pipeline=2, micro_batches=4),
+        Case("pairs", data=2, micro_batches=2, zero=3),
+        Case("pairs", context=2, micro_batches=2, zero=1),
+        Case("pairs", pipeline=2, micro_batches=4, schedule="interleaved", policy="ready"),
+        Case("pairs_sigmoid", data=2, passes=1, micro_batches=4),
+        Case("pairs_sigmoid", pipeline=2, micro_batches=4, schedule="zb_v", freeze=("image",)),
+        Case("pairs_supcon", data=2, micro_batches=4, zero=2),
+        Case("views", pipeline=2, micro_batches=4, schedule="v_half"),
+        Case("moco", data=2, micro_batches=2, zero=3),
+        Case("moco", tensor=2, micro_batches=2),
+        Case("moco_queue", data=2, micro_batches=2),
+    ],
+    4: [
+        Case("pairs", tensor=4, micro_batches=2),
+        Case("pairs", pipeline=4, micro_batches=4, schedule="zb_h1", cut=(2, 3, 2, 2)),
+        Case("pairs", pipeline=2, data=2, micro_batches=4, schedule="gpipe", zero=1),
+        Case("pairs_sigmoid", tensor=2, sequence_parallel=True, pipeline=2, micro_batches=4, policy="ready"),
+        Case("pairs_supcon", tensor=2, sequence_parallel=True, data=2, micro_batches=2, zero=3),
+        Case("pairs_supcon", data=2, context=2, micro_batches=4),
+        Case("views", tensor=2, data=2, micro_batches=2, zero=1),
+        Case("moco", pipeline=2, data=2, micro_batches=2, schedule="gpipe", zero=1),
+        Case("moco_queue", pipeline=2, context=2, micro_batches=4),
+    ],
+}  # fmt: skip
 
 
 # (tensor, sequence parallel, pipeline, data, context) of the family: every axis alone, every pair, and all that share

@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data import Dataset, EvalStream, TrainStream, build_datasets
+from data import Dataset, EvalStream, TextShape, TrainStream, build_datasets
 from data.datasets import ArrayDataset
 from engine.assemble import Assembly, assemble, grid_of
 from engine.config import Config
+from engine.config.objectives import text_shape
 from engine.optimizers.schedules import factor
 from engine.recompute_choice import TooLittleError, check_budget, settled
+from engine.run.prompts import prompt_batches
 from engine.run.step import Stepper
 from model import ModelConfig
 from parallel import comm
@@ -34,13 +36,15 @@ FEW_IMAGES = 19  # where bits are compared
 
 
 @cache
-def digits(model: ModelConfig, images: int = EVAL_IMAGES) -> tuple[Dataset, Dataset]:
-    """The training set, and a few held-out images."""
+def digits(model: ModelConfig, images: int = EVAL_IMAGES, text: TextShape | None = None) -> tuple[Dataset, Dataset]:
+    """The training set, and a few held-out images, with captions where there is a text tower."""
     config = Case("parallel").config().data
     sizes = model.sizes
-    train, held_out = build_datasets(config, image_size=sizes.image, channels=1, num_classes=10, seed=0)
+    train, held_out = build_datasets(config, image_size=sizes.image, channels=1, num_classes=10, seed=0, text=text)
     assert isinstance(held_out, ArrayDataset)
-    return train, ArrayDataset(held_out.images[:images], held_out.labels[:images], 10)
+    few = ArrayDataset(held_out.images[:images], held_out.labels[:images], 10)
+    few.captions, few.texts = held_out.captions, held_out.texts
+    return train, few
 
 
 @dataclass
@@ -64,8 +68,9 @@ class Climb:
 
 
 def evaluated(figures: dict[str, float]) -> tuple[float, float, int]:
-    """(loss, accuracy, images)."""
-    return figures["loss"], figures["accuracy"], int(figures["images"])
+    """(loss, accuracy, images); of pairs the sum of all shares."""
+    shares = sum(value for name, value in figures.items() if name.startswith(("accuracy", "recall", "zero_shot")))
+    return figures["loss"], shares, int(figures["images"])
 
 
 def logical(assembly: Assembly, what: str) -> dict[str, Tensor]:
@@ -121,13 +126,14 @@ def climb(
     stepper = Stepper(assembly)
     if before_training is not None:
         before_training(stepper)
-    train_set, eval_set = digits(config.model, images)
+    train_set, eval_set = digits(config.model, images, text_shape(config))
     place: dict[str, Any] = {
         "config": config.data,
         "micro_batch_size": config.train.micro_batch_size,
         "data_rank": grid.data.index,
         "data_size": grid.data.size,
         "with_images": assembly.holds_images,
+        "with_texts": assembly.holds_texts,
     }
     stream = TrainStream(train_set, global_batch_size=config.train.global_batch_size, seed=config.train.seed, **place)
     out = Climb()
@@ -152,9 +158,10 @@ def climb(
         sends = any(of.offloads and "output" not in of.drops for of in again.sets.values())
         assert again.offload.sent or not sends  # a stage's own input stays
     out.parameters = logical(assembly, "master")
-    out.evaluation = evaluated(stepper.evaluate(EvalStream(eval_set, **place)))
+    held_out = [*EvalStream(eval_set, **place), *prompt_batches(eval_set, **place)]
+    out.evaluation = evaluated(stepper.evaluate(held_out))
     if assembly.average is not None:
-        out.average = evaluated(stepper.evaluate_average(EvalStream(eval_set, **place)))
+        out.average = evaluated(stepper.evaluate_average(held_out))
     if assembly.fp8 is not None:
         out.fp8 = comm.gather_objects(assembly.fp8.state_dict(), grid.world)
     if after_training is not None:

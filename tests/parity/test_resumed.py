@@ -54,6 +54,10 @@ PAIRS: list[Pair] = [
         Case("sequential", data=4, zero=3, precision="fp16"),
     ),
     (
+        Case("moco_queue", tensor=2, pipeline=2, micro_batches=4),
+        Case("moco_queue", data=2, context=2, micro_batches=2, zero=3),
+    ),
+    (
         Case("parallel", tensor=2, sequence_parallel=True, data=2, precision="fp8"),
         Case("parallel", pipeline=2, data=2, micro_batches=4, zero=1, precision="fp8", schedule="v_half"),
     ),

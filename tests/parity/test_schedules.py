@@ -31,6 +31,7 @@ LAYOUTS = {
     2: [
         Case("pyramid", pipeline=2, micro_batches=3, batch=12, ema=0.9),
         Case("swin", pipeline=2, micro_batches=4, precision="bf16", gradients="weights"),
+        Case("pairs_sigmoid", pipeline=2, micro_batches=4, precision="fp8"),
     ],
     4: [
         Case("kinds", tensor=2, sequence_parallel=True, pipeline=2, micro_batches=3, batch=12, precision="fp8"),

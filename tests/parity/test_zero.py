@@ -30,6 +30,8 @@ LAYOUTS = {
         Case("kinds", data=2, micro_batches=2, precision="bf16", gradients="weights", ema=0.9),
         Case("sequential", data=2, micro_batches=2, precision="fp16", gradients="weights", optimizer="lamb"),
         Case("pyramid", data=2, micro_batches=2, precision="fp8", optimizer="muon"),
+        Case("pairs", data=2, micro_batches=2, precision="fp8"),
+        Case("moco", data=2, micro_batches=2, precision="bf16", ema=0.9),
         Case("pyramid", data=2, micro_batches=2, precision="fp8", freeze=("embed", "blocks.[0-2]", "blocks.4")),
         Case("parallel", data=2, micro_batches=2, precision="bf16", ema=0.9, freeze=("embed", "*.bias", "*norm*")),
     ],

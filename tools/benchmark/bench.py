@@ -15,7 +15,9 @@ from data import Batch, DataConfig, TrainStream, build_datasets
 from engine.assemble import Assembly, assemble, grid_of
 from engine.config import Config
 from engine.config.cli import parse
+from engine.config.objectives import text_shape
 from engine.device import choose_device, memory_share, prepare_cpu, set_matmul, synchronise
+from engine.passes import settle_passes
 from engine.precision.precision import DTYPES
 from engine.recompute_choice import settled
 from engine.run.step import Stepper
@@ -58,7 +60,9 @@ def started(config: Config, world: World, distinct_batches: int = 2) -> Iterator
     process_group.start(world, device, config.parallel.timeout)
     try:
         grid = grid_of(config, world, device)
-        config, _ = settled(config, grid, device, memory_share(device, world))
+        memory = memory_share(device, world)
+        config, _ = settle_passes(config, grid, memory, on_cpu=device.type == "cpu")
+        config, _ = settled(config, grid, device, memory)
         assembly = assemble(config, grid, device)
         steps = islice(stream_of(assembly).steps(0), distinct_batches)
         yield Bench(config, world, assembly, [list(step) for step in steps])
@@ -74,8 +78,9 @@ def stream_of(a: Assembly) -> TrainStream:
         a.config.data,
         image_size=sizes.image,
         channels=sizes.channels,
-        num_classes=sizes.classes,
+        num_classes=sizes.classes or None,
         seed=train.seed,
+        text=text_shape(a.config),
     )
     return TrainStream(
         images,
@@ -86,6 +91,7 @@ def stream_of(a: Assembly) -> TrainStream:
         data_size=a.grid.data.size,
         seed=train.seed,
         with_images=a.holds_images,
+        with_texts=a.holds_texts,
     )
 
 

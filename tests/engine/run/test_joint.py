@@ -13,7 +13,7 @@ from torch import Tensor
 from data import Batch
 from engine.assemble import assemble
 from engine.config import Config, OptimizerConfig, PrecisionConfig, RecomputeConfig, TrainConfig
-from engine.objectives.base import Evaluation, JointLoss, JointObjective, Outputs
+from engine.objectives.base import Evaluation, JointLoss, JointObjective, Keys, Outputs
 from engine.run.joint import HeldBatches
 from engine.run.step import Stepper, StepResult
 from model import LayerSpec, MicroBatch, build_layers
@@ -44,10 +44,9 @@ class Apart(JointObjective):
     def of(cls, config: Config) -> Self:
         return cls(layers=tuple(build_layers(config.model)), passes=2, images=config.train.global_batch_size)
 
-    def reads_images(self, layers: range) -> bool:
-        return 0 in layers
-
-    def joint_loss(self, outputs: Sequence[Outputs], batches: Sequence[MicroBatch], grid: Grid) -> JointLoss:
+    def joint_loss(
+        self, outputs: Sequence[Outputs], batches: Sequence[MicroBatch], grid: Grid, keys: Keys | None = None
+    ) -> JointLoss:
         assert all(batch.images is None for batch in batches)
         ids = torch.cat([batch.sample_ids for batch in batches])
         assert ids.tolist() == sorted(ids.tolist())  # the order of micro-batches, whatever the schedule's

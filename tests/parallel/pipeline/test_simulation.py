@@ -11,14 +11,17 @@ from parallel.pipeline import (
     Costs,
     Schedule,
     ScheduleError,
+    behind_forwards,
     build_schedule,
     compute_order,
+    forward_only,
     insert_communication,
     simulate,
 )
 from parallel.pipeline.actions import Place
 from parallel.pipeline.graph import Arrival, Node, dependency_graph, execution_order
 from parallel.pipeline.progress import Progress
+from parallel.pipeline.readiness import Policy
 from parallel.pipeline.schedules import SCHEDULES
 
 SIZES = [(p, m) for p in (1, 2, 3, 4, 8) for m in (1, 2, 3, 5, 8, 16)]
@@ -33,6 +36,23 @@ def test_bubble_of_gpipe_and_1f1b(name: str, p: int, m: int, f: float, b: float,
     assert timeline.makespan == pytest.approx((m + p - 1) * (f + b + w))
     assert timeline.bubble == pytest.approx([(p - 1) * (f + b + w)] * p)
     assert timeline.bubble_fraction == pytest.approx((p - 1) / (m + p - 1))
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("policy", ["static", "ready"])
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_pass_of_forwards_before_takes_the_time_of_its_forwards(name: str, policy: Policy, times: int) -> None:
+    """At least; and no more than it would take alone, as the pass behind it fills while it drains."""
+    p, m = 4, 8
+    schedule = build_schedule(name, p, m)
+    costs, stages = Costs(forward=1.0, backward_input=1.0, backward_weight=1.0), schedule.num_stages // p
+    alone, behind = (simulate(of, costs, policy) for of in (schedule, behind_forwards(schedule, times)))
+    assert behind_forwards(schedule, 0) == schedule
+    more = behind.makespan - alone.makespan
+    first = simulate(forward_only(p, times * m, stage_to_rank=schedule.stage_to_rank), costs).makespan
+    assert times * m * stages <= more <= first
+    busy = [sum(i.end - i.start for i in of) for of in behind.ranks]
+    assert busy == pytest.approx([m * stages * (3 + times)] * p)
 
 
 @pytest.mark.parametrize(("p", "m"), SIZES)

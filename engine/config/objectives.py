@@ -1,0 +1,199 @@
+"""What a configuration's objective asks of the other keys, and which keys are another objective's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, fields, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from data import TextShape
+from engine.config.contrastive import ContrastiveConfig
+from engine.config.pipeline import Pipeline
+from engine.errors import ConfigError
+from model import LayerSpec, ModelConfig, TextConfig, build_towers, check_parallel, check_towers
+from parallel.grid import GridShape
+from parallel.pipeline import Schedule
+from parallel.pipeline.actions import ActionKind
+
+if TYPE_CHECKING:
+    from engine.config.config import Config
+
+_FIRST_BACKWARDS = (ActionKind.BACKWARD, ActionKind.BACKWARD_INPUT)
+
+
+def check_objective(config: Config) -> None:
+    """Raise ConfigError where a key of another objective is set, or the batch is none for this one."""
+    texts = {**set_keys("text", config.text), **set_keys("data", config.data, ("tokenizer", "templates", "prompts"))}
+    views = set_keys("data", config.data, ("views",))
+    if config.objective == "supervised":
+        keys = set_keys("contrastive", config.contrastive) | texts | views
+        _refuse(keys, "objective contrastive", "objective is supervised")
+        return
+    classes = set_keys("model", config.model, ("num_classes", "head_bias"))
+    classes = {key: value for key, value in classes.items() if value}
+    _refuse(classes | set_keys("train", config.train, ("loss",)), "objective supervised", "objective is contrastive")
+    if config.contrastive.has_texts:
+        _refuse(views, "contrastive.pairs views", "contrastive.pairs is image_text")
+    else:
+        _refuse(texts, "contrastive.pairs image_text", "contrastive.pairs is views")
+    if config.train.global_batch_size < 2:
+        raise ConfigError(
+            f"train.global_batch_size is {config.train.global_batch_size}: a pair is told from the others of its "
+            "batch, so use 2 or more"
+        )
+
+
+def _refuse(keys: Mapping[str, Any], own: str, here: str) -> None:
+    for key, value in keys.items():
+        raise ConfigError(f"{key} is {value}, a key of {own}, but {here}: leave it out, or use {own}")
+
+
+def set_keys(group: str, values: Any, names: Sequence[str] = ()) -> dict[str, Any]:
+    """Keys of a group of the configuration that are not at their defaults, and their values.
+
+    Args:
+        values: the group. names: to look at; none: all.
+    """
+
+    def found() -> Iterator[tuple[str, Any]]:
+        usual = asdict(type(values)())
+        for field in fields(values):
+            value = getattr(values, field.name)
+            if (not names or field.name in names) and value != usual[field.name]:
+                yield f"{group}.{field.name}", value
+
+    return dict(found())
+
+
+def runs_forwards_first(schedule: Schedule) -> bool:
+    """Whether the last stage runs the forwards of all micro-batches before the first of its backwards.
+
+    By readiness, too: there no backward runs ahead of a forward (parallel.pipeline.readiness).
+    """
+    last = schedule.num_stages - 1
+    own = [a.kind for a in schedule.ranks[schedule.stage_to_rank[last]] if a.stage == last and a.kind.is_compute]
+    first = next((n for n, kind in enumerate(own) if kind in _FIRST_BACKWARDS), len(own))
+    return ActionKind.FORWARD not in own[first:]
+
+
+def passes_of(config: ContrastiveConfig, pipeline: Pipeline, micro_batches: int) -> Any:
+    """`contrastive.passes`, as far as it can be known before memory is: `auto` where that decides.
+
+    Raises:
+        ConfigError: one pass, with a schedule that cannot keep all forwards.
+    """
+    alone = pipeline.ranks == 1
+    if micro_batches == 1:
+        return config.passes if config.passes != "auto" else 1
+    able = alone or runs_forwards_first(pipeline.schedule(micro_batches))
+    if config.passes == 1 and not able:
+        name = pipeline.parallel.schedule
+        raise ConfigError(
+            f"contrastive.passes is 1, which needs the outputs of all {micro_batches} micro-batches before the first "
+            f"backward, but parallel.schedule {name} runs backwards in between: use gpipe, one micro-batch per step (a "
+            "larger train.micro_batch_size), or passes auto or 2"
+        )
+    if config.passes == "auto" and not alone:
+        return 1 if able else 2
+    return config.passes
+
+
+class Built(NamedTuple):
+    """What of a configuration the model is. groups: of keys, resolved, by name. layers, blocks: how many there are.
+    what: the layers in words.
+    """
+
+    groups: dict[str, Any]
+    layers: int
+    blocks: int
+    what: str
+
+
+def resolve_model(config: Config, shape: GridShape) -> Built:
+    """The groups of keys that say what is trained, resolved for ranks of this shape.
+
+    Raises:
+        ValueError: values that cannot be, alone or together or on so many ranks.
+    """
+    if config.objective == "contrastive":
+        return _towers(config, shape)
+    model = config.model.resolve()
+    check_parallel(model, shape.tensor, shape.context)
+    if not model.num_classes:
+        raise ValueError(
+            "model.num_classes is 0, so the model has no classifier, but objective supervised trains one: set "
+            "model.num_classes to the number of classes of the data"
+        )
+    if model.head_bias is None and model.classifier_bias:
+        model = replace(model, head_bias=-10.0 if config.train.loss == "sigmoid" else 0.0)
+    depth, merges = model.sizes.depth, len(model.sizes.stages) - 1
+    return Built(
+        {"model": model}, depth + merges + 2, depth, f"the model ({_inner('embedding', depth, merges, 'head')})"
+    )
+
+
+def _towers(config: Config, shape: GridShape) -> Built:
+    keys = config.contrastive.resolve()
+    model = replace(config.model, num_classes=0).resolve()
+    text = config.text.resolve() if keys.has_texts else config.text
+    layers = towers(model, text, keys)
+    check_towers(layers, shape.tensor, shape.context)
+    if 0 < keys.queue < shape.data:
+        raise ValueError(
+            f"contrastive.queue is {keys.queue}, fewer keys than the {shape.data} data-parallel ranks that share them: "
+            f"use {shape.data} or more"
+        )
+    kinds = [layer.name.split(".")[1:2] for layer in layers]
+    blocks, merges = kinds.count(["blocks"]), kinds.count(["merges"])
+    inner = (
+        _inner("embeddings", blocks, merges, "heads") if keys.has_texts else _inner("embedding", blocks, merges, "head")
+    )
+    what = f"{'both towers' if keys.has_texts else 'the tower'} ({inner}, pair)"
+    data = config.data if keys.has_texts else replace(config.data, views=2)
+    return Built({"model": model, "text": text, "contrastive": keys, "data": data}, len(layers), blocks, what)
+
+
+def _inner(first: str, blocks: int, merges: int, last: str) -> str:
+    of_merges = f"{merges} patch merge{'s' * (merges > 1)}, " if merges else ""
+    return f"{first}, {blocks} blocks, {of_merges}{last}"
+
+
+def towers(model: ModelConfig, text: TextConfig, keys: ContrastiveConfig) -> list[LayerSpec]:
+    """The layers of objective contrastive, of resolved groups: of both towers, or of one, and the pair.
+
+    Raises:
+        ValueError: towers that cannot be projected to one embedding.
+    """
+    assert keys.temperature is not None and keys.learn_temperature is not None
+    return build_towers(
+        model,
+        text if keys.has_texts else None,
+        embedding=keys.embedding,
+        projection=keys.projection,
+        temperature=keys.temperature,
+        learn_temperature=keys.learn_temperature,
+        max_logit_scale=keys.max_logit_scale or math.inf,
+        bias=keys.bias,
+        predictor=keys.predictor,
+    )
+
+
+def check_labels(config: Config, classes: int) -> None:
+    """Raise ConfigError where a resolved configuration goes by labels, and the data have so many classes: none."""
+    if config.objective == "contrastive" and config.contrastive.positives == "label" and not classes:
+        raise ConfigError(
+            f"contrastive.loss {config.contrastive.loss} has all of one class belong together, but data.kind "
+            f"{config.data.kind} has no classes here: name the column that has them in data.label_column, or use "
+            "infonce or sigmoid"
+        )
+
+
+def text_shape(config: Config) -> TextShape | None:
+    """What the text tower of a resolved configuration reads; None: there is none."""
+    if config.objective != "contrastive" or not config.contrastive.has_texts:
+        return None
+    text = config.text
+    assert text.context_length is not None and text.vocabulary_size is not None
+    end = None if text.pool == "last" else text.end_token  # which takes the last place, whatever is there
+    return TextShape(length=text.context_length, vocabulary_size=text.vocabulary_size, end_token=end)

@@ -1,0 +1,143 @@
+"""Images and their texts, or two views of each image: what belongs together is to be alike, and all else not.
+
+The loss is over all pairs of a step, whichever micro-batch and data rank they are on (parallel.contrastive).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from engine.config import Config
+from engine.config.contrastive import ContrastiveConfig
+from engine.config.objectives import towers
+from engine.objectives.alike import Alike
+from engine.objectives.base import Evaluation, JointLoss, JointObjective, Keys, Outputs
+from model import LayerSpec, MicroBatch
+from parallel.comm import Axis
+from parallel.contrastive import (
+    Gradients,
+    KeyQueue,
+    info_nce,
+    nt_xent,
+    queued,
+    sigmoid,
+    supervised,
+    supervised_views,
+)
+from parallel.contrastive import momentum as against_keys
+from parallel.contrastive.tiles import ROWS
+from parallel.grid import Grid
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contrastive(JointObjective):
+    """The loss of `contrastive.loss`.
+
+    Attributes:
+        keys: of the configuration. layers: of both towers. passes: as of JointObjective.
+    """
+
+    keys: ContrastiveConfig
+    layers: tuple[LayerSpec, ...]
+    passes: int
+    momentum: float | None
+
+    @classmethod
+    def of(cls, config: Config) -> Self:
+        """As Objective."""
+        keys = config.contrastive
+        layers = tuple(towers(config.model, config.text, keys))
+        return cls(keys=keys, layers=layers, passes=1 if keys.passes == 1 else 2, momentum=keys.momentum)
+
+    def joint_loss(
+        self, outputs: Sequence[Outputs], batches: Sequence[MicroBatch], grid: Grid, keys: Keys | None = None
+    ) -> JointLoss:
+        """As JointObjective."""
+        lefts, rights, (scale, *_), (bias, *_) = zip(*outputs, strict=True)
+        left, right = torch.cat(lefts), torch.cat(rights)
+        if keys is None:
+            labels = torch.cat([batch.labels[: len(side)] for batch, side in zip(batches, lefts, strict=True)])
+            found = self.pair_loss(left, right, scale, bias, labels, grid.data)
+        else:
+            first, second = (torch.cat([made[side] for made in keys.outputs]) for side in (0, 1))
+            ways = [self._of_keys(*pair, keys.queue, scale, grid.data) for pair in ((left, second), (right, first))]
+            found = both(*ways)
+        counts = [len(left) for left in lefts]
+        assert found.left is not None and found.right is not None
+        nothing = torch.zeros_like(scale)
+        of_bias = nothing if found.bias is None else found.bias
+        parts = zip(found.left.split(counts), found.right.split(counts), strict=True)
+        gradients = [
+            (left, right, *((found.scale, of_bias) if m == 0 else (nothing, nothing)))
+            for m, (left, right) in enumerate(parts)
+        ]
+        return JointLoss(found.loss, gradients)
+
+    def _of_keys(self, queries: Tensor, own: Tensor, queue: KeyQueue | None, scale: Tensor, axis: Axis) -> Gradients:
+        """Each query's own key among those of the batch, or among it and those of the queue."""
+        if queue is None:
+            return against_keys(queries, own, scale, axis)
+        return queued(queries, own, queue.keys, scale, axis)
+
+    def key_queue(self, grid: Grid, seed: int, device: torch.device) -> KeyQueue | None:
+        """As Objective."""
+        keys = self.keys
+        return KeyQueue(keys.queue, keys.embedding, seed, grid.data, device) if keys.queue else None
+
+    def pair_loss(
+        self, left: Tensor, right: Tensor, scale: Tensor, bias: Tensor, labels: Tensor, axis: Axis
+    ) -> Gradients:
+        """The loss of the pairs of all ranks of an axis, and its gradients. Collective.
+
+        Args:
+            left, right: embeddings of length 1, [n, E]. scale, bias: [], of logits. labels: of the pairs, int64 [n].
+        """
+        views = not self.keys.has_texts
+        match self.keys.loss:
+            case "infonce":
+                return nt_xent(left, right, scale, axis) if views else info_nce(left, right, scale, axis)
+            case "sigmoid":
+                return sigmoid(left, right, scale, bias, axis)
+            case "supcon":
+                loss = supervised_views if views else supervised
+                return loss(left, right, labels, scale, axis)
+
+    def describe(self) -> str:
+        """As Objective."""
+        keys = self.keys
+        what = "images and texts" if keys.has_texts else "two views of each image"
+        learned = "trained" if keys.learn_temperature else "fixed"
+        bound = f", of an inverse of at most {keys.max_logit_scale:g}" if keys.max_logit_scale else ""
+        bias = "" if keys.bias is None else f", bias from {keys.bias:g}"
+        how = "two passes, forwards twice" if self.passes == 2 else "one pass, all forwards first"
+        return (
+            f"contrastive: {keys.loss} of {what} in {keys.embedding} features, over the whole batch, true partners by "
+            f"{keys.positives}; temperature {keys.temperature:g} {learned}{bound}{bias}; {how}"
+        )
+
+    def bytes_held(self, samples: int) -> int:
+        """As Objective: embeddings of both sides as micro-batches have given them and side by side, their gradients,
+        and blocks of logits and of what goes round."""
+        rows = 4 * self.keys.embedding
+        return 6 * samples * rows + 2 * 4 * ROWS**2 + 4 * min(samples, ROWS) * rows
+
+    def evaluation(self, grid: Grid, device: torch.device) -> Evaluation:
+        """As Objective."""
+        sides = ("image", "text") if self.keys.has_texts else ("view_1", "view_2")
+        return Alike(self.pair_loss, grid, device, by_label=self.keys.positives == "label", sides=sides)
+
+
+def both(first: Gradients, second: Gradients) -> Gradients:
+    """The mean of two losses, of the first views as queries and of the second ones."""
+    assert first.left is not None and second.left is not None
+    return Gradients(
+        loss=(first.loss + second.loss) / 2,
+        left=first.left / 2,
+        right=second.left / 2,
+        scale=(first.scale + second.scale) / 2,
+    )
