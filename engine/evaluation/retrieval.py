@@ -1,7 +1,8 @@
 """Retrieval: is the text among the nearest to its image, and the image among the nearest to its text?
 
 An image may have several texts; it is found if one of them is among the K nearest, and each text looks for its one
-image (Karpathy and Fei-Fei 2015; CLIP's and big_vision's evaluation on COCO).
+image (Karpathy and Fei-Fei 2015; CLIP's and big_vision's evaluation on COCO). Texts that are the same belong to all
+images that one of them is of, and are looked at as one: nothing could tell them apart.
 
 Legend: N images, M texts, E embedding, K how many of the nearest are looked at.
 """
@@ -29,14 +30,17 @@ class Recalls:
     text_to_image: dict[int, float]
 
 
-def retrieval(images: Rows, texts: Rows, image_of_text: Tensor, *, within: Sequence[int] = WITHIN) -> Recalls:
+def retrieval(
+    images: Rows, texts: Rows, image_of_text: Tensor, *, numbers: Tensor | None = None, within: Sequence[int] = WITHIN
+) -> Recalls:
     """Recall both ways. Collective.
 
     Args:
         images, texts: embeddings, of any length. image_of_text: the image of each text, int64 [M], on every rank.
+            numbers: of the texts, the same where they are the same, int64 [M], below M; None: all are others.
 
     Raises:
-        ValueError: there are fewer images or texts than the largest of `within`, or an image has no text.
+        ValueError: there are fewer images, or different texts, than the largest of `within`, or an image has no text.
     """
     counts = torch.bincount(image_of_text, minlength=images.total)
     if len(image_of_text) != texts.total or len(counts) != images.total or not bool((counts > 0).all()):
@@ -44,15 +48,20 @@ def retrieval(images: Rows, texts: Rows, image_of_text: Tensor, *, within: Seque
             f"each of the {images.total} images needs a text, and each of the {texts.total} texts one image that is "
             "there"
         )
+    device, m = images.values.device, texts.total
+    numbers = torch.arange(m) if numbers is None else numbers
+    firsts = torch.full((m,), m).scatter_reduce_(0, numbers, torch.arange(m), "amin")[numbers].unique()
+    different, numbers = numbers[firsts].to(device), numbers.to(device)
+    belong = torch.unique(image_of_text.to(device) * m + numbers)  # each image and text, as one number
     images, texts = images.normalised(), texts.normalised()
-    of_text = image_of_text.to(images.values.device)
-    own_texts = of_text[texts.span.start : texts.span.stop, None]
-    own_images = torch.arange(images.span.start, images.span.stop, device=of_text.device)[:, None]
+    own_images = torch.arange(images.span.start, images.span.stop, device=device)[:, None]
+    own_numbers = numbers[texts.span.start : texts.span.stop, None]
     most = max(within)
-    found_texts, found_images = nearest(images, texts, most).indices, nearest(texts, images, most).indices
+    found_texts = nearest(images, texts.select(firsts.numpy()), most).indices
+    found_images = nearest(texts, images, most).indices
     return Recalls(
-        image_to_text=_recall(of_text[found_texts] == own_images, images, within),
-        text_to_image=_recall(found_images == own_texts, texts, within),
+        image_to_text=_recall(torch.isin(own_images * m + different[found_texts], belong), images, within),
+        text_to_image=_recall(torch.isin(found_images * m + own_numbers, belong), texts, within),
     )
 
 

@@ -75,6 +75,16 @@ class Rows:
         out[at] = self.values[from_]
         return comm.all_reduce(out, self.axis)
 
+    def select(self, indices: Indices) -> Rows:
+        """The rows of some samples, in ascending order, as a set of its own, shared out anew. Collective."""
+        axis, size = self.axis, self.axis.size
+        _, from_ = self.own(indices)
+        at = owners(indices, self.total, size)  # the rank that has each
+        send = np.bincount(owners(np.flatnonzero(at == axis.index), len(indices), size), minlength=size)
+        receive = np.bincount(at[slice(*split_range(len(indices), size, axis.index))], minlength=size)
+        values = comm.all_to_all_rows(self.values[from_], send.tolist(), receive.tolist(), axis)
+        return Rows(values, len(indices), axis)
+
     def around(self) -> Iterator[tuple[range, Tensor]]:
         """(numbers of the samples, rows) of this rank, then of the one before it, and so on: the ring of all shares.
 

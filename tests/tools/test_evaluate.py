@@ -50,13 +50,21 @@ TRAIN = {
     "schedule__warmup_steps": "5", "model__patch_size": "2", "model__pool": "gap", "model__width": "32",
     "optimizer__ema_decay": "0.9", "model__drop_path": "0.1",
 }  # fmt: skip
+PAIRS = TRAIN | {
+    "objective": "contrastive", "model__num_classes": "null", "text__width": "32", "text__depth": "2",
+    "text__num_heads": "4", "text__context_length": "24", "contrastive__embedding": "24", "data__rotate": "20",
+    "data__vary_held_out": "true", "train__steps": "120",
+}  # fmt: skip
 TASKS = {
     "supervised": [],
     "knn": ["--k", "1,20"],
     "probe": ["--l2-range", "1e-2,1e2", "--l2-count", "3", "--l2-finest", "1", "--lr", "0.1,1", "--weight-decay", "0",
               "--standardise"],
     "fewshot": ["--shots", "1,10", "--seeds", "0,1", "--l2", "1024"],
+    "zero_shot": [],
+    "retrieval": [],
 }  # fmt: skip
+OF_IMAGES = ("supervised", "knn", "probe", "fewshot")
 LAYOUTS = {
     "tensor x pipeline": ["--parallel.tensor_parallel_size", "2", "--parallel.pipeline_parallel_size", "2"],
     "data x context": ["--parallel.context_parallel_size", "2", "--parallel.zero_stage", "3"],
@@ -67,20 +75,27 @@ LAYOUTS = {
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The folder of a run of one process, and what each job has written as JSON."""
     folder = tmp_path_factory.mktemp("runs")
-    run = flags(run_dir=str(folder / "run"), **TRAIN)
-    i = run.index("--data.size")
-    jobs: list[tuple[str, str, int, list[str]]] = [("train", "train", 1, run[:i] + run[i + 2 :])]
+    jobs: list[tuple[str, str, int, list[str]]] = []
+    for name, keys in (("run", TRAIN), ("pairs", PAIRS)):
+        run = flags(run_dir=str(folder / name), **keys)
+        i = run.index("--data.size")
+        jobs.append((f"train {name}", "train", 1, run[:i] + run[i + 2 :]))
 
-    def evaluate(name: str, size: int, task: str, *more: str) -> None:
-        argv = ["--checkpoint", str(folder / "run"), "--task", task, *TASKS[task], *more]
+    def evaluate(name: str, size: int, task: str, *more: str, of: str = "run") -> None:
+        argv = ["--checkpoint", str(folder / of), "--task", task, *TASKS[task], *more]
         jobs.append((name, "evaluate", size, [*argv, "--json", str(folder / f"{name}.json")]))
 
-    for task in TASKS:
+    for task in OF_IMAGES:
         evaluate(task, 1, task)
+    for task in ("supervised", "knn"):  # what is made of features is the same on any ranks, see engine/evaluation
         evaluate(f"{task} tensor x pipeline", 4, task, *LAYOUTS["tensor x pipeline"])
     evaluate("average", 1, "supervised", "--weights", "average")
     evaluate("knn data x context", 4, "knn", *LAYOUTS["data x context"], "--train.micro_batch_size", "10")
     evaluate("other images", 1, "knn", "--data.kind", "synthetic", "--data.size", "100")
+    evaluate("zero_shot", 4, "zero_shot", *LAYOUTS["tensor x pipeline"], of="pairs")
+    evaluate("retrieval", 1, "retrieval", of="pairs")
+    evaluate("knn pairs, embedding", 2, "knn", "--features", "embedding", of="pairs")
+    evaluate("knn pairs, pooled", 1, "knn", "--weights", "average", of="pairs")
     listed = [(*job, free_port(), str(folder / f"{job[0]}.txt")) for job in jobs]
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, json.dumps(listed)],
@@ -88,7 +103,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=270,
     )
     assert done.returncode == 0, done.stderr
     codes = json.loads(done.stdout.splitlines()[-1])
@@ -98,8 +113,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return written | {"folder": folder}
 
 
-def line_of_run(folder: Path) -> dict[str, Any]:
-    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+def line_of_run(folder: Path, run: str = "run") -> dict[str, Any]:
+    lines = [json.loads(line) for line in (folder / run / "metrics.jsonl").read_text().splitlines()]
     return next(line for line in lines if line["event"] == "eval")
 
 
@@ -118,28 +133,14 @@ def test_supervised_is_what_the_run_has_evaluated(found: dict[str, Any]) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["knn", "probe", "fewshot"])
-def test_layouts_agree(found: dict[str, Any], task: str) -> None:
-    """Features of other layouts are others in their last bits, which may turn over an image that is as near to two."""
-    one, four = found[task], found[f"{task} tensor x pipeline"]
-    assert one["images"] == 360 and one["train_images"] == 1437
-    assert four["accuracy"] == pytest.approx(one["accuracy"], abs=1.01 / 360)
-    assert 0.4 < one["accuracy"] < 1.0
-    lists = {"knn": ("votes",), "fewshot": ("fits",), "probe": ("lbfgs", "sgd")}[task]
-    for name in lists:
-        for ours, theirs in zip(figures(one[name]), figures(four[name]), strict=True):
-            assert theirs == pytest.approx(ours, abs=1.01 / 287)  # a fifth of the training images
-
-
-def figures(value: Any) -> list[float]:
-    """All accuracies in what was written, in their order."""
-    if isinstance(value, list):
-        return [number for part in value for number in figures(part)]
-    if not isinstance(value, dict):
-        return []
-    keys = ("accuracy", "weighted", "plain", "held_out_accuracy")
-    own = [value[key] for key in keys if key in value]
-    return own + [number for part in value.values() for number in figures(part)]
+@pytest.mark.parametrize("task", OF_IMAGES)
+def test_features_are_worth_something(found: dict[str, Any], task: str) -> None:
+    one = found[task]
+    assert one["images"] == 360 and one["train_images"] == 1437 and 0.4 < one["accuracy"] < 1.0
+    if task == "probe":
+        assert one["accuracy"] == one["lbfgs"]["accuracy"] and one["sgd"]["accuracy"] > 0.4
+    if task == "fewshot":
+        assert [fit["shots"] for fit in one["fits"]] == [1, 10] and len(one["fits"][0]["of_each_seed"]) == 2
 
 
 @pytest.mark.slow
@@ -165,10 +166,27 @@ def test_neighbours_are_those_of_the_model_alone(found: dict[str, Any]) -> None:
     nearest = (features(images.test) @ features(images.train).T).argmax(1)
     right = float((images.train.labels[nearest] == images.test.labels).mean())
     assert found["knn"]["votes"][0]["plain"] == pytest.approx(right, abs=1.01 / 360)
-    for ours, theirs in zip(found["knn"]["votes"], found["knn data x context"]["votes"], strict=True):
-        assert theirs == pytest.approx(ours, abs=1.01 / 360)
+    for layout in LAYOUTS:  # features are others in their last bits: an image that is as near to two may turn over
+        for ours, theirs in zip(found["knn"]["votes"], found[f"knn {layout}"]["votes"], strict=True):
+            assert theirs == pytest.approx(ours, abs=1.01 / 360)
     other = found["other images"]
     assert (other["train_images"], other["images"], other["data"]) == (100, 25, "synthetic")
+
+
+@pytest.mark.slow
+def test_towers_by_themselves_do_what_the_run_has_seen(found: dict[str, Any]) -> None:
+    """In other layouts; the run has embedded texts and images together, in one process."""
+    line = line_of_run(found["folder"], "pairs")
+    assert found["zero_shot"]["accuracy"] == pytest.approx(line["zero_shot_accuracy"], abs=1.01 / 360)
+    recalls = found["retrieval"]
+    for name in ("image_to_text", "text_to_image"):
+        assert recalls[f"{name}_recall_at_1"] == pytest.approx(line[f"recall_{name}@1"], abs=1.01 / 360)
+        assert recalls[f"{name}_recall_at_1"] < recalls[f"{name}_recall_at_5"] < recalls[f"{name}_recall_at_10"]
+    assert recalls["different_texts"] > 10 and recalls["texts"] == 360
+    for features in ("embedding", "pooled"):
+        assert found[f"knn pairs, {features}"]["accuracy"] > 0.2  # of ten classes
+    with pytest.raises(ConfigError, match="has no classifier: take --task knn"):
+        main(["--checkpoint", str(found["folder"] / "pairs"), "--task", "supervised"], World())
 
 
 @pytest.mark.slow

@@ -33,9 +33,11 @@ from parallel import comm, process_group
 from parallel.grid import Grid, world_axis
 from parallel.process_group import World
 from tools.evaluate.images import Images, check_images, images_of
-from tools.evaluate.options import OF_FEATURES, OF_TEXTS, PROGRAM, parse_options
-from tools.evaluate.source import Source, load, open_source, source_of
+from tools.evaluate.options import OF_TEXTS, PROGRAM, parse_options
+from tools.evaluate.source import Source, load, sources_of
 from tools.evaluate.tasks import RUN, Figures, Job, check_neighbours
+from tools.evaluate.texts import prompts_of
+from tools.evaluate.towers import IMAGE, TEXT
 
 
 def main(argv: Sequence[str], world: World) -> int:
@@ -49,34 +51,36 @@ def main(argv: Sequence[str], world: World) -> int:
     with quiet:
         options, flags = parse_options(argv)
     say: Callable[[str], None] = (lambda line: print(line, flush=True)) if world.rank == 0 else lambda line: None
-    weights = open_source(options.checkpoint, options.weights, flags)
-    if options.task in OF_TEXTS or options.features == "embedding":
-        what = f"--task {options.task}" if options.task in OF_TEXTS else "--features embedding"
-        raise ConfigError(f"{what} is for contrastive models, and {weights.path} has no text tower")
-    features = options.task in OF_FEATURES
-    source = source_of(weights, flags, world, features=features)
+    sources = sources_of(options, flags, world)
+    source, texts = sources[IMAGE], options.task in OF_TEXTS
     config = source.config
     device = choose_device(config.device, world)
     check_precision(config.precision, device)
     check_kernels(Kernels(config.kernels), device)
     check_norm_kernels(config, device)
-    images = images_of(config, world, _classes(source, features=features))
+    images = images_of(config, world, _classes(source, features=options.task != "supervised"), texts=texts)
     check_images(images, options.task, config)
     if options.task == "knn":
         check_neighbours(options, len(images.train))
+    if options.task == "zero_shot":
+        prompts_of(images.test)
 
     prepare_cpu(world)
     set_matmul(config.precision, device)
     process_group.start(world, device, config.parallel.timeout)
     facts = facts_of(config, device, images.train, images.test)
-    check_agreement({"checkpoint": weights.identity} | facts, world_axis(world))
+    check_agreement({"checkpoint": source.weights.identity} | facts, world_axis(world))
     grid = grid_of(config, world, device)
     for line in _introduction(source, options.weights, grid, device, images):
         say(line)
-    assembly = load(source, grid, device, memory_share(device, world))
+    memory = memory_share(device, world)
+    job = Job(
+        options, load(source, grid, device, memory), images, lambda: load(sources[TEXT], grid, device, memory), say
+    )  # fmt: skip
     with torch.no_grad():
-        figures = RUN[options.task](Job(options, assembly, images, say))
-    say(f"accuracy    {figures['accuracy']:.2%}")
+        figures = RUN[options.task](job)
+    if "accuracy" in figures:
+        say(f"accuracy    {figures['accuracy']:.2%}")
     if options.json is not None and world.rank == 0:
         about = _about(source, options.task, options.weights, grid, images)
         _write(Path(options.json), about | {"seconds": time.perf_counter() - began} | figures)

@@ -13,6 +13,7 @@ from data import Dataset, build_datasets
 from data.config import FOLDS
 from data.datasets import stratified_split
 from engine.config import Config
+from engine.config.objectives import text_shape
 from engine.errors import ConfigError
 from engine.evaluation.rows import Indices
 from parallel.process_group import World
@@ -53,11 +54,11 @@ class Images:
         return ", ".join(shown) + (f" and {len(labels) - _SHOWN} more" if len(labels) > _SHOWN else "")
 
 
-def images_of(config: Config, world: World, classes: int | None) -> Images:
+def images_of(config: Config, world: World, classes: int | None, *, texts: bool = False) -> Images:
     """Of a resolved configuration. Before ranks talk.
 
     Args:
-        classes: that the model can tell apart, where that matters.
+        classes: that the model can tell apart, where that matters. texts: whether there are to be texts of them.
 
     Raises:
         ConfigError: there are none, or more classes than that.
@@ -72,6 +73,7 @@ def images_of(config: Config, world: World, classes: int | None) -> Images:
                 num_classes=classes,
                 seed=config.train.seed,
                 readers=world.local_size,
+                text=text_shape(config) if texts else None,
             )
         )
     except ValueError as error:
@@ -82,7 +84,7 @@ def check_images(images: Images, task: str, config: Config) -> None:
     """Raise ConfigError where a task cannot be done with these images."""
     kind = config.data.kind
     for what, dataset in (("training", images.train), ("held-out", images.test)):
-        if images.classes < 1 or (len(dataset) and int(dataset.labels.min()) < 0):
+        if task != "retrieval" and (images.classes < 1 or (len(dataset) and int(dataset.labels.min()) < 0)):
             raise ConfigError(f"the {what} images of data.kind {kind} have no labels, which --task {task} needs")
         if not len(dataset):
             raise ConfigError(f"data.kind {kind} has no {what} images, which --task {task} needs")

@@ -1,11 +1,13 @@
 """From a checkpoint to a model that is run in whatever layout: its configuration, its frozen layers, its weights.
 
 Nothing of training is made: all layers are frozen, so that a rank holds weights and nothing else; and for features the
-classifier is not built, since what it would be given is what comes out.
+classifier is not built, since what it would be given is what comes out. Of a contrastive model each tower is a source
+of its own.
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
@@ -23,21 +25,24 @@ from engine.config.cli import parse
 from engine.errors import ConfigError
 from engine.objectives import Objective, make_objective
 from engine.objectives.base import Evaluation
-from model import Build, LayerSpec, MicroBatch, ModelConfig, build_layers
+from model import Build, LayerSpec, MicroBatch, build_layers
 from model.formats.api import open_weights
-from model.formats.base import ConversionError
+from model.formats.base import ConversionError, Description
 from model.formats.checkpoint import CheckpointWeights
 from model.formats.weights import StoredWeights, Which
 from parallel.checkpoint.manifest import CheckpointError
 from parallel.checkpoint.read import Reader
 from parallel.grid import Grid
 from parallel.process_group import World
-from tools.evaluate.options import PROGRAM
+from tools.evaluate.options import OF_FEATURES, OF_TEXTS, PROGRAM
+from tools.evaluate.towers import IMAGE, TEXT, TowerName, TowerWeights, contrastive_folder, layers_of, model_of
 
 # Of a run, what says nothing of its model and images, or of the ranks that run it here.
 _DROPPED = ("parallel", "recompute", "optimizer", "schedule", "checkpoint", "log", "run_dir", "device")
 _KEPT_OF_TRAIN = ("seed", "loss", "micro_batch_size")
+_KEPT_OF_DATA = ("mean", "std", "workers", "views", "tokenizer")
 _MICRO_BATCH = 64  # of what no run of ours has saved
+_HEADS = ("head.fc.", "head.fc_distill.", "head.project.")
 _SHOWN = 4
 
 
@@ -52,10 +57,6 @@ class Forward(Objective):
         """As Objective."""
         return cls(tuple(build_layers(config.model)))
 
-    def reads_images(self, layers: range) -> bool:
-        """As Objective: the first layer does."""
-        return 0 in layers
-
     def loss_share(self, outputs: tuple[Tensor, ...], batch: MicroBatch, grid: Grid, scale: float) -> Tensor:
         """There is none."""
         raise AssertionError("nothing is trained")
@@ -67,7 +68,7 @@ class Forward(Objective):
 
 @dataclass(frozen=True)
 class Source:
-    """A model to evaluate, known to be possible before ranks talk.
+    """A model to evaluate, or one tower of it, known to be possible before ranks talk.
 
     Attributes:
         weights: open for reading. config: resolved, of this world and without a classifier where features are wanted.
@@ -82,11 +83,59 @@ class Source:
     @property
     def step(self) -> int | None:
         """Of a checkpoint of this program."""
-        return self.weights.manifest.step if isinstance(self.weights, CheckpointWeights) else None
+        return self.weights.manifest.step if isinstance(self.weights, CheckpointWeights | TowerWeights) else None
+
+
+def sources_of(options: argparse.Namespace, flags: Sequence[str], world: World) -> dict[TowerName, Source]:
+    """What is built and loaded for a task: of a contrastive model the towers that it needs, else one model of images.
+    By the same code on every rank, before they talk.
+
+    Raises:
+        ConfigError: the checkpoint cannot be read or evaluated so.
+    """
+    task = options.task
+    try:
+        found = contrastive_folder(options.checkpoint)
+    except ConversionError as error:
+        raise ConfigError(f"--checkpoint: {error}") from error
+    if found is None:
+        weights = open_source(options.checkpoint, options.weights, flags)
+        if task in OF_TEXTS or options.features == "embedding":
+            what = f"--task {task}" if task in OF_TEXTS else "--features embedding"
+            raise ConfigError(f"{what} is for contrastive models, and {weights.path} has no text tower")
+        return {IMAGE: source_of(weights, flags, world, features=task in OF_FEATURES)}
+    folder, manifest = found
+    if task == "supervised":
+        raise ConfigError(f"{folder} has no classifier: take --task knn, probe or fewshot, which need none")
+    config = _config_of(manifest.config, None, flags, world)
+    if task in OF_TEXTS and not config.contrastive.has_texts:
+        raise ConfigError(
+            f"--task {task} is for models of images and texts, and {folder} compares views of images: it has no text "
+            "tower"
+        )
+    wanted: tuple[TowerName, ...] = (IMAGE, TEXT) if task in OF_TEXTS else (IMAGE,)
+    embedding = task in OF_TEXTS or options.features == "embedding"
+    return {tower: _tower(folder, options.weights, config, tower, world, embedding=embedding) for tower in wanted}
+
+
+def _tower(folder: Path, which: Which, config: Config, tower: TowerName, world: World, *, embedding: bool) -> Source:
+    try:
+        layers = layers_of(config, tower, embedding=embedding)
+        stages = config.pipeline(config.grid_shape(world.size)).num_stages
+        if stages > len(layers):
+            raise ConfigError(f"the {tower} tower has {len(layers)} layers, fewer than the {stages} stages: use fewer")
+        model = model_of(config, layers)
+        weights = TowerWeights(folder, which, tower, model)
+        objective = _frozen(Forward(tuple(layers)))
+        plan = plan_load(weights, model, objective.layers, config.data)
+    except ConversionError as error:
+        raise ConfigError(f"--checkpoint: {error}") from error
+    _check(weights, plan)
+    return Source(weights, config, objective, plan)
 
 
 def open_source(path: Path, which: Which, flags: Sequence[str]) -> StoredWeights:
-    """What --checkpoint means. Raises ConfigError if it cannot be read."""
+    """What --checkpoint means, of a model of images. Raises ConfigError if it cannot be read."""
     given = {k.removeprefix("model."): v for k, v in _values(flags).items() if k.startswith("model.")}
     try:
         model = parse([f"--model.{k}={v}" for k, v in given.items()], PROGRAM)[0].model if given else None
@@ -117,43 +166,53 @@ def source_of(weights: StoredWeights, flags: Sequence[str], world: World, *, fea
 
 
 def _config(weights: StoredWeights, flags: Sequence[str], world: World, *, features: bool) -> Config:
-    config, _ = parse(flags, PROGRAM, stored=_stored(weights, _values(flags)))
+    description = weights.description
+    if not features and not description.model.num_classes:
+        raise ConfigError(f"{weights.path} has no classifier: take --task knn, probe or fewshot, which need none")
+    saved = weights.manifest.config if isinstance(weights, CheckpointWeights) else {}
+    return _config_of(saved, description, flags, world, features=features)
+
+
+def _config_of(
+    saved: Mapping[str, Any],
+    description: Description | None,
+    flags: Sequence[str],
+    world: World,
+    *,
+    features: bool = True,
+) -> Config:
+    """Resolved, with batches that any layout can have, and each image once.
+
+    Args:
+        saved: of a checkpoint of this program. description: of a model of images alone.
+    """
+    config, _ = parse(flags, PROGRAM, stored=_stored(saved, description, _values(flags)))
     shape = config.grid_shape(world.size)
     micro = config.train.micro_batch_size or _MICRO_BATCH
-    batch = micro * shape.data * config.pipeline(shape).pieces  # a step's, of which there will be none
-    train = replace(config.train, micro_batch_size=micro, global_batch_size=batch)
-    config = replace(config, train=train)
-    if not features:
-        if not weights.description.model.num_classes:
-            raise ConfigError(f"{weights.path} has no classifier: take --task knn, probe or fewshot, which need none")
-        return config.resolve(world.size)
-    stand_in = replace(config.model, num_classes=shape.tensor)  # a run must have some, over all tensor ranks
-    config = replace(config, model=stand_in).resolve(world.size)
-    return replace(config, model=replace(config.model, num_classes=0))
+    batch = max(2, micro) * shape.data * config.pipeline(shape).pieces  # a step's, of which there will be none
+    config = replace(config, train=replace(config.train, micro_batch_size=micro, global_batch_size=batch))
+    if features and description is not None:  # a run must have classes, over all tensor ranks
+        config = replace(config, model=replace(config.model, num_classes=shape.tensor))
+    config = config.resolve(world.size)
+    config = replace(config, data=replace(config.data, views=1))
+    return replace(config, model=replace(config.model, num_classes=0)) if features else config
 
 
-def _stored(weights: StoredWeights, flags: Mapping[str, str]) -> dict[str, Any]:
+def _stored(saved: Mapping[str, Any], description: Description | None, flags: Mapping[str, str]) -> dict[str, Any]:
     """Keys of the configuration that flags win over."""
-    kept: dict[str, Any] = {}
-    if isinstance(weights, CheckpointWeights):
-        saved = weights.manifest.config
-        kept = {name: value for name, value in saved.items() if name not in _DROPPED}
-    kept["model"] = _model_of(weights.description.model, kept.get("model"))
+    kept = {name: value for name, value in saved.items() if name not in _DROPPED}
+    if "contrastive" in kept:
+        kept["contrastive"] = {name: value for name, value in kept["contrastive"].items() if name != "passes"}
+    if description is not None and "model" not in kept:
+        kept["model"] = plain(asdict(description.model))
     train = kept.get("train") or {}
     kept["train"] = {name: train[name] for name in _KEPT_OF_TRAIN if name in train} | {"steps": 1}
-    images = weights.description.preprocessing
-    if images is not None:
+    if description is not None and (images := description.preprocessing) is not None:
         kept.setdefault("data", {"mean": list(images.mean), "std": list(images.std)})
     data = kept.get("data")
-    if data:
-        data = kept["data"] = {name: value for name, value in data.items() if name != "views"}  # each image once
     if data and "data.kind" in flags and flags["data.kind"] != data.get("kind"):  # other images, seen alike
-        kept["data"] = {name: data[name] for name in ("mean", "std", "workers") if name in data}
+        kept["data"] = {name: data[name] for name in _KEPT_OF_DATA if name in data}
     return kept
-
-
-def _model_of(model: ModelConfig, saved: Mapping[str, Any] | None) -> dict[str, Any]:
-    return dict(saved) if saved is not None else plain(asdict(model))
 
 
 def _values(flags: Sequence[str]) -> dict[str, str]:
@@ -181,7 +240,7 @@ def _freeze(factory: Any, build: Build) -> nn.Module:
 def _check(weights: StoredWeights, plan: LoadPlan) -> None:
     """Raise ConfigError where a weight would stay as it was initialised, or one of the checkpoint's has no place."""
     new = [f.describe() for f in plan.of("new").values()]
-    left = [name for name in plan.of("left out") if not name.startswith(("head.fc.", "head.fc_distill."))]
+    left = [name for name in plan.of("left out") if not name.startswith(_HEADS)]
     if not new and not left:
         return
     changed = f" (other than there: {plan.changes})" if plan.changed else ""
@@ -210,9 +269,11 @@ def load(source: Source, grid: Grid, device: torch.device, memory: float) -> Ass
 
 def _load_scales(assembly: Assembly, source: Source) -> None:
     """What numbers in 8 bits were scaled by when they were saved, which decides how they round."""
-    if assembly.fp8 is None or not isinstance(source.weights, CheckpointWeights):
+    weights = source.weights
+    if assembly.fp8 is None or not isinstance(weights, CheckpointWeights | TowerWeights):
         return
-    with Reader(source.weights.path) as reader:
+    prefix = f"fp8/{weights.tower}." if isinstance(weights, TowerWeights) else "fp8/"
+    with Reader(weights.path) as reader:
         names = list(assembly.fp8.state_dict())
-        if names and all(f"fp8/{name}" in reader.manifest.tensors for name in names):
-            assembly.fp8.load_state_dict({name: reader.whole(f"fp8/{name}") for name in names})
+        if names and all(prefix + name in reader.manifest.tensors for name in names):
+            assembly.fp8.load_state_dict({name: reader.whole(prefix + name) for name in names})

@@ -9,18 +9,21 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from data import Dataset, EvalStream
 from engine.assemble import Assembly
 from engine.errors import ConfigError
-from engine.evaluation import fewshot, knn, probe, sgd
+from engine.evaluation import fewshot, knn, probe, retrieval, sgd, zero_shot
 from engine.evaluation.extract import Extractor
 from engine.evaluation.rows import Rows
 from engine.run.step import Stepper
 from model import MicroBatch
+from parallel.tensor import gather_features
 from tools.evaluate.images import Images
 from tools.evaluate.options import powers_of
+from tools.evaluate.texts import Captions, TextStream, prompts_of, tokens_of
 
 Figures = dict[str, Any]
 _USUAL_K, _USUAL_SHOTS = 20, 10  # what accuracy is told of, where there is one figure
@@ -28,11 +31,12 @@ _USUAL_K, _USUAL_SHOTS = 20, 10  # what accuracy is told of, where there is one 
 
 @dataclass(frozen=True)
 class Job:
-    """What a task works with. say: on rank 0."""
+    """What a task works with. text: makes the text tower. Collective. say: on rank 0."""
 
     options: argparse.Namespace
     assembly: Assembly
     images: Images
+    text: Callable[[], Assembly]
     say: Callable[[str], None]
 
     def stream(self, dataset: Dataset) -> EvalStream:
@@ -47,27 +51,47 @@ class Job:
             data_rank=a.grid.data.index,
             data_size=a.grid.data.size,
             with_images=a.holds_images,
+            with_texts=False,
         )
 
     def features(self) -> tuple[Rows, Rows]:
         """Of training and test images. Collective."""
         began = time.perf_counter()
-        width = self.assembly.layers[-1].output[1]
-        extractor = Extractor(self.assembly, _pooled, width)
+        extractor = extractor_of(self.assembly)
         sets = (("training image", self.images.train), ("held-out image", self.images.test))
         train, test = (extractor.rows(self.stream(images), len(images), what) for what, images in sets)
         seconds = time.perf_counter() - began
-        self.say(f"features    {width} per image, of {train.total} + {test.total} images in {seconds:.1f} s")
+        self.say(f"features    {train.width} per image, of {train.total} + {test.total} images in {seconds:.1f} s")
         return train, test
+
+    def embeddings(self, tokens: Tensor) -> tuple[Rows, Rows]:
+        """Of held-out images, and of texts in tokens [M, S]. Collective."""
+        began = time.perf_counter()
+        held_out = self.images.test
+        images = extractor_of(self.assembly).rows(self.stream(held_out), len(held_out), "held-out image")
+        tower = self.text()
+        found = extractor_of(tower).rows(TextStream(tokens, tower), len(tokens), "text")
+        seconds = time.perf_counter() - began
+        self.say(
+            f"embeddings  {images.width} each, of {images.total} images and {found.total} texts in {seconds:.1f} s"
+        )
+        return images, found
+
+
+def extractor_of(assembly: Assembly) -> Extractor:
+    """Of what the last layer gives, whole on every tensor rank."""
+    last, tp = assembly.layers[-1], assembly.build.tp
+    width = last.output[1]
+
+    def whole(outputs: tuple[Tensor, ...], batch: MicroBatch) -> Tensor:
+        return gather_features(outputs[0], tp, width) if last.gives == "shares" else outputs[0]
+
+    return Extractor(assembly, whole, width)
 
 
 def finite(number: float) -> float | None:
     """What JSON has no word for is null."""
     return number if math.isfinite(number) else None
-
-
-def _pooled(outputs: tuple[Tensor, ...], batch: MicroBatch) -> Tensor:
-    return outputs[0]
 
 
 def supervised(job: Job) -> Figures:
@@ -156,9 +180,40 @@ def few_shots(job: Job) -> Figures:
     return {"accuracy": found.mean(told, usual), "shots": told, "l2": usual, "seeds": list(o.seeds), "fits": rows}
 
 
+def zero_shots(job: Job) -> Figures:
+    """Classes described by prompts."""
+    images, told = job.images, prompts_of(job.images.test)
+    said = [prompt for of_class in told for prompt in of_class]
+    found, texts = job.embeddings(tokens_of(said, images.test))
+    classes = zero_shot.class_embeddings(texts.gather(np.arange(len(said))), len(told))
+    result = zero_shot.zero_shot(found, images.test_labels, classes)
+    job.say(f"  {len(told[0])} prompts of each class, such as {told[0][-1]!r}: {result.accuracy:.2%}")
+    job.say(f"  among the nearest five: {result.top5:.2%}; mean over classes: {result.mean_per_class:.2%}")
+    return asdict(result) | {"prompts": told}
+
+
+def retrievals(job: Job) -> Figures:
+    """Texts of images and images of texts."""
+    held_out = job.images.test
+    captions = Captions.of(held_out, job.assembly.config.data)
+    found, texts = job.embeddings(captions.tokens)
+    different = int(captions.numbers.max()) + 1
+    within = [k for k in retrieval.WITHIN if k <= min(found.total, different)]
+    recalls = retrieval.retrieval(found, texts, captions.image_of, numbers=captions.numbers, within=within)
+    job.say(f"  {texts.total} texts, of which {different} are different")
+    figures: Figures = {"texts": texts.total, "different_texts": different}
+    for name, of in (("image_to_text", recalls.image_to_text), ("text_to_image", recalls.text_to_image)):
+        shown = ", ".join(f"@{k} {share:.2%}" for k, share in of.items())
+        job.say(f"{name.replace('_', ' ')}: recall {shown}")
+        figures |= {f"{name}_recall_at_{k}": share for k, share in of.items()}
+    return figures
+
+
 RUN: dict[str, Callable[[Job], Figures]] = {
     "supervised": supervised,
     "knn": neighbours,
     "probe": linear_probe,
     "fewshot": few_shots,
+    "zero_shot": zero_shots,
+    "retrieval": retrievals,
 }

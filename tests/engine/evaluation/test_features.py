@@ -90,6 +90,7 @@ def figures(axis: Axis) -> dict[str, Any]:
         "shots": shots.accuracies,
         "zero": asdict(zero),
         "recalls": asdict(recalls),
+        "same texts": asdict(retrieval(share(images, axis), share(texts, axis), of, numbers=torch.arange(71) % 11)),
         "gathered": train.gather(np.array([89, 0, 40, 40])).tolist(),
     }
 
@@ -273,7 +274,17 @@ def test_recall_counts_any_of_an_images_texts(alone: dict[str, Any]) -> None:
         to_image = [of[j].item() in np.argsort(-column)[:k] for j, column in enumerate(similarities.T)]
         assert alone["recalls"]["image_to_text"][k] == pytest.approx(np.mean(to_text))
         assert alone["recalls"]["text_to_image"][k] == pytest.approx(np.mean(to_image))
+    same = torch.arange(71) % 11  # texts that are the same belong to all their images
+    axis, recalls = single_axis("world"), alone["same texts"]
+    belongs = {(int(i), int(n)) for i, n in zip(of, same, strict=True)}
+    for k in (1, 5, 10):  # the first of each number is looked at
+        to_text = [any((i, j) in belongs for j in np.argsort(-r[:11])[:k]) for i, r in enumerate(similarities)]
+        to_image = [
+            any((int(i), int(same[j])) in belongs for i in np.argsort(-c)[:k]) for j, c in enumerate(similarities.T)
+        ]
+        assert recalls["image_to_text"][k] == pytest.approx(np.mean(to_text))
+        assert recalls["text_to_image"][k] == pytest.approx(np.mean(to_image))
+    assert recalls["text_to_image"][1] > alone["recalls"]["text_to_image"][1]
     assert 0 < alone["recalls"]["text_to_image"][1] < alone["recalls"]["text_to_image"][10] < 1
-    axis = single_axis("world")
     with pytest.raises(ValueError, match="each of the 30 images needs a text"):
         retrieval(share(images, axis), share(texts, axis), of.clamp(max=28))
