@@ -164,9 +164,10 @@ def check_towers(layers: Sequence[LayerSpec], tensor_size: int, context_size: in
             own = str(error).replace("model.num_classes", "contrastive.embedding")
             raise ValueError(own.replace("model.", "text.") if tower.name == TEXT else own) from error
     for spec in layers:
-        vocabulary = getattr(spec.factory, "keywords", {}).get("vocabulary", tensor_size)
-        if vocabulary < tensor_size:
-            raise ValueError(
-                f"text.vocabulary_size {vocabulary} cannot be split over parallel.tensor_parallel_size {tensor_size}: "
-                f"use a size of at most {vocabulary}"
-            )
+        given = getattr(spec.factory, "keywords", {})
+        for name, key in (("vocabulary", "text.vocabulary_size"), ("hidden", "contrastive.predictor")):
+            if (size := given.get(name, tensor_size)) < tensor_size:
+                raise ValueError(
+                    f"{key} {size} cannot be split over parallel.tensor_parallel_size {tensor_size}: use a size of at "
+                    f"most {size}"
+                )

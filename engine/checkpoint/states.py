@@ -93,7 +93,10 @@ def differences(shapes: dict[str, tuple[int, ...]], reader: Reader) -> list[Diff
 
 
 def restore(a: Assembly, reader: Reader) -> int:
-    """Take back what is stored: the very bits, whatever layout it was saved from. What is not stored stays as it is.
+    """Take back what is stored: the very bits, whatever layout it was saved from.
+
+    What is not stored stays as it is, and so does a kind of state of which a tensor has another shape now (a longer
+    queue of keys).
 
     Only bytes of what this rank holds are read. The weights must be made anew of it (`ParameterStore.loaded`). Returns
     the bytes read.
@@ -101,8 +104,9 @@ def restore(a: Assembly, reader: Reader) -> int:
     Raises:
         CheckpointError: what is read is damaged: the state is of no use then. Other ranks may find theirs well.
     """
-    stored = reader.manifest.tensors
-    held = targets(held_pieces(a), {name: name for name in stored})
+    stored, pieces = reader.manifest.tensors, list(held_pieces(a))
+    other = {p.name.partition("/")[0] for p in pieces if p.name in stored and stored[p.name].shape != p.layout.shape}
+    held = targets(pieces, {name: name for name in stored if name.partition("/")[0] not in other})
     count = reader.read({name: found for name, found in held.items() if name.startswith("weights/")})
     for average in a.averages:
         average.restart()  # what has no average yet begins with the weights

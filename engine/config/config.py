@@ -15,7 +15,7 @@ from data import DataConfig
 from engine.checkpoint.config import CheckpointConfig
 from engine.config.contrastive import ContrastiveConfig
 from engine.config.limits import check_values
-from engine.config.objectives import check_objective, passes_of, resolve_model
+from engine.config.objectives import blocks_of, check_objective, passes_of, resolve_model
 from engine.config.pipeline import Pipeline
 from engine.errors import ConfigError
 from engine.optimizers.config import OptimizerConfig, ScheduleConfig
@@ -214,7 +214,7 @@ class Config:
         They are told, not refused: the same configuration may serve other ranks and devices. What does nothing in any
         run is refused.
         """
-        p, found = self.parallel, []
+        p, found, blocks = self.parallel, [], blocks_of(self)
         if self.train.stop_step is not None and self.train.stop_step >= steps:
             found.append(f"train.stop_step {self.train.stop_step}: the run has {steps} steps")
         if shape.pipeline == 1:
@@ -243,10 +243,10 @@ class Config:
                 "what linears keep has other rows, which sequence parallelism gathers": p.sequence_parallel
                 and shape.tensor > 1,
                 "linears keep 8-bit numbers": self.precision.dtype == "fp8",
-                "no block keeps what a norm gives": not self.recompute.keeps_norms(self.model.sizes.depth),
+                "no block keeps what a norm gives": not self.recompute.keeps_norms(blocks),
             }
             found += [f"recompute.norm_backward output: saves nothing: {reason}" for reason in why if why[reason]][:1]
-        if self.recompute.ahead == "never" and not self.recompute.drops(self.model.sizes.depth):
+        if self.recompute.ahead == "never" and not self.recompute.drops(blocks):
             found.append("recompute.ahead never: nothing is dropped")
         elif self.recompute.ahead == "never" and shape.pipeline == 1:
             found.append("recompute.ahead never: there is one pipeline rank, which waits for no gradient")

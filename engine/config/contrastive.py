@@ -102,7 +102,8 @@ class ContrastiveConfig:
                 f"or use loss {'infonce or sigmoid' if self.loss == 'supcon' else 'supcon'}"
             )
         for name in ("momentum", "queue", "predictor"):
-            if (value := getattr(self, name)) and (not views or self.loss != "infonce"):
+            value, usual = getattr(self, name), getattr(type(self), name)
+            if value != usual and (not views or self.loss != "infonce"):
                 raise ConfigError(
                     f"contrastive.{name} is {value}, but it is for contrastive.pairs views and loss infonce, not for "
                     f"{self.pairs} and {self.loss}: leave it out"

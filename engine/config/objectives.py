@@ -133,6 +133,14 @@ def resolve_model(config: Config, shape: GridShape) -> Built:
     )
 
 
+def blocks_of(config: Config) -> int:
+    """How many blocks a resolved configuration has, of all towers."""
+    if config.objective != "contrastive":
+        return config.model.sizes.depth
+    layers = towers(config.model, config.text, config.contrastive)
+    return sum(layer.name.split(".")[1:2] == ["blocks"] for layer in layers)
+
+
 def _towers(config: Config, shape: GridShape) -> Built:
     keys = config.contrastive.resolve()
     model = replace(config.model, num_classes=0).resolve()

@@ -53,7 +53,8 @@ def knn(
     right = torch.zeros(len(ks), 2, dtype=torch.float64, device=device)
     for start in range(0, len(own), QUERIES):
         part = slice(start, start + QUERIES)
-        weights = torch.exp((found.similarities[part].double() - 1) / temperature)
+        similarities = found.similarities[part].double()
+        weights = torch.exp((similarities - similarities[:, :1]) / temperature)  # of the nearest 1: none is lost
         right += _right(labels_of[found.indices[part]], weights, own[part], classes, ks)
     shares = (comm.all_reduce(right, queries.axis) / queries.total).tolist()
     return [Vote(k, *share) for k, share in zip(ks, shares, strict=True)]

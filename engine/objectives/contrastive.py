@@ -18,6 +18,7 @@ from engine.config.objectives import towers
 from engine.objectives.alike import Alike
 from engine.objectives.base import Evaluation, JointLoss, JointObjective, Keys, Outputs
 from model import LayerSpec, MicroBatch
+from parallel import comm
 from parallel.comm import Axis
 from parallel.contrastive import (
     Gradients,
@@ -30,7 +31,7 @@ from parallel.contrastive import (
     supervised_views,
 )
 from parallel.contrastive import momentum as against_keys
-from parallel.contrastive.tiles import ROWS
+from parallel.contrastive.tiles import ROWS, working_bytes
 from parallel.grid import Grid
 
 
@@ -54,6 +55,10 @@ class Contrastive(JointObjective):
         layers = tuple(towers(config.model, config.text, keys))
         return cls(keys=keys, layers=layers, passes=1 if keys.passes == 1 else 2, momentum=keys.momentum)
 
+    def reads_texts(self, layers: range) -> bool:
+        """As Objective: the last layer's stage does, too, since equal texts are partners in evaluation."""
+        return super().reads_texts(layers) or (self.keys.has_texts and len(self.layers) - 1 in layers)
+
     def joint_loss(
         self, outputs: Sequence[Outputs], batches: Sequence[MicroBatch], grid: Grid, keys: Keys | None = None
     ) -> JointLoss:
@@ -69,11 +74,13 @@ class Contrastive(JointObjective):
             found = both(*ways)
         counts = [len(left) for left in lefts]
         assert found.left is not None and found.right is not None
+        # Of the scale the same on all data ranks, not each its own share: at its bound the sign decides (model.pair).
+        of_scale = comm.all_reduce(found.scale.clone(), grid.data) / grid.data.size
         nothing = torch.zeros_like(scale)
         of_bias = nothing if found.bias is None else found.bias
         parts = zip(found.left.split(counts), found.right.split(counts), strict=True)
         gradients = [
-            (left, right, *((found.scale, of_bias) if m == 0 else (nothing, nothing)))
+            (left, right, *((of_scale, of_bias) if m == 0 else (nothing, nothing)))
             for m, (left, right) in enumerate(parts)
         ]
         return JointLoss(found.loss, gradients)
@@ -121,10 +128,12 @@ class Contrastive(JointObjective):
         )
 
     def bytes_held(self, samples: int) -> int:
-        """As Objective: embeddings of both sides as micro-batches have given them and side by side, their gradients,
-        and blocks of logits and of what goes round."""
-        rows = 4 * self.keys.embedding
-        return 6 * samples * rows + 2 * 4 * ROWS**2 + 4 * min(samples, ROWS) * rows
+        """As Objective: embeddings of both sides as micro-batches have given them and side by side (of views once
+        more, all in one), their gradients, and what the loss works in, as on several data ranks."""
+        width, views = self.keys.embedding, not self.keys.has_texts
+        tiles = 3 * 4 * ROWS**2 if self.keys.positives == "label" else 0
+        held = (8 if views else 6) * samples * 4 * width
+        return held + tiles + working_bytes(2 * samples if views else samples, width, 2)
 
     def evaluation(self, grid: Grid, device: torch.device) -> Evaluation:
         """As Objective."""

@@ -220,5 +220,10 @@ class HeldBatches(Sequence[Batch]):
         size = sum(x.nbytes for x in vars(batch).values() if isinstance(x, Tensor))
         if size <= self._room:
             self._room -= size
-            self._held[m] = batch
+            batch = self._held[m] = Batch(**{name: _own(x) for name, x in vars(batch).items()})
         return batch
+
+
+def _own(x: Tensor | None) -> Tensor | None:
+    """In this process's own memory: what a worker shares is an open file, of which few may be kept."""
+    return x.clone() if x is not None and x.is_shared() else x

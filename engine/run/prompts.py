@@ -36,6 +36,7 @@ def prompt_batches(
     tokens = dataset.texts.encode([text for text, _ in found])
     labels = torch.tensor([label for _, label in found])
     batches = []
+    blank = torch.zeros(1, *dataset.image_shape).expand(size, *dataset.image_shape)  # one for all
     for n in range(count):
         first = (n * data_size + data_rank) * size
         missing = size - max(0, min(size, len(found) - first))
@@ -44,7 +45,7 @@ def prompt_batches(
         own = torch.arange(first, first + size).clamp(max=len(found) - 1)
         batches.append(
             Batch(
-                images=torch.zeros(size, *dataset.image_shape) if with_images else None,
+                images=blank if with_images else None,
                 labels=labels[own],
                 sample_ids=ids,
                 weights=torch.zeros(size),

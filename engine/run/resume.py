@@ -283,11 +283,12 @@ def changed_keys(config: Config, manifest: Manifest, but: Callable[[str], bool] 
 
 
 def changed_images(manifest: Manifest, facts: Mapping[str, Any]) -> list[str]:
-    """A warning for each list of images that is another than in a checkpoint."""
+    """A warning for each list of images, or of what is said of them, that is another than in a checkpoint."""
+    usual = {"training images": None, "held-out images": None, "training texts": "none", "held-out texts": "none"}
     return [
         f"warning: the list of {name} is another than when the checkpoint was saved"
-        for name in ("training images", "held-out images")
-        if manifest.about.get(name) != facts.get(name)
+        for name, absent in usual.items()
+        if manifest.about.get(name, absent) != facts.get(name, absent)
     ]
 
 

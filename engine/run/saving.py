@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from data import Dataset
+from data import Dataset, captions_fingerprint
 from engine.assemble import Assembly
 from engine.checkpoint import folder as folders
 from engine.checkpoint.saver import Saver, SaveReport, Votes
@@ -108,6 +108,8 @@ def facts_for_manifests(
         "zero_stage": config.parallel.zero_stage,
         "training images": f"{len(train_set)} of {train_set.fingerprint}",
         "held-out images": f"{len(eval_set)} of {eval_set.fingerprint}",
+        "training texts": captions_fingerprint(train_set),
+        "held-out texts": captions_fingerprint(eval_set),
     }
     return {"config": plain(asdict(config)), "about": about}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,17 +15,21 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from data import Batch, DataConfig, TextShape, TrainStream
-from engine.assemble import assemble
-from engine.checkpoint.states import state_pieces
-from engine.config import Config, TrainConfig
+from engine.assemble import Assembly, assemble
+from engine.checkpoint.config import CheckpointConfig
+from engine.checkpoint.saver import Saver
+from engine.checkpoint.states import restore, state_pieces
+from engine.config import Config, RecomputeConfig, TrainConfig
 from engine.config.contrastive import ContrastiveConfig
 from engine.config.objectives import text_shape
 from engine.errors import ConfigError
 from engine.objectives.alike import PROMPT, Alike, text_numbers
+from engine.objectives.contrastive import Contrastive
 from engine.passes import most_of_one_pass, settle_passes
 from engine.plan import peaks, plan_memory
 from engine.run.step import Stepper
 from model import ImageText, MicroBatch, TextConfig
+from parallel.checkpoint.read import Reader
 from parallel.config import ParallelConfig
 from parallel.contrastive import info_nce
 from parallel.grid import GridShape, make_grid
@@ -129,6 +134,15 @@ REFUSED: dict[str, tuple[Callable[[], Config], str]] = {
     "momentum of texts": (
         lambda: config_of(contrastive=ContrastiveConfig(momentum=0.99)),
         "contrastive.momentum is 0.99, but it is for contrastive.pairs views and loss infonce, not for image_text",
+    ),
+    "an average of texts without memory": (
+        lambda: config_of(contrastive=ContrastiveConfig(loss="sigmoid", momentum=0.0)),
+        "contrastive.momentum is 0.0, but it is for contrastive.pairs views and loss infonce, not for image_text",
+    ),
+    "a predictor of fewer features than ranks": (
+        lambda: config_of(2, text=TextConfig(), contrastive=replace(VIEWS, momentum=0.9, predictor=1),
+                          parallel=ParallelConfig(tensor_parallel_size=2)),
+        "contrastive.predictor 1 cannot be split over parallel.tensor_parallel_size 2: use a size of at most 1",
     ),
     "a temperature beyond the bound": (
         lambda: config_of(contrastive=ContrastiveConfig(temperature=0.001)),
@@ -304,3 +318,52 @@ def test_keys_are_made_by_the_average_and_enter_the_queue() -> None:
     assert plan.states["queue of keys"] == 4 * 40 * 8 and plan.states["weight average"] > 0
     names = {piece.name.partition("/")[0] for piece in state_pieces(a)}
     assert names >= {"keys", "contrastive.queue", "keys.updates"}
+    assert next(layer.flops for layer in a.layers if layer.name == "predictor") > 0
+
+
+def shares_of_the_scale(world: World) -> tuple[float, float]:
+    """Of two data ranks, of which one wants a larger scale, and the other, by more, a smaller one."""
+    config = config_of(2, contrastive=ContrastiveConfig(embedding=8), train=TrainConfig(steps=1, global_batch_size=8))
+    grid, objective = make_grid(config.grid_shape(2), world), Contrastive.of(config)
+    rows = F.normalize(torch.randn(4, 8, generator=torch.Generator().manual_seed(world.rank)), dim=1)
+    outputs = rows, rows if world.rank else rows.flip(0), torch.tensor(10.0), torch.tensor(0.0)
+    batch = MicroBatch.of_images(torch.empty(4, 1, 8, 8))
+    own = objective.pair_loss(*outputs, batch.labels, grid.data).scale
+    return objective.joint_loss([outputs], [batch], grid).gradients[0][2].item(), own.item()
+
+
+def test_data_ranks_agree_on_the_sign_of_the_scales_gradient() -> None:
+    """At its bound the sign decides whether a gradient counts: that of the sum, not of a rank's share."""
+    (first, one), (second, other) = run_ranks(2, shares_of_the_scale)
+    assert one * other < 0 and first == second == pytest.approx((one + other) / 2, rel=1e-6)
+
+
+def test_a_queue_of_another_length_begins_anew(tmp_path: Path) -> None:
+    """And with it the place of its next key; all else is what was saved."""
+
+    def made(length: int) -> Assembly:
+        keys = ContrastiveConfig(pairs="views", momentum=0.75, queue=length, embedding=8)
+        config = config_of(text=TextConfig(), contrastive=keys, train=TrainConfig(steps=3, global_batch_size=8))
+        return assemble(config, make_grid(config.grid_shape(1)), CPU)
+
+    saved, longer = made(40), made(48)
+    assert saved.queue is not None and longer.queue is not None
+    saved.queue.push(F.normalize(torch.randn(16, 8), dim=1))
+    saved.parameters()["image.embed.weight"].data.fill_(0.5)
+    Saver(saved, tmp_path, CheckpointConfig(), {"config": {}, "about": {}}).save(1, {}, {})
+    before = longer.queue.keys.clone()
+    with Reader(tmp_path / "step-00000001") as reader:
+        restore(longer, reader)
+    assert torch.equal(longer.queue.keys, before) and longer.queue.position == 0
+    assert bool((longer.parameters()["image.embed.weight"] == 0.5).all())
+
+
+def test_what_has_no_effect_is_told_of_the_blocks_of_both_towers() -> None:
+    blocks = sum(".blocks." in layer.name for layer in Contrastive.of(config_of()).layers)
+    config = config_of(recompute=RecomputeConfig(policy=f"all * {blocks}", ahead="never"))
+    assert "recompute.ahead never: nothing is dropped" in config.without_effect(GridShape(), "cpu", 1)
+
+
+def test_the_last_stage_has_the_texts_to_tell_equal_ones() -> None:
+    objective = Contrastive.of(config_of(text=replace(TEXT, pool="last")))
+    assert objective.reads_texts(range(len(objective.layers) - 1, len(objective.layers)))
