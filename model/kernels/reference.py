@@ -118,7 +118,7 @@ def depthwise_conv(v: Tensor, weight: Tensor, bias: Tensor | None, grid: tuple[i
     """
     batch, heads, tokens, dim = v.shape
     prefix = tokens - grid[0] * grid[1]
-    wide = torch.float32 if v.dtype == torch.float16 and _sums_in_its_own_type(v) else v.dtype
+    wide = torch.float32 if _sums_in_its_own_type(v) else v.dtype
     image = v[:, :, prefix:].to(wide).reshape(batch * heads, *grid, dim).permute(0, 3, 1, 2)
     out = F.conv2d(image, weight[:, None].to(wide), None if bias is None else bias.to(wide), 1, "same", 1, dim)
     out = out.to(v.dtype).permute(0, 2, 3, 1).reshape(batch, heads, tokens - prefix, dim)
