@@ -220,7 +220,7 @@ class HeldBatches(Sequence[Batch]):
         size = sum(x.nbytes for x in vars(batch).values() if isinstance(x, Tensor))
         if size <= self._room:
             self._room -= size
-            batch = self._held[m] = Batch(**{name: _own(x) for name, x in vars(batch).items()})
+            batch = self._held[m] = replace(batch, **{name: _own(x) for name, x in vars(batch).items()})
         return batch
 
 
