@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.embed import _add_in_turn
+from model.embed import add_in_turn
 from model.kernels import Kernels
 from model.kernels.reference import depthwise_conv
 from parallel.tensor import linear
@@ -45,7 +45,7 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 OTHERS: dict[str, tuple[Op, list[int]]] = {
     "linear": (lambda x, w, b: linear(x, w.view(WIDTH, WIDTH), b), [WIDTH * WIDTH, WIDTH]),
     "positions": (lambda x, t: (x.view(-1, TOKENS, WIDTH) + t.view(TOKENS, WIDTH)).flatten(0, 1), [TOKENS * WIDTH]),
-    "positions of split rows": (lambda x, t: _add_in_turn(x, t.view(TOKENS, WIDTH), 1234), [TOKENS * WIDTH]),
+    "positions of split rows": (lambda x, t: add_in_turn(x, t.view(TOKENS, WIDTH), 1234), [TOKENS * WIDTH]),
     "layer_scale": (lambda x, scale: x * scale, [WIDTH]),
     "depthwise_conv": (_conv, [WIDTH // HEADS * 9, WIDTH // HEADS]),
 }
@@ -94,4 +94,4 @@ def test_other_operations(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("rows", [0, 3, 17, 40])
 def test_rows_are_added_in_turn(rows: int, first: int) -> None:
     table, x = torch.arange(17.0)[:, None] * torch.tensor([1.0, 100.0]), torch.rand(rows, 2)
-    assert torch.equal(_add_in_turn(x, table, first), x + table[torch.arange(first, first + rows) % 17])
+    assert torch.equal(add_in_turn(x, table, first), x + table[torch.arange(first, first + rows) % 17])

@@ -304,4 +304,4 @@ def test_every_model_trains_in_every_format(model: str, dtype: str) -> None:
 
 def test_the_models_are_those_of_the_ladder() -> None:
     kinds = {kind for model in MODELS.values() for stage in model.resolve().sizes.stages for kind in stage.kinds}
-    assert kinds == {"full", "window", "shifted_window", "grid", "linear", "global_tokens"}
+    assert kinds == {"full", "window", "shifted_window", "grid", "linear", "global_tokens", "causal"}
