@@ -39,7 +39,17 @@ from parallel.contrastive import KeyQueue
 from parallel.fp8 import Fp8Recipe, Fp8Registry, enable_fp8
 from parallel.grid import Grid, make_grid
 from parallel.layout import ParameterInfo
-from parallel.pipeline import Placement, Schedule, Timeline, balance, behind_forwards, partition, simulate
+from parallel.pipeline import (
+    Placement,
+    Schedule,
+    Timeline,
+    balance,
+    behind_forwards,
+    forward_only,
+    insert_communication,
+    partition,
+    simulate,
+)
 from parallel.pipeline.execution import PipelineExecutor, TensorSpec
 from parallel.pipeline.lanes import Post, open_post
 from parallel.pipeline.readiness import Policy
@@ -188,6 +198,11 @@ class Assembly:
             group=self._group if self.policy == "ready" else None,
             post=self.post,
         )
+
+    def forwards(self, num_micro_batches: int) -> PipelineExecutor:
+        """Runs forwards alone, of so many micro-batches."""
+        order = forward_only(self.grid.pipeline.size, num_micro_batches, stage_to_rank=self.placement.ranks)
+        return self.executor(insert_communication(order))
 
     @property
     def _group(self) -> Axis:

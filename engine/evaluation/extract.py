@@ -24,8 +24,6 @@ from engine.evaluation.rows import Indices, Rows, owners
 from model import MicroBatch
 from parallel import comm
 from parallel.layout import split_range
-from parallel.pipeline import forward_only, insert_communication
-from parallel.pipeline.execution import PipelineExecutor
 
 Outputs = Callable[[tuple[Tensor, ...], MicroBatch], Tensor]
 """The last layer's outputs of a micro-batch -> what is wanted of them, [B, D], alike on tensor and context ranks."""
@@ -40,7 +38,7 @@ class Extractor:
 
     def __init__(self, assembly: Assembly, outputs: Outputs, width: int) -> None:
         self.assembly, self.outputs, self.width = assembly, outputs, width
-        self._executor = cache(self._make)
+        self._executor = cache(assembly.forwards)
 
     def rows(self, batches: Iterable[Batch], total: int, what: str) -> Rows:
         """Features of all samples of a stream, as `data.EvalStream` deals it. Collective.
@@ -100,11 +98,6 @@ class Extractor:
                 f"the features of {what} {int(worst)} are not finite: the weights have diverged, or overflow in "
                 f"precision.dtype {self.assembly.config.precision.dtype}: try --precision.dtype fp32"
             )
-
-    def _make(self, count: int) -> PipelineExecutor:
-        a = self.assembly
-        order = forward_only(a.grid.pipeline.size, count, stage_to_rank=a.placement.ranks)
-        return a.executor(insert_communication(order))
 
 
 _NONE = np.zeros(0, dtype=np.int64)

@@ -27,7 +27,6 @@ from data import Batch
 from engine.assemble import Assembly
 from engine.objectives.base import JointLoss, JointObjective, Keys, Outputs, inject
 from model import MicroBatch
-from parallel.pipeline import forward_only, insert_communication
 from parallel.pipeline.execution import PipelineExecutor
 
 MOST_HELD = 2**31
@@ -53,12 +52,7 @@ class JointStep:
         self._first: PipelineExecutor | None = None
         self._keys_made: Keys | None = None
         if objective.passes == 2 or assembly.keys is not None:
-            order = forward_only(
-                assembly.grid.pipeline.size,
-                train.schedule.num_micro_batches,
-                stage_to_rank=assembly.placement.ranks,
-            )
-            self._first = assembly.executor(insert_communication(order))
+            self._first = assembly.forwards(train.schedule.num_micro_batches)
 
     @property
     def reads_twice(self) -> bool:

@@ -21,8 +21,6 @@ from engine.run.diagnose import Watch, first_culprit, watch
 from engine.run.joint import HeldBatches, JointStep, OfKeys
 from model import MicroBatch
 from parallel import comm
-from parallel.pipeline import forward_only, insert_communication
-from parallel.pipeline.execution import PipelineExecutor
 
 Votes = Callable[[], Sequence[float]]
 
@@ -93,7 +91,7 @@ class Stepper:
         self._train = assembly.executor(assembly.schedule)
         joint = assembly.objective
         self._joint = JointStep(assembly, joint, self._train) if isinstance(joint, JointObjective) else None
-        self._eval = cache(self._eval_executor)
+        self._eval = cache(assembly.forwards)
 
     def train_step(
         self, batches: Sequence[Batch], lr: float, lr_factor: float = 1.0, votes: Votes = lambda: ()
@@ -211,11 +209,6 @@ class Stepper:
         """The weights are others now: no copy in 8 bits holds."""
         if self.assembly.fp8 is not None:
             self.assembly.fp8.forget_weights()
-
-    def _eval_executor(self, num_micro_batches: int) -> PipelineExecutor:
-        a = self.assembly
-        order = forward_only(a.grid.pipeline.size, num_micro_batches, stage_to_rank=a.placement.ranks)
-        return a.executor(insert_communication(order))
 
     @property
     def _scale(self) -> float:
