@@ -20,45 +20,36 @@ from parallel.checkpoint.read import Reader, Target
 _SHOWN = 10
 
 
-class CheckpointWeights(StoredWeights):
-    """Those of a checkpoint of this program, whatever layout saved it.
+class RunWeights(StoredWeights):
+    """Those of a checkpoint of this program, or a part of them, whatever layout saved it. Who makes it says of what
+    model they are (`description`).
 
     Args:
         folder: of one step. which: the weights, or their moving average (frozen ones have none: theirs as they are).
+        prefix: of the names of those that are wanted, which are called without it.
 
     Raises:
-        ConversionError: it is damaged, has no average, or does not say of which model it is.
+        ConversionError: it is damaged, or has no average.
     """
 
     kind = "vitruvius"
     left_out: Sequence[str] = ()
 
-    def __init__(self, folder: Path, which: Which = "weights") -> None:
-        self.path = folder
+    def __init__(self, folder: Path, which: Which, prefix: str = "") -> None:
+        self.path, self.prefix, self.carried = folder, prefix, dict[str, Entry]()
         try:
             self._reader = Reader(folder)
         except CheckpointError as error:
             raise ConversionError(str(error)) from error
         self.manifest = self._reader.manifest
         self.step = self.manifest.step
-        names = stored_names(self.manifest, which, folder)
-        self._names = names
-        self.description = _with_labels(description_of(self.manifest, folder), folder)
-        shapes = logical_shapes(self.description.model)
-        stored = {name: self.manifest.tensors[there] for name, there in names.items()}
-        wrong = [
-            f"{n}: {list(stored[n].shape) if n in stored else 'none'} there, {list(shapes.get(n, ()))} in its model"
-            for n in {**shapes, **stored}
-            if n not in stored or n not in shapes or stored[n].shape != shapes[n]
-        ]
-        if wrong:
-            raise ConversionError("\n  ".join([f"{folder} has not the tensors of its own model:", *wrong[:_SHOWN]]))
-        self.tensors: Mapping[str, Entry] = {name: Entry(stored[name].shape, stored[name].dtype) for name in shapes}
-        self.carried: Mapping[str, Entry] = {
-            name.removeprefix(CARRIED): Entry(t.shape, t.dtype)
-            for name, t in self.manifest.tensors.items()
-            if name.startswith(CARRIED)
-        }
+        names = stored_names(self.manifest, which, folder).items()
+        self._names = {name.removeprefix(prefix): there for name, there in names if name.startswith(prefix)}
+        self.tensors = {name: self._entry(there) for name, there in self._names.items()}
+
+    def _entry(self, name: str) -> Entry:
+        stored = self.manifest.tensors[name]
+        return Entry(stored.shape, stored.dtype)
 
     def read(self, name: str) -> Tensor:
         """As Weights."""
@@ -91,6 +82,32 @@ class CheckpointWeights(StoredWeights):
     def close(self) -> None:
         """As Weights."""
         self._reader.close()
+
+
+class CheckpointWeights(RunWeights):
+    """Those of a checkpoint of one model.
+
+    Args:
+        folder, which: as of RunWeights.
+
+    Raises:
+        ConversionError: it is damaged, has no average, or does not say of which model it is.
+    """
+
+    def __init__(self, folder: Path, which: Which = "weights") -> None:
+        super().__init__(folder, which)
+        self.description = _with_labels(description_of(self.manifest, folder), folder)
+        shapes, stored = logical_shapes(self.description.model), self.tensors
+        wrong = [
+            f"{n}: {list(stored[n].shape) if n in stored else 'none'} there, {list(shapes.get(n, ()))} in its model"
+            for n in {**shapes, **stored}
+            if n not in stored or n not in shapes or stored[n].shape != shapes[n]
+        ]
+        if wrong:
+            raise ConversionError("\n  ".join([f"{folder} has not the tensors of its own model:", *wrong[:_SHOWN]]))
+        self.tensors = {name: stored[name] for name in shapes}
+        carried = [name for name in self.manifest.tensors if name.startswith(CARRIED)]
+        self.carried = {name.removeprefix(CARRIED): self._entry(name) for name in carried}
 
 
 def _with_labels(description: Description, folder: Path) -> Description:

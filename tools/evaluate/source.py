@@ -28,7 +28,7 @@ from engine.objectives.base import Evaluation
 from model import Build, LayerSpec, MicroBatch, build_layers
 from model.formats.api import open_weights
 from model.formats.base import ConversionError, Description
-from model.formats.checkpoint import CheckpointWeights
+from model.formats.checkpoint import CheckpointWeights, RunWeights
 from model.formats.weights import StoredWeights, Which
 from parallel.checkpoint.manifest import CheckpointError
 from parallel.checkpoint.read import Reader
@@ -83,7 +83,7 @@ class Source:
     @property
     def step(self) -> int | None:
         """Of a checkpoint of this program."""
-        return self.weights.manifest.step if isinstance(self.weights, CheckpointWeights | TowerWeights) else None
+        return self.weights.step if isinstance(self.weights, RunWeights) else None
 
 
 def sources_of(options: argparse.Namespace, flags: Sequence[str], world: World) -> dict[TowerName, Source]:
@@ -270,9 +270,9 @@ def load(source: Source, grid: Grid, device: torch.device, memory: float) -> Ass
 def _load_scales(assembly: Assembly, source: Source) -> None:
     """What numbers in 8 bits were scaled by when they were saved, which decides how they round."""
     weights = source.weights
-    if assembly.fp8 is None or not isinstance(weights, CheckpointWeights | TowerWeights):
+    if assembly.fp8 is None or not isinstance(weights, RunWeights):
         return
-    prefix = f"fp8/{weights.tower}." if isinstance(weights, TowerWeights) else "fp8/"
+    prefix = f"fp8/{weights.prefix}"
     with Reader(weights.path) as reader:
         names = list(assembly.fp8.state_dict())
         if names and all(prefix + name in reader.manifest.tensors for name in names):

@@ -6,25 +6,22 @@ so it is cut into stages, split and sharded like any other, and its embeddings a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from engine.config import Config
 from model import Build, LayerSpec, MicroBatch, ModelConfig, build_layers
 from model.formats.base import ConversionError, Description, Preprocessing
-from model.formats.checkpoint import stored_names
-from model.formats.sources import Entry
-from model.formats.weights import StoredWeights, Which
+from model.formats.checkpoint import RunWeights
+from model.formats.weights import Which
 from model.layers import measured
 from model.towers import image_tower, text_tower
-from parallel.checkpoint.manifest import CheckpointError, Manifest, NoCheckpointError, checksum, read_manifest
+from parallel.checkpoint.manifest import CheckpointError, Manifest, NoCheckpointError, read_manifest
 from parallel.checkpoint.place import newest
-from parallel.checkpoint.read import Reader, Target
 
 TowerName = Literal["image", "text"]
 IMAGE: TowerName = "image"
@@ -75,62 +72,18 @@ def model_of(config: Config, layers: Sequence[LayerSpec]) -> ModelConfig:
     return config.model if tower is None else tower.config
 
 
-class TowerWeights(StoredWeights):
+class TowerWeights(RunWeights):
     """Those of one tower of a checkpoint, by their names in the tower.
 
     Args:
-        folder: of one step. tower: its name. model: what it is, resolved.
+        folder, which: as of RunWeights. tower: its name. model: what it is, resolved.
 
     Raises:
         ConversionError: it is damaged, or has no average.
     """
 
-    kind = "vitruvius"
-    left_out: Sequence[str] = ()
-
     def __init__(self, folder: Path, which: Which, tower: TowerName, model: ModelConfig) -> None:
-        self.path, self.tower, self.carried = folder, tower, dict[str, Entry]()
-        try:
-            self._reader = Reader(folder)
-        except CheckpointError as error:
-            raise ConversionError(str(error)) from error
-        self.manifest = self._reader.manifest
-        self.step = self.manifest.step
-        prefix = f"{tower}."
-        names = stored_names(self.manifest, which, folder).items()
-        self._names = {name.removeprefix(prefix): there for name, there in names if name.startswith(prefix)}
-        stored = self.manifest.tensors
-        self.tensors: Mapping[str, Entry] = {
-            name: Entry(stored[there].shape, stored[there].dtype) for name, there in self._names.items()
-        }
+        super().__init__(folder, which, f"{tower}.")
         data = self.manifest.config.get("data", {})
         images: dict[str, Any] = {key: tuple(data[key]) for key in ("mean", "std") if key in data}
         self.description = Description(model=model, preprocessing=Preprocessing(**images) if images else None)
-
-    def read(self, name: str) -> Tensor:
-        """As Weights."""
-        try:
-            return self._reader.whole(self._names[name])
-        except CheckpointError as error:
-            raise ConversionError(str(error)) from error
-
-    def read_carried(self, name: str) -> Tensor:
-        """As Weights; nothing is carried."""
-        raise KeyError(name)
-
-    @property
-    def identity(self) -> str:
-        """As StoredWeights."""
-        m = self.manifest
-        return f"{self.path} ({checksum(repr((m.step, m.progress, m.config, m.about, m.files)).encode())})"
-
-    def fill(self, wanted: Mapping[str, Sequence[Target]]) -> None:
-        """As StoredWeights; only bytes that are wanted are read."""
-        try:
-            self._reader.read({self._names[name]: targets for name, targets in wanted.items()})
-        except CheckpointError as error:
-            raise ConversionError(str(error)) from error
-
-    def close(self) -> None:
-        """As Weights."""
-        self._reader.close()
