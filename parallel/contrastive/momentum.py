@@ -69,17 +69,12 @@ def queued(queries: Tensor, keys: Tensor, queue: Tensor, scale: Tensor, axis: Ax
 
 def _log_sums(queue: Tensor, queries: Tensor, ring: Ring, tiles: Tiles) -> Tensor:
     """Of this rank's queries over the whole queue, [n]."""
-    whole = slice(0, ring.most)
     block, behind = LogSums.none(ring.most, queue), Homeward(ring, LogSums.none(ring.most, queue).values)
     for chunk in ring.chunks(queries):
         for _, tile in tiles.of(queue, chunk):
             block.add(chunk.rows, tile, 0, tile)
         if chunk.last:
-            sums = behind.take(whole)
-            block.merge(sums)
-            sums.copy_(block.values)
-            behind.pass_on(whole)
-            block.clear()
+            behind.fold(block)
     return log_sum(behind.home())
 
 

@@ -170,7 +170,6 @@ class _Task:
         """Sums of this rank's rows, and of its columns unless they are the same: [n, 5], see `_Series`."""
         rows, block = (_Series(count, self.left, self.form) for count in (self.left.shape[0], self.ring.most))
         behind = Homeward(self.ring, _Series(self.ring.most, self.left, self.form).values)
-        whole = slice(0, self.ring.most)
         for chunk, own, tile, match, done in self._tiles():
             if tile.numel():
                 room = self.tiles.room(tile)
@@ -178,11 +177,7 @@ class _Task:
                 if not self.is_one_set:
                     block.add(chunk.rows, tile, match, 0, room)
             if done and chunk.last and not self.is_one_set:
-                sums = behind.take(whole)
-                block.merge(sums)
-                sums.copy_(block.values)
-                behind.pass_on(whole)
-                block = _Series(self.ring.most, self.left, self.form)
+                behind.fold(block)
         return rows.values, None if self.is_one_set else behind.home()
 
     def _close(self, sums: Tensor) -> tuple[Tensor, _Known]:
@@ -244,10 +239,16 @@ class _Series:
     """
 
     def __init__(self, count: int, like: Tensor, form: Form) -> None:
-        self.values, self._form = like.new_zeros(count, 5), form
-        self._all, self._positive = (LogSums(self.values[:, start : start + 2]).clear() for start in (0, 2))
-        if form == "out":
-            self.values[:, 2] = 0.0
+        self.values, self._form = like.new_empty(count, 5), form
+        self._all, self._positive = (LogSums(self.values[:, start : start + 2]) for start in (0, 2))
+        self.clear()
+
+    def clear(self) -> None:
+        """Of no logits."""
+        self.values.zero_()
+        self._all.clear()
+        if self._form == "in":
+            self._positive.clear()
 
     def add(self, place: slice, tile: Tensor, match: Tensor | None, dim: int, room: Tensor) -> None:
         """Logits along `dim`."""

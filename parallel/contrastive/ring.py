@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -92,6 +93,18 @@ class Ring:
         return [slice(start, min(start + rows, self.most)) for start in range(0, self.most, rows)]
 
 
+class Sums(Protocol):
+    """Of the rows of a block, [n', ...] in `values`: what is added up in a way of its own."""
+
+    values: Tensor
+
+    def merge(self, other: Tensor) -> None:
+        """Add others' of the same rows."""
+
+    def clear(self) -> object:
+        """Begin anew."""
+
+
 class Homeward:
     """What all ranks add up for the rows of a block: goes round one hop behind it, and one more, to its owner.
 
@@ -114,6 +127,15 @@ class Homeward:
         if self._ring.axis.size > 1:
             part = self._sums[span]
             self._passing[span.start] = shift_start(part, part, self._ring.axis)
+
+    def fold(self, block: Sums) -> None:
+        """This rank is done with a whole block: what it has summed of it is added, passed on, and begun anew."""
+        whole = slice(0, self._ring.most)
+        sums = self.take(whole)
+        block.merge(sums)
+        sums.copy_(block.values)
+        self.pass_on(whole)
+        block.clear()
 
     def home(self) -> Tensor:
         """The sums of this rank's own rows, [n, ...], when all have been passed on R times."""

@@ -80,7 +80,6 @@ def _first_sweep(left: Tensor, right: Tensor, ring: Ring, tiles: Tiles, *, bound
     block = LogSums.none(ring.most, left, bounded=bounded)  # of the block's columns, over this rank's rows
     pairs = left.new_empty(left.shape[0])
     behind = Homeward(ring, LogSums.none(ring.most, left, bounded=bounded).values)
-    whole = slice(0, ring.most)
     for chunk in ring.chunks(right):
         for own, tile in tiles.of(left, chunk):
             if chunk.hop == 0:
@@ -88,11 +87,7 @@ def _first_sweep(left: Tensor, right: Tensor, ring: Ring, tiles: Tiles, *, bound
                 pairs[numbers] = values
             _add(tile, own, chunk, rows, block if columns else None, tiles, bounded=bounded)
         if columns and chunk.last:
-            sums = behind.take(whole)
-            block.merge(sums)
-            sums.copy_(block.values)
-            behind.pass_on(whole)
-            block.clear()
+            behind.fold(block)
     return _Sums(rows=log_sum(rows.values), columns=log_sum(behind.home()) if columns else None, pairs=pairs)
 
 
