@@ -137,8 +137,11 @@ def blocks_of(config: Config) -> int:
     """How many blocks a resolved configuration has, of all towers."""
     if config.objective != "contrastive":
         return config.model.sizes.depth
-    layers = towers(config.model, config.text, config.contrastive)
-    return sum(layer.name.split(".")[1:2] == ["blocks"] for layer in layers)
+    return _count(towers(config.model, config.text, config.contrastive), "blocks")
+
+
+def _count(layers: Sequence[LayerSpec], kind: str) -> int:
+    return sum(layer.kind == kind for layer in layers)
 
 
 def _towers(config: Config, shape: GridShape) -> Built:
@@ -152,8 +155,7 @@ def _towers(config: Config, shape: GridShape) -> Built:
             f"contrastive.queue is {keys.queue}, fewer keys than the {shape.data} data-parallel ranks that share them: "
             f"use {shape.data} or more"
         )
-    kinds = [layer.name.split(".")[1:2] for layer in layers]
-    blocks, merges = kinds.count(["blocks"]), kinds.count(["merges"])
+    blocks, merges = _count(layers, "blocks"), _count(layers, "merges")
     inner = (
         _inner("embeddings", blocks, merges, "heads") if keys.has_texts else _inner("embedding", blocks, merges, "head")
     )

@@ -40,10 +40,10 @@ class Contrastive(JointObjective):
     """The loss of `contrastive.loss`.
 
     Attributes:
-        keys: of the configuration. layers: of both towers. passes: as of JointObjective.
+        config: the keys of the objective. layers: of both towers. passes: as of JointObjective.
     """
 
-    keys: ContrastiveConfig
+    config: ContrastiveConfig
     layers: tuple[LayerSpec, ...]
     passes: int
     momentum: float | None
@@ -53,11 +53,11 @@ class Contrastive(JointObjective):
         """As Objective."""
         keys = config.contrastive
         layers = tuple(towers(config.model, config.text, keys))
-        return cls(keys=keys, layers=layers, passes=1 if keys.passes == 1 else 2, momentum=keys.momentum)
+        return cls(config=keys, layers=layers, passes=1 if keys.passes == 1 else 2, momentum=keys.momentum)
 
     def reads_texts(self, layers: range) -> bool:
         """As Objective: the last layer's stage does, too, since equal texts are partners in evaluation."""
-        return super().reads_texts(layers) or (self.keys.has_texts and len(self.layers) - 1 in layers)
+        return super().reads_texts(layers) or (self.config.has_texts and len(self.layers) - 1 in layers)
 
     def joint_loss(
         self, outputs: Sequence[Outputs], batches: Sequence[MicroBatch], grid: Grid, keys: Keys | None = None
@@ -93,7 +93,7 @@ class Contrastive(JointObjective):
 
     def key_queue(self, grid: Grid, seed: int, device: torch.device) -> KeyQueue | None:
         """As Objective."""
-        keys = self.keys
+        keys = self.config
         return KeyQueue(keys.queue, keys.embedding, seed, grid.data, device) if keys.queue else None
 
     def pair_loss(
@@ -104,8 +104,8 @@ class Contrastive(JointObjective):
         Args:
             left, right: embeddings of length 1, [n, E]. scale, bias: [], of logits. labels: of the pairs, int64 [n].
         """
-        views = not self.keys.has_texts
-        match self.keys.loss:
+        views = not self.config.has_texts
+        match self.config.loss:
             case "infonce":
                 return nt_xent(left, right, scale, axis) if views else info_nce(left, right, scale, axis)
             case "sigmoid":
@@ -116,7 +116,7 @@ class Contrastive(JointObjective):
 
     def describe(self) -> str:
         """As Objective."""
-        keys = self.keys
+        keys = self.config
         what = "images and texts" if keys.has_texts else "two views of each image"
         learned = "trained" if keys.learn_temperature else "fixed"
         bound = f", of an inverse of at most {keys.max_logit_scale:g}" if keys.max_logit_scale else ""
@@ -130,15 +130,15 @@ class Contrastive(JointObjective):
     def bytes_held(self, samples: int) -> int:
         """As Objective: embeddings of both sides as micro-batches have given them and side by side (of views once
         more, all in one), their gradients, and what the loss works in, as on several data ranks."""
-        width, views = self.keys.embedding, not self.keys.has_texts
-        tiles = 3 * 4 * ROWS**2 if self.keys.positives == "label" else 0
+        width, views = self.config.embedding, not self.config.has_texts
+        tiles = 3 * 4 * ROWS**2 if self.config.positives == "label" else 0
         held = (8 if views else 6) * samples * 4 * width
         return held + tiles + working_bytes(2 * samples if views else samples, width, 2)
 
     def evaluation(self, grid: Grid, device: torch.device) -> Evaluation:
         """As Objective."""
-        sides = ("image", "text") if self.keys.has_texts else ("view_1", "view_2")
-        return Alike(self.pair_loss, grid, device, by_label=self.keys.positives == "label", sides=sides)
+        sides = ("image", "text") if self.config.has_texts else ("view_1", "view_2")
+        return Alike(self.pair_loss, grid, device, by_label=self.config.positives == "label", sides=sides)
 
 
 def both(first: Gradients, second: Gradients) -> Gradients:
