@@ -236,12 +236,12 @@ def _image_bytes(a: Assembly, rank: int) -> int:
 
 
 def image_bytes(a: Assembly, stages: Iterable[range]) -> int:
-    """Of the images and texts of one micro-batch, on a rank whose stages have these layers, if one of them reads
-    them."""
-    size, found = a.config.train.micro_batch_size, dict[str, int]()
+    """Of the images and texts of one micro-batch, on a rank that has these stages, if one of them reads them."""
+    size, found, stages = a.config.train.micro_batch_size, dict[str, int](), list(stages)
     assert size is not None
-    for layer in (a.layers[place] for own in stages for place in own):
+    for layer in (layer for layer in a.layers if layer.reads):
         of, count = a.build.of(layer), size * layer.per_sample
         each = {"images": 4 * of.sizes.channels * prod(of.sizes.image), "texts": 8 * of.tokens.count}
         found |= {what: count * each[what] for what in layer.reads}
-    return sum(found.values())
+    reads = {"images": a.objective.reads_images, "texts": a.objective.reads_texts}
+    return sum(count for what, count in found.items() if any(map(reads[what], stages)))

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +13,11 @@ import torch
 from engine.errors import ConfigError
 from model import VisionTransformer
 from parallel.process_group import World
-from tests.distributed import free_port
 from tests.engine.small import flags
+from tests.tools.jobs import run_jobs
 from tools.evaluate.__main__ import main
 
-ROOT = Path(__file__).parents[2]
-# One process imports torch; its children are the ranks of one job after the other.
-SCRIPT = """
-import json, os, sys
-import pretrain_vit, tools.evaluate.__main__
-from engine.run.launch import run_rank
-
-mains, codes = {"train": pretrain_vit.main, "evaluate": tools.evaluate.__main__.main}, {}
-for name, what, size, argv, port, told in json.loads(sys.argv[1]):
-    ranks = []
-    for rank in range(size):
-        if pid := os.fork():
-            ranks.append(pid)
-            continue
-        file = os.open(told, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-        os.dup2(file, 1)
-        os.dup2(file, 2)
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        code = run_rank(mains[what], argv, "prog")
-        sys.stdout.flush()
-        os._exit(code)
-    codes[name] = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks]
-print(json.dumps(codes))
-"""
+TRAINING, EVALUATION = "pretrain_vit", "tools.evaluate.__main__"
 TRAIN = {
     "data__kind": "digits", "train__steps": "60", "train__global_batch_size": "64", "optimizer__lr": "0.003",
     "schedule__warmup_steps": "5", "model__patch_size": "2", "model__pool": "gap", "model__width": "32",
@@ -75,15 +48,15 @@ LAYOUTS = {
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The folder of a run of one process, and what each job has written as JSON."""
     folder = tmp_path_factory.mktemp("runs")
-    jobs: list[tuple[str, str, int, list[str]]] = []
+    jobs: dict[str, tuple[str, int, list[str]]] = {}
     for name, keys in (("run", TRAIN), ("pairs", PAIRS)):
         run = flags(run_dir=str(folder / name), **keys)
         i = run.index("--data.size")
-        jobs.append((f"train {name}", "train", 1, run[:i] + run[i + 2 :]))
+        jobs[f"train {name}"] = TRAINING, 1, run[:i] + run[i + 2 :]
 
     def evaluate(name: str, size: int, task: str, *more: str, of: str = "run") -> None:
         argv = ["--checkpoint", str(folder / of), "--task", task, *TASKS[task], *more]
-        jobs.append((name, "evaluate", size, [*argv, "--json", str(folder / f"{name}.json")]))
+        jobs[name] = EVALUATION, size, [*argv, "--json", str(folder / f"{name}.json")]
 
     for task in OF_IMAGES:
         evaluate(task, 1, task)
@@ -96,17 +69,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     evaluate("retrieval", 1, "retrieval", of="pairs")
     evaluate("knn pairs, embedding", 2, "knn", "--features", "embedding", of="pairs")
     evaluate("knn pairs, pooled", 1, "knn", "--weights", "average", of="pairs")
-    listed = [(*job, free_port(), str(folder / f"{job[0]}.txt")) for job in jobs]
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(listed)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=270,
-    )
-    assert done.returncode == 0, done.stderr
-    codes = json.loads(done.stdout.splitlines()[-1])
+    codes = run_jobs(folder, jobs, timeout=270)
     for name, of_ranks in codes.items():
         assert not any(of_ranks), (name, of_ranks, (folder / f"{name}.txt").read_text())
     written = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}

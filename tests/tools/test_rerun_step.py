@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,37 +15,14 @@ from engine.errors import ConfigError
 from engine.run.rerun import compare_state, kept
 from parallel.checkpoint.manifest import FILE, CheckpointError, checksum, read_manifest
 from parallel.process_group import World
-from tests.distributed import free_port
 from tests.engine.checkpoint.test_layouts import Layout, assembled
 from tests.engine.small import flags
+from tests.tools.jobs import run_jobs
 from tools.rerun_step import main
 
 ROOT = Path(__file__).parents[2]
 FLIPPED = "weights/blocks.2.attn.qkv.weight"
-# One process imports torch; its children are the ranks of one job after the other.
-SCRIPT = """
-import json, os, sys
-import pretrain_vit, tools.rerun_step
-from engine.run.launch import run_rank
-
-mains, codes = {"train": pretrain_vit.main, "rerun": tools.rerun_step.main}, {}
-for name, what, size, argv, port, told in json.loads(sys.argv[1]):
-    ranks = []
-    for rank in range(size):
-        if pid := os.fork():
-            ranks.append(pid)
-            continue
-        file = os.open(told, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-        os.dup2(file, 1)
-        os.dup2(file, 2)
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        code = run_rank(mains[what], argv, "prog")
-        sys.stdout.flush()
-        os._exit(code)
-    codes[name] = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks]
-print(json.dumps(codes))
-"""
+TRAINING, RERUN = "pretrain_vit", "tools.rerun_step"
 TRAIN = {
     "train__steps": "5", "schedule__warmup_steps": "2", "schedule__cooldown_steps": "0", "log__interval": "2",
     "checkpoint__save_interval": "2", "checkpoint__keep": "null", "model__drop_path": "0.1",
@@ -69,21 +43,6 @@ class Runs:
 
     def told(self, name: str) -> str:
         return (self.folder / f"{name}.txt").read_text()
-
-
-def jobs(folder: Path, given: dict[str, tuple[str, int, list[str]]]) -> dict[str, list[int]]:
-    listed = [(name, *job, free_port(), str(folder / f"{name}.txt")) for name, job in given.items()]
-    run = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(listed)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=150,
-    )
-    assert run.returncode == 0, run.stderr
-    codes: dict[str, list[int]] = json.loads(run.stdout.splitlines()[-1])
-    return codes
 
 
 def files(folder: Path) -> dict[str, tuple[int, bytes]]:
@@ -109,10 +68,10 @@ def flip(step: Path) -> None:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("runs")
     train = {
-        name: ("train", size, flags(run_dir=str(folder / name), **TRAIN, **more))
+        name: (TRAINING, size, flags(run_dir=str(folder / name), **TRAIN, **more))
         for name, size, more in (("one", 1, {}), ("two", 2, TWO), ("four", 4, FOUR))
     }
-    codes = jobs(folder, train)
+    codes = run_jobs(folder, train, timeout=150)
     assert codes == {"one": [0], "two": [0] * 2, "four": [0] * 4}, [
         (folder / f"{name}.txt").read_text() for name in codes
     ]
@@ -123,19 +82,19 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     other_loss.write_text(re.sub(r'"loss": ([\d.]+)', r'"loss": 1\1', other_loss.read_text()))
     before, steps = files(folder), "checkpoints/step-0000000"
     given = {
-        "newest": ("rerun", 1, [str(folder / "one")]),
-        "from a step": ("rerun", 1, [str(folder / "one" / f"{steps}2")]),
-        "far": ("rerun", 1, [str(folder / "one" / f"{steps}2"), "--against", str(folder / "one" / f"{steps}5")]),
-        "tries": ("rerun", 1, [str(folder / "one" / f"{steps}2"), "--steps", "2", "--times", "3"]),
-        "another seed": ("rerun", 1, [str(folder / "one" / f"{steps}2"), "--train.seed", "7"]),
-        "by a V": ("rerun", 2, [str(folder / "two" / f"{steps}2")]),
-        "on four": ("rerun", 4, [str(folder / "four" / f"{steps}2")]),
-        "one, flipped, found": ("rerun", 1, [str(folder / "one, flipped" / f"{steps}2")]),
-        "four, flipped, found": ("rerun", 4, [str(folder / "four, flipped" / f"{steps}2")]),
-        "four on two": ("rerun", 2, [str(folder / "four")]),
-        "damaged": ("rerun", 2, [str(folder / "none")]),
+        "newest": (RERUN, 1, [str(folder / "one")]),
+        "from a step": (RERUN, 1, [str(folder / "one" / f"{steps}2")]),
+        "far": (RERUN, 1, [str(folder / "one" / f"{steps}2"), "--against", str(folder / "one" / f"{steps}5")]),
+        "tries": (RERUN, 1, [str(folder / "one" / f"{steps}2"), "--steps", "2", "--times", "3"]),
+        "another seed": (RERUN, 1, [str(folder / "one" / f"{steps}2"), "--train.seed", "7"]),
+        "by a V": (RERUN, 2, [str(folder / "two" / f"{steps}2")]),
+        "on four": (RERUN, 4, [str(folder / "four" / f"{steps}2")]),
+        "one, flipped, found": (RERUN, 1, [str(folder / "one, flipped" / f"{steps}2")]),
+        "four, flipped, found": (RERUN, 4, [str(folder / "four, flipped" / f"{steps}2")]),
+        "four on two": (RERUN, 2, [str(folder / "four")]),
+        "damaged": (RERUN, 2, [str(folder / "none")]),
     }
-    codes = jobs(folder, given)
+    codes = run_jobs(folder, given, timeout=150)
     after = {name: file for name, file in files(folder).items() if Path(name).parent != folder}
     assert after == {name: file for name, file in before.items() if Path(name).parent != folder}  # nothing is written
     return Runs(folder, codes)
