@@ -1,4 +1,4 @@
-"""Tables of images and captions, CSV or TSV, as compact arrays: millions of rows in some 100 bytes each.
+"""Tables of images and captions, CSV or TSV, as compact arrays: millions of rows in some 150 bytes each.
 
 The first row names the columns. Rows with the same image are captions of it. Images are found relative to the table.
 """

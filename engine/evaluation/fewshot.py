@@ -13,7 +13,7 @@ Legend: M images of a problem, D features, C classes, L strengths.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from statistics import fmean
@@ -67,7 +67,6 @@ class _Answer:
 def few_shot(
     train: Rows, train_labels: Tensor, test: Rows, test_labels: Tensor, *, classes: int,
     shots: Sequence[int] = SHOTS, seeds: Sequence[int] = SEEDS, strengths: Sequence[float] = GRID,
-    tell: Callable[[str], None] = lambda line: None,
 ) -> FewShot:  # fmt: skip
     """The accuracy of each (shots, l2) for each seed. Collective.
 
@@ -92,14 +91,12 @@ def few_shot(
             if rank == axis.index:
                 y = train_labels[torch.from_numpy(indices)].to(device)
                 answer = _solve(features.double(), y, classes, strengths).packed()
-        for rank, (seed, n) in enumerate(dealt):
+        for rank, (_, n) in enumerate(dealt):
             flat = answer if rank == axis.index else torch.empty_like(answer)
             solved = _Answer.unpacked(comm.broadcast(flat, axis, rank), train.width, classes, len(strengths))
             right = comm.all_reduce(_right(solved, test.values, own), axis) / test.total
             for l2, accuracy in zip(strengths, right.tolist(), strict=True):
                 accuracies[n, l2].append(accuracy)
-            best = max(zip(right.tolist(), strengths, strict=True))
-            tell(f"  seed {seed}, {n} shots: {min(right.tolist()):.2%} to {best[0]:.2%} (l2 {best[1]:g})")
     return FewShot(accuracies)
 
 

@@ -68,8 +68,8 @@ def _check_flags(flags: Sequence[str]) -> None:
         key = flag.removeprefix("--").partition("=")[0]
         if flag.startswith("--") and not key.startswith(_GROUPS) and key not in _KEYS:
             raise ConfigError(
-                f"--{key} is no option of an evaluation: see --help; of keys, those of model, data, parallel and "
-                f"precision are, and {', '.join(_KEYS)}"
+                f"--{key} is no option of an evaluation: see --help; of keys, those of model, text, data, parallel "
+                f"and precision are, and {', '.join(_KEYS)}"
             )
 
 
