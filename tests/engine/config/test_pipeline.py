@@ -82,7 +82,8 @@ def test_one_rank_has_nothing_to_schedule(written: str) -> None:
         ]
     for key, value in (("virtual_stages", 2), ("schedule_policy", "ready")):
         config = replace(config, parallel=replace(config.parallel, schedule="zb_v", **{key: value}))
-        assert any(f"parallel.{key} {value}" in line for line in config.without_effect(config.grid_shape(1), "cpu", 1))
+        told = config.resolve(1).without_effect(config.grid_shape(1), "cpu", 1)
+        assert any(f"parallel.{key} {value}" in line for line in told)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
