@@ -129,7 +129,8 @@ class StepModel:
     def on(self, config: Config, shape: GridShape) -> StepModel:
         """The same layers in another layout whose tensor and context ranks, micro-batch and formats are the same."""
         grid = planned_grid(shape, 0)
-        return replace(self, config=config, grid=grid, traffic=self.traffic.on(config, grid))
+        traffic = self.traffic.on(config, grid)
+        return replace(self, config=config, grid=grid, objective=make_objective(config), traffic=traffic)
 
     @property
     def layers(self) -> Sequence[LayerSpec]:

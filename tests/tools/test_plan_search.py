@@ -13,8 +13,10 @@ from engine.clusters import Cluster, read_cluster
 from engine.config import Config, PrecisionConfig, RecomputeConfig, TrainConfig
 from engine.config.cli import parse
 from engine.errors import ConfigError
+from engine.objectives import make_objective
 from engine.step_time import predict_step
 from model import ModelConfig
+from parallel.grid import GridShape
 from tools.plan import command
 from tools.plan.bounds import Misfit
 from tools.plan.evaluate import Evaluator, Prediction
@@ -177,3 +179,23 @@ def test_small_models_have_one_tensor_rank_unless_memory_forces_more(
     if has_one:
         row = f"(`{file}`) | `{first.layout}` | {first.seconds:.4f} | {100 * first.mfu:.1f} % |"
         assert row in (ROOT / "docs" / "scaling.md").read_text()
+
+
+def test_the_layouts_of_two_towers_are_those_that_both_can_be_split_into() -> None:
+    config = parse(["--config", str(ROOT / "configs/digits_contrastive.yaml"), "--text.num_heads", "2"])[0]
+    space = Space(config=config, ranks=16, only={})
+    layers = (1 + 3 + 1) + (1 + 2 + 1) + 1
+    assert space.num_layers == layers and (8, 2) in space.shapes(next(iter(space.families())))
+    assert {key.tensor for key in space.families()} == {1, 2}, "the image tower alone has four heads"
+
+
+def test_two_towers_take_a_forward_more_where_there_are_several_micro_batches() -> None:
+    config = parse(["--config", str(ROOT / "configs/digits_contrastive.yaml"), "--train.global_batch_size", "16"])[0]
+    evaluator = Evaluator(config, of_gigabytes(80.0), 2)
+    one, two = (evaluator.exactly(Layout(data=2, micro_batch=size)) for size in (8, 4))
+    assert isinstance(one, Prediction) and isinstance(two, Prediction)
+    for found, passes in ((one, 1), (two, 2)):
+        assert make_objective(found.config).passes == passes
+        run = predict_step(found.config, GridShape(data=2), of_gigabytes(80.0))
+        assert found.seconds == pytest.approx(run.seconds)
+    assert two.seconds > 2 * 1.2 * one.seconds, "launches of kernels: twice as many micro-batches, and a forward each"

@@ -111,6 +111,7 @@ def _search(options: argparse.Namespace, given: Sequence[str]) -> None:
         if file is not None:
             check_place(Path(file))
     config, _ = parse([*written.ANY_DATA, *given], "tools.plan")
+    refusals.check_objective(config)
     cluster = read_cluster(options.cluster)
     ranks = options.ranks or cluster.devices
     evaluator = Evaluator(config, cluster.of_ranks(ranks), ranks)

@@ -10,14 +10,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import product
 from typing import Any
 
 from engine.config import Config
 from engine.config.limits import divisors
+from engine.config.objectives import resolve_model
 from engine.errors import ConfigError
-from model import LayerSpec, ModelConfig, build_layers, check_parallel
+from engine.objectives import make_objective
+from model import LayerSpec
+from parallel.grid import GridShape
 from parallel.pipeline.schedules import SCHEDULES, virtual_stages_of
 from tools.plan.memory import at_stage
 
@@ -186,7 +189,7 @@ class Space:
         """Of layouts that the model can be split by."""
         sizes = [n for n in divisors(self.ranks) if n <= 1024]
         for tensor, context in product(self._of("tensor", sizes), self._of("context", sizes)):
-            if self.ranks % (tensor * context) or not _splits(self._model, tensor, context):
+            if self.ranks % (tensor * context) or not self._splits(tensor, context):
                 continue
             for sequence in self._of("sequence", [True, False] if tensor > 1 else [True]):
                 yield Key(tensor=tensor, sequence=sequence, context=context)
@@ -204,7 +207,7 @@ class Space:
     def micro_batches(self, key: Key, data: int) -> list[int]:
         """Sizes that divide a data rank's images, up to so many rows of products."""
         sizes = divisors(self.config.train.global_batch_size // data)
-        most = max(1, ROWS * key.context // self._layers[0].output[0])
+        most = max(1, ROWS * key.context // max(layer.output[0] * layer.per_sample for layer in self._layers))
         return [n for n in self._of("micro_batch", sizes) if n in sizes and (n <= most or "micro_batch" in self.only)]
 
     def schedules(self, pipeline: int) -> list[tuple[str, int | None]]:
@@ -228,12 +231,15 @@ class Space:
         return len(self._layers)
 
     @cached_property
-    def _model(self) -> ModelConfig:
-        return self.config.model.resolve()
+    def _layers(self) -> tuple[LayerSpec, ...]:
+        return make_objective(Layout().configured(self.config).resolve(1)).layers
 
-    @cached_property
-    def _layers(self) -> list[LayerSpec]:
-        return build_layers(self._model)
+    def _splits(self, tensor: int, context: int) -> bool:
+        try:
+            resolve_model(self.config, GridShape(tensor=tensor, context=context))
+        except ValueError:
+            return False
+        return True
 
     def count(self) -> int:
         """How many layouts there are."""
@@ -245,12 +251,3 @@ class Space:
 
     def _of(self, name: str, values: Iterable[Any]) -> list[Any]:
         return [self.only[name]] if name in self.only else list(values)
-
-
-@cache
-def _splits(model: ModelConfig, tensor: int, context: int) -> bool:
-    try:
-        check_parallel(model, tensor, context)
-    except ValueError:
-        return False
-    return True

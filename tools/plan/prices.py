@@ -93,6 +93,8 @@ class Prices:
     def _lengths(self, layout: Layout, passes: int = _PASSES) -> tuple[int, int]:
         """Two numbers of micro-batches by which those of the step are found; twice that number, if it is small."""
         count, p = self._count(layout), layout.pipeline
+        if layout.schedule == "gpipe":  # each micro-batch more is one more alive
+            return count, count
         short = (passes if p > 1 else 1) * p + count % p
         return (count, count) if count <= short + p else (short, short + p)
 
@@ -116,9 +118,9 @@ class Prices:
         return self._models[where]
 
     def _alone(self, key: Key, micro_batch: int) -> tuple[Layout, Config]:
-        """On as few ranks as can be, for one micro-batch."""
+        """On as few ranks as can be, for two micro-batches: a pair is told from others, be they of one image each."""
         layout = Layout(tensor=key.tensor, sequence=key.sequence, context=key.context, micro_batch=micro_batch)
-        config = replace(self.config, train=replace(self.config.train, global_batch_size=micro_batch))
+        config = replace(self.config, train=replace(self.config.train, global_batch_size=2 * micro_batch))
         return layout, layout.configured(config).resolve(key.tensor * key.context)
 
     def _resolved(self, layout: Layout) -> Config:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from engine.config import Config
 from engine.errors import ConfigError
 from tools.plan.bounds import Misfit
 from tools.plan.evaluate import Evaluator
@@ -39,6 +40,15 @@ def none_fits(found: Found, evaluator: Evaluator) -> str:
         f"{math.ceil(need)} GB, parallel.gradient_dtype weights (half the memory of gradients), or an "
         "optimizer.name with less state"
     )
+
+
+def check_objective(config: Config) -> None:
+    """Raise ConfigError where a step has an order that no layout is priced with."""
+    if config.objective == "contrastive" and config.contrastive.passes == 1:
+        raise ConfigError(
+            "contrastive.passes is 1, and layouts are priced with two passes over several micro-batches: leave it out; "
+            "layouts of one micro-batch, and of gpipe (--explain schedule=gpipe,...), have one pass as it is"
+        )
 
 
 def check(space: Space, evaluator: Evaluator, only: str | None) -> None:
