@@ -69,6 +69,7 @@ class TimelineRecording:
         told = {
             "name": schedule.name,
             "policy": self._assembly.policy,
+            "forward_passes": self._assembly.objective.forward_passes,
             "num_stages": schedule.num_stages,
             "stage_to_rank": schedule.stage_to_rank,
         }

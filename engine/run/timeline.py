@@ -28,7 +28,7 @@ from engine.run.trace_events import (
     step_events,
 )
 from parallel.grid import GridShape
-from parallel.pipeline import Action, ActionKind, Costs, Schedule, ScheduleError, Timeline, simulate
+from parallel.pipeline import Action, ActionKind, Costs, Schedule, ScheduleError, Timeline, behind_forwards, simulate
 from parallel.pipeline.boundary import Route
 from parallel.pipeline.graph import input_receive
 from parallel.pipeline.recording import StepRecord
@@ -210,7 +210,7 @@ class _Found:
         free = 0.0  # from where on: a simulated step that takes longer than the measured one pushes the next on
         for step in self.steps:
             start = min(actions[0][1] for (found, _), actions in self.busy.items() if found == step and actions)
-            yield from simulated_events(timeline.ranks, step, max(start, free))
+            yield from simulated_events(timeline.ranks, step, max(start, free), of=self.schedule.num_micro_batches)
             free = max(start, free) + 1e6 * timeline.makespan
 
     @cached_property
@@ -219,7 +219,8 @@ class _Found:
         if not self.steps:
             return None
         try:
-            return simulate(self.schedule, self.costs(), self.first["schedule"]["policy"])
+            whole = behind_forwards(self.schedule, self.first["schedule"]["forward_passes"])
+            return simulate(whole, self.costs(), self.first["schedule"]["policy"])
         except ScheduleError:  # a part is missing, and with it a stage
             return None
 

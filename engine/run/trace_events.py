@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from parallel.pipeline import Action, ActionKind, Interval, Schedule
@@ -85,18 +86,23 @@ def step_events(
 
 
 def simulated_events(
-    ranks: Sequence[Sequence[Interval]], step: int, start: float, unit: float = 1e6
+    ranks: Sequence[Sequence[Interval]], step: int, start: float, unit: float = 1e6, of: int | None = None
 ) -> Iterator[Event]:
-    """A simulated step that begins at `start` (microseconds), in processes of its own. unit: microseconds per unit of
-    the simulator's time.
+    """A simulated step that begins at `start` (microseconds), in processes of its own.
+
+    Args:
+        unit: microseconds per unit of the simulator's time. of: how many micro-batches there are, where forward passes
+            over all of them came before (`behind_forwards`), which have them under higher numbers.
     """
     for rank, intervals in enumerate(ranks):
         for i in intervals:
+            number = i.action.micro_batch
+            action = i.action if of is None or number is None else replace(i.action, micro_batch=number % of)
             yield {
-                "ph": "X", "cat": "simulated", "name": str(i.action), "pid": SIMULATED + rank, "tid": COMPUTE,
+                "ph": "X", "cat": "simulated", "name": str(action), "pid": SIMULATED + rank, "tid": COMPUTE,
                 "ts": round(start + unit * i.start, 3),
                 "dur": max(0.0, round(unit * (i.end - i.start) - _GAP / 1e3, 3)),
-                "args": {"step": step, **_arguments(i.action)},
+                "args": {"step": step, **_arguments(action)},
             }  # fmt: skip
 
 

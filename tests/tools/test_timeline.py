@@ -55,6 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "one"
     profile = run / "profile"
     told = {"name": SCHEDULE.name, "policy": "static", "num_stages": RANKS, "stage_to_rank": SCHEDULE.stage_to_rank}
+    told["forward_passes"] = 0
     for rank in range(SHAPE.world_size):
         header = {
             "rank": rank, "grid": {"pipeline": RANKS, "data": 2, "context": 1, "tensor": 1}, "replicas": 2,

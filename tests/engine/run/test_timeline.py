@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
+from data import DataConfig
 from engine.config import LogConfig, TrainConfig
+from engine.config.contrastive import ContrastiveConfig
 from engine.errors import OutputError
 from engine.run.profile import TimelineRecording
 from engine.run.timeline import merge, part_of, ranks_shown
@@ -153,7 +155,14 @@ def test_phases_and_collectives_are_told_apart(trace: dict[str, Any]) -> None:
 
 def test_parts_of_other_hosts_may_be_missing(tmp_path: Path) -> None:
     schedule = Schedule.from_text("0F0 0SEND_F0 0RECV_B0 0B0\n1RECV_F0 1F0 1B0 1SEND_B0")
-    told = {"name": "1f1b", "policy": "static", "num_stages": 2, "stage_to_rank": [0, 1], "text": str(schedule)}
+    told = {
+        "name": "1f1b",
+        "policy": "static",
+        "forward_passes": 0,
+        "num_stages": 2,
+        "stage_to_rank": [0, 1],
+        "text": str(schedule),
+    }
     header = {"rank": 0, "grid": {"pipeline": 2}, "replicas": 1, "steps": [7], "traced": [7], "clock_error": 0}
     compute = {"ph": "X", "cat": "compute", "pid": 0, "tid": 1}
     events = [
@@ -172,6 +181,18 @@ def _alone(folder: Path, steps: int) -> None:
     train = TrainConfig(steps=steps, global_batch_size=8)
     log = LogConfig(interval=1, tensorboard=False, profile_steps=(1, steps))
     pretrain(small(run_dir=str(folder), train=train, log=log), World())
+
+
+def test_a_step_of_two_passes_is_simulated_with_both(tmp_path: Path) -> None:
+    config = small(
+        objective="contrastive", contrastive=ContrastiveConfig(pairs="views", passes=2), num_classes=0,
+        data=DataConfig(kind="synthetic", size=32, views=2), run_dir=str(tmp_path), log=LogConfig(profile_steps=(1, 1)),
+        train=TrainConfig(steps=1, global_batch_size=8, micro_batch_size=2),
+    )  # fmt: skip
+    pretrain(config, World())
+    trace = json.loads((tmp_path / "profile" / "timeline.json").read_text())
+    measured, simulated = (sorted(e["name"] for e in _slices(trace, of)) for of in ("compute", "simulated"))
+    assert simulated == measured == sorted([f"0F{m}" for m in range(4)] * 2 + [f"0B{m}" for m in range(4)])
 
 
 def test_what_would_be_too_much_is_left_out_and_told(
