@@ -28,6 +28,7 @@ from model.regions import Regions
 from model.relative import relative_bias, relative_table
 from model.sizes import Tokens
 from model.tables import WithTables
+from model.taps import Tapped
 from parallel import comm
 from parallel.context import attend_everywhere, heads_to_tokens, share_first, sum_over, tokens_to_heads
 from parallel.layout import Init, ParameterInfo, TensorLayout, make_parameter
@@ -201,7 +202,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos[:, None] + turned * sin[:, None]).to(x.dtype)
 
 
-class Attention(WithTables):
+class Attention(WithTables, Tapped):
     """Attention of one kind on this rank's heads, with optional QK normalisation and rotary positions."""
 
     cos: Tensor
@@ -224,6 +225,8 @@ class Attention(WithTables):
     def forward(self, qkv: Tensor) -> Tensor:
         """[R, 3 * h * K], this rank's heads of q, then of k, then of v -> [R, h * K]."""
         q, k, v = self.regions("qk_norm", self._heads, qkv)
+        if self.tap is not None:
+            q, k, v = self.regions("tap", self.tap, q, k, v)
         return self.regions("attention", self._mix, q, k, v)
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from model.blocks import Mlp
 from model.build import Build
 from model.inputs import MicroBatch
 from model.norm import Norm
+from model.taps import Tapped
 from parallel.context import attend_everywhere, share_first, sum_over
 from parallel.layout import Init, ParameterInfo, TensorLayout, make_parameter
 from parallel.tensor import ColumnParallelLinear, RowParallelLinear, gather_rows
@@ -23,7 +24,7 @@ from parallel.tensor.products import attention
 _STD = 0.02
 
 
-class AttentionPool(nn.Module):
+class AttentionPool(Tapped):
     """Multi-head attention pooling: one learned probe attends to all tokens, then a residual MLP (Zhai et al. 2022)."""
 
     def __init__(self, build: Build) -> None:
@@ -49,6 +50,8 @@ class AttentionPool(nn.Module):
         q = self.q(self.probe).view(1, self.heads, 1, self.head_dim).expand(b, -1, -1, -1)
         packed = self.kv(x, self.kv.gather(x, b * self.tokens.count)).view(b, -1, 2, self.heads, self.head_dim)
         k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)  # [B, h, S, K] each
+        if self.tap is not None:
+            q, k, v = (x.transpose(1, 2) for x in self.tap(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)))
         if mask is None:
             out = attend_everywhere(q, k, v, self.tokens.context)  # [B, h, 1, K]
         else:

@@ -15,13 +15,14 @@ from typing import Any, Literal, Protocol, TypeVar
 T = TypeVar("T")
 
 Region = Literal[
-    "norm", "gather", "projection", "fc1", "qkv", "qk_norm", "attention", "activation", "output", "residual", "merge"
-]
+    "norm", "gather", "projection", "fc1", "qkv", "qk_norm", "attention", "activation", "output", "residual", "merge",
+    "tap",
+]  # fmt: skip
 """norm: LayerNorm or RMSNorm, with the residual sum in front of it where they are one pass; gather: of the rows that
 sequence parallelism splits, for the projection, which differentiates it (None where rows are whole); projection: qkv,
 fc1, or both in one; fc1, qkv: those parts of both; qk_norm: norms of q and k, rotation; attention: q, k, v of the heads
 to their mixture; activation: of the MLP; output: attention's projection, fc2, or both in one; residual: LayerScale,
-drop-path and sum; merge: of patches, between the stages of a pyramid.
+drop-path and sum; merge: of patches, between the stages of a pyramid; tap: who looks at q, k and v (model.taps).
 """
 
 

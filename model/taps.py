@@ -1,0 +1,62 @@
+"""Taps: where queries, keys and values of chosen attention layers come out of a forward pass.
+
+A tap stands between two of a block's named regions (model.regions), `qk_norm` and `attention`: it is given q, k and v
+after QK norm and rotation, before whatever kernel makes a mixture of them. It looks at them (detached, for capture), or
+keeps them and has a loss of them differentiated with the block, or hands on others, through a node of autograd that adds
+gradients in backward. So nothing has to come out at a block's end, and pipelines and their messages know nothing of it.
+
+Legend: B images, S tokens that this rank holds, h heads that it holds, K head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from model.stage import Layers
+
+
+class Tap(Protocol):
+    """Sees what a layer attends with."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, S, h, K] each -> those to attend with, of the same shapes: themselves, or what a node gives for them.
+
+        Of the probe of attention pooling (the layer `head`), q is [B, 1, h, K].
+
+        Runs as the region `tap` of the block, of which nothing is dropped: what a node saves of q, k and v by
+        `save_for_backward` is kept where the block's save set has them kept, else computed again when backward comes;
+        what else it saves is kept, or offloaded. Tensors that the tap itself holds stay as long as it holds them.
+        """
+
+
+class Tapped(nn.Module):
+    """An attention layer. Without a tap it costs a comparison."""
+
+    tap: Tap | None = None
+
+
+def tapped(layers: Layers) -> dict[str, Tapped]:
+    """The attention layers of a stage or a model, in order, by the name of their layer: `blocks.3`, `head`."""
+    return {name: part for name, layer in layers.layers for part in layer.modules() if isinstance(part, Tapped)}
+
+
+@contextmanager
+def tapping(layers: Layers, taps: Mapping[str, Tap]) -> Iterator[None]:
+    """Within, the layers of these names have these taps.
+
+    For longer, `tapped(layers)[name].tap = tap` does.
+    """
+    places = tapped(layers)
+    try:
+        for name, tap in taps.items():
+            assert places[name].tap is None, f"{name} has a tap already"
+            places[name].tap = tap
+        yield
+    finally:
+        for name in taps:
+            places[name].tap = None
