@@ -2,8 +2,8 @@
 
 A tap stands between two of a block's named regions (model.regions), `qk_norm` and `attention`: it is given q, k and v
 after QK norm and rotation, before whatever kernel makes a mixture of them. It looks at them (detached, for capture), or
-keeps them and has a loss of them differentiated with the block, or hands on others, through a node of autograd that adds
-gradients in backward. So nothing has to come out at a block's end, and pipelines and their messages know nothing of it.
+keeps them and has a loss of them differentiated with the block, or hands on others, through a node of autograd that
+adds gradients in backward. So nothing has to come out at a block's end: pipelines and messages know nothing of it.
 
 Legend: B images, S tokens that this rank holds, h heads that it holds, K head dim.
 """
