@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from model.flops import EagerMode
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(EagerMode):
     """Counts the bytes of tensors made within, while they live.
 
     Attributes:

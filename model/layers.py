@@ -13,12 +13,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from model.blocks import BLOCKS
 from model.build import Build, Tower
 from model.config import ModelConfig
 from model.embed import Embedding
+from model.flops import ProductFlops
 from model.heads import Head
 from model.inputs import MicroBatch
 from model.merge import PatchMerge
@@ -174,11 +174,11 @@ def measured(layers: Sequence[LayerSpec], build: Build, batch: MicroBatch) -> li
         x, rides = spec.parted(flow)
         if kind not in known:
             given = (torch.empty(0, device="meta") if x is None else x, batch, *([rides] if spec.joins else []))
-            with torch.inference_mode(False), FlopCounterMode(display=False) as counter, torch.no_grad():
+            with torch.inference_mode(False), ProductFlops() as counter, torch.no_grad():
                 layer = spec.factory(build.of(spec))
                 y = layer(*given)
             outputs = y if isinstance(y, tuple) else (y,)
-            known[kind] = (counter.get_total_flops(), sum(p.numel() for p in layer.parameters()), outputs)
+            known[kind] = (counter.flops, sum(p.numel() for p in layer.parameters()), outputs)
         flops, parameters, outputs = known[kind]
         flow = outputs if spec.joins else (*outputs, *rides)
         output = (outputs[0].shape[0], outputs[0].shape[1])

@@ -14,10 +14,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from engine.clusters.cluster import Cluster, Collective, Number
+from model.flops import EagerMode
 from parallel.comm import Axis
 from parallel.heartbeat import Whereabouts
 
@@ -34,7 +34,7 @@ _COPIES = (*_OVERWRITES, "clone", "cat", "stack", "roll", "constant_pad_nd", "in
 _FILLS = ("ones", "zeros", "full")
 
 
-class Pricer(TorchDispatchMode):
+class Pricer(EagerMode):
     """Adds up the prices of what runs within.
 
     Attributes:
@@ -99,7 +99,7 @@ class Pricer(TorchDispatchMode):
         """As Listener."""
 
 
-class Calls(TorchDispatchMode):
+class Calls(EagerMode):
     """Counts the operators within that take time."""
 
     def __init__(self) -> None:

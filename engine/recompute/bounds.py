@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
-from scipy.optimize import linprog
 
 from engine.recompute.choices import DEFERRED, KEPT, MOMENTS, OWN, Choices, Floats, Ints, Rank
 from engine.recompute.moments import W
@@ -157,6 +156,8 @@ def _weights(blocks: Sequence[tuple[int, Floats, Floats]], room: Sequence[int]) 
     Args:
         blocks: of equal layers: how many, the bytes [rows, choices] and the time of each choice. room: of each row.
     """
+    from scipy.optimize import linprog  # half a second, of which a rank that chooses nothing has no use
+
     time, bytes_of = np.concatenate([of for *_, of in blocks]), np.concatenate([of for _, of, _ in blocks], axis=1)
     of_each = np.repeat(np.eye(len(blocks)), [len(of) for *_, of in blocks], axis=1)
     lowers_peak = float(not time.any())

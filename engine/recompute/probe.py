@@ -9,11 +9,11 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from engine.clusters.pricing import Pricer, Spent
 from engine.recompute.regions import split_place
 from model import Build, LayerSpec, MicroBatch, makers
+from model.flops import ProductFlops
 from model.regions import Policy, Region
 from model.stage import put_under
 from parallel.layout import attach_info, info_of
@@ -89,16 +89,16 @@ class Priced:
         return spent
 
 
-class Flops(FlopCounterMode):
+class Flops(ProductFlops):
     """Of products: FLOPs in the place of seconds."""
 
     def __init__(self) -> None:
-        super().__init__(display=False)
+        super().__init__()
         self._begin = 0
 
     def stamp(self) -> int:
         """As Clock."""
-        return self.get_total_flops()
+        return self.flops
 
     def seconds(self, begin: int, end: int) -> float:
         """As Clock."""

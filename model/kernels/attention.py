@@ -192,11 +192,18 @@ class _OverRanks(torch.autograd.Function):
         return grad_q, grad_k, grad_v, None, None, None, None
 
 
-@torch.compiler.disable
 def linear_attention_over_ranks(
     q: Tensor, k: Tensor, v: Tensor, feature_map: str, power: int, eps: float, reduce: Callable[[Tensor], object]
 ) -> Tensor:
     """Attention of the local queries to the tokens of all ranks; reduce sums a flat fp32 tensor over ranks in place."""
+    if torch.compiler.is_compiling():  # said here: as a decorator it imports the compiler, two seconds of each rank
+        return torch.compiler.disable(_over_ranks)(q, k, v, feature_map, power, eps, reduce)
+    return _over_ranks(q, k, v, feature_map, power, eps, reduce)
+
+
+def _over_ranks(
+    q: Tensor, k: Tensor, v: Tensor, feature_map: str, power: int, eps: float, reduce: Callable[[Tensor], object]
+) -> Tensor:
     if q.is_meta:  # shapes alone: nothing to sum
         out: Tensor = linear_attention(q, k, v, feature_map, power, eps)[0]
         return out
