@@ -120,10 +120,19 @@ def fit(here: Mapping[str, Shape], stored: Mapping[str, Shape], source: Geometry
             fits.append(Fit(name=name, here=shape, stored=None, source=None, how="new"))
             continue
         how, note = _how(own, shape, stored[origin], source, target)
+        if own == "head.fc.weight" and _is_another_head(name, here, origin, stored):
+            how = "new"
         fits.append(Fit(name=name, here=shape, stored=stored[origin], source=origin, how=how, note=note))
     used = {f.source for f in fits}
     left = (name for name in stored if name not in used)
     return (*fits, *(Fit(name=n, here=None, stored=stored[n], source=n, how="left out") for n in left))
+
+
+def _is_another_head(name: str, here: Mapping[str, Shape], origin: str, stored: Mapping[str, Shape]) -> bool:
+    """Whether one is a classifier and the other the projection of an image tower, of whatever shape: of these a
+    classifier has a bias. (What other libraries have for a projection has none either, though it stands alone.)"""
+    biased = (f"{name[: -len('weight')]}bias" in here, f"{origin[: -len('weight')]}bias" in stored)
+    return name != origin and biased[0] != biased[1]
 
 
 def _lone(name: str) -> str:

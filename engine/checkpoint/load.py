@@ -16,12 +16,15 @@ from engine.assemble import Assembly
 from engine.checkpoint.config import CheckpointConfig
 from engine.checkpoint.fit import Fit, Geometry, fit, is_another_model, resized
 from engine.checkpoint.states import targets, weight_pieces
-from model import LayerSpec, ModelConfig
+from model import LayerSpec, ModelConfig, TextConfig
 from model.formats.api import open_weights
 from model.formats.base import ConversionError
-from model.formats.weights import StoredWeights
+from model.formats.checkpoint import RunWeights, description_of
+from model.formats.weights import StoredWeights, Which
 from model.layers import logical_shapes
 from parallel import comm
+from parallel.checkpoint.manifest import CheckpointError, Manifest, NoCheckpointError, read_manifest
+from parallel.checkpoint.place import newest
 from parallel.sharding.boxes import Box
 from parallel.sharding.pieces import StatePiece
 
@@ -67,6 +70,8 @@ def open_to_load(config: CheckpointConfig, model: ModelConfig) -> StoredWeights:
         ConversionError: there is none, it is damaged, has no average, or has what our model has not.
     """
     assert config.load is not None
+    if (towers := contrastive_folder(Path(config.load))) is not None:
+        return TowersWeights(towers[0], config.load_weights)
     given = {key: value for key in _UNSAID if (value := getattr(model, key, None)) is not None}
     path, which = Path(config.load), config.load_weights
     try:  # as many positions may be of images of several ratios: if it can be the run's, it is
@@ -75,11 +80,44 @@ def open_to_load(config: CheckpointConfig, model: ModelConfig) -> StoredWeights:
         return open_weights(path, given=given, only_model=True, which=which)
 
 
-def plan_load(weights: StoredWeights, model: ModelConfig, layers: Sequence[LayerSpec], images: DataConfig) -> LoadPlan:
+class TowersWeights(RunWeights):
+    """All of a checkpoint of objective contrastive, which describes its image tower. Arguments and errors as of
+    RunWeights.
+    """
+
+    def __init__(self, folder: Path, which: Which) -> None:
+        super().__init__(folder, which)
+        self.description = description_of(self.manifest, folder)
+
+
+def contrastive_folder(path: Path) -> tuple[Path, Manifest] | None:
+    """The folder of a step that a path means, and its manifest, if that is of a contrastive run.
+
+    Raises:
+        ConversionError: it is damaged.
+    """
+    try:
+        folder = newest(path)
+        manifest = read_manifest(folder)
+    except NoCheckpointError:
+        return None  # another library's, or nothing
+    except CheckpointError as error:
+        raise ConversionError(str(error)) from error
+    return (folder, manifest) if manifest.config.get("objective") == "contrastive" else None
+
+
+def plan_load(
+    weights: StoredWeights,
+    model: ModelConfig,
+    layers: Sequence[LayerSpec],
+    images: DataConfig,
+    text: TextConfig | None = None,
+) -> LoadPlan:
     """Decide what is taken, by names and shapes alone.
 
     Args:
-        model: resolved. layers: of the whole model. images: that it will see.
+        model: resolved. layers: of the whole model. images: that it will see. text: the text tower, resolved, if it has
+            one.
 
     Raises:
         ConversionError: it is of another model.
@@ -92,7 +130,11 @@ def plan_load(weights: StoredWeights, model: ModelConfig, layers: Sequence[Layer
         unused=[*weights.carried, *weights.left_out],
         source=source,
         target=target,
-        changed=[*_changed(dict(_flat(there)), dict(_flat(here))), *_changed_images(weights, images)],
+        changed=[
+            *_changed(dict(_flat(there)), dict(_flat(here))),
+            *_changed_text(weights, text),
+            *_changed_images(weights, images),
+        ],
     )
     if is_another_model(plan.fits):
         raise ConversionError(_difference(weights, plan))
@@ -110,6 +152,16 @@ def _flat(model: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def _changed(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     return [(key, there[key], value) for key, value in here.items() if key in there and there[key] != value]
+
+
+def _changed_text(weights: StoredWeights, text: TextConfig | None) -> list[tuple[str, Any, Any]]:
+    """Of the text tower, where both have one."""
+    if text is None or not isinstance(weights, TowersWeights):
+        return []
+    stored = weights.manifest.config
+    there = stored["text"] if stored["contrastive"]["pairs"] == "image_text" else {}
+    groups = (there, json.loads(json.dumps(asdict(text))))
+    return _changed(*({f"text.{k}": v for k, v in group.items() if k not in _UNSHAPED} for group in groups))
 
 
 def _changed_images(weights: StoredWeights, images: DataConfig) -> Iterator[tuple[str, Any, Any]]:

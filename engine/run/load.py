@@ -16,7 +16,7 @@ from engine.layer_list import layer_of
 from engine.objectives import Objective
 from engine.run.agreement import check_agreement
 from model.formats.base import ConversionError
-from model.formats.checkpoint import CheckpointWeights
+from model.formats.checkpoint import RunWeights
 from model.formats.weights import StoredWeights, Which
 
 _MOST = 6  # groups of tensors on a line
@@ -41,7 +41,9 @@ def source_of(config: Config, objective: Objective) -> Source | None:
         return None
     try:
         weights = open_to_load(config.checkpoint, config.model)
-        plan = plan_load(weights, config.model, objective.layers, config.data)
+        has_texts = config.objective == "contrastive" and config.contrastive.has_texts
+        text = config.text if has_texts else None
+        plan = plan_load(weights, config.model, objective.layers, config.data, text)
         return Source(weights, config.checkpoint.load_weights, plan)
     except ConversionError as error:
         raise ConfigError(f"checkpoint.load: {error}") from error
@@ -88,7 +90,7 @@ def report_lines(source: Source) -> Iterator[str]:
     plan, weights = source.plan, source.weights
     average = ", their moving average" if source.which == "average" else ""
     what, origin = weights.kind, weights.description.origin
-    if isinstance(weights, CheckpointWeights):
+    if isinstance(weights, RunWeights):
         what = f"step {weights.manifest.step}" + (f", converted from {origin.kind}" if origin is not None else "")
     yield f"weights from {weights.path} ({what}){average}"
     sizes: dict[str, int] = {}

@@ -33,6 +33,15 @@ def _fits(here: ModelConfig, there: ModelConfig, *, towers_there: bool) -> dict[
     return {of.name: of for of in found}
 
 
+def test_a_classifier_is_no_projection_even_of_its_shape() -> None:
+    five = replace(SMALL, num_classes=5).resolve()
+    for towers_there in (True, False):
+        found = _fits(five, five, towers_there=towers_there)
+        assert found["head.fc.weight" if towers_there else "image.head.fc.weight"].how == "new"
+    of_clip = replace(five, classifier_bias=False).resolve()  # where it stands alone, the projection is the classifier
+    assert _fits(five, of_clip, towers_there=False)["image.head.fc.weight"].how == "taken"
+
+
 def test_an_image_tower_from_a_lone_model_and_back() -> None:
     ours = _fits(LARGE, SMALL, towers_there=False)
     own = {name: of for name, of in ours.items() if of.how != "left out"}
