@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from parallel.comm import Axis
-from parallel.contrastive.logsums import LogSums, log_sum
+from parallel.contrastive.logsums import LogSums, log_shares, log_sum, part_
 from parallel.contrastive.pairs import Gradients, agree
 from parallel.contrastive.ring import Homeward, Ring
 from parallel.contrastive.softmax import info_nce
@@ -54,28 +54,31 @@ def queued(queries: Tensor, keys: Tensor, queue: Tensor, scale: Tensor, axis: Ax
     factor = scale.detach().to(wide).reshape(())
     tiles = Tiles(queue, block, ring.spans(queue.shape[1], queue.itemsize)[0].stop, scale)
     own = row_dots(queries, keys).mul_(factor)
-    logs = torch.logaddexp(_log_sums(queue, queries, ring, tiles), own)
+    sums = LogSums(_sums(queue, queries, ring, tiles))
+    sums.add(slice(None), own[:, None], 1, torch.empty_like(own[:, None]))
+    loss = (log_sum(sums.values) - own.double()).sum() * weight
+    logs = part_(sums.values)
     grad = _gradients(queue, queries, ring, tiles, logs)
     # the own key's derivative is p - 1, which is what the queue's p add up to, less one: no digits cancel
-    missing = torch.expm1(own - logs)
+    missing = torch.expm1(own - logs[:, 0] - logs[:, 1])
     grad.addcmul_(missing[:, None], keys)
     return Gradients(
-        loss=((logs.double() - own.double()).sum() * weight).to(wide),
+        loss=loss.to(wide),
         left=grad * (factor * weight),
         right=None,
         scale=(dot_of_rows(queries, grad) * weight).to(wide),
     )
 
 
-def _log_sums(queue: Tensor, queries: Tensor, ring: Ring, tiles: Tiles) -> Tensor:
-    """Of this rank's queries over the whole queue, [n]."""
+def _sums(queue: Tensor, queries: Tensor, ring: Ring, tiles: Tiles) -> Tensor:
+    """Of this rank's queries over the whole queue, [n, 2], as `LogSums` has them."""
     block, behind = LogSums.none(ring.most, queue), Homeward(ring, LogSums.none(ring.most, queue).values)
     for chunk in ring.chunks(queries):
         for _, tile in tiles.of(queue, chunk):
             block.add(chunk.rows, tile, 0, tile)
         if chunk.last:
             behind.fold(block)
-    return log_sum(behind.home())
+    return behind.home()
 
 
 def _gradients(queue: Tensor, queries: Tensor, ring: Ring, tiles: Tiles, logs: Tensor) -> Tensor:
@@ -84,7 +87,7 @@ def _gradients(queue: Tensor, queries: Tensor, ring: Ring, tiles: Tiles, logs: T
     for chunk in ring.chunks(queries, [logs]):
         sums: Tensor | None = None
         for rows, tile in tiles.of(queue, chunk):
-            tile.sub_(chunk.notes[0]).exp_()
+            log_shares(tile, chunk.notes[0], 0, tile).exp_()
             sums = behind.take(chunk.span) if sums is None else sums
             sums[: tile.shape[1]].addmm_(tile.t(), queue[rows])
         if sums is None:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from parallel.comm import Axis
-from parallel.contrastive.logsums import LogSums, log_sum
+from parallel.contrastive.logsums import LogSums, log_shares, log_sum, part_
 from parallel.contrastive.pairs import Gradients, Sizes, agree
 from parallel.contrastive.ring import Chunk, Homeward, Ring
 from parallel.contrastive.tiles import ROWS, Tiles, diagonal, dot_of_rows
@@ -100,8 +100,8 @@ def _of_views(
 
 @dataclass(frozen=True)
 class _Known:
-    """What the second sweep needs of rows, [n] each: log-sum-exp over A; of P what its form needs: one over their
-    number, or the log-sum-exp.
+    """What the second sweep needs of rows: log-sum-exp over A in two parts, [n, 2]; of P what its form needs: one over
+    their number, [n], or the log-sum-exp, [n, 2].
     """
 
     everything: Tensor
@@ -168,27 +168,30 @@ class _Task:
 
     def _first_sweep(self) -> tuple[Tensor, Tensor | None]:
         """Sums of this rank's rows, and of its columns unless they are the same: [n, 5], see `_Series`."""
-        rows, block = (_Series(count, self.left, self.form) for count in (self.left.shape[0], self.ring.most))
-        behind = Homeward(self.ring, _Series(self.ring.most, self.left, self.form).values)
+        rows = _Series(self.left.shape[0], self.left, self.form)
+        block = behind = None
+        if not self.is_one_set:
+            block = _Series(self.ring.most, self.left, self.form)
+            behind = Homeward(self.ring, _Series(self.ring.most, self.left, self.form).values)
         for chunk, own, tile, match, done in self._tiles():
             if tile.numel():
                 room = self.tiles.room(tile)
                 rows.add(own, tile, match, 1, room)
-                if not self.is_one_set:
+                if block is not None:
                     block.add(chunk.rows, tile, match, 0, room)
-            if done and chunk.last and not self.is_one_set:
+            if done and chunk.last and block is not None and behind is not None:
                 behind.fold(block)
-        return rows.values, None if self.is_one_set else behind.home()
+        return rows.values, None if behind is None else behind.home()
 
     def _close(self, sums: Tensor) -> tuple[Tensor, _Known]:
         """(the loss of these rows, what the second sweep needs of them)."""
-        everything, count = log_sum(sums[:, :2]), sums[:, 4]
+        everything, of_positives, count = sums[:, :2], sums[:, 2:4], sums[:, 4]
         if self.form == "out":
-            loss, positives = everything.double() - (sums[:, 2] / count).double(), 1 / count
+            loss, positives = log_sum(everything) - of_positives[:, 0].double() / count, 1 / count
         else:
-            log = log_sum(sums[:, 2:4])
-            loss, positives = everything.double() - log.double() + count.double().log(), log
-        return loss.sum() * self.weight, _Known(everything, positives)
+            loss = log_sum(everything) - log_sum(of_positives) + count.double().log()
+            positives = part_(of_positives)
+        return loss.sum() * self.weight, _Known(part_(everything), positives)
 
     def _second_sweep(self, rows: _Known, columns: _Known) -> tuple[Tensor, Tensor | None]:
         grad_left = torch.zeros_like(self.left)
@@ -229,8 +232,8 @@ def _exponentials(tile: Tensor, rows: Tensor, columns: Tensor, out: Tensor) -> T
     Neither is above 1 where it counts; but of one set, what a column's sum was made of is s_ji, which is s_ij rounded
     in another way.
     """
-    by_column = (tile - columns).clamp_max_(0.0).exp_()
-    return torch.sub(tile, rows[:, None], out=out).exp_().add_(by_column)
+    by_column = log_shares(tile, columns, 0, torch.empty_like(tile)).clamp_max_(0.0).exp_()
+    return log_shares(tile, rows, 1, out).exp_().add_(by_column)
 
 
 class _Series:

@@ -6,9 +6,9 @@ the sums of columns go round behind them. The second turns blocks into derivativ
 
     ds_ij = (exp(s_ij - row_i) + exp(s_ij - column_j) - 2 [i = j]) / 2N,
 
-and these into gradients: four products of n x N x E for each rank in all, where autograd takes six for the two
-directions and keeps their n x N logits. Where no logit can be larger than BOUND, whatever its sign, exponentials need
-no maxima, and one serves row and column.
+(row_i and column_j in two parts, see `logsums.part_`) and these into gradients: four products of n x N x E for each
+rank in all, where autograd takes six for the two directions and keeps their n x N logits. Where no logit can be larger
+than BOUND, whatever its sign, exponentials need no maxima, and one serves row and column.
 
 Legend: n rows of this rank, N of all ranks, E width.
 """
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from parallel.comm import Axis
-from parallel.contrastive.logsums import BOUND, LogSums, log_sum
+from parallel.contrastive.logsums import BOUND, LogSums, log_shares, log_sum, part_
 from parallel.contrastive.pairs import Gradients, agree
 from parallel.contrastive.ring import Chunk, Homeward, Ring
 from parallel.contrastive.tiles import ROWS, Tiles, diagonal, dot_of_rows
@@ -52,9 +52,9 @@ def info_nce(
     weight = 1 / total / (2 if symmetric else 1)
     bounded = sizes.bound <= BOUND
     sums = _first_sweep(left, right, ring, tiles, bounded=bounded, columns=symmetric)
-    loss = (sums.rows.double() - sums.pairs.double()).sum()
+    loss = (log_sum(sums.rows) - sums.pairs.double()).sum()
     if sums.columns is not None:
-        loss += (sums.columns.double() - sums.pairs.double()).sum()
+        loss += (log_sum(sums.columns) - sums.pairs.double()).sum()
     grads = _second_sweep(left, right, ring, tiles, sums, bounded=bounded, right_grad=right_grad)
     by_scale = dot_of_rows(left, grads[0]) * weight
     factor = scale.detach().to(wide).reshape(()) * weight
@@ -68,7 +68,8 @@ def info_nce(
 
 @dataclass(frozen=True, kw_only=True)
 class _Sums:
-    """Log-sum-exp of this rank's rows and columns (None where not asked for), and the logits of its pairs, [n] each."""
+    """Of this rank's rows and columns (None where not asked for) what `LogSums` says, [n, 2] each, and the logits of
+    its pairs, [n]."""
 
     rows: Tensor
     columns: Tensor | None
@@ -77,18 +78,20 @@ class _Sums:
 
 def _first_sweep(left: Tensor, right: Tensor, ring: Ring, tiles: Tiles, *, bounded: bool, columns: bool) -> _Sums:
     rows = LogSums.none(left.shape[0], left, bounded=bounded)
-    block = LogSums.none(ring.most, left, bounded=bounded)  # of the block's columns, over this rank's rows
     pairs = left.new_empty(left.shape[0])
-    behind = Homeward(ring, LogSums.none(ring.most, left, bounded=bounded).values)
+    block = behind = None
+    if columns:  # of the block's columns, over this rank's rows
+        block = LogSums.none(ring.most, left, bounded=bounded)
+        behind = Homeward(ring, LogSums.none(ring.most, left, bounded=bounded).values)
     for chunk in ring.chunks(right):
         for own, tile in tiles.of(left, chunk):
             if chunk.hop == 0:
                 values, numbers = diagonal(tile, own, chunk.rows)
                 pairs[numbers] = values
-            _add(tile, own, chunk, rows, block if columns else None, tiles, bounded=bounded)
-        if columns and chunk.last:
+            _add(tile, own, chunk, rows, block, tiles, bounded=bounded)
+        if block is not None and behind is not None and chunk.last:
             behind.fold(block)
-    return _Sums(rows=log_sum(rows.values), columns=log_sum(behind.home()) if columns else None, pairs=pairs)
+    return _Sums(rows=rows.values, columns=None if behind is None else behind.home(), pairs=pairs)
 
 
 def _add(
@@ -110,7 +113,8 @@ def _second_sweep(
     left: Tensor, right: Tensor, ring: Ring, tiles: Tiles, sums: _Sums, *, bounded: bool, right_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients without the factors that all derivatives have."""
-    notes = [] if sums.columns is None else [sums.columns]
+    sides = (sums.rows,) if sums.columns is None else (sums.rows, sums.columns)
+    rows, *notes = sides if bounded else [part_(side) for side in sides]
     grad_left = torch.zeros_like(left)
     behind = Homeward(ring, left.new_zeros(ring.most, left.shape[1])) if right_grad else None
     ways = 1 + len(notes)
@@ -118,7 +122,7 @@ def _second_sweep(
         columns = chunk.notes[0] if notes else None
         grad_right = None
         for own, tile in tiles.of(left, chunk):
-            _differentiate(tile, sums.rows[own], columns, tiles, bounded=bounded)
+            _differentiate(tile, rows[own], columns, tiles, bounded=bounded)
             if chunk.hop == 0:
                 diagonal(tile, own, chunk.rows)[0].sub_(ways)
             grad_left[own].addmm_(tile, chunk.values)
@@ -133,14 +137,14 @@ def _second_sweep(
 
 
 def _differentiate(tile: Tensor, rows: Tensor, columns: Tensor | None, tiles: Tiles, *, bounded: bool) -> None:
-    """exp(s - row) + exp(s - column), in place: [r, c], [r], [c]."""
+    """exp(s - row) + exp(s - column), in place: [r, c]. Of rows [r, 2] and columns [c, 2] the parts of the log of the
+    sum, or, bounded, the sum."""
     if bounded:
-        by_row = torch.exp(-rows)[:, None]
+        by_row = rows[:, 1:].reciprocal()
         tile.exp_()
-        tile.mul_(by_row if columns is None else torch.add(by_row, torch.exp(-columns), out=tiles.room(tile)))
+        tile.mul_(by_row if columns is None else torch.add(by_row, columns[:, 1].reciprocal(), out=tiles.room(tile)))
         return
-    if columns is None:
-        tile.sub_(rows[:, None]).exp_()
-        return
-    other = torch.sub(tile, columns, out=tiles.room(tile)).exp_()
-    tile.sub_(rows[:, None]).exp_().add_(other)
+    other = None if columns is None else log_shares(tile, columns, 0, tiles.room(tile)).exp_()
+    log_shares(tile, rows, 1, tile).exp_()
+    if other is not None:
+        tile.add_(other)

@@ -255,8 +255,25 @@ def test_memory_is_that_of_embeddings_and_two_blocks_however_many_ranks_there_ar
             more += 3 * tile
         beside, beside_alone = (working_bytes(rows, LARGE, ranks, block=BLOCK) for ranks in (3, 1))
         assert rows * LARGE * 4 + gradients / 2 < most <= gradients + more + beside, name
-        assert abs(most - few[name]) <= 16 * rows, name  # of notes on rows, some are here and some on their way
+        # of notes on rows (a label, the two parts of a sum, a number of partners), some are here and some on their way
+        assert abs(most - few[name]) <= 20 * rows, name
         assert alone[name] <= gradients + more + beside_alone, name
+
+
+@pytest.mark.parametrize(("scale", "rows"), [(50.0, 12), (100.0, 32)])  # without maxima, and with them
+@pytest.mark.parametrize("name", ["clip", "one way", "momentum", "queued"])
+def test_what_is_left_of_a_gradient_has_its_digits(name: str, scale: float, rows: int) -> None:
+    """Of pairs that are found nearly all of p is on one logit, and the gradient is the little that is not: log-sum-exp
+    as one number of fp32 would put it off by 2e-3."""
+    left = embeddings(rows, 1)
+    right = F.normalize(left + 0.02 * embeddings(rows, 2), dim=1)
+    numbers = [torch.tensor(x, dtype=torch.float64) for x in (scale, -2.5)]
+    given = [x.float() for x in (left, right, *numbers)]
+    oracle, ours = LOSSES[name]
+    _, (wanted, *_) = expected(oracle, *(x.double() for x in given))
+    found = ours(*given, labels_of(rows), single_axis("data"))
+    assert found.left is not None and wanted.norm() < 0.02
+    assert (found.left.double() - wanted).norm() <= 1e-4 * wanted.norm()
 
 
 @pytest.mark.parametrize("scale", [1e4, 1e30])
