@@ -1,4 +1,5 @@
-"""What a model's features are worth: neighbours, linear probes, few shots, zero shots, retrieval (docs/evaluation.md).
+"""What a model's features are worth: neighbours, linear probes, few shots, clusters, zero shots, retrieval
+(docs/evaluation.md).
 
 All of it works on features that are shared out over ranks (`rows.py`), and knows no model: `extract.py` alone does.
 """

@@ -9,7 +9,7 @@ Legend: N images, M texts, E embedding, K how many of the nearest are looked at.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,18 +54,27 @@ def retrieval(
     different, numbers = numbers[firsts].to(device), numbers.to(device)
     belong = torch.unique(image_of_text.to(device) * m + numbers)  # each image and text, as one number
     images, texts = images.normalised(), texts.normalised()
-    own_images = torch.arange(images.span.start, images.span.stop, device=device)[:, None]
-    own_numbers = numbers[texts.span.start : texts.span.stop, None]
-    most = max(within)
-    found_texts = nearest(images, texts.select(firsts.numpy()), most).indices
-    found_images = nearest(texts, images, most).indices
     return Recalls(
-        image_to_text=_recall(torch.isin(own_images * m + different[found_texts], belong), images, within),
-        text_to_image=_recall(torch.isin(found_images * m + own_numbers, belong), texts, within),
+        image_to_text=recall(
+            images, texts.select(firsts.numpy()), lambda i, t: torch.isin(i * m + different[t], belong), within
+        ),
+        text_to_image=recall(texts, images, lambda t, i: torch.isin(i * m + numbers[t], belong), within),
     )
 
 
-def _recall(hits: Tensor, of: Rows, within: Sequence[int]) -> dict[int, float]:
-    """Of whether each of the nearest is one that is looked for, bool [n, K]."""
+def recall(
+    queries: Rows, bank: Rows, belong: Callable[[Tensor, Tensor], Tensor], within: Sequence[int]
+) -> dict[int, float]:
+    """Shares of the queries to which one of the K nearest rows of the bank belongs, by K; both of normalised rows.
+    Collective.
+
+    Args:
+        belong: numbers of queries, int64 [n, 1], and of rows of the bank, [n, K] -> whether they do, bool [n, K].
+
+    Raises:
+        ValueError: the bank has fewer rows than the largest K.
+    """
+    found = nearest(queries, bank, max(within)).indices
+    hits = belong(torch.arange(queries.span.start, queries.span.stop, device=found.device)[:, None], found)
     counts = torch.stack([hits[:, :k].any(1).sum() for k in within]).double()
-    return dict(zip(within, (comm.all_reduce(counts, of.axis) / of.total).tolist(), strict=True))
+    return dict(zip(within, (comm.all_reduce(counts, queries.axis) / queries.total).tolist(), strict=True))

@@ -37,6 +37,24 @@ class Rows:
     total: int
     axis: Axis
 
+    @staticmethod
+    def dealt(values: Tensor, numbers: Tensor, axis: Axis) -> Rows:
+        """Of rows that lie on any ranks in any order, each sample once. Collective.
+
+        Args:
+            values: those of this rank, [m, D]. numbers: of their samples, int64 [m].
+        """
+        size = axis.size
+        total = int(comm.all_reduce(numbers.new_tensor([len(numbers)]), axis))
+        at = owners(numbers.cpu().numpy(), total, size)
+        send = np.bincount(at, minlength=size)
+        receive = comm.all_gather_rows(torch.from_numpy(send).to(values.device)[None], axis)[:, axis.index].tolist()
+        order = torch.from_numpy(np.argsort(at, kind="stable")).to(values.device)
+        came, places = (comm.all_to_all_rows(x[order], send.tolist(), receive, axis) for x in (values, numbers))
+        own = torch.empty_like(came)
+        own[places - split_range(total, size, axis.index)[0]] = came
+        return Rows(own, total, axis)
+
     def __post_init__(self) -> None:
         assert len(self.values) == len(self.span), (self.values.shape, self.span)
 

@@ -4,7 +4,7 @@ A class is described by several prompts, and stands for the mean of them: each e
 they are averaged, and the mean is brought to length 1 (Radford et al. 2021, "Learning transferable visual models",
 3.1.4). Of equally near classes the first is taken; products are of fp64, rounded to fp32 (see `nearest.py`).
 
-Legend: N images, T prompts of a class, C classes, E embedding.
+Legend: N images, C classes, E embedding.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from engine.evaluation.nearest import QUERIES
 from engine.evaluation.rows import Rows
 from parallel import comm
+from parallel.comm import Axis
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,14 @@ class ZeroShot:
     mean_per_class: float
 
 
-def class_embeddings(texts: Tensor, classes: int) -> Tensor:
-    """One of length 1 for each class, of the embeddings of its prompts: [C x T, E] -> fp64 [C, E]."""
-    each = F.normalize(texts.double(), dim=1).view(classes, -1, texts.shape[1])
-    return F.normalize(each.mean(1), dim=1)
+def class_embeddings(texts: Tensor, of: Tensor, classes: int, axis: Axis) -> Tensor:
+    """One of length 1 for each class, fp64 [C, E], on every rank. Collective.
+
+    Args:
+        texts: embeddings of some prompts, [m, E]: all ranks together have each prompt once. of: their classes, [m].
+    """
+    sums = torch.zeros(classes, texts.shape[1], dtype=torch.float64, device=texts.device)
+    return F.normalize(comm.all_reduce(sums.index_add_(0, of, F.normalize(texts.double(), dim=1)), axis), dim=1)
 
 
 def zero_shot(images: Rows, labels: Tensor, texts: Tensor) -> ZeroShot:

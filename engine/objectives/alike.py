@@ -1,20 +1,21 @@
 """What evaluation says of pairs: the loss of all of the held-out set at once, who finds his partner, and which class
 an image's nearest prompt names.
 
-Embeddings are collected on the ranks that hold the last layer, n pairs on each data rank; then every one of them
-looks for its own pairs' partners among those of all ranks, a block at a time. Products are of fp64, so that a tie is a
-tie whatever the blocks are.
-
-Legend: N pairs of all data ranks, n of one, E width, C classes.
+Embeddings are collected on the ranks that hold the last layer, and shared out over data ranks in the order of the
+samples; what is made of them there is made by engine.evaluation, as it is of a checkpoint's towers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from engine.evaluation.retrieval import recall
+from engine.evaluation.rows import Rows
+from engine.evaluation.zero_shot import class_embeddings, zero_shot
 from engine.objectives.base import Evaluation, Outputs
 from model import MicroBatch
 from parallel import comm
@@ -24,7 +25,6 @@ from parallel.grid import Grid
 
 PROMPT = -2
 """The sample id of a row whose text is a prompt of the class that its label says, and whose image is blank."""
-_ROWS = 1024
 _BASE = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 over the golden ratio, as a signed number
 
 PairLoss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Axis], Gradients]
@@ -55,7 +55,8 @@ class Alike(Evaluation):
         labels, ids = batch.labels[:count], batch.sample_ids[:count]
         same = labels if self._by_label else ids if batch.texts is None else text_numbers(batch.texts)
         real, prompts = batch.weights[:count] > 0, ids == PROMPT
-        self._pairs.append(tuple(x[real] for x in (left, right, labels, same)))
+        about = torch.stack([ids, labels, same], 1)
+        self._pairs.append(tuple(x[real] for x in (left, right, about)))
         self._prompts.append((right[prompts], labels[prompts]))
         return self._scale
 
@@ -78,53 +79,23 @@ class Alike(Evaluation):
     def _found(self) -> Tensor:
         """The figures in their order, fp64, the same on all data ranks."""
         axis = self._grid.data
-        left, right, labels, same = (torch.cat(parts) for parts in zip(*self._pairs, strict=True))
-        loss = self._loss(left, right, self._scale, self._bias, labels, axis).loss.double()
-        lefts, rights, sames = (everywhere(x, axis) for x in (left, right, same))
-        hits = [finds(left, rights, same, sames), finds(right, lefts, same, sames), self._named(left, labels)]
-        loss, *hits = comm.all_reduce(torch.stack([loss, *(hit.double() for hit in hits)]), axis)
-        total = torch.full_like(loss, len(lefts))
-        return torch.stack([loss, self._scale.double(), hits[0] / total, hits[1] / total, total, hits[2] / total])
+        left, right, about = (torch.cat(parts) for parts in zip(*self._pairs, strict=True))
+        lefts, rights, abouts = (Rows.dealt(x, about[:, 0], axis) for x in (left, right, about))
+        ids, labels, same = abouts.gather(np.arange(abouts.total)).unbind(1)
+        own = (labels if self._by_label else ids)[lefts.span.start : lefts.span.stop]
+        loss = self._loss(lefts.values, rights.values, self._scale, self._bias, own, axis).loss
+        loss = comm.all_reduce(loss.double(), axis)
+        found = [recall(a, b, lambda i, j: same[i] == same[j], (1,))[1] for a, b in ((lefts, rights), (rights, lefts))]
+        return loss.new_tensor([loss, self._scale, *found, lefts.total, self._named(lefts, labels)])
 
-    def _named(self, left: Tensor, labels: Tensor) -> Tensor:
-        """How many images of this rank are nearest to the prompts of their class; below 0 where there are none.
-
-        A class stands for the mean of its prompts' embeddings (Radford et al. 2021); of equally near ones the first is
-        taken.
-        """
+    def _named(self, images: Rows, labels: Tensor) -> float:
+        """The share of the images that are nearest to the prompts of their class; below 0 where there are none."""
         axis = self._grid.data
-        texts, classes = (torch.cat(parts) for parts in zip(*self._prompts, strict=True))
-        most = classes.new_tensor([int(classes.max()) + 1 if len(classes) else 0])
-        count = int(comm.all_reduce(most, axis, "max"))
-        if not count:
-            return left.new_tensor(-1.0)
-        sums = torch.zeros(count, texts.shape[1], dtype=torch.float64, device=texts.device)
-        sums = comm.all_reduce(sums.index_add_(0, classes, texts.double()), axis)
-        means = torch.nn.functional.normalize(sums, dim=1)
-        return finds(left, means, labels, torch.arange(count, device=left.device))
-
-
-def finds(rows: Tensor, others: Tensor, same: Tensor, sames: Tensor) -> Tensor:
-    """How many rows [n, E] have a partner as the nearest of all others [N, E]: one with the same number.
-
-    Args:
-        same, sames: the numbers of both, int64 [n] and [N].
-    """
-    wide, count = others.double(), torch.zeros((), dtype=torch.int64, device=rows.device)
-    for part, number in zip(rows.split(_ROWS), same.split(_ROWS), strict=True):
-        count += (sames[(part.double() @ wide.T).argmax(1)] == number).sum()
-    return count
-
-
-def everywhere(x: Tensor, axis: Axis) -> Tensor:
-    """The rows of all ranks, in their order, however many each has: [n, ...] -> [N, ...]. Collective."""
-    if axis.size == 1:
-        return x
-    counts = comm.all_gather_rows(torch.tensor([len(x)], device=x.device), axis).tolist()
-    padded = x.new_zeros(max(counts), *x.shape[1:])
-    padded[: len(x)] = x
-    parts = comm.all_gather_rows(padded, axis).split(max(counts))
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+        texts, of = (torch.cat(parts) for parts in zip(*self._prompts, strict=True))
+        most = of.new_tensor([int(of.max()) + 1 if len(of) else 0])
+        if not (classes := int(comm.all_reduce(most, axis, "max"))):
+            return -1.0
+        return zero_shot(images, labels.cpu(), class_embeddings(texts, of, classes, axis)).accuracy
 
 
 def text_numbers(texts: Tensor) -> Tensor:

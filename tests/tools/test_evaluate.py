@@ -16,6 +16,8 @@ from parallel.process_group import World
 from tests.engine.small import flags
 from tests.tools.jobs import run_jobs
 from tools.evaluate.__main__ import main
+from tools.evaluate.options import parse_options
+from tools.evaluate.source import sources_of
 
 TRAINING, EVALUATION = "pretrain_vit", "tools.evaluate.__main__"
 TRAIN = {
@@ -34,6 +36,7 @@ TASKS = {
     "probe": ["--l2-range", "1e-2,1e2", "--l2-count", "3", "--l2-finest", "1", "--lr", "0.1,1", "--weight-decay", "0",
               "--standardise"],
     "fewshot": ["--shots", "1,10", "--seeds", "0,1", "--l2", "1024"],
+    "clustering": ["--starts", "5"],
     "zero_shot": [],
     "retrieval": [],
 }  # fmt: skip
@@ -69,6 +72,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     evaluate("retrieval", 1, "retrieval", of="pairs")
     evaluate("knn pairs, embedding", 2, "knn", "--features", "embedding", of="pairs")
     evaluate("knn pairs, pooled", 1, "knn", "--weights", "average", of="pairs")
+    for size in (1, 2):
+        evaluate(f"clustering {size}", size, "clustering", of="pairs")
     codes = run_jobs(folder, jobs, timeout=270)
     for name, of_ranks in codes.items():
         assert not any(of_ranks), (name, of_ranks, (folder / f"{name}.txt").read_text())
@@ -148,8 +153,41 @@ def test_towers_by_themselves_do_what_the_run_has_seen(found: dict[str, Any]) ->
     assert recalls["different_texts"] > 10 and recalls["texts"] == 360
     for features in ("embedding", "pooled"):
         assert found[f"knn pairs, {features}"]["accuracy"] > 0.2  # of ten classes
-    with pytest.raises(ConfigError, match="has no classifier: take --task knn"):
+    one, two = (found[f"clustering {size}"] for size in (1, 2))
+    assert one["accuracy"] == pytest.approx(two["accuracy"], abs=2.01 / 360) and sorted(one["names"]) == [*range(10)]
+    assert one["accuracy"] > 0.2 and one["starts"][one["best"]]["spread"] == min(s["spread"] for s in one["starts"])
+    with pytest.raises(ConfigError, match="has no classifier: take --task knn or probe"):
         main(["--checkpoint", str(found["folder"] / "pairs"), "--task", "supervised"], World())
+
+
+@pytest.mark.slow
+def test_a_tower_is_described_as_it_is_stored(found: dict[str, Any]) -> None:
+    """Flags make the model that runs, not the one whose weights are read: positions are resized, and it is told."""
+    argv = ["--checkpoint", str(found["folder"] / "pairs"), "--task", "retrieval", "--model.image_size", "12"]
+    sources = sources_of(*parse_options(argv), World())
+    for source in sources.values():
+        source.weights.close()
+    image, text = sources["image"].plan, sources["text"].plan
+    assert image.changes == "model.image_size 8 -> 12" and set(image.of("resized")) == {
+        "embed.pos_row",
+        "embed.pos_col",
+    }
+    assert not text.changed and not text.of("resized")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--text.pool", "last"], "--text.pool is last, but the text tower of .* was trained with eos: leave it out"),
+        (["--text.context_length", "30"], "--text.context_length is 30, .* was trained with 24: leave it out"),
+        (["--model.width", "64"], "--checkpoint: .* is of another model, .*model.width 32 -> 64"),
+        (["--model.pool", "map"], r"\(other than there: model.pool gap -> map\): head.pool"),
+    ],
+)
+def test_a_flag_of_another_tower_is_refused(found: dict[str, Any], given: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        main(["--checkpoint", str(found["folder"] / "pairs"), "--task", "retrieval", *given], World())
 
 
 @pytest.mark.slow
@@ -165,6 +203,8 @@ def test_towers_by_themselves_do_what_the_run_has_seen(found: dict[str, Any]) ->
         (["--task", "knn", "--model.depth", "6"], r"has not the weights of this model \(other than there: model.depth"),
         (["--task", "knn", "--data.kind", "image_folder"], "data.path is not set"),
         (["--task", "probe", "--l2-range", "2,1"], "--l2-range 2,1 begins above its end"),
+        (["--task", "probe", "--l2-count", "1"], "--l2-count is 1, but --l2-range 1e-06,1e[+]06 has two ends"),
+        (["--task", "clustering", "--data.kind", "synthetic", "--data.size", "9"], "9 training images of 10 classes"),
         (["--task", "supervised", "--parallel.tensor_parallel_size", "2"], "1 rank cannot be shared"),
         (["--task", "fewshot", "--data.kind", "synthetic", "--data.size", "4"], "and no training image"),
         (["--task", "knn", "--data.kind", "synthetic", "--data.size", "4"], "held-out images of class .* no training"),

@@ -37,7 +37,7 @@ from tools.evaluate.options import OF_TEXTS, PROGRAM, parse_options
 from tools.evaluate.source import Source, load, sources_of
 from tools.evaluate.tasks import RUN, Figures, Job, check_neighbours
 from tools.evaluate.texts import prompts_of
-from tools.evaluate.towers import IMAGE, TEXT
+from tools.evaluate.towers import IMAGE, TEXT, TowerWeights
 
 
 def main(argv: Sequence[str], world: World) -> int:
@@ -91,8 +91,9 @@ def main(argv: Sequence[str], world: World) -> int:
 
 def _classes(source: Source, *, features: bool) -> int | None:
     """How many the model can tell apart, where that matters: for its own classifier, and for random labels."""
-    own = source.weights.description.model.num_classes
-    return own or None if not features or source.config.data.kind == "synthetic" else None
+    if isinstance(source.weights, TowerWeights) or (features and source.config.data.kind != "synthetic"):
+        return None
+    return source.weights.description.model.num_classes or None
 
 
 def _introduction(source: Source, which: str, grid: Grid, device: torch.device, images: Images) -> list[str]:

@@ -17,6 +17,7 @@ from engine.config.objectives import text_shape
 from engine.errors import ConfigError
 from engine.evaluation.rows import Indices
 from parallel.process_group import World
+from tools.evaluate.options import OF_FEATURES
 
 _SHOWN = 5
 
@@ -88,8 +89,13 @@ def check_images(images: Images, task: str, config: Config) -> None:
             raise ConfigError(f"the {what} images of data.kind {kind} have no labels, which --task {task} needs")
         if not len(dataset):
             raise ConfigError(f"data.kind {kind} has no {what} images, which --task {task} needs")
-    if task not in ("knn", "probe", "fewshot"):
+    if task not in OF_FEATURES:
         return
+    if task == "clustering" and len(images.train) < images.classes:
+        raise ConfigError(
+            f"there are {len(images.train)} training images of {images.classes} classes, too few for as many clusters, "
+            "which --task clustering makes of them: give at least one for each"
+        )
     known = np.bincount(images.train.labels, minlength=images.classes)
     asked = np.bincount(images.test.labels, minlength=images.classes)
     if missing := np.flatnonzero((known == 0) & (asked > 0)).tolist():

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from engine.errors import ConfigError
-from engine.evaluation import fewshot, knn, probe, sgd
+from engine.evaluation import clusters, fewshot, knn, probe, sgd
 from parallel.pipeline.costs import Limit
 from tools.options import COUNT, add_json, number, several
 
@@ -19,10 +19,11 @@ TASKS = {
     "knn": "the vote of the nearest training images, by cosine",
     "probe": "a linear classifier on the features, by L-BFGS and by SGD",
     "fewshot": "regularised least squares on a few images of each class",
+    "clustering": "clusters of training images, as many as classes and named at best (zero-label transfer)",
     "zero_shot": "classes described by texts (contrastive models)",
     "retrieval": "texts of images and images of texts (contrastive models)",
 }
-OF_FEATURES = ("knn", "probe", "fewshot")
+OF_FEATURES = ("knn", "probe", "fewshot", "clustering")
 OF_TEXTS = ("zero_shot", "retrieval")
 _ONLY_FOR = {
     "k": ("knn",), "temperature": ("knn",),
@@ -30,6 +31,7 @@ _ONLY_FOR = {
     "l2_finest": ("probe",), "max_iterations": ("probe",), "tolerance": ("probe",), "lr": ("probe",),
     "weight_decay": ("probe",), "epochs": ("probe",), "batch": ("probe",),
     "shots": ("fewshot",), "seeds": ("fewshot",), "l2": ("fewshot",),
+    "starts": ("clustering",),
     "features": OF_FEATURES,
 }  # fmt: skip
 _GROUPS = ("model.", "data.", "parallel.", "precision.", "text.")
@@ -59,6 +61,11 @@ def parse_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     low, high = options.l2_range
     if low > high:
         raise ConfigError(f"--l2-range {low:g},{high:g} begins above its end: give the smaller number first")
+    if low < high and options.l2_count == 1:
+        raise ConfigError(
+            f"--l2-count is 1, but --l2-range {low:g},{high:g} has two ends, which both are tried: give 2 or more, or "
+            f"--l2-range {low:g},{low:g}"
+        )
     _check_flags(flags)
     return options, flags
 
@@ -105,6 +112,8 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--shots", type=several(number(COUNT)), default=list(fewshot.SHOTS), help="images of a class")
     group.add_argument("--seeds", type=several(number(Limit(0, 2**31, True))), default=list(fewshot.SEEDS))
     group.add_argument("--l2", type=several(number(_POSITIVE)), default=list(fewshot.GRID), help="strengths")
+    group = parser.add_argument_group("clustering")
+    group.add_argument("--starts", type=number(COUNT), default=clusters.STARTS, help="of k-means, the best counts")
     return parser
 
 
@@ -143,5 +152,4 @@ def powers_of(options: argparse.Namespace) -> tuple[float, ...]:
     low, high = (math.log10(end) for end in options.l2_range)
     if low == high:
         return (low,)
-    count = max(2, options.l2_count)
-    return tuple(low + (high - low) * i / (count - 1) for i in range(count))
+    return tuple(low + (high - low) * i / (options.l2_count - 1) for i in range(options.l2_count))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.assemble import Assembly, assemble
-from engine.checkpoint.load import LoadPlan, load_weights, plan_load
+from engine.checkpoint.load import LoadPlan, contrastive_folder, load_weights, plan_load
 from engine.config import Config, plain
 from engine.config.cli import parse
 from engine.errors import ConfigError
@@ -35,7 +35,15 @@ from parallel.checkpoint.read import Reader
 from parallel.grid import Grid
 from parallel.process_group import World
 from tools.evaluate.options import OF_FEATURES, OF_TEXTS, PROGRAM
-from tools.evaluate.towers import IMAGE, TEXT, TowerName, TowerWeights, contrastive_folder, layers_of, model_of
+from tools.evaluate.towers import (
+    IMAGE,
+    TEXT,
+    TowerName,
+    TowerWeights,
+    as_trained,
+    layers_of,
+    model_of,
+)
 
 # Of a run, what says nothing of its model and images, or of the ranks that run it here.
 _DROPPED = ("parallel", "recompute", "optimizer", "schedule", "checkpoint", "log", "run_dir", "device")
@@ -106,7 +114,7 @@ def sources_of(options: argparse.Namespace, flags: Sequence[str], world: World) 
         return {IMAGE: source_of(weights, flags, world, features=task in OF_FEATURES)}
     folder, manifest = found
     if task == "supervised":
-        raise ConfigError(f"{folder} has no classifier: take --task knn, probe or fewshot, which need none")
+        raise ConfigError(f"{folder} has no classifier: take --task {' or '.join(OF_FEATURES)}, which need none")
     config = _config_of(manifest.config, None, flags, world)
     if task in OF_TEXTS and not config.contrastive.has_texts:
         raise ConfigError(
@@ -115,17 +123,25 @@ def sources_of(options: argparse.Namespace, flags: Sequence[str], world: World) 
         )
     wanted: tuple[TowerName, ...] = (IMAGE, TEXT) if task in OF_TEXTS else (IMAGE,)
     embedding = task in OF_TEXTS or options.features == "embedding"
-    return {tower: _tower(folder, options.weights, config, tower, world, embedding=embedding) for tower in wanted}
+    try:
+        trained = as_trained(config, manifest, folder)
+    except ConversionError as error:
+        raise ConfigError(f"--checkpoint: {error}") from error
+    tower_of = partial(_tower, folder, options.weights, config, trained, world, embedding=embedding)
+    return {tower: tower_of(tower) for tower in wanted}
 
 
-def _tower(folder: Path, which: Which, config: Config, tower: TowerName, world: World, *, embedding: bool) -> Source:
+def _tower(
+    folder: Path, which: Which, config: Config, trained: Config, world: World, tower: TowerName, *, embedding: bool
+) -> Source:
+    """One tower of a configuration, with the weights of the one that was trained."""
     try:
         layers = layers_of(config, tower, embedding=embedding)
         stages = config.pipeline(config.grid_shape(world.size)).num_stages
         if stages > len(layers):
             raise ConfigError(f"the {tower} tower has {len(layers)} layers, fewer than the {stages} stages: use fewer")
         model = model_of(config, layers)
-        weights = TowerWeights(folder, which, tower, model)
+        weights = TowerWeights(folder, which, tower, model_of(trained, layers_of(trained, tower, embedding=embedding)))
         objective = _frozen(Forward(tuple(layers)))
         plan = plan_load(weights, model, objective.layers, config.data)
     except ConversionError as error:
@@ -168,7 +184,7 @@ def source_of(weights: StoredWeights, flags: Sequence[str], world: World, *, fea
 def _config(weights: StoredWeights, flags: Sequence[str], world: World, *, features: bool) -> Config:
     description = weights.description
     if not features and not description.model.num_classes:
-        raise ConfigError(f"{weights.path} has no classifier: take --task knn, probe or fewshot, which need none")
+        raise ConfigError(f"{weights.path} has no classifier: take --task {' or '.join(OF_FEATURES)}, which need none")
     saved = weights.manifest.config if isinstance(weights, CheckpointWeights) else {}
     return _config_of(saved, description, flags, world, features=features)
 

@@ -9,13 +9,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
+import torch
 from torch import Tensor
 
 from data import Dataset, EvalStream
 from engine.assemble import Assembly
 from engine.errors import ConfigError
-from engine.evaluation import fewshot, knn, probe, retrieval, sgd, zero_shot
+from engine.evaluation import clusters, fewshot, knn, probe, retrieval, sgd, zero_shot
 from engine.evaluation.extract import Extractor
 from engine.evaluation.rows import Rows
 from engine.run.step import Stepper
@@ -180,12 +180,26 @@ def few_shots(job: Job) -> Figures:
     return {"accuracy": found.mean(told, usual), "shots": told, "l2": usual, "seeds": list(o.seeds), "fits": rows}
 
 
+def clustered(job: Job) -> Figures:
+    """Clusters of training images."""
+    images, starts = job.images, job.options.starts
+    train, test = job.features()
+    found = clusters.clustering(
+        train, images.train_labels, test, images.test_labels, classes=images.classes, starts=starts
+    )
+    best, ended = found.starts[found.best], sum(start.converged for start in found.starts)
+    job.say(f"  best of {starts} starts ({ended} converged): mean squared distance {best.spread:.6f}")
+    job.say(f"  {found.train_accuracy:.2%} of the training images are in the cluster of their class")
+    return asdict(found)
+
+
 def zero_shots(job: Job) -> Figures:
     """Classes described by prompts."""
     images, told = job.images, prompts_of(job.images.test)
     said = [prompt for of_class in told for prompt in of_class]
     found, texts = job.embeddings(tokens_of(said, images.test))
-    classes = zero_shot.class_embeddings(texts.gather(np.arange(len(said))), len(told))
+    of = torch.arange(texts.span.start, texts.span.stop, device=texts.values.device) // len(told[0])
+    classes = zero_shot.class_embeddings(texts.values, of, len(told), texts.axis)
     result = zero_shot.zero_shot(found, images.test_labels, classes)
     job.say(f"  {len(told[0])} prompts of each class, such as {told[0][-1]!r}: {result.accuracy:.2%}")
     job.say(f"  among the nearest five: {result.top5:.2%}; mean over classes: {result.mean_per_class:.2%}")
@@ -214,6 +228,7 @@ RUN: dict[str, Callable[[Job], Figures]] = {
     "knn": neighbours,
     "probe": linear_probe,
     "fewshot": few_shots,
+    "clustering": clustered,
     "zero_shot": zero_shots,
     "retrieval": retrievals,
 }

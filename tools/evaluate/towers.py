@@ -7,41 +7,50 @@ so it is cut into stages, split and sharded like any other, and its embeddings a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from engine.config import Config
-from model import Build, LayerSpec, MicroBatch, ModelConfig, build_layers
-from model.formats.base import ConversionError, Description, Preprocessing
-from model.formats.checkpoint import RunWeights
+from engine.errors import ConfigError
+from model import Build, LayerSpec, MicroBatch, ModelConfig, TextConfig, build_layers
+from model.formats.base import ConversionError
+from model.formats.checkpoint import RunWeights, description_of
 from model.formats.weights import Which
 from model.layers import measured
 from model.towers import image_tower, text_tower
-from parallel.checkpoint.manifest import CheckpointError, Manifest, NoCheckpointError, read_manifest
-from parallel.checkpoint.place import newest
+from parallel.checkpoint.manifest import Manifest
 
 TowerName = Literal["image", "text"]
 IMAGE: TowerName = "image"
 TEXT: TowerName = "text"
+_SAYS_NOTHING = ("preset", "drop_path")  # of a text tower that is not trained
 
 
-def contrastive_folder(path: Path) -> tuple[Path, Manifest] | None:
-    """The folder of a step that a path means, and its manifest, if that is of a contrastive run.
+def as_trained(config: Config, manifest: Manifest, folder: Path) -> Config:
+    """A resolved configuration with the towers that the checkpoint is of, whatever flags have made of them.
 
     Raises:
-        ConversionError: it is damaged.
+        ConversionError: it does not say which these are. ConfigError: a flag makes another text tower; of images there
+            may be other sizes, to which weights are resized (engine.checkpoint.fit).
     """
+    trained = replace(config, model=description_of(manifest, folder).model)
+    if not config.contrastive.has_texts:
+        return trained
     try:
-        folder = newest(path)
-        manifest = read_manifest(folder)
-    except NoCheckpointError:
-        return None  # another library's, or nothing
-    except CheckpointError as error:
-        raise ConversionError(str(error)) from error
-    return (folder, manifest) if manifest.config.get("objective") == "contrastive" else None
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in manifest.config["text"].items()}
+        text = TextConfig(**values).resolve()
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConversionError(f"{folder} does not say of which text tower it is: {error}") from error
+    given = asdict(config.text)
+    for key, value in asdict(text).items():
+        if given[key] != value and key not in _SAYS_NOTHING:
+            raise ConfigError(
+                f"--text.{key} is {given[key]}, but the text tower of {folder} was trained with {value}: leave it out"
+            )
+    return replace(trained, text=text)
 
 
 def layers_of(config: Config, tower: TowerName, *, embedding: bool) -> list[LayerSpec]:
@@ -76,7 +85,7 @@ class TowerWeights(RunWeights):
     """Those of one tower of a checkpoint, by their names in the tower.
 
     Args:
-        folder, which: as of RunWeights. tower: its name. model: what it is, resolved.
+        folder, which: as of RunWeights. tower: its name. model: what it was trained as, resolved.
 
     Raises:
         ConversionError: it is damaged, or has no average.
@@ -84,6 +93,4 @@ class TowerWeights(RunWeights):
 
     def __init__(self, folder: Path, which: Which, tower: TowerName, model: ModelConfig) -> None:
         super().__init__(folder, which, f"{tower}.")
-        data = self.manifest.config.get("data", {})
-        images: dict[str, Any] = {key: tuple(data[key]) for key in ("mean", "std") if key in data}
-        self.description = Description(model=model, preprocessing=Preprocessing(**images) if images else None)
+        self.description = replace(description_of(self.manifest, folder), model=model)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from engine.evaluation import sgd
+from engine.evaluation.clusters import clustering
 from engine.evaluation.fewshot import drawn, few_shot
 from engine.evaluation.knn import knn
 from engine.evaluation.logistic import Samples, fit
@@ -23,25 +24,9 @@ from engine.evaluation.rows import Rows
 from engine.evaluation.zero_shot import class_embeddings, zero_shot
 from parallel.comm import Axis, single_axis
 from parallel.grid import world_axis
-from parallel.layout import split_range
 from parallel.process_group import World
 from tests.distributed import run_ranks
-
-CLASSES, WIDTH, TRAIN, TEST = 4, 6, 90, 43
-
-
-def blobs(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training and test features and labels of classes that overlap; some samples twice, under other labels too."""
-    generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(CLASSES, WIDTH, generator=generator)
-    labels = torch.arange(TRAIN + TEST) % CLASSES
-    values = centres[labels] + 0.9 * torch.randn(TRAIN + TEST, WIDTH, generator=generator) + 3.0
-    values[20:26] = values[60:66]
-    return values[:TRAIN], labels[:TRAIN], values[TRAIN:], labels[TRAIN:]
-
-
-def share(values: Tensor, axis: Axis) -> Rows:
-    return Rows(values[slice(*split_range(len(values), axis.size, axis.index))].clone(), len(values), axis)
+from tests.engine.evaluation.samples import CLASSES, TRAIN, WIDTH, blobs, share
 
 
 def sets_on(axis: Axis) -> Sets:
@@ -79,8 +64,12 @@ def figures(axis: Axis) -> dict[str, Any]:
         seeds=(0, 1),
         strengths=(1.0, 2.0**10),
     )
+    put = clustering(train, sets.train_labels, test, sets.test_labels, classes=CLASSES, starts=4)
     images, texts, of = captions()
-    zero = zero_shot(share(images, axis), of[:30] % 5, class_embeddings(texts[:10], 5))
+    places = torch.arange(axis.index, 10, axis.size)  # prompts may lie anywhere
+    zero = zero_shot(share(images, axis), of[:30] % 5, class_embeddings(texts[places], places // 2, 5, axis))
+    dealt = Rows.dealt(images[(own := torch.arange(30).flip(0)[axis.index :: axis.size])], own, axis)
+    assert torch.equal(dealt.values, share(images, axis).values)
     recalls = retrieval(share(images, axis), share(texts, axis), of)
     return {
         "votes": [asdict(vote) for vote in votes],
@@ -88,6 +77,7 @@ def figures(axis: Axis) -> dict[str, Any]:
         "probe": (lbfgs.accuracy, lbfgs.l2, [asdict(t) | {"iterations": 0} for t in lbfgs.tried], lbfgs.converged),
         "sgd": (heads.accuracy, heads.best, [(setting, *found) for setting, found in heads.tried], heads.steps),
         "shots": shots.accuracies,
+        "clusters": asdict(put),
         "zero": asdict(zero),
         "recalls": asdict(recalls),
         "same texts": asdict(retrieval(share(images, axis), share(texts, axis), of, numbers=torch.arange(71) % 11)),
@@ -116,6 +106,8 @@ def test_four_ranks_find_what_one_does(alone: dict[str, Any]) -> None:
         losses = [loss for *_, loss in tried]
         assert losses == pytest.approx([loss for *_, loss in alone["sgd"][2]], rel=1e-5)
         figures_of["sgd"] = accuracy, best, [rest for *rest, _ in tried], steps
+        for i, start in enumerate(figures_of["clusters"]["starts"]):
+            assert start.pop("spread") == pytest.approx(alone["clusters"]["starts"][i]["spread"], rel=1e-12)
     one.pop("nearest")
     assert all(found == one for found in ranks)
 
