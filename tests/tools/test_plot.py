@@ -24,7 +24,7 @@ from tools.plot import __main__ as plot
 from tools.plot import reduce
 from tools.plot.names import grouped_by_seed, names_of, read_keys
 from tools.plot.panels import PANELS
-from tools.plot.read import read_run
+from tools.plot.read import RECALLS, read_run
 from tools.plot.reduce import envelope, means, smooth
 
 ROOT = Path(__file__).parents[2]
@@ -141,7 +141,8 @@ def test_panels_say_something_or_are_asked_for(tmp_path: Path, drawn: list[Figur
     run = write(tmp_path / "run", lines)
     assert plot.main([str(run), "--log"]) == EXIT_DONE
     titles = {axes.get_title(loc="left") for axes in drawn[-1].axes}
-    assert titles == {made.title for name, made in PANELS.items() if name != "accuracy"}
+    of_evaluation = {"accuracy", "zero_shot", *RECALLS}
+    assert titles == {made.title for name, made in PANELS.items() if name not in of_evaluation}
     assert curve(drawn[-1], "mfu", "run, training")[1] == [40] * 4
     assert curve(drawn[-1], "waiting", "run, training")[1] == [20] * 4
     assert panel(drawn[-1], "loss").get_yscale() == panel(drawn[-1], "loss_scale").get_yscale() == "log"
@@ -150,6 +151,12 @@ def test_panels_say_something_or_are_asked_for(tmp_path: Path, drawn: list[Figur
     assert curve(drawn[-1], "loss", "_raw")[1] == pytest.approx([10, 5, 10 / 3, 2.5])
     assert curve(drawn[-1], "loss", "run, training")[1] == pytest.approx([7.5, 5, 10 / 3, 35 / 12])
     assert "before smoothing" in legends(drawn[-1])
+    figures = {"recall_image_to_text@1": 0.25, "recall_text_to_image@1": 0.5, "zero_shot_accuracy": 0.75}
+    pairs = write(tmp_path / "pairs", [train(1), {"event": "eval", "step": 1, "wall_time": 1.0, "loss": 2.0} | figures])
+    assert plot.main([str(pairs)]) == EXIT_DONE
+    assert curve(drawn[-1], "zero_shot", "pairs, evaluation")[1] == [75]
+    assert curve(drawn[-1], "image_to_text", "pairs, evaluation")[1] == [25]
+    assert curve(drawn[-1], "text_to_image", "pairs, evaluation")[1] == [50]
 
 
 def test_several_runs_are_called_by_what_differs(

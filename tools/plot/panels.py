@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from engine.errors import ConfigError
-from tools.plot.read import Numbers, Run, Table
+from tools.plot.read import RECALLS, Numbers, Run, Table
 from tools.plot.reduce import envelope, means, smooth, thinned
 
 Axis = Literal["steps", "images", "time"]
@@ -73,6 +73,11 @@ PANELS: Mapping[str, Panel] = {
         title="loss", curves=(*_of_training(_column("loss")), *_of_evaluation("loss")), noisy=True, can_be_null=True
     ),
     "accuracy": Panel(title="accuracy", unit="%", curves=_of_evaluation("accuracy", 100)),
+    "zero_shot": Panel(title="zero-shot accuracy", unit="%", curves=_of_evaluation("zero_shot_accuracy", 100)),
+    **{
+        way: Panel(title=f"recall@1, {way.replace('_', ' ')}", unit="%", curves=_of_evaluation(f"recall_{way}@1", 100))
+        for way in RECALLS
+    },
     "lr": Panel(title="learning rate", curves=_of_training(_column("lr")), from_zero=True),
     "grad_norm": Panel(title="gradient norm", curves=_of_training(_column("grad_norm")), noisy=True, can_be_null=True),
     "speed": Panel(

@@ -18,12 +18,17 @@ Numbers = NDArray[np.float64]
 Table = Mapping[str, Numbers]
 
 FILE = "metrics.jsonl"
+RECALLS = ("image_to_text", "text_to_image", "view_1_to_view_2", "view_2_to_view_1")  # of objective contrastive
 COLUMNS = {  # what is read of the lines of each event; other events and fields are passed over
     "train": (
         "step", "wall_time", "samples", "step_time", "loss", "lr", "grad_norm", "loss_scale", "skipped_steps",
         "images_per_second", "mfu", "peak_memory", "data_time", "bubble",
     ),
-    "eval": ("step", "wall_time", "loss", "accuracy", "ema_loss", "ema_accuracy", "eval_time"),
+    "eval": (
+        "step", "wall_time", "eval_time",
+        *(f"{of}{name}" for of in ("", "ema_") for name in ("loss", "accuracy", "zero_shot_accuracy")),
+        *(f"{of}recall_{way}@1" for of in ("", "ema_") for way in RECALLS),
+    ),
     "bad_step": ("step", "wall_time"),
     "save": ("step", "wall_time", "saved_step", "blocked_time"),
 }  # fmt: skip
