@@ -63,8 +63,13 @@ def _degree(ratio: float, threshold: float, words: tuple[str, str, str]) -> str:
 class Captions(Protocol):
     """What can be said of the images of a set."""
 
-    def one(self, index: int, label: int, look: Look, choices: NDArray[np.float32]) -> str:
-        """A caption of image `index` that looks so, chosen by numbers in [0, 1) of shape [CHOICES]."""
+    def one(self, index: int, label: int, look: Look, choices: NDArray[np.float32], turn: int = 0) -> str:
+        """A caption of image `index` that looks so.
+
+        Args:
+            choices: numbers in [0, 1), [CHOICES], to choose a template by, and the first of what somebody has written.
+            turn: how many times the image came right before: of what is written the next ones follow.
+        """
         ...
 
     def every(self, index: int, label: int, look: Look) -> Sequence[str]:
@@ -94,7 +99,7 @@ class TemplateCaptions(Captions):
     templates: tuple[str, ...]
     class_prompts: tuple[str, ...]
 
-    def one(self, index: int, label: int, look: Look, choices: NDArray[np.float32]) -> str:
+    def one(self, index: int, label: int, look: Look, choices: NDArray[np.float32], turn: int = 0) -> str:
         """As Captions."""
         return _fill(self.templates[int(choices[0] * len(self.templates))], self.names[label], look.words())
 

@@ -120,6 +120,10 @@ class DataConfig:
     views: int = 1
     """2: each image comes twice, augmented independently, for objectives that compare views of an image."""
 
+    repeats: int = 1
+    """How many times in a row each image comes in training, each time augmented anew and, as far as somebody has
+    written several (image_text), with another caption; an epoch is as many times longer."""
+
     vary_held_out: bool = False
     """Held-out images are augmented, too, each the same way in every run, so that captions tell them apart."""
 
@@ -140,6 +144,7 @@ class DataConfig:
         self._check("blur", 0 <= self.blur <= _LARGEST_BLUR, f"from 0 to {_LARGEST_BLUR} pixels")
         self._check("noise", 0 <= self.noise <= 1, "a standard deviation from 0 to 1, where pixels are in 0..1")
         self._check("views", self.views in (1, 2), "1, or 2 for objectives that compare views of an image")
+        self._check("repeats", 1 <= self.repeats <= _MOST_IMAGES, f"from 1 to {_MOST_IMAGES}")
         self._check("crop_min_area", 1e-4 <= self.crop_min_area <= 1, "from 0.0001 to 1 (1 switches cropping off)")
 
     @property

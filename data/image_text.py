@@ -30,10 +30,10 @@ class WrittenCaptions(Captions):
     part: NDArray[np.int64] | None
     classes: TemplateCaptions | None
 
-    def one(self, index: int, label: int, look: Look, choices: NDArray[np.float32]) -> str:
+    def one(self, index: int, label: int, look: Look, choices: NDArray[np.float32], turn: int = 0) -> str:
         """As Captions."""
         numbers = self._numbers(index)
-        return self.pairs.caption(numbers[int(choices[1] * len(numbers))])
+        return self.pairs.caption(numbers[(int(choices[1] * len(numbers)) + turn) % len(numbers)])
 
     def every(self, index: int, label: int, look: Look) -> Sequence[str]:
         """As Captions."""

@@ -42,6 +42,7 @@ class Batch:
     sample_ids: Tensor  # [B] int64: the draw in training, the index in evaluation, -1 for padding; views: SECOND_VIEW
     weights: Tensor  # [B] float32: 1 for an image, 0 for padding
     texts: Tensor | None = None  # [B, S] int64: what is said of each image; None where that is not needed
+    indices: Tensor | None = None  # [B] int64: the image of each row, by its number in the set, -1 for padding
 
 
 class TrainStream:
@@ -54,7 +55,8 @@ class TrainStream:
 
     Attributes:
         waited: seconds in all that the caller has waited for micro-batches; without workers, the time to read them.
-        texts_cut: how many texts of the micro-batches that were asked for were longer than the text tower reads.
+        texts_cut: how many texts of the micro-batches that were asked for were longer than the text tower reads, each
+            counted once a step.
 
     Raises:
         ValueError: if the global batch cannot be cut so, or the normalisation does not suit the number of channels.
@@ -87,7 +89,7 @@ class TrainStream:
         self._data_rank = data_rank
         self._seed = seed
         self._offset = offset
-        self._order = SampleOrder(len(dataset), seed)
+        self._order = SampleOrder(len(dataset), seed, config.repeats)
         self._maker = Maker(dataset, config, with_images=with_images, with_texts=with_texts)
 
     def steps(self, start: int) -> Iterator[StepBatches]:
@@ -121,14 +123,14 @@ class TrainStream:
     def _first_draw(self, step: int) -> int:
         return self._offset + step * self._global_batch_size + self._data_rank * self._rank_batch_size
 
-    def _batch(self, first_draw: int, source: Source) -> Batch:
-        """The micro-batch that begins with a draw. Counts the time that it takes."""
+    def _batch(self, first_draw: int, source: Source, *, again: bool) -> Batch:
+        """The micro-batch that begins with a draw. Counts its time, and its texts unless it is read again."""
         asked = time.perf_counter()
         draws = np.arange(first_draw, first_draw + self._micro_batch_size)
-        labels = torch.from_numpy(self._dataset.labels[self._order.indices(draws)])
+        indices = self._order.indices(draws)
         content = source.take(first_draw)
-        batch = _batch(content, labels, torch.from_numpy(draws), 0, self._config.views)
-        self.texts_cut += content.texts_cut
+        batch = _batch(self._dataset, content, indices, torch.from_numpy(draws), 0, self._config.views)
+        self.texts_cut += 0 if again else content.texts_cut
         self.waited += time.perf_counter() - asked
         return batch
 
@@ -147,6 +149,7 @@ class StepBatches(Sequence[Batch]):
     def __init__(self, stream: TrainStream, source: Source, draws: range) -> None:
         self._stream, self._source, self._draws = stream, source, draws
         self._last: tuple[int, Batch] | None = None
+        self._asked: set[int] = set()
 
     def __len__(self) -> int:
         return len(self._draws)
@@ -156,7 +159,8 @@ class StepBatches(Sequence[Batch]):
         if self._last is None or self._last[0] != draw:
             self._last = None  # the memory of one, not of two
             self._source.forget_before(self._draws.start)
-            self._last = draw, self._stream._batch(draw, self._source)
+            self._last = draw, self._stream._batch(draw, self._source, again=draw in self._asked)
+            self._asked.add(draw)
         return self._last[1]
 
 
@@ -214,13 +218,15 @@ class EvalStream:
     def _batch(self, first_index: int, content: Content) -> Batch:
         indices = self._indices(first_index)
         missing = self._micro_batch_size - len(indices)
-        labels = torch.from_numpy(self._dataset.labels[indices])
         self.texts_cut += content.texts_cut
-        return _batch(content, labels, torch.from_numpy(indices), missing, self._config.views)
+        return _batch(self._dataset, content, indices, torch.from_numpy(indices), missing, self._config.views)
 
 
-def _batch(content: Content, labels: Tensor, ids: Tensor, missing: int, views: int) -> Batch:
-    """A micro-batch of one or two views, with padding where images are missing."""
+def _batch(
+    dataset: Dataset, content: Content, indices: NDArray[np.int64], ids: Tensor, missing: int, views: int
+) -> Batch:
+    """A micro-batch of one or two views of the images at `indices`, with padding where images are missing."""
+    labels = torch.from_numpy(dataset.labels[indices])
     all_ids = [F.pad(ids + view * SECOND_VIEW, (0, missing), value=-1) for view in range(views)]
     return Batch(
         images=content.images,
@@ -228,6 +234,7 @@ def _batch(content: Content, labels: Tensor, ids: Tensor, missing: int, views: i
         sample_ids=torch.cat(all_ids),
         weights=F.pad(torch.ones(len(labels), dtype=torch.float32), (0, missing)).repeat(views),
         texts=None if content.texts is None else torch.from_numpy(content.texts),
+        indices=F.pad(torch.from_numpy(indices), (0, missing), value=-1).repeat(views),
     )
 
 

@@ -46,8 +46,9 @@ class Maker:
             augmentation = draw_augmentation(self._config, seed, first_draw, len(indices), variant)
             images.append(self._images(indices, augmentation))
             if self.makes_texts:
-                choices = keyed_uniforms(seed, Purpose.CAPTION, first_draw, len(indices), CHOICES, variant)
-                said += self._said(indices, augmentation.looks(), choices)
+                said += self._said(
+                    indices, augmentation.looks(), *self._choices(seed, first_draw, len(indices), variant)
+                )
         return self._content(images, said)
 
     def held_out(self, indices: NDArray[np.int64], missing: int) -> Content:
@@ -80,16 +81,33 @@ class Maker:
             images = augment(images, augmentation, config, crop=config.crops and not crop_when_read)
         return self._normalise(F.pad(images, (0, 0, 0, 0, 0, 0, 0, missing)) if missing else images)
 
+    def _choices(
+        self, seed: int, first_draw: int, count: int, variant: Variant
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """(what captions are drawn by, [B, CHOICES]; how many times the same image came right before, [B]). Which of
+        written captions is the first of such a row is drawn once for it."""
+        repeats = self._config.repeats
+        turns = np.arange(first_draw, first_draw + count) % repeats
+        before = int(turns[0])
+        choices = keyed_uniforms(seed, Purpose.CAPTION, first_draw - before, before + count, CHOICES, variant)
+        choices[:, 1] = choices[np.arange(len(choices)) // repeats * repeats, 1]
+        return choices[before:], turns
+
     def _said(
-        self, indices: NDArray[np.int64], looks: Sequence[Look], choices: NDArray[np.float32] | None
+        self,
+        indices: NDArray[np.int64],
+        looks: Sequence[Look],
+        choices: NDArray[np.float32] | None,
+        turns: NDArray[np.int64] | None = None,
     ) -> list[str]:
-        """A caption of each image, drawn by `choices` [B, CHOICES]; None: its first, or the one that says most."""
+        """A caption of each image, drawn as `_choices` says; None: its first, or the one that says most."""
         captions, labels = self._dataset.captions, self._dataset.labels[indices].tolist()
         assert captions is not None
         rows = list(zip(indices.tolist(), labels, looks, strict=True))
-        if choices is None:
+        if choices is None or turns is None:
             return [captions.every(*row)[0] for row in rows]
-        return [captions.one(*row, choice) for row, choice in zip(rows, choices, strict=True)]
+        drawn = zip(rows, choices, turns.tolist(), strict=True)
+        return [captions.one(*row, choice, turn) for row, choice, turn in drawn]
 
     def _content(self, images: Sequence[Tensor | None], said: Sequence[str]) -> Content:
         made = [view for view in images if view is not None]

@@ -220,6 +220,7 @@ class Assembly:
             weights=batch.weights.to(self.device, non_blocking=True),
             training=training,
             texts=batch.texts.to(self.device, non_blocking=True) if batch.texts is not None else None,
+            indices=batch.indices.to(self.device, non_blocking=True) if batch.indices is not None else None,
         )
 
 

@@ -76,8 +76,17 @@ class ImageText(Stage):
         Returns:
             Embeddings of unit length, image [B, E] and text [B, E], and what their products become logits with:
             scale [] and bias [].
+
+        Raises:
+            ValueError: there is not one text for each image.
         """
         batch = images if isinstance(images, MicroBatch) else MicroBatch.of(images, texts, training=self.training)
+        if batch.images is None or batch.texts is None or len(batch.images) != len(batch.texts):
+            counts = [0 if given is None else len(given) for given in (batch.images, batch.texts)]
+            raise ValueError(
+                f"there are {counts[0]} images and {counts[1]} texts: give one text for each image; encode_image and "
+                "encode_text take as many as you like"
+            )
         flow: tuple[Tensor, ...] = ()
         for spec in self.specs:
             flow = self._run(spec, flow, batch)

@@ -21,6 +21,7 @@ class MicroBatch:
         training: whether drop-path is active.
         keys: whether what comes out are keys that queries are compared with, which pass no predictor.
         texts: tokens, int64 [B, S], filled up at the right; None where there are none, or no layer reads them.
+        indices: int64 [B], the same for rows of one image; None where that is not known.
 
     Of two views of each sample, B is twice the number of samples: first views, then second ones.
     """
@@ -32,6 +33,7 @@ class MicroBatch:
     training: bool = True
     texts: Tensor | None = None
     keys: bool = False
+    indices: Tensor | None = None
 
     @property
     def size(self) -> int:

@@ -24,8 +24,9 @@ class ContrastiveConfig:
     pairs: Literal["image_text", "views"] = "image_text"
     """Image and caption, or two augmented views of each image (SimCLR; Chen et al. 2020)."""
 
-    positives: Literal["pair", "label"] | None = None
-    """Who belongs together: the two of a pair alone (infonce, sigmoid), or all of one class (supcon); null: that."""
+    positives: Literal["pair", "label", "image"] | None = None
+    """Who belongs together: the two of a pair alone (infonce, sigmoid), all of one class, or all rows of one image,
+    which comes data.repeats times (both supcon); null: pair, and for supcon label."""
 
     embedding: int = 512
     """Features that both sides are projected to, and compared in."""
@@ -95,7 +96,7 @@ class ContrastiveConfig:
                 "all logits changes nothing under a softmax: leave it out, or use loss sigmoid"
             )
         positives = self.positives or ("label" if self.loss == "supcon" else "pair")
-        if (positives == "label") != (self.loss == "supcon"):
+        if (positives == "pair") == (self.loss == "supcon"):
             knows = "several true partners" if self.loss == "supcon" else "one true partner"
             raise ConfigError(
                 f"contrastive.positives is {positives}, but contrastive.loss {self.loss} is for {knows}: leave it out, "

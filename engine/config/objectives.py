@@ -199,6 +199,29 @@ def check_labels(config: Config, classes: int) -> None:
         )
 
 
+def check_repeats(config: Config) -> None:
+    """Raise ConfigError where a resolved configuration repeats images in vain, or against what it trains."""
+    repeats, batch = config.data.repeats, config.train.global_batch_size
+    if batch % repeats:
+        raise ConfigError(
+            f"data.repeats is {repeats}, of which train.global_batch_size {batch} is no multiple, so that steps would "
+            f"part the rows of an image: use a batch of {max(1, batch // repeats) * repeats}, or other repeats"
+        )
+    if config.objective != "contrastive":
+        return
+    positives, loss = config.contrastive.positives, config.contrastive.loss
+    if positives == "image" and repeats == 1:
+        raise ConfigError(
+            "contrastive.positives is image, but data.repeats is 1, so that each image has one row: set data.repeats "
+            "to 2 or more"
+        )
+    if positives == "pair" and repeats > 1:
+        raise ConfigError(
+            f"data.repeats is {repeats}, but contrastive.loss {loss} has one true partner, so that rows of one image "
+            "would be told from each other: leave it out, or use loss supcon with positives image"
+        )
+
+
 def text_shape(config: Config) -> TextShape | None:
     """What the text tower of a resolved configuration reads; None: there is none."""
     if config.objective != "contrastive" or not config.contrastive.has_texts:

@@ -66,7 +66,7 @@ class Contrastive(JointObjective):
         lefts, rights, (scale, *_), (bias, *_) = zip(*outputs, strict=True)
         left, right = torch.cat(lefts), torch.cat(rights)
         if keys is None:
-            labels = torch.cat([batch.labels[: len(side)] for batch, side in zip(batches, lefts, strict=True)])
+            labels = torch.cat([self._kin(batch)[: len(side)] for batch, side in zip(batches, lefts, strict=True)])
             found = self.pair_loss(left, right, scale, bias, labels, grid.data)
         else:
             first, second = (torch.cat([made[side] for made in keys.outputs]) for side in (0, 1))
@@ -85,6 +85,13 @@ class Contrastive(JointObjective):
         ]
         return JointLoss(found.loss, gradients)
 
+    def _kin(self, batch: MicroBatch) -> Tensor:
+        """What true partners have the same of, where there may be several."""
+        if self.config.positives != "image":
+            return batch.labels
+        assert batch.indices is not None
+        return batch.indices
+
     def _of_keys(self, queries: Tensor, own: Tensor, queue: KeyQueue | None, scale: Tensor, axis: Axis) -> Gradients:
         """Each query's own key among those of the batch, or among it and those of the queue."""
         if queue is None:
@@ -102,7 +109,8 @@ class Contrastive(JointObjective):
         """The loss of the pairs of all ranks of an axis, and its gradients. Collective.
 
         Args:
-            left, right: embeddings of length 1, [n, E]. scale, bias: [], of logits. labels: of the pairs, int64 [n].
+            left, right: embeddings of length 1, [n, E]. scale, bias: [], of logits. labels: of the pairs, the same of
+                true partners where there may be several, int64 [n].
         """
         views = not self.config.has_texts
         match self.config.loss:
@@ -131,7 +139,7 @@ class Contrastive(JointObjective):
         """As Objective: embeddings of both sides as micro-batches have given them and side by side (of views once
         more, all in one), their gradients, and what the loss works in, as on several data ranks."""
         width, views = self.config.embedding, not self.config.has_texts
-        tiles = 3 * 4 * ROWS**2 if self.config.positives == "label" else 0
+        tiles = 3 * 4 * ROWS**2 if self.config.loss == "supcon" else 0
         held = (8 if views else 6) * samples * 4 * width
         return held + tiles + working_bytes(2 * samples if views else samples, width, 2)
 

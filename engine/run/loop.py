@@ -105,7 +105,8 @@ class Loop:
         )
         self.eval_stream = EvalStream(eval_set, **place)
         self._prompts = prompt_batches(eval_set, **place)
-        self.images_per_epoch, self._has_texts = len(train_set), train_set.texts is not None
+        self.images_per_epoch = len(train_set) * a.config.data.repeats
+        self._has_texts = train_set.texts is not None
         self.flops_per_image = a.training_flops
         self.tokens_per_sample = sum(layer.output[0] for layer in a.layers if layer.kind == "embed")
         self.bubble_predicted = a.predicted.bubble_fraction if a.grid.pipeline.size > 1 else None

@@ -18,7 +18,7 @@ from data import Dataset, build_datasets, describe_datasets
 from engine.assemble import Assembly, assemble, grid_of
 from engine.config import MAX_COUNT, Config
 from engine.config.keys import key_types, value_of
-from engine.config.objectives import check_labels, text_shape
+from engine.config.objectives import check_labels, check_repeats, text_shape
 from engine.device import choose_device, memory_share, prepare_cpu, set_matmul
 from engine.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
 from engine.frozen import frozen_of
@@ -274,7 +274,7 @@ def total_steps(config: Config, train_images: int, done: Progress | None = None)
         return config.train.steps
     assert config.train.epochs is not None
     step, samples = (0, 0) if done is None else (done.step, done.samples)
-    images = Fraction(repr(config.train.epochs)) * train_images
+    images = Fraction(repr(config.train.epochs)) * train_images * config.data.repeats
     steps = max(1, step + math.ceil((images - samples) / config.train.global_batch_size))
     if steps > MAX_COUNT:
         raise ConfigError(f"train.epochs {config.train.epochs} are {steps} steps: at most {MAX_COUNT} can be")
@@ -282,6 +282,7 @@ def total_steps(config: Config, train_images: int, done: Progress | None = None)
 
 
 def _datasets(config: Config, world: World) -> tuple[Dataset, Dataset]:
+    check_repeats(config)
     sizes = config.model.sizes
     try:
         found = build_datasets(

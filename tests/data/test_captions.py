@@ -127,6 +127,13 @@ def test_long_texts_are_cut_and_counted() -> None:
             real = batch.weights == 1
             assert (batch.texts[real][:, -1] == 257).all() and (batch.texts[~real][:, 1] == 257).all()
         assert stream.texts_cut == 360
+    options |= {"micro_batch_size": 6}
+    stream = TrainStream(held_out, config=DataConfig(), global_batch_size=12, seed=0, **options)
+    step, counted = next(stream.steps(0)), []
+    for m in (0, 1, 0, 1):  # a second pass reads them again
+        assert step[m].texts is not None
+        counted.append(stream.texts_cut)
+    assert counted[1] > counted[0] > 0 and counted[3] == counted[1]
     report = describe_datasets("digits", held_out, held_out, None)
     assert report[1].startswith("  texts: 6 tokens (bytes), such as 'a medium grey ")
     assert "360 of the first 360 held-out texts are longer, and cut: text.context_length 30 would hold" in report[2]

@@ -107,6 +107,39 @@ def test_training_sees_every_caption_evaluation_the_first(pictures: Path) -> Non
     ]
 
 
+def test_an_image_may_come_several_times_in_a_row_with_other_captions(pictures: Path) -> None:
+    lines = [f"{path_of(i)},{i}{said}" for i in range(10) for said in "abcde"[: 2 + i % 4]]
+    train, _ = build(write(pictures, "image,caption\n" + "\n".join(lines)))
+
+    def rows(data_size: int, micro: int) -> list[tuple[int, str]]:
+        """(image, caption) of each draw of twelve steps of 12 rows, in order."""
+        assert train.texts is not None
+        streams = [
+            TrainStream(
+                train, config=DataConfig(kind="image_text", path="x", repeats=4), global_batch_size=12,
+                micro_batch_size=micro, data_rank=rank, data_size=data_size, seed=3,
+            ).steps(0)
+            for rank in range(data_size)
+        ]  # fmt: skip
+        found = []
+        for _ in range(12):
+            for batch in (batch for stream in streams for batch in next(stream)):
+                said = ["".join(chr(token) for token in text if token < 256) for text in batch.texts.tolist()]
+                image_of = dict(zip(batch.indices.tolist(), (text[0] for text in said), strict=True))
+                assert [image_of[index] for index in batch.indices.tolist()] == [text[0] for text in said]
+                found += [(int(text[0]), text[1]) for text in said]
+        return found
+
+    alone = rows(1, 12)
+    assert rows(2, 2) == alone  # an image's rows lie on both ranks
+    groups = [alone[i : i + 4] for i in range(0, len(alone), 4)]
+    assert len({group[0][0] for group in groups[:8]}) == 8  # an epoch
+    for group in groups:
+        (image,), said = {image for image, _ in group}, [caption for _, caption in group]
+        assert len(set(said)) == min(4, 2 + image % 4)
+    assert len({tuple(said for _, said in group) for group in groups if group[0][0] % 4 == 3}) > 1
+
+
 def test_bad_rows_are_left_out_counted_and_named(pictures: Path) -> None:
     text = rows() + "one/1.png\nnowhere/9.png,gone\nnowhere/9.png,gone too\n,no image\none/2.png, \none/3.png,a,b\n"
     table = write(pictures, text)

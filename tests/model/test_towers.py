@@ -268,6 +268,9 @@ def test_other_mistakes() -> None:
         build_towers(IMAGE, TEXT, embedding=10, projection="none")
     with pytest.raises(ValueError, match=r"texts have 6 tokens, but the model takes 7: cut or fill"):
         ImageText(IMAGE, TEXT, embedding=10)(_images(torch.float32), TEXTS[:, :6])
+    for texts, counts in ((None, "0 texts"), (TEXTS[:1], "1 texts")):
+        with pytest.raises(ValueError, match=f"images and {counts}: give one text for each image; encode_image"):
+            ImageText(IMAGE, TEXT, embedding=10)(_images(torch.float32), texts)
     assert single_axis("context").size == 1
 
 

@@ -89,6 +89,11 @@ PAIRS: dict[str, tuple[ModelConfig, TextConfig, ContrastiveConfig]] = {
         replace(_IMAGE, pool="cls", qk_norm=True), replace(_TEXT, attention="full", pool="mean", mlp="swiglu"),
         ContrastiveConfig(embedding=18, loss="supcon"),
     ),
+    # with a scale that is at its bound from the first step on
+    "pairs_images": (
+        _IMAGE, replace(_TEXT, attention="full", pool="last", norm="rmsnorm"),
+        ContrastiveConfig(embedding=18, loss="supcon", positives="image", temperature=0.01),
+    ),
     "views": (
         replace(_IMAGE, pool="gap", block="parallel"), TextConfig(),
         ContrastiveConfig(embedding=18, pairs="views", projection="mlp"),
@@ -103,6 +108,7 @@ PAIRS: dict[str, tuple[ModelConfig, TextConfig, ContrastiveConfig]] = {
     ),
 }  # fmt: skip
 FAMILY = ("kinds", "pyramid", "heads")
+REPEATS = defaultdict(lambda: 1, pairs_images=4)  # rows of an image, which lie on several ranks and micro-batches
 LOSSES = defaultdict(lambda: "softmax", mixed="sigmoid")
 KERNELS = defaultdict(lambda: "auto", sequential="reference", heads="reference")
 
@@ -194,7 +200,7 @@ class Case:
         """The resolved configuration of the case; keyword arguments override the `train` group."""
         config = Config(
             **self.groups,
-            data=DataConfig(rotate=10.0, shift=0.1),
+            data=DataConfig(rotate=10.0, shift=0.1, repeats=REPEATS[self.model]),
             parallel=ParallelConfig(
                 tensor_parallel_size=self.tensor,
                 sequence_parallel=self.sequence_parallel,
@@ -232,7 +238,11 @@ class Case:
                 ema_decay=self.ema,
             ),
             schedule=ScheduleConfig(name="cosine", warmup_steps=3),
-            precision=PrecisionConfig(dtype=self.precision),  # type: ignore[arg-type]
+            precision=PrecisionConfig(
+                dtype=self.precision,  # type: ignore[arg-type]
+                # gradients of few pairs are large, and in another layout other sums of them overflow
+                initial_loss_scale=2.0 ** (10 if self.model in PAIRS and self.precision == "fp16" else 16),
+            ),
             recompute=RecomputeConfig(policy=self.recompute),
             kernels=KERNELS[self.model],  # type: ignore[arg-type]
         )
@@ -338,7 +348,7 @@ _PAIRS = {
         Case("pairs", micro_batches=4),
         Case("pairs", micro_batches=2, passes=1),
         Case("pairs_sigmoid", micro_batches=4),
-        Case("pairs_supcon", micro_batches=2),
+        Case("pairs_images", batch=12, micro_batches=6),
         Case("views", micro_batches=4),
         Case("moco", micro_batches=4),
         Case("moco_queue", micro_batches=2),
@@ -351,7 +361,7 @@ _PAIRS = {
         Case("pairs", pipeline=2, micro_batches=4, schedule="interleaved", policy="ready"),
         Case("pairs_sigmoid", data=2, passes=1, micro_batches=4),
         Case("pairs_sigmoid", pipeline=2, micro_batches=4, schedule="zb_v", freeze=("image",)),
-        Case("pairs_supcon", data=2, micro_batches=4, zero=2),
+        Case("pairs_images", data=2, batch=12, micro_batches=3, zero=2),
         Case("views", pipeline=2, micro_batches=4, schedule="v_half"),
         Case("moco", data=2, micro_batches=2, zero=3),
         Case("moco", tensor=2, micro_batches=2),
@@ -363,7 +373,7 @@ _PAIRS = {
         Case("pairs", pipeline=2, data=2, micro_batches=4, schedule="gpipe", zero=1),
         Case("pairs_sigmoid", tensor=2, sequence_parallel=True, pipeline=2, micro_batches=4, policy="ready"),
         Case("pairs_supcon", tensor=2, sequence_parallel=True, data=2, micro_batches=2, zero=3),
-        Case("pairs_supcon", data=2, context=2, micro_batches=4),
+        Case("pairs_images", data=2, context=2, batch=12, micro_batches=3),
         Case("views", tensor=2, data=2, micro_batches=2, zero=1),
         Case("moco", pipeline=2, data=2, micro_batches=2, schedule="gpipe", zero=1),
         Case("moco_queue", pipeline=2, context=2, micro_batches=4),

@@ -28,7 +28,7 @@ from torch import Tensor
 from parallel.process_group import World
 from parallel.tensor.products import attends_through_fp32
 from tests.distributed import once, run_ranks
-from tests.parity.cases import MODELS, Case
+from tests.parity.cases import MODELS, PAIRS, Case
 from tests.parity.climb import Climb, climb, climb_all
 from tests.parity.test_ladder import reference
 
@@ -46,6 +46,7 @@ LAYOUTS = [
 OUTER = [
     Case("distilled", tensor=2, sequence_parallel=True, micro_batches=2, precision="fp8"),
     Case("beside", context=2, micro_batches=2, zero=2, precision="bf16"),
+    Case("pairs", data=2, micro_batches=2, zero=2, precision="fp16"),
 ]
 FORMATS = ("bf16", "fp16", "fp8")
 ALL = [*(replace(case, precision=dtype) for dtype in FORMATS for case in LAYOUTS), *OUTER]
@@ -54,8 +55,9 @@ E4M3, E5M2 = torch.finfo(torch.float8_e4m3fn).eps, torch.finfo(torch.float8_e5m2
 
 def noise(case: Case) -> float:
     """NOISE, as above."""
-    blocks, focused = MODELS[case.model].resolve().sizes.depth, MODELS[case.model].feature_map == "focused"
-    factor = 2 if focused else 1
+    blocks, focused = case.blocks, case.model in MODELS and MODELS[case.model].feature_map == "focused"
+    # of pairs both sides of a product are rounded, and it is multiplied by 14
+    factor = 2 if focused or case.model in PAIRS else 1
     if case.precision == "fp8":
         return factor * sqrt(2 * 5 * blocks * (2 * E4M3**2 + E4M3**2 + E5M2**2) / 12)
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}[case.precision]
