@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from engine.evaluation.knn import first_of_most
@@ -64,6 +63,8 @@ def clustering(
     Raises:
         ValueError: there are fewer training images than classes.
     """
+    from scipy.optimize import linear_sum_assignment  # half a second, of which no other task has a use
+
     if train.total < classes:
         raise ValueError(f"{classes} clusters of {train.total} training images: give at least one image for each")
     train, test = train.normalised(), test.normalised()
