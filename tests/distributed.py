@@ -27,7 +27,7 @@ from parallel import process_group
 from parallel.process_group import World
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "engine.run.trainer", "tests.warm"])
+_CONTEXT.set_forkserver_preload(["engine.run.trainer", "tests.distributed", "tests.parity.climb", "tests.warm"])
 
 RankFunction = Callable[..., Any]
 _P, _T = ParamSpec("_P"), TypeVar("_T")

@@ -26,7 +26,7 @@ CUDA = ROOT / "csrc" / "cuda"
 BUILD = ROOT / "build" / "cuda_emulation"
 KEPT_SECONDS = 7 * 24 * 3600  # what nobody asked for this long is deleted
 
-COMMON = ["-std=c++20", "-g", "-fPIC", "-fno-strict-aliasing", "-fvisibility=hidden", "-w", f"-I{HERE / 'include'}"]
+COMMON = ["-std=c++20", "-g1", "-fPIC", "-fno-strict-aliasing", "-fvisibility=hidden", "-w", f"-I{HERE / 'include'}"]
 # Calls for checks, and not all kinds of undefined behaviour: with them, the norms alone take half a minute to compile.
 ADDRESS = ["-fsanitize=address", "--param=asan-instrumentation-with-call-threshold=0", "-fno-omit-frame-pointer"]
 UNDEFINED = ["-fsanitize=alignment,bounds,signed-integer-overflow,shift,integer-divide-by-zero,float-cast-overflow"]

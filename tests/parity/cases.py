@@ -405,27 +405,38 @@ def _family(ranks: int) -> Iterator[Case]:
             yield Case(model, tensor, sequence_parallel, pipeline, data, context, micro_batches=max(pipeline, 2))
 
 
-# Of the schedules, 1F1B and another one for each layout, in turn; those with several stages per rank where there are
-# layers for them. With one micro-batch all of one stage per rank are the same.
+# Of the schedules, beside 1F1B, by ranks and by stages; those with several stages per rank where there are layers for
+# them. With one micro-batch all of one stage per rank are the same.
 _MOST = ("gpipe", "zb_h1", "zb_h2")
-_OTHERS = {2: (*_MOST, "interleaved", "zb_v", "v_half"), 4: _MOST, 8: _MOST}
+_OTHERS: dict[int, dict[int, tuple[str, ...]]] = {
+    2: {2: _MOST},
+    4: {2: _MOST, 4: _MOST},
+    8: {2: ("interleaved", "v_half", "zb_h2"), 4: ("gpipe", "zb_h1"), 8: ("zb_h1",)},
+}
 
 
 def _isotropic(ranks: int) -> Iterator[Case]:
+    """On each grid all of models, sequence parallelism and numbers of micro-batches together; on those of eight ranks
+    all pairs of them (an orthogonal array of strength 2). From four ranks on the models share the schedules.
+    """
     powers = [1, 2, 4, 8]
-    others = {size: cycle(names) for size, names in _OTHERS.items()}
+    others = {size: cycle(names) for size, names in _OTHERS.get(ranks, {}).items()}
+    models = ("parallel", "sequential", "mixed") if ranks <= 2 else ("parallel", "sequential")
     for tensor, pipeline, data in product(powers, powers, powers):
         if tensor * pipeline * data != ranks:
             continue
         several = min(4, GLOBAL_BATCH // data)
-        options = product(
-            ("parallel", "sequential", "mixed") if ranks <= 2 else ("parallel", "sequential"),
-            (True, False) if tensor > 1 else (False,),
-            (1, several),
-        )
+        options = product(models, (True, False) if tensor > 1 else (False,), (1, several))
         depth = _DEEP if pipeline == 8 else None
         for model, sequence_parallel, micro_batches in options:
+            second = model != models[0]
+            if ranks == 8 and tensor > 1 and (second + sequence_parallel + (micro_batches > 1)) % 2:
+                continue
             case = Case(model, tensor, sequence_parallel, pipeline, data, 1, "1f1b", micro_batches, depth)
-            yield case
-            if pipeline > 1 and micro_batches > 1:
+            if pipeline == 1 or micro_batches == 1:
+                yield case
+                continue
+            if ranks <= 2 or not second:
+                yield case
+            if ranks <= 2 or second:
                 yield replace(case, schedule=next(others[pipeline]))

@@ -19,7 +19,7 @@ from torch import Tensor
 from engine.config import Config
 from tests.distributed import once, run_ranks
 from tests.parity.cases import BY_HAND, FRONT, Case, recomputing
-from tests.parity.climb import FEW_IMAGES, Climb, climb_all
+from tests.parity.climb import Climb, climb_all
 from tests.parity.test_ladder import relative
 
 STEPS, LAST_BIT = 2, 1e-6  # of fp16 the first is skipped
@@ -73,7 +73,7 @@ def config_of(case: Case) -> Config:
 @once
 def results(ranks: int) -> dict[Case, Climb]:
     cases = [case for base in LAYOUTS[ranks] for case in (base, *VARIANTS[base])]
-    found = run_ranks(ranks, climb_all, cases, STEPS, FEW_IMAGES, config_of, timeout=400)[0]
+    found = run_ranks(ranks, climb_all, cases, STEPS, config_of, timeout=400)[0]
     assert isinstance(found, dict)
     return found
 

@@ -83,14 +83,17 @@ def _texts(hint: Any) -> st.SearchStrategy[str]:
 KEYS = {key: hint for key, hint in key_types().items() if key not in ("run_dir", "data.path", "data.val_path")}
 
 
+# Made once: to make and look through strategies takes longer than to draw from them.
+_SOME_KEYS = st.lists(st.sampled_from(sorted(KEYS)), min_size=1, max_size=4, unique=True)
+_ANY_TEXT = st.sampled_from([*TEXTS, *NUMBERS, *map(str, INTEGERS)])
+_VALUES = {key: st.one_of(*[_texts(hint)] * 3, _ANY_TEXT) for key, hint in KEYS.items()}
+_RANKS = st.sampled_from([1, 2, 8])
+
+
 @st.composite
 def command_lines(draw: st.DrawFn) -> tuple[list[str], int]:
     """(flags, ranks): a small run with a few keys set to values of their type, or now and then to any text."""
-    out = flags()
-    for key in draw(st.lists(st.sampled_from(sorted(KEYS)), min_size=1, max_size=4, unique=True)):
-        any_text = st.sampled_from([*TEXTS, *NUMBERS, *map(str, INTEGERS)])
-        out += [f"--{key}={draw(st.one_of(_texts(KEYS[key]), _texts(KEYS[key]), _texts(KEYS[key]), any_text))}"]
-    return out, draw(st.sampled_from([1, 2, 8]))
+    return [*flags(), *(f"--{key}={draw(_VALUES[key])}" for key in draw(_SOME_KEYS))], draw(_RANKS)
 
 
 def check(argv: list[str], ranks: int) -> None:

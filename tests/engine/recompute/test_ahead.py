@@ -30,7 +30,7 @@ from parallel.process_group import World
 from tests.distributed import run_ranks
 from tests.engine.small import small
 from tests.parity.cases import MODELS, Case
-from tests.parity.climb import CPU, FEW_IMAGES, Climb, climb, close
+from tests.parity.climb import CPU, Climb, climb, close
 
 STEPS = 2
 Place = tuple[int, int | None]
@@ -73,7 +73,7 @@ def _run(world: World, grid: Grid, case: Case, save: str, ahead: str) -> Ran:
     config = replace(case.config(), recompute=RecomputeConfig(policy=save, ahead=ahead))  # type: ignore[arg-type]
     ran = Ran(Climb())
     with _watched(ran) as steppers:
-        ran.climb = climb(world, config, steppers.append, steps=STEPS, images=FEW_IMAGES, given=grid)
+        ran.climb = climb(world, config, steppers.append, steps=STEPS, given=grid)
     program = steppers[0].assembly.schedule.ranks[grid.pipeline.index]
     ran.planned = {(a.stage, a.micro_batch) for a in program if a.kind is ActionKind.RECOMPUTE}
     return ran
