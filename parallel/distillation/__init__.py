@@ -1,0 +1,22 @@
+"""Losses between what a student and its teachers make of the same images (`docs/distillation.md`); knows no model.
+
+Each gives this rank's share, in fp32: the sum over ranks is the whole. Nothing goes backward to a teacher.
+"""
+
+from parallel.distillation.embeddings import cosine_distance
+from parallel.distillation.moments import Moments
+from parallel.distillation.relations import gram_difference, map_divergence, relation_divergence
+from parallel.distillation.rkd import angle_difference, distance_difference
+from parallel.distillation.split import resplit_heads, tokens_of_all
+
+__all__ = [
+    "Moments",
+    "angle_difference",
+    "cosine_distance",
+    "distance_difference",
+    "gram_difference",
+    "map_divergence",
+    "relation_divergence",
+    "resplit_heads",
+    "tokens_of_all",
+]
