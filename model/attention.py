@@ -28,14 +28,14 @@ from model.regions import Regions
 from model.relative import relative_bias, relative_table
 from model.sizes import Tokens
 from model.tables import WithTables
-from model.taps import Tapped
+from model.taps import Site, Tapped
 from parallel import comm
 from parallel.context import attend_everywhere, heads_to_tokens, share_first, sum_over, tokens_to_heads
 from parallel.layout import Init, ParameterInfo, TensorLayout, make_parameter
 from parallel.tensor.biased import biased_attention
 from parallel.tensor.products import attention
 
-_DENOMINATOR = 1e-6  # added to that of linear attention
+DENOMINATOR = 1e-6  # added to that of linear attention
 
 
 class Mixer(Protocol):
@@ -151,7 +151,7 @@ class LinearAttention(nn.Module):
             comm.all_reduce(sums, axis)
 
         over_ranks = reduce if axis.size > 1 else None
-        out = self.kernels.linear_attention(q, k, v, self.feature_map, _DENOMINATOR, reduce=over_ranks)
+        out = self.kernels.linear_attention(q, k, v, self.feature_map, DENOMINATOR, reduce=over_ranks)
         if self.conv_weight is not None:
             out = out + self._conv(v)
         return out.transpose(1, 2)
@@ -211,6 +211,7 @@ class Attention(WithTables, Tapped):
     def __init__(self, build: Build, kind: str, regions: Regions | None = None) -> None:
         super().__init__()
         self.regions = regions or Regions()
+        self.site = Site.of(build, kind)
         here, self.tokens = build.here, build.tokens.count
         self.heads, self.head_dim = build.part(here.heads), here.head_dim
         self.mixer: Mixer = MIXERS[kind](build, kind)

@@ -15,7 +15,7 @@ from model.blocks import Mlp
 from model.build import Build
 from model.inputs import MicroBatch
 from model.norm import Norm
-from model.taps import Tapped
+from model.taps import Site, Tapped
 from parallel.context import attend_everywhere, share_first, sum_over
 from parallel.layout import Init, ParameterInfo, TensorLayout, make_parameter
 from parallel.tensor import ColumnParallelLinear, RowParallelLinear, gather_rows
@@ -29,6 +29,7 @@ class AttentionPool(Tapped):
 
     def __init__(self, build: Build) -> None:
         super().__init__()
+        self.site = Site.of(build, "probe")
         here, tp = build.here, build.tp
         self.tokens, self.heads, self.head_dim = build.tokens, build.part(here.heads), here.head_dim
         width, head = here.width, here.head_dim

@@ -12,9 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor, nn
+
+from model.build import Build
+from model.sizes import StageSizes, Tokens
+from parallel.layout import split_range
 
 if TYPE_CHECKING:
     from model.stage import Layers
@@ -34,9 +39,33 @@ class Tap(Protocol):
         """
 
 
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """Where a layer attends.
+
+    Attributes:
+        kind: of attention, or `probe`. here: numbers of its stage. tokens: those that this rank holds. heads: likewise.
+        feature_map: of linear attention.
+    """
+
+    kind: str
+    here: StageSizes
+    tokens: Tokens
+    heads: range
+    feature_map: str
+
+    @staticmethod
+    def of(build: Build, kind: str) -> Site:
+        """Of a layer that is being built."""
+        heads = range(*split_range(build.here.heads, build.tp.size, build.tp.axis.index))
+        feature_map = build.config.feature_map or "elu"
+        return Site(kind=kind, here=build.here, tokens=build.tokens, heads=heads, feature_map=feature_map)
+
+
 class Tapped(nn.Module):
     """An attention layer. Without a tap it costs a comparison."""
 
+    site: Site
     tap: Tap | None = None
 
 

@@ -21,7 +21,9 @@ from model.kernels import Backend, Kernels
 from model.layers import build_layers
 from model.pretrained import ModuleWeights, fill
 from model.resize import resize_weights
+from model.seeing.capture import Attended, Numbers, Queries, RowsTap, choose, joined
 from model.stage import Layers
+from model.taps import tapped, tapping
 from parallel.layout import attach_info, info_of
 from parallel.random import initialise
 
@@ -186,6 +188,30 @@ class VisionTransformer(Layers):
                 patches = x.unflatten(0, (batch.size, -1))[:, self.sizes.prefix :]
                 maps.append((patches.transpose(1, 2).unflatten(2, (here.rows, here.cols)), here.stride))
         return maps
+
+    @torch.no_grad()
+    def capture(
+        self,
+        images: Tensor,
+        *,
+        layers: Sequence[str | int] | None = None,
+        heads: Numbers = None,
+        queries: Queries = "all",
+    ) -> dict[str, Attended]:
+        """What tokens attend to: rows of attention by layer, fp32, whatever kernels run (docs/seeing.md).
+
+        Args:
+            images: [B, C, H, W]. layers, heads, queries: as of model.seeing.capture.choose.
+
+        Raises:
+            ValueError: there are no such layers, heads or tokens.
+        """
+        geometry = self._geometry(MicroBatch.of_images(images))
+        wanted, places = choose(geometry.config, layers, heads, queries), tapped(geometry)
+        taps = {name: RowsTap(places[name], of) for name, of in wanted.items()}
+        with tapping(geometry, taps):
+            self(images)
+        return joined((piece for tap in taps.values() for piece in tap.pieces), wanted, len(images))
 
     @torch.no_grad()
     def load(self, weights: Mapping[str, Tensor], source: ModelConfig | None = None) -> None:

@@ -22,6 +22,7 @@ from tests.distributed import once, run_ranks
 from tests.parity import plain_vit
 from tests.parity.cases import MODELS, STEPS, Case, cases
 from tests.parity.climb import EVAL_IMAGES, Climb, climb, climb_all, first_batches
+from tests.parity.plain_shapes import plain_shape
 
 LOSS, NORM, TENSOR = 1e-5, 1e-4, 1e-4
 TIMEOUT = {1: 60, 2: 240, 4: 480, 8: 560}  # seconds for all cases of a world size, beside another file of tests
@@ -92,13 +93,7 @@ def test_one_process_equals_a_plain_vit(model: str) -> None:
             decays[slot.name] = by_group[info_of(slot.parameter).decay]
 
     ours = climb(World(), config, before_training=keep)
-    m, sizes = config.model, config.model.sizes
-    shape = plain_vit.Shape(
-        patch=sizes.patch, heads=sizes.last.heads, depth=sizes.depth, block=m.block, position=m.position, pool=m.pool,
-        gelu=m.gelu, image=sizes.image, norm=m.norm, mlp=m.mlp, rope_base=m.rope_base, feature_map=m.feature_map,
-        eps=m.norm_eps, norm_after_pool=m.norm_after_pool,
-        stages=tuple(plain_vit.StageShape(s.depth, s.heads, s.kinds, s.window, s.grid) for s in sizes.stages),
-    )  # fmt: skip
+    shape = plain_shape(config.model)
     rates = [config.optimizer.lr * factor(config.schedule, step, STEPS) for step in range(STEPS)]
     losses, norms, first = plain_vit.train(
         weights,

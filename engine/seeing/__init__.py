@@ -1,0 +1,1 @@
+"""What a model that is spread over ranks attends to."""

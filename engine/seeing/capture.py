@@ -1,0 +1,77 @@
+"""Attention rows of a model in whatever layout: each rank computes those of its heads over its tokens of its images.
+
+Only rows travel, to the first rank, once: neither queries and keys nor whole maps, and nothing at all between layers.
+Context ranks share a row's normaliser while the pass runs, and queries, of which each is some rank's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.assemble import Assembly
+from model import MicroBatch
+from model.seeing.capture import Attended, RowsTap, Wanted, joined
+from model.taps import tapped, tapping
+from parallel import comm
+
+
+@torch.no_grad()
+def capture(assembly: Assembly, images: Tensor, wanted: Mapping[str, Wanted]) -> dict[str, Attended] | None:
+    """Rows of chosen layers, heads and queries. Collective.
+
+    Args:
+        assembly: of whatever objective whose list has these layers. images: [N, C, H, W], the same on every rank.
+            wanted: as model.seeing.capture.choose gives it, the same on every rank.
+
+    Returns:
+        As VisionTransformer.capture, on the first rank; None on the others.
+    """
+    batches = _dealt(assembly, images)
+    with ExitStack() as stack:
+        taps = list[RowsTap]()
+        for stage in assembly.stages.values():
+            places = tapped(stage)
+            own = {name: RowsTap(places[name], of) for name, of in wanted.items() if name in places}
+            stack.enter_context(tapping(stage, own))
+            stack.callback(stage.register_forward_pre_hook(partial(_tell, list(own.values()))).remove)
+            taps += own.values()
+        assembly.forwards(len(batches)).run(batches, lambda outputs, batch: outputs[0])
+    pieces = [piece for tap in taps for piece in tap.pieces]
+    found = comm.gather_objects_to_first(pieces, assembly.grid.world)
+    return None if found is None else joined((piece for of in found for piece in of), wanted, len(images))
+
+
+def _tell(taps: list[RowsTap], _: nn.Module, given: tuple[Any, MicroBatch]) -> None:
+    """Which images the stage's forward is about."""
+    for tap in taps:
+        tap.images = given[1].sample_ids
+
+
+def _dealt(assembly: Assembly, images: Tensor) -> list[MicroBatch]:
+    """This data rank's, filled up with black images of number -1, so that all have as many."""
+    data, micro = assembly.grid.data, assembly.config.train.micro_batch_size
+    assert micro is not None
+    count = -(-len(images) // (micro * data.size))
+    found = []
+    for number in range(count):
+        first = (number * data.size + data.index) * micro
+        ids = torch.arange(first, first + micro)
+        real = ids < len(images)
+        pixels = images.new_zeros(micro, *images.shape[1:])
+        pixels[real] = images[ids[real]]
+        found.append(
+            MicroBatch(
+                images=pixels.to(assembly.device) if assembly.holds_images else None,
+                labels=torch.zeros_like(ids).to(assembly.device),
+                sample_ids=torch.where(real, ids, -1).to(assembly.device),
+                weights=real.float().to(assembly.device),
+                training=False,
+            )
+        )
+    return found

@@ -1,0 +1,184 @@
+"""Rows of attention, computed again in fp32 from queries and keys: what share of its mixture a token takes of which.
+
+Fused kernels give no maps, and maps of all tokens are too large to keep; rows of chosen queries are not. All kinds of
+attention are of one form here: a row over all tokens of the image, zero where the kind sees nothing. That of linear
+attention is implied: what its sums, multiplied out, weight the values with (its convolution apart).
+
+Legend: B images, S tokens of an image, c of them on this rank, h heads on this rank, K head dim, Q queries.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.attention import DENOMINATOR, Attention, GroupedAttention
+from model.groups import grid, windows
+from model.kernels.reference import feature
+from model.taps import Site, Tapped
+from parallel import comm
+
+CHUNK_BYTES = 32 * 2**20
+"""Of rows that are computed at once; a few times this is taken beside what is asked for."""
+_POWER = 3  # of the focused feature map
+_GROUPED = ("window", "shifted_window", "grid", "global_tokens")
+
+
+def groups_of(site: Site) -> Tensor | None:
+    """int64 [S]: patches of equal numbers see each other, -1 for prefix tokens; None where the kind has no groups."""
+    if site.kind not in _GROUPED:
+        return None
+    here, prefix = site.here, site.tokens.prefix
+    if site.kind == "grid":
+        groups = grid(here.rows, here.cols, here.grid)
+    else:
+        groups = windows(here.rows, here.cols, here.window, shifted=site.kind == "shifted_window")
+    filled = groups.patches >= 0
+    numbers = torch.arange(len(groups.patches))[:, None] * (groups.region.max() + 1) + groups.region
+    found = torch.full((prefix + here.rows * here.cols,), -1)
+    found[prefix + groups.patches[filled]] = numbers[filled]
+    return found
+
+
+@dataclass(frozen=True)
+class Sight:
+    """How a layer sees.
+
+    Attributes:
+        site: of the layer. groups: as of `groups_of`. table: of relative positions [h, offsets], if there is one.
+    """
+
+    site: Site
+    groups: Tensor | None = None
+    table: Tensor | None = None
+
+    @staticmethod
+    def of(layer: Tapped) -> Sight:
+        """As the layer is now: a copy of its table, which may be gathered for one pass."""
+        mixer = layer.mixer if isinstance(layer, Attention) else None
+        table = mixer.relative_position if isinstance(mixer, GroupedAttention) else None
+        return Sight(layer.site, groups_of(layer.site), None if table is None else table.detach().clone())
+
+    @property
+    def total(self) -> int:
+        """S."""
+        t = self.site.tokens
+        return t.prefix + t.rows * t.cols
+
+    @property
+    def own(self) -> range:
+        """The tokens that this rank holds."""
+        t = self.site.tokens
+        return range(0 if t.own_prefix else t.prefix + t.first * t.cols, t.prefix + t.stop * t.cols)
+
+    def rows(self, q: Tensor, k: Tensor, queries: Tensor, heads: Tensor | slice = slice(None)) -> Tensor:
+        """What each query takes of this rank's tokens.
+
+        Collective over context ranks, whose shares of a row add up to 1 (of linear attention, nearly).
+
+        Args:
+            q: [B, Q, h, K], the queries, the same on all context ranks. k: [B, c, h, K]. queries: int64 [Q], which
+                tokens they are. heads: which of the table's the h are.
+
+        Returns:
+            [B, h, Q, c], fp32, or fp64 of fp64.
+        """
+        wide = torch.promote_types(q.dtype, torch.float32)
+        q, k = (x.to(wide).transpose(1, 2) for x in (q, k))
+        axis = self.site.tokens.context
+        if self.site.kind == "linear":
+            a, b = (feature(x, self.site.feature_map, _POWER) for x in (q, k))
+            weights = a @ b.transpose(-2, -1)
+            return weights / (comm.all_reduce(weights.sum(-1, keepdim=True), axis) + DENOMINATOR)
+        scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)
+        keys = torch.tensor(self.own)
+        if self.table is not None:
+            scores += self._bias(self.table[heads].to(wide).cpu(), queries, keys).to(scores.device)
+        if (sees := self._sees(queries, keys)) is not None:
+            scores.masked_fill_(~sees.to(scores.device), -math.inf)
+        if axis.size == 1:
+            return scores.softmax(-1)
+        weights = (scores - comm.all_reduce(scores.amax(-1, keepdim=True), axis, "max")).exp_()
+        return weights / comm.all_reduce(weights.sum(-1, keepdim=True), axis)
+
+    def _sees(self, queries: Tensor, keys: Tensor) -> Tensor | None:
+        """Bool [Q, c]; None if all see all."""
+        if self.site.kind == "causal":
+            return queries[:, None] >= keys
+        if self.groups is None:
+            return None
+        prefix = self.site.tokens.prefix
+        from_prefix, to_prefix = queries[:, None] < prefix, keys < prefix
+        same = self.groups[queries][:, None] == self.groups[keys]
+        return from_prefix | torch.where(to_prefix, self.site.kind == "global_tokens", same)
+
+    def _bias(self, table: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+        """Of relative positions [h, Q, c], zero for prefix tokens."""
+        (high, wide), prefix, cols = self.site.here.window_sides, self.site.tokens.prefix, self.site.tokens.cols
+        entry = torch.zeros(len(queries), len(keys), dtype=torch.int64)
+        for place, side, width in ((lambda x: x // cols, high, 2 * wide - 1), (lambda x: x % cols, wide, 1)):
+            apart = place(queries - prefix)[:, None] - place(keys - prefix)
+            entry += (apart.clamp(1 - side, side - 1) + side - 1) * width
+        patches = (queries >= prefix)[:, None] & (keys >= prefix)
+        return torch.where(patches, table[:, entry], 0)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a layer has attended with in one forward pass, on one rank of the context axis that has no other.
+
+    Attributes:
+        sight: of the layer. q: [B, Q, h, K], of all tokens or of the probe. k, v: [B, S, h, K]. grad: [B, Q, h, K], of
+            whatever was differentiated by what the heads give, if anything was.
+    """
+
+    sight: Sight
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    grad: Tensor | None = None
+
+    def chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Rows of all queries, some at a time: which, and [B, h, some, S]."""
+        for part in chunks_of(self.q.shape[1], self.k.shape[0] * self.k.shape[2] * self.sight.total):
+            yield part, self.sight.rows(self.q[:, part], self.k, torch.arange(part.start, part.stop))
+
+    def gradients(self, part: slice) -> Tensor:
+        """d(what was differentiated) / d(rows) [B, h, some, S], each entry taken for a variable of its own: that of the
+        mixture by the value. Also where nothing is seen."""
+        assert self.grad is not None
+        wide = torch.promote_types(self.v.dtype, torch.float32)
+        return torch.einsum("bqhk,bshk->bhqs", self.grad[:, part].to(wide), self.v.to(wide))
+
+
+def chunks_of(queries: int, row: int) -> Iterator[slice]:
+    """Parts of the queries that take CHUNK_BYTES at most, where each has so many numbers."""
+    step = max(1, CHUNK_BYTES // (4 * max(1, row)))
+    return (slice(start, min(start + step, queries)) for start in range(0, queries, step))
+
+
+def rows_of(sight: Sight, q: Tensor, k: Tensor, queries: Tensor, heads: Tensor) -> Tensor:
+    """Rows of chosen queries and heads, some at a time. Collective over context ranks.
+
+    Args:
+        q, k: [B, c, h, K], this rank's; of the probe q is [B, 1, h, K]. queries, heads: int64, of all tokens of the
+            image, and of this rank's heads.
+
+    Returns:
+        [B, len(heads), len(queries), c] on the CPU.
+    """
+    q, k = (x.detach()[:, :, heads.to(x.device)] for x in (q, k))
+    (b, c, h, _), own, axis = k.shape, sight.own, sight.site.tokens.context
+    out = torch.empty(b, h, len(queries), c, dtype=torch.promote_types(q.dtype, torch.float32))
+    for part in chunks_of(len(queries), b * h * sight.total):  # as many on all context ranks
+        tokens, chosen = queries[part], q
+        if sight.site.kind != "probe":
+            here = (tokens >= own.start) & (tokens < own.stop)
+            local = torch.where(here, tokens - own.start, 0).to(q.device)
+            chosen = comm.all_reduce(q[:, local] * here[:, None, None].to(q), axis)
+        out[:, :, part] = sight.rows(chosen, k, tokens, heads).cpu()
+    return out
