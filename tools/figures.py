@@ -97,11 +97,11 @@ def check_place(path: Path) -> Path:
     return places.check_place(path)
 
 
-def save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path, *, all_colors: bool = False) -> None:
     """Write the figure as PNG, whole or not at all: who looks at a picture meanwhile sees the earlier one.
 
-    In 256 colours, which takes a third of the bytes. The same figure gives the same bytes. Raises ConfigError if the
-    place cannot be written to.
+    In 256 colours, which takes a third of the bytes, unless there are photographs on it (`all_colors`). The same figure
+    gives the same bytes. Raises ConfigError if the place cannot be written to.
     """
     check_place(path)
     part = path.with_name(f".{path.name}.{os.getpid()}")
@@ -111,7 +111,8 @@ def save(figure: Figure, path: Path) -> None:
         canvas.draw()
     pixels = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
     try:
-        pixels.quantize(256, dither=Image.Dither.NONE).save(part, format="png", optimize=True)
+        fewer = pixels if all_colors else pixels.quantize(256, dither=Image.Dither.NONE)
+        fewer.save(part, format="png", optimize=True)
         part.replace(path)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}") from error

@@ -26,7 +26,7 @@ def photographs(channels: int, size: tuple[int, int], how: Preprocessing | None)
         how: they are prepared; None: as by default.
     """
     how = how or Preprocessing()
-    return torch.stack([_prepared(path, channels, size, how) for path in _paths()])
+    return torch.stack([prepared(path, channels, size, how) for path in _paths()])
 
 
 def _paths() -> list[Path]:
@@ -41,7 +41,8 @@ def _installed(package: str) -> Path:
     return Path(found.submodule_search_locations[0])
 
 
-def _prepared(path: Path, channels: int, size: tuple[int, int], how: Preprocessing) -> Tensor:
+def prepared(path: Path, channels: int, size: tuple[int, int], how: Preprocessing) -> Tensor:
+    """An image as the model is to see it [channels, rows, columns]."""
     from PIL import Image  # some seconds on a cold disk
 
     with Image.open(path) as image:

@@ -1,0 +1,62 @@
+"""What a score loses where the image is hidden: slow, and true of any model, so what faster methods are held against.
+
+Legend: B images, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Score = Callable[[Tensor], Tensor]
+"""Images [B, C, H, W] -> a number for each [B], of the same class of each image whatever is hidden."""
+
+
+@torch.no_grad()
+def occlusion(score: Score, images: Tensor, side: int, stride: int, fill: float = 0.0) -> Tensor:
+    """What the score loses when a square is hidden (Zeiler and Fergus 2014): [B, H, W], each pixel the mean over the
+    squares that cover it.
+
+    Args:
+        side, stride: of squares, in pixels; those at the right and at the bottom may be cut. fill: what hides, 0 being
+            the mean of normalised pixels.
+    """
+    b, _, high, wide = images.shape
+    before = score(images)
+    lost, times = images.new_zeros(b, high, wide), images.new_zeros(high, wide)
+    for top in range(0, high, stride):
+        for left in range(0, wide, stride):
+            square = (slice(top, top + side), slice(left, left + side))
+            hidden = images.clone()
+            hidden[:, :, *square] = fill
+            lost[:, *square] += (before - score(hidden))[:, None, None]
+            times[square] += 1
+    return lost / times
+
+
+@torch.no_grad()
+def rise(
+    score: Score, images: Tensor, *, masks: int = 1000, cells: int = 7, kept: float = 0.5, seed: int = 0,
+    fill: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """The mean score over random masks that leave a pixel visible (Petsiuk et al. 2018, RISE): [B, H, W].
+
+    Args:
+        masks: how many; the noise falls with their root. cells: a mask is a grid of so many cells a side, each visible
+            with the chance `kept`, enlarged smoothly and moved at random by less than a cell. seed: of the masks.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    b, _, high, wide = images.shape
+    tall, broad = -(-high // cells), -(-wide // cells)
+    total = images.new_zeros(b, high, wide)
+    for _ in range(masks):
+        grid = (torch.rand(1, 1, cells, cells, generator=generator) < kept).float()
+        size = ((cells + 1) * tall, (cells + 1) * broad)
+        large = F.interpolate(grid, size, mode="bilinear", align_corners=False)[0, 0]
+        top, left = (int(torch.randint(n, (), generator=generator)) for n in (tall, broad))
+        mask = large[top : top + high, left : left + wide].to(images)
+        total += score(images * mask + fill * (1 - mask))[:, None, None] * mask
+    return total / (masks * kept)

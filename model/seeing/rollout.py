@@ -1,0 +1,131 @@
+"""What the pooled vector owes to each token of the first layer, found backwards through the layers, a row at a time.
+
+The published methods multiply S x S matrices of all layers. Only one row of the product is looked at, that of the
+class token, or the mean of the pooled ones; a row times a matrix is S^2, and needs the matrix in parts only, each of
+which is made, used and forgotten. With A the mean over heads of a layer's rows, from the last layer to the first:
+
+- rollout: r <- r (A + I) / 2 (Abnar and Zuidema 2020, "Quantifying Attention Flow in Transformers");
+- relevance: r <- r (I + E), E = mean over heads of max(0, dA * A) (Chefer et al. 2021, "Generic Attention-model
+  Explainability", their rule for self-attention);
+- gradient rollout: r <- r N, N = I + E with its rows scaled to sum to 1.
+
+The probe of attention pooling is no token: its row of A or E is where r begins. Through a patch merge a merged patch's
+share is divided among its patches.
+
+Legend: B images, S tokens, h heads, Q queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Method = Literal["rollout", "relevance", "gradient_rollout"]
+METHODS: tuple[Method, ...] = ("rollout", "relevance", "gradient_rollout")
+
+
+class Mixing(Protocol):
+    """A layer's rows, in parts: model.seeing.rows.Seen, or Maps."""
+
+    def chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Which queries, and their rows [B, h, some, S]."""
+
+    def gradients(self, part: slice) -> Tensor:
+        """Of what was differentiated by these rows [B, h, some, S]."""
+
+
+@dataclass(frozen=True)
+class Maps:
+    """Rows that are there already.
+
+    Attributes:
+        rows, grad: [B, h, Q, S].
+    """
+
+    rows: Tensor
+    grad: Tensor | None = None
+
+    def chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        """As Mixing."""
+        yield slice(0, self.rows.shape[2]), self.rows
+
+    def gradients(self, part: slice) -> Tensor:
+        """As Mixing."""
+        assert self.grad is not None
+        return self.grad[:, :, part]
+
+
+@dataclass(frozen=True)
+class Merging:
+    """2 x 2 patches become one, between two stages of a pyramid.
+
+    Attributes:
+        prefix: tokens before the patches. rows, cols: of the map before.
+    """
+
+    prefix: int
+    rows: int
+    cols: int
+
+    def back(self, r: Tensor) -> Tensor:
+        """[B, S after] -> [B, S before], of the same sum. A patch that is filled up takes no part."""
+        high, wide = (self.rows + 1) // 2, (self.cols + 1) // 2
+        real = F.pad(torch.ones(self.rows, self.cols), (0, self.cols % 2, 0, self.rows % 2))
+        each = r[:, self.prefix :].unflatten(1, (high, wide)) / F.avg_pool2d(real[None], 2).to(r) / 4
+        patches = each.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, : self.rows, : self.cols]
+        return torch.cat([r[:, : self.prefix], patches.flatten(1)], 1)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A forward pass, as far as tokens mix.
+
+    Attributes:
+        steps: blocks and patch merges, in order. start: [B, S], the share of each of the last layer's tokens in what
+            is pooled; None where a probe decides. probe: its rows.
+    """
+
+    steps: Sequence[Mixing | Merging]
+    start: Tensor | None = None
+    probe: Mixing | None = None
+
+
+def back_through(trace: Trace, method: Method) -> Tensor:
+    """[B, S] of the first layer's tokens; of rollout it sums to 1."""
+    r = _start(trace, method)
+    for step in reversed(trace.steps):
+        r = step.back(r) if isinstance(step, Merging) else _through(r, step, method)
+    return r
+
+
+def _start(trace: Trace, method: Method) -> Tensor:
+    if trace.probe is None:
+        assert trace.start is not None
+        return trace.start
+    ((part, rows),) = trace.probe.chunks()
+    r = _weighed(trace.probe, part, rows, method)[:, 0]
+    return r / r.sum(1, keepdim=True).clamp(min=torch.finfo(r.dtype).tiny) if method == "gradient_rollout" else r
+
+
+def _through(r: Tensor, layer: Mixing, method: Method) -> Tensor:
+    """r [B, S] by a layer's matrix."""
+    out = r * {"rollout": 0.5, "relevance": 1.0, "gradient_rollout": 0.0}[method]  # what goes by the residual stream
+    for part, rows in layer.chunks():
+        weights, own = _weighed(layer, part, rows, method), r[:, part]
+        if method == "rollout":
+            own = own / 2
+        elif method == "gradient_rollout":
+            own = own / (1 + weights.sum(-1))
+            out[:, part] += own
+        out += torch.einsum("bq,bqs->bs", own, weights)
+    return out
+
+
+def _weighed(layer: Mixing, part: slice, rows: Tensor, method: Method) -> Tensor:
+    """A or E [B, some, S]."""
+    return rows.mean(1) if method == "rollout" else (rows * layer.gradients(part)).clamp(min=0).mean(1)

@@ -1,0 +1,120 @@
+"""A forward pass of a model with its attention noted, and, of a score, the gradients of what the heads give.
+
+Legend: B images, S tokens of the last stage, P prefix tokens, h heads, K head dim, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.heads import AttentionPool
+from model.inputs import MicroBatch
+from model.seeing.capture import PROBE
+from model.seeing.rollout import Merging, Mixing, Trace
+from model.seeing.rows import Seen, Sight
+from model.taps import Tapped, tapped, tapping
+from model.vit import VisionTransformer
+
+Score = Callable[[Tensor], Tensor]
+"""What the model gives [B, C] -> a number for each image [B], to be explained."""
+
+
+def top_class(outputs: Tensor) -> Tensor:
+    """The largest logit of each image."""
+    return outputs.amax(1)
+
+
+class _Note:
+    """Of one layer: what it attends with, and what its heads give."""
+
+    def __init__(self, layer: Tapped) -> None:
+        self.layer = layer
+        self.out: Tensor | None = None
+
+    def tap(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As Tap."""
+        self.sight, self.q, self.k, self.v = Sight.of(self.layer), q.detach(), k.detach(), v.detach()
+        return q, k, v
+
+    def listen(self) -> Any:
+        """A handle of the hook that notes what the heads give."""
+        if isinstance(self.layer, AttentionPool):
+            return self.layer.proj.register_forward_pre_hook(lambda _, given: self._take(given[0]))
+        return self.layer.register_forward_hook(lambda _, __, out: self._take(out))
+
+    def _take(self, out: Tensor) -> None:
+        self.out = out
+
+    def seen(self, grad: Tensor | None) -> Seen:
+        """What there is to know."""
+        return Seen(self.sight, self.q, self.k, self.v, None if grad is None else grad.reshape(self.q.shape))
+
+
+def trace(model: VisionTransformer, images: Tensor, score: Score | None = None) -> tuple[Trace, Tensor]:
+    """Run the model on images [B, C, H, W], in evaluation.
+
+    Keeps q, k and v of every layer; with a score, autograd keeps what it keeps of a forward pass, too.
+
+    Args:
+        score: to be differentiated, or None.
+
+    Returns:
+        (what mixes tokens, what the model gives [B, C]).
+    """
+    assert not model.training, "in training drop-path leaves blocks out"
+    geometry = model._geometry(MicroBatch.of_images(images))
+    notes = {name: _Note(layer) for name, layer in tapped(geometry).items()}
+    with ExitStack() as stack:
+        stack.enter_context(tapping(geometry, {name: note.tap for name, note in notes.items()}))
+        if score is None:
+            stack.enter_context(torch.no_grad())
+        else:
+            stack.enter_context(torch.enable_grad())
+            images = images.detach().requires_grad_()
+            for note in notes.values():
+                stack.callback(note.listen().remove)
+        outputs: Tensor = model(images)
+        grads: tuple[Tensor | None, ...] = (None,) * len(notes)
+        if score is not None:
+            given = [note.out for note in notes.values() if note.out is not None]
+            grads = torch.autograd.grad(score(outputs).sum(), given)
+    seen = {name: note.seen(grad) for (name, note), grad in zip(notes.items(), grads, strict=True)}
+    probe = seen.pop(PROBE, None)
+    last = next(reversed(seen.values()))
+    start = None if probe else pooled_tokens(geometry.config).expand(len(images), -1).to(last.q.device)
+    return Trace(_with_merges(geometry.config, list(seen.values())), start, probe), outputs.detach()
+
+
+def _with_merges(config: ModelConfig, blocks: list[Seen]) -> list[Mixing | Merging]:
+    """The blocks, and the patch merges between stages."""
+    sizes, steps, done = config.sizes, list[Mixing | Merging](), 0
+    for stage in sizes.stages:
+        if stage.index:
+            before = sizes.stages[stage.index - 1]
+            steps.append(Merging(sizes.prefix, before.rows, before.cols))
+        steps += blocks[done : done + stage.depth]
+        done += stage.depth
+    return steps
+
+
+def pooled_tokens(config: ModelConfig) -> Tensor:
+    """[S], the share of each token in what a head without a probe pools: class tokens, patches, or half of each."""
+    sizes = config.sizes
+    shares = torch.zeros(sizes.tokens_of(sizes.last.index))
+    if config.pool != "gap":
+        shares[: sizes.class_tokens] = 1 / sizes.class_tokens
+    if config.pool != "cls":
+        shares[sizes.prefix :] = 1 / (len(shares) - sizes.prefix)
+    return shares / shares.sum()
+
+
+def map_of(config: ModelConfig, tokens: Tensor) -> Tensor:
+    """[B, S] of the first stage's tokens -> [B, rows, cols] of its patches."""
+    first = config.sizes.stages[0]
+    return tokens[:, config.sizes.prefix :].unflatten(1, (first.rows, first.cols))

@@ -1,0 +1,202 @@
+"""What is made of attention rows, against the published formulas written out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import networkx
+import pytest
+import torch
+from torch import Tensor
+
+from model import MicroBatch, ModelConfig, VisionTransformer
+from model.seeing.features import POSITIONAL, clusters, components, outliers
+from model.seeing.flow import attention_flow
+from model.seeing.lens import patch_logits
+from model.seeing.measures import entropy, mean_distance, stretched
+from model.seeing.perturb import occlusion, rise
+from model.seeing.rollout import METHODS, Maps, Merging, Trace, back_through
+from model.seeing.trace import map_of, pooled_tokens, trace
+from tests.model.small import TINY
+from tests.parity import plain_vit
+from tests.parity.cases import MODELS
+from tests.parity.plain_shapes import images_of, plain_shape
+
+B, H, S = 2, 3, 7
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def maps(total: int = S) -> Maps:
+    return Maps(torch.randn(B, H, total, total).softmax(-1), torch.randn(B, H, total, total))
+
+
+def matrix(of: Maps, method: str) -> Tensor:
+    """The published matrix of one layer [B, S, S]."""
+    eye = torch.eye(of.rows.shape[-1])
+    if method == "rollout":
+        added = of.rows.mean(1) + eye
+        return added / added.sum(-1, keepdim=True)
+    assert of.grad is not None
+    added = torch.relu(of.rows * of.grad).mean(1) + eye
+    return added / added.sum(-1, keepdim=True) if method == "gradient_rollout" else added
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_row_is_that_of_the_product_of_matrices(method: Any) -> None:
+    layers, start = [maps() for _ in range(3)], torch.rand(B, S)
+    product = torch.eye(S).expand(B, -1, -1)
+    for layer in layers:
+        product = matrix(layer, method) @ product
+    expected = torch.einsum("bs,bst->bt", start, product)
+    assert torch.allclose(back_through(Trace(layers, start), method), expected, rtol=1e-5)
+
+
+def test_through_a_patch_merge() -> None:
+    """Of 3 x 5 patches, 2 x 3; a prefix token goes by itself."""
+    merging = Merging(prefix=1, rows=3, cols=5)
+    back = merging.back(torch.eye(7))
+    assert torch.equal(back[0], torch.eye(16)[0])
+    assert torch.equal(back[1, 1:].view(3, 5)[:2, :2], torch.full((2, 2), 0.25)) and back[1].sum() == 1
+    assert torch.equal(back[3, 1:].view(3, 5)[:2, 4], torch.full((2,), 0.5)) and back[3].sum() == 1
+    assert back[6, 15] == 1 and back[6].sum() == 1
+
+
+def explained(model: VisionTransformer, images: Tensor, method: str, patch: pytest.MonkeyPatch) -> Tensor:
+    """The same by matrices, of a plain ViT whose attention weights are differentiated by autograd."""
+    layers, shape = list[Tensor](), plain_shape(model.config)
+    for name in ("softmax_attention", "linear_attention"):
+        usual = getattr(plain_vit, name)
+
+        def written_out(q: Tensor, k: Tensor, v: Tensor, *more: Any, usual: Any = usual) -> Tensor:
+            weights = usual(q, k, torch.eye(k.shape[2]).expand(*k.shape[:2], -1, -1), *more)
+            weights.retain_grad()
+            layers.append(weights)
+            y: Tensor = weights @ v
+            return y
+
+        patch.setattr(plain_vit, name, written_out)
+    weights = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    plain_vit.logits(weights, images, shape).amax(1).sum().backward()
+    found = [Maps(rows.detach(), rows.grad) for rows in layers]
+    sizes = model.sizes
+    if model.config.pool != "map":
+        row = pooled_tokens(model.config).expand(len(images), -1)
+    else:
+        probe = found.pop()
+        assert probe.grad is not None
+        own = probe.rows.mean(1) if method == "rollout" else torch.relu(probe.rows * probe.grad).mean(1)
+        row = own[:, 0] / (own[:, 0].sum(1, keepdim=True) if method == "gradient_rollout" else 1)
+    for stage in reversed(sizes.stages):
+        for _ in range(stage.depth):
+            row = torch.einsum("bs,bst->bt", row, matrix(found.pop(), method))
+        if stage.index:
+            before = sizes.stages[stage.index - 1]
+            row = Merging(sizes.prefix, before.rows, before.cols).back(row)
+    return row
+
+
+@pytest.mark.parametrize("name", ["parallel", "sequential", "kinds", "pyramid", "beside"])
+def test_of_a_model_as_autograd_finds_it_on_a_plain_vit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = VisionTransformer(replace(MODELS[name], drop_path=0.0)).eval()
+    images = images_of(model.config)
+    noted, outputs = trace(model, images, lambda logits: logits.amax(1))
+    assert torch.equal(outputs, model.logits(images))
+    for method in METHODS:
+        if name == "kinds" and method == "rollout":  # linear attention's rows do not quite sum to 1
+            continue
+        with monkeypatch.context() as patch:
+            expected = explained(model, images, method, patch)
+        assert torch.allclose(back_through(noted, method), expected, rtol=2e-3, atol=1e-7), method
+    assert map_of(model.config, back_through(noted, "rollout")).shape[1:] == (
+        model.sizes.stages[0].rows, model.sizes.stages[0].cols,
+    )  # fmt: skip
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_flow_is_that_of_another_solver() -> None:
+    layers = [torch.randn(S, S).mul(2).softmax(-1) for _ in range(3)]
+    start = torch.tensor([0.0, 0.25, 0.25, 0.5, 0, 0, 0])
+    found = {kept: attention_flow(layers, start, kept) for kept in (S, 3)}
+    for kept, flow in found.items():
+        graph = networkx.DiGraph()
+        for level, rows in enumerate(layers):
+            capacities = rows / 2 + torch.eye(S) / 2
+            weakest = capacities.sort(1, descending=True)[0][:, kept - 1]
+            for i in range(S):
+                for j in range(S):
+                    if capacities[i, j] >= weakest[i]:
+                        graph.add_edge((level + 1, i), (level, j), capacity=float(capacities[i, j]))
+        for i in range(S):
+            graph.add_edge("source", (len(layers), i), capacity=float(start[i]))
+        expected = [networkx.maximum_flow_value(graph, "source", (0, j)) for j in range(S)]
+        assert torch.allclose(flow, torch.tensor(expected), atol=2e-5), (kept, flow, expected)
+    assert (found[3] <= found[S] + 1e-6).all() and (found[3] < found[S] - 1e-3).any()
+
+
+def test_measures_by_hand() -> None:
+    rows = torch.zeros(1, 2, 2, 5)  # a prefix token, 2 x 2 patches; queries are the prefix token and the first patch
+    rows[0, 0, :, 1] = 1.0  # sees the first patch alone
+    rows[0, 1] = 0.2
+    assert torch.allclose(entropy(rows), torch.tensor([[0.0, 1.609438]]))
+    distance = mean_distance(rows, torch.tensor([0, 1]), (2, 2), 1)
+    assert torch.allclose(distance, torch.tensor([[0.0, (1 + 1 + 2**0.5) / 4]]))
+    bright = torch.arange(100.0).view(1, 10, 10)
+    bright[0, 9, 9] = 1e6
+    assert stretched(bright, 0, 98)[0, 5, 0] > 0.4 and stretched(torch.ones(1, 2, 2)).sum() == 0
+
+
+def test_hiding_parts_finds_what_a_score_is_made_of() -> None:
+    weight = torch.zeros(8, 8)
+    weight[2:4, 4:6] = 1.0
+
+    def score(images: Tensor) -> Tensor:
+        return (images[:, 0] * weight).sum((1, 2))
+
+    images = torch.ones(2, 1, 8, 8)
+    assert torch.equal(occlusion(score, images, 2, 2)[1], weight * 4)
+    found = rise(score, images, masks=400, cells=4)
+    assert (weight.flatten()[found.flatten(1).argmax(1)] == 1).all()
+    assert found[:, weight > 0].min() > found[:, 6:].max() and torch.equal(found[0], found[1])
+    assert torch.equal(found, rise(score, images, masks=400, cells=4))
+
+
+def test_features() -> None:
+    b, n, d = 6, 16, 12
+    place, content = torch.randn(n, 1), torch.randn(b, n, 1)
+    one, other = torch.eye(d)[:2]
+    features = 3 * place * one + 2 * content * other + 0.01 * torch.randn(b, n, d)
+    found = components(features, 2)
+    assert found.values.shape == (b, n, 2) and found.explained.sum() > 0.99
+    assert found.positional[0] > POSITIONAL > found.positional[1]
+    ordinary = torch.nn.functional.normalize(torch.randn(b, n, d), dim=-1) * (10 + torch.rand(b, n, 1))
+    assert not outliers(ordinary).any()
+    ordinary[3, 5] *= 10
+    assert outliers(ordinary).nonzero().tolist() == [[3, 5]]
+    groups = torch.where((torch.arange(n) < 5)[:, None], one, other) + 0.01 * torch.randn(b, n, d)
+    labels = clusters(groups, 2)
+    assert (labels[:, :5] == labels[0, 0]).all() and (labels[:, 5:] == 1 - labels[0, 0]).all()
+
+
+@pytest.mark.parametrize("pool", ["gap", "map"])
+def test_the_lens_is_the_head_on_one_patch(pool: Any) -> None:
+    model = VisionTransformer(replace(TINY, pool=pool, registers=1)).eval()
+    rows = torch.randn(2, 16, 16)
+    found = patch_logits(model, rows)
+    head: Any = model.get_submodule("head")
+    with torch.no_grad():
+        if pool == "gap":  # each patch's share of the mean: the classifier is linear
+            whole = torch.cat([torch.zeros(2, 1, 16), rows], 1)
+            expected, found = head(whole.flatten(0, 1), MicroBatch.of_images(torch.zeros(2, 1))), found.mean(1)
+        else:  # a probe that may see that patch alone
+            x = head.norm(torch.cat([torch.zeros(2, 1, 16), rows], 1)).flatten(0, 1)
+            mask = torch.zeros(2, 17, dtype=torch.bool)
+            mask[:, 6], found = True, found[:, 5]
+            expected = head.fc(head.pool(x, MicroBatch.of_images(torch.zeros(2, 1)), mask))
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="pool cls"):
+        patch_logits(VisionTransformer(ModelConfig(**{**TINY.__dict__, "pool": "cls"})), rows)

@@ -1,0 +1,118 @@
+"""`python -m tools.visualize`: pictures and arrays of every method, from a checkpoint and a folder of images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from engine.errors import ConfigError
+from model import VisionTransformer
+from model.seeing.trace import map_of, trace
+from parallel.process_group import World
+from tests.model.small import TINY
+from tools.visualize import __main__ as command
+from tools.visualize.methods import METHODS
+from tools.visualize.pictures import Scene, enlarged
+
+NAMES = ("one.png", "two.png", "sub/one.png")
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a checkpoint, and images of other sizes than the model's, one of them grey."""
+    folder = tmp_path_factory.mktemp("seeing")
+    torch.manual_seed(0)
+    VisionTransformer(replace(TINY, pool="gap", registers=1, in_channels=3)).save_pretrained(folder / "model")
+    (folder / "images/sub").mkdir(parents=True)
+    for i, name in enumerate(NAMES):
+        pixels = (np.arange(20 * 12 * 3).reshape(20, 12, 3) * (7 + i) % 256).astype(np.uint8)
+        image = Image.fromarray(pixels)
+        (image.convert("L") if i == 1 else image).save(folder / "images" / name)
+    return folder
+
+
+def run(places: Path, out: Path, method: str, *more: str) -> int:
+    argv = ["--checkpoint", str(places / "model"), "--images", str(places / "images"), "--method", method]
+    return command.main([*argv, "--out", str(out), *more], World())
+
+
+@pytest.fixture(autouse=True)
+def _as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "prepare_cpu", lambda world: None)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method(method: str, places: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(places, tmp_path / "out", method, "--masks", "10", "--clusters", "3", "--batch", "2") == 0
+    written = sorted(path.name for path in (tmp_path / "out").iterdir())
+    pictures = [f"{method}-{name}.png" for name in ("contact", "one-0", "one-1", "two")]
+    assert written == sorted([*pictures, f"{method}.npz"])
+    for name in pictures:
+        with Image.open(tmp_path / "out" / name) as picture:
+            assert picture.size[0] > 100 and len(picture.convert("RGB").getcolors(10**6) or []) > 20
+    arrays = np.load(tmp_path / "out" / f"{method}.npz")
+    assert [Path(name).name for name in arrays["images"]] == ["one.png", "one.png", "two.png"]
+    assert all(len(arrays[name]) == 3 for name in arrays)
+    assert all(np.isfinite(arrays[name]).all() for name in arrays if name != "images")
+    said = capsys.readouterr().out
+    assert ("entropy" in said) == (method == "heads") and ("variance" in said) == (method == "pca")
+    if method == "heads":
+        assert arrays["blocks.1/head 3"].shape == (3, 4, 4) and arrays["blocks.0.entropy"].shape == (3, 4)
+    if method == "rollout":  # patches, and the register
+        assert np.allclose(arrays["tokens"].sum(1), 1, atol=1e-5)
+
+
+def test_of_one_patch_and_some_layers(places: Path, tmp_path: Path) -> None:
+    """What that patch attends to, as capture gives it."""
+    options = ("--query", "2,1", "--layers", "1", "--heads", "3")
+    assert run(places, tmp_path, "heads", *options) == 0
+    found = np.load(tmp_path / "heads.npz")
+    model = VisionTransformer.from_pretrained(places / "model")
+    images = torch.stack(
+        [command._read(path, model, model.preprocessing or command.Preprocessing()) for path in
+         command.images_in(places / "images", 9)]
+    )  # fmt: skip
+    expected = model.capture(images, layers=[1], heads=[3], queries=[1 + 2 * 4 + 1])["blocks.1"].maps[:, 0, 0]
+    assert np.allclose(found["blocks.1/head 3"], expected, atol=1e-6)
+    assert map_of(model.config, trace(model, images)[0].start).sum() == pytest.approx(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("words", "method", "more"),
+    [
+        ("blocks 0 to 1", "heads", ("--layers", "5")), ("heads 0 to 3", "heads", ("--heads", "4")),
+        ("4 rows", "mean", ("--query", "4,0")), ("a row and a column", "mean", ("--query", "4")),
+        ("classes 0 to 4", "chefer", ("--target", "5")), ("48 patches", "clusters", ("--clusters", "49")),
+        ("invalid choice", "gradcam", ()),
+    ],
+)  # fmt: skip
+def test_refusals(words: str, method: str, more: Sequence[str], places: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=words):
+        run(places, tmp_path, method, *more)
+
+
+def test_no_images(places: Path, tmp_path: Path) -> None:
+    for folder, words in ((tmp_path, "has no image"), (tmp_path / "none", "no such folder")):
+        with pytest.raises(ConfigError, match=words):
+            command.images_in(folder, 3)
+
+
+def test_a_map_lies_over_its_own_pixels() -> None:
+    """Of 2 x 2 patches of 4 pixels, of which the image does not fill the last; of a later stage; of pixels."""
+    scene = Scene("", np.zeros((8, 5, 3), np.float32), 4)
+    field = torch.tensor([[0.0, 1], [2, 3]])[..., None]
+    grid = enlarged(field, scene, smooth=False)[..., 0]
+    times = len(grid) // 8
+    assert times > 20 and grid.shape == (8 * times, 5 * times)
+    assert (grid[: 4 * times, : 4 * times] == 0).all() and (grid[4 * times :, 4 * times :] == 3).all()
+    smooth = enlarged(field, scene, smooth=True)[..., 0]
+    assert smooth[0, 0] == 0 and smooth[-1, 0] == 2 and np.isclose(smooth[4 * times - 1 : 4 * times + 1, 0].mean(), 1)
+    assert (enlarged(field[:1, :1] + 7, scene, smooth=True) == 7).all()
+    pixels = torch.arange(40.0).view(8, 5, 1)
+    assert np.array_equal(enlarged(pixels, scene, smooth=False)[::times, ::times], pixels.numpy())

@@ -1,0 +1,164 @@
+"""`python -m tools.visualize --checkpoint PATH --images FOLDER --method NAME --out DIR`: what a model attends to.
+
+The checkpoint is of any layout, or what tools.convert reads. Images are prepared as the model was trained to see them.
+Written to DIR: METHOD-IMAGE.png for each image, METHOD-contact.png, and METHOD.npz with the arrays, unscaled.
+
+Exit codes: 0 done, 2 it cannot be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.device import prepare_cpu
+from engine.errors import EXIT_DONE, ConfigError
+from engine.run.launch import run_rank
+from model import VisionTransformer
+from model.formats.base import Preprocessing
+from parallel.process_group import World
+from tools.convert.images import prepared
+from tools.options import COUNT, number
+from tools.visualize.methods import METHODS, Asked, Shown, of_heads
+
+PROGRAM = "tools.visualize"
+_JOINT = ("pca", "clusters")  # of all images together
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def main(argv: Sequence[str], world: World) -> int:
+    """Draw, and print where. Returns the exit code.
+
+    Raises:
+        ConfigError: what was asked for cannot be.
+    """
+    options = _options(argv)
+    paths = images_in(options.images, options.most)
+    prepare_cpu(world)
+    try:
+        model = VisionTransformer.from_pretrained(options.checkpoint, weights=options.weights)
+    except ValueError as error:
+        raise ConfigError(f"--checkpoint: {error}") from error
+    how = model.preprocessing or Preprocessing()
+    images = torch.stack([_read(path, model, how) for path in paths])
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {options.out} cannot be made: {error.strerror}") from error
+    asked = Asked(
+        layers=options.layers, heads=options.heads, query=options.query, target=options.target, masks=options.masks,
+        clusters=options.clusters,
+    )  # fmt: skip
+    began = time.perf_counter()
+    batches = [images] if options.method in _JOINT else images.split(options.batch)
+    shown = joined([METHODS[options.method](model, batch, asked) for batch in batches])
+    seconds = time.perf_counter() - began
+
+    from tools.visualize.pictures import draw_all, scenes  # matplotlib: half a second
+
+    for line in [*shown.says, *of_heads(shown)]:
+        print(line)
+    _store(shown, paths, options.out / f"{options.method}.npz")
+    written = draw_all(shown, scenes(_names(paths), images, how, model.sizes.patch), options.method, options.out)
+    print(f"{len(images)} images in {seconds:.2f} s, {seconds / len(images) * 1000:.1f} ms each, without drawing")
+    print(f"{options.out}: {len(written)} pictures, {options.method}.npz")
+    return EXIT_DONE
+
+
+def _options(argv: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="PATH", help="a run, a step, or a model")
+    parser.add_argument("--images", type=Path, required=True, metavar="FOLDER", help="of images, or one image")
+    parser.add_argument("--method", required=True, choices=METHODS, metavar="NAME", help=f"one of {', '.join(METHODS)}")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where pictures go; made if need be")
+    parser.add_argument(
+        "--weights", choices=("weights", "average"), default="weights", help="their moving average, if the run kept one"
+    )
+    parser.add_argument("--layers", type=_numbers, metavar="N,N", help="heads, mean: blocks (default: all)")
+    parser.add_argument("--heads", type=_numbers, metavar="N,N", help="heads: which (default: all)")
+    parser.add_argument(
+        "--query", type=_numbers, metavar="ROW,COL", help="heads, mean: a patch (default: what the head pools)"
+    )
+    parser.add_argument("--target", type=int, metavar="N", help="the class to explain (default: the most likely)")
+    parser.add_argument("--masks", type=number(COUNT), default=1000, help="rise: how many")
+    parser.add_argument("--clusters", type=number(COUNT), default=5, help="clusters: how many")
+    parser.add_argument("--batch", type=number(COUNT), default=8, help="images at once")
+    parser.add_argument("--most", type=number(COUNT), default=32, help="images in all, in order of their names")
+    options = parser.parse_args(argv)
+    if options.query is not None and len(options.query) != 2:
+        raise ConfigError("--query takes a row and a column, such as 3,5")
+    return options
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text} is not numbers, such as 0,3") from error
+
+
+def images_in(folder: Path, most: int) -> list[Path]:
+    """The first images of a folder, by name; or the one image.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    if folder.is_file():
+        return [folder]
+    if not folder.is_dir():
+        raise ConfigError(f"--images {folder}: there is no such folder")
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
+    if not found:
+        raise ConfigError(f"--images {folder} has no image: files that end with {', '.join(_SUFFIXES)}")
+    return found[:most]
+
+
+def _read(path: Path, model: VisionTransformer, how: Preprocessing) -> Tensor:
+    try:
+        return prepared(path, model.sizes.channels, model.sizes.image, how)
+    except OSError as error:
+        raise ConfigError(f"{path} is no image that can be read: {error}") from error
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """For files: without what two could share."""
+    stems = [path.stem for path in paths]
+    return [stem if stems.count(stem) == 1 else f"{stem}-{i}" for i, stem in enumerate(stems)]
+
+
+def joined(parts: Sequence[Shown]) -> Shown:
+    """Of several batches."""
+    last = parts[-1]
+
+    def cat(which: str) -> dict[tuple[str, str], Tensor]:
+        return {key: torch.cat([getattr(part, which)[key] for part in parts]).cpu() for key in getattr(last, which)}
+
+    arrays = {name: torch.cat([part.arrays[name] for part in parts]).cpu() for name in last.arrays}
+    return replace(last, maps=cat("maps"), colors=cat("colors"), arrays=arrays)
+
+
+def _store(shown: Shown, paths: Sequence[Path], out: Path) -> None:
+    tensors = {"/".join(filter(None, key)): x for key, x in (shown.maps | shown.colors).items()} | shown.arrays
+    arrays: dict[str, Any] = {name: x.detach().numpy() for name, x in tensors.items()}
+    try:
+        np.savez_compressed(out, images=np.array([str(path) for path in paths]), **arrays)
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be written: {error.strerror}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(run_rank(main, sys.argv[1:], PROGRAM, alone=True))

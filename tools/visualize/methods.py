@@ -1,0 +1,265 @@
+"""Methods by name: from a model and images to maps of patches.
+
+Legend: B images, S tokens, h heads, C classes, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from engine.errors import ConfigError
+from model import VisionTransformer
+from model.seeing.features import POSITIONAL, clusters, components, outliers
+from model.seeing.flow import attention_flow
+from model.seeing.lens import patch_logits
+from model.seeing.measures import entropy, mean_distance
+from model.seeing.perturb import occlusion, rise
+from model.seeing.rollout import Merging, Method, Mixing, Trace, back_through
+from model.seeing.rows import Seen
+from model.seeing.trace import map_of, trace
+
+_MOST_MASKED = 128  # images that RISE or occlusion run at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What the command line says.
+
+    Attributes:
+        layers: numbers of blocks; None: all. heads: numbers, or None. query: row and column of a patch of the first
+            stage; None: what is pooled. target: the class to be explained; None: that of the largest logit. masks,
+            clusters: how many.
+    """
+
+    layers: tuple[int, ...] | None = None
+    heads: tuple[int, ...] | None = None
+    query: tuple[int, int] | None = None
+    target: int | None = None
+    masks: int = 1000
+    clusters: int = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """What there is to draw, and to store.
+
+    Attributes:
+        maps: [B, rows, cols] by names of a line and a column of a sheet. colors: [B, rows, cols, 3] in 0..1, likewise.
+        arrays: anything else to be stored, by name. says: lines to print.
+    """
+
+    maps: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    colors: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    arrays: dict[str, Tensor] = field(default_factory=dict)
+    says: list[str] = field(default_factory=list)
+
+
+def heads(model: VisionTransformer, images: Tensor, asked: Asked) -> Shown:
+    """What each head takes of each patch, and how spread and how far it looks."""
+    noted, _ = trace(model, images)
+    shown, arrays = dict[tuple[str, str], Tensor](), dict[str, Tensor]()
+    for name, layer in _layers(noted, asked):
+        row, spread, far = _row(layer, asked, model)
+        arrays |= {f"{name}.entropy": spread, f"{name}.distance": far}
+        for head in asked.heads or range(row.shape[1]):
+            if head >= row.shape[1]:
+                raise ConfigError(f"--heads {head}: {name} has heads 0 to {row.shape[1] - 1}")
+            shown[name, f"head {head}"] = _patches(row[:, head], layer)
+    return Shown(maps=shown, arrays=arrays)
+
+
+def of_heads(shown: Shown) -> list[str]:
+    """Lines: how spread each head looks, and how far, on average over images."""
+    found = []
+    for name in (name.removesuffix(".entropy") for name in shown.arrays if name.endswith(".entropy")):
+        spread, far = (shown.arrays[f"{name}.{what}"].mean(0) for what in ("entropy", "distance"))
+        for head, (nats, patches) in enumerate(zip(spread.tolist(), far.tolist(), strict=True)):
+            found.append(f"{name:<10} head {head:<3} entropy {nats:6.3f} nats, distance {patches:6.2f} patches")
+    return found
+
+
+def mean(model: VisionTransformer, images: Tensor, asked: Asked) -> Shown:
+    """The mean over heads, layer by layer."""
+    noted, _ = trace(model, images)
+    rows = {name: _patches(_row(layer, asked, model)[0].mean(1), layer) for name, layer in _layers(noted, asked)}
+    return Shown(maps={(name, "mean of heads"): row for name, row in rows.items()})
+
+
+def _layers(noted: Trace, asked: Asked) -> list[tuple[str, Seen]]:
+    """Names and blocks that are asked for; the probe where all are."""
+    blocks = [step for step in noted.steps if isinstance(step, Seen)]
+    if wrong := [n for n in asked.layers or () if not 0 <= n < len(blocks)]:
+        raise ConfigError(f"--layers {wrong[0]}: there are blocks 0 to {len(blocks) - 1}")
+    found = [(f"blocks.{n}", blocks[n]) for n in (range(len(blocks)) if asked.layers is None else asked.layers)]
+    probe = isinstance(noted.probe, Seen) and asked.layers is None
+    return [*found, ("head", noted.probe)] if probe and isinstance(noted.probe, Seen) else found
+
+
+def _row(layer: Seen, asked: Asked, model: VisionTransformer) -> tuple[Tensor, Tensor, Tensor]:
+    """What each head takes of each token for what is asked for [B, h, S]; its entropy and distance
+    over all queries [B, h]."""
+    site, count = layer.sight.site, layer.q.shape[1]
+    weights = torch.ones(count) / count
+    if site.kind != "probe":
+        weights = _query(layer, asked, model)
+    row, parts = torch.zeros(()), list[tuple[int, Tensor, Tensor]]()
+    for part, rows in layer.chunks():
+        row = row + torch.einsum("q,bhqs->bhs", weights[part], rows)
+        tokens = torch.arange(part.start, part.stop)
+        far = mean_distance(rows, tokens, (site.here.rows, site.here.cols), site.tokens.prefix)
+        patches = int((tokens >= site.tokens.prefix).sum()) if site.kind != "probe" else 0
+        parts.append((patches, far.nan_to_num() * patches, entropy(rows) * len(tokens)))
+    total = max(1, sum(n for n, _, _ in parts))
+    spread = torch.stack([e for _, _, e in parts]).sum(0) / count
+    return row, spread, torch.stack([d for _, d, _ in parts]).sum(0) / total
+
+
+def _query(layer: Seen, asked: Asked, model: VisionTransformer) -> Tensor:
+    """Shares of queries [S]: one patch, the class tokens, or all patches."""
+    site, first = layer.sight.site, model.sizes.stages[0]
+    weights = torch.zeros(layer.sight.total)
+    if asked.query is not None:
+        if not (0 <= asked.query[0] < first.rows and 0 <= asked.query[1] < first.cols):
+            raise ConfigError(f"--query {asked.query}: there are {first.rows} rows and {first.cols} columns of patches")
+        stride = site.here.stride // first.stride
+        weights[site.tokens.prefix + asked.query[0] // stride * site.here.cols + asked.query[1] // stride] = 1
+    elif model.config.pool == "cls":
+        weights[: model.sizes.class_tokens] = 1 / model.sizes.class_tokens
+    else:
+        weights[site.tokens.prefix :] = 1 / (len(weights) - site.tokens.prefix)
+    return weights
+
+
+def _patches(row: Tensor, layer: Seen) -> Tensor:
+    """[B, S] -> [B, rows, cols] of the layer's own stage."""
+    here = layer.sight.site.here
+    return row[:, layer.sight.site.tokens.prefix :].unflatten(1, (here.rows, here.cols))
+
+
+def _back(name: Method, title: str) -> Callable[[VisionTransformer, Tensor, Asked], Shown]:
+    def found(model: VisionTransformer, images: Tensor, asked: Asked) -> Shown:
+        target = _targets(model, images, asked) if name != "rollout" else None
+        score = None if target is None else lambda outputs: outputs.gather(1, target[:, None])[:, 0]
+        noted, _ = trace(model, images, score)
+        tokens = back_through(noted, name)
+        return Shown(maps={(title, ""): map_of(model.config, tokens)}, arrays=_of(target) | {"tokens": tokens})
+
+    return found
+
+
+def flow(model: VisionTransformer, images: Tensor, asked: Asked) -> Shown:
+    """Attention flow."""
+    noted, _ = trace(model, images)
+    if any(isinstance(step, Merging) for step in noted.steps):
+        raise ConfigError("--method flow is for models whose tokens are the same in all layers: take rollout")
+    found = []
+    for image in range(len(images)):
+        maps = [_mean_map(step, image) for step in noted.steps if not isinstance(step, Merging)]
+        start = _mean_map(noted.probe, image)[0] if noted.probe is not None else None
+        begin = start if start is not None else noted.start
+        assert begin is not None
+        found.append(attention_flow(maps, begin if start is not None else begin[image]))
+    return Shown(maps={("attention flow", ""): map_of(model.config, torch.stack(found))})
+
+
+def _mean_map(layer: Mixing, image: int) -> Tensor:
+    """[Q, S] of one image, meaned over heads."""
+    return torch.cat([rows[image].mean(0) for _, rows in layer.chunks()], 0).cpu()
+
+
+def _targets(model: VisionTransformer, images: Tensor, asked: Asked) -> Tensor:
+    """Of each image, the class that is explained [B]."""
+    classes = model.sizes.classes
+    if not classes:
+        raise ConfigError("this model has no classes, and so no score to be explained: take --method rollout or heads")
+    if asked.target is not None:
+        if not 0 <= asked.target < classes:
+            raise ConfigError(f"--target {asked.target}: there are classes 0 to {classes - 1}")
+        return torch.full((len(images),), asked.target)
+    with torch.no_grad():
+        return model.logits(images).argmax(1)
+
+
+def _of(target: Tensor | None) -> dict[str, Tensor]:
+    return {} if target is None else {"target": target}
+
+
+def _hidden(model: VisionTransformer, images: Tensor, asked: Asked, how: str) -> Shown:
+    target = _targets(model, images, asked)
+
+    def score(shown: Tensor) -> Tensor:
+        outputs = torch.cat([model.logits(some) for some in shown.split(_MOST_MASKED)])
+        return outputs.softmax(1).gather(1, target[:, None])[:, 0]
+
+    patch = model.sizes.patch
+    if how == "occlusion":
+        found = occlusion(score, images, 2 * patch, patch)
+    else:
+        found = rise(score, images, masks=asked.masks, cells=min(7, *(side // patch for side in images.shape[2:])))
+    return Shown(maps={(how, ""): found}, arrays=_of(target))
+
+
+def _features(model: VisionTransformer, images: Tensor) -> Tensor:
+    """Of the last stage's patches, after the last block [B, rows, cols, D]."""
+    with torch.no_grad():
+        return model.features(images)[-1][0].permute(0, 2, 3, 1)
+
+
+def pca(model: VisionTransformer, images: Tensor, asked: Asked) -> Shown:
+    """Three principal components of patches as red, green and blue; what is artefact is told."""
+    features = _features(model, images)
+    grid, flat = features.shape[1:3], features.flatten(1, 2)
+    strange = outliers(flat)
+    found = components(torch.where(strange[..., None], flat.mean((0, 1)), flat))
+    low, high = found.values.flatten(0, 1).quantile(0.01, 0), found.values.flatten(0, 1).quantile(0.99, 0)
+    colors = ((found.values - low) / (high - low)).clamp(0, 1).unflatten(1, grid)
+    says = [
+        f"component {i}: {share:.1%} of the variance, {place:.0%} of it by the place alone"
+        + (", which shows where a patch is, not what" if place > POSITIONAL else "")
+        for i, (share, place) in enumerate(zip(found.explained.tolist(), found.positional.tolist(), strict=True))
+    ]
+    says.append(f"tokens of outlying norm (used as registers): {int(strange.sum())} of {strange.numel()}")
+    arrays = {"components": found.values.unflatten(1, grid), "outliers": strange.unflatten(1, grid)}
+    return Shown(colors={("components", ""): colors}, arrays=arrays, says=says)
+
+
+def grouped(model: VisionTransformer, images: Tensor, asked: Asked) -> Shown:
+    """Clusters of patches, over all images."""
+    features = _features(model, images)
+    if asked.clusters > features[..., 0].numel():
+        raise ConfigError(f"--clusters {asked.clusters}: there are {features[..., 0].numel()} patches")
+    labels = clusters(features.flatten(1, 2), asked.clusters).unflatten(1, features.shape[1:3])
+    import matplotlib
+
+    table = torch.tensor(matplotlib.colormaps["viridis"](torch.linspace(0, 1, asked.clusters).numpy())[:, :3])
+    return Shown(colors={("clusters", ""): table[labels].float()}, arrays={"clusters": labels})
+
+
+def lens(model: VisionTransformer, images: Tensor, asked: Asked) -> Shown:
+    """What the head says of each patch alone, of the class that is explained."""
+    target, features = _targets(model, images, asked), _features(model, images)
+    try:
+        logits = patch_logits(model, features.flatten(1, 2)).unflatten(1, features.shape[1:3])
+    except ValueError as error:
+        raise ConfigError(f"--method lens: {error}") from error
+    maps = logits.gather(3, target[:, None, None, None].expand(-1, *logits.shape[1:3], 1))[..., 0]
+    return Shown(maps={("logit of patches", ""): maps}, arrays={"target": target, "logits": logits})
+
+
+METHODS: dict[str, Callable[[VisionTransformer, Tensor, Asked], Shown]] = {
+    "heads": heads,
+    "mean": mean,
+    "rollout": _back("rollout", "rollout"),
+    "gradient_rollout": _back("gradient_rollout", "gradient rollout"),
+    "chefer": _back("relevance", "relevance"),
+    "flow": flow,
+    "occlusion": lambda model, images, asked: _hidden(model, images, asked, "occlusion"),
+    "rise": lambda model, images, asked: _hidden(model, images, asked, "rise"),
+    "pca": pca,
+    "clusters": grouped,
+    "lens": lens,
+}

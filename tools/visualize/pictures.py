@@ -1,0 +1,157 @@
+"""Overlays of maps on images: one file per image, a sheet of lines and columns where a method has many maps, and a
+contact sheet of all images.
+
+Legend: rows x cols of a map, H x W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.nn import functional as F
+
+from model.formats.base import Preprocessing
+from tools.figures import new_figure, save, style
+from tools.visualize.methods import Shown
+
+_ALPHA = 0.62  # of a map over its image
+_INCH = 2.2
+_SMALL = 1.25
+_ACROSS = 6
+_FINE = 128  # pixels that a map has along the shorter side, at least
+PERCENTILES = (1.0, 99.0)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """An image as it is looked at.
+
+    Attributes:
+        name: for the picture. pixels: [H, W, 3] in 0..1. patch: side of one, in pixels.
+    """
+
+    name: str
+    pixels: np.ndarray[Any, np.dtype[np.float32]]
+    patch: int
+
+
+def scenes(names: Sequence[str], images: Tensor, how: Preprocessing, patch: int) -> list[Scene]:
+    """Of the model's input [B, C, H, W], with its normalisation undone."""
+    channels = images.shape[1]
+    shift, scale = (torch.tensor((tuple(x) * channels)[:channels])[:, None, None] for x in (how.mean, how.std))
+    pixels = (images * scale + shift).clamp(0, 1)
+    pixels = pixels if channels == 3 else pixels[:, :1].expand(-1, 3, -1, -1)
+    return [Scene(n, x.permute(1, 2, 0).numpy(), patch) for n, x in zip(names, pixels, strict=True)]
+
+
+def draw_all(shown: Shown, of: Sequence[Scene], method: str, out: Path) -> list[Path]:
+    """Write the pictures of a method; which they are."""
+    written = []
+    many = len(shown.maps) > 1
+    with style():
+        for number, scene in enumerate(of):
+            path = out / f"{method}-{scene.name}.png"
+            save(_sheet(shown, scene, number) if many else _one(shown, scene, number), path, all_colors=True)
+            written.append(path)
+        save(_contact(shown, of), out / f"{method}-contact.png", all_colors=True)
+    return [*written, out / f"{method}-contact.png"]
+
+
+def _one(shown: Shown, scene: Scene, number: int) -> Figure:
+    """The image, its map as the grid is, and smoothed, with a colour bar."""
+    figure = new_figure(3 * _INCH + 1, _INCH + 0.5)
+    axes = figure.subplots(1, 3)
+    _image(axes[0], scene, scene.name)
+    ((line, column),) = shown.maps or shown.colors
+    title = " ".join(filter(None, (line, column)))
+    bar = None
+    for place, (how, smooth) in zip(axes[1:], (("patches", False), ("bilinear", True)), strict=True):
+        bar = _over(place, shown, scene, number, (line, column), smooth) or bar
+        place.set_title(f"{title}, {how}")
+    if bar is not None:
+        figure.colorbar(bar, ax=axes[2], fraction=0.05)
+    return figure
+
+
+def _sheet(shown: Shown, scene: Scene, number: int) -> Figure:
+    """All maps of an image, the layers below each other."""
+    lines, columns = (list(dict.fromkeys(key[i] for key in shown.maps)) for i in range(2))
+    figure = new_figure(_SMALL * (len(columns) + 1) + 0.6, (_SMALL + 0.25) * len(lines) + 0.4)
+    axes = figure.subplots(len(lines), len(columns) + 1, squeeze=False)
+    for i, line in enumerate(lines):
+        _image(axes[i, 0], scene, scene.name if not i else "")
+        for j, column in enumerate(columns):
+            place = axes[i, j + 1]
+            place.set_axis_off()
+            if (line, column) in shown.maps:
+                _over(place, shown, scene, number, (line, column), smooth=False)
+                place.set_title(f"{line}\n{column}", fontsize=6)
+    return figure
+
+
+def _contact(shown: Shown, of: Sequence[Scene]) -> Figure:
+    """The first map of every image beside it."""
+    across = min(_ACROSS, len(of))
+    down = -(-len(of) // across)
+    figure = new_figure(2 * _SMALL * across + 0.2, (_SMALL + 0.2) * down + 0.3)
+    axes = figure.subplots(down, 2 * across, squeeze=False).reshape(-1)
+    for place in axes:
+        place.set_axis_off()
+    key = list(shown.maps or shown.colors)[-1]
+    for number, scene in enumerate(of):
+        _image(axes[2 * number], scene, scene.name)
+        _over(axes[2 * number + 1], shown, scene, number, key, smooth=True)
+    figure.suptitle(" ".join(filter(None, key)))
+    return figure
+
+
+def _image(place: Any, scene: Scene, title: str) -> None:
+    place.imshow(scene.pixels, interpolation="nearest", extent=_extent(scene))
+    place.set_title(title, fontsize=6)
+    place.set_axis_off()
+
+
+def _over(place: Any, shown: Shown, scene: Scene, number: int, key: tuple[str, str], smooth: bool) -> Any:
+    """Draw a map over its image; what its colours mean, or None where they are the map."""
+    place.set_axis_off()
+    place.imshow(scene.pixels, interpolation="nearest", extent=_extent(scene))
+    if not shown.maps:
+        colors = enlarged(shown.colors[key][number], scene, smooth)
+        place.imshow(colors, interpolation="nearest", alpha=0.85, extent=_extent(scene))
+        return None
+    field = enlarged(shown.maps[key][number][..., None], scene, smooth)[..., 0]
+    low, top = np.percentile(shown.maps[key][number].numpy(), PERCENTILES)
+    top = top if top > low else low + max(abs(low), 1e-12)
+    return place.imshow(
+        field, cmap="viridis", vmin=low, vmax=top, alpha=_ALPHA, interpolation="nearest", extent=_extent(scene)
+    )
+
+
+def _extent(scene: Scene) -> tuple[float, float, float, float]:
+    high, wide = scene.pixels.shape[:2]
+    return 0, wide, high, 0
+
+
+def enlarged(field: Tensor, scene: Scene, smooth: bool) -> np.ndarray[Any, Any]:
+    """[rows, cols, F] over the image, [n H, n W, F], n such that smooth maps are smooth on small images, too: each
+    patch its square, or between their centres.
+
+    Patches of a later stage of a pyramid are 2, 4, ... times as large; what of them reaches beyond the image is cut. A
+    map may be of pixels, too.
+    """
+    (rows, cols), (high, wide) = field.shape[:2], scene.pixels.shape[:2]
+    side = 1 if (rows, cols) == (high, wide) else scene.patch
+    while side * rows < high or side * cols < wide:
+        side *= 2
+    times = -(-_FINE // min(high, wide))
+    x = field.permute(2, 0, 1)[None].float()
+    size = (rows * side * times, cols * side * times)
+    x = F.interpolate(x, size, mode="bilinear") if smooth else F.interpolate(x, size, mode="nearest-exact")
+    return x[0, :, : high * times, : wide * times].permute(1, 2, 0).numpy()
