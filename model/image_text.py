@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.build import Build
 from model.config import ModelConfig
+from model.formats.api import open_weights, save_weights
+from model.formats.base import ConversionError, Description, Pairing, Preprocessing
+from model.formats.weights import Which
 from model.inputs import MicroBatch
 from model.kernels import Backend, Kernels
 from model.layers import LayerSpec
+from model.pretrained import ModuleWeights, fill
 from model.projection import Projection
 from model.stage import Stage
 from model.text import TextConfig
@@ -26,8 +35,9 @@ class ImageText(Stage):
     at least. In training mode drop-path draws from torch's generator, anew at each call.
 
     Args:
-        image, text: resolved or not. embedding, projection, temperature, learn_temperature, max_logit_scale, bias: as
-            of `build_towers`. seed: of the weights. device: where it lives. kernels: which form of them runs.
+        image, text: resolved or not. embedding, projection, projection_bias, temperature, learn_temperature,
+            max_logit_scale, bias: as of `build_towers`. seed: of the weights; None: they are whatever is in memory, to
+            be filled. device: where it lives. kernels: which form of them runs.
 
     Example:
         >>> image, text = ModelConfig(preset="vit_ti16"), TextConfig(width=192, depth=4, num_heads=3)
@@ -45,28 +55,121 @@ class ImageText(Stage):
         *,
         embedding: int,
         projection: Projection = "linear",
+        projection_bias: bool = False,
         temperature: float = 0.07,
         learn_temperature: bool = True,
         max_logit_scale: float = 100.0,
         bias: float | None = None,
-        seed: int = 0,
+        seed: int | None = 0,
         device: torch.device | str = "cpu",
         kernels: Backend = "auto",
     ) -> None:
         image, text = image.resolve(), text.resolve()
         layers = build_towers(
-            image, text, embedding=embedding, projection=projection, temperature=temperature,
-            learn_temperature=learn_temperature, max_logit_scale=max_logit_scale, bias=bias,
+            image, text, embedding=embedding, projection=projection, projection_bias=projection_bias,
+            temperature=temperature, learn_temperature=learn_temperature, max_logit_scale=max_logit_scale, bias=bias,
         )  # fmt: skip
-        super().__init__(layers, Build(config=image, seed=seed, kernels=Kernels(kernels)))
+        super().__init__(layers, Build(config=image, seed=seed or 0, kernels=Kernels(kernels)))
         self.text_config = text
+        pairing = Pairing(
+            text=text, loss="infonce" if bias is None else "sigmoid", embedding=embedding, projection=projection,
+            projection_bias=projection_bias, temperature=temperature, bias=bias,
+            max_logit_scale=0.0 if math.isinf(max_logit_scale) else max_logit_scale,
+        )  # fmt: skip
+        model = replace(image, num_classes=0, classifier_bias=None, head_bias=None).resolve()
+        self._description, self._carried = Description(model=model, pairing=pairing), dict[str, Tensor]()
         for name, meta in list(self.named_parameters()):
             owner, _, leaf = name.rpartition(".")
             parameter = nn.Parameter(torch.empty(meta.shape, device=device), requires_grad=meta.requires_grad)
             attach_info(parameter, info_of(meta))
             setattr(self.get_submodule(owner), leaf, parameter)
-        initialise(self, seed)
+        if seed is not None:
+            initialise(self, seed)
         self.to(device)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        kind: str = "auto",
+        *,
+        config: str | Path | None = None,
+        weights: Which = "weights",
+        leave_out: Sequence[str] = (),
+        device: torch.device | str = "cpu",
+        kernels: Backend = "auto",
+    ) -> ImageText:
+        """Both towers with the weights of a checkpoint: of a contrastive run, or of another library's whole model.
+
+        Args:
+            path, kind, config, weights, leave_out, device, kernels: as of `VisionTransformer.from_pretrained`.
+
+        Raises:
+            ValueError: there is none, it is damaged, has one tower, or has what these have not; by name.
+        """
+        source = open_weights(
+            Path(path), kind, config=None if config is None else Path(config), leave_out=leave_out, which=weights,
+            whole=True,
+        )  # fmt: skip
+        with source as found:
+            model = cls.described(found.description, path=path, device=device, kernels=kernels)
+            fill(model, found)
+            model._carried = {name: found.read_carried(name) for name in found.carried}
+        return model.eval()
+
+    @classmethod
+    def described(
+        cls,
+        description: Description,
+        *,
+        path: str | Path = "it",
+        device: torch.device | str = "cpu",
+        kernels: Backend = "auto",
+    ) -> ImageText:
+        """Both towers of a description, to be filled. Raises ConversionError if it is of one model.
+
+        Args:
+            path: that it describes, for the message. device, kernels: as of the class.
+        """
+        if (p := description.pairing) is None:
+            raise ConversionError(
+                f"{path} is one model of images, without a text tower: VisionTransformer.from_pretrained takes it"
+            )
+        model = cls(
+            description.model, p.text, embedding=p.embedding, projection=p.projection,
+            projection_bias=p.projection_bias, temperature=p.temperature, bias=p.bias,
+            max_logit_scale=p.max_logit_scale or math.inf, seed=None, device=device, kernels=kernels,
+        )  # fmt: skip
+        model._description = description
+        return model
+
+    def save_pretrained(
+        self,
+        path: str | Path,
+        kind: str = "vitruvius",
+        *,
+        dtype: torch.dtype | None = None,
+        leave_out: Sequence[str] = (),
+        preprocessing: Preprocessing | None = None,
+    ) -> None:
+        """Write both towers as a contrastive checkpoint of this program, or for another library.
+
+        Args:
+            path, kind, dtype, leave_out, preprocessing: as of `VisionTransformer.save_pretrained`; of kinds those of
+                two towers.
+
+        Raises:
+            ValueError: the place is taken, or the kind cannot express these towers; by name. Nothing is written then.
+        """
+        description = replace(self._description, preprocessing=preprocessing or self.preprocessing)
+        save_weights(
+            ModuleWeights(self, description, self._carried), Path(path), kind, dtype=dtype, leave_out=leave_out
+        )
+
+    @property
+    def preprocessing(self) -> Preprocessing | None:
+        """How images are prepared, if where the weights came from has said so."""
+        return self._description.preprocessing
 
     def forward(  # type: ignore[override]
         self, images: Tensor | MicroBatch, texts: Tensor | None = None

@@ -37,6 +37,7 @@ def build_towers(
     *,
     embedding: int,
     projection: Projection = "linear",
+    projection_bias: bool = False,
     temperature: float = 0.07,
     learn_temperature: bool = True,
     max_logit_scale: float = 100.0,
@@ -48,7 +49,8 @@ def build_towers(
     Args:
         image: resolved; its classifier is replaced by the projection. text: resolved; None: two views of each image,
             first views before second ones in a micro-batch. embedding: features of both towers' embeddings.
-            projection: from pooled features to them, unless the text tower has its own. temperature: at the start.
+            projection: from pooled features to them, unless the text tower has its own. projection_bias: of
+            the image's, if it is linear; the text tower has a key of its own. temperature: at the start.
             learn_temperature: whether it is trained. max_logit_scale: bound of its inverse. bias: of logits, at the
             start; None: none. predictor: of two views, hidden features of what turns queries into guesses of keys; 0:
             nothing does.
@@ -58,8 +60,8 @@ def build_towers(
     """
     return list(
         _towers(
-            image, text, embedding, projection, temperature=temperature, learns=learn_temperature, most=max_logit_scale,
-            bias=bias, predictor=predictor,
+            image, text, embedding, projection, projection_bias=projection_bias, temperature=temperature,
+            learns=learn_temperature, most=max_logit_scale, bias=bias, predictor=predictor,
         )
     )  # fmt: skip
 
@@ -71,6 +73,7 @@ def _towers(
     embedding: int,
     projection: Projection,
     *,
+    projection_bias: bool,
     temperature: float,
     learns: bool,
     most: float,
@@ -78,7 +81,8 @@ def _towers(
     predictor: int,
 ) -> tuple[LayerSpec, ...]:
     """Measured once in a process."""
-    layers = image_tower(image, embedding, projection, views=2 if text is None else 1)
+    views = 2 if text is None else 1
+    layers = image_tower(image, embedding, projection, projection_bias=projection_bias, views=views)
     if predictor:
         before = layers[-1]
         guess = partial(Predictor, embedding=embedding, hidden=predictor, is_share=before.gives == "shares")
@@ -91,7 +95,7 @@ def _towers(
         Pair, embedding=embedding, shares=tuple(end.gives == "shares" for end in ends), temperature=temperature,
         learns=learns, most=most, bias=bias,
     )  # fmt: skip
-    rides, views = tuple(end.name for end in ends[:-1]), ends[0].per_sample
+    rides = tuple(end.name for end in ends[:-1])
     layers.append(LayerSpec(name=PAIR, factory=pair, gives="vectors", rides=rides, joins=True, per_sample=views))
     sizes = image.sizes
     images = torch.empty(views, sizes.channels, *sizes.image, device="meta")
@@ -101,13 +105,11 @@ def _towers(
     return tuple(measured(layers, Build(config=image), MicroBatch.of(images, texts)))
 
 
-def image_tower(image: ModelConfig, embedding: int, projection: Projection, *, views: int = 1) -> list[LayerSpec]:
+def image_tower(
+    image: ModelConfig, embedding: int, projection: Projection, *, projection_bias: bool = False, views: int = 1
+) -> list[LayerSpec]:
     """`image.embed` to `image.head`, not measured. Arguments as of `build_towers`; views: of each sample."""
-    linear = projection == "linear"
-    config = replace(
-        image, num_classes=embedding if linear else 0, classifier_bias=False if linear else image.classifier_bias,
-        head_bias=None,
-    )  # fmt: skip
+    config = projected(image, embedding, projection, projection_bias=projection_bias)
     _check_width(pooled_features(Build(config=config)), embedding, projection, "contrastive.projection", "image")
     head = partial(ProjectedHead, outputs=embedding) if projection == "mlp" else Head
     layers = [
@@ -117,6 +119,15 @@ def image_tower(image: ModelConfig, embedding: int, projection: Projection, *, v
     ]
     tower = Tower(name=IMAGE, config=config)
     return [replace(spec, name=_under(IMAGE, spec.name), tower=tower, per_sample=views) for spec in layers]
+
+
+def projected(
+    image: ModelConfig, embedding: int, projection: Projection, *, projection_bias: bool = False
+) -> ModelConfig:
+    """The image tower as a model by itself, whose classifier is a linear projection. Arguments as of `build_towers`."""
+    linear = projection == "linear"
+    bias = projection_bias if linear else image.classifier_bias
+    return replace(image, num_classes=embedding if linear else 0, classifier_bias=bias, head_bias=None)
 
 
 def text_tower(

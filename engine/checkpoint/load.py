@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +61,12 @@ class LoadPlan:
         return {f.name: f for f in self.fits if f.how == how}
 
 
-def open_to_load(config: CheckpointConfig, model: ModelConfig) -> StoredWeights:
+def open_to_load(config: CheckpointConfig, model: ModelConfig, *, texts: bool = False) -> StoredWeights:
     """What `checkpoint.load` means, of any kind. What has no part in the model may be there.
 
     Args:
-        model: of the run, resolved: what another library's files say nothing of is as there.
+        model: of the run, resolved: what another library's files say nothing of is as there. texts: whether the run has
+            a text tower, too: then both are meant, where there are two.
 
     Raises:
         ConversionError: there is none, it is damaged, has no average, or has what our model has not.
@@ -73,11 +75,13 @@ def open_to_load(config: CheckpointConfig, model: ModelConfig) -> StoredWeights:
     if (towers := contrastive_folder(Path(config.load))) is not None:
         return TowersWeights(towers[0], config.load_weights)
     given = {key: value for key in _UNSAID if (value := getattr(model, key, None)) is not None}
-    path, which = Path(config.load), config.load_weights
+    start = partial(
+        open_weights, Path(config.load), only_model=True, which=config.load_weights, whole=texts
+    )  # fmt: skip
     try:  # as many positions may be of images of several ratios: if it can be the run's, it is
-        return open_weights(path, given=given | {"image_size": model.image_size}, only_model=True, which=which)
+        return start(given=given | {"image_size": model.image_size})
     except ConversionError:
-        return open_weights(path, given=given, only_model=True, which=which)
+        return start(given=given)
 
 
 class TowersWeights(RunWeights):
@@ -156,12 +160,17 @@ def _changed(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[tuple[st
 
 def _changed_text(weights: StoredWeights, text: TextConfig | None) -> list[tuple[str, Any, Any]]:
     """Of the text tower, where both have one."""
-    if text is None or not isinstance(weights, TowersWeights):
+    if (pairing := weights.description.pairing) is None or text is None:
         return []
-    stored = weights.manifest.config
-    there = stored["text"] if stored["contrastive"]["pairs"] == "image_text" else {}
-    groups = (there, json.loads(json.dumps(asdict(text))))
-    return _changed(*({f"text.{k}": v for k, v in group.items() if k not in _UNSHAPED} for group in groups))
+    return _changed(*(dict(_flat_text(t)) for t in (pairing.text, text)))
+
+
+def _flat_text(text: TextConfig) -> Iterator[tuple[str, Any]]:
+    """Its keys, those that are null as the model has them."""
+    model, unsaid = text.model(1, "linear"), (*_UNSHAPED, "projection")  # which is null where it is as the image's
+    for key, value in asdict(text).items():
+        if key not in unsaid:
+            yield f"text.{key}", getattr(model, key, None) if value is None else value
 
 
 def _changed_images(weights: StoredWeights, images: DataConfig) -> Iterator[tuple[str, Any, Any]]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from engine.errors import ConfigError
+from model.projection import Projection
 
 _TEMPERATURES = {"infonce": 0.07, "sigmoid": 0.1, "supcon": 0.07}
 _VIEWS_TEMPERATURE = 0.1
@@ -31,8 +32,12 @@ class ContrastiveConfig:
     embedding: int = 512
     """Features that both sides are projected to, and compared in."""
 
-    projection: Literal["linear", "mlp"] = "linear"
-    """From pooled features to the embedding: one matrix, or two with a GELU between them (SimCLR)."""
+    projection: Projection = "linear"
+    """From pooled features to the embedding: one matrix, two with a GELU between them (SimCLR: mlp), or none, where the
+    features are the embedding (SigLIP's images)."""
+
+    projection_bias: bool = False
+    """Bias of the image's linear projection; the text tower has text.projection_bias."""
 
     temperature: float | None = None
     """Similarities are divided by it; learned, it is where it starts. Null: 0.07, sigmoid and views 0.1."""
@@ -69,6 +74,11 @@ class ContrastiveConfig:
                 raise ValueError(f"contrastive.{name} is {value}: it must be {least:g} or more")
         if self.temperature is not None and self.temperature <= 0:
             raise ValueError(f"contrastive.temperature is {self.temperature}: it must be above 0")
+        if self.projection_bias and self.projection != "linear":
+            raise ValueError(
+                f"contrastive.projection_bias is true, but contrastive.projection is {self.projection}: leave it out, "
+                "or use linear"
+            )
         if self.momentum is not None and not 0 <= self.momentum < 1:
             raise ValueError(f"contrastive.momentum is {self.momentum}: it must be from 0 to below 1")
 

@@ -181,6 +181,7 @@ def towers(model: ModelConfig, text: TextConfig, keys: ContrastiveConfig) -> lis
         text if keys.has_texts else None,
         embedding=keys.embedding,
         projection=keys.projection,
+        projection_bias=keys.projection_bias,
         temperature=keys.temperature,
         learn_temperature=keys.learn_temperature,
         max_logit_scale=keys.max_logit_scale or math.inf,

@@ -40,9 +40,9 @@ def source_of(config: Config, objective: Objective) -> Source | None:
     if config.checkpoint.load is None:
         return None
     try:
-        weights = open_to_load(config.checkpoint, config.model)
         has_texts = config.objective == "contrastive" and config.contrastive.has_texts
         text = config.text if has_texts else None
+        weights = open_to_load(config.checkpoint, config.model, texts=has_texts)
         plan = plan_load(weights, config.model, objective.layers, config.data, text)
         return Source(weights, config.checkpoint.load_weights, plan)
     except ConversionError as error:

@@ -15,9 +15,9 @@ import torch
 from model.formats.base import ConversionError
 from model.formats.checkpoint import CheckpointWeights
 from model.formats.positions import with_table
-from model.formats.registry import KINDS, VITRUVIUS, format_of, target
-from model.formats.sources import open_source
-from model.formats.weights import ForeignWeights, StoredWeights, Weights, Which
+from model.formats.registry import KINDS, PAIRS, VITRUVIUS, format_of, target
+from model.formats.sources import Without, open_source
+from model.formats.weights import ForeignWeights, StoredWeights, Weights, Which, matches
 from model.formats.writing import (
     jobs_as,
     jobs_as_ours,
@@ -40,6 +40,7 @@ def open_weights(
     leave_out: Sequence[str] = (),
     which: Which = "weights",
     only_model: bool = False,
+    whole: bool = False,
 ) -> StoredWeights:
     """Weights of any kind, open for reading; a context manager, or to be closed by who asks for it.
 
@@ -48,7 +49,8 @@ def open_weights(
             another library. kind: one of KINDS, or `auto`. config: their `config.json`, if it is not beside them.
         given: keys of the model for what they do not say. leave_out: patterns of names of tensors there that may be
             dropped. which: of a checkpoint of this program, the weights or their average.
-        only_model: whatever has no part in the model may be there, and is not carried.
+        only_model: whatever has no part in the model may be there, and is not carried. whole: where there are two
+            towers, both; else the image tower by itself, its projection as the classifier.
 
     Raises:
         ConversionError: there is none, it is damaged, of another kind, or has what our model has not.
@@ -56,14 +58,18 @@ def open_weights(
     if kind not in ("auto", *KINDS):
         raise ConversionError(f"kind {kind!r} is unknown: choose among {', '.join(KINDS)}")
     if (folder := _checkpoint(path, kind)) is not None:
-        return CheckpointWeights(folder, which)
+        return CheckpointWeights(folder, which, whole=whole)
     if which != "weights":
         raise ConversionError(
             f"{path} is no checkpoint of this program: only such a one has a moving average; take the weights "
             "themselves"
         )
     source = open_source(path, config)
-    return ForeignWeights(source, format_of(source, kind), given=given, leave_out=leave_out, only_model=only_model)
+    form = format_of(source, kind)
+    if whole:
+        kept = Without(source, frozenset(name for name in source.tensors if matches(name, leave_out)))
+        form = next((pair for name, pair in PAIRS.items() if name == form.kind and pair.recognises(kept)), form)
+    return ForeignWeights(source, form, given=given, leave_out=leave_out, only_model=only_model)
 
 
 def _checkpoint(path: Path, kind: str) -> Path | None:
@@ -102,14 +108,14 @@ def save_weights(
     """
     if kind not in KINDS:
         raise ConversionError(f"kind {kind!r} is unknown: choose among {', '.join(KINDS)}")
-    if scan:
-        target(kind, scan=True)
+    if kind != VITRUVIUS:
+        target(kind, scan=scan, pair=weights.description.pairing is not None)
     with _complete(path) as temporary:
         if kind == VITRUVIUS:
             temporary.mkdir()
             write_checkpoint(temporary, weights, jobs_as_ours(weights, dtype))
             return
-        form, weights = target(kind, scan=scan), with_table(weights)
+        form, weights = target(kind, scan=scan, pair=weights.description.pairing is not None), with_table(weights)
         jobs, files = jobs_as(form, weights, dtype, leave_out), form.files(weights.description)
         if form.container == "npz":
             write_npz(temporary, jobs, files)

@@ -10,6 +10,8 @@ import torch
 
 if TYPE_CHECKING:
     from model.config import ModelConfig
+    from model.projection import Projection
+    from model.text import TextConfig
 
 Shape = tuple[int, ...]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
@@ -60,15 +62,37 @@ class Origin:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Pairing:
+    """What makes an image tower one of two: the keys of the groups `text` and `contrastive` that say what the model is.
+
+    Attributes:
+        text: the other tower, resolved. loss: that it was trained by, of `contrastive.loss`.
+        embedding, projection, projection_bias, temperature, max_logit_scale, bias: as of `build_towers`; without a
+            bound of the scale 0.
+    """
+
+    text: TextConfig
+    loss: str
+    embedding: int
+    projection: Projection
+    projection_bias: bool = False
+    temperature: float
+    max_logit_scale: float
+    bias: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Description:
     """What is to be known of a model beside its tensors.
 
     Attributes:
-        model: resolved. preprocessing: of its images, if that is known. origin: where it came from, if elsewhere.
-        labels: names of its classes in order, if known.
+        model: resolved; of two towers, that of images, without classes. preprocessing: of its images, if that is known.
+        origin: where it came from, if elsewhere. labels: names of its classes in order, if known. pairing: of two
+            towers.
     """
 
     model: ModelConfig
     preprocessing: Preprocessing | None = None
     origin: Origin | None = None
     labels: tuple[str, ...] = ()
+    pairing: Pairing | None = None

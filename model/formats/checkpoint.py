@@ -12,12 +12,14 @@ from torch import Tensor
 
 from model.config import ModelConfig, StageConfig
 from model.formats.base import ConversionError, Description, Entry, Origin, Preprocessing
+from model.formats.pairs import has_texts, is_contrastive, pairing_of, shapes_of
 from model.formats.weights import CARRIED, StoredWeights, Which
-from model.layers import logical_shapes
+from model.towers import IMAGE, projected
 from parallel.checkpoint.manifest import CheckpointError, Manifest, checksum
 from parallel.checkpoint.read import Reader, Target
 
 _SHOWN = 10
+_PROJECTOR = ".head.project."
 
 
 class RunWeights(StoredWeights):
@@ -85,19 +87,27 @@ class RunWeights(StoredWeights):
 
 
 class CheckpointWeights(RunWeights):
-    """Those of a checkpoint of one model.
+    """Those of a checkpoint of one model, or of two towers.
 
     Args:
-        folder, which: as of RunWeights.
+        folder, which: as of RunWeights. whole: of two towers both; else, as of a contrastive run that compares views,
+            the image tower by itself, its linear projection as the classifier.
 
     Raises:
         ConversionError: it is damaged, has no average, or does not say of which model it is.
     """
 
-    def __init__(self, folder: Path, which: Which = "weights") -> None:
+    def __init__(self, folder: Path, which: Which = "weights", *, whole: bool = False) -> None:
         super().__init__(folder, which)
-        self.description = _with_labels(description_of(self.manifest, folder), folder)
-        shapes, stored = logical_shapes(self.description.model), self.tensors
+        whole = whole and has_texts(self.manifest.config)
+        if is_contrastive(self.manifest.config) and not whole:
+            self._take_image_tower()
+        found = description_of(self.manifest, folder)
+        if is_contrastive(self.manifest.config):  # whose classes are not the model's
+            self.description = found if whole else self._image_tower_of(found)
+        else:
+            self.description = _with_labels(found, folder)
+        shapes, stored = shapes_of(self.description), self.tensors
         wrong = [
             f"{n}: {list(stored[n].shape) if n in stored else 'none'} there, {list(shapes.get(n, ()))} in its model"
             for n in {**shapes, **stored}
@@ -106,8 +116,24 @@ class CheckpointWeights(RunWeights):
         if wrong:
             raise ConversionError("\n  ".join([f"{folder} has not the tensors of its own model:", *wrong[:_SHOWN]]))
         self.tensors = {name: stored[name] for name in shapes}
-        carried = [name for name in self.manifest.tensors if name.startswith(CARRIED)]
+        carried = [name for name in self.manifest.tensors if name.startswith(CARRIED) and not self.left_out]
         self.carried = {name.removeprefix(CARRIED): self._entry(name) for name in carried}
+
+    def _take_image_tower(self) -> None:
+        """Leave out what is of both towers, or of the way from the image's features to the embedding, unless that is
+        one matrix."""
+        self.prefix = f"{IMAGE}."
+        own = {n: there for n, there in self._names.items() if n.startswith(self.prefix) and _PROJECTOR not in n}
+        self.left_out = [name for name in self._names if name not in own]
+        self._names = {name.removeprefix(self.prefix): there for name, there in own.items()}
+        self.tensors = {name: self._entry(there) for name, there in self._names.items()}
+
+    def _image_tower_of(self, description: Description) -> Description:
+        """By itself; it came from nowhere, as what came from elsewhere was both."""
+        keys = self.manifest.config["contrastive"]
+        embedding, projection, bias = keys["embedding"], keys["projection"], keys.get("projection_bias", False)
+        model = projected(description.model, embedding, projection, projection_bias=bias).resolve()
+        return replace(description, model=model, origin=None, pairing=None)
 
 
 def _with_labels(description: Description, folder: Path) -> Description:
@@ -150,16 +176,17 @@ def about_of(description: Description) -> dict[str, Any]:
 
 
 def description_of(manifest: Manifest, folder: Path) -> Description:
-    """Of the model of a checkpoint. Raises ConversionError if it does not say."""
+    """Of the model, or the two towers, of a checkpoint. Raises ConversionError if it does not say."""
     config, about = manifest.config, manifest.about
     try:
-        model = model_of(config["model"])
         data = config.get("data", {})
         images = about.get("preprocessing") or {k: data[k] for k in ("mean", "std") if k in data}
-        preprocessing = Preprocessing(**_tuples(images)) if images else None
-        origin = Origin(**about["origin"]) if "origin" in about else None
         return Description(
-            model=model, preprocessing=preprocessing, origin=origin, labels=tuple(about.get("labels", ()))
+            model=model_of(config["model"]),
+            preprocessing=Preprocessing(**_tuples(images)) if images else None,
+            origin=Origin(**about["origin"]) if "origin" in about else None,
+            labels=tuple(about.get("labels", ())),
+            pairing=pairing_of(config, _tuples) if has_texts(config) else None,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ConversionError(f"{folder} does not say of which model it is: {error}") from error

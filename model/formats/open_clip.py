@@ -98,7 +98,7 @@ class OpenClip:
             rule("embed.pos", f"{start}positional_embedding", way=Same((tokens, width), (tokens, width))),
         ]
         for i in range(sizes.depth):
-            rules += _block(f"blocks.{i}.", f"{start}transformer.resblocks.{i}.", m)
+            rules += block_rules(f"blocks.{i}.", f"{start}transformer.resblocks.{i}.", m)
         norms = {"embed.norm": "ln_pre"} if m.pre_norm else {}
         for ours, theirs in {**norms, "head.norm": "ln_post"}.items():
             rules += [rule(f"{ours}.{k}", f"{start}{theirs}.{k}") for k in ("weight", "bias")]
@@ -135,7 +135,7 @@ _ALLOWED: dict[str, object] = {
 }  # fmt: skip
 
 
-def _block(ours: str, theirs: str, m: ModelConfig) -> list[Rule]:
+def block_rules(ours: str, theirs: str, m: ModelConfig) -> list[Rule]:
     both = ("weight", "bias")
     layers = _LAYERS | ({"attn.ln_q": "attn.core.q_norm", "attn.ln_k": "attn.core.k_norm"} if m.qk_norm else {})
     rules = [rule(f"{ours}{b}.{k}", f"{theirs}{a}.{k}") for a, b in layers.items() for k in both]

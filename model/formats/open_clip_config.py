@@ -65,7 +65,7 @@ def made_config(source: Source, start: str, given: Mapping[str, Any]) -> dict[st
         "layers": len({name for name in shapes if name.startswith(start) and name.endswith(".ln_1.weight")}),
         "width": width,
         "head_width": width // given["num_heads"],
-        "mlp_ratio": _ratio(hidden, width),
+        "mlp_ratio": ratio_of(hidden, width),
         "patch_size": kernel[2],
         "image_size": given.get("image_size", side),
         "ls_init_value": 1e-5 if f"{first}ls_1.gamma" in shapes else None,
@@ -112,7 +112,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 }
 
 
-def _ratio(hidden: int, width: int) -> float:
+def ratio_of(hidden: int, width: int) -> float:
     """Of which open_clip makes the hidden width: int(width * ratio)."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
@@ -122,7 +122,7 @@ def vision_cfg_for(m: ModelConfig, before: Mapping[str, Any]) -> dict[str, Any]:
     """Of a model of ours: what was there before, where it says the same."""
     last, rows_cols = m.sizes.last, m.image
     old = _READ | dict(before)
-    ratio = old["mlp_ratio"] if int(last.width * old["mlp_ratio"]) == last.mlp else _ratio(last.mlp, last.width)
+    ratio = old["mlp_ratio"] if int(last.width * old["mlp_ratio"]) == last.mlp else ratio_of(last.mlp, last.width)
     acts, norms = dict(old["act_kwargs"] or {}), dict(old["norm_kwargs"] or {})
     acts.pop("approximate", None)
     if norms.get("eps", 1e-5) != m.norm_eps:

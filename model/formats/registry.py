@@ -6,9 +6,12 @@ from model.formats.base import ConversionError
 from model.formats.big_vision import BigVision
 from model.formats.huggingface.clip import HfClipVision
 from model.formats.huggingface.dino import HfDinov2, HfDinov3
+from model.formats.huggingface.pairs import HfClipPair, HfSiglip2Pair, HfSiglipPair
 from model.formats.huggingface.siglip import HfSiglip, HfSiglip2
 from model.formats.huggingface.vit import HfVit
 from model.formats.open_clip import OpenClip
+from model.formats.open_clip_pair import OpenClipPair
+from model.formats.pairs import ALONE
 from model.formats.sources import Source
 from model.formats.timm.format import Timm
 from model.formats.weights import Format
@@ -17,6 +20,9 @@ VITRUVIUS = "vitruvius"
 _TRANSFORMERS: tuple[Format, ...] = (HfVit(), HfSiglip(), HfSiglip2(), HfDinov2(), HfDinov3(), HfClipVision())
 _ALL: tuple[Format, ...] = (*_TRANSFORMERS, Timm(), OpenClip(), BigVision())
 FORMATS: dict[str, Format] = {form.kind: form for form in _ALL}
+_PAIRS: tuple[Format, ...] = (OpenClipPair(), HfClipPair(), HfSiglipPair(), HfSiglip2Pair())
+PAIRS: dict[str, Format] = {form.kind: form for form in _PAIRS}
+"""Of two towers, by their kinds."""
 KINDS: tuple[str, ...] = (VITRUVIUS, *FORMATS)
 
 
@@ -43,15 +49,24 @@ def format_of(source: Source, kind: str = "auto") -> Format:
     )
 
 
-def target(kind: str, *, scan: bool = False) -> Format:
+def target(kind: str, *, scan: bool = False, pair: bool = False) -> Format:
     """The format to write a kind in.
 
     Args:
-        scan: with the layers stacked.
+        scan: with the layers stacked. pair: two towers.
 
     Raises:
         ConversionError: the kind has no such form.
     """
+    if pair:
+        if kind not in PAIRS:
+            raise ConversionError(
+                f"it is an image tower and a text tower, and {kind} has no text tower (from here): {', '.join(PAIRS)} "
+                f"have one; {ALONE}"
+            )
+        if scan:
+            raise ConversionError(f"--scan stacks the layers of a {BigVision.kind} file: {kind} has no such form")
+        return PAIRS[kind]
     if not scan:
         return FORMATS[kind]
     if kind != BigVision.kind:

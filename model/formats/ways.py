@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -180,6 +181,27 @@ class Sum:
     def to_theirs(self, ours: Tensor) -> list[Tensor]:
         """As Way."""
         return [ours, *(torch.zeros_like(ours) for _ in range(self.count - 1))]
+
+
+@dataclass(frozen=True)
+class AtMost:
+    """One number, a logarithm, in the shape [1], which counts here as no more than that of `most`; there as it is.
+
+    Attributes:
+        theirs: its shape there.
+    """
+
+    most: float
+    theirs: Shape
+
+    def to_ours(self, theirs: Sequence[Tensor]) -> Tensor:
+        """As Way."""
+        (x,) = theirs
+        return x.reshape(1)
+
+    def to_theirs(self, ours: Tensor) -> list[Tensor]:
+        """As Way."""
+        return [ours.clamp(max=math.log(self.most)).reshape(self.theirs)]
 
 
 @dataclass(frozen=True)

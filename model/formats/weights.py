@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from model.formats.base import ConversionError, Description, Shape
+from model.formats.pairs import shapes_of
 from model.formats.rules import Rule, expected, place_of, stacked
 from model.formats.sources import Entry, Source, Without, fingerprint
-from model.layers import logical_shapes
 from parallel.checkpoint.read import Target
 
 Which = Literal["weights", "average"]
@@ -139,7 +139,7 @@ class ForeignWeights(StoredWeights):
         if gone and self.description.origin is not None:  # what it was there, it is no more
             origin = replace(self.description.origin, variant="", config={})
             self.description = replace(self.description, origin=origin)
-        shapes = logical_shapes(self.description.model)
+        shapes = shapes_of(self.description)
         wanted = stacked(expected(rules, shapes))
         others = [name for name in source.tensors if name not in wanted]
         if only_model:

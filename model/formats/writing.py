@@ -12,16 +12,18 @@ import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor
 
 from model.formats.base import ConversionError
 from model.formats.checkpoint import about_of
+from model.formats.pairs import config_of
 from model.formats.rules import expected, place_of
 from model.formats.weights import CARRIED, Format, Weights, matches
 from parallel.checkpoint.manifest import FILE, Manifest, StoredFile, StoredPiece, StoredTensor
@@ -29,6 +31,7 @@ from parallel.checkpoint.place import write_text
 from parallel.checkpoint.write import FileEntry, as_bytes, write_tensors
 from parallel.sharding.boxes import whole_box
 
+CONFIG = "config.yaml"
 SHARD_BYTES = 5_000_000_000  # of a file, of tensors
 _ONE_FILE = {"timm", "open_clip"}  # libraries that read no shards
 _SHOWN = 10
@@ -193,7 +196,7 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def write_checkpoint(folder: Path, weights: Weights, jobs: Sequence[Job], most: int = SHARD_BYTES) -> None:
-    """As a checkpoint of this program, of weights alone."""
+    """As a checkpoint of this program, of weights alone; beside it the configuration of its model, for runs of it."""
     files: list[StoredFile] = []
     tensors: dict[str, StoredTensor] = {}
     for number, shard in enumerate(_shards(jobs, most)):
@@ -203,13 +206,12 @@ def write_checkpoint(folder: Path, weights: Weights, jobs: Sequence[Job], most: 
             piece = StoredPiece(number, whole_box(entry.shape), *place)
             tensors[entry.key] = StoredTensor(entry.dtype, entry.shape, (piece,))
     d = weights.description
-    config: dict[str, Any] = {"model": asdict(d.model)}
-    if d.preprocessing is not None:
-        config["data"] = {"mean": d.preprocessing.mean, "std": d.preprocessing.std}
+    config = config_of(d)
     about = {"converted_from": weights.kind, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **about_of(d)}
     manifest = Manifest(
         step=getattr(weights, "step", 0), progress={}, config=config, about=about, files=tuple(files), tensors=tensors
     )
+    write_text(folder / CONFIG, yaml.safe_dump(json.loads(json.dumps(config)), sort_keys=False))
     write_text(folder / FILE, manifest.to_json())
 
 

@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from engine.errors import ConfigError
-from model import ModelConfig, VisionTransformer
+from model import ImageText, ModelConfig, TextConfig, VisionTransformer
 from model.formats.api import open_weights, save_weights
 from model.formats.base import Preprocessing
 from parallel.checkpoint.read import Reader
 from parallel.process_group import World
 from tests.engine.run.forked import running
 from tests.engine.small import MODEL, flags
+from tests.tools.jobs import run_jobs
 from tools.convert.reshard import reshard
 from tools.inspect_checkpoint.__main__ import main as inspect
 from tools.rerun_step import main as rerun
@@ -95,3 +96,62 @@ def test_it_is_cut_for_a_layout(folder: Path, tmp_path: Path) -> None:
     with open_weights(folder / "ours") as one, open_weights(path) as other:
         assert one.description == other.description and one.tensors == other.tensors
         assert all(torch.equal(one.read(name), other.read(name)) for name in one.tensors)
+
+
+def test_both_towers(tmp_path: Path) -> None:
+    """Of CLIP: a run goes on from what is converted, whose configuration comes with it, and from theirs alike; what it
+    evaluates at weights that have hardly moved is what tools.evaluate finds; it is cut for a layout, shown, and alone.
+    """
+    image = ModelConfig(
+        image_size=8, patch_size=2, in_channels=1, width=32, depth=2, num_heads=4, norm_eps=1e-5, pre_norm=True,
+        patch_bias=False, pool="cls", position="learned_1d",
+    )  # fmt: skip
+    text = TextConfig(width=32, depth=2, num_heads=4, context_length=24)
+    model = ImageText(image, text, embedding=12, seed=5)
+    model.save_pretrained(tmp_path / "clip", "hf_clip_vision", preprocessing=Preprocessing(mean=(0.3,), std=(0.4,)))
+    with open_weights(tmp_path / "clip", whole=True) as weights:
+        save_weights(weights, tmp_path / "ours")
+    keys = ["--config", str(tmp_path / "ours" / "config.yaml"), "--data.kind", "digits", "--train.steps", "1"]
+    keys += ["--train.global_batch_size", "16", "--optimizer.lr", "1e-12", "--log.tensorboard", "false"]
+    jobs: dict[str, tuple[str, int, list[str]]] = {}
+    for name in ("ours", "clip"):
+        more = ["--checkpoint.load", str(tmp_path / name), "--run_dir", str(tmp_path / f"run {name}")]
+        jobs[name] = "pretrain_vit", 2, [*keys, *more]
+    for task in ("zero_shot", "retrieval"):
+        argv = ["--checkpoint", str(tmp_path / "ours"), "--task", task, "--data.kind", "digits"]
+        jobs[task] = "tools.evaluate.__main__", 1, [*argv, "--json", str(tmp_path / f"{task}.json")]
+    codes = run_jobs(tmp_path, jobs, timeout=120)
+    assert codes == {name: [0] * size for name, (_, size, _) in jobs.items()}, [
+        (tmp_path / f"{name}.txt").read_text() for name in jobs
+    ]
+    found = {}
+    for name in ("ours", "clip"):
+        said = (tmp_path / f"{name}.txt").read_text()
+        assert "taken: " in said and not any(word in said for word in ("  new: ", "left out", "resized", "other than"))
+        lines = [json.loads(line) for line in (tmp_path / f"run {name}" / "metrics.jsonl").read_text().splitlines()]
+        found[name] = next(line for line in lines if line["event"] == "eval")
+    evaluated = {task: json.loads((tmp_path / f"{task}.json").read_text()) for task in ("zero_shot", "retrieval")}
+    for key in ("loss", "zero_shot_accuracy", "recall_image_to_text@1", "recall_text_to_image@1"):
+        assert found["ours"][key] == found["clip"][key], key
+    assert found["ours"]["zero_shot_accuracy"] == pytest.approx(evaluated["zero_shot"]["accuracy"])
+    assert found["ours"]["logit_scale"] == pytest.approx(1 / 0.07)
+    assert inspect([str(tmp_path / "ours")]) == 0
+    cut = reshard(tmp_path / "ours", tmp_path / "cut", "tensor=2", (), lambda line: None)
+    for whole in (False, True):
+        with open_weights(tmp_path / "ours", whole=whole) as one, open_weights(cut, whole=whole) as other:
+            assert one.description == other.description and one.tensors == other.tensors
+            assert all(torch.equal(one.read(name), other.read(name)) for name in one.tensors)
+    alone = command(tmp_path, run_dir=str(tmp_path / "alone"), checkpoint__load=str(tmp_path / "run ours"))
+    alone += [
+        "--model.pre_norm",
+        "true",
+        "--model.patch_bias",
+        "false",
+        "--model.patch_size",
+        "2",
+        "--model.depth",
+        "2",
+    ]
+    with running(tmp_path / "t", 1, alone) as run:  # a supervised run takes the image tower
+        assert run.codes() == [0], run.said()
+        assert "taken: 31 tensor(s)" in run.said() and "new: 2 tensor(s): head.fc.weight" in run.said(), run.said()

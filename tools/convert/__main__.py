@@ -32,8 +32,10 @@ from engine.errors import EXIT_DONE, EXIT_FAULT, EXIT_USAGE, ConfigError
 from model import ModelConfig
 from model.formats.api import open_weights, save_weights
 from model.formats.base import ConversionError
+from model.formats.checkpoint import CheckpointWeights
+from model.formats.pairs import has_texts
 from model.formats.positions import with_table
-from model.formats.registry import KINDS, VITRUVIUS
+from model.formats.registry import KINDS, PAIRS, VITRUVIUS, target
 from model.formats.weights import Weights
 from tools.convert import report, verify
 from tools.convert.reshard import reshard
@@ -54,6 +56,7 @@ def main(argv: Sequence[str]) -> int:
     if options.to is None:
         raise ConversionError(f"--to is missing: say which kind {options.destination} is to be: {', '.join(KINDS)}")
     given = _given(flags)
+    whole = options.to in (VITRUVIUS, *PAIRS) if options.towers is None else options.towers == "both"
     with open_weights(
         options.source,
         options.kind,
@@ -61,7 +64,9 @@ def main(argv: Sequence[str]) -> int:
         given=given,
         leave_out=options.leave_out,
         which="average" if options.weights in ("ema", "average") else "weights",
+        whole=whole,
     ) as weights:
+        _check_towers(weights, options, whole=whole)
         _check_given(weights, given)
         if options.json is not None:
             _check_file(options.json)
@@ -118,6 +123,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PATTERN",
         help="tensors that may be dropped: 'text_model.*'",
     )
+    parser.add_argument(
+        "--towers",
+        choices=("image", "both"),
+        help="of image and text: both (default, where SRC and the kind of DST have two), or that of images alone",
+    )
     parser.add_argument("--reshard", metavar="LAYOUT", help="instead: cut for 'tensor=2 pipeline=2 data=4 zero=3'")
     parser.add_argument("--scan", action="store_true", help="to big_vision: layers stacked, for models that scan")
     parser.add_argument("--source_config", type=Path, metavar="FILE", help="config.json of SRC, if it is not beside it")
@@ -139,7 +149,7 @@ def _apart(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _check_alone(options: argparse.Namespace) -> None:
     """Raise ConversionError for what --reshard, which changes no tensor, has no use for."""
-    others = ("kind", "to", "dtype", "weights", "leave_out", "scan", "source_config", "verify", "json")
+    others = ("kind", "to", "dtype", "weights", "leave_out", "towers", "scan", "source_config", "verify", "json")
     for name in others:
         if getattr(options, name) != _parser().get_default(name):
             flag = "from" if name == "kind" else name
@@ -167,6 +177,16 @@ def _check_given(weights: Weights, given: dict[str, Any]) -> None:
             )
 
 
+def _check_towers(weights: Weights, options: argparse.Namespace, *, whole: bool) -> None:
+    """Raise ConversionError where not as many towers are there as are asked for, or one would go unsaid."""
+    pair = weights.description.pairing is not None
+    if options.towers == "both" and not pair:
+        raise ConversionError(f"--towers both: {weights.path} has one tower, of images")
+    ours = isinstance(weights, CheckpointWeights) and has_texts(weights.manifest.config)
+    if ours and not whole and options.towers is None:
+        target(options.to, pair=True)
+
+
 def _check_file(path: Path) -> None:
     """Raise ConversionError where a file cannot be written."""
     try:
@@ -187,19 +207,19 @@ def _verified(weights: Weights, options: argparse.Namespace, *, told: bool) -> l
     Args:
         told: whether something was said on the command line that SRC does not say.
     """
-    images = verify.images_for(weights.description)
+    inputs = verify.inputs_for(weights.description)
     if options.dtype is None and options.weights == "weights":
-        source, what = verify.source_outputs(weights, images, told=told), weights.kind
+        source, what = verify.source_outputs(weights, inputs, told=told), weights.kind
     else:  # the same numbers, which SRC has not
         same = weights if options.to == VITRUVIUS else with_table(weights)  # rounded as what is written
-        source = vitruvius.run_weights(same, images, _DTYPES.get(options.dtype))
+        source = vitruvius.run_weights(same, *inputs, dtype=_DTYPES.get(options.dtype))
         what = f"{VITRUVIUS} with {options.weights} of SRC" + (f" in {options.dtype}" if options.dtype else "")
     try:
-        target = verify.outputs(options.destination, options.to, images)
+        written = verify.outputs(options.destination, options.to, *inputs)
     except Exception as error:  # of that library
         print(f"verify    the class that {options.to} is for does not run it: {error}")
         return None
-    found = list(verify.differences(source, target))
+    found = list(verify.differences(source, written))
     print("\n".join(report.verified(found, what, options.to)))
     return found
 

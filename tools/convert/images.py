@@ -1,4 +1,4 @@
-"""Real photographs, from packages that are installed anyway, prepared as a model wants them."""
+"""Real photographs, from packages that are installed anyway, prepared as a model wants them; and texts, in tokens."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from model.formats.base import Preprocessing
+from model.text import TextConfig
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -27,6 +28,24 @@ def photographs(channels: int, size: tuple[int, int], how: Preprocessing | None)
     """
     how = how or Preprocessing()
     return torch.stack([prepared(path, channels, size, how) for path in _paths()])
+
+
+def tokens(text: TextConfig) -> Tensor:
+    """int64 [6, S]: texts of several lengths, of tokens from all over the vocabulary, each with its end, and then with
+    what libraries fill up with: zeros, or end tokens. For who pools the last token, too, which is then one of these.
+
+    Args:
+        text: resolved.
+    """
+    length, count, end = text.context_length, text.vocabulary_size, text.end_token
+    assert length is not None and count is not None and end is not None
+    found = torch.randint(0, count, (6, length), generator=torch.Generator().manual_seed(0))
+    found = torch.where(found == end, (end + 1) % count, found)
+    for i, row in enumerate(found):
+        stop = length - 1 if i == 0 else (i * length) // 7
+        row[stop] = end
+        row[stop + 1 :] = end if i % 2 else 0
+    return found
 
 
 def _paths() -> list[Path]:

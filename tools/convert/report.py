@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from model.formats.pairs import text_model
 from model.formats.weights import Weights
 from parallel.checkpoint.manifest import DTYPES
 from tools.convert.images import NAMES
@@ -23,9 +24,17 @@ def lines_of(weights: Weights) -> Iterator[str]:
     kinds = sorted({DTYPES.get(entry.dtype, str(entry.dtype)) for entry in weights.tensors.values()})
     yield f"from      {weights.path} ({weights.kind}): {count / 1e6:,.1f} M parameters, {', '.join(kinds)}"
     shape = ", ".join(f"{s.depth} blocks of width {s.width} with {s.heads} heads" for s in sizes.stages)
-    head = f"{m.num_classes} classes" if m.num_classes else "no classifier"
+    head = f"{m.num_classes} classes" if m.num_classes else "no classifier" if d.pairing is None else "image tower"
     rows, cols = sizes.image
     yield f"model     {shape}; images {rows} x {cols}, patches {sizes.patch}; pool {m.pool}, {head}"
+    if (pair := d.pairing) is not None:
+        t, (text, _) = pair.text, text_model(pair)
+        yield (
+            f"text      {text.depth} blocks of width {text.width} with {text.num_heads} heads; {t.context_length} "
+            f"tokens of a vocabulary of {t.vocabulary_size}; pool {t.pool}, {t.attention} attention"
+        )
+        bias = "" if pair.bias is None else f", bias {pair.bias:.4g}"
+        yield f"pair      {pair.embedding} features; scale of logits {1 / pair.temperature:.4g}{bias}"
     if (p := d.preprocessing) is not None:
         mean, std = (", ".join(f"{v:g}" for v in values) for values in (p.mean, p.std))
         crop = "both sides resized" if p.squash else f"centre crop {p.crop_fraction:.4g}"

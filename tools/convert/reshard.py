@@ -43,6 +43,7 @@ KEYS = {
     "context": "parallel.context_parallel_size", "zero": "parallel.zero_stage",
 }  # fmt: skip
 _WORDS = (*KEYS, "data")
+_LEAST = 2  # samples of a step: of contrastive training a batch of one has nothing to be told from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,14 +141,14 @@ def _config(reader: Reader, stated: Layout, flags: Sequence[str]) -> tuple[Confi
     config, _ = parse([*stated.flags, *flags], "tools.convert", stored=reader.manifest.config)
     p, train = config.parallel, config.train
     if train.steps is None and train.epochs is None:  # weights that no run of this program has saved
-        train = replace(train, steps=1, global_batch_size=stated.data)
+        train = replace(train, steps=1, global_batch_size=max(_LEAST, stated.data))
     ranks = stated.data * p.tensor_parallel_size * p.pipeline_parallel_size * p.context_parallel_size
     pipeline = Pipeline.of(p, p.pipeline_parallel_size)
     train = replace(train, micro_batch_size=None if pipeline.micro_batches else 1)
     config = replace(config, kernels="reference", train=train)
     config.resolve(ranks)
     # the pieces do not hang on how many micro-batches there are, or how large: the fewest make the shortest schedule
-    few = replace(train, micro_batch_size=1, global_batch_size=stated.data * pipeline.pieces)
+    few = replace(train, micro_batch_size=1, global_batch_size=max(_LEAST, stated.data * pipeline.pieces))
     return replace(config, train=few).resolve(ranks), config.grid_shape(ranks)
 
 

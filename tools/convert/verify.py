@@ -15,19 +15,22 @@ from model.formats.api import save_weights
 from model.formats.base import Description
 from model.formats.registry import VITRUVIUS
 from model.formats.weights import Weights
-from tools.convert.images import photographs
+from tools.convert.images import photographs, tokens
 from tools.convert.runners import RUNNERS, Outputs, vitruvius
 
 MOST_APART, LEAST_COSINE = 1e-4, 1 - 1e-6
+Inputs = tuple[Tensor] | tuple[Tensor, Tensor]
+"""Images [B, C, H, W], and tokens of texts [n, S]."""
 _LIBRARIES = {"timm": "timm", "big_vision": "timm", "open_clip": "open_clip"}
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Between what two models give for the same images.
+    """Between what two models give for the same images, and texts.
 
     Attributes:
-        what: features or logits. largest: absolute difference of two numbers. cosine: of an image's numbers, the least.
+        what: features or logits; of two towers embeddings, and the logits of all pairs. largest: absolute difference of
+            two numbers. cosine: of one image's or text's numbers, the least.
     """
 
     what: str
@@ -48,13 +51,14 @@ def missing_library(kind: str) -> str | None:
     return None if importlib.util.find_spec(name) is not None else name
 
 
-def outputs(path: Path, kind: str, images: Tensor) -> Outputs:
-    """Of the checkpoint at a path, by the class that it is for."""
+def outputs(path: Path, kind: str, images: Tensor, texts: Tensor | None = None) -> Outputs:
+    """Of the checkpoint at a path, by the class that it is for; of both towers if there are texts."""
+    run = vitruvius.run if kind == VITRUVIUS else RUNNERS[kind]
     with torch.inference_mode():
-        return (vitruvius.run if kind == VITRUVIUS else RUNNERS[kind])(path, images)
+        return run(path, images) if texts is None else run(path, images, texts)
 
 
-def source_outputs(weights: Weights, images: Tensor, *, told: bool) -> Outputs:
+def source_outputs(weights: Weights, inputs: Inputs, *, told: bool) -> Outputs:
     """Of weights that are open, by the class of their kind.
 
     Args:
@@ -62,11 +66,11 @@ def source_outputs(weights: Weights, images: Tensor, *, told: bool) -> Outputs:
             checkpoint of their kind, with the same tensors, in a temporary folder.
     """
     if not told:
-        return outputs(weights.path, weights.kind, images)
+        return outputs(weights.path, weights.kind, *inputs)
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder) / "whole.npz"  # a file, or a folder of that name
         save_weights(weights, whole, weights.kind)
-        return outputs(whole, weights.kind, images)
+        return outputs(whole, weights.kind, *inputs)
 
 
 def images_for(description: Description) -> Tensor:
@@ -75,9 +79,20 @@ def images_for(description: Description) -> Tensor:
     return photographs(sizes.channels, sizes.image, description.preprocessing)
 
 
+def inputs_for(description: Description) -> Inputs:
+    """The same; for two towers texts, too."""
+    images, pairing = images_for(description), description.pairing
+    return (images,) if pairing is None else (images, tokens(pairing.text))
+
+
 def differences(first: Outputs, second: Outputs) -> Iterator[Difference]:
-    """Of features, and of logits where both have them."""
-    pairs = {"features": (first.features, second.features), "logits": (first.logits, second.logits)}
+    """Of features, or embeddings of both towers, and of logits where both have them."""
+    images = "features" if first.texts is None else "images"
+    pairs = {
+        images: (first.features, second.features),
+        "texts": (first.texts, second.texts),
+        "logits": (first.logits, second.logits),
+    }
     for what, (a, b) in pairs.items():
         if a is not None and b is not None:
             a, b = a.double(), b.double()

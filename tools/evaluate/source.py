@@ -110,7 +110,10 @@ def sources_of(options: argparse.Namespace, flags: Sequence[str], world: World) 
         weights = open_source(options.checkpoint, options.weights, flags)
         if task in OF_TEXTS or options.features == "embedding":
             what = f"--task {task}" if task in OF_TEXTS else "--features embedding"
-            raise ConfigError(f"{what} is for contrastive models, and {weights.path} has no text tower")
+            raise ConfigError(
+                f"{what} is for contrastive models, and {weights.path} has no text tower here: if it is another "
+                "library's that has one, convert it (tools.convert --to vitruvius)"
+            )
         return {IMAGE: source_of(weights, flags, world, features=task in OF_FEATURES)}
     folder, manifest = found
     if task == "supervised":

@@ -68,7 +68,7 @@ def layers_of(config: Config, tower: TowerName, *, embedding: bool) -> list[Laye
     elif not embedding:
         return build_layers(model)
     else:
-        specs = image_tower(model, keys.embedding, keys.projection)
+        specs = image_tower(model, keys.embedding, keys.projection, projection_bias=keys.projection_bias)
         sizes = model.sizes
         batch = MicroBatch.of(torch.empty(1, sizes.channels, *sizes.image, device="meta"), None)
     own = [replace(spec, name=spec.name.removeprefix(f"{tower}.")) for spec in specs]

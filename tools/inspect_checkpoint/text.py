@@ -18,9 +18,28 @@ def print_head(folder: Path, manifest: Manifest) -> None:
     """What there is to know of a checkpoint in a few lines."""
     parts = f"{counted(len(manifest.files), 'file')}, {counted(len(manifest.tensors), 'tensor')}"
     pairs: list[tuple[str, Any]] = [("checkpoint", folder), ("step", manifest.step)]
+    pairs += list(towers_of(manifest.config))
     pairs += [*manifest.about.items(), ("progress", manifest.progress), ("evaluation", manifest.evaluation)]
     pairs.append(("size", f"{size(manifest.bytes)} in {parts}"))
     print_pairs(pairs)
+
+
+def towers_of(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What the towers of a contrastive model are, and how they meet."""
+    if config.get("objective") != "contrastive":
+        return
+    keys, image, text = (config.get(group) or {} for group in ("contrastive", "model", "text"))
+    side = image.get("image_size")
+    yield "image tower", f"{_blocks(image)}; images of {side}, patches of {image.get('patch_size')}"
+    if keys.get("pairs", "image_text") == "image_text":
+        tokens, words = text.get("context_length"), text.get("vocabulary_size")
+        yield "text tower", f"{_blocks(text)}; {tokens} tokens of a vocabulary of {words}, {text.get('attention')}"
+    yield "pair", f"{keys.get('loss')}, {keys.get('embedding')} features"
+
+
+def _blocks(tower: Mapping[str, Any]) -> str:
+    size = "a pyramid" if tower.get("stages") else f"{tower.get('depth')} blocks of width {tower.get('width')}"
+    return f"{size}, pool {tower.get('pool')}"
 
 
 def print_pairs(named: Iterable[tuple[str, Any]]) -> None:

@@ -43,6 +43,9 @@ VIT = _SIZES | _words("qkv_bias encoder_stride pooler_output_size pooler_act")
 SIGLIP = _SIZES | _words("vision_use_head")
 SIGLIP2 = SIGLIP | _words("num_patches")
 CLIP = _SIZES | _words("projection_dim")
+_TEXT = _SIZES | _words("vocab_size max_position_embeddings eos_token_id")
+CLIP_TEXT = _TEXT | _words("projection_dim")
+SIGLIP_TEXT = _TEXT | _words("projection_size")
 DINOV2 = (
     _SIZES
     | _BACKBONE

@@ -68,7 +68,7 @@ def rules_of(names: Names, m: ModelConfig, start: str) -> list[Rule]:
     check_whole_patches("transformers", m)
     rules = [*_embedding(names, m, start)]
     for i in range(m.sizes.depth):
-        rules += _block(names, m, f"blocks.{i}.", start + names.block.format(i))
+        rules += block_rules(names, m, f"blocks.{i}.", start + names.block.format(i))
     return [*rules, *_pair("head.norm", start + names.norm)]
 
 
@@ -110,7 +110,7 @@ def _table(names: Names, m: ModelConfig) -> Way:
     return Kept(((first, count),), count, len(there) - 2, (patches, width), there)
 
 
-def _block(names: Names, m: ModelConfig, ours: str, theirs: str) -> list[Rule]:
+def block_rules(names: Names, m: ModelConfig, ours: str, theirs: str) -> list[Rule]:
     width, gated = m.sizes.last.width, m.mlp == "swiglu"
     rules = []
     for i, name in enumerate(names.norms):

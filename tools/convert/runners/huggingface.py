@@ -26,12 +26,12 @@ _BASES = {  # by the type of a config: the class without a classifier, and the o
 }
 
 
-def run(path: Path, images: Tensor) -> Outputs:
+def run(path: Path, images: Tensor, texts: Tensor | None = None) -> Outputs:
     """Of a folder with `config.json`, by the class whose weights it has."""
     folder = path if path.is_dir() else path.parent
     model = load(folder)
     with torch.no_grad():
-        return _outputs(model, images)
+        return _outputs(model, images) if texts is None else _both(model, images, texts)
 
 
 def load(folder: Path) -> Any:
@@ -52,6 +52,14 @@ def load(folder: Path) -> Any:
     if wrong:
         raise RuntimeError(f"{name} does not fit {folder}: {wrong}")
     return model.eval()
+
+
+def _both(model: Any, images: Tensor, texts: Tensor) -> Outputs:
+    given = _patches(images, model.config) if "Siglip2" in type(model).__name__ else {"pixel_values": images}
+    found = model(**given, input_ids=texts)
+    embeddings = [model.get_image_features(**given), model.get_text_features(input_ids=texts)]
+    left, right = (side if isinstance(side, Tensor) else side.pooler_output for side in embeddings)
+    return Outputs(left, found.logits_per_image, right)
 
 
 def _outputs(model: Any, images: Tensor) -> Outputs:

@@ -15,11 +15,13 @@ from tools.convert.libraries import library
 from tools.convert.runners import Outputs
 
 
-def run(path: Path, images: Tensor) -> Outputs:
+def run(path: Path, images: Tensor, texts: Tensor | None = None) -> Outputs:
     """Of a folder with `open_clip_config.json`: a whole model by its loader, a tower alone by the class of towers."""
     folder = path if path.is_dir() else path.parent
     library("open_clip")
-    tower = _whole(folder) if _has_text(folder) else _alone(folder)
+    if texts is not None:
+        return _both(_whole(folder).eval(), images, texts)
+    tower = _whole(folder).visual if _has_text(folder) else _alone(folder)
     tower.eval()
     if hasattr(tower, "trunk"):
         return _of_timm(tower, images)
@@ -30,10 +32,22 @@ def run(path: Path, images: Tensor) -> Outputs:
         return Outputs(tower(images), logits)
 
 
-def _of_timm(tower: Any, images: Tensor) -> Outputs:
-    """Of a tower of timm's, which leaves out what does not fill a patch: zeros, here."""
+def _both(model: Any, images: Tensor, texts: Tensor) -> Outputs:
+    if hasattr(model.visual, "trunk"):
+        images = _filled(model.visual, images)
+    with torch.no_grad():
+        logits = model.get_logits(images, texts)[0]
+        return Outputs(model.encode_image(images), logits, model.encode_text(texts))
+
+
+def _filled(tower: Any, images: Tensor) -> Tensor:
+    """For a tower of timm's, which leaves out what does not fill a patch: zeros, here."""
     rows, cols = tower.trunk.patch_embed.img_size
-    images = F.pad(images, (0, cols - images.shape[3], 0, rows - images.shape[2]))
+    return F.pad(images, (0, cols - images.shape[3], 0, rows - images.shape[2]))
+
+
+def _of_timm(tower: Any, images: Tensor) -> Outputs:
+    images = _filled(tower, images)
     with torch.no_grad():
         features = tower.trunk.forward_head(tower.trunk.forward_features(images), pre_logits=True)
         logits = tower(images)
@@ -46,7 +60,7 @@ def _has_text(folder: Path) -> bool:
 
 
 def _whole(folder: Path) -> Any:
-    return library("open_clip.factory").create_model(f"local-dir:{folder}").visual
+    return library("open_clip.factory").create_model(f"local-dir:{folder}")
 
 
 def _alone(folder: Path) -> Any:
