@@ -20,7 +20,7 @@ from parallel.tensor import TensorParallel
 from tests.distributed import run_ranks
 from tests.model.small import batch_of, real
 from tests.parity.cases import MODELS, Case
-from tests.parity.climb import FEW_IMAGES, climb
+from tests.parity.climb import climb
 from tests.parity.test_ladder import relative
 
 IMAGES, WEIGHT = 2, 0.01
@@ -119,13 +119,13 @@ def put_taps(stepper: Stepper) -> None:
 
 def over_ranks(world: World) -> list[dict[str, Tensor]]:
     check(world, "heads", ("qkv", "input+gather"))
-    return [climb(world, case.config(), put_taps, steps=1, images=FEW_IMAGES).first_grads for case in CASES]
+    return [climb(world, case.config(), put_taps, steps=1).first_grads for case in CASES]
 
 
 def test_over_ranks_as_in_one_process() -> None:
     one = CASES[0].one_process.config()
-    expected = climb(World(), one, put_taps, steps=1, images=FEW_IMAGES).first_grads
-    plain = climb(World(), one, steps=1, images=FEW_IMAGES).first_grads
+    expected = climb(World(), one, put_taps, steps=1).first_grads
+    plain = climb(World(), one, steps=1).first_grads
     assert sum(relative(plain[name], gradient) > 1e-2 for name, gradient in expected.items()) > 10
     for case, found in zip(CASES, run_ranks(2, over_ranks)[0], strict=True):
         worst = {name: relative(found[name], gradient) for name, gradient in expected.items()}
