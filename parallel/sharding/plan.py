@@ -8,7 +8,7 @@ shard per rank that holds a copy of it (Rajbhandari et al. 2020, ZeRO; Zhao et a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
@@ -138,17 +138,24 @@ class UnitPlan(NamedTuple):
 
 
 def plan_units(
-    layers: Layers, *, tensor_size: int, group_of: GroupOf, dtype_of: Callable[[str], torch.dtype], unit_bytes: int
+    layers: Layers,
+    *,
+    tensor_size: int,
+    group_of: GroupOf,
+    dtype_of: Callable[[str], torch.dtype],
+    unit_bytes: int,
+    forward_only: Set[str] = frozenset(),
 ) -> list[UnitPlan]:
     """Units of a stage in forward order.
 
     Args:
         layers: (name, module with parameters on the meta device), in forward order.
-        group_of: the optimizer's group of a parameter. dtype_of: of a weight, by its name.
+        group_of: the optimizer's group of a parameter. dtype_of: of a weight, by its name. forward_only: layers that
+            nothing goes backward through: they share no unit with others, so that it need not be gathered for backward.
     """
     names = _names(layers)
     units = []
-    for run in _runs(layers, names, unit_bytes):
+    for run in _runs(layers, names, unit_bytes, forward_only):
         buckets: dict[BucketKind, list[Member]] = {}
         for layer, module in reversed(run):
             for inner, parameter in reversed(list(module.named_parameters())):
@@ -177,9 +184,10 @@ def _names(layers: Layers) -> dict[nn.Parameter, tuple[str, ...]]:
 
 
 def _runs(
-    layers: Layers, names: dict[nn.Parameter, tuple[str, ...]], unit_bytes: int
+    layers: Layers, names: dict[nn.Parameter, tuple[str, ...]], unit_bytes: int, forward_only: Set[str]
 ) -> Iterable[list[tuple[str, nn.Module]]]:
-    """Neighbouring layers until they hold `unit_bytes`; never cut between two that share a parameter.
+    """Neighbouring layers until they hold `unit_bytes`, or backward goes through one and not the next; never cut
+    between two that share a parameter.
 
     Sizes are those of the logical tensors, so that all ranks of a tensor axis group alike, however heads are dealt out.
     """
@@ -195,7 +203,8 @@ def _runs(
         run.append((layer, module))
         filled += sum(4 * math.prod(info_of(p).layout.shape) for p in module.parameters())
         until = max([until, *(last_use.get(p, -1) for p in module.parameters())])
-        if filled >= unit_bytes and i >= until:
+        turns = i + 1 < len(layers) and (layer in forward_only) != (layers[i + 1][0] in forward_only)
+        if (filled >= unit_bytes or turns) and i >= until:
             yield run
             run, filled = [], 0
     if run:

@@ -8,7 +8,7 @@ planned.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,7 @@ class ParameterStore:
             parameters are replaced by such as are bound to flat buckets, and initialised from `seed`.
         grid: decides what is summed and shared over which ranks. device: where everything lives.
         policy: what is shared out. group_of: the optimizer's group of a parameter. dtype_of: of a weight, by name.
+        forward_only: layers that nothing goes backward through.
 
     Attributes:
         recomputed: layers of which an R of the schedule has something run again.
@@ -61,14 +62,16 @@ class ParameterStore:
         policy: ShardingPolicy | None = None,
         group_of: GroupOf = by_decay,
         dtype_of: Callable[[str], torch.dtype] = in_fp32,
+        forward_only: Set[str] = frozenset(),
     ) -> None:
+        self._forward_only = forward_only
         self.policy, self.device = policy or ShardingPolicy(), device
         self.axis = grid.along("data", "context", "tensor")
         self.stages: list[list[Unit]] = []
         for layers in stages:
             plans = plan_units(
                 layers, tensor_size=grid.tensor.size, group_of=group_of, dtype_of=dtype_of,
-                unit_bytes=self.policy.unit_bytes,
+                unit_bytes=self.policy.unit_bytes, forward_only=forward_only,
             )  # fmt: skip
             self.stages.append(self._allocate(plans, grid))
         self._unit_of = {layer: unit.index for unit in self.units for layer in unit.layers}
@@ -236,7 +239,7 @@ class ParameterStore:
             elif action.kind is ActionKind.RECOMPUTE:
                 uses += [u.index for u in place[action.stage] if not self.recomputed.isdisjoint(u.layers)]
             elif action.kind in _BACKWARD:
-                uses += [unit.index for unit in reversed(place[action.stage])]
+                uses += [u.index for u in reversed(place[action.stage]) if self._forward_only.isdisjoint(u.layers)]
         self.gatherer.plan(uses)
 
     @torch.no_grad()

@@ -146,6 +146,18 @@ def test_units_of_several_stages_on_a_rank() -> None:
         assert len(wire.gathered) == len(wire.waited) == 6
 
 
+def test_nothing_is_gathered_for_a_backward_that_does_not_come() -> None:
+    layers: list[NamedLayers] = [[(name, Holder(w=parameter(SIZE))) for name in "abcd"]]
+    with fake_wire() as wire:
+        store = ParameterStore(
+            layers, grid=planned(data=2), device=CPU, seed=0, policy=policy_of(3), forward_only={"a", "c"}
+        )
+        store.plan(build_schedule("1f1b", 1, 1).ranks[0], [0])
+        for index in (0, 1, 2, 3, 3, 1):
+            store.gatherer.use(index)
+        assert len(wire.gathered) == len(wire.waited) == 5
+
+
 # -- in time -----------------------------------------------------------------------------------------------------------
 
 

@@ -43,6 +43,11 @@ def test_small_layers_are_grouped_and_large_ones_stay_alone() -> None:
     assert _layers_of(_plan(layers, 1 << 30)) == [tuple("abcdefg")]
 
 
+def test_layers_that_nothing_goes_backward_through_are_apart() -> None:
+    layers = _sized(a=10, b=10, c=10, d=10, e=10)
+    assert _layers_of(_plan(layers, 1 << 30, forward_only={"a", "c", "d"})) == [("a",), ("b",), ("c", "d"), ("e",)]
+
+
 def test_layers_without_parameters_join_their_neighbours() -> None:
     layers = [*_sized(a=10), ("empty", nn.Identity()), *_sized(b=10), ("last", nn.Identity())]
     assert _layers_of(_plan(layers, 80)) == [("a", "empty", "b"), ("last",)]
