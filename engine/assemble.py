@@ -356,6 +356,7 @@ def assemble(
         [stage.layers for stage in stages.values()],
         grid=grid, device=device, seed=config.train.seed, policy=policy, group_of=group_of,
         dtype_of=precision.of_weight,
+        forward_only={layer.name for layer, passes in zip(layers, frozen.passes, strict=True) if passes == 1},
     )  # fmt: skip
     store.recomputed = frozenset(name for name, of in sets.items() if of.drops)
     for stage in stages.values():

@@ -30,7 +30,7 @@ class Traffic:
 
     Attributes:
         ranks: that hold the same weights. numbers, nbytes: of each layer's weights on a rank, by name; numbers are of
-            those that are trained.
+            those that are trained. forward_only: layers that nothing goes backward through.
     """
 
     config: Config
@@ -40,6 +40,7 @@ class Traffic:
     world: tuple[int, ...]
     numbers: Mapping[str, int]
     nbytes: Mapping[str, int]
+    forward_only: frozenset[str] = frozenset()
 
     @staticmethod
     def of(config: Config, cluster: Cluster, grid: Grid, timing: Timing, frozen: Frozen) -> Traffic:
@@ -54,6 +55,7 @@ class Traffic:
             world=grid.world.ranks,
             numbers={name: numbers * trains[name] for name, (numbers, _) in sizes.items()},
             nbytes={name: nbytes for name, (_, nbytes) in sizes.items()},
+            forward_only=frozenset(l.name for l, n in zip(timing.layers, frozen.passes, strict=True) if n == 1),
         )
 
     def on(self, config: Config, grid: Grid) -> Traffic:
@@ -87,9 +89,9 @@ class Traffic:
             return {}
         moves = dict.fromkeys(("forward", "backward", "weight"), 0.0)
         if self.policy.stage == 3:
-            again = (1 - self._kept(names)) * sum(map(self.gather, names))
-            moves["forward"] += again
-            moves["backward"] += again
+            again = 1 - self._kept(names)
+            moves["forward"] += again * sum(map(self.gather, names))
+            moves["backward"] += again * sum(self.gather(name) for name in names if name not in self.forward_only)
         if self.policy.reduce == "micro_batch":
             moves["weight" if splits else "backward"] += sum(map(self.reduce, names))
         return {what: self._exposed(seconds, busy[what]) for what, seconds in moves.items() if seconds}

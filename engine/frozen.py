@@ -56,10 +56,10 @@ def frozen_of(config: Config, layers: Sequence[LayerSpec]) -> Frozen:
     patterns = config.train.freeze
     known: dict[str, bool] = {}
     count, trains = 0, []
-    for parameters in _parameters(config.model, tuple(layers)):
+    for layer, parameters in zip(layers, _parameters(config.model, tuple(layers)), strict=True):
         trains.append(False)
         for name, numbers, trainable in parameters:
-            known[name] = not trainable or any(matches(name, pattern) for pattern in patterns)
+            known[name] = not trainable or layer.is_frozen or any(matches(name, pattern) for pattern in patterns)
             count += numbers * known[name]
             trains[-1] |= not known[name]
     _check(patterns, known)
@@ -72,8 +72,8 @@ def _passes(layers: Sequence[LayerSpec], trains: Sequence[bool]) -> tuple[int, .
     """Of each layer, from whether it trains anything, and whether anything does that has made what it reads."""
     carries, passes = dict[str, bool](), list[int]()
     for place, (layer, own) in enumerate(zip(layers, trains, strict=True)):
-        read = makers(layers, place)
-        read = read if layer.joins else read[: len(read) - len(layer.rides)]  # the others ride on
+        rows, rides = layer.parted(makers(layers, place))
+        read = [*([] if rows is None else [rows]), *(rides if layer.reads_rides else ())]
         carries[layer.name] = own or any(carries[maker.name] for maker in read)
         passes.append(3 if own else 2 if carries[layer.name] else 1)
     return tuple(passes)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from data import Batch
+from data import Batch, DataConfig
 from engine.assemble import Assembly, assemble
 from engine.config import Config, TrainConfig
 from engine.recompute.ahead import Ahead
@@ -98,7 +98,7 @@ class LayerCosts:
         self._recompute.begin({spec.name: of})
 
         def run(x: Tensor | None, rides: tuple[Tensor, ...]) -> Tensor:
-            flow = self._stage.run(spec, module, rides if x is None else (x, *rides), self._batch)
+            flow = self._stage.give(spec, module, x, rides, self._batch)
             return flow[0] if layer < len(a.layers) - 1 else a.objective.loss_share(flow, self._batch, a.grid, 1.0)
 
         noting = Ahead(self._recompute, a.store.use).noting
@@ -109,10 +109,10 @@ class LayerCosts:
         a, spec = self._assembly, self._assembly.layers[layer]
         ridden = any(spec.name in other.rides for other in a.layers)
         flow = tuple((of.shape, of.dtype, of.carries_gradient) for of in a.boundary(layer))
-        count = len(flow) - len(spec.rides)
-        rides, given = flow[count:], flow[0][:2] if count else None
-        carries = bool(count) and flow[0][2]
-        return Place(given=given, carries=carries, rides=rides, reads=spec.joins, ridden=ridden)
+        rows, rides = spec.parted(flow)
+        reads = spec.reads_rides or layer == len(a.layers) - 1  # with which the loss is counted
+        carries = rows is not None and rows[2]
+        return Place(given=rows and rows[:2], carries=carries, rides=rides, reads=reads, ridden=ridden)
 
     def _kind_of(self, layer: int) -> object:
         a, spec = self._assembly, self._assembly.layers[layer]
@@ -188,6 +188,8 @@ def _essential(config: Config) -> Config:
         objective=config.objective,
         text=config.text,
         contrastive=replace(config.contrastive, passes="auto"),
+        distillation=config.distillation,
+        data=replace(DataConfig(), mean=config.data.mean, std=config.data.std),
     )  # fmt: skip
 
 

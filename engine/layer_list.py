@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from model import TOWERS, Build, LayerSpec
+from model import TEACHER, TOWERS, Build, LayerSpec
 from parallel.pipeline.boundary import TensorSpec
 
 
 def layer_of(name: str) -> str:
-    """The layer of a parameter: `blocks.3` of `blocks.3.attn.qkv.weight`, `text.head` of `text.head.fc.bias`."""
-    tower, *rest = name.split(".")
-    if tower not in TOWERS:
-        tower, rest = "", [tower, *rest]
-    count = 2 if rest[1:] and rest[1].isdigit() else 1
-    return ".".join([tower] * bool(tower) + rest[:count])
+    """The layer of a parameter: `blocks.3` of `blocks.3.attn.qkv.weight`, `text.head` of `text.head.fc.bias`,
+    `teacher.0.blocks.3` of one of several teachers."""
+    parts = name.split(".")
+    start = int(parts[0] in (*TOWERS, TEACHER))
+    start += parts[0] == TEACHER and parts[1].isdigit()
+    return ".".join(parts[: start + (2 if parts[start + 1 :] and parts[start + 1].isdigit() else 1)])
 
 
 def depths_of(layers: Sequence[LayerSpec]) -> dict[str, int]:

@@ -24,11 +24,12 @@ from engine.recompute.peaks import StageCost, host_peak, peak
 from engine.recompute.ranks import Place
 from engine.recompute.save_sets import SaveSet
 from engine.recompute.timing import kind_of
-from model import Build, LayerSpec, ride_of
+from model import TEACHER, Build, LayerSpec, ride_of
 from parallel.grid import GridShape, planned_grid
 from parallel.layout import info_of
 from parallel.pipeline.actions import ActionKind, peak_activations
 from parallel.pipeline.post import message_bytes
+from parallel.sharding.buckets import Bucket
 
 _SCRATCH = 4 * 2**20
 """What MKL or oneDNN, and the reading of images, hold on a CPU beside tensors: 3 to 5 MiB as measured in fp32."""
@@ -66,6 +67,8 @@ class MemoryPlan:
 def states(assembly: Assembly, *, on_cpu: bool = False) -> dict[str, int]:
     """Bytes of what lives for the whole run; on a CPU what its libraries keep, too."""
     held = assembly.store.memory()
+    if taught := sum(map(_of_teachers, assembly.store.buckets)):
+        held |= {"weights": held["weights"] - taught, "teacher": taught}
     held["optimizer state"] = sum(t.nbytes for group in assembly.optimizer.state_tensors().values() for t in group)
     if assembly.fp8 is not None:
         held["weights in 8 bits"] = assembly.fp8.weight_bytes
@@ -76,6 +79,12 @@ def states(assembly: Assembly, *, on_cpu: bool = False) -> dict[str, int]:
     if on_cpu:
         held["libraries"] = _libraries(assembly)
     return held
+
+
+def _of_teachers(bucket: Bucket) -> int:
+    """Bytes of its weights that are a teacher's."""
+    taught = sum(slot.numel for slot in bucket.slots if slot.name.startswith(f"{TEACHER}."))
+    return bucket.weights.nbytes * taught // max(1, sum(slot.numel for slot in bucket.slots))
 
 
 def plan_memory(
@@ -182,7 +191,7 @@ def _essential(config: Config) -> Hashable:
         config.parallel, pipeline_parallel_size=1, schedule="1f1b", virtual_stages=None, layers_per_stage=None,
         schedule_policy="static",
     )  # fmt: skip
-    goal = config.objective, config.text, replace(config.contrastive, passes="auto")
+    goal = config.objective, config.text, replace(config.contrastive, passes="auto"), config.distillation
     return config.model, p, config.precision, config.optimizer, config.train.freeze, config.kernels, goal
 
 

@@ -223,7 +223,7 @@ def choose(
         for stage, sets in rank.sets.items()
         for place, name in zip(found.stages[stage], sets, strict=True)
     }
-    blocks = [layer.name for layer in layers if layer.kind == "blocks"]
+    blocks = [layer.name for layer in layers if layer.kind == "blocks" and not layer.is_frozen]
     sets = tuple(names.get(block, "all") for block in blocks)
     config = _named(config, sets, found.stages if found.stages != stages else None)
     chosen, planned_peaks = _ahead_within(config, shape, memory, problem.budget, on_cpu=on_cpu)

@@ -264,7 +264,8 @@ def _loss_times(objective: Objective, timing: Timing, grid: Grid, cluster: Clust
     """Of the loss of a micro-batch, forward and backward."""
     build, last = timing.build, timing.layers[-1]
     shape, dtype = last.boundary(timing.batch_size, build), build.precision.of_layer(last.name)
-    forms = [shape, shape, (), ()] if last.joins else [shape]  # embeddings of both sides, scale, bias; or logits
+    taught = [shape] * len(last.rides)  # teachers' logits
+    forms = [shape, shape, (), ()] if last.joins else [shape, *taught]  # embeddings of both sides, scale, bias; logits
     outputs = tuple(torch.empty(form, dtype=dtype, device=META).requires_grad_() for form in forms)
     size = timing.batch_size * last.per_sample
     zeros, ones = torch.zeros(size, dtype=torch.int64, device=META), torch.ones(size, device=META)

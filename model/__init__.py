@@ -5,33 +5,46 @@ from model.config import ModelConfig, StageConfig
 from model.image_text import ImageText
 from model.inputs import MicroBatch
 from model.layers import LayerSpec, build_layers, makers, ride_of, training_flops
+from model.matching import FEATURES, RELATIONS
 from model.precision import Precision
 from model.presets import PRESETS
 from model.stage import Stage
+from model.targets import Shares
+from model.teachers import MATCH, TEACHER, Matching, Pixels, Teacher, build_student, student_layers
 from model.text import TEXT_PRESETS, TextConfig
 from model.towers import TOWERS, build_towers, check_towers
 from model.vit import VisionTransformer
 
 __all__ = [
+    "FEATURES",
+    "MATCH",
     "PRESETS",
+    "RELATIONS",
+    "TEACHER",
     "TEXT_PRESETS",
     "TOWERS",
     "Build",
     "ImageText",
     "LayerSpec",
+    "Matching",
     "MicroBatch",
     "ModelConfig",
+    "Pixels",
     "Precision",
+    "Shares",
     "Stage",
     "StageConfig",
+    "Teacher",
     "TextConfig",
     "Tower",
     "VisionTransformer",
     "build_layers",
+    "build_student",
     "build_towers",
     "check_parallel",
     "check_towers",
     "makers",
     "ride_of",
+    "student_layers",
     "training_flops",
 ]

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+import torch
+
 from model.config import ModelConfig
 from model.kernels import Kernels
 from model.precision import Precision
@@ -25,12 +27,15 @@ class Tower:
 
     Attributes:
         name: the prefix of its layers' names. config: resolved. shares_tokens: whether context ranks share the tokens
-            of a sample; else each of them computes all of it.
+            of a sample; else each of them computes all of it. frozen: whether none of it is trained, as of a teacher.
+            dtype: that all of it is kept and computed in; None: by the run's precision.
     """
 
     name: str
     config: ModelConfig
     shares_tokens: bool = True
+    frozen: bool = False
+    dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

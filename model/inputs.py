@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from model.targets import Shares
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +26,7 @@ class MicroBatch:
         keys: whether what comes out are keys that queries are compared with, which pass no predictor.
         texts: tokens, int64 [B, S], filled up at the right; None where there are none, or no layer reads them.
         indices: int64 [B], the same for rows of one image; None where that is not known.
+        shares: where parts of the loss that arise within the layers are noted; None: nowhere.
 
     Of two views of each sample, B is twice the number of samples: first views, then second ones.
     """
@@ -34,6 +39,7 @@ class MicroBatch:
     texts: Tensor | None = None
     keys: bool = False
     indices: Tensor | None = None
+    shares: Shares | None = None
 
     @property
     def size(self) -> int:

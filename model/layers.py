@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from model.merge import PatchMerge
 from parallel.layout import info_of
 
 Factory = Callable[[Build], nn.Module]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,8 @@ class LayerSpec:
     """One layer of the list.
 
     What a layer is given is a tuple: the output of the layer before it, then its *rides*, outputs of earlier layers
-    that a later one waits for, and which the layers in between hand on untouched.
+    that a later one waits for, and which the layers in between hand on untouched. Where the layers of several models
+    take turns, its rows are one of the rides, and the output of the layer before is a ride instead.
 
     Attributes:
         name: global, e.g. `blocks.17`; the prefix of its parameters' names in every layout.
@@ -47,7 +49,8 @@ class LayerSpec:
         reads: of the micro-batch. per_sample: images per sample, 2 where each has two views.
         rides: the layers whose outputs ride beside its input, by name, in order.
         begins: whether it begins a later tower: the output of the layer before it is a ride, too, and it is given no
-            rows. joins: whether it reads its rides, and gives out a tuple.
+            rows. takes: which of what it is given are its rows. sees: whether it reads its rides, too, which ride on.
+            joins: whether it reads them as the last, and gives out a tuple.
     """
 
     name: str
@@ -62,11 +65,23 @@ class LayerSpec:
     per_sample: int = 1
     rides: tuple[str, ...] = ()
     begins: bool = False
+    takes: int = 0
+    sees: bool = False
     joins: bool = False
 
     @property
+    def reads_rides(self) -> bool:
+        """Whether it is given what rides past it."""
+        return self.sees or self.joins
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether it is of a tower of which nothing is trained."""
+        return self.tower is not None and self.tower.frozen
+
+    @property
     def kind(self) -> str:
-        """What of a tower it is: `embed`, `blocks`, `merges`, `head`; or `pair`."""
+        """What of a tower it is: `embed`, `blocks`, `merges`, `head`; or `pair`, `match`."""
         *path, last = self.name.split(".")
         return path[-1] if last.isdigit() else last
 
@@ -77,30 +92,32 @@ class LayerSpec:
             return here.tp.local_rows(images * here.tokens.count), self.output[1]
         return images, here.part(self.output[1]) if self.gives == "shares" else self.output[1]
 
-    def parted(self, flow: tuple[Tensor, ...]) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+    def parted(self, flow: tuple[T, ...]) -> tuple[T | None, tuple[T, ...]]:
         """What it is given: its rows (None for the first layer of a tower), and its rides."""
-        return (None, flow) if self.begins or not flow else (flow[0], flow[1:])
+        if self.begins or not flow:
+            return None, flow
+        return flow[self.takes], (*flow[: self.takes], *flow[self.takes + 1 :])
 
 
 def makers(layers: Sequence[LayerSpec], place: int) -> tuple[LayerSpec, ...]:
-    """The layers whose outputs a layer, by its place, is given, in order."""
+    """The layers whose outputs a layer, by its place, is given, in order: what the one before it hands on."""
     if not place:
         return ()
-    named, spec = {layer.name: layer for layer in layers}, layers[place]
-    return tuple([layers[place - 1]] * (not spec.begins)) + tuple(named[name] for name in spec.rides)
+    named, before = {layer.name: layer for layer in layers}, layers[place - 1]
+    return (before, *(named[name] for name in before.rides * (not before.joins)))
 
 
 def ride_of(layers: Sequence[LayerSpec], place: int) -> range | None:
-    """What of the list a ride spans that passes a layer, is read or made by it: from its maker to its reader, by place.
-
-    All rides of a list end in one layer.
+    """What of the list a ride spans that is made by a layer, else passes it or is read by it: from its maker to its
+    reader, by place; to the end, if that is the loss.
     """
-    spec = layers[place]
-    names = spec.rides or tuple(spec.name for other in layers if spec.name in other.rides)[:1]
-    if not names:
+    spec, behind = layers[place], layers[place + 1 : place + 2]
+    name = spec.name if any(spec.name in layer.rides for layer in behind) else next(iter(spec.rides), None)
+    if name is None:
         return None
-    numbers = {layer.name: number for number, layer in enumerate(layers)}
-    return range(numbers[names[0]], next(n for n, layer in enumerate(layers) if layer.joins) + 1)
+    maker = next(n for n, layer in enumerate(layers) if layer.name == name)
+    readers = (n for n in range(maker + 1, len(layers)) if layers[n].joins or name not in layers[n].rides)
+    return range(maker, next(readers, len(layers) - 1) + 1)
 
 
 def build_layers(config: ModelConfig) -> list[LayerSpec]:
@@ -173,7 +190,7 @@ def measured(layers: Sequence[LayerSpec], build: Build, batch: MicroBatch) -> li
         kind = (made_by, args, spec.stage, spec.tower)
         x, rides = spec.parted(flow)
         if kind not in known:
-            given = (torch.empty(0, device="meta") if x is None else x, batch, *([rides] if spec.joins else []))
+            given = (torch.empty(0, device="meta") if x is None else x, batch, *([rides] if spec.reads_rides else []))
             with torch.inference_mode(False), ProductFlops() as counter, torch.no_grad():
                 layer = spec.factory(build.of(spec))
                 y = layer(*given)

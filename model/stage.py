@@ -53,9 +53,14 @@ class Stage(Layers):
 
     def run(self, spec: LayerSpec, layer: nn.Module, flow: tuple[Tensor, ...], batch: MicroBatch) -> tuple[Tensor, ...]:
         """One of the layers, in its own format, on its part of what flows: the rest rides on."""
-        given, rides = spec.parted(flow)
-        x = None if given is None else given.to(self.precision.of_layer(spec.name))
+        return self.give(spec, layer, *spec.parted(flow), batch)
+
+    def give(
+        self, spec: LayerSpec, layer: nn.Module, rows: Tensor | None, rides: tuple[Tensor, ...], batch: MicroBatch
+    ) -> tuple[Tensor, ...]:
+        """The same, of rows and rides."""
+        x = None if rows is None else rows.to(self.precision.of_layer(spec.name))
         if spec.joins:
             joined: tuple[Tensor, ...] = layer(x, batch, rides)
             return joined
-        return (layer(x, batch), *rides)
+        return (layer(x, batch, rides) if spec.sees else layer(x, batch), *rides)

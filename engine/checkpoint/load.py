@@ -196,18 +196,21 @@ def _difference(weights: StoredWeights, plan: LoadPlan) -> str:
 
 
 @torch.no_grad()
-def load_weights(a: Assembly, weights: StoredWeights, plan: LoadPlan) -> None:
+def load_weights(a: Assembly, weights: StoredWeights, plan: LoadPlan, prefix: str = "") -> None:
     """Fill the masters of this rank, frozen ones too, and make all that hangs on them anew. Collective.
 
     What is taken as it is, each rank reads itself: of a checkpoint of this program what it holds alone, of another
     library's the tensors that it holds some of, one at a time. What is resized comes from the first rank, so that
     copies are equal whatever processors have computed them.
 
+    Args:
+        prefix: of the names here of the model that the plan is of, such as `teacher.`.
+
     Raises:
         ConversionError: on every rank, if one has found damage.
     """
-    pieces = list(weight_pieces(a))
-    taken = {f"weights/{name}": f.source for name, f in plan.of("taken").items() if f.source is not None}
+    pieces, under = list(weight_pieces(a)), f"weights/{prefix}"
+    taken = {under + name: f.source for name, f in plan.of("taken").items() if f.source is not None}
     problem, changed = None, list[tuple[str, Box, Tensor]]()
     try:
         weights.fill(targets(pieces, taken))
@@ -220,7 +223,7 @@ def load_weights(a: Assembly, weights: StoredWeights, plan: LoadPlan) -> None:
         raise ConversionError(problem)
     for i, (name, box) in enumerate(found[0][1]):
         values = changed[i][2].to(a.device) if changed else torch.empty(box.shape, device=a.device)
-        _place(comm.broadcast(values, a.grid.world), box, (p for p in pieces if p.name == f"weights/{name}"))
+        _place(comm.broadcast(values, a.grid.world), box, (p for p in pieces if p.name == under + name))
     a.store.loaded()
     for average in a.averages:
         average.restart()

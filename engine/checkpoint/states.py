@@ -18,7 +18,8 @@ from parallel.sharding.pieces import StatePiece, whole_piece
 def state_pieces(a: Assembly) -> Iterator[StatePiece]:
     """What this rank holds: weights, frozen ones too, then the optimizer's state, average, fp8 histories, numbers.
 
-    Names are the same in every layout, and so are the logical tensors that the pieces of all ranks make up.
+    Names are the same in every layout, and so are the logical tensors that the pieces of all ranks make up. A teacher's
+    weights are no state of a run: they are read anew from where they came from.
     """
     yield from held_pieces(a)
     for name, (values, axis) in _copies(a).items():
@@ -27,7 +28,8 @@ def state_pieces(a: Assembly) -> Iterator[StatePiece]:
 
 def held_pieces(a: Assembly) -> Iterator[StatePiece]:
     """Those whose values are the state's own memory."""
-    yield from weight_pieces(a)
+    taught = tuple({f"weights/{layer.tower.name}." for layer in a.layers if layer.tower and layer.is_frozen})
+    yield from (piece for piece in weight_pieces(a) if not piece.name.startswith(taught))
     yield from a.optimizer.pieces()
     for average in a.averages:
         yield from average.pieces()

@@ -14,6 +14,7 @@ import yaml
 from data import DataConfig
 from engine.checkpoint.config import CheckpointConfig
 from engine.config.contrastive import ContrastiveConfig
+from engine.config.distillation import DistillationConfig
 from engine.config.limits import check_values
 from engine.config.objectives import blocks_of, check_objective, passes_of, resolve_model
 from engine.config.pipeline import Pipeline
@@ -141,9 +142,12 @@ class Config:
     contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
     """What is made alike, of objective contrastive"""
 
-    objective: Literal["supervised", "contrastive"] = "supervised"
-    """What is trained towards: the classes of labelled images, or that images and their texts (or two views of an
-    image) are alike; see docs/contrastive.md."""
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    """Who teaches what, of objective distillation"""
+
+    objective: Literal["supervised", "contrastive", "distillation"] = "supervised"
+    """What is trained towards: the classes of labelled images; that images and their texts (or two views of an image)
+    are alike (docs/contrastive.md); or what a trained model, the teacher, makes of images (docs/distillation.md)."""
 
     run_dir: str | None = None
     """Folder for config.yaml, metrics.jsonl and TensorBoard events; made if missing."""

@@ -143,6 +143,8 @@ def _words(hint: Any) -> list[str]:
             return ["a list of groups of keys"]
         if get_origin(args[0]) is Literal:
             return [f"a list of names among {in_words(args[0])}"]
+        if get_origin(args[0]) is tuple:
+            return [f"a list of lists of {len(get_args(args[0]))} {_WORDS[get_args(args[0])[0]].split()[-1]}s"]
         count = "" if origin is list or Ellipsis in args else f"{len(args)} "
         return [f"a list of {count}{_WORDS[args[0]].split()[-1]}s"]
     return ["true", "false"] if hint is bool else [_WORDS[hint]]

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from data import TextShape
 from engine.config.contrastive import ContrastiveConfig
 from engine.config.pipeline import Pipeline
+from engine.config.teachers import check_maps, check_teachers, matching_of, teachers_of
 from engine.errors import ConfigError
-from model import LayerSpec, ModelConfig, TextConfig, build_towers, check_parallel, check_towers
+from model import LayerSpec, ModelConfig, TextConfig, build_student, build_towers, check_parallel, check_towers
 from parallel.grid import GridShape
 from parallel.pipeline import Schedule
 from parallel.pipeline.actions import ActionKind
@@ -26,9 +27,14 @@ def check_objective(config: Config) -> None:
     """Raise ConfigError where a key of another objective is set, or the batch is none for this one."""
     texts = {**set_keys("text", config.text), **set_keys("data", config.data, ("tokenizer", "templates", "prompts"))}
     views = set_keys("data", config.data, ("views",))
-    if config.objective == "supervised":
+    if config.objective != "distillation":
+        keys = set_keys("distillation", config.distillation)
+        _refuse(keys, "objective distillation", f"objective is {config.objective}")
+    if config.objective != "contrastive":
         keys = set_keys("contrastive", config.contrastive) | texts | views
-        _refuse(keys, "objective contrastive", "objective is supervised")
+        _refuse(keys, "objective contrastive", f"objective is {config.objective}")
+        if config.objective == "distillation":
+            config.distillation.check()
         return
     classes = set_keys("model", config.model, ("num_classes", "head_bias"))
     classes = {key: value for key, value in classes.items() if value}
@@ -122,19 +128,25 @@ def resolve_model(config: Config, shape: GridShape) -> Built:
     check_parallel(model, shape.tensor, shape.context)
     if not model.num_classes:
         raise ValueError(
-            "model.num_classes is 0, so the model has no classifier, but objective supervised trains one: set "
+            f"model.num_classes is 0, so the model has no classifier, but objective {config.objective} trains one: set "
             "model.num_classes to the number of classes of the data"
         )
     if model.head_bias is None and model.classifier_bias:
         model = replace(model, head_bias=-10.0 if config.train.loss == "sigmoid" else 0.0)
     depth, merges = model.sizes.depth, len(model.sizes.stages) - 1
-    return Built(
-        {"model": model}, depth + merges + 2, depth, f"the model ({_inner('embedding', depth, merges, 'head')})"
-    )
+    layers, what = depth + merges + 2, f"the model ({_inner('embedding', depth, merges, 'head')})"
+    if config.objective == "distillation":
+        teachers = teachers_of(config, model)
+        check_teachers(teachers, shape)
+        if (matching := matching_of(config, teachers, model)) is not None and shape.context > 1:
+            check_maps(model, teachers, matching, shape.context)
+        layers, several = len(build_student(model, teachers, matching)), "s" * (len(teachers) > 1)
+        what = f"the student and its teacher{several}"
+    return Built({"model": model}, layers, depth, what)
 
 
 def blocks_of(config: Config) -> int:
-    """How many blocks a resolved configuration has, of all towers."""
+    """How many blocks a resolved configuration has, of all towers, those of teachers apart."""
     if config.objective != "contrastive":
         return config.model.sizes.depth
     return _count(towers(config.model, config.text, config.contrastive), "blocks")

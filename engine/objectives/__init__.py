@@ -3,14 +3,17 @@
 from engine.config import Config
 from engine.objectives.base import AdditiveObjective, Evaluation, JointLoss, JointObjective, Objective
 from engine.objectives.contrastive import Contrastive
+from engine.objectives.distillation import Distillation
 from engine.objectives.supervised import Supervised
 
 __all__ = [
-    "OBJECTIVES", "AdditiveObjective", "Contrastive", "Evaluation", "JointLoss", "JointObjective", "Objective",
-    "Supervised", "make_objective",
+    "OBJECTIVES", "AdditiveObjective", "Contrastive", "Distillation", "Evaluation", "JointLoss", "JointObjective",
+    "Objective", "Supervised", "make_objective",
 ]  # fmt: skip
 
-OBJECTIVES: dict[str, type[Objective]] = {"supervised": Supervised, "contrastive": Contrastive}
+OBJECTIVES: dict[str, type[Objective]] = {
+    "supervised": Supervised, "contrastive": Contrastive, "distillation": Distillation,
+}  # fmt: skip
 """By the value of the key `objective`."""
 
 

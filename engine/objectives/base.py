@@ -51,11 +51,15 @@ class Objective(ABC):
         layers: the ordered list of named layers of all that is trained, which the pipeline cuts.
         passes: over the pipeline that a step takes, those that make keys apart. momentum: decay of a moving average of
             the weights, which makes keys that the last layer's outputs are compared with; None: there are none.
+        targets: names of the parts of the loss that are told one by one. at_depth: those of them that arise within the
+            layers, and are not in `loss_share`.
     """
 
     layers: tuple[LayerSpec, ...]
     passes: int = 1
     momentum: float | None = None
+    targets: tuple[str, ...] = ()
+    at_depth: tuple[str, ...] = ()
 
     @property
     def forward_passes(self) -> int:

@@ -43,18 +43,18 @@ class Supervised(AdditiveObjective):
 
     def loss_share(self, outputs: tuple[Tensor, ...], batch: MicroBatch, grid: Grid, scale: float) -> Tensor:
         """As Objective; in equal parts on the context ranks, which all compute it."""
-        return self._losses(outputs, batch, grid).sum() * (scale / (self.global_batch_size * grid.context.size))
+        return self.losses(outputs, batch, grid).sum() * (scale / (self.global_batch_size * grid.context.size))
 
     def counts(self, outputs: tuple[Tensor, ...], batch: MicroBatch, grid: Grid) -> Tensor:
         """As AdditiveObjective."""
         right = (top_class(outputs[0], self.classes, grid.tensor) == batch.labels) * batch.weights
-        return torch.stack([self._losses(outputs, batch, grid).sum(), right.sum(), batch.weights.sum()]).double()
+        return torch.stack([self.losses(outputs, batch, grid).sum(), right.sum(), batch.weights.sum()]).double()
 
     def figures(self, totals: Sequence[float]) -> dict[str, float]:
         """As AdditiveObjective: the mean loss and accuracy."""
         loss, right, images = totals
         return {"loss": loss / images, "accuracy": right / images, "images": int(images)}
 
-    def _losses(self, outputs: tuple[Tensor, ...], batch: MicroBatch, grid: Grid) -> Tensor:
+    def losses(self, outputs: tuple[Tensor, ...], batch: MicroBatch, grid: Grid) -> Tensor:
         """Loss of each image, 0 for padding: [B]."""
         return LOSSES[self.loss](outputs[0], batch.labels, self.classes, grid.tensor) * batch.weights

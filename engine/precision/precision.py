@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 
 from engine.errors import ConfigError
 from engine.precision.config import PrecisionConfig
-from model import LayerSpec, Precision
+from model import MATCH, LayerSpec, Precision
 from model.kernels import Kernels
 from parallel.fp8 import choose_backend, fp8_obstacle
 
@@ -20,6 +21,8 @@ def precision_of(config: PrecisionConfig, layers: Sequence[LayerSpec]) -> Precis
     """What each layer computes in: of two towers, the first and last blocks of each are kept high, and where they meet
     is fp32 always.
     """
+    apart = {layer.tower.name: layer.tower.dtype for layer in layers if layer.tower and layer.tower.dtype}
+    layers = [layer for layer in layers if layer.tower is None or layer.tower.name not in apart]
     towers = dict.fromkeys(layer.tower for layer in layers)
     by_tower = [[layer.name for layer in layers if layer.kind == "blocks" and layer.tower == t] for t in towers]
     blocks, edge = [name for own in by_tower for name in own], set[str]()
@@ -28,11 +31,15 @@ def precision_of(config: PrecisionConfig, layers: Sequence[LayerSpec]) -> Precis
     outer = {layer.name for layer in layers if layer.kind in config.high_layers}
     pair = {layer.name for layer in layers if layer.joins}  # 16 bits of a temperature are steps of half a percent
     fp8 = config.dtype == "fp8"
+    high = outer | pair if fp8 else outer | pair | edge
+    for before, layer in pairwise(layers):
+        high |= {layer.name} if layer.kind == MATCH and before.name in high else set()  # which gives out its rows
     return Precision(
         dtype=DTYPES[config.dtype],
-        high=frozenset(outer | pair if fp8 else outer | pair | edge),
+        high=frozenset(high),
         norms_in_fp32="norms" in config.high_layers,
         fp8=frozenset(set(blocks) - edge if fp8 else ()),
+        apart=tuple(apart.items()),
     )
 
 

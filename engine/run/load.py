@@ -15,6 +15,7 @@ from engine.errors import ConfigError
 from engine.layer_list import layer_of
 from engine.objectives import Objective
 from engine.run.agreement import check_agreement
+from model import student_layers
 from model.formats.base import ConversionError
 from model.formats.checkpoint import RunWeights
 from model.formats.weights import StoredWeights, Which
@@ -43,7 +44,7 @@ def source_of(config: Config, objective: Objective) -> Source | None:
         has_texts = config.objective == "contrastive" and config.contrastive.has_texts
         text = config.text if has_texts else None
         weights = open_to_load(config.checkpoint, config.model, texts=has_texts)
-        plan = plan_load(weights, config.model, objective.layers, config.data, text)
+        plan = plan_load(weights, config.model, student_layers(objective.layers), config.data, text)
         return Source(weights, config.checkpoint.load_weights, plan)
     except ConversionError as error:
         raise ConfigError(f"checkpoint.load: {error}") from error

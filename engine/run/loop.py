@@ -38,7 +38,7 @@ class _Interval:
     Attributes:
         waited_before: seconds for data until then. steps: how many.
         paused: seconds for evaluation, saving and what records steps.
-        bubbles: of the steps in which they were measured.
+        bubbles: of the steps in which they were measured. targets: the loss of each, of steps that were not skipped.
     """
 
     waited_before: float
@@ -46,6 +46,7 @@ class _Interval:
     steps: int = 0
     paused: float = 0.0
     bubbles: list[float] = field(default_factory=list)
+    targets: list[Mapping[str, float]] = field(default_factory=list)
 
     @property
     def seconds(self) -> float:
@@ -108,7 +109,7 @@ class Loop:
         self.images_per_epoch = len(train_set) * a.config.data.repeats
         self._has_texts = train_set.texts is not None
         self.flops_per_image = a.training_flops
-        self.tokens_per_sample = sum(layer.output[0] for layer in a.layers if layer.kind == "embed")
+        self.tokens_per_sample = sum(l.output[0] for l in a.layers if l.kind == "embed" and not l.is_frozen)
         self.bubble_predicted = a.predicted.bubble_fraction if a.grid.pipeline.size > 1 else None
         self.evaluated: tuple[int, Mapping[str, float]] = (-1, {})
 
@@ -130,6 +131,7 @@ class Loop:
             interval.steps += 1
             interval.paused, self._recording_seconds = interval.paused + self._recording_seconds, 0.0
             interval.bubbles += [] if result.bubble is None else [result.bubble]
+            interval.targets += [] if result.skipped else [result.targets]
             self._tell_recomputed(result)
             last = step == self.steps
             if last or step % self.config.log.interval == 0:
@@ -302,6 +304,8 @@ class Loop:
             "bubble": statistics.fmean(interval.bubbles) if interval.bubbles else None,
             "bubble_predicted": self.bubble_predicted,
         } | self._texts_cut()
+        for name in interval.targets[0] if interval.targets else ():
+            values[f"loss_{name}"] = statistics.fmean(targets[name] for targets in interval.targets)
         if self.writer is not None:
             self.writer.train(step, values)
 

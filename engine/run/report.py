@@ -67,9 +67,12 @@ def _grid_line(a: Assembly) -> str:
 def _model_lines(a: Assembly) -> Iterator[str]:
     for tower in dict.fromkeys(layer.tower for layer in a.layers if not layer.joins):
         yield from _tower_lines(a.config.model if tower is None else tower.config, tower)
-    parameters, of = sum(layer.parameters for layer in a.layers), "pair" if a.layers[-1].rides else "image"
+    parameters, of = sum(layer.parameters for layer in a.layers), "pair" if a.layers[-1].joins else "image"
     of = "sample, in two views" if a.layers[-1].per_sample == 2 else of
     yield f"size: {parameters:,} parameters, {a.training_flops / 1e9:.3f} GFLOP per {of}, forward and backward"
+    if taught := [layer for layer in a.layers if layer.is_frozen]:
+        flops, count = sum(layer.flops for layer in taught), sum(layer.parameters for layer in taught)
+        yield f"  of that taught by: {count:,} parameters, {flops / 1e9:.3f} GFLOP, forward alone"
     if a.frozen.names:
         front = f"; nothing goes backward through the first {a.frozen.front} layer(s)" if a.frozen.front else ""
         yield f"  frozen: {a.frozen.count:,} parameters, {len(a.frozen.names)} tensor(s){front}"
@@ -158,7 +161,7 @@ def _precision_lines(a: Assembly) -> Iterator[str]:
             f"halved from overflow {a.scaler.hysteresis} on"
         )
     if a.fp8 is not None:
-        blocks = sum(layer.kind == "blocks" for layer in a.layers)
+        blocks = sum(layer.kind == "blocks" and not layer.is_frozen for layer in a.layers)
         yield f"  fp8: {a.fp8.describe()}; {len(kept.fp8)} of {blocks} blocks"
 
 

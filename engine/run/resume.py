@@ -15,6 +15,7 @@ from engine.assemble import Assembly
 from engine.checkpoint.states import Difference, differences, restore, shapes_of
 from engine.config import Config, plain
 from engine.config.keys import default_of, key_types
+from engine.config.teachers import fingerprints
 from engine.errors import ConfigError
 from engine.run.progress import Progress
 from parallel import comm
@@ -37,6 +38,8 @@ _FREE = (
 _FREE_TRAIN = ("micro_batch_size", "eval_interval", "stop_step", "time_limit", "check_interval", "max_bad_steps")
 _TRAINED_BY = ("drop_path", "layer_scale", "head_bias", "preset")  # keys of the model that say how
 _SHOWN = 10  # of what differs
+TEACHERS = "teachers"
+"""What of a manifest's `about` has the fingerprints of their weights, where there are any."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,6 +239,12 @@ def _check_state(a: Assembly, reader: Reader) -> list[str]:
         raise ConfigError(
             f"{reader.folder} is of another model: {'; '.join(differ[:_SHOWN])}{more}. Use the model's configuration "
             "of then, another run_dir, checkpoint.resume never, or checkpoint.load to start a new run from its weights"
+        )
+    taught, teachers = reader.manifest.about.get(TEACHERS, []), list(fingerprints(a.config))
+    if taught != teachers:
+        raise ConfigError(
+            f"{reader.folder} was taught by weights {taught}, and distillation.teacher has {teachers}: give the "
+            "teacher of then, or checkpoint.load to start a new run from its weights"
         )
     stored = _stored(reader.manifest.config, "optimizer.name")
     if stored != a.config.optimizer.name:

@@ -20,12 +20,13 @@ from engine.checkpoint import folder as folders
 from engine.checkpoint.saver import Saver, SaveReport, Votes
 from engine.checkpoint.states import state_pieces
 from engine.config import Config, plain
+from engine.config.teachers import fingerprints
 from engine.errors import ConfigError
 from engine.run.agreement import named_ranks
 from engine.run.finite import check_finite
 from engine.run.metrics import MetricsWriter
 from engine.run.provenance import commit, launcher, machine, version
-from engine.run.resume import check_resume, checkpoint_dir
+from engine.run.resume import TEACHERS, check_resume, checkpoint_dir
 from engine.run.run_dir import RunDir, prepare_folder, set_aside
 from parallel import comm
 from parallel.checkpoint import place
@@ -111,6 +112,8 @@ def facts_for_manifests(
         "training texts": captions_fingerprint(train_set),
         "held-out texts": captions_fingerprint(eval_set),
     }
+    if found := fingerprints(config):
+        about[TEACHERS] = list(found)
     return {"config": plain(asdict(config)), "about": about}
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from engine.objectives.base import JointObjective
 from engine.run.bubble import BubbleMeter
 from engine.run.diagnose import Watch, first_culprit, watch
 from engine.run.joint import HeldBatches, JointStep, OfKeys
-from model import MicroBatch
+from model import MicroBatch, Shares
 from parallel import comm
 
 Votes = Callable[[], Sequence[float]]
@@ -35,6 +35,7 @@ class StepResult:
         loss_scale: that this step was taken with.
         bad: skipped for a reason that a smaller loss scale does not cure. culprit: what was not finite first, if bad.
         votes: what all ranks brought to the step, added up.
+        targets: the loss of each of the objective's, where they are told.
         bubble: share of the pass in which ranks did not compute; None without a pipeline, or where it was not measured.
     """
 
@@ -45,7 +46,17 @@ class StepResult:
     bad: bool = False
     culprit: str | None = None
     votes: tuple[float, ...] = ()
+    targets: Mapping[str, float] = field(default_factory=dict)
     bubble: float | None = field(default=None, compare=False)
+
+
+class Totals(NamedTuple):
+    """Of a step: mean loss over the global batch, global gradient norm, the loss of each target, votes."""
+
+    loss: float
+    norm: float
+    targets: Mapping[str, float]
+    votes: tuple[float, ...]
 
 
 class _OnDevice(Sequence[MicroBatch]):
@@ -55,8 +66,8 @@ class _OnDevice(Sequence[MicroBatch]):
     images, what the others need is kept, and no image is read again.
     """
 
-    def __init__(self, assembly: Assembly, batches: Sequence[Batch]) -> None:
-        self._assembly, self._batches = assembly, batches
+    def __init__(self, assembly: Assembly, batches: Sequence[Batch], shares: Shares | None = None) -> None:
+        self._assembly, self._batches, self._shares = assembly, batches, shares
         self._moved: tuple[int, MicroBatch] | None = None
         self._without_images: dict[int, MicroBatch] = {}
         self._keeps = len(assembly.stages) > 1 and not assembly.later_stages_read_images
@@ -71,7 +82,7 @@ class _OnDevice(Sequence[MicroBatch]):
 
     def _move(self, m: int) -> MicroBatch:
         with self._assembly.grid.meter.where.during(f"reading images of micro-batch {m}"):
-            moved = self._assembly.to_device(self._batches[m], training=True)
+            moved = replace(self._assembly.to_device(self._batches[m], training=True), shares=self._shares)
         if self._keeps:
             self._without_images[m] = replace(moved, images=None)
         return moved
@@ -91,6 +102,7 @@ class Stepper:
         self._train = assembly.executor(assembly.schedule)
         joint = assembly.objective
         self._joint = JointStep(assembly, joint, self._train) if isinstance(joint, JointObjective) else None
+        self._shares: Shares | None = None  # of the targets of this step
         self._eval = cache(assembly.forwards)
 
     def train_step(
@@ -108,7 +120,7 @@ class Stepper:
         self.meter.begin()
         if a.keys is not None:  # which change places with the weights
             self.before_change()
-        loss, norm, total = self._forward_backward(batches, lambda: (*votes(), *self.meter.votes()))
+        loss, norm, targets, total = self._forward_backward(batches, lambda: (*votes(), *self.meter.votes()))
         total, bubble = self.meter.end(total)
         self.before_change()
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -125,12 +137,12 @@ class Stepper:
             average.update()
         if self._joint is not None:
             self._joint.taken()
-        return StepResult(loss, norm, skipped=False, loss_scale=scale, votes=total, bubble=bubble)
+        return StepResult(loss, norm, skipped=False, loss_scale=scale, votes=total, targets=targets, bubble=bubble)
 
     def _forward_backward(
         self, batches: Sequence[Batch], votes: Votes = lambda: (), watching: Watch | None = None
-    ) -> tuple[float, float, tuple[float, ...]]:
-        """(loss, gradient norm, votes) of the whole step, unscaled; the sums of the gradients are left in the store."""
+    ) -> Totals:
+        """Of the whole step, unscaled; the sums of the gradients are left in the store."""
         gradients = self.assembly.store.gradients
         gradients.start(len(batches))
         losses = self._passes(batches, watching)
@@ -143,7 +155,9 @@ class Stepper:
         """Forward and backward of all micro-batches: shares of the loss, on ranks that hold the last layer."""
         a = self.assembly
         if self._joint is None:
-            here = _OnDevice(a, batches)
+            scale = self._scale / a.config.train.global_batch_size
+            self._shares = Shares(scale=scale) if a.objective.targets else None
+            here = _OnDevice(a, batches, self._shares)
             if watching is None:
                 return self._train.run(here, self._loss_share)
             return self._train.run(watching.batches(here), watching.loss(self._loss_share))
@@ -225,20 +239,26 @@ class Stepper:
         """The micro-batch's share of the loss, times the loss scale."""
         return self.assembly.objective.loss_share(outputs, batch, self.assembly.grid, self._scale)
 
-    def _totals(self, losses: Sequence[Tensor], votes: Sequence[float]) -> tuple[float, float, tuple[float, ...]]:
-        """(mean loss over the global batch, global gradient norm, votes), in one small all-reduce over the world.
+    def _totals(self, losses: Sequence[Tensor], votes: Sequence[float]) -> Totals:
+        """In one small all-reduce over the world.
 
         The norm counts each logical gradient element once: on the rank whose shard it is in, and of copies over tensor
         ranks on the first.
         """
-        a = self.assembly
-        stats = torch.tensor([0.0, 0.0, *votes], dtype=torch.float64, device=a.device)
+        a, names = self.assembly, self.assembly.objective.targets
+        stats = torch.tensor([0.0, 0.0, *[0.0] * len(names), *votes], dtype=torch.float64, device=a.device)
         if self._reports:
             stats[0] = torch.stack(list(losses)).sum(dtype=torch.float64)
         stats[1] = a.store.gradients.squared_norm()
+        found = {} if self._shares is None else self._shares.found
+        for place, name in enumerate(names, 2):
+            if name in found:
+                stats[place] = found[name]
         loss, squared, *total = comm.all_reduce(stats, a.grid.world).tolist()
         scale = self._scale
-        return loss / scale, math.sqrt(squared) / scale, tuple(total)
+        targets = {name: share / scale for name, share in zip(names, total, strict=False)}
+        at_depth = sum(targets.get(name, 0.0) for name in a.objective.at_depth)
+        return Totals(loss / scale + at_depth, math.sqrt(squared) / scale, targets, tuple(total[len(names) :]))
 
 
 def clip_factor(norm: float, limit: float) -> float:

@@ -50,6 +50,7 @@ from engine.run.saving import (
 )
 from engine.run.step import Stepper
 from engine.run.stopping import StopRequests
+from engine.run.teachers import load_teachers
 from engine.run.watchdog import watched
 from model.kernels import Kernels
 from parallel import comm, process_group
@@ -160,8 +161,10 @@ def inputs_of(config: Config, world: World, run_dir: Path, checkpoints: Path) ->
 
 
 def build(config: Config, world: World, grid: Grid, inputs: Inputs) -> Assembly:
-    """A new model on this rank, and the means to train it. Collective."""
-    return assemble(config, grid, inputs.device, device_memory=memory_share(inputs.device, world))
+    """A new model on this rank, the means to train it, and its teachers, if it has any. Collective."""
+    assembly = assemble(config, grid, inputs.device, device_memory=memory_share(inputs.device, world))
+    load_teachers(assembly)
+    return assembly
 
 
 def _state(

@@ -14,6 +14,7 @@ from model.config import ModelConfig, StageConfig
 from model.formats.base import ConversionError, Description, Entry, Origin, Preprocessing
 from model.formats.pairs import has_texts, is_contrastive, pairing_of, shapes_of
 from model.formats.weights import CARRIED, StoredWeights, Which
+from model.matching import MATCH
 from model.towers import IMAGE, projected
 from parallel.checkpoint.manifest import CheckpointError, Manifest, checksum
 from parallel.checkpoint.read import Reader, Target
@@ -107,7 +108,8 @@ class CheckpointWeights(RunWeights):
             self.description = found if whole else self._image_tower_of(found)
         else:
             self.description = _with_labels(found, folder)
-        shapes, stored = shapes_of(self.description), self.tensors
+        shapes = shapes_of(self.description)
+        stored = {name: entry for name, entry in self.tensors.items() if not name.startswith(f"{MATCH}.")}
         wrong = [
             f"{n}: {list(stored[n].shape) if n in stored else 'none'} there, {list(shapes.get(n, ()))} in its model"
             for n in {**shapes, **stored}

@@ -1,5 +1,6 @@
 """Tensor and sequence parallelism: layers whose matrices are split over ranks."""
 
+from parallel.tensor.divergence import sigmoid_divergence, softened_divergence
 from parallel.tensor.linear import ColumnParallelLinear, RowParallelLinear, linear, xavier_uniform
 from parallel.tensor.loss import LOSSES, sigmoid_cross_entropy, softmax_cross_entropy, top_class
 from parallel.tensor.norm import norm_over_ranks
@@ -33,7 +34,9 @@ __all__ = [
     "no_tensor_parallel",
     "norm_over_ranks",
     "sigmoid_cross_entropy",
+    "sigmoid_divergence",
     "slice_rows",
+    "softened_divergence",
     "softmax_cross_entropy",
     "top_class",
     "weight_gradient",

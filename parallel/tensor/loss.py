@@ -78,7 +78,12 @@ def sigmoid_cross_entropy(logits: Tensor, labels: Tensor, classes: int, axis: Ax
     index, mine = _own_classes(labels, classes, axis)
     target = logits.gather(1, index[:, None])[:, 0] * mine
     local = F.softplus(logits).sum(1) - target
-    return local if axis.size == 1 else _SumOver.apply(local, axis)
+    return sum_over(local, axis)
+
+
+def sum_over(share: Tensor, axis: Axis) -> Tensor:
+    """Each rank's share of a loss added up; backward, the gradient of the sum is that of each share."""
+    return share if axis.size == 1 else _SumOver.apply(share, axis)
 
 
 @torch.no_grad()

@@ -12,8 +12,10 @@ from typing import Any, Literal
 from data import DataConfig
 from engine.config import Config, OptimizerConfig, PrecisionConfig, RecomputeConfig, ScheduleConfig, TrainConfig
 from engine.config.contrastive import ContrastiveConfig
+from engine.config.distillation import DistillationConfig, TeacherConfig
 from model import ModelConfig, StageConfig, TextConfig
 from parallel.config import ParallelConfig
+from tests.parity.teachers import teacher, with_teachers
 
 STEPS = 10
 GLOBAL_BATCH = 16
@@ -107,6 +109,33 @@ PAIRS: dict[str, tuple[ModelConfig, TextConfig, ContrastiveConfig]] = {
         ContrastiveConfig(embedding=18, pairs="views", momentum=0.8, queue=70),
     ),
 }  # fmt: skip
+# A student and its teachers: of other depths, widths and heads, other kinds of blocks, more patches, other pixels.
+_TEACHER = replace(
+    _SMALL, width=40, depth=5, num_heads=5, mlp_dim=56, block="sequential", qk_norm=True, registers=2, pool="map",
+)  # fmt: skip
+_PYRAMID = replace(MODELS["pyramid"], image_size=(12, 16))
+TAUGHT: dict[str, tuple[ModelConfig, tuple[TeacherConfig, ...], DistillationConfig]] = {
+    "taught": (
+        replace(_SMALL, block="parallel", pool="cls"), (teacher(_TEACHER, mean=(0.3,), std=(0.6,)),),
+        DistillationConfig(response_weight=3.0, label_weight=0.5, temperature=1.5),
+    ),
+    "taught_by_two": (
+        MODELS["pyramid"], (teacher(_TEACHER, weight=3.0), teacher(_PYRAMID, image_size=(14, 16))),
+        DistillationConfig(label_weight=0.0, response="sigmoid"),
+    ),
+    # at depth: wider rows; another map of patches, of a pyramid; losses of all kinds
+    "matched": (
+        replace(_SMALL, block="sequential", pool="gap"), (teacher(_TEACHER),),
+        DistillationConfig(features_weight=2.0, pairs=((0, 1), (2, 4)), response="hard"),
+    ),
+    "matched_to_two": (
+        MODELS["pyramid"], (teacher(_TEACHER, weight=3.0), teacher(_PYRAMID, image_size=(14, 16))),
+        DistillationConfig(
+            label_weight=0.0, response_weight=0.0, features_weight=3.0, features="cosine", pairs="even:3",
+            relations_weight=20.0,
+        ),
+    ),
+}  # fmt: skip
 FAMILY = ("kinds", "pyramid", "heads")
 REPEATS = defaultdict(lambda: 1, pairs_images=4)  # rows of an image, which lie on several ranks and micro-batches
 LOSSES = defaultdict(lambda: "softmax", mixed="sigmoid")
@@ -180,6 +209,8 @@ class Case:
         if self.model in PAIRS:
             image, text, _ = PAIRS[self.model]
             return (image.depth or 0) + (text.depth or 0)
+        if self.model in TAUGHT:
+            return TAUGHT[self.model][0].resolve().sizes.depth
         return self.depth or MODELS[self.model].resolve().sizes.depth
 
     @property
@@ -189,6 +220,9 @@ class Case:
             image, text, contrastive = PAIRS[self.model]
             own = replace(contrastive, passes=self.passes)
             return {"model": image, "text": text, "contrastive": own, "objective": "contrastive"}
+        if self.model in TAUGHT:
+            student, teachers, keys = TAUGHT[self.model]
+            return {"model": student, "distillation": with_teachers(keys, teachers), "objective": "distillation"}
         return {"model": MODELS[self.model] if self.depth is None else replace(MODELS[self.model], depth=self.depth)}
 
     @property
@@ -276,7 +310,7 @@ def cases(ranks: int) -> list[Case]:
     _FAMILY_LAYOUTS for the attention kinds, pyramids and uneven heads, several stages per rank, frozen parts, and
     other embeddings and heads, two towers; some with one of the policies of recomputation.
     """
-    several = (_STAGES, _FROZEN, _OUTER, _PAIRS)
+    several = (_STAGES, _FROZEN, _OUTER, _PAIRS, _TAUGHT)
     plain = [*_isotropic(ranks), *_family(ranks), *(case for known in several for case in known.get(ranks, ()))]
     return list(recomputing(plain, every=3))  # bits are compared elsewhere
 
@@ -377,6 +411,33 @@ _PAIRS = {
         Case("views", tensor=2, data=2, micro_batches=2, zero=1),
         Case("moco", pipeline=2, data=2, micro_batches=2, schedule="gpipe", zero=1),
         Case("moco_queue", pipeline=2, context=2, micro_batches=4),
+    ],
+}  # fmt: skip
+
+
+# A teacher beside the student: split, shared out and cut as it is.
+_TAUGHT = {
+    1: [Case("taught", micro_batches=2), Case("taught_by_two", micro_batches=2), Case("matched", micro_batches=4)],
+    2: [
+        Case("taught", tensor=2, sequence_parallel=True, micro_batches=2),
+        Case("taught", pipeline=2, micro_batches=4, schedule="interleaved", policy="ready"),
+        Case("taught", data=2, micro_batches=2, zero=3),
+        Case("taught", context=2, micro_batches=2, zero=2),
+        Case("taught_by_two", pipeline=2, micro_batches=4, schedule="zb_v"),
+        Case("taught_by_two", data=2, micro_batches=2, zero=1),
+        Case("matched", tensor=2, sequence_parallel=True, micro_batches=2),
+        Case("matched", context=2, micro_batches=2),
+        Case("matched", pipeline=2, micro_batches=4, schedule="zb_v", policy="ready"),
+        Case("matched_to_two", data=2, micro_batches=2, zero=3),
+        Case("matched_to_two", tensor=2, micro_batches=2, freeze=("embed", "blocks.[01]")),
+    ],
+    4: [
+        Case("taught", pipeline=2, data=2, micro_batches=4, schedule="v_half", zero=3),
+        Case("taught", tensor=2, context=2, micro_batches=2),
+        Case("taught_by_two", tensor=2, pipeline=2, micro_batches=4, schedule="zb_h1"),
+        Case("taught", pipeline=4, micro_batches=4, schedule="gpipe", freeze=("embed", "blocks.0")),
+        Case("matched", tensor=2, sequence_parallel=True, pipeline=2, micro_batches=4, schedule="interleaved"),
+        Case("matched_to_two", pipeline=4, micro_batches=4, schedule="zb_h2"),
     ],
 }  # fmt: skip
 

@@ -22,6 +22,7 @@ from engine.optimizers.schedules import factor
 from engine.recompute_choice import TooLittleError, check_budget, settled
 from engine.run.prompts import prompt_batches
 from engine.run.step import Stepper
+from engine.run.teachers import load_teachers
 from model import ModelConfig
 from parallel import comm
 from parallel.grid import Grid
@@ -51,6 +52,7 @@ class Climb:
     """What is compared between layouts.
 
     Attributes:
+        targets: the loss of each, step by step, where they are told.
         first_grads: before clipping, and without the loss scale.
         average: the evaluation of the moving average, if one is kept.
         fp8: of each rank of the world, its linears' histories and scales.
@@ -58,6 +60,7 @@ class Climb:
 
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
+    targets: list[float] = field(default_factory=list)
     first_grads: dict[str, Tensor] = field(default_factory=dict)
     parameters: dict[str, Tensor] = field(default_factory=dict)
     evaluation: tuple[float, float, int] = (0.0, 0.0, 0)
@@ -119,6 +122,7 @@ def climb(
     """
     grid = given or grid_of(config, world, CPU)
     assembly = assemble(_settled(config, grid), grid, CPU)
+    load_teachers(assembly)
     assert config.parallel.shared_memory or assembly.post.carrier == "gloo", assembly.post.carrier
     poison(assembly.store.gatherer)
     stepper = Stepper(assembly)
@@ -150,6 +154,7 @@ def climb(
         result = stepper.train_step(batches, config.optimizer.lr * part, part)
         out.losses.append(result.loss)
         out.grad_norms.append(result.grad_norm)
+        out.targets += result.targets.values()
         out.skipped += result.skipped
     if (again := assembly.recompute) is not None:  # a comparison with nothing computed again would compare nothing
         assert again.ran_again or all(of.drops <= {"gather"} for of in again.sets.values())

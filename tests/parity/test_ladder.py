@@ -54,6 +54,7 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
 def assert_same(ours: Climb, theirs: Climb) -> None:
     """All that the ladder compares."""
     assert ours.losses == pytest.approx(theirs.losses, rel=LOSS)
+    assert ours.targets == pytest.approx(theirs.targets, rel=LOSS)
     assert ours.grad_norms == pytest.approx(theirs.grad_norms, rel=NORM)
     for what in ("first_grads", "parameters"):
         a, b = getattr(ours, what), getattr(theirs, what)

@@ -222,6 +222,8 @@ def _stored(saved: Mapping[str, Any], description: Description | None, flags: Ma
     kept = {name: value for name, value in saved.items() if name not in _DROPPED}
     if "contrastive" in kept:
         kept["contrastive"] = {name: value for name, value in kept["contrastive"].items() if name != "passes"}
+    if kept.pop("distillation", None) is not None and kept.get("objective") == "distillation":
+        del kept["objective"]  # a student is a model like others
     if description is not None and "model" not in kept:
         kept["model"] = plain(asdict(description.model))
     train = kept.get("train") or {}

@@ -1,0 +1,194 @@
+"""Keys of objective distillation: who teaches, how he is run, and what of him the student is to match."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
+from math import ceil
+from typing import Literal
+
+from engine.errors import ConfigError
+
+_WEIGHTS = ("response_weight", "features_weight", "relations_weight", "label_weight")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """One of several teachers."""
+
+    path: str
+    """A checkpoint of any layout, or what tools.convert reads."""
+
+    weight: float = 1.0
+    """Of what is learnt from him, before weights are divided by their sum."""
+
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    """As distillation.teacher_dtype."""
+
+    image_size: int | tuple[int, int] | None = None
+    """As distillation.teacher_image_size."""
+
+    mean: tuple[float, ...] | None = None
+    """As distillation.teacher_mean."""
+
+    std: tuple[float, ...] | None = None
+    """As distillation.teacher_std."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationConfig:
+    """Who teaches, and what of him the student is to match, beside the labels. Each target has a weight."""
+
+    teacher: str | None = None
+    """A checkpoint of any layout (its newest step), or a file or folder that tools.convert reads."""
+
+    teacher_dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    """What the teacher is kept and computed in; null: precision.dtype (of fp8: bf16)."""
+
+    teacher_image_size: int | tuple[int, int] | None = None
+    """Rows and columns of the images that it is shown; null: those of its checkpoint."""
+
+    teacher_mean: tuple[float, ...] | None = None
+    """Of the pixels that it is shown; null: as its checkpoint says, else data.mean."""
+
+    teacher_std: tuple[float, ...] | None = None
+    """Likewise; null: as its checkpoint says, else data.std."""
+
+    teachers: tuple[TeacherConfig, ...] | None = None
+    """Several teachers, each a group of path, weight, dtype, image_size, mean, std, instead of one."""
+
+    response: Literal["kl", "sigmoid", "hard"] = "kl"
+    """Of the logits: KL divergence of classes, or of each class by itself, softened by the temperature; or cross
+    entropy with the teacher's first class (DeiT)."""
+
+    response_weight: float = 1.0
+    """Of that; 0: it is no target."""
+
+    temperature: float = 2.0
+    """Logits of both are divided by it; the divergence is multiplied by its square (Hinton et al. 2015)."""
+
+    features: Literal["mse", "cosine", "smooth_l1"] = "mse"
+    """What patches of matched blocks differ by, each normalised over its features (FitNets; Romero et al. 2015)."""
+
+    features_weight: float = 0.0
+    """Of that, the mean over pairs of blocks; 0: it is no target."""
+
+    relations_weight: float = 0.0
+    """Of what the cosines between the patches of an image differ by in matched blocks (Gram matrices, as DINOv3's), the
+    mean over pairs of blocks; 0: it is no target."""
+
+    pairs: tuple[tuple[int, int], ...] | str | None = None
+    """Blocks to be matched: even:N, which are evenly spread, or a list of [student's, teacher's], from 0, rising in
+    both; null: even:4, or as many as there are."""
+
+    label_weight: float = 1.0
+    """Of the ordinary loss of the labels (train.loss); 0: labels are no target."""
+
+    def __post_init__(self) -> None:
+        for name in _WEIGHTS:
+            if getattr(self, name) < 0:
+                raise ValueError(f"distillation.{name} is {getattr(self, name)}: it must be 0 or more")
+        if self.temperature <= 0:
+            raise ValueError(f"distillation.temperature is {self.temperature}: it must be above 0")
+        for teacher in self.teachers or ():
+            if teacher.weight <= 0:
+                raise ValueError(
+                    f"distillation.teachers: the weight of {teacher.path} is {teacher.weight}: it must be above 0, or "
+                    "leave the teacher out"
+                )
+
+    @property
+    def all_teachers(self) -> tuple[TeacherConfig, ...]:
+        """One or several, their weights shares of 1."""
+        if self.teacher is not None:
+            return (
+                TeacherConfig(
+                    path=self.teacher, dtype=self.teacher_dtype, image_size=self.teacher_image_size,
+                    mean=self.teacher_mean, std=self.teacher_std,
+                ),
+            )  # fmt: skip
+        return self.teachers or ()
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of each target that has one, by its name in metrics."""
+        found = {
+            "response": self.response_weight, "features": self.features_weight, "relations": self.relations_weight,
+            "labels": self.label_weight,
+        }  # fmt: skip
+        return {name: weight for name, weight in found.items() if weight}
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """What of a target each teacher decides; their sum is 1."""
+        total = sum(teacher.weight for teacher in self.all_teachers)
+        return tuple(teacher.weight / total for teacher in self.all_teachers)
+
+    def check(self) -> None:
+        """Raise ConfigError where there is nobody or nothing to learn from, or keys contradict each other."""
+        if (self.teacher is None) == (not self.teachers):
+            given = "both are" if self.teachers else "neither is"
+            raise ConfigError(
+                f"objective is distillation: give either distillation.teacher, a checkpoint, or distillation.teachers, "
+                f"a list of them: {given} set"
+            )
+        for name in ("teacher_dtype", "teacher_image_size", "teacher_mean", "teacher_std"):
+            if self.teachers and getattr(self, name) is not None:
+                raise ConfigError(
+                    f"distillation.{name} is {getattr(self, name)}, but there are distillation.teachers: give each its "
+                    f"own {name.removeprefix('teacher_')}"
+                )
+        if not self.weights:
+            raise ConfigError(f"distillation.{', '.join(_WEIGHTS)} are all 0: nothing is learnt; give one a weight")
+        usual = type(self)
+        if self.response == "hard" and self.temperature != usual.temperature:
+            raise ConfigError(
+                f"distillation.temperature is {self.temperature}, but distillation.response hard looks at the "
+                "teacher's first class alone: leave it out, or use response kl"
+            )
+        if not (self.features_weight or self.relations_weight) and self.pairs is not None:
+            raise ConfigError(
+                f"distillation.pairs is {self.pairs}, but distillation.features_weight and relations_weight are 0: "
+                "leave it out, or give one of them a weight"
+            )
+        for name, weight in (("response", "response"), ("temperature", "response"), ("features", "features")):
+            value = getattr(self, name)
+            if not getattr(self, f"{weight}_weight") and value != getattr(usual, name):
+                raise ConfigError(
+                    f"distillation.{name} is {value}, but distillation.{weight}_weight is 0: leave it out, or give the "
+                    f"{weight} a weight"
+                )
+
+    def pairs_of(self, student: int, teacher: int) -> tuple[tuple[int, int], ...]:
+        """Blocks to be matched of models of so many.
+
+        Raises:
+            ConfigError: there are no such blocks, or not in this order.
+        """
+        given = f"even:{min(4, student, teacher)}" if self.pairs is None else self.pairs
+        if isinstance(given, str):
+            what, _, count = given.partition(":")
+            if what != "even" or not count.isdecimal() or not 1 <= int(count) <= min(student, teacher):
+                raise ConfigError(
+                    f"distillation.pairs is {given}: give even:1 to even:{min(student, teacher)}, as the student has "
+                    f"{student} blocks and the teacher {teacher}, or a list of pairs such as [[0, 0]]"
+                )
+            spread = [Fraction(n + 1, int(count)) for n in range(int(count))]
+            return tuple((ceil(at * student) - 1, ceil(at * teacher) - 1) for at in spread)
+        for pair in given:
+            for number, depth, whose in zip(pair, (student, teacher), ("student", "teacher"), strict=True):
+                if not 0 <= number < depth:
+                    raise ConfigError(
+                        f"distillation.pairs has {list(pair)}, but the {whose} has no block {number}: it has blocks 0 "
+                        f"to {depth - 1}"
+                    )
+        for one, next_one in pairwise(given):
+            if not (one[0] < next_one[0] and one[1] < next_one[1]):
+                raise ConfigError(
+                    f"distillation.pairs has {list(one)} before {list(next_one)}: pairs must rise in both, since both "
+                    "models run once, side by side"
+                )
+        if not given:
+            raise ConfigError("distillation.pairs is an empty list: give a pair, or leave it out")
+        return tuple((i, j) for i, j in given)

@@ -1,0 +1,160 @@
+"""The teachers of a configuration: what their checkpoints say of them, and whether the student can be matched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from engine.config.distillation import TeacherConfig
+from engine.errors import ConfigError
+from model import TEACHER, Matching, ModelConfig, Pixels, Teacher, check_parallel
+from model.formats.api import open_weights
+from model.formats.base import Preprocessing
+from model.matching import Weights
+from model.sizes import Sizes, Tokens
+from parallel.comm import Axis
+from parallel.grid import GridShape
+
+if TYPE_CHECKING:
+    from engine.config.config import Config
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a checkpoint says. Attributes: fingerprint: of its weights, wherever they lie."""
+
+    model: ModelConfig
+    preprocessing: Preprocessing | None
+    fingerprint: str
+
+
+def teachers_of(config: Config, student: ModelConfig | None = None) -> tuple[Teacher, ...]:
+    """Those of a configuration whose objective is distillation.
+
+    Args:
+        student: the model, resolved; None: the configuration is.
+
+    Raises:
+        ConfigError: a checkpoint cannot be read, or the student cannot be matched with its model.
+    """
+    student, given = student or config.model, config.distillation.all_teachers
+    names = [TEACHER] if len(given) == 1 else [f"{TEACHER}.{number}" for number in range(len(given))]
+    return tuple(_teacher(name, of, config, student) for name, of in zip(names, given, strict=True))
+
+
+def _teacher(name: str, given: TeacherConfig, config: Config, student: ModelConfig) -> Teacher:
+    found = found_at(given.path)
+    size = found.model.image_size if given.image_size is None else given.image_size
+    try:
+        model = replace(found.model, image_size=size, drop_path=0.0).resolve()
+    except ValueError as error:
+        raise ConfigError(f"the teacher {given.path} cannot be shown images of {size}: {error}") from error
+    _check(given.path, model, student)
+    data, own = config.data, found.preprocessing
+    mean = given.mean or (own.mean if own is not None else data.mean)
+    std = given.std or (own.std if own is not None else data.std)
+    channels = model.sizes.channels
+    for what, values in (("mean", mean), ("std", std)):
+        if len(values) not in (1, channels) or min((*values, 1.0)) <= 0 < (what == "std"):
+            raise ConfigError(
+                f"the {what} of the pixels that the teacher {given.path} is shown is {list(values)}: give one number, "
+                f"or one for each of {channels} channels" + (", above 0" if what == "std" else "")
+            )
+    pixels = Pixels.between((data.mean, data.std), (mean, std), model.sizes.image, channels)
+    return Teacher(name=name, model=model, pixels=pixels, dtype=_DTYPES[given.dtype or config.precision.dtype])
+
+
+def _check(path: str, teacher: ModelConfig, student: ModelConfig) -> None:
+    """Raise ConfigError where logits or images are not of one shape."""
+    own, there = student.sizes, teacher.sizes
+    if own.classes != there.classes:
+        raise ConfigError(
+            f"the teacher {path} has {there.classes} classes and the student {own.classes}, so their logits cannot be "
+            f"matched: set model.num_classes to {there.classes}, or take a teacher of the student's classes"
+        )
+    if own.channels != there.channels:
+        raise ConfigError(
+            f"the teacher {path} takes images of {there.channels} channel(s) and the student of {own.channels}: set "
+            f"model.in_channels to {there.channels}, or take another teacher"
+        )
+
+
+def matching_of(config: Config, teachers: tuple[Teacher, ...], student: ModelConfig | None = None) -> Matching | None:
+    """What blocks are matched. Arguments, and what is raised, as of `teachers_of`."""
+    keys, sizes = config.distillation, (student or config.model).sizes
+    if not (keys.features_weight or keys.relations_weight):
+        return None
+    weights = Weights(features=keys.features_weight, relations=keys.relations_weight)
+    pairs = tuple(keys.pairs_of(sizes.depth, teacher.model.sizes.depth) for teacher in teachers)
+    return Matching(pairs=pairs, shares=keys.shares, loss=keys.features, weights=weights)
+
+
+def check_maps(student: ModelConfig, teachers: tuple[Teacher, ...], matching: Matching, context_size: int) -> None:
+    """Raise ConfigError where context ranks would have other patches of a student's block than of the teacher's."""
+    if matching.weights.relations:
+        raise ConfigError(
+            f"distillation.relations_weight is {matching.weights.relations}, which compares all patches of an image, "
+            f"but {context_size} context ranks share them: use parallel.context_parallel_size 1, or leave it out"
+        )
+    axis = Axis(name="context", ranks=tuple(range(context_size)), index=0, planned=True)
+    for teacher, pairs in zip(teachers, matching.pairs, strict=True):
+        for pair in pairs:
+            own, theirs = (
+                replace(Tokens.of(sizes, _stage_of(sizes, block), axis), prefix=0)
+                for sizes, block in zip((student.sizes, teacher.model.sizes), pair, strict=True)
+            )
+            if own != theirs:
+                raise ConfigError(
+                    f"distillation.pairs {list(pair)}: the student's map is {own.rows} x {own.cols} patches and the "
+                    f"{teacher.name}'s {theirs.rows} x {theirs.cols}, of which {context_size} context ranks hold other "
+                    "parts: use context_parallel_size 1, a teacher_image_size that makes both maps alike, or other "
+                    "pairs"
+                )
+
+
+def _stage_of(sizes: Sizes, block: int) -> int:
+    ends = accumulate(stage.depth for stage in sizes.stages)
+    return next(number for number, end in enumerate(ends) if block < end)
+
+
+def check_teachers(teachers: tuple[Teacher, ...], shape: GridShape) -> None:
+    """Raise ConfigError where one cannot be split over the ranks, as the student is."""
+    for teacher in teachers:
+        try:
+            check_parallel(teacher.model, shape.tensor, shape.context)
+        except ValueError as error:
+            raise ConfigError(f"of the {teacher.name} {str(error).replace('model.', '')}") from error
+
+
+def fingerprints(config: Config) -> tuple[str, ...]:
+    """Of the weights of each teacher, if there are any."""
+    if config.objective != "distillation":
+        return ()
+    return tuple(found_at(teacher.path).fingerprint for teacher in config.distillation.all_teachers)
+
+
+def found_at(path: str) -> Found:
+    """What lies there. Read once, unless it changes.
+
+    Raises:
+        ConfigError: nothing does that can be read.
+    """
+    place = Path(path)
+    try:
+        return _found(place, place.stat().st_mtime_ns)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"distillation.teacher: {error}") from error
+
+
+@lru_cache(maxsize=8)
+def _found(path: Path, _changed: int) -> Found:
+    with open_weights(path, only_model=True) as weights:
+        d = weights.description
+        return Found(d.model, d.preprocessing, weights.identity.removeprefix(str(weights.path)).strip(" ()"))

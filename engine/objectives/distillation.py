@@ -1,0 +1,115 @@
+"""A student that learns what its teachers make of an image, beside its label.
+
+The teachers' layers are in the student's list (model.teachers), frozen; what the last layer gives are the student's
+logits, then theirs, the last teacher's first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from engine.config import Config
+from engine.config.distillation import DistillationConfig
+from engine.config.teachers import matching_of, teachers_of
+from engine.objectives.base import AdditiveObjective, Outputs
+from engine.objectives.supervised import Supervised
+from model import FEATURES, MATCH, RELATIONS, LayerSpec, MicroBatch, build_student
+from parallel.comm import Axis
+from parallel.grid import Grid
+from parallel.tensor import sigmoid_divergence, softened_divergence, softmax_cross_entropy, top_class
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distillation(AdditiveObjective):
+    """The loss of the labels and that of the teachers' responses, each with its weight.
+
+    Attributes:
+        config: the keys of the objective. labels: the ordinary loss. layers: of student and teachers.
+        targets: as of Objective.
+    """
+
+    counted = ("loss", "right", "teacher_right", "images")
+
+    config: DistillationConfig
+    labels: Supervised
+    layers: tuple[LayerSpec, ...]
+    targets: tuple[str, ...]
+    at_depth = (FEATURES, RELATIONS)
+
+    @classmethod
+    def of(cls, config: Config) -> Self:
+        """As Objective."""
+        teachers = teachers_of(config)
+        layers = tuple(build_student(config.model, teachers, matching_of(config, teachers)))
+        keys = config.distillation
+        return cls(config=keys, labels=Supervised.of(config), layers=layers, targets=tuple(keys.weights))
+
+    def loss_share(self, outputs: Outputs, batch: MicroBatch, grid: Grid, scale: float) -> Tensor:
+        """As Objective; in equal parts on the context ranks, which all compute it."""
+        found = self._losses(outputs, batch, grid)
+        share = scale / (self.labels.global_batch_size * grid.context.size)
+        for name, losses in found.items():
+            if batch.shares is not None:
+                batch.shares.note(name, losses.sum() * (share / grid.tensor.size))
+        return self._whole(found, outputs).sum() * share
+
+    def counts(self, outputs: Outputs, batch: MicroBatch, grid: Grid) -> Tensor:
+        """As AdditiveObjective; of several teachers the right ones, by their shares."""
+        right = [self._right(logits, batch, grid) for logits in outputs]
+        taught = torch.stack([share * of for share, of in zip(self.config.shares, right[:0:-1], strict=True)]).sum()
+        loss = self._whole(self._losses(outputs, batch, grid), outputs).sum().double()
+        return torch.stack([loss, right[0], taught, batch.weights.sum().double()])
+
+    def figures(self, totals: Sequence[float]) -> dict[str, float]:
+        """As AdditiveObjective: the mean loss, and how often the student and its teachers are right."""
+        loss, right, taught, images = totals
+        accuracy = {"accuracy": right / images, "teacher_accuracy": taught / images}
+        return {"loss": loss / images, **accuracy, "images": int(images)}
+
+    def describe(self) -> str:
+        """As Objective."""
+        keys = self.config
+        softened = "" if keys.response == "hard" else f" at temperature {keys.temperature:g}"
+        how = {"response": f" ({keys.response}{softened})", FEATURES: f" ({keys.features})"}
+        what = ", ".join(f"{name}{how.get(name, '')} x {weight:g}" for name, weight in keys.weights.items())
+        if blocks := sum(layer.kind == MATCH for layer in self.layers):
+            what += f"; {blocks} pair{'s' * (blocks > 1)} of blocks"
+        paths = (f"{of.path} x {share:.3g}" for of, share in zip(keys.all_teachers, keys.shares, strict=True))
+        return f"distillation: {what}; taught by {', '.join(paths)}"
+
+    def _losses(self, outputs: Outputs, batch: MicroBatch, grid: Grid) -> dict[str, Tensor]:
+        """By target, with its weight, the loss of each image, 0 for padding: [B]."""
+        own, keys, found = outputs[0], self.config, dict[str, Tensor]()
+        if keys.response_weight:
+            each = [
+                share * self._response(own, logits, grid.tensor)
+                for share, logits in zip(keys.shares, outputs[:0:-1], strict=True)
+            ]
+            found["response"] = keys.response_weight * torch.stack(each).sum(0) * batch.weights
+        if keys.label_weight:
+            found["labels"] = keys.label_weight * self.labels.losses((own,), batch, grid)
+        return found
+
+    def _response(self, own: Tensor, theirs: Tensor, axis: Axis) -> Tensor:
+        """What a teacher's logits ask of the student's, [B]."""
+        keys, classes = self.config, self.labels.classes
+        match keys.response:
+            case "kl":
+                return softened_divergence(own, theirs, axis, keys.temperature)
+            case "sigmoid":
+                return sigmoid_divergence(own, theirs, axis, keys.temperature)
+            case "hard":
+                return softmax_cross_entropy(own, top_class(theirs, classes, axis), classes, axis)
+
+    def _whole(self, losses: Mapping[str, Tensor], outputs: Outputs) -> Tensor:
+        """Of the last layer's targets together, [B]; where all are at depth nothing, but to be differentiated."""
+        return torch.stack([*losses.values()] or [0 * outputs[0].sum(1, dtype=torch.float32)]).sum(0)
+
+    def _right(self, logits: Tensor, batch: MicroBatch, grid: Grid) -> Tensor:
+        hits = top_class(logits, self.labels.classes, grid.tensor) == batch.labels
+        return (hits * batch.weights).sum().double()

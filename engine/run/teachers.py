@@ -1,0 +1,33 @@
+"""The weights of teachers: read into the layers that stand for them in the student's list, in whatever layout."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+
+from engine.assemble import Assembly
+from engine.checkpoint.load import load_weights, plan_load
+from engine.config.teachers import teachers_of
+from engine.errors import ConfigError
+from model import build_layers
+from model.formats.api import open_weights
+from model.formats.base import ConversionError
+
+
+def load_teachers(a: Assembly) -> None:
+    """Fill the frozen weights of all teachers, if the objective has any, each rank with what it holds. Collective.
+
+    Raises:
+        ConfigError: on every rank, if one has found damage, or a teacher's tensors are not those of its model.
+    """
+    if a.config.objective != "distillation":
+        return
+    for teacher, given in zip(teachers_of(a.config), a.config.distillation.all_teachers, strict=True):
+        try:
+            with closing(open_weights(Path(given.path), only_model=True)) as weights:
+                plan = plan_load(weights, teacher.model, build_layers(teacher.model), a.config.data)
+                if lacking := [f.describe() for f in plan.fits if f.how in ("new", "left out")]:
+                    raise ConversionError(f"it cannot be shown images of this size: {'; '.join(lacking[:3])}")
+                load_weights(a, weights, plan, f"{teacher.name}.")
+        except ConversionError as error:
+            raise ConfigError(f"the teacher {given.path}: {error}") from error

@@ -1,0 +1,217 @@
+"""A student and its teachers as one ordered list of layers: `teacher.embed`, `embed`, `teacher.blocks.0`, ... `head`.
+
+Their rows flow side by side, and each layer acts on its own model's. A teacher's layers stand between the student's at
+the same share of their depth, each right before the student's layer that it is matched with, so that a pipeline's stage
+holds both. The student's layers have the names that they have without teachers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import cache, partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from model.build import Build, Tower
+from model.config import ModelConfig
+from model.embed import Embedding
+from model.heads import Head
+from model.inputs import MicroBatch
+from model.layers import LayerSpec, block_layers, build_layers, head_gives, measured
+from model.matching import MATCH, FeatureLoss, Match, Target, Weights
+
+TEACHER = "teacher"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pixels:
+    """How a teacher is shown the images of the student.
+
+    Attributes:
+        scale, shift: of each channel: what the student sees, times the one, plus the other. size: rows and columns.
+    """
+
+    scale: tuple[float, ...]
+    shift: tuple[float, ...]
+    size: tuple[int, int]
+
+    @staticmethod
+    def between(
+        seen: tuple[Sequence[float], Sequence[float]], wanted: tuple[Sequence[float], Sequence[float]],
+        size: tuple[int, int], channels: int,
+    ) -> Pixels:  # fmt: skip
+        """From images normalised by one (mean, std), of one number or one per channel, to such as by another."""
+        (m, s), (mean, std) = (tuple((tuple(x) * channels)[:channels] for x in pair) for pair in (seen, wanted))
+        each = range(channels)
+        return Pixels(
+            scale=tuple(s[c] / std[c] for c in each), shift=tuple((m[c] - mean[c]) / std[c] for c in each), size=size
+        )
+
+    def of(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, *size]. Larger and smaller ones by bicubic interpolation, without aliasing."""
+        if any(x != 1 for x in self.scale) or any(self.shift):
+            scale, shift = (images.new_tensor(x)[:, None, None] for x in (self.scale, self.shift))
+            images = images * scale + shift
+        if images.shape[2:] != self.size:
+            images = F.interpolate(images, self.size, mode="bicubic", antialias=True)
+        return images
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """One of the models that a student learns from.
+
+    Attributes:
+        name: the prefix of its layers. model: resolved. pixels: how it is shown images. dtype: that it is kept and
+            computed in.
+    """
+
+    name: str
+    model: ModelConfig
+    pixels: Pixels
+    dtype: torch.dtype
+
+
+class TeacherEmbedding(Embedding):
+    """An embedding that is shown images otherwise than they are."""
+
+    def __init__(self, build: Build, *, pixels: Pixels) -> None:
+        super().__init__(build)
+        self._pixels = pixels
+
+    def forward(self, x: Tensor | None, batch: MicroBatch) -> Tensor:
+        """As Embedding."""
+        assert batch.images is not None
+        return super().forward(x, replace(batch, images=self._pixels.of(batch.images)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matching:
+    """Blocks of the student that are to be like blocks of its teachers.
+
+    Attributes:
+        pairs: with each teacher, (block of the student, block of his), rising in both. shares: what of the target each
+            teacher decides. loss, weight: of the target, which is the mean over pairs.
+    """
+
+    pairs: tuple[tuple[tuple[int, int], ...], ...]
+    shares: tuple[float, ...]
+    loss: FeatureLoss
+    weights: Weights
+
+
+def build_student(
+    student: ModelConfig, teachers: Sequence[Teacher], matching: Matching | None = None
+) -> list[LayerSpec]:
+    """The layers of distillation, in order, measured as `build_layers` does.
+
+    Args:
+        student: resolved. matching: of blocks, with a layer for each pair right behind both; None: none.
+    """
+    return list(_measured(student, tuple(teachers), matching))
+
+
+@cache
+def _measured(student: ModelConfig, teachers: tuple[Teacher, ...], matching: Matching | None) -> tuple[LayerSpec, ...]:
+    """Once in a process."""
+    own, models = build_layers(student), [_teaching(teacher) for teacher in teachers]
+    pairs = matching.pairs if matching is not None else [()] * len(teachers)
+    depth, targets = student.sizes.depth, dict[str, str]()
+    streams = [
+        list(_by_depth(of, {Fraction(j + 1, t.model.sizes.depth): Fraction(i + 1, depth) for i, j in matched}))
+        for t, of, matched in zip(teachers, models, pairs, strict=True)
+    ]
+    streams.append([])
+    for at, spec in _by_depth(own, {}):
+        streams[-1].append((at, spec))
+        for match, target in _matches(spec, models, matching):
+            targets[match.name] = target
+            streams[-1].append((at, match))
+    layers = taking_turns(streams)
+    layers = [_seeing(spec, targets[spec.name]) if spec.sees else spec for spec in layers]
+    sizes = student.sizes
+    batch = MicroBatch.of_images(torch.empty(1, sizes.channels, *sizes.image, device="meta"))
+    return tuple(measured(layers, Build(config=student), batch))
+
+
+def _teaching(teacher: Teacher) -> list[LayerSpec]:
+    name, model = teacher.name, teacher.model
+    tower = Tower(name=name, config=model, frozen=True, dtype=teacher.dtype)
+    embed = partial(TeacherEmbedding, pixels=teacher.pixels)
+    layers = [
+        LayerSpec(name=f"{name}.embed", factory=embed, reads=("images",)),
+        *block_layers(model, f"{name}."),
+        LayerSpec(name=f"{name}.head", factory=Head, stage=model.sizes.last.index, gives=head_gives(model)),
+    ]
+    return [replace(spec, tower=tower) for spec in layers]
+
+
+def _matches(
+    block: LayerSpec, teachers: Sequence[Sequence[LayerSpec]], matching: Matching | None
+) -> Iterator[tuple[LayerSpec, str]]:
+    """Layers that match a block of the student, each with the name of what it is matched with."""
+    if matching is None or block.kind != "blocks":
+        return
+    number = int(block.name.rpartition(".")[2])
+    for teacher, (layers, pairs, share) in enumerate(zip(teachers, matching.pairs, matching.shares, strict=True)):
+        for pair, (i, j) in enumerate(pairs):
+            if i == number:
+                there = next(layer for layer in layers if layer.name.endswith(f".blocks.{j}"))
+                assert there.tower is not None
+                name = f"{MATCH}.{pair * len(teachers) + teacher}"
+                weights = Weights(*(weight * share / len(pairs) for weight in matching.weights))
+                target = Target(teacher=there.tower, stage=there.stage, loss=matching.loss)
+                spec = LayerSpec(
+                    name=name, factory=partial(Match, name, weights, target), stage=block.stage, sees=True
+                )  # fmt: skip
+                yield spec, there.name
+
+
+def _seeing(match: LayerSpec, target: str) -> LayerSpec:
+    """A matching layer that knows which of its rides it looks at."""
+    name, weights, of = match.factory.args  # type: ignore[attr-defined]
+    return replace(match, factory=partial(Match, name, weights, replace(of, ride=match.rides.index(target))))
+
+
+def taking_turns(streams: Sequence[Sequence[tuple[Fraction, LayerSpec]]]) -> list[LayerSpec]:
+    """The layers of several models, each with its place in the depth, as one list; of equal places, the first model's
+    first.
+
+    What is handed on is the newest output first, then those of the other models, the newest first.
+    """
+    turns = [(depth, number, spec) for number, of in enumerate(streams) for depth, spec in of]
+    found, flow = list[LayerSpec](), list[tuple[int, str]]()
+    for _, number, spec in sorted(turns, key=lambda turn: turn[:2]):
+        takes = next((place for place, (of, _) in enumerate(flow) if of == number), None)
+        if takes is not None:
+            del flow[takes]
+        begins = takes is None and bool(flow)
+        found.append(replace(spec, begins=begins, takes=takes or 0, rides=tuple(name for _, name in flow)))
+        flow.insert(0, (number, spec.name))
+    return found
+
+
+def _by_depth(layers: Sequence[LayerSpec], bends: Mapping[Fraction, Fraction]) -> Iterator[tuple[Fraction, LayerSpec]]:
+    """Each layer of a model after the share of its blocks that are done with it; a head is last. A patch merge goes
+    with the block behind it.
+
+    Args:
+        bends: where such shares are to come to stand instead, the others in proportion between them.
+    """
+    total, done = sum(layer.kind == "blocks" for layer in layers), 0
+    known = {Fraction(0): Fraction(0), Fraction(1): Fraction(1)} | dict(bends)
+    for layer in layers:
+        done += layer.kind == "blocks"
+        at = Fraction(done + (layer.kind == "merges"), total)
+        low, high = max(x for x in known if x <= at), min(x for x in known if x >= at)
+        inner = known[low] if low == high else known[low] + (known[high] - known[low]) * (at - low) / (high - low)
+        yield Fraction(2) if layer.kind == "head" else inner, layer
+
+
+def student_layers(layers: Sequence[LayerSpec]) -> list[LayerSpec]:
+    """Those of a list that are trained."""
+    return [layer for layer in layers if not layer.is_frozen]

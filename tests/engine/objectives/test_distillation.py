@@ -1,0 +1,320 @@
+"""Objective distillation: gradients against plain PyTorch, a run from the command line's side, what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+from torch.nn import functional as F
+
+from engine.checkpoint.config import CheckpointConfig
+from engine.config import Config, LogConfig, PrecisionConfig, TrainConfig
+from engine.config.cli import parse
+from engine.config.distillation import DistillationConfig, TeacherConfig
+from engine.errors import ConfigError
+from engine.objectives import make_objective
+from engine.plan import plan_memory, planned, states
+from engine.run.step import Stepper
+from engine.run.trainer import pretrain
+from model import ModelConfig, VisionTransformer, build_layers, makers
+from parallel.checkpoint.read import Reader
+from parallel.config import ParallelConfig
+from parallel.grid import GridShape
+from parallel.process_group import World
+from tests.engine.small import MODEL, flags, small
+from tests.parity.cases import TAUGHT, Case
+from tests.parity.climb import climb, first_batches
+from tests.parity.teachers import _MODELS
+
+
+def taught(teacher: Path, world: int = 1, keys: dict[str, Any] | None = None, **changes: Any) -> Config:
+    """A resolved configuration."""
+    distillation = DistillationConfig(**{"teacher": str(teacher)} | (keys or {}))
+    return small(objective="distillation", distillation=distillation, **changes).resolve(world)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Wider and deeper than `small`, with smaller patches."""
+    path = tmp_path_factory.mktemp("teacher") / "weights"
+    VisionTransformer(ModelConfig(**MODEL | {"width": 48, "depth": 7, "patch_size": 2})).save_pretrained(path)
+    return path
+
+
+# -- numbers -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def rows_of(model: VisionTransformer) -> Iterator[dict[int, Tensor]]:
+    """What each block gives out for patches, [B, P, D], once the model has run."""
+    found, depth, prefix = dict[int, Tensor](), model.sizes.depth, model.sizes.prefix
+
+    def keep(block: int) -> Any:
+        def after(_: Any, args: tuple[Any, ...], out: Tensor) -> None:
+            found[block] = out.unflatten(0, (args[1].size, -1))[:, prefix:]
+
+        return after
+
+    hooks = [model.get_submodule(f"blocks.{i}").register_forward_hook(keep(i)) for i in range(depth)]
+    yield found
+    for hook in hooks:
+        hook.remove()
+
+
+def map_of(model: VisionTransformer, block: int) -> tuple[int, int]:
+    """Rows and columns of patches after a block."""
+    stages, done = model.sizes.stages, 0
+    for stage in stages:
+        done += stage.depth
+        if block < done:
+            return stage.rows, stage.cols
+    raise AssertionError(block)
+
+
+def features(own: Tensor, theirs: Tensor, keys: DistillationConfig) -> Tensor:
+    if keys.features == "cosine":
+        return 1 - F.cosine_similarity(own, theirs, dim=2).mean()
+    a, b = (
+        ((x - x.mean(2, keepdim=True)) / (x.var(2, keepdim=True, correction=0) + 1e-5).sqrt()) for x in (own, theirs)
+    )
+    return (a - b).square().mean()
+
+
+def cosines(x: Tensor) -> Tensor:
+    return F.cosine_similarity(x[:, :, None], x[:, None], dim=3)
+
+
+def response(own: Tensor, theirs: Tensor, keys: DistillationConfig) -> Tensor:
+    z, u = own / keys.temperature, theirs / keys.temperature
+    if keys.response == "hard":
+        return F.cross_entropy(own, theirs.argmax(1))
+    if keys.response == "sigmoid":
+        p, q = z.sigmoid(), u.sigmoid()
+        each = q * (q / p).log() + (1 - q) * ((1 - q) / (1 - p)).log()
+    else:
+        each = F.kl_div(z.log_softmax(1), u.log_softmax(1), log_target=True, reduction="none")
+    return keys.temperature**2 * each.sum(1).mean()
+
+
+@pytest.mark.parametrize("model", TAUGHT)
+def test_gradients_are_those_of_plain_pytorch(model: str) -> None:
+    """In float64, teachers as models of their own."""
+    config = Case(model, micro_batches=2).config()
+    config = replace(config, model=replace(config.model, drop_path=0.0))
+    plain = VisionTransformer(config.model, seed=0, kernels="reference").double()
+    trained = dict(plain.named_parameters())
+
+    def take(stepper: Stepper) -> None:
+        held = stepper.assembly.parameters()
+        for name in [name for name in held if name.startswith("match.")]:
+            trained[name] = torch.nn.Parameter(held[name].detach().double())
+        for name, parameter in plain.named_parameters():
+            parameter.data.copy_(held[name])
+
+    ours = climb(World(), config, before_training=take, steps=1)
+    images, labels = first_batches(config)[0]
+    keys, data = config.distillation, config.data
+    with rows_of(plain) as mine:
+        own = plain(images.double())
+    loss = keys.label_weight * F.cross_entropy(own, labels)
+    several = len(keys.all_teachers)
+    for number, (of, share) in enumerate(zip(keys.all_teachers, keys.shares, strict=True)):
+        there = _MODELS[of.path]
+        shown = replace(there, drop_path=0.0, image_size=of.image_size or there.image_size)
+        theirs = VisionTransformer(shown, kernels="reference")
+        theirs.load(dict(VisionTransformer.from_pretrained(of.path).named_parameters()), there.resolve())
+        pixels = images * data.std[0] + data.mean[0]
+        pixels = (pixels - (of.mean or data.mean)[0]) / (of.std or data.std)[0]
+        size = shown.resolve().sizes.image
+        pixels = pixels if pixels.shape[2:] == size else F.interpolate(pixels, size, mode="bicubic", antialias=True)
+        with torch.no_grad(), rows_of(theirs) as his:
+            logits = theirs.double()(pixels.double())
+        loss = loss + keys.response_weight * share * response(own, logits, keys)
+        pairs = keys.pairs_of(plain.sizes.depth, theirs.sizes.depth) if keys.features_weight else ()
+        for place, (i, j) in enumerate(pairs):
+            lift = trained.get(f"match.{place * several + number}.lift")
+            a, b = mine[i] if lift is None else mine[i] @ lift.T, his[j]
+            if (here := map_of(plain, i)) != (other := map_of(theirs, j)):
+                b = b.transpose(1, 2).unflatten(2, other)
+                b = F.interpolate(b, here, mode="bilinear", antialias=True).flatten(2).transpose(1, 2)
+            loss = loss + keys.features_weight * share / len(pairs) * features(a, b, keys)
+            loss = loss + keys.relations_weight * share / len(pairs) * (cosines(mine[i]) - cosines(b)).square().mean()
+    loss.backward()
+    assert ours.losses[0] == pytest.approx(loss.item(), rel=1e-5)
+    assert any(name.startswith("match.") for name in trained) == (keys.features_weight > 0)
+    for name, parameter in trained.items():
+        expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        assert (ours.first_grads[name] - expected).norm() <= 1e-4 * expected.norm(), name
+
+
+def test_layers_take_turns(teacher: Path) -> None:
+    """Each right behind what of the teacher has the same share of the depth, and given what its own model made."""
+    layers = make_objective(taught(teacher)).layers
+    names = [layer.name for layer in layers]
+    assert [n for n in names if not n.startswith("teacher.")] == [
+        layer.name for layer in build_layers(small().resolve(1).model)
+    ]
+    before = [names[names.index(f"blocks.{i}") - 1] for i in range(4)]
+    assert before == ["teacher.blocks.0", "teacher.blocks.2", "teacher.blocks.4", "teacher.blocks.6"]
+    last = dict[bool, str]()
+    for place, layer in enumerate(layers):
+        rows, rides = layer.parted(makers(layers, place))
+        assert (rows.name if rows else None) == last.get(layer.is_frozen)
+        assert [ride.name for ride in rides] == [name for frozen, name in last.items() if frozen != layer.is_frozen]
+        last[layer.is_frozen] = layer.name
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_teacher_takes_its_share_of_the_memory_and_no_more(teacher: Path) -> None:
+    """Shards of weights in its own format: no masters, gradients, moments; and the plan is that of the pass."""
+    shape = GridShape(data=2, tensor=2)
+    parallel = ParallelConfig(tensor_parallel_size=2, zero_stage=3, bucket_mib=1e-3)
+    config = taught(teacher, 4, {"teacher_dtype": "bf16"}, parallel=parallel, width=24)
+    alone = replace(config, objective="supervised", distillation=DistillationConfig())
+    with_it, without = (planned(c, shape, 0, 1e9, on_cpu=True) for c in (config, alone))
+    held = {what: size - without.store.memory()[what] for what, size in with_it.store.memory().items()}
+    numbers = sum(layer.parameters for layer in with_it.layers if layer.is_frozen)
+    assert held["weights"] == pytest.approx(2 * numbers / 4, rel=0.03)
+    assert states(with_it)["teacher"] == pytest.approx(2 * numbers / 4, rel=0.03)
+    assert not held["masters"] and not held["gradients"]
+    assert with_it.optimizer.state_tensors().keys() == without.optimizer.state_tensors().keys()
+    assert plan_memory(config, shape, 0, 1e9, on_cpu=True).activations > 0
+
+
+# -- a run -------------------------------------------------------------------------------------------------------------
+
+
+def run(folder: Path, **changes: Any) -> int:
+    groups = {"checkpoint": CheckpointConfig(save_interval=2), "log": LogConfig(tensorboard=False, interval=1)}
+    return pretrain(small(run_dir=str(folder), **groups | changes), World())
+
+
+def lines(folder: Path, event: str) -> Iterator[dict[str, Any]]:
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        if json.loads(line)["event"] == event:
+            yield json.loads(line)
+
+
+def test_a_student_of_a_run_goes_on_with_the_same_teacher_alone(
+    tmp_path: Path, teacher: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = {"objective": "distillation", "distillation": DistillationConfig(teacher=str(teacher))}
+    assert run(tmp_path / "a", train=TrainConfig(steps=2, global_batch_size=8), **keys) == 0
+    told = capsys.readouterr().out
+    assert "distillation: response" in told and "of that taught by: " in told and "teacher tower: " in told
+    (end,) = lines(tmp_path / "a", "eval")
+    assert {"loss", "accuracy", "teacher_accuracy"} <= end.keys()
+    with Reader(tmp_path / "a" / "checkpoints" / "step-00000002") as reader:
+        assert not [name for name in reader.manifest.tensors if "teacher" in name]
+    assert VisionTransformer.from_pretrained(tmp_path / "a")(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
+    moved = tmp_path / "elsewhere"
+    moved.symlink_to(teacher)
+    longer = TrainConfig(steps=4, global_batch_size=8)
+    assert run(tmp_path / "a", train=longer, **keys | {"distillation": DistillationConfig(teacher=str(moved))}) == 0
+    assert [line["step"] for line in lines(tmp_path / "a", "train")] == [1, 2, 3, 4]
+    other = tmp_path / "other"
+    VisionTransformer(ModelConfig(**MODEL), seed=3).save_pretrained(other)
+    with pytest.raises(ConfigError, match=r"was taught by weights .*give the teacher of then"):
+        run(
+            tmp_path / "a",
+            train=replace(longer, steps=6),
+            **keys | {"distillation": DistillationConfig(teacher=str(other))},
+        )
+    # and the student is a teacher in turn
+    assert run(tmp_path / "b", **keys | {"distillation": DistillationConfig(teacher=str(tmp_path / "a"))}) == 0
+
+
+def test_targets_add_up_to_the_loss_in_every_format(tmp_path: Path, teacher: Path) -> None:
+    """Scaled or not; of a teacher in a format of its own."""
+    keys = DistillationConfig(
+        teacher=str(teacher), features_weight=2.0, features="smooth_l1", teacher_dtype="bf16", relations_weight=5.0
+    )
+    losses = {}
+    for dtype in ("fp32", "bf16", "fp16", "fp8"):
+        precision = PrecisionConfig(dtype=dtype)  # type: ignore[arg-type]
+        run(tmp_path / dtype, objective="distillation", distillation=keys, precision=precision)
+        (line,) = lines(tmp_path / dtype, "train")
+        targets = [line[f"loss_{name}"] for name in ("response", "features", "relations", "labels")]
+        assert sum(targets) == pytest.approx(line["loss"], rel=1e-6) and min(targets) > 0
+        losses[dtype] = targets
+    for dtype in ("bf16", "fp16", "fp8"):
+        assert losses[dtype] == pytest.approx(losses["fp32"], rel=0.05)
+    assert VisionTransformer.from_pretrained(tmp_path / "fp32").config.width == 16  # without what it learnt through
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keys", "changes", "message"),
+    [
+        ({"teacher": None}, {}, r"give either distillation\.teacher, a checkpoint, or distillation\.teachers.*neither"),
+        ({"teacher": "/nowhere"}, {}, r"distillation\.teacher: .*/nowhere"),
+        ({}, {"num_classes": 7}, r"has 10 classes and the student 7.*set model\.num_classes to 10"),
+        ({}, {"in_channels": 3}, r"takes images of 1 channel\(s\) and the student of 3: set model\.in_channels to 1"),
+        ({"teacher_mean": (0.1, 0.2)}, {}, r"the mean of the pixels.*give one number, or one for each of 1 channels"),
+        ({"teacher_std": (0.0,)}, {}, r"the std of the pixels.*above 0"),
+        ({"teacher_image_size": -2}, {}, r"cannot be shown images of -2"),
+        ({"response_weight": 0.0, "label_weight": 0.0}, {}, r"all 0: nothing is learnt"),
+        ({"response_weight": 0.0, "temperature": 3.0}, {}, r"temperature is 3\.0, but .*response_weight is 0"),
+        ({"response": "hard", "temperature": 3.0}, {}, r"temperature is 3\.0, but .*response hard looks at"),
+        ({"response_weight": 0.0, "response": "sigmoid"}, {}, r"response is sigmoid, but .*response_weight is 0"),
+        ({"temperature": 0.0}, {}, r"distillation\.temperature is 0\.0: it must be above 0"),
+        ({"label_weight": -1.0}, {}, r"distillation\.label_weight is -1\.0: it must be 0 or more"),
+        ({"features_weight": 1.0, "pairs": "even:5"}, {}, r"pairs is even:5: give even:1 to even:4, as"),
+        ({"features_weight": 1.0, "pairs": ((0, 7),)}, {}, r"has \[0, 7\], but the teacher has no block 7.*0 to 6"),
+        ({"features_weight": 1.0, "pairs": ((4, 0),)}, {}, r"has \[4, 0\], but the student has no block 4.*0 to 3"),
+        ({"features_weight": 1.0, "pairs": ((1, 3), (2, 2))}, {}, r"\[1, 3\] before \[2, 2\]: pairs must rise in both"),
+        ({"pairs": "even:2"}, {}, r"pairs is even:2, but .*features_weight and relations_weight are 0"),
+        ({}, {"parallel": ParallelConfig(tensor_parallel_size=8)}, r"of the teacher num_heads 4 cannot be split"),
+        ({}, {"objective": "supervised"}, r"distillation\.teacher is .*a key of objective distillation"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused(teacher: Path, keys: dict[str, Any], changes: dict[str, Any], message: str) -> None:
+    world = 8 if "parallel" in changes else 1
+    with pytest.raises((ConfigError, ValueError), match=message):
+        given = DistillationConfig(**{"teacher": str(teacher)} | keys)
+        small(
+            **{"objective": "distillation", "distillation": given, "num_heads": world if world > 1 else 4} | changes
+        ).resolve(world)
+
+
+def test_teachers_are_one_or_a_list(teacher: Path) -> None:
+    two = (TeacherConfig(path=str(teacher)), TeacherConfig(path=str(teacher), weight=3.0))
+    assert taught(teacher, keys={"teacher": None, "teachers": two}).distillation.shares == (0.25, 0.75)
+    for keys, message in (
+        ({"teachers": two}, r"both are set"),
+        ({"teacher": None, "teachers": two, "teacher_dtype": "bf16"}, r"_dtype is bf16.*give each its own dtype"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=message):
+            taught(teacher, keys=keys)
+    with pytest.raises(ValueError, match=r"the weight of x is 0\.0: it must be above 0"):
+        DistillationConfig(teachers=(TeacherConfig(path="x", weight=0.0),))
+
+
+def test_keys_are_read_from_a_file(tmp_path: Path, teacher: Path) -> None:
+    """Lists of groups and of pairs; what is written is read as the same."""
+    two = [{"path": str(teacher), "weight": 3.0, "mean": [0.5]}, {"path": str(teacher), "image_size": [8, 8]}]
+    keys = {"teachers": two, "features_weight": 1.0, "pairs": [[0, 2], [3, 6]]}
+    file = tmp_path / "a.yaml"
+    file.write_text(yaml.safe_dump({"objective": "distillation", "distillation": keys}))
+    config, _ = parse([*flags(), "--config", str(file)], "test")
+    assert config.distillation.pairs == ((0, 2), (3, 6)) and config.distillation.shares == (0.75, 0.25)
+    assert config.distillation.all_teachers[1] == TeacherConfig(path=str(teacher), image_size=(8, 8))
+    resolved = config.resolve(1)
+    file.write_text(resolved.to_yaml())
+    assert parse(["--config", str(file)], "test")[0].distillation == resolved.distillation
+    given = [*flags(), "--config", str(file), "--distillation.pairs"]
+    assert parse([*given, "[[1, 2], [2, 6]]"], "test")[0].distillation.pairs == ((1, 2), (2, 6))
+    with pytest.raises(ConfigError, match=r"pairs.*\[\[0, 1, 2\]\]"):
+        parse([*given, "[[0, 1, 2]]"], "test")[0].resolve(1)
