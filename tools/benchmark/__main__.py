@@ -29,6 +29,7 @@ BENCHMARKS = {
     "pipeline": "schedules with stages that sleep, against formulas; the cost of an action, against torch's",
     "peers": "the same step against plain eager PyTorch, DDP, FSDP2, DeepSpeed, torch's pipelines",
     "contrastive": "contrastive losses and their gradients against open_clip's: time over the GEMM limit, memory",
+    "distillation": "a step with teachers against the student's step and their forwards",
     "recompute": "time over memory of what is computed again, against torch's checkpointing",
     "predictions": "what tools.plan says of memory and time, against runs of configurations drawn by seed",
     "checkpoint": "saving and loading a state against the disk's rate and torch.distributed.checkpoint",

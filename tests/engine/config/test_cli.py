@@ -14,7 +14,7 @@ from engine.config import Config
 from engine.config.cli import make_parser, parse
 from engine.config.keys import key_types, nearest, wanted
 from engine.errors import ConfigError
-from model import StageConfig
+from model import StageConfig, VisionTransformer
 from parallel.process_group import World
 from tests.engine.small import flags, small
 
@@ -91,12 +91,15 @@ def test_numbers_as_people_write_them(tmp_path: Path) -> None:
     assert (config.optimizer.lr, config.optimizer.eps, config.run_dir) == (1e-3, 1e-8, "2024-01-01")
 
 
-def test_the_shipped_recipes_are_valid() -> None:
+def test_the_shipped_recipes_are_valid(tmp_path: Path) -> None:
     recipes = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
     assert recipes
+    teacher, _ = parse(["--config", str(recipes[0].with_name("digits.yaml"))])
+    VisionTransformer(teacher.model).save_pretrained(tmp_path / "teacher")
     for recipe in recipes:
-        folder = ["--data.path", "photos"] if "image_folder" in recipe.read_text() else []
-        config, _ = parse(["--config", str(recipe), *folder])
+        given, teaches = recipe.read_text(), ["--distillation.teacher", str(tmp_path / "teacher")]
+        folder = ["--data.path", "photos"] if "image_folder" in given else []
+        config, _ = parse(["--config", str(recipe), *folder, *(teaches if "objective: distillation" in given else [])])
         p = config.parallel
         config.resolve(p.tensor_parallel_size * p.pipeline_parallel_size * p.context_parallel_size)
         is_large = (
