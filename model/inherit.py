@@ -1,8 +1,8 @@
-"""A student's first weights out of a larger teacher's: chosen blocks, and of each tensor evenly spaced heads and features.
+"""A student's first weights out of a larger teacher's: chosen blocks, of each tensor evenly spaced heads and features.
 
-Xu et al. 2024, "Initializing Models with Larger Ones" (weight selection): the first blocks, and every n-th element along
-each dim, the same ones wherever a dim is met, so that features still belong together. Nothing is scaled. A head is a
-head: of its teacher's heads some are taken, of each of those some features.
+Xu et al. 2024, "Initializing Models with Larger Ones" (weight selection): the first blocks, and every n-th element
+along each dim, the same ones wherever a dim is met, so that features still belong together. Nothing is scaled. A head
+is a head: of its teacher's heads some are taken, of each of those some features.
 
 Names and layouts alone decide, so this knows neither files nor ranks. Legend: H heads, K head dim.
 """

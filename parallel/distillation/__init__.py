@@ -7,16 +7,20 @@ from parallel.distillation.embeddings import cosine_distance
 from parallel.distillation.moments import Moments
 from parallel.distillation.relations import gram_difference, map_divergence, relation_divergence
 from parallel.distillation.rkd import angle_difference, distance_difference
+from parallel.distillation.sparse import Likeliest, likeliest, sparse_divergence
 from parallel.distillation.split import resplit_heads, tokens_of_all
 
 __all__ = [
+    "Likeliest",
     "Moments",
     "angle_difference",
     "cosine_distance",
     "distance_difference",
     "gram_difference",
+    "likeliest",
     "map_divergence",
     "relation_divergence",
     "resplit_heads",
+    "sparse_divergence",
     "tokens_of_all",
 ]

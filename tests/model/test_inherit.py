@@ -54,7 +54,7 @@ def test_a_smaller_student_has_all_its_tensors(kind: str) -> None:
 @pytest.mark.parametrize("block", ["parallel", "sequential"])
 def test_features_belong_together(block: Any) -> None:
     """A teacher with nothing but its student's weights, where they would be taken from, is the same function."""
-    wide = replace(BASE, block=block, pool="cls", position="learned_1d", norm="rmsnorm", qk_norm=False)
+    wide = replace(BASE, block=block, pool="cls", position="learned_1d", norm="rmsnorm", qk_norm=False, norm_eps=1e-12)
     narrow = replace(wide, width=12, num_heads=2, mlp_dim=24, depth=2)
     teacher, student = VisionTransformer(wide, seed=1), VisionTransformer(narrow, seed=2)
     with torch.no_grad():
@@ -101,7 +101,7 @@ def test_heads_and_their_features_are_chosen_as_such() -> None:
         ({"depth": 2}, [1], "1 blocks of the teacher are given for the student's 2"),
         ({"depth": 1}, [4], "would start from the teacher's 4"),
         ({"patch_size": 8}, None, "model.patch_size is 8, the teacher's 4"),
-        ({"position": "rope_2d"}, None, "model.position is rope_2d"),
+        ({"position": "sincos_2d"}, None, "model.position is sincos_2d"),
     ],
 )
 def test_what_cannot_start_so(changes: dict[str, Any], blocks: list[int] | None, said: str) -> None:

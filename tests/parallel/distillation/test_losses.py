@@ -19,9 +19,11 @@ from parallel.distillation import (
     cosine_distance,
     distance_difference,
     gram_difference,
+    likeliest,
     map_divergence,
     relation_divergence,
     resplit_heads,
+    sparse_divergence,
     tokens_of_all,
 )
 from parallel.grid import GridShape, make_grid
@@ -165,7 +167,35 @@ def _check_moments(axis: Axis) -> None:
     torch.testing.assert_close(moments.standardise(rows), expected, rtol=1e-9, atol=1e-9)
 
 
+def _check_sparse(axis: Axis) -> None:
+    """k + 1 outcomes; of all classes there is no rest, and all of the divergence."""
+    classes, heat = 7, 2.0
+    logits, teacher = _random(5, classes, seed=8) * 3, _random(5, classes, seed=9) * 3
+    log_q = (teacher / heat).log_softmax(1)
+    for count in (1, 3, classes):
+        found = likeliest(_part(teacher, axis, 1), count, classes, axis, heat)
+        values, ids = log_q.topk(count, 1)
+        assert torch.equal(found.ids, ids)
+        torch.testing.assert_close(found.values, values)
+        others = torch.ones_like(log_q).scatter(1, ids, 0) > 0
+        torch.testing.assert_close(found.rest.exp(), (log_q.exp() * others).sum(1), rtol=1e-12, atol=1e-15)
+        whole = logits.clone().requires_grad_()
+        log_p = (whole / heat).log_softmax(1)
+        expected = (values.exp() * (values - log_p.gather(1, ids))).sum(1)
+        if count < classes:
+            mass = (log_p.exp() * others).sum(1)
+            expected = expected + found.rest.exp() * (found.rest - mass.log())
+        (expected * heat**2).sum().backward()
+        assert whole.grad is not None
+        own = _part(logits, axis, 1).clone().requires_grad_()
+        share = sparse_divergence(own, found, classes, axis, heat)
+        share.sum().backward()
+        torch.testing.assert_close(share, expected * heat**2, rtol=1e-11, atol=1e-13)
+        torch.testing.assert_close(own.grad, _part(whole.grad, axis, 1), rtol=1e-10, atol=1e-13)
+
+
 def _check_all(axis: Axis) -> None:
+    _check_sparse(axis)
     _check_relations(axis)
     _check_batch(axis)
     _check_moments(axis)
