@@ -7,6 +7,8 @@ frames the first one.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,9 +32,27 @@ def decode(file: str, crop: NDArray[np.float64], image_shape: tuple[int, int, in
     """
     from PIL import Image
 
+    with _readable(file), Image.open(file) as image:
+        return _cut(image, crop, image_shape)
+
+
+def whole(file: str, mode: str) -> tuple[Image, int]:
+    """All of an image as it was meant: (it in Pillow's `mode`, `L` or `RGB`, or in grey floats where 8 bits would not
+    hold it; the value of white).
+
+    Raises:
+        UnreadableImageError: whatever the reason.
+    """
+    from PIL import Image
+
+    with _readable(file), Image.open(file) as image:
+        return _as_mode(_upright(image, _orientation(image)), mode)
+
+
+@contextmanager
+def _readable(file: str) -> Iterator[None]:
     try:
-        with Image.open(file) as image:
-            return _cut(image, crop, image_shape)
+        yield
     except Exception as error:  # decoders raise many types: OSError, SyntaxError, struct.error, ...
         cause = " ".join(str(error).split()) or type(error).__name__
         raise UnreadableImageError(f"{file} cannot be decoded ({cause}): replace or remove this file") from error
@@ -54,7 +74,7 @@ def _cut(image: Image, crop: NDArray[np.float64], image_shape: tuple[int, int, i
     x, y = pixels.width / full_width, pixels.height / full_height
     right, bottom = min(left + box_width, full_width), min(top + box_height, full_height)  # rounding
     scaled = pixels.resize((width, height), Resampling.BILINEAR, box=(left * x, top * y, right * x, bottom * y))
-    return _channels_first(scaled, channels) / np.float32(white)
+    return channels_first(scaled, channels) / np.float32(white)
 
 
 def _orientation(image: Image) -> int:
@@ -94,7 +114,7 @@ def _as_mode(image: Image, mode: str) -> tuple[Image, int]:
     return image.convert(mode), 255
 
 
-def _channels_first(image: Image, channels: int) -> NDArray[np.float32]:
+def channels_first(image: Image, channels: int) -> NDArray[np.float32]:
     """[C, H, W]; grey repeated for every channel."""
     pixels = np.asarray(image, dtype=np.float32).reshape(image.height, image.width, -1).transpose(2, 0, 1)
     return np.broadcast_to(pixels, (channels, *pixels.shape[1:]))

@@ -155,6 +155,12 @@ class VisionTransformer(Layers):
         """How images are prepared, if where the weights came from has said so."""
         return self._description.preprocessing
 
+    @property
+    def embeds(self) -> bool:
+        """Whether what it gives are no logits of classes but features to be compared: its classifier is the projection
+        of a tower."""
+        return self._description.embeds
+
     def forward(self, images: Tensor | MicroBatch) -> Tensor:
         """[B, C, H, W], or a micro-batch, whose sample ids drop-path goes by -> logits [B, classes]; pooled features
         [B, D] of a model without classes."""
@@ -198,7 +204,7 @@ class VisionTransformer(Layers):
         heads: Numbers = None,
         queries: Queries = "all",
     ) -> dict[str, Attended]:
-        """What tokens attend to: rows of attention by layer, fp32, whatever kernels run (docs/seeing.md).
+        """What tokens attend to in evaluation: rows of attention by layer, fp32, whatever kernels run (docs/seeing.md).
 
         Args:
             images: [B, C, H, W]. layers, heads, queries: as of model.seeing.capture.choose.
@@ -206,11 +212,12 @@ class VisionTransformer(Layers):
         Raises:
             ValueError: there are no such layers, heads or tokens.
         """
-        geometry = self._geometry(MicroBatch.of_images(images))
+        batch = MicroBatch.of_images(images)
+        geometry = self._geometry(batch)
         wanted, places = choose(geometry.config, layers, heads, queries), tapped(geometry)
         taps = {name: RowsTap(places[name], of) for name, of in wanted.items()}
         with tapping(geometry, taps):
-            self(images)
+            self(batch)
         return joined((piece for tap in taps.values() for piece in tap.pieces), wanted, len(images))
 
     @torch.no_grad()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from engine.assemble import Assembly
 from model import MicroBatch
-from model.seeing.capture import Attended, RowsTap, Wanted, joined
+from model.seeing.capture import PROBE, Attended, RowsTap, Wanted, joined
 from model.taps import tapped, tapping
 from parallel import comm
 
@@ -26,12 +26,16 @@ def capture(assembly: Assembly, images: Tensor, wanted: Mapping[str, Wanted]) ->
     """Rows of chosen layers, heads and queries. Collective.
 
     Args:
-        assembly: of whatever objective whose list has these layers. images: [N, C, H, W], the same on every rank.
-            wanted: as model.seeing.capture.choose gives it, the same on every rank.
+        assembly: of an objective whose layers read images alone, one per sample (not `contrastive`). images: [N, C, H,
+            W], the same on every rank. wanted: as model.seeing.capture.choose gives it, the same on every rank.
 
     Returns:
         As VisionTransformer.capture, on the first rank; None on the others.
+
+    Raises:
+        ValueError: the model has no such layers, or reads more than these images; on every rank, before they talk.
     """
+    _check(assembly, wanted)
     batches = _dealt(assembly, images)
     with ExitStack() as stack:
         taps = list[RowsTap]()
@@ -45,6 +49,17 @@ def capture(assembly: Assembly, images: Tensor, wanted: Mapping[str, Wanted]) ->
     pieces = [piece for tap in taps for piece in tap.pieces]
     found = comm.gather_objects_to_first(pieces, assembly.grid.world)
     return None if found is None else joined((piece for of in found for piece in of), wanted, len(images))
+
+
+def _check(assembly: Assembly, wanted: Mapping[str, Wanted]) -> None:
+    if any("texts" in layer.reads or layer.per_sample > 1 for layer in assembly.layers):
+        raise ValueError(
+            f"objective {assembly.config.objective} reads texts or two views of each image, capture gives one image: "
+            "take the image tower by itself, VisionTransformer.from_pretrained(run).capture(images)"
+        )
+    there = [layer.name for layer in assembly.layers if layer.name == PROBE or "blocks" in layer.name.split(".")]
+    if wrong := [name for name in wanted if name not in there]:
+        raise ValueError(f"{', '.join(wrong)}: this model has no such layers, it has {', '.join(there)}")
 
 
 def _tell(taps: list[RowsTap], _: nn.Module, given: tuple[Any, MicroBatch]) -> None:

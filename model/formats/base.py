@@ -88,7 +88,7 @@ class Description:
     Attributes:
         model: resolved; of two towers, that of images, without classes. preprocessing: of its images, if that is known.
         origin: where it came from, if elsewhere. labels: names of its classes in order, if known. pairing: of two
-            towers.
+            towers. embeds: whether the classifier is the projection of a tower by itself.
     """
 
     model: ModelConfig
@@ -96,3 +96,4 @@ class Description:
     origin: Origin | None = None
     labels: tuple[str, ...] = ()
     pairing: Pairing | None = None
+    embeds: bool = False

@@ -135,7 +135,7 @@ class CheckpointWeights(RunWeights):
         keys = self.manifest.config["contrastive"]
         embedding, projection, bias = keys["embedding"], keys["projection"], keys.get("projection_bias", False)
         model = projected(description.model, embedding, projection, projection_bias=bias).resolve()
-        return replace(description, model=model, origin=None, pairing=None)
+        return replace(description, model=model, origin=None, pairing=None, embeds=bool(model.num_classes))
 
 
 def _with_labels(description: Description, folder: Path) -> Description:
@@ -174,6 +174,8 @@ def about_of(description: Description) -> dict[str, Any]:
         about["preprocessing"] = asdict(d.preprocessing)
     if d.origin is not None:
         about["origin"] = asdict(d.origin)
+    if d.embeds:
+        about["embeds"] = True
     return about
 
 
@@ -189,6 +191,7 @@ def description_of(manifest: Manifest, folder: Path) -> Description:
             origin=Origin(**about["origin"]) if "origin" in about else None,
             labels=tuple(about.get("labels", ())),
             pairing=pairing_of(config, _tuples) if has_texts(config) else None,
+            embeds=bool(about.get("embeds", False)),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ConversionError(f"{folder} does not say of which model it is: {error}") from error

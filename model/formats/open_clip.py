@@ -64,7 +64,8 @@ class OpenClip:
         images = preprocessing_of(found.get("preprocess_cfg", {}))
         origin = Origin(kind=self.kind, variant=start, config=found)
         if timm_towers.is_timm(cfg):
-            return Description(model=model_of_config(source.path, cfg), preprocessing=images, origin=origin)
+            model = model_of_config(source.path, cfg)
+            return Description(model=model, preprocessing=images, origin=origin, embeds=bool(model.num_classes))
         vision = vision_cfg(source.path, cfg)
         blocks = {int(n) for x in source.tensors for n in re.findall(rf"^{start}transformer\.resblocks\.(\d+)\.", x)}
         if len(blocks) != vision["layers"]:
@@ -73,7 +74,7 @@ class OpenClip:
             )
         model = model_of_config(source.path, cfg)
         check_whole_patches(self.title, model)
-        return Description(model=model, preprocessing=images, origin=origin)
+        return Description(model=model, preprocessing=images, origin=origin, embeds=True)
 
     def rules(self, description: Description) -> list[Rule]:
         """As Format."""

@@ -46,7 +46,7 @@ def image_of(description: Description) -> Description:
     if (p := description.pairing) is None:
         return description
     model = projected(description.model, p.embedding, p.projection, projection_bias=p.projection_bias)
-    return replace(description, model=model.resolve(), pairing=None)
+    return replace(description, model=model.resolve(), pairing=None, embeds=bool(model.num_classes))
 
 
 def paired(image: Description, *, text: TextConfig, embedding: int, scale: Tensor, bias: Tensor | None) -> Description:
@@ -82,7 +82,7 @@ def paired(image: Description, *, text: TextConfig, embedding: int, scale: Tenso
         bias=None if bias is None else float(bias),
     )
     model = replace(m, num_classes=0, classifier_bias=None, head_bias=None).resolve()
-    return replace(image, model=model, labels=(), pairing=pairing)
+    return replace(image, model=model, labels=(), pairing=pairing, embeds=False)
 
 
 def pairing_in(description: Description) -> Pairing:

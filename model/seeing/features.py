@@ -22,8 +22,9 @@ class Components:
 
     Attributes:
         values: [B, N, k], the sign such that the largest is positive. explained: [k], shares of the variance.
-            positional: [k], what share of each one's variance is that of its mean over images, place by place; NaN of
-            one image. Near 1, the component shows where a patch is, not what is on it.
+            positional: [k], what share of each one's variance goes by the place alone: estimated from that of its mean
+            over images, place by place, less what means of so few images vary by anyway; NaN of one image. Near 1, the
+            component shows where a patch is, not what is on it.
     """
 
     values: Tensor
@@ -32,7 +33,7 @@ class Components:
 
 
 def components(features: Tensor, count: int = 3) -> Components:
-    """Of [B, N, D]. Outliers (`outliers`) should be left out before: a few of them are the first component."""
+    """Of [B, N, D]. Outliers (`outliers`) should be the mean of the others by now: a few of them are the first one."""
     b, n, d = features.shape
     flat = features.reshape(b * n, d).double()
     flat = flat - flat.mean(0)
@@ -40,9 +41,9 @@ def components(features: Tensor, count: int = 3) -> Components:
     values = (flat @ directions.flip(1)[:, :count]).view(b, n, count)
     furthest = values.flatten(0, 1).abs().argmax(0)
     values = values * values.flatten(0, 1)[furthest, torch.arange(count)].sign()
-    positional = values.mean(0).var(0, correction=0) / values.flatten(0, 1).var(0, correction=0)
+    of_means = values.mean(0).var(0, correction=0) / values.flatten(0, 1).var(0, correction=0)
     explained = (variances.flip(0)[:count] / variances.sum()).clamp(min=0)
-    positional = positional if b > 1 else torch.full_like(positional, torch.nan)
+    positional = ((b * of_means - 1) / (b - 1)).clamp(0) if b > 1 else torch.full_like(of_means, torch.nan)
     return Components(values.float(), explained.float(), positional.float())
 
 

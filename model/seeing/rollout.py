@@ -4,7 +4,8 @@ The published methods multiply S x S matrices of all layers. Only one row of the
 class token, or the mean of the pooled ones; a row times a matrix is S^2, and needs the matrix in parts only, each of
 which is made, used and forgotten. With A the mean over heads of a layer's rows, from the last layer to the first:
 
-- rollout: r <- r (A + I) / 2 (Abnar and Zuidema 2020, "Quantifying Attention Flow in Transformers");
+- rollout: r <- r N, N = A + I with its rows scaled to sum to 1: (A + I) / 2, but where the rows of linear attention sum
+  to less (Abnar and Zuidema 2020, "Quantifying Attention Flow in Transformers");
 - relevance: r <- r (I + E), E = mean over heads of max(0, dA * A) (Chefer et al. 2021, "Generic Attention-model
   Explainability", their rule for self-attention);
 - gradient rollout: r <- r N, N = I + E with its rows scaled to sum to 1.
@@ -114,14 +115,12 @@ def _start(trace: Trace, method: Method) -> Tensor:
 
 def _through(r: Tensor, layer: Mixing, method: Method) -> Tensor:
     """r [B, S] by a layer's matrix."""
-    out = r * {"rollout": 0.5, "relevance": 1.0, "gradient_rollout": 0.0}[method]  # what goes by the residual stream
+    out = torch.zeros_like(r)
     for part, rows in layer.chunks():
         weights, own = _weighed(layer, part, rows, method), r[:, part]
-        if method == "rollout":
-            own = own / 2
-        elif method == "gradient_rollout":
+        if method != "relevance":
             own = own / (1 + weights.sum(-1))
-            out[:, part] += own
+        out[:, part] += own  # what goes by the residual stream
         out += torch.einsum("bq,bqs->bs", own, weights)
     return out
 

@@ -25,11 +25,6 @@ Score = Callable[[Tensor], Tensor]
 """What the model gives [B, C] -> a number for each image [B], to be explained."""
 
 
-def top_class(outputs: Tensor) -> Tensor:
-    """The largest logit of each image."""
-    return outputs.amax(1)
-
-
 class _Note:
     """Of one layer: what it attends with, and what its heads give."""
 
@@ -57,7 +52,7 @@ class _Note:
 
 
 def trace(model: VisionTransformer, images: Tensor, score: Score | None = None) -> tuple[Trace, Tensor]:
-    """Run the model on images [B, C, H, W], in evaluation.
+    """Run the model on images [B, C, H, W], as in evaluation, whatever mode it is in.
 
     Keeps q, k and v of every layer; with a score, autograd keeps what it keeps of a forward pass, too.
 
@@ -67,7 +62,6 @@ def trace(model: VisionTransformer, images: Tensor, score: Score | None = None) 
     Returns:
         (what mixes tokens, what the model gives [B, C]).
     """
-    assert not model.training, "in training drop-path leaves blocks out"
     geometry = model._geometry(MicroBatch.of_images(images))
     notes = {name: _Note(layer) for name, layer in tapped(geometry).items()}
     with ExitStack() as stack:
@@ -79,7 +73,7 @@ def trace(model: VisionTransformer, images: Tensor, score: Score | None = None) 
             images = images.detach().requires_grad_()
             for note in notes.values():
                 stack.callback(note.listen().remove)
-        outputs: Tensor = model(images)
+        outputs: Tensor = model(MicroBatch.of_images(images))
         grads: tuple[Tensor | None, ...] = (None,) * len(notes)
         if score is not None:
             given = [note.out for note in notes.values() if note.out is not None]
@@ -87,7 +81,10 @@ def trace(model: VisionTransformer, images: Tensor, score: Score | None = None) 
     seen = {name: note.seen(grad) for (name, note), grad in zip(notes.items(), grads, strict=True)}
     probe = seen.pop(PROBE, None)
     last = next(reversed(seen.values()))
-    start = None if probe else pooled_tokens(geometry.config).expand(len(images), -1).to(last.q.device)
+    start = None
+    if probe is None:
+        wide = torch.promote_types(last.q.dtype, torch.float32)  # that of rows
+        start = pooled_tokens(geometry.config).expand(len(images), -1).to(last.q.device, wide)
     return Trace(_with_merges(geometry.config, list(seen.values())), start, probe), outputs.detach()
 
 
@@ -103,11 +100,16 @@ def _with_merges(config: ModelConfig, blocks: list[Seen]) -> list[Mixing | Mergi
     return steps
 
 
-def pooled_tokens(config: ModelConfig) -> Tensor:
-    """[S], the share of each token in what a head without a probe pools: class tokens, patches, or half of each."""
+def pooled_tokens(config: ModelConfig, tokens: int | None = None) -> Tensor:
+    """[S], the share of each token in what the head pools: class tokens, patches, or half of each; where a probe pools,
+    patches.
+
+    Args:
+        tokens: S (default: that of the last stage).
+    """
     sizes = config.sizes
-    shares = torch.zeros(sizes.tokens_of(sizes.last.index))
-    if config.pool != "gap":
+    shares = torch.zeros(tokens or sizes.tokens_of(sizes.last.index))
+    if config.pool in ("cls", "cls_gap"):
         shares[: sizes.class_tokens] = 1 / sizes.class_tokens
     if config.pool != "cls":
         shares[sizes.prefix :] = 1 / (len(shares) - sizes.prefix)

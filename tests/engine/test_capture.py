@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -77,6 +78,15 @@ def test_what_is_asked_for_is_checked() -> None:
     for words, given in wrong.items():
         with pytest.raises(ValueError, match=words):
             choose(config, **given)
+    lists = {
+        "blocks.2, head: this model has no such layers, it has image.blocks.0": ("image.embed", "image.blocks.0"),
+        "objective contrastive reads texts.* by itself": ("image.embed", "text.embed"),
+    }
+    for words, names in lists.items():
+        layers = [SimpleNamespace(name=n, reads=("texts",) if "text" in n else (), per_sample=1) for n in names]
+        assembly: Any = SimpleNamespace(layers=layers, config=SimpleNamespace(objective="contrastive"))
+        with pytest.raises(ValueError, match=words):
+            capture(assembly, images_of(config), choose(config, [-1, "head"]))
 
 
 def test_rows_take_what_they_are_and_a_few_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,13 +11,16 @@ import pytest
 import torch
 from PIL import Image
 
+from data.decode import decode
 from engine.errors import ConfigError
 from model import VisionTransformer
 from model.seeing.trace import map_of, trace
 from parallel.process_group import World
 from tests.model.small import TINY
+from tools.convert.images import prepared
 from tools.visualize import __main__ as command
-from tools.visualize.methods import METHODS
+from tools.visualize import methods
+from tools.visualize.methods import METHODS, READS, Asked
 from tools.visualize.pictures import Scene, enlarged
 
 NAMES = ("one.png", "two.png", "sub/one.png")
@@ -28,7 +31,10 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a checkpoint, and images of other sizes than the model's, one of them grey."""
     folder = tmp_path_factory.mktemp("seeing")
     torch.manual_seed(0)
-    VisionTransformer(replace(TINY, pool="gap", registers=1, in_channels=3)).save_pretrained(folder / "model")
+    model = VisionTransformer(replace(TINY, pool="gap", registers=1, in_channels=3))
+    model.save_pretrained(folder / "model")
+    model._description = replace(model._description, embeds=True)
+    model.save_pretrained(folder / "tower")
     (folder / "images/sub").mkdir(parents=True)
     for i, name in enumerate(NAMES):
         pixels = (np.arange(20 * 12 * 3).reshape(20, 12, 3) * (7 + i) % 256).astype(np.uint8)
@@ -37,8 +43,8 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(places: Path, out: Path, method: str, *more: str) -> int:
-    argv = ["--checkpoint", str(places / "model"), "--images", str(places / "images"), "--method", method]
+def run(places: Path, out: Path, method: str, *more: str, model: str = "model") -> int:
+    argv = ["--checkpoint", str(places / model), "--images", str(places / "images"), "--method", method]
     return command.main([*argv, "--out", str(out), *more], World())
 
 
@@ -49,7 +55,9 @@ def _as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method(method: str, places: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(places, tmp_path / "out", method, "--masks", "10", "--clusters", "3", "--batch", "2") == 0
+    given = {"masks": "10", "clusters": "3", "batch": "2"}
+    more = [word for name in given if name in READS[method] for word in (f"--{name}", given[name])]
+    assert run(places, tmp_path / "out", method, *more) == 0
     written = sorted(path.name for path in (tmp_path / "out").iterdir())
     pictures = [f"{method}-{name}.png" for name in ("contact", "one-0", "one-1", "two")]
     assert written == sorted([*pictures, f"{method}.npz"])
@@ -76,7 +84,7 @@ def test_of_one_patch_and_some_layers(places: Path, tmp_path: Path) -> None:
     model = VisionTransformer.from_pretrained(places / "model")
     images = torch.stack(
         [command._read(path, model, model.preprocessing or command.Preprocessing()) for path in
-         command.images_in(places / "images", 9)]
+         command.images_in(places / "images", 9, tmp_path)]
     )  # fmt: skip
     expected = model.capture(images, layers=[1], heads=[3], queries=[1 + 2 * 4 + 1])["blocks.1"].maps[:, 0, 0]
     assert np.allclose(found["blocks.1/head 3"], expected, atol=1e-6)
@@ -89,7 +97,8 @@ def test_of_one_patch_and_some_layers(places: Path, tmp_path: Path) -> None:
         ("blocks 0 to 1", "heads", ("--layers", "5")), ("heads 0 to 3", "heads", ("--heads", "4")),
         ("4 rows", "mean", ("--query", "4,0")), ("a row and a column", "mean", ("--query", "4")),
         ("classes 0 to 4", "chefer", ("--target", "5")), ("48 patches", "clusters", ("--clusters", "49")),
-        ("invalid choice", "gradcam", ()),
+        ("invalid choice", "gradcam", ()), ("heads 0 to 3", "heads", ("--heads", "-1")),
+        ("rollout does not read --layers, --target: .* reads --batch", "rollout", ("--layers", "0", "--target", "1")),
     ],
 )  # fmt: skip
 def test_refusals(words: str, method: str, more: Sequence[str], places: Path, tmp_path: Path) -> None:
@@ -97,10 +106,72 @@ def test_refusals(words: str, method: str, more: Sequence[str], places: Path, tm
         run(places, tmp_path, method, *more)
 
 
+def test_features_of_an_embedding_are_no_classes(places: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"5 features of an embedding.*take --method heads"):
+        run(places, tmp_path, "lens", "--target", "1", model="tower")
+    assert run(places, tmp_path, "rollout", model="tower") == 0
+
+
 def test_no_images(places: Path, tmp_path: Path) -> None:
     for folder, words in ((tmp_path, "has no image"), (tmp_path / "none", "no such folder")):
         with pytest.raises(ConfigError, match=words):
-            command.images_in(folder, 3)
+            command.images_in(folder, 3, tmp_path / "out")
+    inside = tmp_path / "maps"
+    inside.mkdir()
+    for file in (tmp_path / "x.png", inside / "rollout-x.png"):
+        file.write_bytes(b"\x89PNG\r\n\x1a\n")
+    assert command.images_in(tmp_path, 3, inside) == [tmp_path / "x.png"]
+    with pytest.raises(ConfigError, match="is the folder of images"):
+        command.images_in(inside, 3, inside)
+    with pytest.raises(ConfigError, match=r"x\.png cannot be decoded"):
+        command.main(
+            ["--checkpoint", str(places / "model"), "--images", str(tmp_path / "x.png"), "--method", "rollout", "--out",
+             str(inside)], World(),
+        )  # fmt: skip
+
+
+def test_names_of_pictures_are_their_own() -> None:
+    names = command._names([Path(name) for name in ("a/one.png", "b/one.png", "one-1.png", "contact.png", "two.png")])
+    assert len(set(names)) == 5 and "contact" not in names and names[-1] == "two"
+
+
+def test_images_are_decoded_as_in_training(tmp_path: Path) -> None:
+    """Turned as EXIF says; grey of colours, and of 16 bits."""
+    colors = Image.fromarray((np.arange(16 * 24 * 3).reshape(24, 16, 3) * 5 % 256).astype(np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    colors.save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray((np.arange(16 * 24).reshape(16, 24) * 170).astype("<u2")).save(tmp_path / "deep.png")
+    how = command.Preprocessing(mean=(0.0,) * 3, std=(1.0,) * 3, interpolation="bilinear")
+    for name in ("turned.png", "deep.png"):
+        for channels in (1, 3):
+            expected = decode(str(tmp_path / name), np.array([1.0, 1.0, 0.5, 0.5]), (channels, 8, 12))
+            found = prepared(tmp_path / name, channels, (8, 12), how)
+            assert np.allclose(found, expected, atol=1e-6) and expected.std() > 0.01, (name, channels)
+
+
+def test_heads_that_take_nothing_of_patches_and_half_of_a_class_token() -> None:
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, 8, 8)
+    probe = methods.heads(VisionTransformer(replace(TINY, pool="map")).eval(), images, Asked())
+    assert probe.arrays["head.distance"].isnan().all() and methods.of_heads(probe)[-1].endswith("     - patches")
+    model = VisionTransformer(replace(TINY, pool="cls_gap")).eval()
+    found = methods.mean(model, images, Asked()).maps["blocks.1", "mean of heads"]
+    rows = model.capture(images)["blocks.1"].maps.mean(1)
+    assert torch.allclose(found, (rows[:, 0] + rows[:, 1:].mean(1)) / 2, atol=1e-6)
+
+
+def test_components_are_those_of_ordinary_patches(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    features = torch.nn.functional.normalize(torch.randn(2, 4, 4, 8), dim=-1) * (10 + torch.rand(2, 4, 4, 1))
+    features[1, 2, 3] *= 1000
+    monkeypatch.setattr(methods, "_features", lambda model, images: features)
+    found = methods.pca(None, features, Asked())  # type: ignore[arg-type]
+    strange = found.arrays["outliers"]
+    assert strange.nonzero().tolist() == [[1, 2, 3]] and found.arrays["components"][strange].abs().max() < 1e-4
+    others = features[~strange] - features[~strange].mean(0)
+    expected = others @ torch.linalg.svd(others, full_matrices=False)[2][:3].T
+    assert torch.allclose(found.arrays["components"][~strange].abs(), expected.abs(), atol=1e-3)
 
 
 def test_a_map_lies_over_its_own_pixels() -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.decode import channels_first, whole
 from model.formats.base import Preprocessing
 from model.text import TextConfig
 
@@ -61,14 +62,13 @@ def _installed(package: str) -> Path:
 
 
 def prepared(path: Path, channels: int, size: tuple[int, int], how: Preprocessing) -> Tensor:
-    """An image as the model is to see it [channels, rows, columns]."""
-    from PIL import Image  # some seconds on a cold disk
+    """An image as the model is to see it [channels, rows, columns], decoded as in training.
 
-    with Image.open(path) as image:
-        pixels = _resized(image.convert("RGB"), size, how)
-    x = torch.from_numpy(np.asarray(pixels, np.float32) / 255).permute(2, 0, 1)
-    if channels != 3:
-        x = x.mean(0, keepdim=True).repeat(channels, 1, 1)
+    Raises:
+        UnreadableImageError: it cannot be decoded.
+    """
+    image, white = whole(str(path), "RGB" if channels == 3 else "L")
+    x = torch.from_numpy(channels_first(_resized(image, size, how), channels) / np.float32(white))
     mean, std = (
         torch.tensor(v if len(v) == channels else v[:1] * channels)[:, None, None] for v in (how.mean, how.std)
     )

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data import UnreadableImageError
 from engine.device import prepare_cpu
 from engine.errors import EXIT_DONE, ConfigError
 from engine.run.launch import run_rank
@@ -28,10 +29,12 @@ from model.formats.base import Preprocessing
 from parallel.process_group import World
 from tools.convert.images import prepared
 from tools.options import COUNT, number
-from tools.visualize.methods import METHODS, Asked, Shown, of_heads
+from tools.visualize.methods import METHODS, READS, Asked, Shown, of_heads
 
 PROGRAM = "tools.visualize"
-_JOINT = ("pca", "clusters")  # of all images together
+_OPTIONS = ("layers", "heads", "query", "target", "masks", "clusters", "batch")  # that not every method reads
+_BATCH = 8
+_CONTACT = "contact"  # of the sheet of all images
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
@@ -47,7 +50,7 @@ def main(argv: Sequence[str], world: World) -> int:
         ConfigError: what was asked for cannot be.
     """
     options = _options(argv)
-    paths = images_in(options.images, options.most)
+    paths = images_in(options.images, options.most, options.out)
     prepare_cpu(world)
     try:
         model = VisionTransformer.from_pretrained(options.checkpoint, weights=options.weights)
@@ -59,12 +62,11 @@ def main(argv: Sequence[str], world: World) -> int:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out {options.out} cannot be made: {error.strerror}") from error
-    asked = Asked(
-        layers=options.layers, heads=options.heads, query=options.query, target=options.target, masks=options.masks,
-        clusters=options.clusters,
-    )  # fmt: skip
+    given = {name: getattr(options, name) for name in _OPTIONS if getattr(options, name) is not None}
+    size = given.pop("batch", _BATCH) if "batch" in READS[options.method] else len(images)  # of all together
+    asked = Asked(**given)
     began = time.perf_counter()
-    batches = [images] if options.method in _JOINT else images.split(options.batch)
+    batches = images.split(size)
     shown = joined([METHODS[options.method](model, batch, asked) for batch in batches])
     seconds = time.perf_counter() - began
 
@@ -93,14 +95,19 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--query", type=_numbers, metavar="ROW,COL", help="heads, mean: a patch (default: what the head pools)"
     )
-    parser.add_argument("--target", type=int, metavar="N", help="the class to explain (default: the most likely)")
-    parser.add_argument("--masks", type=number(COUNT), default=1000, help="rise: how many")
-    parser.add_argument("--clusters", type=number(COUNT), default=5, help="clusters: how many")
-    parser.add_argument("--batch", type=number(COUNT), default=8, help="images at once")
+    explain = "the class to explain, of methods that explain one (default: the most likely)"
+    parser.add_argument("--target", type=int, metavar="N", help=explain)
+    parser.add_argument("--masks", type=number(COUNT), help=f"rise: how many (default: {Asked.masks})")
+    parser.add_argument("--clusters", type=number(COUNT), help=f"clusters: how many (default: {Asked.clusters})")
+    parser.add_argument("--batch", type=number(COUNT), help=f"images at once, but of pca, clusters (default: {_BATCH})")
     parser.add_argument("--most", type=number(COUNT), default=32, help="images in all, in order of their names")
     options = parser.parse_args(argv)
     if options.query is not None and len(options.query) != 2:
         raise ConfigError("--query takes a row and a column, such as 3,5")
+    reads = READS[options.method]
+    if idle := [f"--{name}" for name in _OPTIONS if getattr(options, name) is not None and name not in reads]:
+        what = ", ".join(f"--{name}" for name in reads) or "none of its kind"
+        raise ConfigError(f"--method {options.method} does not read {', '.join(idle)}: leave them out; it reads {what}")
     return options
 
 
@@ -111,17 +118,22 @@ def _numbers(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"{text} is not numbers, such as 0,3") from error
 
 
-def images_in(folder: Path, most: int) -> list[Path]:
-    """The first images of a folder, by name; or the one image.
+def images_in(folder: Path, most: int, out: Path) -> list[Path]:
+    """The first images of a folder, by name, but what lies in `out`, a folder within; or the one image.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: there are none, or pictures would be written among them.
     """
     if folder.is_file():
         return [folder]
     if not folder.is_dir():
         raise ConfigError(f"--images {folder}: there is no such folder")
+    own, written = folder.resolve(), out.resolve()
+    if written == own:
+        raise ConfigError(f"--out {out} is the folder of images, and the next run would take its pictures for some")
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
+    if own in written.parents:
+        found = [path for path in found if written not in path.resolve().parents]
     if not found:
         raise ConfigError(f"--images {folder} has no image: files that end with {', '.join(_SUFFIXES)}")
     return found[:most]
@@ -130,14 +142,19 @@ def images_in(folder: Path, most: int) -> list[Path]:
 def _read(path: Path, model: VisionTransformer, how: Preprocessing) -> Tensor:
     try:
         return prepared(path, model.sizes.channels, model.sizes.image, how)
-    except OSError as error:
-        raise ConfigError(f"{path} is no image that can be read: {error}") from error
+    except UnreadableImageError as error:
+        raise ConfigError(f"--images: {error}") from error
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """For files: without what two could share."""
-    stems = [path.stem for path in paths]
-    return [stem if stems.count(stem) == 1 else f"{stem}-{i}" for i, stem in enumerate(stems)]
+    """For files: no two alike, and none that of the contact sheet."""
+    stems, names = [path.stem for path in paths], list[str]()
+    for i, stem in enumerate(stems):
+        name = stem if stems.count(stem) == 1 else f"{stem}-{i}"
+        while name in (*names, _CONTACT):
+            name = f"{name}-{i}"
+        names.append(name)
+    return names
 
 
 def joined(parts: Sequence[Shown]) -> Shown:

@@ -5,6 +5,7 @@ Legend: B images, S tokens, h heads, C classes, D features.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -16,12 +17,13 @@ from model import VisionTransformer
 from model.seeing.features import POSITIONAL, clusters, components, outliers
 from model.seeing.flow import attention_flow
 from model.seeing.lens import patch_logits
-from model.seeing.measures import entropy, mean_distance
+from model.seeing.measures import distances, entropy
 from model.seeing.perturb import occlusion, rise
 from model.seeing.rollout import Merging, Method, Mixing, Trace, back_through
 from model.seeing.rows import Seen
-from model.seeing.trace import map_of, trace
+from model.seeing.trace import map_of, pooled_tokens, trace
 
+_WITHOUT_CLASSES = "take --method heads, mean, rollout, flow, pca or clusters"
 _MOST_MASKED = 128  # images that RISE or occlusion run at once
 
 
@@ -66,19 +68,20 @@ def heads(model: VisionTransformer, images: Tensor, asked: Asked) -> Shown:
         row, spread, far = _row(layer, asked, model)
         arrays |= {f"{name}.entropy": spread, f"{name}.distance": far}
         for head in asked.heads or range(row.shape[1]):
-            if head >= row.shape[1]:
+            if not 0 <= head < row.shape[1]:
                 raise ConfigError(f"--heads {head}: {name} has heads 0 to {row.shape[1] - 1}")
             shown[name, f"head {head}"] = _patches(row[:, head], layer)
     return Shown(maps=shown, arrays=arrays)
 
 
 def of_heads(shown: Shown) -> list[str]:
-    """Lines: how spread each head looks, and how far, on average over images."""
+    """Lines: how spread each head looks, and how far, on average over images; `-` where no patch takes of patches."""
     found = []
     for name in (name.removesuffix(".entropy") for name in shown.arrays if name.endswith(".entropy")):
-        spread, far = (shown.arrays[f"{name}.{what}"].mean(0) for what in ("entropy", "distance"))
+        spread, far = (shown.arrays[f"{name}.{what}"].nanmean(0) for what in ("entropy", "distance"))
         for head, (nats, patches) in enumerate(zip(spread.tolist(), far.tolist(), strict=True)):
-            found.append(f"{name:<10} head {head:<3} entropy {nats:6.3f} nats, distance {patches:6.2f} patches")
+            distance = "     -" if math.isnan(patches) else f"{patches:6.2f}"
+            found.append(f"{name:<10} head {head:<3} entropy {nats:6.3f} nats, distance {distance} patches")
     return found
 
 
@@ -100,37 +103,30 @@ def _layers(noted: Trace, asked: Asked) -> list[tuple[str, Seen]]:
 
 
 def _row(layer: Seen, asked: Asked, model: VisionTransformer) -> tuple[Tensor, Tensor, Tensor]:
-    """What each head takes of each token for what is asked for [B, h, S]; its entropy and distance
-    over all queries [B, h]."""
+    """What each head takes of each token for what is asked for [B, h, S]; its entropy and distance, NaN where there is
+    none, over all queries [B, h]."""
     site, count = layer.sight.site, layer.q.shape[1]
     weights = torch.ones(count) / count
     if site.kind != "probe":
         weights = _query(layer, asked, model)
-    row, parts = torch.zeros(()), list[tuple[int, Tensor, Tensor]]()
+    row, spread, far, patches = (torch.zeros(()) for _ in range(4))
     for part, rows in layer.chunks():
         row = row + torch.einsum("q,bhqs->bhs", weights[part], rows)
-        tokens = torch.arange(part.start, part.stop)
-        far = mean_distance(rows, tokens, (site.here.rows, site.here.cols), site.tokens.prefix)
-        patches = int((tokens >= site.tokens.prefix).sum()) if site.kind != "probe" else 0
-        parts.append((patches, far.nan_to_num() * patches, entropy(rows) * len(tokens)))
-    total = max(1, sum(n for n, _, _ in parts))
-    spread = torch.stack([e for _, _, e in parts]).sum(0) / count
-    return row, spread, torch.stack([d for _, d, _ in parts]).sum(0) / total
+        tokens = torch.tensor([-1]) if site.kind == "probe" else torch.arange(part.start, part.stop)
+        apart, counted = distances(rows, tokens, (site.here.rows, site.here.cols), site.tokens.prefix)
+        far, patches, spread = far + apart, patches + counted, spread + entropy(rows) * len(tokens)
+    return row, spread / count, far / patches
 
 
 def _query(layer: Seen, asked: Asked, model: VisionTransformer) -> Tensor:
-    """Shares of queries [S]: one patch, the class tokens, or all patches."""
+    """Shares of queries [S]: one patch, or what the head pools."""
     site, first = layer.sight.site, model.sizes.stages[0]
-    weights = torch.zeros(layer.sight.total)
-    if asked.query is not None:
-        if not (0 <= asked.query[0] < first.rows and 0 <= asked.query[1] < first.cols):
-            raise ConfigError(f"--query {asked.query}: there are {first.rows} rows and {first.cols} columns of patches")
-        stride = site.here.stride // first.stride
-        weights[site.tokens.prefix + asked.query[0] // stride * site.here.cols + asked.query[1] // stride] = 1
-    elif model.config.pool == "cls":
-        weights[: model.sizes.class_tokens] = 1 / model.sizes.class_tokens
-    else:
-        weights[site.tokens.prefix :] = 1 / (len(weights) - site.tokens.prefix)
+    if asked.query is None:
+        return pooled_tokens(model.config, layer.sight.total)
+    if not (0 <= asked.query[0] < first.rows and 0 <= asked.query[1] < first.cols):
+        raise ConfigError(f"--query {asked.query}: there are {first.rows} rows and {first.cols} columns of patches")
+    weights, stride = torch.zeros(layer.sight.total), site.here.stride // first.stride
+    weights[site.tokens.prefix + asked.query[0] // stride * site.here.cols + asked.query[1] // stride] = 1
     return weights
 
 
@@ -156,26 +152,28 @@ def flow(model: VisionTransformer, images: Tensor, asked: Asked) -> Shown:
     noted, _ = trace(model, images)
     if any(isinstance(step, Merging) for step in noted.steps):
         raise ConfigError("--method flow is for models whose tokens are the same in all layers: take rollout")
-    found = []
-    for image in range(len(images)):
-        maps = [_mean_map(step, image) for step in noted.steps if not isinstance(step, Merging)]
-        start = _mean_map(noted.probe, image)[0] if noted.probe is not None else None
-        begin = start if start is not None else noted.start
-        assert begin is not None
-        found.append(attention_flow(maps, begin if start is not None else begin[image]))
+    maps = [_mean_map(step) for step in noted.steps if not isinstance(step, Merging)]
+    start = noted.start if noted.probe is None else _mean_map(noted.probe)[:, 0]
+    assert start is not None
+    found = [attention_flow([rows[image] for rows in maps], start[image].cpu()) for image in range(len(images))]
     return Shown(maps={("attention flow", ""): map_of(model.config, torch.stack(found))})
 
 
-def _mean_map(layer: Mixing, image: int) -> Tensor:
-    """[Q, S] of one image, meaned over heads."""
-    return torch.cat([rows[image].mean(0) for _, rows in layer.chunks()], 0).cpu()
+def _mean_map(layer: Mixing) -> Tensor:
+    """[B, Q, S], meaned over heads."""
+    return torch.cat([rows.mean(1) for _, rows in layer.chunks()], 1).cpu()
 
 
 def _targets(model: VisionTransformer, images: Tensor, asked: Asked) -> Tensor:
     """Of each image, the class that is explained [B]."""
     classes = model.sizes.classes
     if not classes:
-        raise ConfigError("this model has no classes, and so no score to be explained: take --method rollout or heads")
+        raise ConfigError(f"this model has no classes, and so no score to be explained: {_WITHOUT_CLASSES}")
+    if model.embeds:
+        raise ConfigError(
+            f"this model gives {classes} features of an embedding, of which none is a class to be explained: "
+            f"{_WITHOUT_CLASSES}, or train a classifier on it (checkpoint.load)"
+        )
     if asked.target is not None:
         if not 0 <= asked.target < classes:
             raise ConfigError(f"--target {asked.target}: there are classes 0 to {classes - 1}")
@@ -214,11 +212,12 @@ def pca(model: VisionTransformer, images: Tensor, asked: Asked) -> Shown:
     features = _features(model, images)
     grid, flat = features.shape[1:3], features.flatten(1, 2)
     strange = outliers(flat)
-    found = components(torch.where(strange[..., None], flat.mean((0, 1)), flat))
+    found = components(torch.where(strange[..., None], flat[~strange].mean(0), flat))
     low, high = found.values.flatten(0, 1).quantile(0.01, 0), found.values.flatten(0, 1).quantile(0.99, 0)
     colors = ((found.values - low) / (high - low)).clamp(0, 1).unflatten(1, grid)
     says = [
-        f"component {i}: {share:.1%} of the variance, {place:.0%} of it by the place alone"
+        f"component {i}: {share:.1%} of the variance"
+        + (f", {place:.0%} of it by the place alone" if not math.isnan(place) else "")
         + (", which shows where a patch is, not what" if place > POSITIONAL else "")
         for i, (share, place) in enumerate(zip(found.explained.tolist(), found.positional.tolist(), strict=True))
     ]
@@ -263,3 +262,17 @@ METHODS: dict[str, Callable[[VisionTransformer, Tensor, Asked], Shown]] = {
     "clusters": grouped,
     "lens": lens,
 }
+READS: dict[str, tuple[str, ...]] = {
+    "heads": ("layers", "heads", "query", "batch"),
+    "mean": ("layers", "query", "batch"),
+    "rollout": ("batch",),
+    "gradient_rollout": ("target", "batch"),
+    "chefer": ("target", "batch"),
+    "flow": ("batch",),
+    "occlusion": ("target", "batch"),
+    "rise": ("target", "masks", "batch"),
+    "pca": (),
+    "clusters": ("clusters",),
+    "lens": ("target", "batch"),
+}
+"""Which options of the command line a method reads. Those that do not read `batch` are of all images together."""

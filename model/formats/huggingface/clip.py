@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from model.config import ModelConfig
@@ -72,7 +73,8 @@ class HfClipVision:
             num_classes=projection.shape[0] if projection else 0,
             classifier_bias=False if projection else None,
         ).resolve()  # fmt: skip
-        return common.described(source, self.kind, model, common.start_in(source, _NAMES.cls))
+        found = common.described(source, self.kind, model, common.start_in(source, _NAMES.cls))
+        return replace(found, embeds=projection is not None)
 
     def rules(self, description: Description) -> list[Rule]:
         """As Format."""

@@ -241,6 +241,7 @@ def test_towers_alone(tmp_path: Path, capsys: Any) -> None:
         outputs = [model(images) for model in models]
         embedded = ImageText.from_pretrained(tmp_path / "both").encode_image(images)
     assert all(torch.equal(outputs[0], other) for other in (*outputs[1:], embedded)) and outputs[0].shape == (2, 12)
+    assert all(model.embeds for model in models)
     for name, why in (("image", "has one tower"), ("again", "has one tower")):
         with pytest.raises(ConversionError, match=why):
             run("--to", "vitruvius", "--towers", "both", tmp_path / name, tmp_path / "new")
