@@ -25,7 +25,8 @@ class TextShape:
 
     Attributes:
         length: S, tokens of a text, start and end among them. vocabulary_size: tokens that it has embeddings for.
-        end_token: which of them it takes for the end of a text; None: it does not look for it.
+        end_token: which of them ends a text, also where the tower pools the last one and does not look for it; None:
+            any may.
     """
 
     length: int
@@ -78,7 +79,7 @@ def make_texts(tokenizer: Tokenizer, shape: TextShape) -> Texts:
     if shape.end_token is not None and shape.end_token != tokenizer.end:
         raise ValueError(
             f"text.end_token is {shape.end_token}, but {name} ends texts with token {tokenizer.end}: set "
-            f"text.end_token to {tokenizer.end}"
+            f"text.end_token to {tokenizer.end}, or data.tokenizer to the one that the text tower was made for"
         )
     if shape.length < 3:
         raise ValueError(

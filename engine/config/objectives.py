@@ -241,5 +241,4 @@ def text_shape(config: Config) -> TextShape | None:
         return None
     text = config.text
     assert text.context_length is not None and text.vocabulary_size is not None
-    end = None if text.pool == "last" else text.end_token  # which takes the last place, whatever is there
-    return TextShape(length=text.context_length, vocabulary_size=text.vocabulary_size, end_token=end)
+    return TextShape(length=text.context_length, vocabulary_size=text.vocabulary_size, end_token=text.end_token)

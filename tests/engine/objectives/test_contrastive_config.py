@@ -154,4 +154,6 @@ def test_usual_values() -> None:
     keys = config_of(contrastive=ContrastiveConfig(loss="supcon")).contrastive
     assert keys.positives == "label"
     assert text_shape(config_of()) == TextShape(length=8, vocabulary_size=259, end_token=257)
+    siglip = text_shape(config_of(text=replace(TEXT, pool="last", vocabulary_size=32000, end_token=1)))
+    assert siglip == TextShape(length=8, vocabulary_size=32000, end_token=1), "other tokens are refused by it"
     assert text_shape(small().resolve(1)) is None
