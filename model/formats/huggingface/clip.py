@@ -51,7 +51,7 @@ class HfClipVision:
 
     def describe(self, source: Source, given: Mapping[str, Any]) -> Description:
         """As Format."""
-        config = common.tower_of(source, keys.CLIP)
+        config = common.tower_of(source, keys.CLIP, has_dicts=True)
         if "classifier.weight" in source.tensors:
             raise ConversionError(
                 f"{source.path} is a CLIPForImageClassification, whose classifier sees the mean of tokens that no norm "
@@ -94,7 +94,8 @@ class HfClipVision:
         """As Format."""
         m, origin = description.model, common.origin_of(description, self.kind)
         before = dict(origin.config) if origin else {}
-        towers = "vision_config" in before
+        towers = "vision_config" in before or "vision_config_dict" in before
+        before.pop("vision_config_dict", None)  # which would win
         vision = dict(before.get("vision_config", {}) if towers else before) | common.config_keys(m)
         vision["model_type"] = "clip_vision_model"
         if m.num_classes and not towers:

@@ -27,13 +27,30 @@ def config_of(source: Source, known: frozenset[str]) -> Mapping[str, Any]:
     return found
 
 
-def tower_of(source: Source, known: frozenset[str]) -> Mapping[str, Any]:
-    """The same of the image tower, of a `config.json` of two towers or of it alone."""
+def tower_of(source: Source, known: frozenset[str], *, has_dicts: bool = False) -> Mapping[str, Any]:
+    """The same of the image tower, of a `config.json` of two towers or of it alone.
+
+    Args:
+        has_dicts: as of `part_of`.
+    """
     found = config_of(source, known | TOWERS)
-    if not isinstance(tower := found.get("vision_config", found), Mapping):
-        raise ConversionError(f"vision_config of {CONFIG} is {tower!r:.80}, and no JSON object")
-    check_known(tower, known | (TOWERS if tower is found else frozenset()), f"{CONFIG}, vision_config")
-    return tower
+    is_of_two = "vision_config" in found or "vision_config_dict" in found
+    return part_of(found, "vision_config", known, has_dicts=has_dicts) if is_of_two else found
+
+
+def part_of(config: Mapping[str, Any], key: str, known: frozenset[str], *, has_dicts: bool) -> Mapping[str, Any]:
+    """What a `config.json` of two towers says of one. Raises ConversionError for a key that is not known.
+
+    Args:
+        key: `text_config` or `vision_config`. has_dicts: whether `text_config_dict`, where it is there, says all, and
+            what it leaves out is as usual, whatever `text_config` has (CLIPConfig; SiglipConfig looks at no such key).
+    """
+    extra = [f"{key}_dict"] if has_dicts and config.get(f"{key}_dict") is not None else []
+    for name in (key, *extra):
+        if not isinstance(part := config.get(name) or {}, Mapping):
+            raise ConversionError(f"{name} of {CONFIG} is {part!r:.80}, and no JSON object")
+        check_known(part, known, f"{CONFIG}, {name}")
+    return part
 
 
 def check_neutral(config: Mapping[str, Any], **neutral: Any) -> None:

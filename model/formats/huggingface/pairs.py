@@ -48,7 +48,7 @@ class HfClipPair:
     family, model, projection = "clip", "CLIPModel", "text_projection"
     image: HfClipVision | HfSiglip = HfClipVision()
     forms = Forms(pools=("eos",), attention=("causal",), projections=("linear",), allowed={})
-    known, has_bias = keys.CLIP_TEXT, False
+    known, has_bias, has_dicts = keys.CLIP_TEXT, False, True
     defaults: Mapping[str, Any] = {
         "hidden_size": 512, "num_hidden_layers": 12, "num_attention_heads": 8, "intermediate_size": 2048,
         "max_position_embeddings": 77, "vocab_size": 49408, "layer_norm_eps": 1e-5, "hidden_act": "quick_gelu",
@@ -61,6 +61,7 @@ class HfClipPair:
 
     def describe(self, source: Source, given: Mapping[str, Any]) -> Description:
         """As Format."""
+        self._check_family(source)
         image, t = self.image.describe(source, given), self._text_config(source)
         if (projection := source.tensors.get(f"{self.projection}.weight")) is None:
             raise ConversionError(f"{source.path} has a text tower, and no {self.projection}.weight; {ALONE}")
@@ -78,17 +79,20 @@ class HfClipPair:
         )
         return joined(source, image, text, projection.shape[0], has_bias=self.has_bias)
 
+    def _check_family(self, source: Source) -> None:
+        """Raise ConversionError for another model of the same names, which may pool another token."""
+        family = source.files.get(common.CONFIG, {}).get("model_type", self.family)
+        if family != self.family:
+            raise ConversionError(
+                f"model_type of {common.CONFIG} is {family!r}: of {self.title} it is {self.family!r}, and its text "
+                f"tower may be another; {ALONE}"
+            )
+
     def _text_config(self, source: Source) -> dict[str, Any]:
-        """Theirs of the text tower. Raises ConversionError for keys that are not known, or are said twice."""
+        """Theirs of the text tower. Raises ConversionError for keys that are not known."""
         config = source.files.get(common.CONFIG, {})
-        found, other = config.get("text_config") or {}, config.get("text_config_dict") or {}
-        keys.check_known({**other, **found}, self.known, f"{common.CONFIG}, text_config")
-        for key, value in other.items():  # which would win
-            if key in self.known and value != found.get(key, value):
-                raise ConversionError(
-                    f"{common.CONFIG}: text_config has {key} {found[key]!r} and text_config_dict {value!r}: remove one"
-                )
-        return {**self.defaults, **{key: value for key, value in {**other, **found}.items() if value is not None}}
+        found = common.part_of(config, "text_config", self.known, has_dicts=self.has_dicts)
+        return {**self.defaults, **{key: value for key, value in found.items() if value is not None}}
 
     def rules(self, description: Description) -> list[Rule]:
         """As Format."""
@@ -165,7 +169,7 @@ class HfSiglipPair(HfClipPair):
     family, model, projection = "siglip", "SiglipModel", "text_model.head"
     image = HfSiglip()
     forms = Forms(pools=("last",), attention=("full",), projections=("linear",), allowed={})
-    known, has_bias = keys.SIGLIP_TEXT, True
+    known, has_bias, has_dicts = keys.SIGLIP_TEXT, True, False
     defaults: Mapping[str, Any] = {
         "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
         "max_position_embeddings": 64, "vocab_size": 32000, "layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh",

@@ -60,6 +60,17 @@ def clip(text: dict[str, Any] | None = None, **config: Any) -> Any:
     return transformers("CLIPModel", lambda: hf.CLIPConfig(**towers | config))
 
 
+def amended(write: Any, **values: Any) -> Any:
+    """Saves the same with other values of keys of `config.json`."""
+
+    def changed(folder: Path) -> None:
+        write(folder)
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+    return changed
+
+
 def siglip(kind: str = "Siglip", vision: dict[str, Any] = TINY, text: dict[str, Any] | None = None) -> Any:
     """Saves a SiglipModel or Siglip2Model."""
     towers = {"vision_config": vision, "text_config": TEXT | (text or {})}
@@ -95,8 +106,18 @@ CASES: dict[str, tuple[Any, str, dict[str, Any]]] = {  # what saves it, its kind
     ),
     "timm's own head": (open_clip(TIMM | {"timm_pool": "map", "timm_proj": None}), "open_clip", {"pool": "eos"}),
     "clip": (clip({"eos_token_id": 5}), "hf_clip_vision", {"end_token": 5, "attention": "causal", "gelu": "quick"}),
-    "clip, older end": (clip({"eos_token_id": 2}), "hf_clip_vision", {"end_token": 39}),
-    "siglip": (siglip(), "hf_siglip", {"pool": "last", "attention": "full", "gelu": "tanh", "norm_eps": 1e-6}),
+    "clip, older end and file": (
+        amended(
+            clip({"eos_token_id": 2}), text_config={"num_attention_heads": 2}, vision_config={"layer_norm_eps": 0.1},
+            text_config_dict=TEXT | {"eos_token_id": 2}, vision_config_dict=TINY,
+        ),
+        "hf_clip_vision",
+        {"end_token": 39, "num_heads": 4},
+    ),
+    "siglip": (
+        amended(siglip(), text_config_dict={"num_attention_heads": 2}), "hf_siglip",
+        {"pool": "last", "attention": "full", "gelu": "tanh", "norm_eps": 1e-6},
+    ),
     "siglip, a narrower text": (
         siglip(text={"hidden_size": 16, "projection_size": 32}), "hf_siglip", {"width": 16, "projection": "linear"}
     ),
@@ -295,7 +316,8 @@ def test_refused_of_transformers(tmp_path: Path) -> None:
         ({"text_config": whole["text_config"] | {"eos_token_id": [1, 2]}}, r"eos_token_id \[1, 2\]"),
         ({"text_config": whole["text_config"] | {"hidden_act": "relu"}}, "'relu' is no activation"),
         ({"text_config": whole["text_config"] | {"num_attention_heads": 5}}, "text.num_heads 5"),
-        ({"text_config_dict": {"vocab_size": 41}}, "vocab_size 40 and text_config_dict 41"),
+        ({"text_config_dict": {"vocab_size": 41}}, r"text_model.encoder.layers.2.\S+: missing, it should be \[512"),
+        ({"model_type": "metaclip_2"}, r"model_type of config.json is 'metaclip_2': .* 'clip', .* --towers image"),
     ):
         file.write_text(json.dumps(whole | values))
         with pytest.raises(ConversionError, match=why):
