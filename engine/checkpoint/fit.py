@@ -120,7 +120,7 @@ def fit(here: Mapping[str, Shape], stored: Mapping[str, Shape], source: Geometry
             fits.append(Fit(name=name, here=shape, stored=None, source=None, how="new"))
             continue
         how, note = _how(own, shape, stored[origin], source, target)
-        if own == "head.fc.weight" and _is_another_head(name, here, origin, stored):
+        if own.startswith("head.fc.") and _is_another_head(name, origin, stored):
             how = "new"
         fits.append(Fit(name=name, here=shape, stored=stored[origin], source=origin, how=how, note=note))
     used = {f.source for f in fits}
@@ -128,11 +128,13 @@ def fit(here: Mapping[str, Shape], stored: Mapping[str, Shape], source: Geometry
     return (*fits, *(Fit(name=n, here=None, stored=stored[n], source=n, how="left out") for n in left))
 
 
-def _is_another_head(name: str, here: Mapping[str, Shape], origin: str, stored: Mapping[str, Shape]) -> bool:
-    """Whether one is a classifier and the other the projection of an image tower, of whatever shape: of these a
-    classifier has a bias. (What other libraries have for a projection has none either, though it stands alone.)"""
-    biased = (f"{name[: -len('weight')]}bias" in here, f"{origin[: -len('weight')]}bias" in stored)
-    return name != origin and biased[0] != biased[1]
+def _is_another_head(name: str, origin: str, stored: Mapping[str, Shape]) -> bool:
+    """Whether one is a classifier and the other the projection of an image tower, of whatever shape.
+
+    A model that stands alone here has a classifier. One there has, with a bias, a classifier, too; without, what other
+    libraries have for a projection.
+    """
+    return name != origin and (name == _lone(name) or f"{origin.rpartition('.')[0]}.bias" in stored)
 
 
 def _lone(name: str) -> str:

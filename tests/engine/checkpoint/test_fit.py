@@ -22,8 +22,8 @@ def _geometry(model: ModelConfig) -> Geometry:
     return Geometry.of(json.loads(json.dumps(asdict(model))))
 
 
-def _fits(here: ModelConfig, there: ModelConfig, *, towers_there: bool) -> dict[str, Fit]:
-    alone, both = build_layers, lambda model: build_towers(model, TEXT, embedding=5)
+def _fits(here: ModelConfig, there: ModelConfig, *, towers_there: bool, biased: bool = False) -> dict[str, Fit]:
+    alone, both = build_layers, lambda model: build_towers(model, TEXT, embedding=5, projection_bias=biased)
     shapes = [
         logical_shapes(model, (both if towers else alone)(model))
         for model, towers in ((here, not towers_there), (there, towers_there))
@@ -35,11 +35,13 @@ def _fits(here: ModelConfig, there: ModelConfig, *, towers_there: bool) -> dict[
 
 def test_a_classifier_is_no_projection_even_of_its_shape() -> None:
     five = replace(SMALL, num_classes=5).resolve()
-    for towers_there in (True, False):
-        found = _fits(five, five, towers_there=towers_there)
-        assert found["head.fc.weight" if towers_there else "image.head.fc.weight"].how == "new"
+    for there, start in ((True, ""), (False, "image.")):
+        for biased in (False, True):
+            found = _fits(five, five, towers_there=there, biased=biased)
+            assert {of.how for name, of in found.items() if name.startswith(f"{start}head.fc.")} == {"new"}
     of_clip = replace(five, classifier_bias=False).resolve()  # where it stands alone, the projection is the classifier
     assert _fits(five, of_clip, towers_there=False)["image.head.fc.weight"].how == "taken"
+    assert _fits(of_clip, five, towers_there=True)["head.fc.weight"].how == "new"  # of five classes
 
 
 def test_an_image_tower_from_a_lone_model_and_back() -> None:
