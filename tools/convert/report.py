@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from model.formats.pairs import text_model
+from model.formats.pairs import BIAS, SCALE, text_model
 from model.formats.weights import Weights
 from parallel.checkpoint.manifest import DTYPES
 from tools.convert.images import NAMES
@@ -33,8 +33,9 @@ def lines_of(weights: Weights) -> Iterator[str]:
             f"text      {text.depth} blocks of width {text.width} with {text.num_heads} heads; {t.context_length} "
             f"tokens of a vocabulary of {t.vocabulary_size}; pool {t.pool}, {t.attention} attention"
         )
-        bias = "" if pair.bias is None else f", bias {pair.bias:.4g}"
-        yield f"pair      {pair.embedding} features; scale of logits {1 / pair.temperature:.4g}{bias}"
+        scale = min(weights.read(SCALE).double().exp().item(), pair.max_logit_scale or math.inf)
+        bias = "" if pair.bias is None else f", bias {weights.read(BIAS).item():.4g}"
+        yield f"pair      {pair.embedding} features; scale of logits {scale:.4g}{bias}"
     if (p := d.preprocessing) is not None:
         mean, std = (", ".join(f"{v:g}" for v in values) for values in (p.mean, p.std))
         crop = "both sides resized" if p.squash else f"centre crop {p.crop_fraction:.4g}"

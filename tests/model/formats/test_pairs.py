@@ -222,7 +222,9 @@ def test_ours_for_them(kind: str, text: Any, image: Any, keys: Any, tmp_path: Pa
     with torch.no_grad():
         model.get_parameter("pair.logit_scale").fill_(0.7)
     model.save_pretrained(tmp_path / "ours")
-    assert run("--to", kind, tmp_path / "ours", tmp_path / "theirs", "--verify") == 0, capsys.readouterr()
+    code, told = run("--to", kind, tmp_path / "ours", tmp_path / "theirs", "--verify"), capsys.readouterr()
+    bias = f", bias {model.get_parameter('pair.logit_bias').item():.4g}\n" if "bias" in keys else "\n"
+    assert code == 0 and f"scale of logits {keys.get('max_logit_scale', 2.014)}{bias}" in told.out, told
     again = ImageText.from_pretrained(tmp_path / "theirs")
     texts = tokens(model.text_config)[:4]
     images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
