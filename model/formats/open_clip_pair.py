@@ -65,6 +65,10 @@ class OpenClipPair:
         has_bias = cfg.get("init_logit_bias") is not None or "logit_bias" in source.tensors
         image = self._image.describe(source, given)
         both = joined(source, image, text, cfg["embed_dim"], has_bias=has_bias)
+        is_vector = bool(source.tensors["logit_scale"].shape)  # either way, whatever the configuration has
+        if is_vector != bool(cfg.get("nonscalar_logit_scale")):
+            cfg = {**cfg, "nonscalar_logit_scale": is_vector}
+            found = {**found, "model_cfg": cfg} if "model_cfg" in found else cfg
         return replace(both, origin=Origin(kind=self.kind, variant=start, config=found))
 
     def rules(self, description: Description) -> list[Rule]:

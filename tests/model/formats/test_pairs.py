@@ -355,11 +355,15 @@ def test_ours_that_they_have_not(tmp_path: Path) -> None:
 
 
 def test_numbers_go_with_them(tmp_path: Path) -> None:
-    """A scale beyond CLIP's bound counts as it is, here too; what a run has beside its weights is not lost."""
+    """A scale beyond CLIP's bound counts as it is, here too, and keeps the shape, of which open_clip takes either; what a
+    run has beside its weights is not lost.
+    """
     open_clip()(tmp_path / "theirs")
     tensors = tensors_of(tmp_path / "theirs")
-    save_file(tensors | {"logit_scale": torch.tensor(4.7)}, tmp_path / "theirs" / "open_clip_model.safetensors")
+    save_file(tensors | {"logit_scale": torch.tensor([4.7])}, tmp_path / "theirs" / "open_clip_model.safetensors")
     assert run("--to", "vitruvius", tmp_path / "theirs", tmp_path / "ours", "--verify") == 0
+    assert run("--to", "open_clip", tmp_path / "ours", tmp_path / "back", "--verify") == 0
+    assert tensors_of(tmp_path / "back")["logit_scale"].equal(torch.tensor([4.7]))
     with open_weights(tmp_path / "ours", whole=True) as weights:
         pairing = weights.description.pairing
         assert pairing is not None and 109 < pairing.max_logit_scale < 110
