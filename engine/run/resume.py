@@ -240,6 +240,12 @@ def _check_state(a: Assembly, reader: Reader) -> list[str]:
             f"{reader.folder} is of another model: {'; '.join(differ[:_SHOWN])}{more}. Use the model's configuration "
             "of then, another run_dir, checkpoint.resume never, or checkpoint.load to start a new run from its weights"
         )
+    drawn, repeats = Progress.of(reader.manifest.progress).samples, a.config.data.repeats
+    if drawn % repeats:
+        raise ConfigError(
+            f"data.repeats is {repeats}, and {reader.folder} has drawn {drawn} images, no multiple of it, so that rows "
+            "of one image would be parted: use those of then, or checkpoint.load to start a new run from its weights"
+        )
     taught, teachers = reader.manifest.about.get(TEACHERS, []), list(fingerprints(a.config))
     if taught != teachers:
         raise ConfigError(

@@ -80,6 +80,8 @@ def test_what_is_not_damaged_is_refused_and_left_alone(tmp_path: Path, capsys: p
     reseal(folder / name_of(4), format_version=2)
     assert train(tmp_path) == EXIT_USAGE and "format version 2" in capsys.readouterr().err
     (folder / name_of(4) / manifests.FILE).write_text(kept)
+    assert train(tmp_path, data__repeats="3", train__global_batch_size="24") == EXIT_USAGE
+    assert "has drawn 32 images, no multiple of it" in capsys.readouterr().err
 
     def locked_out(path: Path) -> Reader:
         raise manifests.UnreadableError(f"{path} cannot be read (Permission denied)")
