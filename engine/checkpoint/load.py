@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from model import LayerSpec, ModelConfig, TextConfig
 from model.formats.api import open_weights
 from model.formats.base import ConversionError
 from model.formats.checkpoint import RunWeights, description_of
+from model.formats.pairs import is_contrastive
 from model.formats.weights import StoredWeights, Which
 from model.layers import logical_shapes
 from parallel import comm
@@ -72,16 +72,18 @@ def open_to_load(config: CheckpointConfig, model: ModelConfig, *, texts: bool = 
         ConversionError: there is none, it is damaged, has no average, or has what our model has not.
     """
     assert config.load is not None
-    if (towers := contrastive_folder(Path(config.load))) is not None:
+    path = Path(config.load)
+    if (towers := contrastive_folder(path)) is not None:
         return TowersWeights(towers[0], config.load_weights)
     given = {key: value for key in _UNSAID if (value := getattr(model, key, None)) is not None}
-    start = partial(
-        open_weights, Path(config.load), only_model=True, which=config.load_weights, whole=texts
-    )  # fmt: skip
+
+    def opened(**more: Any) -> StoredWeights:
+        return open_weights(path, given=given | more, only_model=True, which=config.load_weights, whole=texts)
+
     try:  # as many positions may be of images of several ratios: if it can be the run's, it is
-        return start(given=given | {"image_size": model.image_size})
+        return opened(image_size=model.image_size)
     except ConversionError:
-        return start(given=given)
+        return opened()
 
 
 class TowersWeights(RunWeights):
@@ -107,7 +109,7 @@ def contrastive_folder(path: Path) -> tuple[Path, Manifest] | None:
         return None  # another library's, or nothing
     except CheckpointError as error:
         raise ConversionError(str(error)) from error
-    return (folder, manifest) if manifest.config.get("objective") == "contrastive" else None
+    return (folder, manifest) if is_contrastive(manifest.config) else None
 
 
 def plan_load(

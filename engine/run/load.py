@@ -18,6 +18,7 @@ from engine.run.agreement import check_agreement
 from model import student_layers
 from model.formats.base import ConversionError
 from model.formats.checkpoint import RunWeights
+from model.formats.pairs import ALONE
 from model.formats.weights import StoredWeights, Which
 
 _MOST = 6  # groups of tensors on a line
@@ -25,11 +26,17 @@ _MOST = 6  # groups of tensors on a line
 
 @dataclass(frozen=True)
 class Source:
-    """The weights that a run starts from, open for reading, and what is to be taken of them."""
+    """The weights that a run starts from.
+
+    Attributes:
+        weights: open for reading. which: of a checkpoint. plan: what is to be taken. no_text: why the text tower that
+            is there is left out; empty: it is not, or there is none.
+    """
 
     weights: StoredWeights
     which: Which
     plan: LoadPlan
+    no_text: str = ""
 
 
 def source_of(config: Config, objective: Objective) -> Source | None:
@@ -43,11 +50,26 @@ def source_of(config: Config, objective: Objective) -> Source | None:
     try:
         has_texts = config.objective == "contrastive" and config.contrastive.has_texts
         text = config.text if has_texts else None
-        weights = open_to_load(config.checkpoint, config.model, texts=has_texts)
+        weights, no_text = _opened(config, texts=has_texts)
         plan = plan_load(weights, config.model, student_layers(objective.layers), config.data, text)
-        return Source(weights, config.checkpoint.load_weights, plan)
+        return Source(weights, config.checkpoint.load_weights, plan, no_text)
     except ConversionError as error:
         raise ConfigError(f"checkpoint.load: {error}") from error
+
+
+def _opened(config: Config, *, texts: bool) -> tuple[StoredWeights, str]:
+    """The weights, and why they are without the text tower that is there: one that this program cannot read is no
+    reason to refuse the image tower beside it (LiT, Zhai et al. 2022, needs no more).
+
+    Args:
+        texts: whether both towers are wanted.
+    """
+    try:
+        return open_to_load(config.checkpoint, config.model, texts=texts), ""
+    except ConversionError as error:
+        if not texts:
+            raise
+        return open_to_load(config.checkpoint, config.model), str(error).removesuffix(f"; {ALONE}")
 
 
 def start_from(a: Assembly, source: Source | None = None) -> list[str]:
@@ -94,6 +116,8 @@ def report_lines(source: Source) -> Iterator[str]:
     if isinstance(weights, RunWeights):
         what = f"step {weights.manifest.step}" + (f", converted from {origin.kind}" if origin is not None else "")
     yield f"weights from {weights.path} ({what}){average}"
+    if source.no_text:
+        yield f"  warning: without the text tower that is there: {source.no_text}"
     sizes: dict[str, int] = {}
     for f in plan.fits:
         if f.here is not None:

@@ -201,6 +201,20 @@ def test_a_run_starts_from_both_towers_or_from_one(tmp_path: Path) -> None:
         assert changes in source.plan.changes and ("text." in source.plan.changes) == ("text." in changes)
         assert source.plan.of("new").keys() == new
         assert next(report_lines(source)) == f"weights from {tmp_path / 'step-00000001'} (step 1)"
+    load = CheckpointConfig(load=str(tmp_path / "bare.safetensors"))  # of open_clip, which says nothing of texts
+    config = config_of(
+        norm_eps=1e-5, pre_norm=True, patch_bias=False, pool="cls", position="learned_1d", in_channels=3, gelu="quick",
+        text=replace(TEXT, gelu="quick"), checkpoint=load,
+    )  # fmt: skip
+    model = ImageText(config.model, config.text, embedding=config.contrastive.embedding)
+    model.save_pretrained(tmp_path / "clip", "open_clip")
+    (tmp_path / "clip" / "open_clip_model.safetensors").rename(tmp_path / "bare.safetensors")
+    source = source_of(config, make_objective(config))
+    assert source is not None
+    source.weights.close()
+    assert {name.partition(".")[0] for name in source.plan.of("new")} == {"text", "pair"}
+    why = list(report_lines(source))[1]
+    assert "without the text tower" in why and "no open_clip_config.json beside it" in why and "--towers" not in why
 
 
 def test_what_has_no_effect_is_told_of_the_blocks_of_both_towers() -> None:
