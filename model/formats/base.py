@@ -68,7 +68,7 @@ class Pairing:
     Attributes:
         text: the other tower, resolved. loss: that it was trained by, of `contrastive.loss`.
         embedding, projection, projection_bias, temperature, max_logit_scale, bias: as of `build_towers`; without a
-            bound of the scale 0.
+            bound of the scale 0. others: keys of `contrastive` that say how a run trained it, of one that was.
     """
 
     text: TextConfig
@@ -79,6 +79,7 @@ class Pairing:
     temperature: float
     max_logit_scale: float
     bias: float | None
+    others: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -113,7 +113,7 @@ def config_of(description: Description) -> dict[str, Any]:
     """Groups and keys that a run of this model would have."""
     config: dict[str, Any] = {"model": asdict(description.model)}
     if (p := description.pairing) is not None:
-        keys = {key: getattr(p, key) for key in _KEYS}
+        keys = {key: getattr(p, key) for key in _KEYS} | dict(p.others)
         config |= {"text": asdict(p.text), "contrastive": keys, "objective": "contrastive"}
     if (images := description.preprocessing) is not None:
         config["data"] = {"mean": images.mean, "std": images.std}
@@ -143,4 +143,5 @@ def pairing_of(config: Mapping[str, Any], tuples: Callable[[Mapping[str, Any]], 
     if strange := sorted(set(config["text"]) - {f.name for f in fields(TextConfig)}):
         raise ValueError(f"text.{strange[0]} is no key of this version")
     keys = {key: found[key] for key in _KEYS if key in found}
-    return Pairing(text=TextConfig(**tuples(config["text"])).resolve(), **keys)
+    others = {key: value for key, value in found.items() if key not in (*_KEYS, "passes")}  # which is a layout's
+    return Pairing(text=TextConfig(**tuples(config["text"])).resolve(), **keys, others=others)

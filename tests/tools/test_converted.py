@@ -13,6 +13,8 @@ from engine.errors import ConfigError
 from model import ImageText, ModelConfig, TextConfig, VisionTransformer
 from model.formats.api import open_weights, save_weights
 from model.formats.base import Preprocessing
+from parallel.checkpoint.manifest import read_manifest
+from parallel.checkpoint.place import newest
 from parallel.checkpoint.read import Reader
 from parallel.process_group import World
 from tests.engine.run.forked import running
@@ -135,6 +137,10 @@ def test_both_towers(tmp_path: Path) -> None:
         assert found["ours"][key] == found["clip"][key], key
     assert found["ours"]["zero_shot_accuracy"] == pytest.approx(evaluated["zero_shot"]["accuracy"])
     assert found["ours"]["logit_scale"] == pytest.approx(1 / 0.07)
+    with open_weights(tmp_path / "run ours", whole=True) as weights:
+        save_weights(weights, tmp_path / "kept")
+    kept, was = (read_manifest(newest(tmp_path / name)).config["contrastive"] for name in ("kept", "run ours"))
+    assert kept == {key: value for key, value in was.items() if key != "passes"}, "how it was trained is not lost"
     assert inspect([str(tmp_path / "ours")]) == 0
     cut = reshard(tmp_path / "ours", tmp_path / "cut", "tensor=2", (), lambda line: None)
     for whole in (False, True):
