@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from engine.config import Config
 from engine.errors import ConfigError
-from model import Build, LayerSpec, MicroBatch, ModelConfig, TextConfig, build_layers
+from model import Build, LayerSpec, MicroBatch, ModelConfig, build_layers
 from model.formats.base import ConversionError
 from model.formats.checkpoint import RunWeights, description_of
 from model.formats.weights import Which
@@ -36,14 +36,13 @@ def as_trained(config: Config, manifest: Manifest, folder: Path) -> Config:
         ConversionError: it does not say which these are. ConfigError: a flag makes another text tower; of images there
             may be other sizes, to which weights are resized (engine.checkpoint.fit).
     """
-    trained = replace(config, model=description_of(manifest, folder).model)
+    found = description_of(manifest, folder)
+    trained = replace(config, model=found.model)
     if not config.contrastive.has_texts:
         return trained
-    try:
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in manifest.config["text"].items()}
-        text = TextConfig(**values).resolve()
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConversionError(f"{folder} does not say of which text tower it is: {error}") from error
+    if found.pairing is None:
+        raise ConversionError(f"{folder} has no text tower: leave out --contrastive.pairs")
+    text = found.pairing.text
     given = asdict(config.text)
     for key, value in asdict(text).items():
         if given[key] != value and key not in _SAYS_NOTHING:
