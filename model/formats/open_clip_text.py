@@ -28,7 +28,7 @@ KNOWN = {  # how texts are made, or without a meaning for its TextTransformer
 }  # fmt: skip
 _POOLS = {"argmax": "eos", "eos": "eos", "last": "last"}
 _PROJECTIONS = ("linear", "none")
-_END = 1  # of sentencepiece's vocabularies; where the last token is pooled, nothing goes by it
+_END = 1  # of sentencepiece's vocabularies; by it other tokens are told, where the last one is pooled
 
 
 def text_of(path: Path, cfg: Mapping[str, Any]) -> TextConfig:

@@ -188,7 +188,7 @@ def test_prompts_know_nothing_of_an_image(tmp_path: Path) -> None:
     ("shape", "message"),
     [
         (TextShape(length=8, vocabulary_size=258), r"text\.vocabulary_size is 258, but data\.tokenizer bytes has 259"),
-        (TextShape(length=8, vocabulary_size=259, end_token=2), r"end_token is 2, .* token 257: set .* to 257, or data"),
+        (TextShape(length=8, vocabulary_size=259, end_token=2), r"end_token is 2, .* 257: set .* to 257, or data.tok"),
         (TextShape(length=2, vocabulary_size=259), r"text\.context_length is 2, .* set it to 3 or more"),
     ],
 )

@@ -45,12 +45,13 @@ def part_of(config: Mapping[str, Any], key: str, known: frozenset[str], *, has_d
         key: `text_config` or `vision_config`. has_dicts: whether `text_config_dict`, where it is there, says all, and
             what it leaves out is as usual, whatever `text_config` has (CLIPConfig; SiglipConfig looks at no such key).
     """
-    extra = [f"{key}_dict"] if has_dicts and config.get(f"{key}_dict") is not None else []
-    for name in (key, *extra):
-        if not isinstance(part := config.get(name) or {}, Mapping):
+    names = [key, *([f"{key}_dict"] if has_dicts and config.get(f"{key}_dict") is not None else [])]
+    parts: list[Mapping[str, Any]] = [config.get(name) or {} for name in names]
+    for name, part in zip(names, parts, strict=True):
+        if not isinstance(part, Mapping):
             raise ConversionError(f"{name} of {CONFIG} is {part!r:.80}, and no JSON object")
         check_known(part, known, f"{CONFIG}, {name}")
-    return part
+    return parts[-1]
 
 
 def check_neutral(config: Mapping[str, Any], **neutral: Any) -> None:

@@ -38,7 +38,7 @@ _NAMES = Names(
 _TEXT, _IMAGE = "text_model.", "vision_model."
 _POSITIONS = re.compile(r"(.*\.)?embeddings\.position_ids")
 _LEGACY_END = 2  # which CLIPModel takes for "the largest token of a text"
-_SENTENCEPIECE_END = 1  # of the vocabularies of C4 and Gemma; nothing goes by it where the last token is pooled
+_SENTENCEPIECE_END = 1  # of the vocabularies of C4 and Gemma; other tokens are told by it, though the last is pooled
 
 
 class HfClipPair:

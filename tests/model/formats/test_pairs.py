@@ -355,8 +355,8 @@ def test_ours_that_they_have_not(tmp_path: Path) -> None:
 
 
 def test_numbers_go_with_them(tmp_path: Path) -> None:
-    """A scale beyond CLIP's bound counts as it is, here too, and keeps the shape, of which open_clip takes either; what a
-    run has beside its weights is not lost.
+    """A scale beyond CLIP's bound counts as it is, here too, and keeps its shape, of which open_clip takes either; what
+    a run has beside its weights is not lost.
     """
     open_clip()(tmp_path / "theirs")
     tensors = tensors_of(tmp_path / "theirs")
