@@ -54,18 +54,20 @@ def frozen_of(config: Config, layers: Sequence[LayerSpec]) -> Frozen:
         ConfigError: a pattern that is no name's, or patterns that leave nothing to train.
     """
     patterns = config.train.freeze
-    known: dict[str, bool] = {}
-    count, trains = 0, []
+    known = dict[str, bool]()  # of what the user may freeze: no teacher's
+    names, count, trains = set[str](), 0, list[bool]()
     for layer, parameters in zip(layers, _parameters(config.model, tuple(layers)), strict=True):
         trains.append(False)
         for name, numbers, trainable in parameters:
-            known[name] = not trainable or layer.is_frozen or any(matches(name, pattern) for pattern in patterns)
-            count += numbers * known[name]
-            trains[-1] |= not known[name]
+            stays = not trainable or layer.is_frozen or any(matches(name, pattern) for pattern in patterns)
+            if stays:
+                names.add(name)
+                count += numbers
+            if not layer.is_frozen:
+                known[name] = stays
+            trains[-1] |= not stays
     _check(patterns, known)
-    return Frozen(
-        names=frozenset(name for name, frozen in known.items() if frozen), count=count, passes=_passes(layers, trains)
-    )
+    return Frozen(names=frozenset(names), count=count, passes=_passes(layers, trains))
 
 
 def _passes(layers: Sequence[LayerSpec], trains: Sequence[bool]) -> tuple[int, ...]:

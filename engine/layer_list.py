@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from model import TEACHER, TOWERS, Build, LayerSpec
+from model import MATCH, TEACHER, TOWERS, Build, LayerSpec
 from parallel.pipeline.boundary import TensorSpec
 
 
@@ -19,11 +19,14 @@ def layer_of(name: str) -> str:
 
 
 def depths_of(layers: Sequence[LayerSpec]) -> dict[str, int]:
-    """By the layers' names: places in the list, if each tower stood at its end alone (optimizer.layer_decay)."""
-    depths, left = dict[str, int](), Counter(layer.tower for layer in layers)
+    """By the layers' names: places in the list, if each tower stood at its end alone (optimizer.layer_decay).
+
+    What matches a layer with a teacher's is as deep as that layer, and makes none deeper.
+    """
+    depths, left = dict[str, int](), Counter(layer.tower for layer in layers if layer.kind != MATCH)
     for layer in layers:
-        depths[layer.name] = len(layers) - left[layer.tower]
-        left[layer.tower] -= 1
+        left[layer.tower] -= layer.kind != MATCH
+        depths[layer.name] = len(layers) - 1 - left[layer.tower]
     return depths
 
 

@@ -14,13 +14,14 @@ import torch
 from engine.assemble import Assembly
 from engine.config import Config
 from engine.errors import ConfigError
+from engine.layer_list import layer_of
 from model.kernels import Kernels
 from parallel import comm
 
 LEAST = 1e-3
 """Of a weight. What y was rounded by is divided by it."""
 
-_NORM = re.compile(r"w/(?:\w+\.)?blocks\.\d+\.norm\d?\.weight")
+_NORM = re.compile(r"(?:\w+\.)?blocks\.\d+\.norm\d?\.weight")
 _KEY = "recompute.norm_backward output"
 
 
@@ -41,11 +42,20 @@ def check_norm_kernels(config: Config, device: torch.device) -> None:
 
 
 def check_norm_weights(a: Assembly) -> None:
-    """Raise ConfigError where weights, new, loaded or of an earlier attempt, are too close to zero. Collective."""
+    """Raise ConfigError where weights, new, loaded or of an earlier attempt, are too close to zero. Collective.
+
+    Nothing goes backward through the norms of a frozen front, or of a teacher: these may be of any weights.
+    """
     if not a.config.recompute.norm_from_output:
         return
-    pieces = [piece for piece in a.store.model_pieces("w") if _NORM.fullmatch(piece.name) and piece.values.numel()]
-    own = {piece.name.removeprefix("w/"): float(piece.values.abs().min()) for piece in pieces}
+    backward = {layer.name for layer, passes in zip(a.layers, a.frozen.passes, strict=True) if passes > 1}
+    own = {
+        name: float(piece.values.abs().min())
+        for piece in a.store.model_pieces("w")
+        if _NORM.fullmatch(name := piece.name.removeprefix("w/"))
+        and layer_of(name) in backward
+        and piece.values.numel()
+    }
     name = min(own, key=own.__getitem__, default="")
     found = comm.gather_objects((own.get(name, inf), name), a.grid.world)
     least, name = min(found)

@@ -203,7 +203,8 @@ def _by_depth(layers: Sequence[LayerSpec], bends: Mapping[Fraction, Fraction]) -
         bends: where such shares are to come to stand instead, the others in proportion between them.
     """
     total, done = sum(layer.kind == "blocks" for layer in layers), 0
-    known = {Fraction(0): Fraction(0), Fraction(1): Fraction(1)} | dict(bends)
+    end = Fraction(3, 2) if 1 in bends.values() and 1 not in bends else Fraction(1)  # behind what the bend put there
+    known = {Fraction(0): Fraction(0), Fraction(1): end} | dict(bends)
     for layer in layers:
         done += layer.kind == "blocks"
         at = Fraction(done + (layer.kind == "merges"), total)

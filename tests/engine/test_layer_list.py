@@ -8,17 +8,25 @@ import pytest
 import torch
 
 from engine.config import Config, PrecisionConfig, RecomputeConfig, TrainConfig
+from engine.errors import ConfigError
 from engine.frozen import frozen_of
 from engine.layer_list import depths_of, layer_of, outputs_of
 from engine.precision.precision import precision_of
 from engine.recompute.assignment import assignment
 from engine.recompute.ranks import Place
 from model import Build, LayerSpec, ModelConfig, TextConfig, build_layers, build_towers, makers, ride_of
+from model.matching import Weights
+from model.teachers import Matching, Pixels, Teacher, build_student
 
 IMAGE = ModelConfig(width=16, depth=2, num_heads=4, image_size=8, patch_size=2, in_channels=1, num_classes=3).resolve()
 TEXT = TextConfig(width=24, depth=3, num_heads=4, context_length=7, vocabulary_size=11, end_token=9).resolve()
 LAYERS = build_towers(IMAGE, TEXT, embedding=10)
 NAMES = [layer.name for layer in LAYERS]
+TAUGHT = build_student(
+    IMAGE,
+    [Teacher(name="teacher", model=IMAGE, pixels=Pixels(scale=(1.0,), shift=(0.0,), size=(8, 8)), dtype=torch.float32)],
+    Matching(pairs=(((0, 0), (1, 1)),), shares=(1.0,), loss="mse", weights=Weights(features=1.0, relations=0.0)),
+)
 
 
 def _passes(*freeze: str, layers: list[LayerSpec] = LAYERS) -> tuple[int, ...]:
@@ -39,6 +47,8 @@ def test_each_tower_is_as_deep_as_if_it_stood_at_the_end() -> None:
     assert [depths[name] for name in NAMES] == [6, 7, 8, 9, 5, 6, 7, 8, 9, 9]
     lone = build_layers(IMAGE)
     assert list(depths_of(lone).values()) == [0, 1, 2, 3]
+    depths = depths_of(TAUGHT)
+    assert [depths[name] for name in ("embed", "blocks.0", "match.0", "blocks.1", "match.1", "head")] == [6, 7, 7, 8, 8, 9]
 
 
 @pytest.mark.parametrize(
@@ -54,6 +64,12 @@ def test_each_tower_is_as_deep_as_if_it_stood_at_the_end() -> None:
 def test_gradients_go_where_something_is_trained(freeze: tuple[str, ...], passes: list[int]) -> None:
     """No tower's depends on the other's."""
     assert _passes(*freeze) == tuple(passes)
+
+
+def test_a_teacher_is_nothing_to_be_frozen() -> None:
+    assert _passes("embed", layers=TAUGHT)[:2] == (1, 1)
+    with pytest.raises(ConfigError, match=r"train.freeze holds 'teacher', which is the name of no parameter"):
+        _passes("teacher", layers=TAUGHT)
 
 
 def test_what_flows_carries_a_gradient_unless_all_that_made_it_is_frozen() -> None:

@@ -95,6 +95,7 @@ def test_it_is_refused_where_it_cannot_be() -> None:
     weight.data[3] = -1e-5
     with pytest.raises(ConfigError, match=rf"of which {name} has one of 1e-05: they must be at least 0.001"):
         check_norm_weights(assembly)
+    check_norm_weights(replace(assembly, frozen=replace(assembly.frozen, passes=(1, 1, 1, 1, 3, 3))))  # as a teacher's
     assembly.grid.close()
 
 

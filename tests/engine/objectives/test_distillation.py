@@ -171,6 +171,12 @@ def test_layers_take_turns(teacher: Path) -> None:
         assert [ride.name for ride in rides] == [name for frozen, name in last.items() if frozen != layer.is_frozen]
         last[layer.is_frozen] = layer.name
 
+    # the student's last block matched with one that is not the teacher's
+    layers = make_objective(taught(teacher, keys={"features_weight": 1.0, "pairs": ((3, 1),)})).layers
+    names = [layer.name for layer in layers]
+    place = names.index("match.0")
+    assert names[place - 1] == "blocks.3" and layers[place].rides == ("teacher.blocks.1",)
+
 
 # -- memory ------------------------------------------------------------------------------------------------------------
 
