@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ from engine.errors import ConfigError
 from model import TEACHER, Matching, ModelConfig, Pixels, Teacher, check_parallel
 from model.formats.api import open_weights
 from model.formats.base import Preprocessing
+from model.formats.weights import StoredWeights
 from model.matching import Weights
 from model.sizes import Sizes, Tokens
 from parallel.comm import Axis
@@ -28,8 +29,13 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
 
 @dataclass(frozen=True)
 class Found:
-    """What a checkpoint says. Attributes: fingerprint: of its weights, wherever they lie."""
+    """What a checkpoint says.
 
+    Attributes:
+        path: of the weights: of several steps the folder of the newest. fingerprint: of them, wherever they lie.
+    """
+
+    path: Path
     model: ModelConfig
     preprocessing: Preprocessing | None
     fingerprint: str
@@ -140,21 +146,22 @@ def fingerprints(config: Config) -> tuple[str, ...]:
     return tuple(found_at(teacher.path).fingerprint for teacher in config.distillation.all_teachers)
 
 
+@cache
 def found_at(path: str) -> Found:
-    """What lies there. Read once, unless it changes.
+    """What lies there. Read once in a run (`pretrain` forgets what was read before it), so that all of the run goes by
+    the same weights, though the teacher's own run may go on meanwhile.
 
     Raises:
         ConfigError: nothing does that can be read.
     """
-    place = Path(path)
     try:
-        return _found(place, place.stat().st_mtime_ns)
+        with open_weights(Path(path), only_model=True) as weights:
+            d = weights.description
+            return Found(weights.path, d.model, d.preprocessing, fingerprint_of(weights))
     except (OSError, ValueError) as error:
         raise ConfigError(f"distillation.teacher: {error}") from error
 
 
-@lru_cache(maxsize=8)
-def _found(path: Path, _changed: int) -> Found:
-    with open_weights(path, only_model=True) as weights:
-        d = weights.description
-        return Found(d.model, d.preprocessing, weights.identity.removeprefix(str(weights.path)).strip(" ()"))
+def fingerprint_of(weights: StoredWeights) -> str:
+    """Of weights, wherever they lie."""
+    return weights.identity.removeprefix(str(weights.path)).strip(" ()")

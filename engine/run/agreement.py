@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from hashlib import blake2b
 from pathlib import Path
@@ -21,8 +22,11 @@ from parallel.comm import Axis
 from parallel.pipeline.schedule_file import fingerprint
 
 _ROOT = Path(__file__).resolve().parents[2]
-# What each host may have in a place of its own: the images and texts themselves are compared, and rank 0 writes.
-_OWN = ("data.path", "data.val_path", "data.templates", "data.prompts", "data.tokenizer", "data.workers", "run_dir")
+# What each host may have in a place of its own: images, texts and weights themselves are compared, and rank 0 writes.
+_OWN = (
+    "data.path", "data.val_path", "data.templates", "data.prompts", "data.tokenizer", "data.workers", "run_dir",
+    "distillation.teacher",
+)  # fmt: skip
 _PACKAGES = ("parallel", "model", "data", "engine")
 
 
@@ -36,7 +40,7 @@ def facts_of(config: Config, device: torch.device, train_set: Dataset, eval_set:
     return {
         "version of this code": code_version(),
         "torch": torch.__version__,
-        **{key: repr(value_of(config, key)) for key in key_types() if key not in _OWN},
+        **{key: repr(_value(config, key)) for key in key_types() if key not in _OWN},
         "what parallel.schedule says": fingerprint(p.schedule) if p.pipeline_parallel_size > 1 else "nothing",
         "list of training images": f"{len(train_set)} of {train_set.fingerprint}",
         "list of held-out images": f"{len(eval_set)} of {eval_set.fingerprint}",
@@ -46,6 +50,14 @@ def facts_of(config: Config, device: torch.device, train_set: Dataset, eval_set:
         "type of the device": device.type,
         "native kernels": "not wanted" if config.kernels == "reference" else _found(native.module_for(device)),
     }
+
+
+def _value(config: Config, key: str) -> object:
+    """Of a key, without the places of teachers, whose weights are compared."""
+    value = value_of(config, key)
+    if key == "distillation.teachers" and value is not None:
+        return tuple(replace(teacher, path="") for teacher in value)
+    return value
 
 
 def _found(module: object) -> str:

@@ -7,27 +7,47 @@ from pathlib import Path
 
 from engine.assemble import Assembly
 from engine.checkpoint.load import load_weights, plan_load
-from engine.config.teachers import teachers_of
+from engine.config.teachers import fingerprint_of, found_at, teachers_of
 from engine.errors import ConfigError
+from engine.run.agreement import check_agreement
 from model import build_layers
 from model.formats.api import open_weights
 from model.formats.base import ConversionError
+from model.formats.weights import StoredWeights
 
 
 def load_teachers(a: Assembly) -> None:
     """Fill the frozen weights of all teachers, if the objective has any, each rank with what it holds. Collective.
 
     Raises:
-        ConfigError: on every rank, if one has found damage, or a teacher's tensors are not those of its model.
+        ConfigError: on every rank, if one has found damage, or other weights than ranks have agreed upon, or a
+            teacher's tensors are not those of its model.
     """
     if a.config.objective != "distillation":
         return
     for teacher, given in zip(teachers_of(a.config), a.config.distillation.all_teachers, strict=True):
+        found = found_at(given.path)
+        weights, now = _opened(found.path)
+        check_agreement({f"weights of the {teacher.name}": now}, a.grid.world)
+        if weights is None or now != found.fingerprint:
+            raise ConfigError(
+                f"the teacher {given.path} is no longer what it was when this run began ({found.fingerprint}): {now}. "
+                "Start again, with a teacher that nothing writes to"
+            )
         try:
-            with closing(open_weights(Path(given.path), only_model=True)) as weights:
+            with closing(weights):
                 plan = plan_load(weights, teacher.model, build_layers(teacher.model), a.config.data)
                 if lacking := [f.describe() for f in plan.fits if f.how in ("new", "left out")]:
                     raise ConversionError(f"it cannot be shown images of this size: {'; '.join(lacking[:3])}")
                 load_weights(a, weights, plan, f"{teacher.name}.")
         except ConversionError as error:
             raise ConfigError(f"the teacher {given.path}: {error}") from error
+
+
+def _opened(path: Path) -> tuple[StoredWeights | None, str]:
+    """Weights and their fingerprint; or none, and why."""
+    try:
+        weights = open_weights(path, only_model=True)
+        return weights, fingerprint_of(weights)
+    except ConversionError as error:
+        return None, str(error)

@@ -19,6 +19,7 @@ from engine.assemble import Assembly, assemble, grid_of
 from engine.config import MAX_COUNT, Config
 from engine.config.keys import key_types, value_of
 from engine.config.objectives import check_labels, check_repeats, text_shape
+from engine.config.teachers import found_at
 from engine.device import choose_device, memory_share, prepare_cpu, set_matmul
 from engine.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
 from engine.frozen import frozen_of
@@ -90,6 +91,7 @@ def pretrain(config: Config, world: World) -> int:
         parallel.failures.PeerLostError: another rank is gone.
     """
     began, given = time.monotonic(), config
+    found_at.cache_clear()  # teachers of an earlier run of this process may have been trained further
     config, world, notes = fit(config, world)
     config = config.resolve(world.size)
     if world.rank >= world.size:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ import yaml
 from torch import Tensor
 from torch.nn import functional as F
 
+from data import build_datasets
+from engine.assemble import assemble
 from engine.checkpoint.config import CheckpointConfig
 from engine.config import Config, LogConfig, PrecisionConfig, TrainConfig
 from engine.config.cli import parse
@@ -22,17 +25,21 @@ from engine.config.distillation import DistillationConfig, TeacherConfig
 from engine.errors import ConfigError
 from engine.objectives import make_objective
 from engine.plan import plan_memory, planned, states
+from engine.run.agreement import facts_of
 from engine.run.step import Stepper
+from engine.run.teachers import load_teachers
 from engine.run.trainer import pretrain
 from model import ModelConfig, VisionTransformer, build_layers, makers
 from parallel.checkpoint.read import Reader
 from parallel.config import ParallelConfig
-from parallel.grid import GridShape
+from parallel.grid import GridShape, make_grid
 from parallel.process_group import World
 from tests.engine.small import MODEL, flags, small
 from tests.parity.cases import TAUGHT, Case
 from tests.parity.climb import climb, first_batches
 from tests.parity.teachers import _MODELS
+
+CPU = torch.device("cpu")
 
 
 def taught(teacher: Path, world: int = 1, keys: dict[str, Any] | None = None, **changes: Any) -> Config:
@@ -293,6 +300,35 @@ def test_what_cannot_be_is_refused(teacher: Path, keys: dict[str, Any], changes:
         small(
             **{"objective": "distillation", "distillation": given, "num_heads": world if world > 1 else 4} | changes
         ).resolve(world)
+
+
+def test_other_weights_than_were_agreed_on_are_refused(tmp_path: Path) -> None:
+    """Of a run that goes on, or is thinned out, between a student's start and its first step."""
+    path = tmp_path / "weights"
+    VisionTransformer(ModelConfig(**MODEL)).save_pretrained(path)
+    assembly = assemble(taught(path), make_grid(GridShape(), World()), CPU)
+    load_teachers(assembly)
+    rmtree(path)
+    with pytest.raises(ConfigError, match=r"no longer what it was when this run began .* does not exist"):
+        load_teachers(assembly)
+    VisionTransformer(ModelConfig(**MODEL), seed=3).save_pretrained(path)
+    with pytest.raises(ConfigError, match=r"no longer what it was when this run began"):
+        load_teachers(assembly)
+    assembly.grid.close()
+
+
+def test_teachers_may_lie_elsewhere_on_each_host(tmp_path: Path, teacher: Path) -> None:
+    moved = tmp_path / "elsewhere"
+    moved.symlink_to(teacher)
+    sets = build_datasets(small().data, image_size=(8, 8), channels=1, num_classes=10, seed=0)
+    for path in (teacher, moved):
+        one, two = TeacherConfig(path=str(path)), TeacherConfig(path=str(teacher), weight=3.0)
+        several = taught(path, keys={"teacher": None, "teachers": (one, two)})
+        facts = [facts_of(config, CPU, *sets) for config in (taught(path), several)]
+        expected = facts if path == teacher else expected
+        assert facts == expected
+    other = taught(teacher, keys={"teacher": None, "teachers": (one, replace(two, weight=2.0))})
+    assert facts_of(other, CPU, *sets) != facts[1]
 
 
 def test_teachers_are_one_or_a_list(teacher: Path) -> None:
