@@ -38,7 +38,7 @@ class _Interval:
     Attributes:
         waited_before: seconds for data until then. steps: how many.
         paused: seconds for evaluation, saving and what records steps.
-        bubbles: of the steps in which they were measured. targets: the loss of each, of steps that were not skipped.
+        bubbles: of the steps in which they were measured.
     """
 
     waited_before: float
@@ -46,7 +46,6 @@ class _Interval:
     steps: int = 0
     paused: float = 0.0
     bubbles: list[float] = field(default_factory=list)
-    targets: list[Mapping[str, float]] = field(default_factory=list)
 
     @property
     def seconds(self) -> float:
@@ -131,12 +130,11 @@ class Loop:
             interval.steps += 1
             interval.paused, self._recording_seconds = interval.paused + self._recording_seconds, 0.0
             interval.bubbles += [] if result.bubble is None else [result.bubble]
-            interval.targets += [] if result.skipped else [result.targets]
             self._tell_recomputed(result)
             last = step == self.steps
             if last or step % self.config.log.interval == 0:
                 self._report(step, result, lr, interval)
-                progress.interval_losses = []
+                progress.begin_interval()
                 interval = _Interval(self.train_stream.waited)
             pause = time.perf_counter()
             every = self.config.train.eval_interval
@@ -172,7 +170,7 @@ class Loop:
             _, result = self._train(step, batches)
             loss = self._interval_loss(result)
             if step % self.config.log.interval == 0:
-                progress.interval_losses = []
+                progress.begin_interval()
             yield step, loss, result
 
     @property
@@ -250,14 +248,15 @@ class Loop:
     def _count(self, step: int, result: StepResult) -> None:
         p = self.progress
         p.step, p.samples = step, p.samples + self.config.train.global_batch_size
-        p.interval_losses += [] if result.skipped else [result.loss]
+        if not result.skipped:
+            p.interval_losses.append(result.loss)
+            p.interval_targets += [dict(result.targets)] if result.targets else []
+            p.bad_in_a_row = 0
         p.skipped += result.skipped
         if result.culprit is not None and self.writer is not None:
             self.writer.say(f" step {step} skipped: {result.culprit}")
             values = {"loss": result.loss, "grad_norm": result.grad_norm, "culprit": result.culprit}
             self.writer.write("bad_step", step, values)
-        if not result.skipped:
-            p.bad_in_a_row = 0
         p.bad_in_a_row += result.bad
         if p.bad_in_a_row >= min(self.config.train.max_bad_steps, self.steps):
             raise DivergedError(
@@ -304,8 +303,9 @@ class Loop:
             "bubble": statistics.fmean(interval.bubbles) if interval.bubbles else None,
             "bubble_predicted": self.bubble_predicted,
         } | self._texts_cut()
-        for name in interval.targets[0] if interval.targets else ():
-            values[f"loss_{name}"] = statistics.fmean(targets[name] for targets in interval.targets)
+        for name in a.objective.targets:
+            if found := [targets[name] for targets in self.progress.interval_targets if name in targets]:
+                values[f"loss_{name}"] = statistics.fmean(found)
         if self.writer is not None:
             self.writer.train(step, values)
 

@@ -16,7 +16,8 @@ class Progress:
     Attributes:
         step: steps done, skipped ones too. samples: images drawn so far.
         skipped: steps that changed nothing. bad_in_a_row: of the last steps, how many no smaller loss scale would cure.
-        interval_losses: of the steps since the last line of metrics that were not skipped.
+        interval_losses: of the steps since the last line of metrics that were not skipped. interval_targets: of the
+            same, the loss of each target.
         train_seconds: of wall time in all attempts, evaluation and saving included.
     """
 
@@ -25,7 +26,12 @@ class Progress:
     skipped: int = 0
     bad_in_a_row: int = 0
     interval_losses: list[float] = field(default_factory=list)
+    interval_targets: list[dict[str, float]] = field(default_factory=list)
     train_seconds: float = 0.0
+
+    def begin_interval(self) -> None:
+        """A line of metrics tells of all steps until now."""
+        self.interval_losses, self.interval_targets = [], []
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; numbers come back as the very bits."""
@@ -37,7 +43,7 @@ class Progress:
         known = {field.name: values[field.name] for field in fields(cls) if field.name in values}
         for name, value in known.items():
             is_count = type(value) in (int, float) and value >= 0
-            if not (isinstance(value, list) if name == "interval_losses" else is_count):
+            if not (isinstance(value, list) if name.startswith("interval_") else is_count):
                 raise CheckpointError(
                     f"what the checkpoint says of the run's progress cannot be: {name} is {value!r:.40}"
                 )

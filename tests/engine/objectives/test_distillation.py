@@ -30,6 +30,7 @@ from engine.run.step import Stepper
 from engine.run.teachers import load_teachers
 from engine.run.trainer import pretrain
 from model import ModelConfig, VisionTransformer, build_layers, makers
+from model.matching import token_loss
 from parallel.checkpoint.read import Reader
 from parallel.config import ParallelConfig
 from parallel.grid import GridShape, make_grid
@@ -92,6 +93,9 @@ def features(own: Tensor, theirs: Tensor, keys: DistillationConfig) -> Tensor:
     a, b = (
         ((x - x.mean(2, keepdim=True)) / (x.var(2, keepdim=True, correction=0) + 1e-5).sqrt()) for x in (own, theirs)
     )
+    if keys.features == "smooth_l1":
+        far = (a - b).abs()
+        return torch.where(far < 1, far.square() / 2, far - 0.5).mean()
     return (a - b).square().mean()
 
 
@@ -160,6 +164,12 @@ def test_gradients_are_those_of_plain_pytorch(model: str) -> None:
     for name, parameter in trained.items():
         expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         assert (ours.first_grads[name] - expected).norm() <= 1e-4 * expected.norm(), name
+
+
+def test_features_by_smooth_l1() -> None:
+    own, theirs = (2 * torch.randn(2, 3, 4, 8, generator=torch.Generator().manual_seed(0))).unbind()
+    expected = features(own, theirs, DistillationConfig(features="smooth_l1"))
+    torch.testing.assert_close(token_loss(own, theirs, "smooth_l1").mean(), expected)
 
 
 def test_layers_take_turns(teacher: Path) -> None:
@@ -252,16 +262,19 @@ def test_targets_add_up_to_the_loss_in_every_format(tmp_path: Path, teacher: Pat
     keys = DistillationConfig(
         teacher=str(teacher), features_weight=2.0, features="smooth_l1", teacher_dtype="bf16", relations_weight=5.0
     )
-    losses = {}
+    losses, norms = {}, {}
     for dtype in ("fp32", "bf16", "fp16", "fp8"):
-        precision = PrecisionConfig(dtype=dtype)  # type: ignore[arg-type]
-        run(tmp_path / dtype, objective="distillation", distillation=keys, precision=precision)
+        groups = {"precision": PrecisionConfig(dtype=dtype), "log": LogConfig(tensorboard=False, interval=2)}  # type: ignore[arg-type]
+        for stop in (1, None):  # it goes on within an interval
+            train = TrainConfig(steps=2, global_batch_size=8, stop_step=stop)
+            run(tmp_path / dtype, objective="distillation", distillation=keys, train=train, **groups)
         (line,) = lines(tmp_path / dtype, "train")
         targets = [line[f"loss_{name}"] for name in ("response", "features", "relations", "labels")]
         assert sum(targets) == pytest.approx(line["loss"], rel=1e-6) and min(targets) > 0
-        losses[dtype] = targets
+        losses[dtype], norms[dtype] = targets, line["grad_norm"]
     for dtype in ("bf16", "fp16", "fp8"):
         assert losses[dtype] == pytest.approx(losses["fp32"], rel=0.05)
+    assert norms["fp16"] == pytest.approx(norms["fp32"], rel=0.02)  # of a loss that arises scaled
     assert VisionTransformer.from_pretrained(tmp_path / "fp32").config.width == 16  # without what it learnt through
 
 
