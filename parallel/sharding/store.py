@@ -46,7 +46,7 @@ class ParameterStore:
             parameters are replaced by such as are bound to flat buckets, and initialised from `seed`.
         grid: decides what is summed and shared over which ranks. device: where everything lives.
         policy: what is shared out. group_of: the optimizer's group of a parameter. dtype_of: of a weight, by name.
-        forward_only: layers that nothing goes backward through.
+        forward_only: layers that nothing goes backward through: at stage 3 they are not gathered for it.
 
     Attributes:
         recomputed: layers of which an R of the schedule has something run again.
@@ -64,14 +64,14 @@ class ParameterStore:
         dtype_of: Callable[[str], torch.dtype] = in_fp32,
         forward_only: Set[str] = frozenset(),
     ) -> None:
-        self._forward_only = forward_only
         self.policy, self.device = policy or ShardingPolicy(), device
+        self._forward_only = forward_only if self.policy.stage == 3 else frozenset[str]()  # elsewhere nothing is gathered
         self.axis = grid.along("data", "context", "tensor")
         self.stages: list[list[Unit]] = []
         for layers in stages:
             plans = plan_units(
                 layers, tensor_size=grid.tensor.size, group_of=group_of, dtype_of=dtype_of,
-                unit_bytes=self.policy.unit_bytes, forward_only=forward_only,
+                unit_bytes=self.policy.unit_bytes, forward_only=self._forward_only,
             )  # fmt: skip
             self.stages.append(self._allocate(plans, grid))
         self._unit_of = {layer: unit.index for unit in self.units for layer in unit.layers}
@@ -239,7 +239,7 @@ class ParameterStore:
             elif action.kind is ActionKind.RECOMPUTE:
                 uses += [u.index for u in place[action.stage] if not self.recomputed.isdisjoint(u.layers)]
             elif action.kind in _BACKWARD:
-                uses += [u.index for u in reversed(place[action.stage]) if self._forward_only.isdisjoint(u.layers)]
+                uses += [u.index for u in reversed(place[action.stage]) if not self._forward_only.issuperset(u.layers)]
         self.gatherer.plan(uses)
 
     @torch.no_grad()

@@ -212,6 +212,8 @@ def test_a_teacher_takes_its_share_of_the_memory_and_no_more(teacher: Path) -> N
     assert not held["masters"] and not held["gradients"]
     assert with_it.optimizer.state_tensors().keys() == without.optimizer.state_tensors().keys()
     assert plan_memory(config, shape, 0, 1e9, on_cpu=True).activations > 0
+    at_1 = replace(config, parallel=replace(parallel, zero_stage=1, bucket_mib=64.0))
+    assert len(planned(at_1, shape, 0, 1e9, on_cpu=True).store.units) == 1  # student and teacher, reduced at once
 
 
 # -- a run -------------------------------------------------------------------------------------------------------------
@@ -264,7 +266,8 @@ def test_targets_add_up_to_the_loss_in_every_format(tmp_path: Path, teacher: Pat
     )
     losses, norms = {}, {}
     for dtype in ("fp32", "bf16", "fp16", "fp8"):
-        groups = {"precision": PrecisionConfig(dtype=dtype), "log": LogConfig(tensorboard=False, interval=2)}  # type: ignore[arg-type]
+        precision = PrecisionConfig(dtype=dtype)  # type: ignore[arg-type]
+        groups = {"precision": precision, "log": LogConfig(tensorboard=False, interval=2)}
         for stop in (1, None):  # it goes on within an interval
             train = TrainConfig(steps=2, global_batch_size=8, stop_step=stop)
             run(tmp_path / dtype, objective="distillation", distillation=keys, train=train, **groups)
