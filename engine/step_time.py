@@ -24,6 +24,7 @@ from engine.config import Config
 from engine.data_traffic import Traffic
 from engine.frozen import Frozen, frozen_of
 from engine.layer_costs import LayerCosts
+from engine.layer_list import outputs_of
 from engine.objectives import Objective, make_objective
 from engine.precision.precision import precision_of
 from engine.prediction import splits, stage_times
@@ -35,6 +36,7 @@ from model import Build, LayerSpec, MicroBatch, makers
 from model.kernels import Kernels
 from parallel.grid import Grid, GridShape, planned_grid
 from parallel.pipeline import Costs, Placement, Schedule, Timeline, behind_forwards, simulate
+from parallel.pipeline.post import message_bytes
 from parallel.pipeline.readiness import Policy
 from parallel.tensor import TensorParallel
 
@@ -226,13 +228,10 @@ class StepModel:
         """What the simulator is to know of messages: sizes, latency, and the rate of the slowest link."""
         ranks, size = placement.ranks, self.config.train.micro_batch_size
         assert size is not None
-        sizes = [
-            sum(
-                _bytes(layer.boundary(size, self.build), self.build.precision.of_layer(layer.name))
-                for layer in makers(self.layers, of.stop)
-            )
-            for of in placement.layers[:-1]
-        ]
+        outputs = outputs_of(self.layers, self.frozen.passes, size, self.build)
+        flows = [tuple(outputs[maker.name] for maker in makers(self.layers, of.stop)) for of in placement.layers[:-1]]
+        sizes = [message_bytes(flow) for flow in flows]
+        back = [message_bytes(tuple(spec for spec in flow if spec.carries_gradient)) for flow in flows]
         apart = self.grid.shape.world_size // self.grid.shape.pipeline
         pairs = {(a * apart, b * apart) for a, b in pairwise(ranks) if a != b}
         if not pairs:
@@ -241,7 +240,12 @@ class StepModel:
         cost = partial(self.cluster.collective, "message")
         latency, whole = max(cost(0, pair) for pair in pairs), max(cost(most, pair) for pair in pairs)
         rate = most / max(whole - latency, 1e-12)
-        return Costs(output_bytes=tuple(map(float, sizes)), latency=latency, bandwidth=rate)
+        return Costs(
+            output_bytes=tuple(map(float, sizes)),
+            gradient_bytes=tuple(map(float, back)),
+            latency=latency,
+            bandwidth=rate,
+        )
 
 
 def timing_of(config: Config, grid: Grid, objective: Objective) -> Timing:
@@ -285,7 +289,3 @@ def _add(to: dict[str, float], spent: Spent, times: int = 1) -> None:
 
 def _total(spent: Spent) -> float:
     return sum(spent.values())
-
-
-def _bytes(shape: tuple[int, int], dtype: torch.dtype) -> int:
-    return shape[0] * shape[1] * dtype.itemsize

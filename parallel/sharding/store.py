@@ -65,7 +65,7 @@ class ParameterStore:
         forward_only: Set[str] = frozenset(),
     ) -> None:
         self.policy, self.device = policy or ShardingPolicy(), device
-        self._forward_only = forward_only if self.policy.stage == 3 else frozenset[str]()  # elsewhere nothing is gathered
+        self._forward_only = forward_only if self.policy.stage == 3 else frozenset[str]()
         self.axis = grid.along("data", "context", "tensor")
         self.stages: list[list[Unit]] = []
         for layers in stages:

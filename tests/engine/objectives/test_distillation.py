@@ -19,22 +19,26 @@ from torch.nn import functional as F
 from data import build_datasets
 from engine.assemble import assemble
 from engine.checkpoint.config import CheckpointConfig
+from engine.clusters import read_cluster
 from engine.config import Config, LogConfig, PrecisionConfig, TrainConfig
 from engine.config.cli import parse
 from engine.config.distillation import DistillationConfig, TeacherConfig
 from engine.errors import ConfigError
+from engine.layer_costs import micro_batch
 from engine.objectives import make_objective
-from engine.plan import plan_memory, planned, states
+from engine.plan import META, plan_memory, planned, states
 from engine.run.agreement import facts_of
 from engine.run.step import Stepper
 from engine.run.teachers import load_teachers
 from engine.run.trainer import pretrain
+from engine.step_time import StepModel
 from model import ModelConfig, VisionTransformer, build_layers, makers
 from model.matching import token_loss
 from parallel.checkpoint.read import Reader
 from parallel.config import ParallelConfig
-from parallel.grid import GridShape, make_grid
+from parallel.grid import GridShape, make_grid, planned_grid
 from parallel.process_group import World
+from tests.engine.recompute.meta_pass import bytes_of_a_pass
 from tests.engine.small import MODEL, flags, small
 from tests.parity.cases import TAUGHT, Case
 from tests.parity.climb import climb, first_batches
@@ -211,9 +215,27 @@ def test_a_teacher_takes_its_share_of_the_memory_and_no_more(teacher: Path) -> N
     assert states(with_it)["teacher"] == pytest.approx(2 * numbers / 4, rel=0.03)
     assert not held["masters"] and not held["gradients"]
     assert with_it.optimizer.state_tensors().keys() == without.optimizer.state_tensors().keys()
-    assert plan_memory(config, shape, 0, 1e9, on_cpu=True).activations > 0
     at_1 = replace(config, parallel=replace(parallel, zero_stage=1, bucket_mib=64.0))
     assert len(planned(at_1, shape, 0, 1e9, on_cpu=True).store.units) == 1  # student and teacher, reduced at once
+    one = replace(taught(teacher), kernels="native")  # the plan is that of the pass, but for losses and their gradient
+    assembly = assemble(one, planned_grid(GridShape(), 0), META, device_memory=0.0)
+    counted, _ = bytes_of_a_pass(assembly)
+    images = micro_batch(assembly).images
+    assert images is not None
+    assert 0 <= counted + images.nbytes - plan_memory(one, GridShape(), 0, 0.0).activations <= 64
+
+
+def test_a_teacher_is_sent_no_gradients(teacher: Path) -> None:
+    """Plans: backwards a boundary has what it has without a teacher."""
+    config = taught(teacher, 2, parallel=ParallelConfig(pipeline_parallel_size=2))
+    alone = replace(config, objective="supervised", distillation=DistillationConfig())
+    cluster = read_cluster(str(Path(__file__).parents[3] / "configs" / "clusters" / "h100_64.yaml"))
+    shape, found = GridShape(pipeline=2), []
+    for of in (config, alone):
+        model, schedule = StepModel.of(of, shape, cluster), of.pipeline(shape).schedule(of.num_micro_batches(shape))
+        found.append(model._messages(model.placement(schedule)))
+    assert found[0].gradient_bytes == found[1].gradient_bytes == found[1].output_bytes
+    assert found[0].output_bytes > found[1].output_bytes  # type: ignore[operator]
 
 
 # -- a run -------------------------------------------------------------------------------------------------------------
