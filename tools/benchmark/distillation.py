@@ -52,6 +52,7 @@ def main(argv: Sequence[str], world: World) -> None:
     config = read_config([*flags, "--objective", "distillation"])
     if options.teacher is not None:
         config = replace(config, distillation=_taught(config, options.teacher))
+    _check_images(config.resolve(world.size))
     with started(config, world) as bench:
         row = measure(bench, options.rounds)
         if world.rank == 0:
@@ -102,6 +103,18 @@ def _share(a: Assembly) -> float:
     shape = a.grid.shape
     copies = 1 if a.config.parallel.zero_stage == 3 else shape.data * shape.context
     return numbers * copies / shape.world_size
+
+
+def _check_images(config: Config) -> None:
+    """Raise ConfigError where a teacher is shown other images than the student, which its forwards alone are given."""
+    size = config.model.sizes.image
+    for teacher in teachers_of(config):
+        if teacher.model.sizes.image != size:
+            raise ConfigError(
+                f"the {teacher.name} is shown images of {teacher.model.sizes.image} and the student of {size}, but here "
+                "both are timed on the same ones: set model.image_size or distillation.teacher_image_size (of several "
+                "teachers the image_size of each) so that they are alike"
+            )
 
 
 def _taught(config: Config, keys: str) -> DistillationConfig:

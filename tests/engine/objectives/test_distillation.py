@@ -43,6 +43,7 @@ from tests.engine.small import MODEL, flags, small
 from tests.parity.cases import TAUGHT, Case
 from tests.parity.climb import climb, first_batches
 from tests.parity.teachers import _MODELS
+from tools.benchmark import distillation as benchmark
 
 CPU = torch.device("cpu")
 
@@ -398,3 +399,9 @@ def test_keys_are_read_from_a_file(tmp_path: Path, teacher: Path) -> None:
     assert parse([*given, "[[1, 2], [2, 6]]"], "test")[0].distillation.pairs == ((1, 2), (2, 6))
     with pytest.raises(ConfigError, match=r"pairs.*\[\[0, 1, 2\]\]"):
         parse([*given, "[[0, 1, 2]]"], "test")[0].resolve(1)
+
+
+def test_the_benchmark_shows_all_the_same_images(teacher: Path) -> None:
+    keys = {"distillation__teacher": str(teacher), "distillation__teacher_image_size": "12"}
+    with pytest.raises(ConfigError, match=r"teacher is shown images of \(12, 12\) and the student of \(8, 8\)"):
+        benchmark.main([*flags(**keys), "--rounds", "1"], World())
