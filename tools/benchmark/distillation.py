@@ -111,9 +111,9 @@ def _check_images(config: Config) -> None:
     for teacher in teachers_of(config):
         if teacher.model.sizes.image != size:
             raise ConfigError(
-                f"the {teacher.name} is shown images of {teacher.model.sizes.image} and the student of {size}, but here "
-                "both are timed on the same ones: set model.image_size or distillation.teacher_image_size (of several "
-                "teachers the image_size of each) so that they are alike"
+                f"the {teacher.name} is shown images of {teacher.model.sizes.image} and the student of {size}, but "
+                "here both are timed on the same ones: set model.image_size or distillation.teacher_image_size (of "
+                "several teachers the image_size of each) so that they are alike"
             )
 
 
