@@ -239,7 +239,7 @@ class ParameterStore:
             elif action.kind is ActionKind.RECOMPUTE:
                 uses += [u.index for u in place[action.stage] if not self.recomputed.isdisjoint(u.layers)]
             elif action.kind in _BACKWARD:
-                uses += [u.index for u in reversed(place[action.stage]) if not self._forward_only.issuperset(u.layers)]
+                uses += [u.index for u in reversed(place[action.stage]) if set(u.layers) - self._forward_only]
         self.gatherer.plan(uses)
 
     @torch.no_grad()
