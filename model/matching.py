@@ -7,7 +7,7 @@ Legend: B images, S tokens, P patches, R rows, D width of the student, E of the 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from model.build import Build, Tower
 from model.inputs import MicroBatch
 from model.sizes import Tokens
 from model.targets import attach
+from parallel.distillation import gram_difference, tokens_of_all
 from parallel.layout import Init, ParameterInfo, TensorLayout, make_parameter
 from parallel.tensor import gather_rows, linear
 
@@ -84,7 +85,9 @@ class Match(nn.Module):
             each = each * (self.weights.features / (self.tokens.rows * self.tokens.cols))
             x = attach(x, (each * batch.weights).sum(), batch, FEATURES, copies=self.tp.size)
         if self.weights.relations:
-            each = gram_loss(self._patches(x, self.tokens, batch.size), theirs) * self.weights.relations
+            own, counts = self._patches(x, self.tokens, batch.size), replace(self.tokens, prefix=0).counts
+            keys, others = (tokens_of_all(of, counts, self.tokens.context) for of in (own, theirs))
+            each = gram_difference(own, theirs, keys=keys, teacher_keys=others) * self.weights.relations
             x = attach(x, (each * batch.weights).sum(), batch, RELATIONS, copies=self.tp.size)
         return x
 
@@ -101,12 +104,6 @@ def token_loss(own: Tensor, theirs: Tensor, loss: FeatureLoss) -> Tensor:
     a, b = (F.layer_norm(x, x.shape[-1:]) for x in (own, theirs))
     different = F.mse_loss if loss == "mse" else F.smooth_l1_loss
     return different(a, b, reduction="none").mean(2)
-
-
-def gram_loss(own: Tensor, theirs: Tensor) -> Tensor:
-    """Mean over pairs of patches of the squared difference of their cosines, [B, P, D] and [B, P, E] -> [B]."""
-    a, b = (F.normalize(x, dim=2) for x in (own, theirs))
-    return (a @ a.mT - b @ b.mT).square().mean((1, 2))
 
 
 def resampled(x: Tensor, there: Tokens, here: Tokens) -> Tensor:

@@ -104,11 +104,6 @@ def matching_of(config: Config, teachers: tuple[Teacher, ...], student: ModelCon
 
 def check_maps(student: ModelConfig, teachers: tuple[Teacher, ...], matching: Matching, context_size: int) -> None:
     """Raise ConfigError where context ranks would have other patches of a student's block than of the teacher's."""
-    if matching.weights.relations:
-        raise ConfigError(
-            f"distillation.relations_weight is {matching.weights.relations}, which compares all patches of an image, "
-            f"but {context_size} context ranks share them: use parallel.context_parallel_size 1, or leave it out"
-        )
     axis = Axis(name="context", ranks=tuple(range(context_size)), index=0, planned=True)
     for teacher, pairs in zip(teachers, matching.pairs, strict=True):
         for pair in pairs:

@@ -126,7 +126,7 @@ TAUGHT: dict[str, tuple[ModelConfig, tuple[TeacherConfig, ...], DistillationConf
     # at depth: wider rows; another map of patches, of a pyramid; losses of all kinds
     "matched": (
         replace(_SMALL, block="sequential", pool="gap"), (teacher(_TEACHER),),
-        DistillationConfig(features_weight=2.0, pairs=((0, 1), (2, 4)), response="hard"),
+        DistillationConfig(features_weight=2.0, pairs=((0, 1), (2, 3)), response="hard", relations_weight=5.0),
     ),
     "matched_to_two": (
         MODELS["pyramid"], (teacher(_TEACHER, weight=3.0), teacher(_PYRAMID, image_size=(14, 16))),
