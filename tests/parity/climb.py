@@ -47,7 +47,7 @@ def digits(model: ModelConfig, text: TextShape | None = None) -> tuple[Dataset, 
     return train, few
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Climb:
     """What is compared between layouts.
 

@@ -107,7 +107,7 @@ def test_one_process_equals_a_plain_vit(model: str) -> None:
         clip=config.optimizer.clip_grad,
     )
     final = {name: value.detach() for name, value in weights.items()}
-    assert_same(ours, Climb(losses, norms, first, final))
+    assert_same(ours, Climb(losses=losses, grad_norms=norms, first_grads=first, parameters=final))
 
 
 def test_a_wrong_gradient_is_noticed() -> None:
