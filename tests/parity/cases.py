@@ -478,17 +478,20 @@ _OTHERS: dict[int, dict[int, tuple[str, ...]]] = {
 
 def _isotropic(ranks: int) -> Iterator[Case]:
     """On each grid all of models, sequence parallelism and numbers of micro-batches together; on those of eight ranks
-    all pairs of them (an orthogonal array of strength 2). From four ranks on the models share the schedules.
+    all pairs of them (an orthogonal array of strength 2). From four ranks on the models share the schedules, taking
+    turns from grid to grid.
     """
     powers = [1, 2, 4, 8]
     others = {size: cycle(names) for size, names in _OTHERS.get(ranks, {}).items()}
     models = ("parallel", "sequential", "mixed") if ranks <= 2 else ("parallel", "sequential")
+    turns = cycle((False, True))
     for tensor, pipeline, data in product(powers, powers, powers):
         if tensor * pipeline * data != ranks:
             continue
         several = min(4, GLOBAL_BATCH // data)
         options = product(models, (True, False) if tensor > 1 else (False,), (1, several))
         depth = _DEEP if pipeline == 8 else None
+        turn = pipeline > 1 and next(turns)
         for model, sequence_parallel, micro_batches in options:
             second = model != models[0]
             if ranks == 8 and tensor > 1 and (second + sequence_parallel + (micro_batches > 1)) % 2:
@@ -497,7 +500,7 @@ def _isotropic(ranks: int) -> Iterator[Case]:
             if pipeline == 1 or micro_batches == 1:
                 yield case
                 continue
-            if ranks <= 2 or not second:
+            if ranks <= 2 or second == turn:
                 yield case
-            if ranks <= 2 or second:
+            if ranks <= 2 or second != turn:
                 yield replace(case, schedule=next(others[pipeline]))
