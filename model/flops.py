@@ -2,7 +2,7 @@
 
 The formulas are those of `torch.utils.flop_counter`. Its mode, like any, has torch's compiler imported by the first
 operation that it sees, only to be hidden from it; so have the Python functions that give most operators their shapes on
-the meta device. That would be two seconds of each rank that starts, so both are kept from it here.
+the meta device. That would be two seconds of each rank that starts, so both can be kept from it here.
 """
 
 from __future__ import annotations
@@ -47,17 +47,15 @@ class ProductFlops(EagerMode):
         return out
 
 
-def _hide_nothing() -> None:
-    """Have what hides a shape function from the compiler (`torch._disable_dynamo`) call it as it is: what it calls it
-    keeps as an attribute of the function. Where a compiler is there already, nothing is won.
+def without_compiler() -> None:
+    """For a process that compiles nothing: have what hides a shape function from the compiler (`torch._disable_dynamo`)
+    call it as it is. What it calls it keeps as an attribute of the function. Where a compiler is there already, nothing
+    is won.
     """
     if "torch._dynamo" in sys.modules:
         return
     hiding = torch._disable_dynamo(lambda: None).__code__
     for function in gc.get_referrers(hiding):
-        if isinstance(function, FunctionType) and function.__module__.startswith(_SHAPES):
+        if isinstance(function, FunctionType) and (function.__module__ or "").startswith(_SHAPES):
             hidden = dict(zip(hiding.co_freevars, function.__closure__ or (), strict=True))["fn"].cell_contents
             setattr(hidden, "__dynamo_disable", hidden)
-
-
-_hide_nothing()

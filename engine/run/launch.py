@@ -30,6 +30,7 @@ from engine.errors import (
     DriftError,
     OutputError,
 )
+from model.flops import without_compiler
 from parallel import parent, process_group
 from parallel.checkpoint.manifest import CheckpointError
 from parallel.comm import PeerLostError
@@ -55,6 +56,7 @@ def run_rank(
     world = World()
     try:
         parent.interrupts_raise()
+        without_compiler()
         world = _read_world(alone or bool(_ASKS & set(argv)))
         if (ended := _ended_before(world)) is not None:
             again = os.environ["TORCHELASTIC_RESTART_COUNT"] != "1"
