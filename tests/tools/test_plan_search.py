@@ -140,6 +140,9 @@ def test_of_readiness_it_is_said_that_bounds_may_not_hold(tmp_path: Path, capsys
         (["--model.width", "16384", "--model.depth", "16", "--model.mlp_dim", "65536", "--only", "micro_batch=1"],
          "no layout fits on 2 ranks"),
         (["--out", "nowhere/plan.yaml"], "there is no folder nowhere"),
+        (["--objective", "contrastive", "--model.num_classes", "0", "--text.width", "null"], "text.width"),
+        (["--objective", "contrastive", "--model.num_classes", "0", "--contrastive.pairs", "views", "--data.views", "2",
+          "--contrastive.passes", "1"], "contrastive.passes is 1, and layouts are priced with two"),
     ],
 )  # fmt: skip
 def test_mistakes(options: list[str], says: str, tmp_path: Path) -> None:
@@ -187,6 +190,10 @@ def test_the_layouts_of_two_towers_are_those_that_both_can_be_split_into() -> No
     layers = (1 + 3 + 1) + (1 + 2 + 1) + 1
     assert space.num_layers == layers and (8, 2) in space.shapes(next(iter(space.families())))
     assert {key.tensor for key in space.families()} == {1, 2}, "the image tower alone has four heads"
+    keys = ["--contrastive.momentum", "0.9", "--contrastive.queue", "8"]
+    queued, _ = parse(["--config", str(ROOT / "configs/digits_simclr.yaml"), *keys])
+    space = Space(config=queued, ranks=16, only={"pipeline": 1})
+    assert {d for key in space.families() for _, d in space.shapes(key)} == {4, 8}, "sixteen would not have a key each"
 
 
 def test_two_towers_take_a_forward_more_where_there_are_several_micro_batches() -> None:

@@ -202,12 +202,13 @@ class Space:
         """(pipeline ranks, data ranks) with a key, where all ranks have layers."""
         rest = self.ranks // (key.tensor * key.context)
         pairs = [(p, rest // p) for p in self._of("pipeline", divisors(rest)) if not rest % p and p <= self.num_layers]
-        return [(p, d) for p, d in pairs if d in self._of("data", [d])]
+        found = [(p, d) for p, d in pairs if d in self._of("data", [d])]
+        return [(p, d) for p, d in found if self._splits(key.tensor, key.context, d)]
 
     def micro_batches(self, key: Key, data: int) -> list[int]:
         """Sizes that divide a data rank's images, up to so many rows of products."""
         sizes = divisors(self.config.train.global_batch_size // data)
-        most = max(1, ROWS * key.context // max(layer.output[0] * layer.per_sample for layer in self._layers))
+        most = max(1, ROWS * key.context // max(layer.output[0] for layer in self._layers))
         return [n for n in self._of("micro_batch", sizes) if n in sizes and (n <= most or "micro_batch" in self.only)]
 
     def schedules(self, pipeline: int) -> list[tuple[str, int | None]]:
@@ -234,9 +235,9 @@ class Space:
     def _layers(self) -> tuple[LayerSpec, ...]:
         return make_objective(Layout().configured(self.config).resolve(1)).layers
 
-    def _splits(self, tensor: int, context: int) -> bool:
+    def _splits(self, tensor: int, context: int, data: int = 1) -> bool:
         try:
-            resolve_model(self.config, GridShape(tensor=tensor, context=context))
+            resolve_model(self.config, GridShape(tensor=tensor, context=context, data=data))
         except ValueError:
             return False
         return True

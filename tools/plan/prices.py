@@ -62,8 +62,8 @@ class Prices:
     # -- layouts ------------------------------------------------------------------------------------------------------
 
     def _few(self, layout: Layout, config: Config) -> Config:
-        """The same with as few micro-batches as tell how it goes on."""
-        short = self._lengths(layout)[0]
+        """The same with as few micro-batches as tell how it goes on; with gpipe each one more is one more alive."""
+        short = self._count(layout) if layout.schedule == "gpipe" else self._lengths(layout)[0]
         return replace(config, train=replace(config.train, global_batch_size=short * layout.micro_batch * layout.data))
 
     def _step(self, model: StepModel, layout: Layout, sets: Mapping[str, str]) -> Length:
@@ -93,8 +93,6 @@ class Prices:
     def _lengths(self, layout: Layout, passes: int = _PASSES) -> tuple[int, int]:
         """Two numbers of micro-batches by which those of the step are found; twice that number, if it is small."""
         count, p = self._count(layout), layout.pipeline
-        if layout.schedule == "gpipe":  # each micro-batch more is one more alive
-            return count, count
         short = (passes if p > 1 else 1) * p + count % p
         return (count, count) if count <= short + p else (short, short + p)
 

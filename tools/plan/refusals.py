@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 
 from engine.config import Config
+from engine.config.objectives import resolve_model
 from engine.errors import ConfigError
+from parallel.grid import GridShape
 from tools.plan.bounds import Misfit
 from tools.plan.evaluate import Evaluator
 from tools.plan.layouts import Space
@@ -43,7 +45,11 @@ def none_fits(found: Found, evaluator: Evaluator) -> str:
 
 
 def check_objective(config: Config) -> None:
-    """Raise ConfigError where a step has an order that no layout is priced with."""
+    """Raise ConfigError where the model can be on no ranks, or a step has an order that no layout is priced with."""
+    try:
+        resolve_model(config, GridShape())
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     if config.objective == "contrastive" and config.contrastive.passes == 1:
         raise ConfigError(
             "contrastive.passes is 1, and layouts are priced with two passes over several micro-batches: leave it out; "
