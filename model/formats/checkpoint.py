@@ -72,7 +72,8 @@ class RunWeights(StoredWeights):
     def identity(self) -> str:
         """As StoredWeights."""
         m = self.manifest
-        key = checksum(repr((m.step, m.progress, m.config, m.about, m.files)).encode())
+        sums = [(name, piece.checksums) for name, tensor in sorted(m.tensors.items()) for piece in tensor.pieces]
+        key = checksum(repr((m.step, m.progress, m.config, m.about, m.files, sums)).encode())
         return f"{self.path} ({key})"
 
     def fill(self, wanted: Mapping[str, Sequence[Target]]) -> None:
