@@ -8,27 +8,25 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from model.build import Build
 from model.config import ModelConfig
-from model.formats.api import open_weights, save_weights
-from model.formats.base import ConversionError, Description, Pairing, Preprocessing
+from model.formats.api import open_weights
+from model.formats.base import ConversionError, Description, Pairing
 from model.formats.weights import Which
 from model.inputs import MicroBatch
 from model.kernels import Backend, Kernels
 from model.layers import LayerSpec
-from model.pretrained import ModuleWeights, fill
+from model.pretrained import Pretrained
 from model.projection import Projection
 from model.stage import Stage
 from model.text import TextConfig
 from model.towers import IMAGE, PAIR, TEXT, build_towers
-from parallel.layout import attach_info, info_of
-from parallel.random import initialise
 
 
-class ImageText(Stage):
+class ImageText(Pretrained, Stage):
     """An image tower and a text tower on one process, with their initial weights, for use outside the engine.
 
     It computes in the format of its weights (`.bfloat16()`, `.half()`, `.double()`); embeddings are normalised in fp32
@@ -77,15 +75,8 @@ class ImageText(Stage):
             max_logit_scale=0.0 if math.isinf(max_logit_scale) else max_logit_scale,
         )  # fmt: skip
         model = replace(image, num_classes=0, classifier_bias=None, head_bias=None).resolve()
-        self._description, self._carried = Description(model=model, pairing=pairing), dict[str, Tensor]()
-        for name, meta in list(self.named_parameters()):
-            owner, _, leaf = name.rpartition(".")
-            parameter = nn.Parameter(torch.empty(meta.shape, device=device), requires_grad=meta.requires_grad)
-            attach_info(parameter, info_of(meta))
-            setattr(self.get_submodule(owner), leaf, parameter)
-        if seed is not None:
-            initialise(self, seed)
-        self.to(device)
+        self._description = Description(model=model, pairing=pairing)
+        self._materialise(seed, device)
 
     @classmethod
     def from_pretrained(
@@ -112,10 +103,7 @@ class ImageText(Stage):
             whole=True,
         )  # fmt: skip
         with source as found:
-            model = cls.described(found.description, path=path, device=device, kernels=kernels)
-            fill(model, found)
-            model._carried = {name: found.read_carried(name) for name in found.carried}
-        return model.eval()
+            return cls.described(found.description, path=path, device=device, kernels=kernels)._filled(found)
 
     @classmethod
     def described(
@@ -142,34 +130,6 @@ class ImageText(Stage):
         )  # fmt: skip
         model._description = description
         return model
-
-    def save_pretrained(
-        self,
-        path: str | Path,
-        kind: str = "vitruvius",
-        *,
-        dtype: torch.dtype | None = None,
-        leave_out: Sequence[str] = (),
-        preprocessing: Preprocessing | None = None,
-    ) -> None:
-        """Write both towers as a contrastive checkpoint of this program, or for another library.
-
-        Args:
-            path, kind, dtype, leave_out, preprocessing: as of `VisionTransformer.save_pretrained`; of kinds those of
-                two towers.
-
-        Raises:
-            ValueError: the place is taken, or the kind cannot express these towers; by name. Nothing is written then.
-        """
-        description = replace(self._description, preprocessing=preprocessing or self.preprocessing)
-        save_weights(
-            ModuleWeights(self, description, self._carried), Path(path), kind, dtype=dtype, leave_out=leave_out
-        )
-
-    @property
-    def preprocessing(self) -> Preprocessing | None:
-        """How images are prepared, if where the weights came from has said so."""
-        return self._description.preprocessing
 
     def forward(  # type: ignore[override]
         self, images: Tensor | MicroBatch, texts: Tensor | None = None

@@ -8,29 +8,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 
 from model.build import Build
 from model.config import ModelConfig
-from model.formats.api import open_weights, save_weights
-from model.formats.base import Description, Preprocessing
+from model.formats.api import open_weights
+from model.formats.base import Description
 from model.formats.weights import Which
 from model.inputs import MicroBatch
 from model.kernels import Backend, Kernels
 from model.layers import build_layers
-from model.pretrained import ModuleWeights, fill
+from model.pretrained import Pretrained
 from model.resize import resize_weights
 from model.seeing.capture import Attended, Numbers, Queries, RowsTap, choose, joined
 from model.stage import Layers
 from model.taps import tapped, tapping
-from parallel.layout import attach_info, info_of
-from parallel.random import initialise
 
 _MOST_SIZES = 16  # of images, whose tables of windows and positions are kept
 
 
-class VisionTransformer(Layers):
+class VisionTransformer(Pretrained, Layers):
     """The whole model on one process, with its initial weights, for use outside the engine.
 
     It computes in the format of its weights (`.bfloat16()`, `.half()`, `.double()`), or in that of torch.autocast, with
@@ -64,16 +62,9 @@ class VisionTransformer(Layers):
         super().__init__(build_layers(config), build)
         self._build = build
         self.dynamic_image_size = dynamic_image_size
-        self._description, self._carried = Description(model=config), dict[str, Tensor]()
+        self._description = Description(model=config)
         self._other_sizes: dict[tuple[object, ...], Layers] = {}
-        for name, meta in list(self.named_parameters()):
-            owner, _, leaf = name.rpartition(".")
-            parameter = nn.Parameter(torch.empty(meta.shape, device=device))
-            attach_info(parameter, info_of(meta))
-            setattr(self.get_submodule(owner), leaf, parameter)
-        if seed is not None:
-            initialise(self, seed)
-        self.to(device)
+        self._materialise(seed, device)
 
     @classmethod
     def from_pretrained(
@@ -119,41 +110,7 @@ class VisionTransformer(Layers):
                 kernels=kernels,
                 dynamic_image_size=dynamic_image_size,
             )
-            fill(model, found)
-            model._description = found.description
-            model._carried = {name: found.read_carried(name) for name in found.carried}
-        return model.eval()
-
-    def save_pretrained(
-        self,
-        path: str | Path,
-        kind: str = "vitruvius",
-        *,
-        dtype: torch.dtype | None = None,
-        leave_out: Sequence[str] = (),
-        preprocessing: Preprocessing | None = None,
-    ) -> None:
-        """Write the weights as a checkpoint of this program, or for another library.
-
-        What came from elsewhere and has no part in this model (a text tower) goes back to where it came from.
-
-        Args:
-            path: of a folder (big_vision: a file) that does not exist yet. kind: one of `tools.convert`. dtype: of the
-                tensors (default: that of the weights). leave_out: patterns of what may be dropped.
-            preprocessing: of images (default: `self.preprocessing`).
-
-        Raises:
-            ValueError: the place is taken, or the kind cannot express this model; by name. Nothing is written then.
-        """
-        description = replace(self._description, preprocessing=preprocessing or self.preprocessing)
-        save_weights(
-            ModuleWeights(self, description, self._carried), Path(path), kind, dtype=dtype, leave_out=leave_out
-        )
-
-    @property
-    def preprocessing(self) -> Preprocessing | None:
-        """How images are prepared, if where the weights came from has said so."""
-        return self._description.preprocessing
+            return model._filled(found)
 
     @property
     def embeds(self) -> bool:

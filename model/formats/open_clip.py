@@ -21,6 +21,7 @@ from model.formats.expressible import ANY, check_expressible, check_whole_patche
 from model.formats.open_clip_config import (
     FILE,
     found_config,
+    gelu_of,
     made_config,
     preprocess_cfg,
     preprocessing_of,
@@ -153,7 +154,6 @@ def model_of_config(path: Path, cfg: Mapping[str, Any]) -> ModelConfig:
     if timm_towers.is_timm(cfg):
         return timm_towers.model_of(path, cfg)
     vision = vision_cfg(path, cfg)
-    tanh = (vision["act_kwargs"] or {}).get("approximate") == "tanh"
     return ModelConfig(
         image_size=tuple(x) if isinstance(x := vision["image_size"], list | tuple) else x,
         patch_size=vision["patch_size"],
@@ -164,7 +164,7 @@ def model_of_config(path: Path, cfg: Mapping[str, Any]) -> ModelConfig:
         mlp_dim=int(vision["width"] * vision["mlp_ratio"]),
         block="sequential",
         norm_eps=(vision["norm_kwargs"] or {}).get("eps", 1e-5),
-        gelu="quick" if cfg.get("quick_gelu") else "tanh" if tanh else "erf",
+        gelu=gelu_of(cfg, vision),
         layer_scale=0.0 if vision["ls_init_value"] is None else vision["ls_init_value"] or 1e-5,  # 0 is none here
         patch_bias=False,
         pre_norm=not vision["no_ln_pre"],

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from model.config import ModelConfig
 from model.formats.base import ConversionError, Preprocessing
@@ -13,6 +13,7 @@ from model.formats.sources import Source
 
 FILE = "open_clip_config.json"
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # where it says nothing
+BLOCKS = (None, "default", "custom")  # which, without what is refused, are the same
 _READ: dict[str, Any] = {
     "layers": 12, "width": 768, "head_width": 64, "mlp_ratio": 4.0, "patch_size": 16, "image_size": 224,
     "ls_init_value": None, "no_ln_pre": False, "final_ln_after_pool": False, "pool_type": "tok", "act_kwargs": None,
@@ -85,31 +86,63 @@ def vision_cfg(path: Path, cfg: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConversionError: by key and value, for what this model has not.
     """
-    there: Mapping[str, Any] = cfg["vision_cfg"]
-    for key, value in there.items():
-        if key not in _READ and key not in _REFUSED and key not in _KNOWN:
-            raise ConversionError(f"{path}: vision_cfg.{key} {value!r} is not known to this program")
-        if key in _REFUSED and value != _REFUSED[key] and value:
-            raise ConversionError(f"{path}: vision_cfg.{key} is {value!r}, which this model has not")
-    out = _READ | {key: value for key, value in there.items() if key in _READ}
-    for key, choices in _CHOICES.items():
-        if out[key] not in choices:
-            raise ConversionError(f"{path}: vision_cfg.{key} is {out[key]!r}: this model has {choices} alone")
-    for key, names in {"act_kwargs": {"approximate"}, "norm_kwargs": {"eps"}}.items():
-        if strange := sorted(set(out[key] or {}) - names):
-            raise ConversionError(f"{path}: vision_cfg.{key} has {strange[0]}, which this model has not")
+    out = keys_of(path, "vision_cfg", cfg, read=_READ, refused=_REFUSED, known=_KNOWN, choices=_CHOICES)
     if not isinstance(out["layers"], int) or not isinstance(out["patch_size"], int):
         key = "patch_size" if isinstance(out["layers"], int) else "layers"
         raise ConversionError(f"{path}: vision_cfg.{key} is {out[key]}: it is no Vision Transformer of square patches")
     return out
 
 
+def keys_of(
+    path: Path,
+    group: str,
+    cfg: Mapping[str, Any],
+    *,
+    read: Mapping[str, Any],
+    refused: Mapping[str, Any],
+    known: Collection[str],
+    choices: Mapping[str, Sequence[Any]],
+    what: str = "this model",
+    cure: str = "",
+) -> dict[str, Any]:
+    """A group of a model's configuration, as far as it has a meaning here, with what is left out filled in.
+
+    Args:
+        read: keys with a meaning, and their usual values. refused: keys that must be so, or nothing. known: without a
+            meaning here. choices: of some that are read. what, cure: for messages: what it describes, and their end.
+
+    Raises:
+        ConversionError: by key and value, for what is not there, or not known.
+    """
+    there: Mapping[str, Any] = cfg[group]
+    for key, value in there.items():
+        if key not in read and key not in refused and key not in known:
+            raise ConversionError(f"{path}: {group}.{key} {value!r} is not known to this program{cure}")
+        if key in refused and value != refused[key] and value:
+            raise ConversionError(f"{path}: {group}.{key} is {value!r}, which {what} has not{cure}")
+    out = dict(read) | {key: value for key, value in there.items() if key in read}
+    for key, of in choices.items():
+        if out[key] not in of:
+            raise ConversionError(f"{path}: {group}.{key} is {out[key]!r}: {what} has {of} alone{cure}")
+    for key, names in {"act_kwargs": {"approximate"}, "norm_kwargs": {"eps"}}.items():
+        if strange := sorted(set(out[key] or {}) - names):
+            raise ConversionError(f"{path}: {group}.{key} has {strange[0]}, which {what} has not{cure}")
+    return out
+
+
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "pool_type": ("tok", "avg"),
     "pos_embed_type": ("learnable", "sin_cos_2d"),  # a tensor of its own either way
-    "block_type": (None, "default", "custom"),  # which, without what is refused, is the same
+    "block_type": BLOCKS,
     "qk_norm": (False, True),
 }
+
+
+def gelu_of(cfg: Mapping[str, Any], keys: Mapping[str, Any]) -> Literal["erf", "tanh", "quick"]:
+    """Of a model's configuration and what `keys_of` found for one of its towers."""
+    if cfg.get("quick_gelu"):
+        return "quick"
+    return "tanh" if (keys["act_kwargs"] or {}).get("approximate") == "tanh" else "erf"
 
 
 def ratio_of(hidden: int, width: int) -> float:
@@ -118,10 +151,9 @@ def ratio_of(hidden: int, width: int) -> float:
     return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
 
 
-def vision_cfg_for(m: ModelConfig, before: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a model of ours: what was there before, where it says the same."""
-    last, rows_cols = m.sizes.last, m.image
-    old = _READ | dict(before)
+def blocks_cfg_for(m: ModelConfig, old: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that either tower's configuration has of its blocks, as they were in `old` where that says the same."""
+    last = m.sizes.last
     ratio = old["mlp_ratio"] if int(last.width * old["mlp_ratio"]) == last.mlp else ratio_of(last.mlp, last.width)
     acts, norms = dict(old["act_kwargs"] or {}), dict(old["norm_kwargs"] or {})
     acts.pop("approximate", None)
@@ -129,21 +161,29 @@ def vision_cfg_for(m: ModelConfig, before: Mapping[str, Any]) -> dict[str, Any]:
         norms["eps"] = m.norm_eps
     if m.gelu == "tanh":
         acts["approximate"] = "tanh"
-    scale = m.layer_scale if m.layer_scale else None
-    new = {
+    scale = m.layer_scale or None
+    return {
         "layers": m.depth,
         "width": m.width,
-        "head_width": last.head_dim,
         "mlp_ratio": ratio,
+        "ls_init_value": old["ls_init_value"] if scale and old["ls_init_value"] == 0 else scale,
+        "act_kwargs": acts or None,
+        "norm_kwargs": norms or None,
+    }
+
+
+def vision_cfg_for(m: ModelConfig, before: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a model of ours: what was there before, where it says the same."""
+    last, rows_cols = m.sizes.last, m.image
+    old = _READ | dict(before)
+    new = blocks_cfg_for(m, old) | {
+        "head_width": last.head_dim,
         "patch_size": m.patch_size,
         "image_size": rows_cols[0] if rows_cols[0] == rows_cols[1] else list(rows_cols),
-        "ls_init_value": old["ls_init_value"] if scale and old["ls_init_value"] == 0 else scale,
         "no_ln_pre": not m.pre_norm,
         "final_ln_after_pool": bool(m.norm_after_pool),
         "pool_type": "tok" if m.pool == "cls" else "avg",
         "qk_norm": bool(m.qk_norm),
-        "act_kwargs": acts or None,
-        "norm_kwargs": norms or None,
     }
     return dict(before) | {key: value for key, value in new.items() if not _same(old[key], value)}
 

@@ -15,7 +15,7 @@ from model.config import ModelConfig
 from model.formats.base import ConversionError, Description
 from model.formats.expressible import ANY, check_expressible
 from model.formats.huggingface import common, keys
-from model.formats.huggingface.names import Names, rules_of
+from model.formats.huggingface.names import CLIP_ENCODER, rules_of
 from model.formats.rules import Rule, rule
 from model.formats.sources import Source
 
@@ -23,19 +23,7 @@ _ALLOWED: dict[str, object] = {
     "pool": "cls", "class_tokens": 1, "class_position": {True, False}, "norm_eps": ANY, "gelu": ANY, "pre_norm": True,
     "patch_bias": False, "classifier_bias": {True, False},
 }  # fmt: skip
-_NAMES = Names(
-    patch="embeddings.patch_embedding",
-    position="embeddings.position_embedding.weight",
-    cls="embeddings.class_embedding",
-    block="encoder.layers.{}.",
-    norms=("layer_norm1", "layer_norm2"),
-    qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    proj="self_attn.out_proj",
-    up=("mlp.fc1",),
-    down="mlp.fc2",
-    norm="post_layernorm",
-    pre_norm="pre_layrnorm",
-)
+_NAMES = replace(CLIP_ENCODER, cls="embeddings.class_embedding", pre_norm="pre_layrnorm")
 _PROJECTION = "visual_projection.weight"
 _CARRIED = re.compile(r"text_model\..*|text_projection\.weight|logit_scale|(.*\.)?embeddings\.position_ids")
 

@@ -48,6 +48,20 @@ class Names:
     """What of attn.proj, mlp.fc1, mlp.fc2 has no bias there."""
 
 
+CLIP_ENCODER = Names(
+    patch="embeddings.patch_embedding",
+    position="embeddings.position_embedding.weight",
+    block="encoder.layers.{}.",
+    norms=("layer_norm1", "layer_norm2"),
+    qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    proj="self_attn.out_proj",
+    up=("mlp.fc1",),
+    down="mlp.fc2",
+    norm="post_layernorm",
+)
+"""Of the towers of CLIP, and of what was written after it: SigLIP."""
+
+
 class LinearPatch(Permuted):
     """A patch embedding [D, C P P] that is a matrix [D, P P C] there."""
 

@@ -15,7 +15,7 @@ from model.config import ModelConfig
 from model.formats.base import ConversionError, Description, Origin, Pairing
 from model.formats.huggingface import common, keys
 from model.formats.huggingface.clip import HfClipVision
-from model.formats.huggingface.names import Names, block_rules
+from model.formats.huggingface.names import CLIP_ENCODER, block_rules
 from model.formats.huggingface.siglip import HfSiglip, HfSiglip2
 from model.formats.pairs import ALONE, image_of, pairing_in, text_model, within
 from model.formats.rules import Rule, rule
@@ -25,16 +25,7 @@ from model.formats.ways import Void
 from model.text import TextConfig
 from model.towers import IMAGE, TEXT
 
-_NAMES = Names(
-    patch="",
-    block="encoder.layers.{}.",
-    norms=("layer_norm1", "layer_norm2"),
-    qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    proj="self_attn.out_proj",
-    up=("mlp.fc1",),
-    down="mlp.fc2",
-    norm="final_layer_norm",
-)
+_NAMES = replace(CLIP_ENCODER, norm="final_layer_norm")  # of its blocks and the norm behind them alone
 _TEXT, _IMAGE = "text_model.", "vision_model."
 _POSITIONS = re.compile(r"(.*\.)?embeddings\.position_ids")
 _LEGACY_END = 2  # which CLIPModel takes for "the largest token of a text"

@@ -16,23 +16,12 @@ from model.config import ModelConfig
 from model.formats.base import ConversionError, Description
 from model.formats.expressible import ANY, check_expressible
 from model.formats.huggingface import common, keys
-from model.formats.huggingface.names import Names, rules_of
+from model.formats.huggingface.names import CLIP_ENCODER, rules_of
 from model.formats.rules import Rule, rule
 from model.formats.sources import Source
 from model.formats.ways import Same
 
 _ALLOWED: dict[str, object] = {"pool": {"map", "gap"}, "norm_eps": ANY, "gelu": {"erf", "tanh", "quick"}}
-_NAMES = Names(
-    patch="embeddings.patch_embedding",
-    position="embeddings.position_embedding.weight",
-    block="encoder.layers.{}.",
-    norms=("layer_norm1", "layer_norm2"),
-    qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    proj="self_attn.out_proj",
-    up=("mlp.fc1",),
-    down="mlp.fc2",
-    norm="post_layernorm",
-)
 _CARRIED = re.compile(
     r"(text_model\.|logit_(scale|bias)$).*|(vision_model\.)?(head\..*|embeddings\.position_ids)"
 )  # the probe where it has no part
@@ -42,7 +31,7 @@ class HfSiglip:
     """Names: `vision_model.encoder.layers.3.self_attn.q_proj.weight`, with or without the `vision_model.`."""
 
     kind, title, container = "hf_siglip", "transformers' SigLIP", "model"
-    names, prefix, processor = _NAMES, "Siglip", "SiglipImageProcessor"
+    names, prefix, processor = CLIP_ENCODER, "Siglip", "SiglipImageProcessor"
     known: frozenset[str] = keys.SIGLIP
 
     def recognises(self, source: Source) -> bool:
@@ -52,7 +41,8 @@ class HfSiglip:
     def describe(self, source: Source, given: Mapping[str, Any]) -> Description:
         """As Format."""
         config = common.tower_of(source, self.known)
-        start, classifier = common.start_in(source, f"{_NAMES.patch}.weight"), source.tensors.get("classifier.weight")
+        start = common.start_in(source, f"{CLIP_ENCODER.patch}.weight")
+        classifier = source.tensors.get("classifier.weight")
         probe = config.get("vision_use_head", True)
         model = ModelConfig(
             **common.sizes_of(
@@ -124,7 +114,7 @@ class HfSiglip2(HfSiglip):
     which is interpolated for each image. Here the model has that grid's size of images."""
 
     kind, title = "hf_siglip2", "transformers' SigLIP 2"
-    names, prefix, processor = replace(_NAMES, linear_patch=True), "Siglip2", "Siglip2ImageProcessor"
+    names, prefix, processor = replace(CLIP_ENCODER, linear_patch=True), "Siglip2", "Siglip2ImageProcessor"
     known = keys.SIGLIP2
 
     def recognises(self, source: Source) -> bool:
@@ -159,8 +149,8 @@ class HfSiglip2(HfSiglip):
 def _patch_dims(source: Source) -> int | None:
     """Dims of the patch embedding of a SigLIP tower, if it is one."""
     for name in source.tensors:
-        if name in (f"{_NAMES.patch}.weight", f"vision_model.{_NAMES.patch}.weight"):
-            start = name.removesuffix(f"{_NAMES.patch}.weight")
+        if name in (f"{CLIP_ENCODER.patch}.weight", f"vision_model.{CLIP_ENCODER.patch}.weight"):
+            start = name.removesuffix(f"{CLIP_ENCODER.patch}.weight")
             siglip = f"{start}embeddings.class_embedding" not in source.tensors
             return len(source.tensors[name].shape) if siglip else None
     return None
