@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.build import Build
-from model.groups import GroupPlan, grid, windows
+from model.groups import GroupPlan, groups_of
 from model.kernels.reference import depthwise_conv
 from model.qk_norm import QkNorm, qk_norm
 from model.regions import Regions
@@ -76,11 +76,7 @@ class GroupedAttention(nn.Module):
     def __init__(self, build: Build, kind: str) -> None:
         super().__init__()
         here, self.tokens, self.sees_prefix = build.here, build.tokens, kind == "global_tokens"
-        if kind == "grid":
-            groups = grid(here.rows, here.cols, here.grid)
-        else:
-            groups = windows(here.rows, here.cols, here.window, shifted=kind == "shifted_window")
-        self.plan = GroupPlan(groups, build.tokens)
+        self.plan = GroupPlan(groups_of(kind, here), build.tokens)
         self.sides = here.window_sides
         self.relative_position = relative_table(build) if build.config.relative_position else None
 

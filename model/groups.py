@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from model.sizes import Tokens
+from model.sizes import StageSizes, Tokens
 from parallel.context import exchange
 from parallel.layout import split_range
 
@@ -81,6 +81,13 @@ def grid(rows: int, cols: int, side: int) -> Groups:
     col_of = (torch.arange(across)[:, None] + torch.arange(wide) * across)[None, :, None, :]
     patches = _slots(row_of, col_of, rows, cols).flatten(2).flatten(0, 1)
     return Groups(patches, torch.zeros_like(patches))
+
+
+def groups_of(kind: str, here: StageSizes) -> Groups:
+    """Those of a kind of attention in which patches see their group (model.attention.GroupedAttention), in a stage."""
+    if kind == "grid":
+        return grid(here.rows, here.cols, here.grid)
+    return windows(here.rows, here.cols, here.window, shifted=kind == "shifted_window")
 
 
 class _Rearrange(torch.autograd.Function):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from model.attention import DENOMINATOR, Attention, GroupedAttention
-from model.groups import grid, windows
+from model.groups import groups_of
 from model.kernels.reference import feature
 from model.taps import Site, Tapped
 from parallel import comm
@@ -25,18 +25,11 @@ from parallel import comm
 CHUNK_BYTES = 32 * 2**20
 """Of rows that are computed at once; a few times this is taken beside what is asked for."""
 _POWER = 3  # of the focused feature map
-_GROUPED = ("window", "shifted_window", "grid", "global_tokens")
 
 
-def groups_of(site: Site) -> Tensor | None:
-    """int64 [S]: patches of equal numbers see each other, -1 for prefix tokens; None where the kind has no groups."""
-    if site.kind not in _GROUPED:
-        return None
-    here, prefix = site.here, site.tokens.prefix
-    if site.kind == "grid":
-        groups = grid(here.rows, here.cols, here.grid)
-    else:
-        groups = windows(here.rows, here.cols, here.window, shifted=site.kind == "shifted_window")
+def _numbers(site: Site) -> Tensor:
+    """int64 [S]: patches of equal numbers see each other, -1 for prefix tokens; of a kind with groups."""
+    here, prefix, groups = site.here, site.tokens.prefix, groups_of(site.kind, site.here)
     filled = groups.patches >= 0
     numbers = torch.arange(len(groups.patches))[:, None] * (groups.region.max() + 1) + groups.region
     found = torch.full((prefix + here.rows * here.cols,), -1)
@@ -49,7 +42,8 @@ class Sight:
     """How a layer sees.
 
     Attributes:
-        site: of the layer. groups: as of `groups_of`. table: of relative positions [h, offsets], if there is one.
+        site: of the layer. groups: as of `_numbers`, if the kind has groups. table: of relative positions [h, offsets],
+            if there is one.
     """
 
     site: Site
@@ -60,8 +54,10 @@ class Sight:
     def of(layer: Tapped) -> Sight:
         """As the layer is now: a copy of its table, which may be gathered for one pass."""
         mixer = layer.mixer if isinstance(layer, Attention) else None
-        table = mixer.relative_position if isinstance(mixer, GroupedAttention) else None
-        return Sight(layer.site, groups_of(layer.site), None if table is None else table.detach().clone())
+        if not isinstance(mixer, GroupedAttention):
+            return Sight(layer.site)
+        table = mixer.relative_position
+        return Sight(layer.site, _numbers(layer.site), None if table is None else table.detach().clone())
 
     @property
     def total(self) -> int:
