@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from data import Batch
 from engine.assemble import Assembly
 from model import MicroBatch
 from model.seeing.capture import PROBE, Attended, RowsTap, Wanted, joined
@@ -80,13 +81,11 @@ def _dealt(assembly: Assembly, images: Tensor) -> list[MicroBatch]:
         real = ids < len(images)
         pixels = images.new_zeros(micro, *images.shape[1:])
         pixels[real] = images[ids[real]]
-        found.append(
-            MicroBatch(
-                images=pixels.to(assembly.device) if assembly.holds_images else None,
-                labels=torch.zeros_like(ids).to(assembly.device),
-                sample_ids=torch.where(real, ids, -1).to(assembly.device),
-                weights=real.float().to(assembly.device),
-                training=False,
-            )
+        batch = Batch(
+            images=pixels if assembly.holds_images else None,
+            labels=torch.zeros_like(ids),
+            sample_ids=torch.where(real, ids, -1),
+            weights=real.float(),
         )
+        found.append(assembly.to_device(batch, training=False))
     return found
