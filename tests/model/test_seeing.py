@@ -179,6 +179,19 @@ def test_hiding_parts_finds_what_a_score_is_made_of() -> None:
     assert torch.equal(found, rise(score, images, masks=400, cells=4))
 
 
+def test_hiding_many_parts_at_once_is_hiding_each() -> None:
+    weights, images = torch.rand(3, 8, 8), torch.randn(3, 1, 8, 8)
+
+    def score(shown: Tensor) -> Tensor:
+        return (shown[:, 0] * weights.repeat(len(shown) // 3, 1, 1)).sum((1, 2))
+
+    for found in (
+        lambda n: occlusion(score, images, 2, 2, at_once=n),
+        lambda n: rise(score, images, masks=9, at_once=n),
+    ):
+        assert torch.allclose(found(1), found(5), rtol=1e-4, atol=1e-5)
+
+
 def test_features() -> None:
     b, n, d = 6, 16, 12
     place, content = torch.randn(n, 1), torch.randn(b, n, 1)

@@ -24,7 +24,7 @@ from model.seeing.rows import Seen
 from model.seeing.trace import map_of, pooled_tokens, trace
 
 _WITHOUT_CLASSES = "take --method heads, mean, rollout, flow, pca or clusters"
-_MOST_MASKED = 128  # images that RISE or occlusion run at once
+_TOKENS = 8192  # that RISE and occlusion run at once, unless the images alone have more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,15 +190,15 @@ def _hidden(model: VisionTransformer, images: Tensor, asked: Asked, how: str) ->
     target = _targets(model, images, asked)
 
     def score(shown: Tensor) -> Tensor:
-        outputs = torch.cat([model.logits(some) for some in shown.split(_MOST_MASKED)])
-        return outputs.softmax(1).gather(1, target[:, None])[:, 0]
+        return model.logits(shown).softmax(1).gather(1, target.repeat(len(shown) // len(target))[:, None])[:, 0]
 
-    patch = model.sizes.patch
+    patch, at_once = model.sizes.patch, max(1, _TOKENS // (model.sizes.tokens * len(images)))
     if how == "occlusion":
-        found = occlusion(score, images, 2 * patch, patch)
+        found = occlusion(score, images, 2 * patch, patch, at_once=at_once)
     else:
-        found = rise(score, images, masks=asked.masks, cells=min(7, *(side // patch for side in images.shape[2:])))
-    return Shown(maps={(how, ""): found}, arrays=_of(target))
+        cells = min(7, *(side // patch for side in images.shape[2:]))
+        found = rise(score, images, masks=asked.masks, cells=cells, at_once=at_once)
+    return Shown(maps={(how, ""): found}, arrays={"target": target})
 
 
 def _features(model: VisionTransformer, images: Tensor) -> Tensor:
