@@ -138,13 +138,19 @@ def _patches(row: Tensor, layer: Seen) -> Tensor:
 
 def _back(name: Method, title: str) -> Callable[[VisionTransformer, Tensor, Asked], Shown]:
     def found(model: VisionTransformer, images: Tensor, asked: Asked) -> Shown:
-        target = _targets(model, images, asked) if name != "rollout" else None
-        score = None if target is None else lambda outputs: outputs.gather(1, target[:, None])[:, 0]
-        noted, _ = trace(model, images, score)
+        target = _chooser(model, asked)
+        noted, outputs = trace(model, images, lambda outputs: outputs.gather(1, target(outputs)[:, None])[:, 0])
         tokens = back_through(noted, name)
-        return Shown(maps={(title, ""): map_of(model.config, tokens)}, arrays=_of(target) | {"tokens": tokens})
+        arrays = {"target": target(outputs), "tokens": tokens}
+        return Shown(maps={(title, ""): map_of(model.config, tokens)}, arrays=arrays)
 
     return found
+
+
+def rollout(model: VisionTransformer, images: Tensor, asked: Asked) -> Shown:
+    """Attention rollout."""
+    tokens = back_through(trace(model, images)[0], "rollout")
+    return Shown(maps={("rollout", ""): map_of(model.config, tokens)}, arrays={"tokens": tokens})
 
 
 def flow(model: VisionTransformer, images: Tensor, asked: Asked) -> Shown:
@@ -164,8 +170,12 @@ def _mean_map(layer: Mixing) -> Tensor:
     return torch.cat([rows.mean(1) for _, rows in layer.chunks()], 1).cpu()
 
 
-def _targets(model: VisionTransformer, images: Tensor, asked: Asked) -> Tensor:
-    """Of each image, the class that is explained [B]."""
+def _chooser(model: VisionTransformer, asked: Asked) -> Callable[[Tensor], Tensor]:
+    """Of what the model gives [B, C], the class of each image that is explained [B].
+
+    Raises:
+        ConfigError: there is none.
+    """
     classes = model.sizes.classes
     if not classes:
         raise ConfigError(f"this model has no classes, and so no score to be explained: {_WITHOUT_CLASSES}")
@@ -174,16 +184,19 @@ def _targets(model: VisionTransformer, images: Tensor, asked: Asked) -> Tensor:
             f"this model gives {classes} features of an embedding, of which none is a class to be explained: "
             f"{_WITHOUT_CLASSES}, or train a classifier on it (checkpoint.load)"
         )
-    if asked.target is not None:
-        if not 0 <= asked.target < classes:
-            raise ConfigError(f"--target {asked.target}: there are classes 0 to {classes - 1}")
-        return torch.full((len(images),), asked.target)
+    given = asked.target
+    if given is None:
+        return lambda outputs: outputs.argmax(1)
+    if not 0 <= given < classes:
+        raise ConfigError(f"--target {given}: there are classes 0 to {classes - 1}")
+    return lambda outputs: torch.full((len(outputs),), given)
+
+
+def _targets(model: VisionTransformer, images: Tensor, asked: Asked) -> Tensor:
+    """The same, of images that are not run anyway."""
+    choose = _chooser(model, asked)
     with torch.no_grad():
-        return model.logits(images).argmax(1)
-
-
-def _of(target: Tensor | None) -> dict[str, Tensor]:
-    return {} if target is None else {"target": target}
+        return choose(model.logits(images))
 
 
 def _hidden(model: VisionTransformer, images: Tensor, asked: Asked, how: str) -> Shown:
@@ -252,7 +265,7 @@ def lens(model: VisionTransformer, images: Tensor, asked: Asked) -> Shown:
 METHODS: dict[str, Callable[[VisionTransformer, Tensor, Asked], Shown]] = {
     "heads": heads,
     "mean": mean,
-    "rollout": _back("rollout", "rollout"),
+    "rollout": rollout,
     "gradient_rollout": _back("gradient_rollout", "gradient rollout"),
     "chefer": _back("relevance", "relevance"),
     "flow": flow,
