@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from engine.errors import ConfigError
 from parallel.pipeline.costs import LIMITS, Limit
@@ -23,6 +23,14 @@ _OWN_WORDS = {
     "parallel.virtual_stages": "--virtual-stages",
     "leave virtual_stages out": "leave that out",
 }
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises ConfigError for what is no option or has a wrong value, so that it is said once, however many ranks."""
+
+    def error(self, message: str) -> NoReturn:
+        """As ArgumentParser, which would print and exit."""
+        raise ConfigError(message)
 
 
 def number(limit: Limit) -> Callable[[str], Any]:
@@ -80,6 +88,13 @@ def refusing() -> Iterator[None]:
         for key, flag in _OWN_WORDS.items():
             text = text.replace(key, flag)
         raise ConfigError(text) from error
+
+
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    """The option `--weights`: which of a checkpoint's."""
+    parser.add_argument(
+        "--weights", choices=("weights", "average"), default="weights", help="their moving average, if the run kept one"
+    )
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

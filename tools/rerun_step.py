@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from engine.assemble import grid_of
 from engine.config import Config
@@ -57,6 +57,7 @@ from parallel.comm import Axis
 from parallel.grid import Grid, world_axis
 from parallel.process_group import World
 from tools.inspect_checkpoint.text import counted, natural, shown, size
+from tools.options import Parser
 
 _SHOWN = 10  # differing tensors
 _PROGRAM = "tools.rerun_step"
@@ -97,13 +98,8 @@ def main(argv: Sequence[str], world: World) -> int:
     return EXIT_DONE if well else EXIT_FAULT
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)  # said once, however many ranks there are
-
-
 def _options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = _Parser(
+    parser = Parser(
         prog=_PROGRAM,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -6,12 +6,11 @@ import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from engine.errors import ConfigError
 from engine.evaluation import clusters, fewshot, knn, probe, sgd
 from parallel.pipeline.costs import Limit
-from tools.options import COUNT, add_json, number, several
+from tools.options import COUNT, Parser, add_json, add_weights, number, several
 
 PROGRAM = "tools.evaluate"
 TASKS = {
@@ -37,11 +36,6 @@ _ONLY_FOR = {
 _GROUPS = ("model.", "data.", "parallel.", "precision.", "text.")
 _KEYS = ("train.micro_batch_size", "train.seed", "train.loss", "kernels", "device")
 _POSITIVE = Limit(1e-300, 1e300)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)  # said once, however many ranks there are
 
 
 def parse_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -83,7 +77,7 @@ def _check_flags(flags: Sequence[str]) -> None:
 def make_parser() -> argparse.ArgumentParser:
     """Of the options; all else is left over."""
     tasks = "\n".join(f"  {name:<11}{what}" for name, what in TASKS.items())
-    parser = _Parser(
+    parser = Parser(
         prog=PROGRAM,
         description=f"What a checkpoint's model is worth, in any layout, each image once.\n\ntasks:\n{tasks}",
         epilog="Keys of the configuration are flags of the same name: --data.path, --parallel.tensor_parallel_size, "
@@ -96,9 +90,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="folder of a step, of all steps, or of a run; or what tools.convert reads",
     )  # fmt: skip
     parser.add_argument("--task", required=True, choices=TASKS, metavar="TASK", help=f"one of {', '.join(TASKS)}")
-    parser.add_argument(
-        "--weights", choices=("weights", "average"), default="weights", help="their moving average, if the run kept one"
-    )
+    add_weights(parser)
     parser.add_argument(
         "--features", choices=("pooled", "embedding"), default="pooled",
         help="what the classifier or projection is given (default), or what a contrastive projection gives",

@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from model import VisionTransformer
 from model.formats.base import Preprocessing
 from parallel.process_group import World
 from tools.convert.images import prepared
-from tools.options import COUNT, number
+from tools.options import COUNT, Parser, add_weights, number
 from tools.visualize.methods import METHODS, READS, Asked, Shown, of_heads
 
 PROGRAM = "tools.visualize"
@@ -36,11 +36,6 @@ _OPTIONS = ("layers", "heads", "query", "target", "masks", "clusters", "batch") 
 _BATCH = 8
 _CONTACT = "contact"  # of the sheet of all images
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
 
 
 def main(argv: Sequence[str], world: World) -> int:
@@ -82,14 +77,12 @@ def main(argv: Sequence[str], world: World) -> int:
 
 
 def _options(argv: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="PATH", help="a run, a step, or a model")
     parser.add_argument("--images", type=Path, required=True, metavar="FOLDER", help="of images, or one image")
     parser.add_argument("--method", required=True, choices=METHODS, metavar="NAME", help=f"one of {', '.join(METHODS)}")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where pictures go; made if need be")
-    parser.add_argument(
-        "--weights", choices=("weights", "average"), default="weights", help="their moving average, if the run kept one"
-    )
+    add_weights(parser)
     parser.add_argument("--layers", type=_numbers, metavar="N,N", help="heads, mean: blocks (default: all)")
     parser.add_argument("--heads", type=_numbers, metavar="N,N", help="heads: which (default: all)")
     parser.add_argument(
