@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from data import UnreadableImageError
+from data.listing import SUFFIXES
 from engine.device import prepare_cpu
 from engine.errors import EXIT_DONE, ConfigError
 from engine.run.launch import run_rank
@@ -35,7 +36,6 @@ PROGRAM = "tools.visualize"
 _OPTIONS = ("layers", "heads", "query", "target", "masks", "clusters", "batch")  # that not every method reads
 _BATCH = 8
 _CONTACT = "contact"  # of the sheet of all images
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
 def main(argv: Sequence[str], world: World) -> int:
@@ -124,11 +124,11 @@ def images_in(folder: Path, most: int, out: Path) -> list[Path]:
     own, written = folder.resolve(), out.resolve()
     if written == own:
         raise ConfigError(f"--out {out} is the folder of images, and the next run would take its pictures for some")
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if own in written.parents:
         found = [path for path in found if written not in path.resolve().parents]
     if not found:
-        raise ConfigError(f"--images {folder} has no image: files that end with {', '.join(_SUFFIXES)}")
+        raise ConfigError(f"--images {folder} has no image: files that end with {', '.join(SUFFIXES)}")
     return found[:most]
 
 
