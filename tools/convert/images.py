@@ -69,10 +69,14 @@ def prepared(path: Path, channels: int, size: tuple[int, int], how: Preprocessin
     """
     image, white = whole(str(path), "RGB" if channels == 3 else "L")
     x = torch.from_numpy(channels_first(_resized(image, size, how), channels) / np.float32(white))
-    mean, std = (
-        torch.tensor(v if len(v) == channels else v[:1] * channels)[:, None, None] for v in (how.mean, how.std)
-    )
+    mean, std = statistics(how, channels)
     return (x - mean) / std
+
+
+def statistics(how: Preprocessing, channels: int) -> tuple[Tensor, Tensor]:
+    """(what is subtracted from pixels in 0..1, what they are then divided by), [channels, 1, 1] each."""
+    mean, std = (torch.tensor(v if len(v) == channels else v[:1] * channels) for v in (how.mean, how.std))
+    return mean[:, None, None], std[:, None, None]
 
 
 def _resized(image: Image.Image, size: tuple[int, int], how: Preprocessing) -> Image.Image:

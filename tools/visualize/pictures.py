@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
 from model.formats.base import Preprocessing
+from tools.convert.images import statistics
 from tools.figures import new_figure, save, style
 from tools.visualize.methods import Shown
 
@@ -45,8 +45,8 @@ class Scene:
 def scenes(names: Sequence[str], images: Tensor, how: Preprocessing, patch: int) -> list[Scene]:
     """Of the model's input [B, C, H, W], with its normalisation undone."""
     channels = images.shape[1]
-    shift, scale = (torch.tensor((tuple(x) * channels)[:channels])[:, None, None] for x in (how.mean, how.std))
-    pixels = (images * scale + shift).clamp(0, 1)
+    mean, std = statistics(how, channels)
+    pixels = (images * std + mean).clamp(0, 1)
     pixels = pixels if channels == 3 else pixels[:, :1].expand(-1, 3, -1, -1)
     return [Scene(n, x.permute(1, 2, 0).numpy(), patch) for n, x in zip(names, pixels, strict=True)]
 
