@@ -21,7 +21,7 @@ from tools.convert.images import prepared
 from tools.visualize import __main__ as command
 from tools.visualize import methods
 from tools.visualize.methods import METHODS, READS, Asked
-from tools.visualize.pictures import Scene, enlarged
+from tools.visualize.pictures import Scene, enlarged, names_of
 
 NAMES = ("one.png", "two.png", "sub/one.png")
 
@@ -131,7 +131,7 @@ def test_no_images(places: Path, tmp_path: Path) -> None:
 
 
 def test_names_of_pictures_are_their_own() -> None:
-    names = command._names([Path(name) for name in ("a/one.png", "b/one.png", "one-1.png", "contact.png", "two.png")])
+    names = names_of([Path(name) for name in ("a/one.png", "b/one.png", "one-1.png", "contact.png", "two.png")])
     assert len(set(names)) == 5 and "contact" not in names and names[-1] == "two"
 
 

@@ -35,7 +35,6 @@ from tools.visualize.methods import METHODS, READS, Asked, Shown, of_heads
 PROGRAM = "tools.visualize"
 _OPTIONS = ("layers", "heads", "query", "target", "masks", "clusters", "batch")  # that not every method reads
 _BATCH = 8
-_CONTACT = "contact"  # of the sheet of all images
 
 
 def main(argv: Sequence[str], world: World) -> int:
@@ -65,12 +64,12 @@ def main(argv: Sequence[str], world: World) -> int:
     shown = joined([METHODS[options.method](model, batch, asked) for batch in batches])
     seconds = time.perf_counter() - began
 
-    from tools.visualize.pictures import draw_all, scenes  # matplotlib: half a second
+    from tools.visualize.pictures import draw_all, names_of, scenes  # matplotlib: half a second
 
     for line in [*shown.says, *of_heads(shown)]:
         print(line)
     _store(shown, paths, options.out / f"{options.method}.npz")
-    written = draw_all(shown, scenes(_names(paths), images, how, model.sizes.patch), options.method, options.out)
+    written = draw_all(shown, scenes(names_of(paths), images, how, model.sizes.patch), options.method, options.out)
     print(f"{len(images)} images in {seconds:.2f} s, {seconds / len(images) * 1000:.1f} ms each, without drawing")
     print(f"{options.out}: {len(written)} pictures, {options.method}.npz")
     return EXIT_DONE
@@ -137,17 +136,6 @@ def _read(path: Path, model: VisionTransformer, how: Preprocessing) -> Tensor:
         return prepared(path, model.sizes.channels, model.sizes.image, how)
     except UnreadableImageError as error:
         raise ConfigError(f"--images: {error}") from error
-
-
-def _names(paths: Sequence[Path]) -> list[str]:
-    """For files: no two alike, and none that of the contact sheet."""
-    stems, names = [path.stem for path in paths], list[str]()
-    for i, stem in enumerate(stems):
-        name = stem if stems.count(stem) == 1 else f"{stem}-{i}"
-        while name in (*names, _CONTACT):
-            name = f"{name}-{i}"
-        names.append(name)
-    return names
 
 
 def joined(parts: Sequence[Shown]) -> Shown:

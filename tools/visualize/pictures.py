@@ -21,6 +21,7 @@ from tools.convert.images import statistics
 from tools.figures import new_figure, save, style
 from tools.visualize.methods import Shown
 
+_CONTACT = "contact"  # of the sheet of all images
 _ALPHA = 0.62  # of a map over its image
 _INCH = 2.2
 _SMALL = 1.25
@@ -42,6 +43,17 @@ class Scene:
     patch: int
 
 
+def names_of(paths: Sequence[Path]) -> list[str]:
+    """For their pictures: no two alike, and none that of the contact sheet."""
+    stems, names = [path.stem for path in paths], list[str]()
+    for i, stem in enumerate(stems):
+        name = stem if stems.count(stem) == 1 else f"{stem}-{i}"
+        while name in (*names, _CONTACT):
+            name = f"{name}-{i}"
+        names.append(name)
+    return names
+
+
 def scenes(names: Sequence[str], images: Tensor, how: Preprocessing, patch: int) -> list[Scene]:
     """Of the model's input [B, C, H, W], with its normalisation undone."""
     channels = images.shape[1]
@@ -60,8 +72,9 @@ def draw_all(shown: Shown, of: Sequence[Scene], method: str, out: Path) -> list[
             path = out / f"{method}-{scene.name}.png"
             save(_sheet(shown, scene, number) if many else _one(shown, scene, number), path, all_colors=True)
             written.append(path)
-        save(_contact(shown, of), out / f"{method}-contact.png", all_colors=True)
-    return [*written, out / f"{method}-contact.png"]
+        written.append(out / f"{method}-{_CONTACT}.png")
+        save(_contact(shown, of), written[-1], all_colors=True)
+    return written
 
 
 def _one(shown: Shown, scene: Scene, number: int) -> Figure:
@@ -97,7 +110,7 @@ def _sheet(shown: Shown, scene: Scene, number: int) -> Figure:
 
 
 def _contact(shown: Shown, of: Sequence[Scene]) -> Figure:
-    """The first map of every image beside it."""
+    """The last map of every image beside it."""
     across = min(_ACROSS, len(of))
     down = -(-len(of) // across)
     figure = new_figure(2 * _SMALL * across + 0.2, (_SMALL + 0.2) * down + 0.3)
