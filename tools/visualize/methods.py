@@ -14,6 +14,7 @@ from torch import Tensor
 
 from engine.errors import ConfigError
 from model import VisionTransformer
+from model.seeing.capture import PROBE
 from model.seeing.features import POSITIONAL, clusters, components, outliers
 from model.seeing.flow import attention_flow
 from model.seeing.lens import patch_logits
@@ -98,8 +99,9 @@ def _layers(noted: Trace, asked: Asked) -> list[tuple[str, Seen]]:
     if wrong := [n for n in asked.layers or () if not 0 <= n < len(blocks)]:
         raise ConfigError(f"--layers {wrong[0]}: there are blocks 0 to {len(blocks) - 1}")
     found = [(f"blocks.{n}", blocks[n]) for n in (range(len(blocks)) if asked.layers is None else asked.layers)]
-    probe = isinstance(noted.probe, Seen) and asked.layers is None
-    return [*found, ("head", noted.probe)] if probe and isinstance(noted.probe, Seen) else found
+    if isinstance(noted.probe, Seen) and asked.layers is None:
+        found.append((PROBE, noted.probe))
+    return found
 
 
 def _row(layer: Seen, asked: Asked, model: VisionTransformer) -> tuple[Tensor, Tensor, Tensor]:
