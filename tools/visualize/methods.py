@@ -52,13 +52,15 @@ class Shown:
 
     Attributes:
         maps: [B, rows, cols] by names of a line and a column of a sheet. colors: [B, rows, cols, 3] in 0..1, likewise.
-        arrays: anything else to be stored, by name. says: lines to print.
+        arrays: anything else to be stored, by name. says: lines to print. smooth: whether there is anything between the
+            centres of patches; not of what has no order.
     """
 
     maps: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     colors: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     arrays: dict[str, Tensor] = field(default_factory=dict)
     says: list[str] = field(default_factory=list)
+    smooth: bool = True
 
 
 def heads(model: VisionTransformer, images: Tensor, asked: Asked) -> Shown:
@@ -250,7 +252,7 @@ def grouped(model: VisionTransformer, images: Tensor, asked: Asked) -> Shown:
     import matplotlib
 
     table = torch.tensor(matplotlib.colormaps["viridis"](torch.linspace(0, 1, asked.clusters).numpy())[:, :3])
-    return Shown(colors={("clusters", ""): table[labels].float()}, arrays={"clusters": labels})
+    return Shown(colors={("clusters", ""): table[labels].float()}, arrays={"clusters": labels}, smooth=False)
 
 
 def lens(model: VisionTransformer, images: Tensor, asked: Asked) -> Shown:

@@ -79,17 +79,19 @@ def draw_all(shown: Shown, of: Sequence[Scene], method: str, out: Path) -> list[
 
 def _one(shown: Shown, scene: Scene, number: int) -> Figure:
     """The image, its map as the grid is, and smoothed, with a colour bar."""
-    figure = new_figure(3 * _INCH + 1, _INCH + 0.5)
-    axes = figure.subplots(1, 3)
+    fields = shown.maps or shown.colors
+    (key,) = fields
+    ways = {"pixels" if fields[key].shape[1:3] == scene.pixels.shape[:2] else "patches": False}
+    ways |= {"bilinear": True} if shown.smooth else {}
+    figure = new_figure((1 + len(ways)) * _INCH + 1, _INCH + 0.5)
+    axes = figure.subplots(1, 1 + len(ways))
     _image(axes[0], scene, scene.name)
-    ((line, column),) = shown.maps or shown.colors
-    title = " ".join(filter(None, (line, column)))
     bar = None
-    for place, (how, smooth) in zip(axes[1:], (("patches", False), ("bilinear", True)), strict=True):
-        bar = _over(place, shown, scene, number, (line, column), smooth) or bar
-        place.set_title(f"{title}, {how}")
+    for place, (how, smooth) in zip(axes[1:], ways.items(), strict=True):
+        bar = _over(place, shown, scene, number, key, smooth) or bar
+        place.set_title(f"{' '.join(filter(None, key))}, {how}")
     if bar is not None:
-        figure.colorbar(bar, ax=axes[2], fraction=0.05)
+        figure.colorbar(bar, ax=axes[-1], fraction=0.05)
     return figure
 
 
@@ -120,7 +122,7 @@ def _contact(shown: Shown, of: Sequence[Scene]) -> Figure:
     key = list(shown.maps or shown.colors)[-1]
     for number, scene in enumerate(of):
         _image(axes[2 * number], scene, scene.name)
-        _over(axes[2 * number + 1], shown, scene, number, key, smooth=True)
+        _over(axes[2 * number + 1], shown, scene, number, key, shown.smooth)
     figure.suptitle(" ".join(filter(None, key)))
     return figure
 
