@@ -13,8 +13,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from scipy.sparse import csr_array
-from scipy.sparse.csgraph import maximum_flow
 from torch import Tensor
 
 _UNIT = 10**6  # the solver's capacities are whole numbers
@@ -31,6 +29,9 @@ def attention_flow(maps: Sequence[Tensor], start: Tensor, kept: int = KEPT) -> T
     Returns:
         fp32 [S], to each token of the first layer, at most 1.
     """
+    from scipy.sparse import csr_array  # half a second, of which no other method has a use
+    from scipy.sparse.csgraph import maximum_flow
+
     edges, total, size = list[tuple[Tensor, Tensor, Tensor]](), len(start), len(maps)
     source = (size + 1) * total  # level l has tokens l S to (l + 1) S - 1; level 0 is the first layer's input
     begins = start.nonzero()[:, 0]
