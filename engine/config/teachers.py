@@ -8,10 +8,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from engine.config.distillation import TeacherConfig
 from engine.errors import ConfigError
+from engine.precision.precision import DTYPES
 from model import TEACHER, Matching, ModelConfig, Pixels, Teacher, check_parallel
 from model.formats.api import open_weights
 from model.formats.base import Preprocessing
@@ -23,8 +22,6 @@ from parallel.grid import GridShape
 
 if TYPE_CHECKING:
     from engine.config.config import Config
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,7 @@ def _teacher(name: str, given: TeacherConfig, config: Config, student: ModelConf
                 f"or one for each of {channels} channels" + (", above 0" if what == "std" else "")
             )
     pixels = Pixels.between((data.mean, data.std), (mean, std), model.sizes.image, channels)
-    return Teacher(name=name, model=model, pixels=pixels, dtype=_DTYPES[given.dtype or config.precision.dtype])
+    return Teacher(name=name, model=model, pixels=pixels, dtype=DTYPES[given.dtype or config.precision.dtype])
 
 
 def _check(path: str, teacher: ModelConfig, student: ModelConfig) -> None:
