@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from parallel import comm
 from parallel.comm import Axis
 from parallel.layout import split_range
+from parallel.tensor.loss import own_classes
 
 
 class Likeliest(NamedTuple):
@@ -46,7 +47,7 @@ def likeliest(logits: Tensor, count: int, classes: int, axis: Axis, temperature:
     )
     top, places = all_values.topk(count, 1)
     chosen = all_ids.gather(1, places)
-    total, rest = _log_masses(logits, chosen, first, stop, axis)
+    total, rest = _log_masses(logits, *own_classes(chosen, classes, axis), axis)
     return Likeliest(top - total[:, None], chosen, rest - total)
 
 
@@ -59,10 +60,8 @@ class _Divergence(torch.autograd.Function):
         ctx.dtype = logits.dtype
         wide = torch.promote_types(logits.dtype, torch.float32)
         logits, values, rest = logits.to(wide) / temperature, values.to(wide), rest.to(wide)
-        first, stop = split_range(classes, axis.size, axis.index)
-        total, left = _log_masses(logits, ids, first, stop, axis)
-        mine = (ids >= first) & (ids < stop)
-        places = (ids - first).clamp(0, stop - first - 1)
+        places, mine = own_classes(ids, classes, axis)
+        total, left = _log_masses(logits, places, mine, axis)
         own = (logits.gather(1, places) - total[:, None]) * mine
         likely = values.exp()
         kept = comm.all_reduce((likely * mine * (values - own)).sum(1), axis)
@@ -96,11 +95,13 @@ def sparse_divergence(logits: Tensor, of: Likeliest, classes: int, axis: Axis, t
     return loss
 
 
-def _log_masses(logits: Tensor, ids: Tensor, first: int, stop: int, axis: Axis) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp over all classes, and over those that are not among `ids`, [B] each: -inf of none."""
-    mine = (ids >= first) & (ids < stop)
-    # a last column takes what is of other ranks
-    places = torch.where(mine, ids - first, stop - first)
+def _log_masses(logits: Tensor, places: Tensor, mine: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp over all classes, and over those that are not kept, [B] each: -inf of none.
+
+    Args:
+        places, mine: [B, k], of the kept ones, as of `own_classes`.
+    """
+    places = torch.where(mine, places, logits.shape[1])  # a last column takes what is of other ranks
     others = F.pad(logits, (0, 1), value=-torch.inf).scatter(1, places, -torch.inf)
     both = torch.stack([logits.amax(1), others.amax(1)])
     largest = comm.all_reduce(both.clone(), axis, "max")

@@ -20,8 +20,8 @@ from parallel.comm import Axis
 from parallel.layout import split_range
 
 
-def _own_classes(labels: Tensor, classes: int, axis: Axis) -> tuple[Tensor, Tensor]:
-    """(index of the label among this rank's classes, clamped; whether the label is one of them), both [B]."""
+def own_classes(labels: Tensor, classes: int, axis: Axis) -> tuple[Tensor, Tensor]:
+    """(index of each label among this rank's classes, clamped; whether the label is one of them), both of its shape."""
     start, stop = split_range(classes, axis.size, axis.index)
     mine = (labels >= start) & (labels < stop)
     return (labels - start).clamp(0, stop - start - 1), mine
@@ -31,7 +31,7 @@ class _SoftmaxCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, classes: int, axis: Axis) -> Tensor:
         logits = logits.float()
-        index, mine = _own_classes(labels, classes, axis)
+        index, mine = own_classes(labels, classes, axis)
         largest = comm.all_reduce(logits.amax(1), axis, "max")
         exp = (logits - largest[:, None]).exp_()
         target = (logits.gather(1, index[:, None])[:, 0] - largest) * mine
@@ -75,7 +75,7 @@ def softmax_cross_entropy(logits: Tensor, labels: Tensor, classes: int, axis: Ax
 def sigmoid_cross_entropy(logits: Tensor, labels: Tensor, classes: int, axis: Axis) -> Tensor:
     """Sum over classes of the binary cross entropies of each image, in nats. Arguments as `softmax_cross_entropy`."""
     logits = logits.float()
-    index, mine = _own_classes(labels, classes, axis)
+    index, mine = own_classes(labels, classes, axis)
     target = logits.gather(1, index[:, None])[:, 0] * mine
     local = F.softplus(logits).sum(1) - target
     return sum_over(local, axis)
