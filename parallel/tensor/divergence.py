@@ -21,7 +21,7 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, axis: Axis, temperature: float) -> Tensor:
-        log_p, log_q = (log_softmax(x.float() / temperature, axis) for x in (logits, targets))
+        log_p, log_q = _log_softmax(torch.stack([logits.float(), targets.float()]) / temperature, axis)
         q = log_q.exp()
         ctx.save_for_backward((log_p.exp() - q) * temperature)
         ctx.dtype = logits.dtype
@@ -33,10 +33,10 @@ class _Divergence(torch.autograd.Function):
         return (slope * grads[0][:, None]).to(ctx.dtype), None, None, None
 
 
-def log_softmax(logits: Tensor, axis: Axis) -> Tensor:
-    """Over the classes of all ranks: fp32 [B, C/T] -> [B, C/T]. Nothing to be differentiated."""
-    shifted = logits - comm.all_reduce(logits.amax(1), axis, "max")[:, None]
-    return shifted - comm.all_reduce(shifted.exp().sum(1), axis).log()[:, None]
+def _log_softmax(logits: Tensor, axis: Axis) -> Tensor:
+    """Over the classes of all ranks, of both at once: fp32 [2, B, C/T] -> [2, B, C/T]."""
+    shifted = logits - comm.all_reduce(logits.amax(2), axis, "max")[..., None]
+    return shifted - comm.all_reduce(shifted.exp().sum(2), axis).log()[..., None]
 
 
 def softened_divergence(logits: Tensor, targets: Tensor, axis: Axis, temperature: float) -> Tensor:
