@@ -75,7 +75,7 @@ def _passes(layers: Sequence[LayerSpec], trains: Sequence[bool]) -> tuple[int, .
     carries, passes = dict[str, bool](), list[int]()
     for place, (layer, own) in enumerate(zip(layers, trains, strict=True)):
         rows, rides = layer.parted(makers(layers, place))
-        read = [*([] if rows is None else [rows]), *(rides if layer.reads_rides else ())]
+        read = [*([] if rows is None else [rows]), *layer.seen(rides)]
         carries[layer.name] = own or any(carries[maker.name] for maker in read)
         passes.append(3 if own else 2 if carries[layer.name] else 1)
     return tuple(passes)

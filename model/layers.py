@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -49,8 +49,8 @@ class LayerSpec:
         reads: of the micro-batch. per_sample: images per sample, 2 where each has two views.
         rides: the layers whose outputs ride beside its input, by name, in order.
         begins: whether it begins a later tower: the output of the layer before it is a ride, too, and it is given no
-            rows. takes: which of what it is given are its rows. sees: whether it reads its rides, too, which ride on.
-            joins: whether it reads them as the last, and gives out a tuple.
+            rows. takes: which of what it is given are its rows. sees: which of its rides it reads, too, which rides on;
+            None: none. joins: whether it reads all of them, as the last, and gives out a tuple.
     """
 
     name: str
@@ -66,13 +66,13 @@ class LayerSpec:
     rides: tuple[str, ...] = ()
     begins: bool = False
     takes: int = 0
-    sees: bool = False
+    sees: int | None = None
     joins: bool = False
 
     @property
     def reads_rides(self) -> bool:
         """Whether it is given what rides past it."""
-        return self.sees or self.joins
+        return self.sees is not None or self.joins
 
     @property
     def is_frozen(self) -> bool:
@@ -97,6 +97,16 @@ class LayerSpec:
         if self.begins or not flow:
             return None, flow
         return flow[self.takes], (*flow[: self.takes], *flow[self.takes + 1 :])
+
+    def seen(self, rides: tuple[T, ...]) -> tuple[T, ...]:
+        """Those of its rides that it reads."""
+        if self.joins:
+            return rides
+        return () if self.sees is None else (rides[self.sees],)
+
+    def arguments(self, x: Tensor | None, batch: MicroBatch, rides: tuple[Tensor, ...]) -> tuple[Any, ...]:
+        """What its forward is called with."""
+        return (x, batch, self.seen(rides)) if self.reads_rides else (x, batch)
 
 
 def makers(layers: Sequence[LayerSpec], place: int) -> tuple[LayerSpec, ...]:
@@ -190,7 +200,7 @@ def measured(layers: Sequence[LayerSpec], build: Build, batch: MicroBatch) -> li
         kind = (made_by, args, spec.stage, spec.tower)
         x, rides = spec.parted(flow)
         if kind not in known:
-            given = (torch.empty(0, device="meta") if x is None else x, batch, *([rides] if spec.reads_rides else []))
+            given = spec.arguments(torch.empty(0, device="meta") if x is None else x, batch, rides)
             with torch.inference_mode(False), ProductFlops() as counter, torch.no_grad():
                 layer = spec.factory(build.of(spec))
                 y = layer(*given)

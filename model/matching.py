@@ -29,16 +29,11 @@ MATCH = "match"
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What a layer is to be like: the rows of a stage of a teacher's pyramid.
-
-    Attributes:
-        ride: which of what rides past has them.
-    """
+    """What a layer is to be like: the rows of a stage of a teacher's pyramid, and by which loss."""
 
     teacher: Tower
     stage: int
     loss: FeatureLoss
-    ride: int = 0
 
 
 class Weights(NamedTuple):
@@ -62,7 +57,7 @@ class Match(nn.Module):
     def __init__(self, name: str, weights: Weights, target: Target, build: Build) -> None:
         super().__init__()
         self.tp, self.tokens, self.weights = build.tp, build.tokens, weights
-        self.loss, self.ride, sizes = target.loss, target.ride, target.teacher.config.sizes
+        self.loss, sizes = target.loss, target.teacher.config.sizes
         self.theirs = Tokens.of(sizes, target.stage, build.context)
         width, wide = build.here.width, sizes.stages[target.stage].width
         self.lift: nn.Parameter | None = None
@@ -73,11 +68,11 @@ class Match(nn.Module):
                 ParameterInfo(layout=layout, init=init, decay="body", partial_over_tensor=build.tp.splits_rows)
             )
 
-    def forward(self, x: Tensor, batch: MicroBatch, rides: tuple[Tensor, ...]) -> Tensor:
-        """The student's rows [R, D], and what rides past them -> the same rows."""
+    def forward(self, x: Tensor, batch: MicroBatch, seen: tuple[Tensor]) -> Tensor:
+        """The student's rows [R, D], and the teacher's -> the same rows."""
         if not batch.training:
             return x
-        theirs = self._patches(rides[self.ride], self.theirs, batch.size).detach()
+        theirs = self._patches(seen[0], self.theirs, batch.size).detach()
         theirs = resampled(theirs, self.theirs, self.tokens)
         if self.weights.features:
             z = x if self.lift is None else linear(x, self.lift, None)

@@ -60,7 +60,5 @@ class Stage(Layers):
     ) -> tuple[Tensor, ...]:
         """The same, of rows and rides."""
         x = None if rows is None else rows.to(self.precision.of_layer(spec.name))
-        if spec.joins:
-            joined: tuple[Tensor, ...] = layer(x, batch, rides)
-            return joined
-        return (layer(x, batch, rides) if spec.sees else layer(x, batch), *rides)
+        y = layer(*spec.arguments(x, batch, rides))
+        return y if spec.joins else (y, *rides)

@@ -95,7 +95,7 @@ class Matching:
 
     Attributes:
         pairs: with each teacher, (block of the student, block of his), rising in both. shares: what of the target each
-            teacher decides. loss, weight: of the target, which is the mean over pairs.
+            teacher decides. loss: of features. weights: of the targets, which are means over pairs.
     """
 
     pairs: tuple[tuple[tuple[int, int], ...], ...]
@@ -131,8 +131,10 @@ def _measured(student: ModelConfig, teachers: tuple[Teacher, ...], matching: Mat
         for match, target in _matches(spec, models, matching):
             targets[match.name] = target
             streams[-1].append((at, match))
-    layers = taking_turns(streams)
-    layers = [_seeing(spec, targets[spec.name]) if spec.sees else spec for spec in layers]
+    layers = [
+        replace(spec, sees=spec.rides.index(targets[spec.name])) if spec.name in targets else spec
+        for spec in taking_turns(streams)
+    ]
     sizes = student.sizes
     batch = MicroBatch.of_images(torch.empty(1, sizes.channels, *sizes.image, device="meta"))
     return tuple(measured(layers, Build(config=student), batch))
@@ -165,16 +167,7 @@ def _matches(
                 name = f"{MATCH}.{pair * len(teachers) + teacher}"
                 weights = Weights(*(weight * share / len(pairs) for weight in matching.weights))
                 target = Target(teacher=there.tower, stage=there.stage, loss=matching.loss)
-                spec = LayerSpec(
-                    name=name, factory=partial(Match, name, weights, target), stage=block.stage, sees=True
-                )  # fmt: skip
-                yield spec, there.name
-
-
-def _seeing(match: LayerSpec, target: str) -> LayerSpec:
-    """A matching layer that knows which of its rides it looks at."""
-    name, weights, of = match.factory.args  # type: ignore[attr-defined]
-    return replace(match, factory=partial(Match, name, weights, replace(of, ride=match.rides.index(target))))
+                yield LayerSpec(name=name, factory=partial(Match, name, weights, target), stage=block.stage), there.name
 
 
 def taking_turns(streams: Sequence[Sequence[tuple[Fraction, LayerSpec]]]) -> list[LayerSpec]:

@@ -260,4 +260,4 @@ class ReadyLayer:
         flow = [maker.boundary(self._size, self._build) for maker in makers(self._layers, self._index)]
         dtype = precision.of_layer(spec.name)
         x, rides = spec.parted(tuple(torch.randn(of, dtype=dtype, device=device).requires_grad_() for of in flow))
-        return (x, batch, rides) if spec.reads_rides else (x, batch)
+        return spec.arguments(x, batch, rides)
