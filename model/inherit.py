@@ -16,10 +16,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from model.build import Build
 from model.config import ModelConfig
-from model.layers import build_layers
-from parallel.layout import TensorLayout, info_of
+from model.layers import logical_layouts
+from parallel.layout import TensorLayout
 
 # what there is less of, what says nothing about weights, and what is compared stage by stage
 _MAY_DIFFER = (
@@ -59,7 +58,7 @@ def inherit(teacher: ModelConfig, student: ModelConfig, blocks: Sequence[int] | 
     """
     _check_kind(teacher, student)
     chosen = _blocks(teacher, student, blocks)
-    there, here = _layouts(teacher), _layouts(student)
+    there, here = logical_layouts(teacher), logical_layouts(student)
     found = {}
     for name, layout in here.items():
         kind, _, rest = name.partition(".")
@@ -77,14 +76,6 @@ def inherit(teacher: ModelConfig, student: ModelConfig, blocks: Sequence[int] | 
 def evenly(length: int, count: int) -> Tensor:
     """`count` of `length` places, the first among them: int64."""
     return torch.arange(count) * length // count
-
-
-def _layouts(config: ModelConfig) -> dict[str, TensorLayout]:
-    build, found = Build(config=config), dict[str, TensorLayout]()
-    for spec in build_layers(config):
-        layer = spec.factory(build.of(spec))
-        found |= {f"{spec.name}.{name}": info_of(p).layout for name, p in layer.named_parameters()}
-    return found
 
 
 def _check_kind(teacher: ModelConfig, student: ModelConfig) -> None:

@@ -22,7 +22,7 @@ from model.flops import ProductFlops
 from model.heads import Head
 from model.inputs import MicroBatch
 from model.merge import PatchMerge
-from parallel.layout import info_of
+from parallel.layout import TensorLayout, info_of
 
 Factory = Callable[[Build], nn.Module]
 T = TypeVar("T")
@@ -149,11 +149,16 @@ def logical_shapes(config: ModelConfig, layers: Sequence[LayerSpec] | None = Non
     Args:
         config: resolved. layers: if they are others than the configuration's own.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
+    return {name: layout.shape for name, layout in logical_layouts(config, layers).items()}
+
+
+def logical_layouts(config: ModelConfig, layers: Sequence[LayerSpec] | None = None) -> dict[str, TensorLayout]:
+    """The same with how each is split."""
+    build, layouts = Build(config=config), dict[str, TensorLayout]()
     for spec in layers or _layers(config):
-        layer = spec.factory(Build(config=config).of(spec))
-        shapes |= {f"{spec.name}.{name}": info_of(p).layout.shape for name, p in layer.named_parameters()}
-    return shapes
+        layer = spec.factory(build.of(spec))
+        layouts |= {f"{spec.name}.{name}": info_of(p).layout for name, p in layer.named_parameters()}
+    return layouts
 
 
 def _layers(config: ModelConfig) -> list[LayerSpec]:
