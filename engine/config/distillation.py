@@ -100,7 +100,7 @@ class DistillationConfig:
 
     @property
     def all_teachers(self) -> tuple[TeacherConfig, ...]:
-        """One or several, their weights shares of 1."""
+        """One or several, as keys give them."""
         if self.teacher is not None:
             return (
                 TeacherConfig(

@@ -53,14 +53,14 @@ class Distillation(AdditiveObjective):
         """As Objective; in equal parts on the context ranks, which all compute it."""
         found = self._losses(outputs, batch, grid)
         share = scale / (self.labels.global_batch_size * grid.context.size)
-        for name, losses in found.items():
-            if batch.shares is not None:
+        if batch.shares is not None:
+            for name, losses in found.items():
                 batch.shares.note(name, losses.sum() * (share / grid.tensor.size))
         return self._whole(found, outputs).sum() * share
 
     def counts(self, outputs: Outputs, batch: MicroBatch, grid: Grid) -> Tensor:
         """As AdditiveObjective; of several teachers the right ones, by their shares."""
-        right = [self._right(logits, batch, grid) for logits in outputs]
+        right = [self.labels.right(logits, batch, grid).double() for logits in outputs]
         taught = torch.stack([share * of for share, of in zip(self.config.shares, right[:0:-1], strict=True)]).sum()
         loss = self._whole(self._losses(outputs, batch, grid), outputs).sum().double()
         return torch.stack([loss, right[0], taught, batch.weights.sum().double()])
@@ -109,7 +109,3 @@ class Distillation(AdditiveObjective):
     def _whole(self, losses: Mapping[str, Tensor], outputs: Outputs) -> Tensor:
         """Of the last layer's targets together, [B]; where all are at depth nothing, but to be differentiated."""
         return torch.stack([*losses.values()] or [0 * outputs[0].sum(1, dtype=torch.float32)]).sum(0)
-
-    def _right(self, logits: Tensor, batch: MicroBatch, grid: Grid) -> Tensor:
-        hits = top_class(logits, self.labels.classes, grid.tensor) == batch.labels
-        return (hits * batch.weights).sum().double()

@@ -47,8 +47,8 @@ class Supervised(AdditiveObjective):
 
     def counts(self, outputs: tuple[Tensor, ...], batch: MicroBatch, grid: Grid) -> Tensor:
         """As AdditiveObjective."""
-        right = (top_class(outputs[0], self.classes, grid.tensor) == batch.labels) * batch.weights
-        return torch.stack([self.losses(outputs, batch, grid).sum(), right.sum(), batch.weights.sum()]).double()
+        right = self.right(outputs[0], batch, grid)
+        return torch.stack([self.losses(outputs, batch, grid).sum(), right, batch.weights.sum()]).double()
 
     def figures(self, totals: Sequence[float]) -> dict[str, float]:
         """As AdditiveObjective: the mean loss and accuracy."""
@@ -58,3 +58,7 @@ class Supervised(AdditiveObjective):
     def losses(self, outputs: tuple[Tensor, ...], batch: MicroBatch, grid: Grid) -> Tensor:
         """Loss of each image, 0 for padding: [B]."""
         return LOSSES[self.loss](outputs[0], batch.labels, self.classes, grid.tensor) * batch.weights
+
+    def right(self, logits: Tensor, batch: MicroBatch, grid: Grid) -> Tensor:
+        """How many images these logits classify right: []."""
+        return ((top_class(logits, self.classes, grid.tensor) == batch.labels) * batch.weights).sum()
