@@ -32,7 +32,8 @@ from engine.config.teachers import teachers_of
 from engine.errors import ConfigError
 from engine.plan import states
 from engine.run.step import Stepper
-from model import ModelConfig, VisionTransformer, student_layers
+from model import VisionTransformer, student_layers
+from model.formats.checkpoint import model_of
 from parallel import comm
 from parallel.process_group import World
 from tools.benchmark.bench import Bench, read_config, seconds, started
@@ -121,7 +122,7 @@ def _taught(config: Config, keys: str) -> DistillationConfig:
     """With a teacher of random weights, written once for all ranks of a host."""
     own = {name: value for name, value in asdict(config.model.resolve()).items() if name not in ("preset", "head_bias")}
     try:
-        model = ModelConfig(**own | yaml.safe_load(keys))
+        model = model_of(own | yaml.safe_load(keys))
     except (TypeError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"--teacher {keys}: {error}") from error
     name = blake2b(repr(model).encode(), digest_size=8).hexdigest()
