@@ -12,10 +12,10 @@ from torch import Tensor
 
 from model.config import ModelConfig, StageConfig
 from model.formats.base import ConversionError, Description, Entry, Origin, Preprocessing
-from model.formats.pairs import has_texts, is_contrastive, pairing_of, shapes_of
+from model.formats.pairs import has_texts, is_contrastive, pairing_of, shapes_of, tower_alone
 from model.formats.weights import CARRIED, StoredWeights, Which
 from model.matching import MATCH
-from model.towers import IMAGE, projected
+from model.towers import IMAGE
 from parallel.checkpoint.manifest import CheckpointError, Manifest, checksum
 from parallel.checkpoint.read import Reader, Target
 
@@ -135,8 +135,7 @@ class CheckpointWeights(RunWeights):
         """By itself; it came from nowhere, as what came from elsewhere was both."""
         keys = self.manifest.config["contrastive"]
         embedding, projection, bias = keys["embedding"], keys["projection"], keys.get("projection_bias", False)
-        model = projected(description.model, embedding, projection, projection_bias=bias).resolve()
-        return replace(description, model=model, origin=None, pairing=None, embeds=bool(model.num_classes))
+        return replace(tower_alone(description, embedding, projection, projection_bias=bias), origin=None)
 
 
 def _with_labels(description: Description, folder: Path) -> Description:

@@ -45,7 +45,14 @@ def image_of(description: Description) -> Description:
     """The image tower by itself, its linear projection as the classifier; of one model, that."""
     if (p := description.pairing) is None:
         return description
-    model = projected(description.model, p.embedding, p.projection, projection_bias=p.projection_bias)
+    return tower_alone(description, p.embedding, p.projection, projection_bias=p.projection_bias)
+
+
+def tower_alone(
+    description: Description, embedding: int, projection: Projection, *, projection_bias: bool
+) -> Description:
+    """The image tower, which is projected so, by itself, a linear projection as its classifier."""
+    model = projected(description.model, embedding, projection, projection_bias=projection_bias)
     return replace(description, model=model.resolve(), pairing=None, embeds=bool(model.num_classes))
 
 
