@@ -5,7 +5,7 @@ from model.config import ModelConfig, StageConfig
 from model.image_text import ImageText
 from model.inputs import MicroBatch
 from model.layers import LayerSpec, build_layers, makers, ride_of, training_flops
-from model.matching import FEATURES, RELATIONS
+from model.matching import EMBEDDINGS, FEATURES, RELATIONS
 from model.precision import Precision
 from model.presets import PRESETS
 from model.stage import Stage
@@ -16,6 +16,7 @@ from model.towers import TOWERS, build_towers, check_towers
 from model.vit import VisionTransformer
 
 __all__ = [
+    "EMBEDDINGS",
     "FEATURES",
     "MATCH",
     "PRESETS",

@@ -67,10 +67,14 @@ class Head(nn.Module):
 
     Two class tokens have a classifier each, whose logits are averaged (Touvron et al. 2021, DeiT). Without classes the
     pooled features are what comes out.
+
+    Args:
+        beside: whether the pooled features come out beside the logits, too, those of two class tokens as their mean.
     """
 
-    def __init__(self, build: Build) -> None:
+    def __init__(self, build: Build, *, beside: bool = False) -> None:
         super().__init__()
+        self.beside = beside
         self.tp, self.kind, self.tokens = build.tp, build.config.pool, build.tokens
         self.class_tokens, self.norm_last = build.sizes.class_tokens, bool(build.config.norm_after_pool)
         width = build.here.width
@@ -83,14 +87,15 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, batch: MicroBatch) -> Tensor:
         """[R, D] (or this rank's rows) -> logits [B, C/T] of this rank's classes; without classes [B, D], or [B, 2D]
-        of class token and mean, on every tensor rank."""
+        of class token and mean, on every tensor rank. `beside`: both, [B, C/T + D]."""
         if self.norm_last:
             outputs = [self.norm(pooled) for pooled in self._pooled(x, batch)]
         else:
             outputs = self._pooled(self.norm(x), batch)
+        features = outputs
         if self.fc is not None:
             outputs = [fc(y) for fc, y in zip((self.fc, self.fc_distill), outputs, strict=False) if fc is not None]
-        return outputs[0] if len(outputs) == 1 else (outputs[0] + outputs[1]) / 2
+        return torch.cat([_mean_of(outputs), _mean_of(features)], 1) if self.beside else _mean_of(outputs)
 
     def _pooled(self, x: Tensor, batch: MicroBatch) -> list[Tensor]:
         """One vector per image [B, D], or that of each of two class tokens."""
@@ -109,6 +114,11 @@ class Head(nn.Module):
         t = self.tokens
         patches = tokens[:, t.own_prefix :].sum(1, dtype=torch.promote_types(tokens.dtype, torch.float32))
         return (sum_over(patches, t.context) / (t.rows * t.cols)).to(tokens.dtype)
+
+
+def _mean_of(each: list[Tensor]) -> Tensor:
+    """Of one or two."""
+    return each[0] if len(each) == 1 else (each[0] + each[1]) / 2
 
 
 def pooled_features(build: Build) -> int:

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from model.beside import POOLED, Beside
 from model.blocks import BLOCKS
 from model.build import Build, Tower
 from model.config import ModelConfig
@@ -46,6 +47,8 @@ class LayerSpec:
         tower: that it belongs to; None in a model of one.
         gives: rows of tokens; one vector per image or text, whole on every tensor rank (`vectors`); or this tensor
             rank's share of its features (`shares`).
+        beside: what it gives beside that, in one tensor with it (model.beside): `q`, `k`, `v` of a block, `pooled` of a
+            head. columns: of its input that are its rows, where the layer before it gives others beside them.
         reads: of the micro-batch. per_sample: images per sample, 2 where each has two views.
         rides: the layers whose outputs ride beside its input, by name, in order.
         begins: whether it begins a later tower: the output of the layer before it is a ride, too, and it is given no
@@ -61,6 +64,8 @@ class LayerSpec:
     output: tuple[int, int] = (0, 0)
     tower: Tower | None = None
     gives: Literal["rows", "vectors", "shares"] = "rows"
+    beside: str = ""
+    columns: int | None = None
     reads: tuple[Literal["images", "texts"], ...] = ()
     per_sample: int = 1
     rides: tuple[str, ...] = ()
@@ -89,7 +94,10 @@ class LayerSpec:
         """Shape of its output for so many samples on this rank (of any layer but the last of all)."""
         here, images = build.of(self), batch_size * self.per_sample
         if self.gives == "rows":
-            return here.tp.local_rows(images * here.tokens.count), self.output[1]
+            width = Beside.of(here, self.beside).columns if self.beside else self.output[1]
+            return here.tp.local_rows(images * here.tokens.count), width
+        if self.beside == POOLED:
+            return images, here.part(here.sizes.classes) + self.output[1] - here.sizes.classes
         return images, here.part(self.output[1]) if self.gives == "shares" else self.output[1]
 
     def parted(self, flow: tuple[T, ...]) -> tuple[T | None, tuple[T, ...]]:
@@ -106,6 +114,8 @@ class LayerSpec:
 
     def arguments(self, x: Tensor | None, batch: MicroBatch, rides: tuple[Tensor, ...]) -> tuple[Any, ...]:
         """What its forward is called with."""
+        if x is not None and self.columns is not None:
+            x = x[:, : self.columns].contiguous()
         return (x, batch, self.seen(rides)) if self.reads_rides else (x, batch)
 
 

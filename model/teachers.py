@@ -7,7 +7,7 @@ holds both. The student's layers have the names that they have without teachers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache, partial
@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from model.beside import POOLED, attending
 from model.build import Build, Tower
 from model.config import ModelConfig
 from model.embed import Embedding
 from model.heads import Head
 from model.inputs import MicroBatch
 from model.layers import LayerSpec, block_layers, build_layers, head_gives, measured
-from model.matching import MATCH, FeatureLoss, Match, Target, Weights
+from model.matching import MATCH, FeatureLoss, Match, MatchPooled, Target, Weights
 
 TEACHER = "teacher"
 
@@ -91,17 +92,20 @@ class TeacherEmbedding(Embedding):
 
 @dataclass(frozen=True, kw_only=True)
 class Matching:
-    """Blocks of the student that are to be like blocks of its teachers.
+    """Layers of the student that are to be like layers of its teachers.
 
     Attributes:
-        pairs: with each teacher, (block of the student, block of his), rising in both. shares: what of the target each
-            teacher decides. loss: of features. weights: of the targets, which are means over pairs.
+        pairs: of blocks, with each teacher, as many: (the student's, his), rising in both. shares: what of the target
+            each teacher decides. loss: of features. weights: of the targets, which are means over pairs. heads: as of
+            Target. pooled: whether heads give pooled features beside their logits.
     """
 
     pairs: tuple[tuple[tuple[int, int], ...], ...]
     shares: tuple[float, ...]
     loss: FeatureLoss
     weights: Weights
+    heads: int | None = None
+    pooled: bool = False
 
 
 def build_student(
@@ -120,6 +124,9 @@ def _measured(student: ModelConfig, teachers: tuple[Teacher, ...], matching: Mat
     """Once in a process."""
     own, models = build_layers(student), [_teaching(teacher) for teacher in teachers]
     pairs = matching.pairs if matching is not None else [()] * len(teachers)
+    if matching is not None:
+        own = _beside(own, {i for of in pairs for i, _ in of}, matching)
+        models = [_beside(of, {j for _, j in matched}, matching) for of, matched in zip(models, pairs, strict=True)]
     depth, targets = student.sizes.depth, dict[str, str]()
     streams = [
         list(_by_depth(of, {Fraction(j + 1, t.model.sizes.depth): Fraction(i + 1, depth) for i, j in matched}))
@@ -140,6 +147,23 @@ def _measured(student: ModelConfig, teachers: tuple[Teacher, ...], matching: Mat
     return tuple(measured(layers, Build(config=student), batch))
 
 
+def _beside(layers: Sequence[LayerSpec], blocks: Set[int], matching: Matching) -> list[LayerSpec]:
+    """A model's layers, of which these blocks, and the head, give beside their outputs what of them is matched."""
+    found, what = list[LayerSpec](), matching.weights.beside
+    for spec in layers:
+        if matching.pooled and spec.kind == "head":
+            spec = replace(spec, factory=partial(Head, beside=True), beside=POOLED)
+        elif what and spec.kind == "blocks" and int(spec.name.rpartition(".")[2]) in blocks:
+            assert isinstance(spec.factory, partial)
+            name, rate, kind = spec.factory.args
+            factory = partial(attending, name, rate, kind, spec.factory.func, what)
+            spec = replace(spec, factory=factory, beside=what)
+        if found and found[-1].beside and found[-1].tower is not None:  # no layer that matches stands between
+            spec = replace(spec, columns=found[-1].tower.config.sizes.stages[found[-1].stage].width)
+        found.append(spec)
+    return found
+
+
 def _teaching(teacher: Teacher) -> list[LayerSpec]:
     name, model = teacher.name, teacher.model
     tower = Tower(name=name, config=model, frozen=True, dtype=teacher.dtype)
@@ -153,21 +177,30 @@ def _teaching(teacher: Teacher) -> list[LayerSpec]:
 
 
 def _matches(
-    block: LayerSpec, teachers: Sequence[Sequence[LayerSpec]], matching: Matching | None
+    layer: LayerSpec, teachers: Sequence[Sequence[LayerSpec]], matching: Matching | None
 ) -> Iterator[tuple[LayerSpec, str]]:
-    """Layers that match a block of the student, each with the name of what it is matched with."""
-    if matching is None or block.kind != "blocks":
+    """Layers that match a layer of the student, each with the name of what it is matched with."""
+    if matching is None:
         return
-    number = int(block.name.rpartition(".")[2])
+    at_depth, pooled = matching.weights._replace(embeddings=0.0), Weights(embeddings=matching.weights.embeddings)
     for teacher, (layers, pairs, share) in enumerate(zip(teachers, matching.pairs, matching.shares, strict=True)):
-        for pair, (i, j) in enumerate(pairs):
-            if i == number:
-                there = next(layer for layer in layers if layer.name.endswith(f".blocks.{j}"))
+        names = [*((f"blocks.{i}", f"blocks.{j}") for i, j in pairs), *[("head", "head")] * any(pooled)]
+        for place, (own, other) in enumerate(names):
+            if own == layer.name:
+                there = next(of for of in layers if of.name.endswith(f".{other}"))
                 assert there.tower is not None
-                name = f"{MATCH}.{pair * len(teachers) + teacher}"
-                weights = Weights(*(weight * share / len(pairs) for weight in matching.weights))
-                target = Target(teacher=there.tower, stage=there.stage, loss=matching.loss)
-                yield LayerSpec(name=name, factory=partial(Match, name, weights, target), stage=block.stage), there.name
+                name, is_head = f"{MATCH}.{place * len(teachers) + teacher}", own == "head"
+                part = share if is_head else share / len(pairs)
+                weights = Weights(*(weight * part for weight in (pooled if is_head else at_depth)))
+                later = (f"blocks.{i}" for other in matching.pairs[teacher + 1 :] for i, _ in other)
+                target = Target(
+                    teacher=there.tower, stage=there.stage, loss=matching.loss, heads=matching.heads,
+                    hands_on=own in later,
+                )  # fmt: skip
+                factory = partial(MatchPooled if is_head else Match, name, weights, target)
+                beside = layer.beside if is_head or target.hands_on else ""
+                spec = LayerSpec(name=name, factory=factory, stage=layer.stage, gives=layer.gives, beside=beside)
+                yield spec, there.name
 
 
 def taking_turns(streams: Sequence[Sequence[tuple[Fraction, LayerSpec]]]) -> list[LayerSpec]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
-from math import ceil
+from math import ceil, inf
 from typing import Literal
 
 from engine.errors import ConfigError
+from model.matching import RELATIONS
 
-_WEIGHTS = ("response_weight", "features_weight", "relations_weight", "label_weight")
+_WEIGHTS = ("response_weight", "embeddings_weight", "features_weight", "relations_weight", "label_weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,15 +69,26 @@ class DistillationConfig:
     temperature: float = 2.0
     """Logits of both are divided by it; the divergence is multiplied by its square (Hinton et al. 2015)."""
 
+    embeddings_weight: float = 0.0
+    """Of 1 less the cosine of the pooled features before the classifier, the student's projected to the teacher's width
+    where that differs; 0: it is no target."""
+
     features: Literal["mse", "cosine", "smooth_l1"] = "mse"
     """What patches of matched blocks differ by, each normalised over its features (FitNets; Romero et al. 2015)."""
 
     features_weight: float = 0.0
     """Of that, the mean over pairs of blocks; 0: it is no target."""
 
+    relations: tuple[str, ...] = ("gram",)
+    """How tokens of an image relate to each other in matched blocks: gram (the cosines of patches, as DINOv3's Gram
+    matrices), queries, keys, values (MiniLMv2), maps (of attention, MiniLM). A weight may stand behind, as queries:2.
+    """
+
     relations_weight: float = 0.0
-    """Of what the cosines between the patches of an image differ by in matched blocks (Gram matrices, as DINOv3's), the
-    mean over pairs of blocks; 0: it is no target."""
+    """Of what these differ by, each times its own weight, the mean over pairs of blocks; 0: they are no target."""
+
+    relation_heads: int | None = None
+    """That queries, keys and values of both models are cut into anew; null: as many as the student's heads."""
 
     pairs: tuple[tuple[int, int], ...] | str | None = None
     """Blocks to be matched: even:N, which are evenly spread, or a list of [student's, teacher's], from 0, rising in
@@ -89,6 +101,7 @@ class DistillationConfig:
         for name in _WEIGHTS:
             if getattr(self, name) < 0:
                 raise ValueError(f"distillation.{name} is {getattr(self, name)}: it must be 0 or more")
+        self._check_relations()
         if self.temperature <= 0:
             raise ValueError(f"distillation.temperature is {self.temperature}: it must be above 0")
         for teacher in self.teachers or ():
@@ -97,6 +110,26 @@ class DistillationConfig:
                     f"distillation.teachers: the weight of {teacher.path} is {teacher.weight}: it must be above 0, or "
                     "leave the teacher out"
                 )
+
+    def _check_relations(self) -> None:
+        kinds = [of.partition(":")[0] for of in self.relations]
+        for given, kind in zip(self.relations, kinds, strict=True):
+            _, colon, weight = given.partition(":")
+            if kind not in RELATIONS or (colon and not _is_above_0(weight)):
+                raise ValueError(
+                    f"distillation.relations has {given!r}: give some of {', '.join(RELATIONS)}, each with a weight "
+                    "above 0 behind it or none, as queries:2"
+                )
+        if not kinds or len(set(kinds)) < len(kinds):
+            raise ValueError(f"distillation.relations is {list(self.relations)}: give each kind once, and one at least")
+        if self.relation_heads is not None and self.relation_heads < 1:
+            raise ValueError(f"distillation.relation_heads is {self.relation_heads}: it must be 1 or more")
+
+    @property
+    def relation_weights(self) -> dict[str, float]:
+        """Of each kind that is a target."""
+        each = {kind: float(weight or 1) for kind, _, weight in (of.partition(":") for of in self.relations)}
+        return {kind: weight * self.relations_weight for kind, weight in each.items() if self.relations_weight}
 
     @property
     def all_teachers(self) -> tuple[TeacherConfig, ...]:
@@ -114,8 +147,8 @@ class DistillationConfig:
     def weights(self) -> dict[str, float]:
         """Of each target that has one, by its name in metrics."""
         found = {
-            "response": self.response_weight, "features": self.features_weight, "relations": self.relations_weight,
-            "labels": self.label_weight,
+            "response": self.response_weight, "embeddings": self.embeddings_weight, "features": self.features_weight,
+            **self.relation_weights, "labels": self.label_weight,
         }  # fmt: skip
         return {name: weight for name, weight in found.items() if weight}
 
@@ -152,13 +185,24 @@ class DistillationConfig:
                 f"distillation.pairs is {self.pairs}, but distillation.features_weight and relations_weight are 0: "
                 "leave it out, or give one of them a weight"
             )
-        for name, weight in (("response", "response"), ("temperature", "response"), ("features", "features")):
+        owned = {
+            "response": "response", "temperature": "response", "features": "features", "relations": "relations",
+            "relation_heads": "relations",
+        }  # fmt: skip
+        for name, weight in owned.items():
             value = getattr(self, name)
             if not getattr(self, f"{weight}_weight") and value != getattr(usual, name):
                 raise ConfigError(
                     f"distillation.{name} is {value}, but distillation.{weight}_weight is 0: leave it out, or give the "
                     f"{weight} a weight"
                 )
+
+        cut = {"queries", "keys", "values"} & self.relation_weights.keys()
+        if self.relation_heads is not None and not cut:
+            raise ConfigError(
+                f"distillation.relation_heads is {self.relation_heads}, but of what is cut into heads anew, queries, "
+                "keys, values, distillation.relations has none: leave it out, or add one of them"
+            )
 
     def pairs_of(self, student: int, teacher: int) -> tuple[tuple[int, int], ...]:
         """Blocks to be matched of models of so many.
@@ -192,3 +236,10 @@ class DistillationConfig:
         if not given:
             raise ConfigError("distillation.pairs is an empty list: give a pair, or leave it out")
         return tuple((i, j) for i, j in given)
+
+
+def _is_above_0(text: str) -> bool:
+    try:
+        return 0 < float(text) < inf
+    except ValueError:
+        return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate
+from math import gcd
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -90,13 +91,48 @@ def _check(path: str, teacher: ModelConfig, student: ModelConfig) -> None:
 
 
 def matching_of(config: Config, teachers: tuple[Teacher, ...], student: ModelConfig | None = None) -> Matching | None:
-    """What blocks are matched. Arguments, and what is raised, as of `teachers_of`."""
-    keys, sizes = config.distillation, (student or config.model).sizes
-    if not (keys.features_weight or keys.relations_weight):
+    """What layers are matched. Arguments, and what is raised, as of `teachers_of`."""
+    keys, student = config.distillation, student or config.model
+    at_depth = Weights(features=keys.features_weight, **keys.relation_weights)
+    weights = at_depth._replace(embeddings=keys.embeddings_weight)
+    if not any(weights):
         return None
-    weights = Weights(features=keys.features_weight, relations=keys.relations_weight)
-    pairs = tuple(keys.pairs_of(sizes.depth, teacher.model.sizes.depth) for teacher in teachers)
-    return Matching(pairs=pairs, shares=keys.shares, loss=keys.features, weights=weights)
+    depth = student.sizes.depth
+    pairs = tuple(keys.pairs_of(depth, of.model.sizes.depth) if any(at_depth) else () for of in teachers)
+    for teacher, given in zip(teachers, pairs, strict=True):
+        for pair in given:
+            _check_heads(pair, student.sizes, teacher, weights, keys.relation_heads)
+    return Matching(
+        pairs=pairs, shares=keys.shares, loss=keys.features, weights=weights, heads=keys.relation_heads,
+        pooled=bool(keys.embeddings_weight),
+    )  # fmt: skip
+
+
+def _check_heads(pair: tuple[int, int], student: Sizes, teacher: Teacher, weights: Weights, heads: int | None) -> None:
+    """Raise ConfigError where a pair of blocks has no relations of the same form."""
+    both = list(zip((student, teacher.model.sizes), pair, strict=True))
+    own, theirs = (of.stages[_stage_of(of, block)] for of, block in both)
+    named = f"distillation.pairs {list(pair)}: the student's block"
+    if weights.maps and own.heads != theirs.heads:
+        raise ConfigError(
+            f"{named} has {own.heads} heads and the {teacher.name}'s {theirs.heads}, and maps are compared head by "
+            f"head: use relations queries, keys or values, which are cut into heads anew, or {theirs.heads} heads"
+        )
+    kinds = [[kind for stage in of.stages for kind in stage.kinds][block] for of, block in both]
+    if weights.maps and kinds != ["full", "full"]:
+        raise ConfigError(
+            f"{named} has {kinds[0]} attention and the {teacher.name}'s {kinds[1]}; maps are compared where each token "
+            "sees all: use relations queries, keys or values, or pairs of blocks with full attention"
+        )
+    count = heads or own.heads
+    widths = {"student": own.width, teacher.name: theirs.width}
+    for whose, width in widths.items():
+        if (weights.queries or weights.keys or weights.values) and width % count:
+            raise ConfigError(
+                f"distillation.pairs {list(pair)}: {width} features of the {whose}'s queries, keys or values cannot be "
+                f"cut into {count} heads: set distillation.relation_heads to a divisor of {own.width} and "
+                f"{theirs.width}, such as {gcd(own.width, theirs.width)}"
+            )
 
 
 def check_maps(student: ModelConfig, teachers: tuple[Teacher, ...], matching: Matching, context_size: int) -> None:

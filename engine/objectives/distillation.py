@@ -1,7 +1,8 @@
 """A student that learns what its teachers make of an image, beside its label.
 
 The teachers' layers are in the student's list (model.teachers), frozen; what the last layer gives are the student's
-logits, then theirs, the last teacher's first.
+logits, then theirs, the last teacher's first; behind them, in the same tensor, pooled features, where these are
+compared.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from engine.config.distillation import DistillationConfig
 from engine.config.teachers import matching_of, teachers_of
 from engine.objectives.base import AdditiveObjective, Outputs
 from engine.objectives.supervised import Supervised
-from model import FEATURES, MATCH, RELATIONS, LayerSpec, MicroBatch, build_student
+from model import EMBEDDINGS, FEATURES, MATCH, RELATIONS, LayerSpec, MicroBatch, build_student
 from parallel.comm import Axis
 from parallel.grid import Grid
+from parallel.layout import split_range
 from parallel.tensor import sigmoid_divergence, softened_divergence, softmax_cross_entropy, top_class
 
 
@@ -39,7 +41,7 @@ class Distillation(AdditiveObjective):
     labels: Supervised
     layers: tuple[LayerSpec, ...]
     targets: tuple[str, ...]
-    at_depth = (FEATURES, RELATIONS)
+    at_depth = (FEATURES, *RELATIONS, EMBEDDINGS)
 
     @classmethod
     def of(cls, config: Config) -> Self:
@@ -51,6 +53,7 @@ class Distillation(AdditiveObjective):
 
     def loss_share(self, outputs: Outputs, batch: MicroBatch, grid: Grid, scale: float) -> Tensor:
         """As Objective; in equal parts on the context ranks, which all compute it."""
+        outputs = self._logits(outputs, grid)
         found = self._losses(outputs, batch, grid)
         share = scale / (self.labels.global_batch_size * grid.context.size)
         if batch.shares is not None:
@@ -60,6 +63,7 @@ class Distillation(AdditiveObjective):
 
     def counts(self, outputs: Outputs, batch: MicroBatch, grid: Grid) -> Tensor:
         """As AdditiveObjective; of several teachers the right ones, by their shares."""
+        outputs = self._logits(outputs, grid)
         right = [self.labels.right(logits, batch, grid).double() for logits in outputs]
         taught = torch.stack([share * of for share, of in zip(self.config.shares, right[:0:-1], strict=True)]).sum()
         loss = self._whole(self._losses(outputs, batch, grid), outputs).sum().double()
@@ -77,10 +81,15 @@ class Distillation(AdditiveObjective):
         softened = "" if keys.response == "hard" else f" at temperature {keys.temperature:g}"
         how = {"response": f" ({keys.response}{softened})", FEATURES: f" ({keys.features})"}
         what = ", ".join(f"{name}{how.get(name, '')} x {weight:g}" for name, weight in keys.weights.items())
-        if blocks := sum(layer.kind == MATCH for layer in self.layers):
-            what += f"; {blocks} pair{'s' * (blocks > 1)} of blocks"
+        if pairs := sum(layer.kind == MATCH for layer in self.layers):
+            what += f"; {pairs} pair{'s' * (pairs > 1)} of layers"
         paths = (f"{of.path} x {share:.3g}" for of, share in zip(keys.all_teachers, keys.shares, strict=True))
         return f"distillation: {what}; taught by {', '.join(paths)}"
+
+    def _logits(self, outputs: Outputs, grid: Grid) -> Outputs:
+        """Without what stands beside them: [B, C/T] each."""
+        start, stop = split_range(self.labels.classes, grid.tensor.size, grid.tensor.index)
+        return tuple([x if x.shape[1] == stop - start else x[:, : stop - start] for x in outputs])
 
     def _losses(self, outputs: Outputs, batch: MicroBatch, grid: Grid) -> dict[str, Tensor]:
         """By target, with its weight, the loss of each image, 0 for padding: [B]."""

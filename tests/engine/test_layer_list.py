@@ -25,7 +25,7 @@ NAMES = [layer.name for layer in LAYERS]
 TAUGHT = build_student(
     IMAGE,
     [Teacher(name="teacher", model=IMAGE, pixels=Pixels(scale=(1.0,), shift=(0.0,), size=(8, 8)), dtype=torch.float32)],
-    Matching(pairs=(((0, 0), (1, 1)),), shares=(1.0,), loss="mse", weights=Weights(features=1.0, relations=0.0)),
+    Matching(pairs=(((0, 0), (1, 1)),), shares=(1.0,), loss="mse", weights=Weights(features=1.0)),
 )
 
 

@@ -125,14 +125,17 @@ TAUGHT: dict[str, tuple[ModelConfig, tuple[TeacherConfig, ...], DistillationConf
     ),
     # at depth: wider rows; another map of patches, of a pyramid; losses of all kinds
     "matched": (
-        replace(_SMALL, block="sequential", pool="gap"), (teacher(_TEACHER),),
-        DistillationConfig(features_weight=2.0, pairs=((0, 1), (2, 3)), response="hard", relations_weight=5.0),
+        replace(_SMALL, block="sequential", pool="cls"), (teacher(replace(_TEACHER, num_heads=8, pool="cls")),),
+        DistillationConfig(
+            features_weight=2.0, pairs=((0, 1), (2, 3)), response="hard", relations_weight=5.0, embeddings_weight=0.5,
+            relations=("gram", "queries:0.5", "keys", "values", "maps:2"), relation_heads=4,
+        ),
     ),
     "matched_to_two": (
         MODELS["pyramid"], (teacher(_TEACHER, weight=3.0), teacher(_PYRAMID, image_size=(14, 16))),
         DistillationConfig(
             label_weight=0.0, response_weight=0.0, features_weight=3.0, features="cosine", pairs="even:3",
-            relations_weight=20.0,
+            relations_weight=20.0, relations=("gram", "values"), relation_heads=2, embeddings_weight=1.5,
         ),
     ),
 }  # fmt: skip

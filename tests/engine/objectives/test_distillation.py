@@ -38,6 +38,7 @@ from parallel.checkpoint.read import Reader
 from parallel.config import ParallelConfig
 from parallel.grid import GridShape, make_grid, planned_grid
 from parallel.process_group import World
+from tests.engine.objectives.plain_relations import attended, divergence, pooled, tokens
 from tests.engine.recompute.meta_pass import bytes_of_a_pass
 from tests.engine.small import MODEL, flags, small
 from tests.parity.cases import TAUGHT, Case
@@ -138,7 +139,7 @@ def test_gradients_are_those_of_plain_pytorch(model: str) -> None:
     ours = climb(World(), config, before_training=take, steps=1)
     images, labels = first_batches(config)[0]
     keys, data = config.distillation, config.data
-    with rows_of(plain) as mine:
+    with rows_of(plain) as mine, attended(plain) as minded, pooled(plain) as embedded:
         own = plain(images.double())
     loss = keys.label_weight * F.cross_entropy(own, labels)
     several = len(keys.all_teachers)
@@ -151,10 +152,15 @@ def test_gradients_are_those_of_plain_pytorch(model: str) -> None:
         pixels = (pixels - (of.mean or data.mean)[0]) / (of.std or data.std)[0]
         size = shown.resolve().sizes.image
         pixels = pixels if pixels.shape[2:] == size else F.interpolate(pixels, size, mode="bicubic", antialias=True)
-        with torch.no_grad(), rows_of(theirs) as his:
+        with torch.no_grad(), rows_of(theirs) as his, attended(theirs) as heeded, pooled(theirs) as known:
             logits = theirs.double()(pixels.double())
         loss = loss + keys.response_weight * share * response(own, logits, keys)
         pairs = keys.pairs_of(plain.sizes.depth, theirs.sizes.depth) if keys.features_weight else ()
+        if keys.embeddings_weight:
+            lift = trained.get(f"match.{len(pairs) * several + number}.lift")
+            (a,), (b,) = embedded, known
+            a = a if lift is None else a @ lift.T
+            loss = loss + keys.embeddings_weight * share * (1 - F.cosine_similarity(a, b)).mean()
         for place, (i, j) in enumerate(pairs):
             lift = trained.get(f"match.{place * several + number}.lift")
             a, b = mine[i] if lift is None else mine[i] @ lift.T, his[j]
@@ -162,7 +168,15 @@ def test_gradients_are_those_of_plain_pytorch(model: str) -> None:
                 b = b.transpose(1, 2).unflatten(2, other)
                 b = F.interpolate(b, here, mode="bilinear", antialias=True).flatten(2).transpose(1, 2)
             loss = loss + keys.features_weight * share / len(pairs) * features(a, b, keys)
-            loss = loss + keys.relations_weight * share / len(pairs) * (cosines(mine[i]) - cosines(b)).square().mean()
+            classes = plain.sizes.class_tokens * (plain.sizes.class_tokens == theirs.sizes.class_tokens)
+            both = [tuple(tokens(x, plain, classes, (here, here)) for x in minded[i])]
+            both.append(tuple(tokens(x, theirs, classes, (other, here)) for x in heeded[j]))
+            for kind, weight in keys.relation_weights.items():
+                if kind == "gram":
+                    each = (cosines(mine[i]) - cosines(b)).square().mean()
+                else:
+                    each = divergence(kind, both[0], both[1], keys.relation_heads or 0)
+                loss = loss + weight * share / len(pairs) * each
     loss.backward()
     assert ours.losses[0] == pytest.approx(loss.item(), rel=1e-5)
     assert any(name.startswith("match.") for name in trained) == (keys.features_weight > 0)
@@ -285,17 +299,20 @@ def test_a_student_of_a_run_goes_on_with_the_same_teacher_alone(
 def test_targets_add_up_to_the_loss_in_every_format(tmp_path: Path, teacher: Path) -> None:
     """Scaled or not; of a teacher in a format of its own."""
     keys = DistillationConfig(
-        teacher=str(teacher), features_weight=2.0, features="smooth_l1", teacher_dtype="bf16", relations_weight=5.0
-    )
+        teacher=str(teacher), features_weight=2.0, features="smooth_l1", teacher_dtype="bf16", relations_weight=5.0,
+        relations=("gram", "queries", "keys:3", "values", "maps"), embeddings_weight=0.5,
+    )  # fmt: skip
     losses, norms = {}, {}
     for dtype in ("fp32", "bf16", "fp16", "fp8"):
-        precision = PrecisionConfig(dtype=dtype)  # type: ignore[arg-type]
+        scale = {"initial_loss_scale": 2.0**10} if dtype == "fp16" else {}
+        precision = PrecisionConfig(dtype=dtype, **scale)  # type: ignore[arg-type]
         groups = {"precision": precision, "log": LogConfig(tensorboard=False, interval=2)}
         for stop in (1, None):  # it goes on within an interval
             train = TrainConfig(steps=2, global_batch_size=8, stop_step=stop)
             run(tmp_path / dtype, objective="distillation", distillation=keys, train=train, **groups)
         (line,) = lines(tmp_path / dtype, "train")
-        targets = [line[f"loss_{name}"] for name in ("response", "features", "relations", "labels")]
+        targets = [line[f"loss_{name}"] for name in keys.weights]
+        assert len(targets) == 9
         assert sum(targets) == pytest.approx(line["loss"], rel=1e-6) and min(targets) > 0
         losses[dtype], norms[dtype] = targets, line["grad_norm"]
     for dtype in ("bf16", "fp16", "fp8"):
@@ -328,6 +345,25 @@ def test_targets_add_up_to_the_loss_in_every_format(tmp_path: Path, teacher: Pat
         ({"features_weight": 1.0, "pairs": ((4, 0),)}, {}, r"has \[4, 0\], but the student has no block 4.*0 to 3"),
         ({"features_weight": 1.0, "pairs": ((1, 3), (2, 2))}, {}, r"\[1, 3\] before \[2, 2\]: pairs must rise in both"),
         ({"pairs": "even:2"}, {}, r"pairs is even:2, but .*features_weight and relations_weight are 0"),
+        ({"embeddings_weight": 1.0, "pairs": "even:2"}, {}, r"pairs is even:2, but"),
+        ({"relations": ("queries",)}, {}, r"relations is \('queries',\), but .*relations_weight is 0"),
+        ({"relations_weight": 1.0, "relations": ("gram", "gram:2")}, {}, r"give each kind once"),
+        ({"relations_weight": 1.0, "relations": ("heads",)}, {}, r"has 'heads': give some of gram, queries, keys"),
+        ({"relations_weight": 1.0, "relations": ("keys:0",)}, {}, r"has 'keys:0': .*a weight above 0 behind it"),
+        ({"relations_weight": 1.0, "relation_heads": 2}, {}, r"relation_heads is 2, but .*queries, keys, .* has none"),
+        ({"relations_weight": 1.0, "relations": ("keys",), "relation_heads": 0}, {}, r"it must be 1 or more"),
+        (
+            {"relations_weight": 1.0, "relations": ("keys",), "relation_heads": 5}, {},
+            r"16 features of the student's .*cannot be cut into 5 heads: set .* a divisor of 16 and 48, such as 16",
+        ),
+        (
+            {"relations_weight": 1.0, "relations": ("maps",)}, {"num_heads": 2},
+            r"pairs \[0, 1\]: the student's block has 2 heads and the teacher's 4, .* or 4 heads",
+        ),
+        (
+            {"relations_weight": 1.0, "relations": ("maps",)}, {"attention": "linear"},
+            r"the student's block has linear attention and the teacher's full; maps are compared where each token sees",
+        ),
         ({}, {"parallel": ParallelConfig(tensor_parallel_size=8)}, r"of the teacher num_heads 4 cannot be split"),
         ({}, {"objective": "supervised"}, r"distillation\.teacher is .*a key of objective distillation"),
     ],
