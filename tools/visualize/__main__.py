@@ -1,7 +1,8 @@
 """`python -m tools.visualize --checkpoint PATH --images FOLDER --method NAME --out DIR`: what a model attends to.
 
 The checkpoint is of any layout, or what tools.convert reads. Images are prepared as the model was trained to see them.
-Written to DIR: METHOD-IMAGE.png for each image, METHOD-contact.png, and METHOD.npz with the arrays, unscaled.
+Written to DIR: METHOD-IMAGE.png for each image, METHOD-contact.png, and METHOD.npz with the arrays, unscaled; of the
+method `page` page.html alone, on which one moves over patches, layers and heads.
 
 Exit codes: 0 done, 2 it cannot be.
 """
@@ -27,10 +28,11 @@ from engine.errors import EXIT_DONE, ConfigError
 from engine.run.launch import run_rank
 from model import VisionTransformer
 from model.formats.base import Preprocessing
+from model.seeing.capture import choose
 from parallel.process_group import World
 from tools.convert.images import prepared
 from tools.options import COUNT, Parser, add_weights, number
-from tools.visualize.methods import METHODS, READS, Asked, Shown, of_heads
+from tools.visualize.methods import METHODS, PAGE, READS, Asked, Shown, of_heads
 
 PROGRAM = "tools.visualize"
 _OPTIONS = ("layers", "heads", "query", "target", "masks", "clusters", "batch")  # that not every method reads
@@ -51,11 +53,10 @@ def main(argv: Sequence[str], world: World) -> int:
     except ValueError as error:
         raise ConfigError(f"--checkpoint: {error}") from error
     how = model.preprocessing or Preprocessing()
+    if options.method == PAGE:
+        return _page(options, model, how, paths)
     images = torch.stack([_read(path, model, how) for path in paths])
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out {options.out} cannot be made: {error.strerror}") from error
+    _make(options.out)
     given = {name: getattr(options, name) for name in _OPTIONS if getattr(options, name) is not None}
     size = given.pop("batch", _BATCH) if "batch" in READS[options.method] else len(images)  # of all together
     asked = Asked(**given)
@@ -75,15 +76,45 @@ def main(argv: Sequence[str], world: World) -> int:
     return EXIT_DONE
 
 
+def _page(options: argparse.Namespace, model: VisionTransformer, how: Preprocessing, paths: Sequence[Path]) -> int:
+    """What there is room for, on one page."""
+    from tools.visualize.page import images_of, write_page
+    from tools.visualize.pictures import names_of, scenes
+
+    asked = {"layers": options.layers, "heads": options.heads}
+    try:
+        wanted = choose(model.config, **asked)
+    except ValueError as error:
+        raise ConfigError(f"--layers, --heads: {error}") from error
+    shown = paths[: images_of(wanted)]
+    images = torch.stack([_read(path, model, how) for path in shown])
+    _make(options.out)
+    lines = write_page(
+        options.out / f"{PAGE}.html", f"{options.checkpoint}: what it attends to", model.config, wanted,
+        lambda image: model.capture(image, **asked), images, scenes(names_of(shown), images, how, model.sizes.patch),
+    )  # fmt: skip
+    if len(shown) < len(paths):
+        lines.append(f"the first {len(shown)} of {len(paths)} images: name fewer --layers or --heads for more")
+    print("\n".join(lines))
+    return EXIT_DONE
+
+
+def _make(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be made: {error.strerror}") from error
+
+
 def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="PATH", help="a run, a step, or a model")
     parser.add_argument("--images", type=Path, required=True, metavar="FOLDER", help="of images, or one image")
-    parser.add_argument("--method", required=True, choices=METHODS, metavar="NAME", help=f"one of {', '.join(METHODS)}")
+    parser.add_argument("--method", required=True, choices=READS, metavar="NAME", help=f"one of {', '.join(READS)}")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where pictures go; made if need be")
     add_weights(parser)
-    parser.add_argument("--layers", type=_numbers, metavar="N,N", help="heads, mean: blocks (default: all)")
-    parser.add_argument("--heads", type=_numbers, metavar="N,N", help="heads: which (default: all)")
+    parser.add_argument("--layers", type=_numbers, metavar="N,N", help="heads, mean, page: blocks (default: all)")
+    parser.add_argument("--heads", type=_numbers, metavar="N,N", help="heads, page: which (default: all)")
     parser.add_argument(
         "--query", type=_numbers, metavar="ROW,COL", help="heads, mean: a patch (default: what the head pools)"
     )

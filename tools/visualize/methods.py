@@ -279,7 +279,10 @@ METHODS: dict[str, Callable[[VisionTransformer, Tensor, Asked], Shown]] = {
     "clusters": grouped,
     "lens": lens,
 }
+PAGE = "page"
+"""No map, but a page of all (tools.visualize.page)."""
 READS: dict[str, tuple[str, ...]] = {
+    PAGE: ("layers", "heads"),
     "heads": ("layers", "heads", "query", "batch"),
     "mean": ("layers", "query", "batch"),
     "rollout": ("batch",),

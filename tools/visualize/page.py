@@ -1,0 +1,180 @@
+"""One HTML page, with no network, on which a person moves over patches, layers and heads: every row of every map.
+
+page.html beside this file is the page without its contents. They are put in as JSON, and as the rows of each image and
+layer, in shades (tools.visualize.shades), compressed; the page unpacks and draws them itself.
+
+Legend: B images, H heads, Q queries, S tokens, P patches.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from engine.errors import ConfigError
+from model.config import ModelConfig
+from model.seeing.capture import PROBE, Attended, Wanted
+from model.seeing.trace import pooled_tokens
+from tools.visualize.pictures import Scene
+from tools.visualize.shades import Rows, errors, fitted
+
+BYTES = 8_000_000  # of a page
+SHARES = 28_000_000
+"""Of a page: in 3 shades, 1.6 bits each, they fit even where nothing can be compressed."""
+_PNG = 32_000  # bytes; of larger images WebP's eye is good enough
+_PALETTES = ("viridis", "cividis", "gray")  # whose lightness alone tells what is more
+
+Capture = Callable[[Tensor], Mapping[str, Attended]]
+"""Images [1, C, H, W] -> rows of all queries, of the layers and heads that are wanted."""
+
+
+def images_of(wanted: Mapping[str, Wanted]) -> int:
+    """How many a page has room for."""
+    return max(1, SHARES // shares(wanted, cells_of(wanted)))
+
+
+def cells_of(wanted: Mapping[str, Wanted]) -> int:
+    """The side of what the page shows as one, in patches of the first stage, so that an image has room: 1, 2, 4, ..."""
+    side = 1
+    while shares(wanted, side) > SHARES:
+        side *= 2
+    return side
+
+
+def shares(wanted: Mapping[str, Wanted], side: int) -> int:
+    """That a page holds of one image."""
+    total = 0
+    for of in wanted.values():
+        cell = _cell(of, wanted, side)
+        patches = -(-of.here.rows // cell) * -(-of.here.cols // cell)
+        total += len(of.heads) * patches * (1 if of.name == PROBE else 1 + of.prefix + patches)
+    return total
+
+
+def _cell(of: Wanted, wanted: Mapping[str, Wanted], side: int) -> int:
+    """In patches of the layer's own stage."""
+    return max(1, side * min(one.here.stride for one in wanted.values()) // of.here.stride)
+
+
+def write_page(
+    path: Path, title: str, config: ModelConfig, wanted: Mapping[str, Wanted], capture: Capture, images: Tensor,
+    scenes: Sequence[Scene],
+) -> list[str]:  # fmt: skip
+    """Capture images one by one, and write the page.
+
+    Args:
+        config: resolved. wanted: of all queries. images: [B, C, H, W], of which `shares` leaves room.
+
+    Returns:
+        Lines to print.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    side = cells_of(wanted)
+    layers = {name: _cell(of, wanted, side) for name, of in wanted.items()}
+    rows = list[Rows]()
+    for image in images.split(1):
+        found = capture(image)
+        rows += [_rows(found[name], config, cell) for name, cell in layers.items()]
+    about: dict[str, Any] = {
+        "title": title,
+        "grid": [config.sizes.stages[0].rows, config.sizes.stages[0].cols],
+        "patch": config.sizes.patch,
+        "tokens": list(_prefix_names(config)),
+        "layers": [_layer(of, layers[name], config) for name, of in wanted.items()],
+        "images": [_scene(scene) for scene in scenes],
+        "palettes": {name: _palette(name) for name in _PALETTES},
+    }
+    template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    room = BYTES - len(template) - len(json.dumps(about)) - 200 * len(rows)
+    shades, coded = fitted(rows, room * 3 // 4)
+    mean, worst = errors(rows, shades)
+    about |= {"shades": shades, "error": [round(mean, 5), round(worst, 5)]}
+    blobs = (
+        f'<script type="text/plain" id="rows-{i // len(layers)}-{i % len(layers)}">'
+        f"{base64.b64encode(blob).decode()}</script>"
+        for i, blob in enumerate(coded)
+    )
+    parts = {"TITLE": html.escape(title), "ABOUT": json.dumps(about).replace("</", "<\\/"), "ROWS": "\n".join(blobs)}
+    text = re.sub("@(TITLE|ABOUT|ROWS)@", lambda found: parts[found[1]], template)
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
+    lines = [
+        f"{path}: {len(text.encode()) / 1e6:.2f} MB, {len(images)} images x {len(layers)} layers; {shades} shades, "
+        f"wrong by {mean:.1%} of a map's range on average, 99 % of shares by {worst:.1%} at most"
+    ]
+    if side > 1:
+        lines.append(f"cells are of {side} x {side} patches, so that the page is small: name fewer --layers or --heads")
+    return lines
+
+
+def _rows(found: Attended, config: ModelConfig, cell: int) -> Rows:
+    """Of one image: what is pooled, the prefix tokens, and the patches take of patches."""
+    (rows,), of = found.rows, found.wanted
+    grid = of.here.rows, of.here.cols
+    if of.name != PROBE:
+        pooled = torch.einsum("q,hqs->hs", pooled_tokens(config, of.total), rows)[:, None]
+        patches = _in_cells(rows[:, of.prefix :].transpose(1, 2), grid, cell, mean=True).transpose(1, 2)
+        rows = torch.cat([pooled, rows[:, : of.prefix], patches], 1)
+    return Rows.of(_in_cells(rows[..., of.prefix :], grid, cell, mean=False), rows[..., : of.prefix].sum(-1))
+
+
+def _in_cells(x: Tensor, grid: tuple[int, int], cell: int, *, mean: bool) -> Tensor:
+    """[..., P] of a grid -> of cells of cell x cell patches, which are less at its edges; their mean, or sum."""
+    if cell == 1:
+        return x
+    maps = x.reshape(-1, 1, *grid)
+    size = F.avg_pool2d(torch.ones(1, 1, *grid), cell, ceil_mode=True, divisor_override=1)
+    found = F.avg_pool2d(maps, cell, ceil_mode=True, divisor_override=1) / (size if mean else 1)
+    return found.reshape(*x.shape[:-1], -1)
+
+
+def _prefix_names(config: ModelConfig) -> Iterator[str]:
+    sizes = config.sizes
+    for kind in ("class_token", "register", "global_token"):
+        count = getattr(sizes, f"{kind}s")
+        yield from (kind.replace("_", " ") + (f" {i + 1}" if count > 1 else "") for i in range(count))
+
+
+def _layer(of: Wanted, cell: int, config: ModelConfig) -> dict[str, Any]:
+    return {
+        "name": of.name,
+        "heads": list(of.heads),
+        "rows": -(-of.here.rows // cell),
+        "cols": -(-of.here.cols // cell),
+        "ratio": cell * of.here.stride // config.sizes.stages[0].stride,  # of a cell to a patch of the first stage
+        "probe": of.name == PROBE,
+    }
+
+
+def _scene(scene: Scene) -> dict[str, Any]:
+    high, wide = scene.pixels.shape[:2]
+    image, file, kind = Image.fromarray(np.rint(scene.pixels * 255).astype(np.uint8)), BytesIO(), "png"
+    image.save(file, "png", optimize=True)
+    if file.tell() > _PNG:
+        file, kind = BytesIO(), "webp"
+        image.save(file, "webp", quality=90)
+    source = f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+    return {"name": scene.name, "source": source, "rows": high, "cols": wide}
+
+
+def _palette(name: str) -> str:
+    """256 colours, six hexadecimal digits each."""
+    import matplotlib
+
+    return (matplotlib.colormaps[name](np.arange(256), bytes=True)[:, :3]).tobytes().hex()

@@ -1,0 +1,97 @@
+"""Maps in few shades, in few bytes, in a form that every browser reads by itself.
+
+A map is stored as its smallest share, the range to its largest and, for each patch, one of n shades between them,
+evenly spaced by the square root: eyes and methods look at what is large, but of most maps most is small. A shade is
+noted by itself, or as the difference from that of the patch before, or of the query before, whichever is shorter;
+several are one byte, and zlib does the rest. How many shades there are is decided by the room there is.
+
+Legend: H heads, Q queries, P patches.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Array = np.ndarray[Any, Any]
+SHADES = (256, 128, 64, 32, 24, 16, 14, 12, 10, 8, 7, 6, 5, 4, 3)
+_OCTAVE = 128  # codes of shares, which are so 0.5 % apart
+_DIFFERENCES = {0: None, 1: 2, 2: 1}
+"""By the first byte: along which axis of [H, Q, P] they are taken, from a patch to the next, or a query; or not."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Of one layer and image, in 256 shades.
+
+    Attributes:
+        codes: uint8 [H, Q, P]. least, range: uint16 [H, Q], codes of the
+            smallest share, and of what the largest is more. beside: uint8 [H, Q], the share of what are
+            no patches, in 255ths.
+    """
+
+    codes: Array
+    least: Array
+    range: Array
+    beside: Array
+
+    @staticmethod
+    def of(rows: Tensor, beside: Tensor) -> Rows:
+        """From shares [H, Q, P], and those that go elsewhere [H, Q]."""
+        least = rows.amin(-1)
+        span = rows.amax(-1) - least
+        height = (rows - least[..., None]) / span.clamp(min=1e-30)[..., None]
+        codes = (height.sqrt() * 255).round().to(torch.uint8).numpy()
+        return Rows(codes, _log(least), _log(span), (beside.clamp(0, 1) * 255).round().to(torch.uint8).numpy())
+
+    def coded(self, shades: int) -> bytes:
+        """zlib of: the axis of differences, least, range (little-endian), beside, and the differences, packed."""
+        codes = np.rint(np.arange(256) * (shades - 1) / 255).astype(np.int16)[self.codes]
+        head = self.least.tobytes() + self.range.tobytes() + self.beside.tobytes()
+        ways = {
+            way: codes if axis is None else np.diff(codes, axis=axis, prepend=0) % shades
+            for way, axis in _DIFFERENCES.items()
+        }
+        return min((zlib.compress(bytes([way]) + head + _packed(x, shades)) for way, x in ways.items()), key=len)
+
+
+def _log(share: Tensor) -> Array:
+    """uint16: minus the logarithm, 65535 for 0."""
+    return np.minimum(np.rint(-_OCTAVE * np.log2(np.maximum(share.numpy(), 1e-38))), 65535).astype("<u2")
+
+
+def _packed(codes: Array, shades: int) -> bytes:
+    """As many to a byte as there is room for, the first the least digit."""
+    count = next(n for n in range(8, 0, -1) if shades**n <= 256)
+    digits = np.zeros(-(-codes.size // count) * count, np.int16)
+    digits[: codes.size] = codes.reshape(-1)
+    return (digits.reshape(-1, count) @ shades ** np.arange(count)).astype(np.uint8).tobytes()
+
+
+def fitted(layers: Sequence[Rows], room: int) -> tuple[int, list[bytes]]:
+    """The most shades, alike for all, with which they take `room` bytes at most; 3 if none does."""
+    low, high, found = 0, len(SHADES) - 1, list[bytes]()
+    while low < high:
+        middle = (low + high) // 2
+        tried = [rows.coded(SHADES[middle]) for rows in layers]
+        if sum(map(len, tried)) <= room:
+            high, found = middle, tried
+        else:
+            low = middle + 1
+    return SHADES[high], found or [rows.coded(SHADES[high]) for rows in layers]
+
+
+def errors(layers: Sequence[Rows], shades: int) -> tuple[float, float]:
+    """Of shares, between the least and the largest of their map: the mean error, and its 99th percentile."""
+    counts = sum((np.bincount(rows.codes.reshape(-1), minlength=256) for rows in layers), np.zeros(256))
+    exact = np.arange(256) / 255
+    wrong = np.abs(exact**2 - (np.rint(exact * (shades - 1)) / (shades - 1)) ** 2)
+    order = np.argsort(wrong)
+    place = np.searchsorted(np.cumsum(counts[order]), 0.99 * counts.sum())
+    return float(wrong @ counts / counts.sum()), float(wrong[order[place]])
