@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import accumulate
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -39,6 +40,11 @@ class Inherited:
     source: str
     indices: tuple[Tensor | None, ...]
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is all of it, as it is."""
+        return all(index is None for index in self.indices)
+
     def of(self, whole: Tensor) -> Tensor:
         """The student's tensor, out of the teacher's: a copy, or the same where it is all of it."""
         for dim, index in enumerate(self.indices):
@@ -46,18 +52,19 @@ class Inherited:
         return whole
 
 
-def inherit(teacher: ModelConfig, student: ModelConfig, blocks: Sequence[int] | None = None) -> Mapping[str, Inherited]:
+def inherit(
+    teacher: ModelConfig, student: ModelConfig, blocks: Sequence[int] | Literal["first", "even"] = "first"
+) -> Mapping[str, Inherited]:
     """What each of the student's tensors is made of; all of them, but for a classifier of other classes.
 
     Args:
-        teacher, student: resolved. blocks: of the teacher, one for each of the student's, in the same stage of a
-            pyramid; None: the first of each stage, which the paper found best.
+        teacher, student: resolved. blocks: as of `chosen_blocks`.
 
     Raises:
         ValueError: the teacher has too few blocks, heads or features, or another kind of them; there is no such block.
     """
     _check_kind(teacher, student)
-    chosen = _blocks(teacher, student, blocks)
+    chosen = chosen_blocks(teacher, student, blocks)
     there, here = logical_layouts(teacher), logical_layouts(student)
     found = {}
     for name, layout in here.items():
@@ -103,29 +110,40 @@ def _check_kind(teacher: ModelConfig, student: ModelConfig) -> None:
             )
 
 
-def _blocks(teacher: ModelConfig, student: ModelConfig, given: Sequence[int] | None) -> list[int]:
-    """The teacher's block for each of the student's."""
+def chosen_blocks(
+    teacher: ModelConfig, student: ModelConfig, blocks: Sequence[int] | Literal["first", "even"] = "first"
+) -> list[int]:
+    """The teacher's block for each of the student's, in the same stage of a pyramid.
+
+    Args:
+        blocks: those; or the first of each stage, which the paper found best; or of each stage evenly spread ones, the
+            last among them, as blocks are matched.
+
+    Raises:
+        ValueError: there are no such blocks.
+    """
     depths = [[stage.depth for stage in model.sizes.stages] for model in (teacher, student)]
-    starts = [0, *accumulate(depths[0])]
-    total = sum(depths[1])
-    if given is not None and len(given) != total:
-        raise ValueError(f"{len(given)} blocks of the teacher are given for the student's {total}: give one for each")
+    total, starts = sum(depths[1]), [0, *accumulate(depths[0])]
+    if not isinstance(blocks, str) and len(blocks) != total:
+        raise ValueError(f"{len(blocks)} blocks of the teacher are given for the student's {total}: give one for each")
     chosen = list[int]()
     for number, (deep, depth) in enumerate(zip(*depths, strict=True)):
         first, end = starts[number], starts[number + 1]
-        if given is None and depth > deep:
+        if isinstance(blocks, str) and depth > deep:
             raise ValueError(
                 f"the student has {depth} blocks in stage {number}, the teacher {deep}: give the student fewer, or say "
                 "which of the teacher's blocks each starts from"
             )
-        for own in range(depth):
-            block = first + own if given is None else given[len(chosen)]
-            if not first <= block < end:
+        if isinstance(blocks, str):
+            chosen += [first + (n if blocks == "first" else -(-(n + 1) * deep // depth) - 1) for n in range(depth)]
+            continue
+        for own in range(len(chosen), len(chosen) + depth):
+            if not first <= blocks[own] < end:
                 raise ValueError(
-                    f"the student's block {len(chosen)} would start from the teacher's {block}, which is not in the "
+                    f"the student's block {own} would start from the teacher's {blocks[own]}, which is not in the "
                     f"same stage: give one from {first} to {end - 1}"
                 )
-            chosen.append(block)
+            chosen.append(blocks[own])
     return chosen
 
 

@@ -22,10 +22,12 @@ from model.formats.base import ConversionError
 from model.formats.checkpoint import RunWeights, description_of
 from model.formats.pairs import is_contrastive
 from model.formats.weights import StoredWeights, Which
+from model.inherit import Inherited
 from model.layers import logical_shapes
 from parallel import comm
 from parallel.checkpoint.manifest import CheckpointError, Manifest, NoCheckpointError, read_manifest
 from parallel.checkpoint.place import newest
+from parallel.checkpoint.read import Target
 from parallel.sharding.boxes import Box
 from parallel.sharding.pieces import StatePiece
 
@@ -198,7 +200,13 @@ def _difference(weights: StoredWeights, plan: LoadPlan) -> str:
 
 
 @torch.no_grad()
-def load_weights(a: Assembly, weights: StoredWeights, plan: LoadPlan, prefix: str = "") -> None:
+def load_weights(
+    a: Assembly,
+    weights: StoredWeights,
+    plan: LoadPlan,
+    prefix: str = "",
+    chosen: Mapping[str, Inherited] | None = None,
+) -> None:
     """Fill the masters of this rank, frozen ones too, and make all that hangs on them anew. Collective.
 
     What is taken as it is, each rank reads itself: of a checkpoint of this program what it holds alone, of another
@@ -206,18 +214,28 @@ def load_weights(a: Assembly, weights: StoredWeights, plan: LoadPlan, prefix: st
     copies are equal whatever processors have computed them.
 
     Args:
-        prefix: of the names here of the model that the plan is of, such as `teacher.`.
+        prefix: of the names here of the model that the plan is of, such as `teacher.`. chosen: by names here, of which
+            of the plan's tensors some elements are taken; others are left. None: all, by their own names.
 
     Raises:
         ConversionError: on every rank, if one has found damage.
     """
     pieces, under = list(weight_pieces(a)), f"weights/{prefix}"
-    taken = {under + name: f.source for name, f in plan.of("taken").items() if f.source is not None}
+    fits = {f.name: f for f in plan.fits if f.source is not None}
+    parts = {name: Inherited(name, ()) for name in fits} if chosen is None else chosen
+    taken = {name: part for name, part in parts.items() if fits[part.source].how == "taken"}
     problem, changed = None, list[tuple[str, Box, Tensor]]()
     try:
-        weights.fill(targets(pieces, taken))
+        whole = {under + name: str(fits[part.source].source) for name, part in taken.items() if part.is_whole}
+        weights.fill(targets(pieces, whole))
+        for name, part in taken.items():
+            if not part.is_whole:
+                own = (piece for piece in pieces if piece.name == under + name)
+                _fill_some(weights, str(fits[part.source].source), part, own)
         if a.grid.world.index == 0:
-            changed = [part for name, f in plan.of("resized").items() for part in _resized(name, f, weights, plan)]
+            for name, part in parts.items():
+                if (f := fits[part.source]).how == "resized":
+                    changed += _resized(name, f, part, weights, plan)
     except (ConversionError, OSError) as error:
         problem = str(error)
     found = comm.gather_objects((problem, [(name, box) for name, box, _ in changed]), a.grid.world)
@@ -233,10 +251,32 @@ def load_weights(a: Assembly, weights: StoredWeights, plan: LoadPlan, prefix: st
         a.fp8.forget_weights()
 
 
-def _resized(name: str, found: Fit, weights: StoredWeights, plan: LoadPlan) -> Iterator[tuple[str, Box, Tensor]]:
+def _fill_some(weights: StoredWeights, source: str, part: Inherited, pieces: Iterable[StatePiece]) -> None:
+    """Chosen elements of a tensor: of what is held here, the box around them is read, and they are taken out of it."""
+    wanted = list[tuple[Target, Tensor, list[Tensor]]]()
+    for box, elements in (found for piece in pieces for found in piece.boxes()):
+        places = [
+            torch.arange(first, stop) if index is None else index[first:stop]
+            for first, stop, index in zip(box.offset, box.end, part.indices, strict=True)
+        ]
+        firsts = [int(at.min()) for at in places]
+        shape = tuple(int(at.max()) - first + 1 for at, first in zip(places, firsts, strict=True))
+        room = torch.empty(shape, dtype=weights.tensors[source].dtype)
+        within = [at - first for at, first in zip(places, firsts, strict=True)]
+        wanted.append((Target(Box(tuple(firsts), shape), room), elements, within))
+    weights.fill({source: [target for target, _, _ in wanted]} if wanted else {})
+    for target, elements, within in wanted:
+        elements.copy_(Inherited(source, tuple(within)).of(target.values))
+
+
+def _resized(
+    name: str, found: Fit, part: Inherited, weights: StoredWeights, plan: LoadPlan
+) -> Iterator[tuple[str, Box, Tensor]]:
+    """A tensor of the plan, of which elements are chosen along dims that a box of it has all of."""
     assert found.source is not None
-    for box, values in resized(name, weights.read(found.source).float(), plan.source, plan.target):
-        yield name, box, values.contiguous()
+    for box, values in resized(found.name, weights.read(found.source).float(), plan.source, plan.target):
+        values = part.of(values).contiguous()
+        yield name, Box(box.offset, tuple(values.shape)), values
 
 
 def _place(values: Tensor, box: Box, pieces: Iterable[StatePiece]) -> None:

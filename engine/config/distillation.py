@@ -59,6 +59,11 @@ class DistillationConfig:
     teachers: tuple[TeacherConfig, ...] | None = None
     """Several teachers, each a group of path, weight, dtype, image_size, mean, std, instead of one."""
 
+    start_from: tuple[int, ...] | str | None = None
+    """Start from weights of the teacher, of several the first one: from its first blocks (first), from evenly spread
+    ones (even), or a list of one for each of the student's, from 0; of its heads and features from evenly spaced ones;
+    null: from new ones."""
+
     response: Literal["kl", "sigmoid", "hard"] = "kl"
     """Of the logits: KL divergence of classes, or of each class by itself, softened by the temperature; or cross
     entropy with the teacher's first class (DeiT)."""
@@ -172,6 +177,11 @@ class DistillationConfig:
                     f"distillation.{name} is {getattr(self, name)}, but there are distillation.teachers: give each its "
                     f"own {name.removeprefix('teacher_')}"
                 )
+        if isinstance(self.start_from, str) and self.start_from not in ("first", "even"):
+            raise ConfigError(
+                f"distillation.start_from is {self.start_from}: give first, even, or a list of the teacher's blocks, "
+                "one for each of the student's"
+            )
         if not self.weights:
             raise ConfigError(f"distillation.{', '.join(_WEIGHTS)} are all 0: nothing is learnt; give one a weight")
         usual = type(self)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data import TextShape
 from engine.config.contrastive import ContrastiveConfig
+from engine.config.inheritance import inheritance_of
 from engine.config.pipeline import Pipeline
 from engine.config.teachers import check_maps, check_teachers, matching_of, teachers_of
 from engine.errors import ConfigError
@@ -138,6 +139,7 @@ def resolve_model(config: Config, shape: GridShape) -> Built:
     if config.objective == "distillation":
         teachers = teachers_of(config, model)
         check_teachers(teachers, shape)
+        inheritance_of(config, model)  # what it refuses is refused here
         if (matching := matching_of(config, teachers, model)) is not None and shape.context > 1:
             check_maps(model, teachers, matching, shape.context)
         layers, several = len(build_student(model, teachers, matching)), "s" * (len(teachers) > 1)

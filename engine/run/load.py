@@ -1,4 +1,5 @@
-"""`checkpoint.load`: what a new run starts from, checked before ranks talk, loaded, and told."""
+"""`checkpoint.load`, `distillation.start_from`: what a new run starts from, checked before ranks talk, loaded, and
+told."""
 
 from __future__ import annotations
 
@@ -11,11 +12,14 @@ from engine.assemble import Assembly
 from engine.checkpoint.fit import Fit
 from engine.checkpoint.load import LoadPlan, load_weights, open_to_load, plan_load
 from engine.config import Config
+from engine.config.inheritance import Inheritance, inheritance_of
+from engine.config.teachers import fingerprint_of
 from engine.errors import ConfigError
 from engine.layer_list import layer_of
 from engine.objectives import Objective
 from engine.run.agreement import check_agreement
-from model import student_layers
+from model import build_layers, student_layers
+from model.formats.api import open_weights
 from model.formats.base import ConversionError
 from model.formats.checkpoint import RunWeights
 from model.formats.pairs import ALONE
@@ -30,13 +34,28 @@ class Source:
 
     Attributes:
         weights: open for reading. which: of a checkpoint. plan: what is to be taken. no_text: why the text tower that
-            is there is left out; empty: it is not, or there is none.
+            is there is left out; empty: it is not, or there is none. inheritance: what of them, which are a
+            teacher's, the student's are made of; None: they are what checkpoint.load means.
     """
 
     weights: StoredWeights
     which: Which
     plan: LoadPlan
     no_text: str = ""
+    inheritance: Inheritance | None = None
+
+    @property
+    def key(self) -> str:
+        """That says so."""
+        return "checkpoint.load" if self.inheritance is None else "distillation.start_from"
+
+    @property
+    def identity(self) -> str:
+        """Of the weights; a teacher's may lie elsewhere on each host."""
+        try:
+            return self.weights.identity if self.inheritance is None else fingerprint_of(self.weights)
+        except ConversionError as error:  # the ranks that still find it are told
+            return str(error)
 
 
 def source_of(config: Config, objective: Objective) -> Source | None:
@@ -45,6 +64,8 @@ def source_of(config: Config, objective: Objective) -> Source | None:
     Raises:
         ConfigError: there is no such checkpoint, it cannot be read, or it is of another model.
     """
+    if (inheritance := inheritance_of(config)) is not None:
+        return _of_teacher(config, inheritance)
     if config.checkpoint.load is None:
         return None
     try:
@@ -55,6 +76,19 @@ def source_of(config: Config, objective: Objective) -> Source | None:
         return Source(weights, config.checkpoint.load_weights, plan, no_text)
     except ConversionError as error:
         raise ConfigError(f"checkpoint.load: {error}") from error
+
+
+def _of_teacher(config: Config, inheritance: Inheritance) -> Source:
+    """The weights of a teacher, as those of a model of the student's images and patches."""
+    try:
+        weights = open_weights(inheritance.found.path, only_model=True)
+        plan = plan_load(weights, inheritance.model, build_layers(inheritance.model), config.data)
+        wanted = {part.source for part in inheritance.tensors.values()}
+        if new := [f.describe() for f in plan.of("new").values() if f.name in wanted]:
+            raise ConversionError(f"{weights.path} cannot be had for the student's images: {'; '.join(new[:_MOST])}")
+        return Source(weights, "weights", plan, inheritance=inheritance)
+    except ConversionError as error:
+        raise ConfigError(f"distillation.start_from: {error}") from error
 
 
 def _opened(config: Config, *, texts: bool) -> tuple[StoredWeights, str]:
@@ -86,11 +120,14 @@ def start_from(a: Assembly, source: Source | None = None) -> list[str]:
     if source is None:
         return []
     with closing(source.weights) as weights:
-        check_agreement({"the checkpoint of checkpoint.load": _identity(weights)}, a.grid.world)
+        check_agreement({f"the checkpoint of {source.key}": source.identity}, a.grid.world)
         try:
-            load_weights(a, weights, source.plan)
+            chosen = None if source.inheritance is None else source.inheritance.tensors
+            load_weights(a, weights, source.plan, chosen=chosen)
         except ConversionError as error:
-            raise ConfigError(f"checkpoint.load: {error}") from error
+            raise ConfigError(f"{source.key}: {error}") from error
+    if source.inheritance is not None:
+        return list(_inherited_lines(source.inheritance, source.plan))
     return [*report_lines(source), *_frozen_lines(a, source.plan)]
 
 
@@ -101,11 +138,12 @@ def _frozen_lines(a: Assembly, plan: LoadPlan) -> list[str]:
     return [f"  warning: new, and frozen as initialised: {shown}"] if names else []
 
 
-def _identity(weights: StoredWeights) -> str:
-    try:
-        return weights.identity
-    except ConversionError as error:  # the ranks that still find it are told
-        return str(error)
+def _inherited_lines(of: Inheritance, plan: LoadPlan) -> Iterator[str]:
+    """What a student takes of a teacher's weights, and what it does not."""
+    yield f"weights from the teacher {of.found.path}: {of.describe()}"
+    sources = {part.source for part in of.tensors.values()}
+    if resized := [f for f in plan.of("resized").values() if f.name in sources]:
+        yield f"  resized: {', '.join(map(_in_words, resized))}"
 
 
 def report_lines(source: Source) -> Iterator[str]:

@@ -181,8 +181,9 @@ def _state(
         return assembly, resumed
     if inputs.source is not None:
         inputs.source.weights.close()
-    if config.checkpoint.load is not None:
-        resumed.notes.append(f"resume: checkpoint.load {config.checkpoint.load} is of no effect in a run that goes on")
+    for key in ("checkpoint.load", "distillation.start_from"):
+        if (value := value_of(config, key)) is not None:
+            resumed.notes.append(f"resume: {key} {value} is of no effect in a run that goes on")
     return assembly, resumed
 
 

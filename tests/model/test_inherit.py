@@ -10,7 +10,7 @@ import torch
 
 from model import ModelConfig, VisionTransformer
 from model.config import StageConfig
-from model.inherit import evenly, inherit
+from model.inherit import chosen_blocks, evenly, inherit
 from model.layers import logical_shapes
 
 BASE = ModelConfig(
@@ -23,7 +23,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def _started(teacher: VisionTransformer, student: VisionTransformer, blocks: list[int] | None = None) -> set[str]:
+def _started(teacher: VisionTransformer, student: VisionTransformer, blocks: Any = "first") -> set[str]:
     """Fills the student; returns what has stayed as it was."""
     whole, own = dict(teacher.named_parameters()), dict(student.named_parameters())
     found = inherit(teacher.config, student.config, blocks)
@@ -76,6 +76,7 @@ def test_pyramids_go_stage_by_stage() -> None:
     base = replace(BASE, width=None, depth=None, num_heads=None, mlp_dim=None, pool="cls_gap")
     wide, narrow = (replace(base, stages=tuple(of)).resolve() for of in (stages, fewer))
     assert not _started(VisionTransformer(wide, seed=1), VisionTransformer(narrow, seed=2))
+    assert chosen_blocks(wide, narrow, "even") == [1, 3, 4]
     found = inherit(wide, narrow)
     assert found["blocks.1.norm1.weight"].source == "blocks.2.norm1.weight"
     merged = found["merges.0.proj.weight"].indices[1]
@@ -96,15 +97,16 @@ def test_heads_and_their_features_are_chosen_as_such() -> None:
 @pytest.mark.parametrize(
     ("changes", "blocks", "said"),
     [
-        ({"width": 32}, None, "has 4 x 8 features in a dim, the teacher's 4 x 6|has 32 x 1 features"),
-        ({"depth": 5}, None, "5 blocks in stage 0, the teacher 4: give the student fewer, or say"),
+        ({"width": 32}, "first", "has 4 x 8 features in a dim, the teacher's 4 x 6|has 32 x 1 features"),
+        ({"depth": 5}, "first", "5 blocks in stage 0, the teacher 4: give the student fewer, or say"),
         ({"depth": 2}, [1], "1 blocks of the teacher are given for the student's 2"),
+        ({"depth": 5}, "even", "5 blocks in stage 0, the teacher 4"),
         ({"depth": 1}, [4], "would start from the teacher's 4"),
-        ({"patch_size": 8}, None, "model.patch_size is 8, the teacher's 4"),
-        ({"position": "sincos_2d"}, None, "model.position is sincos_2d"),
+        ({"patch_size": 8}, "first", "model.patch_size is 8, the teacher's 4"),
+        ({"position": "sincos_2d"}, "first", "model.position is sincos_2d"),
     ],
 )
-def test_what_cannot_start_so(changes: dict[str, Any], blocks: list[int] | None, said: str) -> None:
+def test_what_cannot_start_so(changes: dict[str, Any], blocks: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         inherit(BASE.resolve(), replace(BASE, **changes).resolve(), blocks)
 

@@ -20,6 +20,7 @@ from engine.config import Config
 from engine.config.objectives import text_shape
 from engine.optimizers.schedules import factor
 from engine.recompute_choice import TooLittleError, check_budget, settled
+from engine.run.load import start_from
 from engine.run.prompts import prompt_batches
 from engine.run.step import Stepper
 from engine.run.teachers import load_teachers
@@ -123,6 +124,7 @@ def climb(
     grid = given or grid_of(config, world, CPU)
     assembly = assemble(_settled(config, grid), grid, CPU)
     load_teachers(assembly)
+    start_from(assembly)
     assert config.parallel.shared_memory or assembly.post.carrier == "gloo", assembly.post.carrier
     poison(assembly.store.gatherer)
     stepper = Stepper(assembly)

@@ -28,11 +28,13 @@ from engine.layer_costs import micro_batch
 from engine.objectives import make_objective
 from engine.plan import META, plan_memory, planned, states
 from engine.run.agreement import facts_of
+from engine.run.load import start_from
 from engine.run.step import Stepper
 from engine.run.teachers import load_teachers
 from engine.run.trainer import pretrain
 from engine.step_time import StepModel
 from model import ModelConfig, VisionTransformer, build_layers, makers
+from model.inherit import inherit
 from model.matching import token_loss
 from parallel.checkpoint.read import Reader
 from parallel.config import ParallelConfig
@@ -214,6 +216,25 @@ def test_layers_take_turns(teacher: Path) -> None:
     assert names[place - 1] == "blocks.3" and layers[place].rides == ("teacher.blocks.1",)
 
 
+def test_a_student_starts_from_chosen_parts_of_its_teacher(tmp_path: Path) -> None:
+    """As if the whole teacher had been resized to the student's images and patches."""
+    wide = ModelConfig(**MODEL | {"width": 32, "depth": 6, "image_size": (12, 8), "patch_size": 2})
+    theirs, path = VisionTransformer(wide, seed=5), tmp_path / "wide"
+    theirs.save_pretrained(path)
+    config = taught(path, keys={"start_from": "even", "features_weight": 1.0})
+    assembly = assemble(config, make_grid(GridShape(), World()), CPU)
+    told = "\n".join(start_from(assembly))
+    for what in ("blocks 1, 2, 4, 5 of 6; 4 of 8 features of a head, 16 of 32 features, 64 of 128 hidden", "embed.pos"):
+        assert what in told, told
+    whole = VisionTransformer(replace(wide, image_size=8, patch_size=4), seed=0)
+    whole.load(dict(theirs.named_parameters()), wide.resolve())
+    held, found = assembly.parameters(), inherit(whole.config, config.model, "even")
+    assert found.keys() == {name for name in held if not name.startswith(("teacher.", "match."))}
+    for name, part in found.items():
+        assert torch.equal(held[name], part.of(whole.get_parameter(part.source))), name
+    assembly.grid.close()
+
+
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 
@@ -365,6 +386,10 @@ def test_targets_add_up_to_the_loss_in_every_format(tmp_path: Path, teacher: Pat
             r"the student's block has linear attention and the teacher's full; maps are compared where each token sees",
         ),
         ({}, {"parallel": ParallelConfig(tensor_parallel_size=8)}, r"of the teacher num_heads 4 cannot be split"),
+        ({"start_from": "last"}, {}, r"start_from is last: give first, even, or a list"),
+        ({"start_from": (0, 1)}, {}, r"start_from \[0, 1\], from .*: 2 blocks of the teacher are given for the .* 4"),
+        ({"start_from": "even"}, {"block": "parallel"}, r"model\.block is parallel, .*or leave start_from out"),
+        ({"start_from": "even"}, {"checkpoint": CheckpointConfig(load="x")}, r"is even and checkpoint\.load x: a stud"),
         ({}, {"objective": "supervised"}, r"distillation\.teacher is .*a key of objective distillation"),
     ],
 )  # fmt: skip
