@@ -31,11 +31,13 @@ from engine.recompute.assignment import assignment
 from engine.recompute.timing import LayerTimes
 from model import Build, LayerSpec, MicroBatch, Precision, Stage, makers
 from model.kernels import Kernels
+from model.matching import Match, MatchPooled
 from model.regions import Keep
 from model.regions import Policy as RegionPolicy
 from parallel import comm
 from parallel.comm import Axis
 from parallel.contrastive import KeyQueue
+from parallel.distillation import Moments
 from parallel.fp8 import Fp8Recipe, Fp8Registry, enable_fp8
 from parallel.grid import Grid, make_grid
 from parallel.layout import ParameterInfo
@@ -144,6 +146,13 @@ class Assembly:
     def recomputer(self) -> Ahead | None:
         """What runs the R of a schedule."""
         return None if self.recompute is None else Ahead(self.recompute, self.store.use)
+
+    @cached_property
+    def moments(self) -> dict[str, Moments]:
+        """Of what this rank's layers bring on one scale, by their names."""
+        parts = (of for stage in self.stages.values() for of in stage.named_modules())
+        found = {name: part.moments for name, part in parts if isinstance(part, Match | MatchPooled)}
+        return {name: moments for name, moments in found.items() if moments is not None}
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """All that this rank holds, by their names in the model."""

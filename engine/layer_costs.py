@@ -188,7 +188,7 @@ def _essential(config: Config) -> Config:
         objective=config.objective,
         text=config.text,
         contrastive=replace(config.contrastive, passes="auto"),
-        distillation=config.distillation,
+        distillation=replace(config.distillation, passes="auto"),
         data=replace(DataConfig(), mean=config.data.mean, std=config.data.std),
     )  # fmt: skip
 

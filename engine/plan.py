@@ -191,7 +191,8 @@ def _essential(config: Config) -> Hashable:
         config.parallel, pipeline_parallel_size=1, schedule="1f1b", virtual_stages=None, layers_per_stage=None,
         schedule_policy="static",
     )  # fmt: skip
-    goal = config.objective, config.text, replace(config.contrastive, passes="auto"), config.distillation
+    groups = (replace(group, passes="auto") for group in (config.contrastive, config.distillation))
+    goal = config.objective, config.text, *groups
     return config.model, p, config.precision, config.optimizer, config.train.freeze, config.kernels, goal
 
 

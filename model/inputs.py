@@ -26,6 +26,7 @@ class MicroBatch:
         keys: whether what comes out are keys that queries are compared with, which pass no predictor.
         texts: tokens, int64 [B, S], filled up at the right; None where there are none, or no layer reads them.
         indices: int64 [B], the same for rows of one image; None where that is not known.
+        differentiated: whether losses that arise within the layers are wanted: not in a pass for outputs alone.
         shares: where parts of the loss that arise within the layers are noted; None: nowhere.
 
     Of two views of each sample, B is twice the number of samples: first views, then second ones.
@@ -39,6 +40,7 @@ class MicroBatch:
     texts: Tensor | None = None
     keys: bool = False
     indices: Tensor | None = None
+    differentiated: bool = True
     shares: Shares | None = None
 
     @property

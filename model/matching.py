@@ -24,6 +24,7 @@ from model.sizes import Tokens
 from model.targets import attach
 from parallel.comm import single_axis
 from parallel.distillation import (
+    Moments,
     cosine_distance,
     gram_difference,
     map_divergence,
@@ -67,6 +68,7 @@ class Target:
 
     Attributes:
         loss: of features. heads: that queries, keys and values are cut into anew; None: as many as the student's.
+        standard: whether what is asked for is what the teacher gives on one scale (parallel.distillation.Moments).
         hands_on: whether what stands beside the student's rows goes on, for another teacher.
     """
 
@@ -74,6 +76,7 @@ class Target:
     stage: int
     loss: FeatureLoss
     heads: int | None = None
+    standard: bool = False
     hands_on: bool = False
 
     def build(self, student: Build) -> Build:
@@ -92,9 +95,10 @@ class Match(nn.Module):
     cosines between the patches of an image differ by (Simeoni et al. 2025, DINOv3's Gram matrices); what relations
     within queries, keys and values do (Wang et al. 2021, MiniLMv2), and maps of attention (Wang et al. 2020, MiniLM).
 
-    For features of other widths the student's rows are projected to the teacher's, by a matrix that is trained with it;
-    where maps of patches differ the teacher's is resampled to the student's. Class tokens take part in relations of
-    queries, keys and values, and in maps of attention, if both models have as many of them.
+    For features of other widths, and for such on one scale, the student's rows are projected to the teacher's, by a
+    matrix that is trained with it; where maps of patches differ the teacher's is resampled to the student's. Class
+    tokens take part in relations of queries, keys and values, and in maps of attention, if both models have as many of
+    them.
 
     Args:
         name: of the layer. weights: of this pair.
@@ -110,14 +114,15 @@ class Match(nn.Module):
         classes = {of.sizes.class_tokens for of in (build, there)}
         self.classes = classes.pop() if len(classes) == 1 else 0
         width, wide = build.here.width, there.here.width
-        lifts = width != wide and weights.features
+        self.moments = Moments(wide) if weights.features and target.standard else None
+        lifts = weights.features and (width != wide or self.moments is not None)
         self.lift = _lift(build, width, wide, partial=build.tp.splits_rows) if lifts else None
 
     def forward(self, x: Tensor, batch: MicroBatch, seen: tuple[Tensor]) -> Tensor:
         """The student's rows [R, D] (with others beside them), and the teacher's -> the same rows."""
         rows, own = self.own_beside.split(x, batch.size)
         out = x if self.target.hands_on else rows
-        if not batch.training:
+        if not (batch.training and batch.differentiated):
             return out
         there, theirs = self.their_beside.split(seen[0].detach(), batch.size)
         found = self._of_rows(rows, there, batch.size) | self._of_attention(own, theirs)
@@ -131,11 +136,17 @@ class Match(nn.Module):
         found = dict[str, tuple[Tensor, int]]()
         if not (self.weights.features or self.weights.gram):
             return found
-        theirs = resampled(self._patches(there, self.theirs, images), self.theirs, self.tokens)
+        given = self._patches(there, self.theirs, images)
+        theirs = resampled(given, self.theirs, self.tokens)
         if self.weights.features:
-            z = rows if self.lift is None else linear(rows, self.lift, None)
-            each = token_loss(self._patches(z, self.tokens, images), theirs, self.target.loss).sum(1)
-            found[FEATURES] = each / (self.tokens.rows * self.tokens.cols), self.tp.size
+            z = self._patches(rows if self.lift is None else linear(rows, self.lift, None), self.tokens, images)
+            if self.moments is None:
+                each = token_loss(z, theirs, self.target.loss)
+            else:
+                self.moments.note(given.flatten(0, 1))
+                asked = self.moments.standardise(theirs)
+                each = token_loss(z, asked, self.target.loss, normal=True) * self.moments.counts
+            found[FEATURES] = each.sum(1) / (self.tokens.rows * self.tokens.cols), self.tp.size
         if self.weights.gram:
             own = self._patches(rows, self.tokens, images)
             keys, others = (self._of_all(of, classes=0) for of in (own, theirs))
@@ -188,26 +199,35 @@ class MatchPooled(nn.Module):
 
     def __init__(self, name: str, weights: Weights, target: Target, build: Build) -> None:
         super().__init__()
-        self.weight, self.tp, self.context = weights.embeddings, build.tp, build.context.size
+        self.weight, self.tp, self.context = weights.embeddings, build.tp, build.context
         self.width, self.wide = (pooled_features(of) for of in (build, target.build(build)))
         lifts = self.width != self.wide
         self.lift = _lift(build, self.width, self.wide, partial=False) if lifts else None
+        self.moments = Moments(self.wide) if target.standard else None
 
     def forward(self, x: Tensor, batch: MicroBatch, seen: tuple[Tensor]) -> Tensor:
         """[B, C/T + D], and the teacher's [B, C/T + E] -> the first as it is."""
-        if not batch.training:
+        if not (batch.training and batch.differentiated):
             return x
         own, theirs = x[:, -self.width :], seen[0][:, -self.wide :]
         own = own if self.lift is None else linear(own, self.lift, None)
-        losses = cosine_distance(own, theirs, single_axis("features")) * (self.weight / self.context)
+        share: float | Tensor = self.weight / self.context.size
+        if self.moments is not None:
+            self.moments.note(theirs[: 0 if self.context.index else None])  # context ranks have all the same
+            theirs, share = self.moments.standardise(theirs), self.moments.counts * share
+        losses = cosine_distance(own, theirs, single_axis("features")) * share
         return attach(x, (losses * batch.weights).sum(), batch, EMBEDDINGS, copies=self.tp.size)
 
 
-def token_loss(own: Tensor, theirs: Tensor, loss: FeatureLoss) -> Tensor:
-    """Of each token, [B, P, E] -> [B, P]: mean over the features of tokens of mean 0 and variance 1, or 1 - cosine."""
+def token_loss(own: Tensor, theirs: Tensor, loss: FeatureLoss, *, normal: bool = False) -> Tensor:
+    """Of each token, [B, P, E] -> [B, P]: mean over the features of tokens of mean 0 and variance 1, or 1 - cosine.
+
+    Args:
+        normal: whether features are compared as they are, since what is asked for is on one scale already.
+    """
     if loss == "cosine":
         return 1 - F.cosine_similarity(own, theirs, dim=2)
-    a, b = (F.layer_norm(x, x.shape[-1:]) for x in (own, theirs))
+    a, b = (x if normal else F.layer_norm(x, x.shape[-1:]) for x in (own, theirs))
     different = F.mse_loss if loss == "mse" else F.smooth_l1_loss
     return different(a, b, reduction="none").mean(2)
 

@@ -23,7 +23,7 @@ from model.embed import Embedding
 from model.heads import Head
 from model.inputs import MicroBatch
 from model.layers import LayerSpec, block_layers, build_layers, head_gives, measured
-from model.matching import MATCH, FeatureLoss, Match, MatchPooled, Target, Weights
+from model.matching import EMBEDDINGS, FEATURES, MATCH, FeatureLoss, Match, MatchPooled, Target, Weights
 
 TEACHER = "teacher"
 
@@ -97,7 +97,8 @@ class Matching:
     Attributes:
         pairs: of blocks, with each teacher, as many: (the student's, his), rising in both. shares: what of the target
             each teacher decides. loss: of features. weights: of the targets, which are means over pairs. heads: as of
-            Target. pooled: whether heads give pooled features beside their logits.
+            Target. standard: targets whose teachers' side is brought on one scale. pooled: whether heads give pooled
+            features beside their logits.
     """
 
     pairs: tuple[tuple[tuple[int, int], ...], ...]
@@ -105,6 +106,7 @@ class Matching:
     loss: FeatureLoss
     weights: Weights
     heads: int | None = None
+    standard: frozenset[str] = frozenset()
     pooled: bool = False
 
 
@@ -195,7 +197,7 @@ def _matches(
                 later = (f"blocks.{i}" for other in matching.pairs[teacher + 1 :] for i, _ in other)
                 target = Target(
                     teacher=there.tower, stage=there.stage, loss=matching.loss, heads=matching.heads,
-                    hands_on=own in later,
+                    hands_on=own in later, standard=(EMBEDDINGS if is_head else FEATURES) in matching.standard,
                 )  # fmt: skip
                 factory = partial(MatchPooled if is_head else Match, name, weights, target)
                 beside = layer.beside if is_head or target.hands_on else ""

@@ -16,7 +16,8 @@ from parallel.sharding.pieces import StatePiece, whole_piece
 
 
 def state_pieces(a: Assembly) -> Iterator[StatePiece]:
-    """What this rank holds: weights, frozen ones too, then the optimizer's state, average, fp8 histories, numbers.
+    """What this rank holds: weights, frozen ones too, then the optimizer's state, average, fp8 histories, moments of
+    teachers, numbers.
 
     Names are the same in every layout, and so are the logical tensors that the pieces of all ranks make up. A teacher's
     weights are no state of a run: they are read anew from where they came from.
@@ -56,6 +57,7 @@ def _copies(a: Assembly) -> dict[str, tuple[Tensor, Axis]]:
     found = {}
     if a.fp8 is not None:
         found = {f"fp8/{name}": (values, a.store.axis) for name, values in a.fp8.state_dict().items()}
+    found |= {f"moments/{name}": (moments.values, a.store.axis) for name, moments in a.moments.items()}
     numbers = {name: torch.tensor(number, dtype=torch.float64) for name, number in _numbers(a).items()}
     return found | {name: (number, a.grid.world) for name, number in numbers.items()}
 
@@ -125,6 +127,9 @@ def restore(a: Assembly, reader: Reader) -> int:
         wanted = [f"fp8/{name}" for name in a.fp8.state_dict()]
         if wanted and all(name in stored for name in wanted):
             a.fp8.load_state_dict({name.removeprefix("fp8/"): reader.whole(name) for name in wanted})
+    for name, moments in a.moments.items():
+        if f"moments/{name}" in stored:
+            moments.values = reader.whole(f"moments/{name}").to(a.device)
     return count
 
 

@@ -202,14 +202,25 @@ class Config:
         batch, micro = self.train.global_batch_size, self.train.micro_batch_size
         train = replace(self.train, micro_batch_size=pipeline.micro_batch_size(batch, micro, shape.data))
         resolved = replace(self, **built.groups, train=train, optimizer=self.optimizer.resolve())
-        if self.objective == "contrastive":
-            passes = passes_of(self.contrastive, pipeline, resolved.num_micro_batches(shape))
-            resolved = replace(resolved, contrastive=replace(resolved.contrastive, passes=passes))
+        if self.is_joint:
+            group = getattr(resolved, self.objective)
+            passes = passes_of(self.objective, group.passes, pipeline, resolved.num_micro_batches(shape))
+            resolved = replace(resolved, **{self.objective: replace(group, passes=passes)})
         return resolved
+
+    @property
+    def relates_images(self) -> bool:
+        """Whether a student learns how the images of a batch lie to each other."""
+        return self.objective == "distillation" and self.distillation.relates_images
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether the loss is one of all images of a step together."""
+        return self.objective == "contrastive" or self.relates_images
 
     def pipeline(self, shape: GridShape) -> Pipeline:
         """The pipeline of this configuration. Raises ConfigError where its schedule does not fit the ranks."""
-        one_pass = self.objective == "contrastive" and self.contrastive.passes == 1
+        one_pass = self.is_joint and getattr(self, self.objective).passes == 1
         return replace(Pipeline.of(self.parallel, shape.pipeline), forwards_first=one_pass)
 
     def without_effect(self, shape: GridShape, device_type: str, steps: int) -> list[str]:
@@ -268,7 +279,7 @@ class Config:
         """As a YAML file that can be given as --config.
 
         With the configuration as it was given before it was resolved, a micro-batch that was left open stays open, as
-        it follows from the number of ranks, and so do the passes of a contrastive step: the file serves another
+        it follows from the number of ranks, and so do the passes of a joint loss: the file serves another
         number, too, and a comment tells what it was.
         """
         text = yaml.safe_dump(plain(asdict(self)), sort_keys=False)
@@ -276,8 +287,9 @@ class Config:
             return text
         if given.train.micro_batch_size is None:
             text = _left_open(text, "micro_batch_size", self.train.micro_batch_size, "null")
-        if self.contrastive.passes != given.contrastive.passes:
-            text = _left_open(text, "passes", self.contrastive.passes, given.contrastive.passes)
+        for own, asked in ((self.contrastive, given.contrastive), (self.distillation, given.distillation)):
+            if own.passes != asked.passes:
+                text = _left_open(text, "passes", own.passes, asked.passes)
         return text
 
 

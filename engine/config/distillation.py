@@ -11,6 +11,10 @@ from typing import Literal
 from engine.errors import ConfigError
 from model.matching import RELATIONS
 
+BETWEEN_IMAGES = ("distances", "angles")
+"""Relations of whole images, by their pooled features."""
+STANDARDISED = {"features": "features", "embeddings": "embeddings", "logits": "response"}
+"""What can be brought on one scale, and the target that it is of."""
 _WEIGHTS = ("response_weight", "embeddings_weight", "features_weight", "relations_weight", "label_weight")
 
 
@@ -86,8 +90,8 @@ class DistillationConfig:
 
     relations: tuple[str, ...] = ("gram",)
     """How tokens of an image relate to each other in matched blocks: gram (the cosines of patches, as DINOv3's Gram
-    matrices), queries, keys, values (MiniLMv2), maps (of attention, MiniLM). A weight may stand behind, as queries:2.
-    """
+    matrices), queries, keys, values (MiniLMv2), maps (of attention, MiniLM); or images of a batch by their pooled
+    features: distances, angles (RKD). A weight may stand behind, as queries:2."""
 
     relations_weight: float = 0.0
     """Of what these differ by, each times its own weight, the mean over pairs of blocks; 0: they are no target."""
@@ -99,6 +103,15 @@ class DistillationConfig:
     """Blocks to be matched: even:N, which are evenly spread, or a list of [student's, teacher's], from 0, rising in
     both; null: even:4, or as many as there are."""
 
+    standardise: tuple[str, ...] = ()
+    """Of several teachers, or of one with features of many scales, what is brought on one scale: features, embeddings
+    (less their mean, over one deviation, of all that was seen in the steps before), logits (of student and teachers,
+    each image's; response kl)."""
+
+    passes: Literal["auto", 1, 2] = "auto"
+    """Over the pipeline in a step, for distances and angles, which are of all images of a step: 2 runs forwards twice,
+    1 needs a schedule that runs all forwards first; auto: 1 with such a schedule, or one micro-batch."""
+
     label_weight: float = 1.0
     """Of the ordinary loss of the labels (train.loss); 0: labels are no target."""
 
@@ -107,6 +120,10 @@ class DistillationConfig:
             if getattr(self, name) < 0:
                 raise ValueError(f"distillation.{name} is {getattr(self, name)}: it must be 0 or more")
         self._check_relations()
+        if unknown := set(self.standardise) - set(STANDARDISED):
+            raise ValueError(
+                f"distillation.standardise has {', '.join(sorted(unknown))}: give some of {', '.join(STANDARDISED)}"
+            )
         if self.temperature <= 0:
             raise ValueError(f"distillation.temperature is {self.temperature}: it must be above 0")
         for teacher in self.teachers or ():
@@ -117,13 +134,13 @@ class DistillationConfig:
                 )
 
     def _check_relations(self) -> None:
-        kinds = [of.partition(":")[0] for of in self.relations]
+        known, kinds = (*RELATIONS, *BETWEEN_IMAGES), [of.partition(":")[0] for of in self.relations]
         for given, kind in zip(self.relations, kinds, strict=True):
             _, colon, weight = given.partition(":")
-            if kind not in RELATIONS or (colon and not _is_above_0(weight)):
+            if kind not in known or (colon and not _is_above_0(weight)):
                 raise ValueError(
-                    f"distillation.relations has {given!r}: give some of {', '.join(RELATIONS)}, each with a weight "
-                    "above 0 behind it or none, as queries:2"
+                    f"distillation.relations has {given!r}: give some of {', '.join(known)}, each with a weight above "
+                    "0 behind it or none, as queries:2"
                 )
         if not kinds or len(set(kinds)) < len(kinds):
             raise ValueError(f"distillation.relations is {list(self.relations)}: give each kind once, and one at least")
@@ -135,6 +152,16 @@ class DistillationConfig:
         """Of each kind that is a target."""
         each = {kind: float(weight or 1) for kind, _, weight in (of.partition(":") for of in self.relations)}
         return {kind: weight * self.relations_weight for kind, weight in each.items() if self.relations_weight}
+
+    @property
+    def at_depth(self) -> dict[str, float]:
+        """Of those that arise in matched blocks, the weights."""
+        return {kind: weight for kind, weight in self.relation_weights.items() if kind in RELATIONS}
+
+    @property
+    def relates_images(self) -> bool:
+        """Whether there are relations of whole images."""
+        return self.at_depth != self.relation_weights
 
     @property
     def all_teachers(self) -> tuple[TeacherConfig, ...]:
@@ -190,10 +217,15 @@ class DistillationConfig:
                 f"distillation.temperature is {self.temperature}, but distillation.response hard looks at the "
                 "teacher's first class alone: leave it out, or use response kl"
             )
-        if not (self.features_weight or self.relations_weight) and self.pairs is not None:
+        if not (self.features_weight or self.at_depth) and self.pairs is not None:
             raise ConfigError(
-                f"distillation.pairs is {self.pairs}, but distillation.features_weight and relations_weight are 0: "
-                "leave it out, or give one of them a weight"
+                f"distillation.pairs is {self.pairs}, but distillation.features_weight is 0 and so is relations_weight "
+                "of all relations between blocks: leave it out, or give one of them a weight"
+            )
+        if not self.relates_images and self.passes != usual.passes:
+            raise ConfigError(
+                f"distillation.passes is {self.passes}, but distillation.relations has neither distances nor angles, "
+                "for which alone a step may take two: leave it out, or add one of them with a relations_weight"
             )
         owned = {
             "response": "response", "temperature": "response", "features": "features", "relations": "relations",
@@ -207,6 +239,17 @@ class DistillationConfig:
                     f"{weight} a weight"
                 )
 
+        for what in self.standardise:
+            if not getattr(self, f"{STANDARDISED[what]}_weight"):
+                raise ConfigError(
+                    f"distillation.standardise has {what}, but distillation.{STANDARDISED[what]}_weight is 0: leave it "
+                    "out, or give that a weight"
+                )
+        if "logits" in self.standardise and self.response != "kl":
+            raise ConfigError(
+                f"distillation.standardise has logits, but distillation.response is {self.response}, which looks at "
+                "each class by itself or at the first alone: leave it out, or use response kl"
+            )
         cut = {"queries", "keys", "values"} & self.relation_weights.keys()
         if self.relation_heads is not None and not cut:
             raise ConfigError(

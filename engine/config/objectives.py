@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from data import TextShape
 from engine.config.contrastive import ContrastiveConfig
@@ -21,6 +21,7 @@ from parallel.pipeline.actions import ActionKind
 if TYPE_CHECKING:
     from engine.config.config import Config
 
+Passes = Literal["auto", 1, 2]
 _FIRST_BACKWARDS = (ActionKind.BACKWARD, ActionKind.BACKWARD_INPUT)
 
 
@@ -36,6 +37,7 @@ def check_objective(config: Config) -> None:
         _refuse(keys, "objective contrastive", f"objective is {config.objective}")
         if config.objective == "distillation":
             config.distillation.check()
+            _check_batch(config)
         return
     classes = set_keys("model", config.model, ("num_classes", "head_bias"))
     classes = {key: value for key, value in classes.items() if value}
@@ -49,6 +51,17 @@ def check_objective(config: Config) -> None:
             f"train.global_batch_size is {config.train.global_batch_size}: a pair is told from the others of its "
             "batch, so use 2 or more"
         )
+
+
+def _check_batch(config: Config) -> None:
+    """Raise ConfigError where a batch has no pair or triplet to be compared with a teacher's."""
+    size, kinds = config.train.global_batch_size, config.distillation.relation_weights
+    for kind, least, of in (("distances", 2, "pair"), ("angles", 3, "triplet")):
+        if kind in kinds and size < least:
+            raise ConfigError(
+                f"train.global_batch_size is {size}, in which there is no {of} of images for distillation.relations "
+                f"{kind}: use {least} or more"
+            )
 
 
 def _refuse(keys: Mapping[str, Any], own: str, here: str) -> None:
@@ -84,26 +97,29 @@ def runs_forwards_first(schedule: Schedule) -> bool:
     return ActionKind.FORWARD not in own[first:]
 
 
-def passes_of(config: ContrastiveConfig, pipeline: Pipeline, micro_batches: int) -> Any:
-    """`contrastive.passes`, as far as it can be known before memory is: `auto` where that decides.
+def passes_of(objective: str, given: Passes, pipeline: Pipeline, micro_batches: int) -> Passes:
+    """The key `passes` of an objective with a joint loss, as far as it can be known before memory is: `auto` where that
+    decides, of a contrastive one.
 
     Raises:
         ConfigError: one pass, with a schedule that cannot keep all forwards.
     """
     alone = pipeline.ranks == 1
     if micro_batches == 1:
-        return config.passes if config.passes != "auto" else 1
+        return given if given != "auto" else 1
     able = alone or runs_forwards_first(pipeline.schedule(micro_batches))
-    if config.passes == 1 and not able:
+    if given == 1 and not able:
         name = pipeline.parallel.schedule
         raise ConfigError(
-            f"contrastive.passes is 1, which needs the outputs of all {micro_batches} micro-batches before the first "
+            f"{objective}.passes is 1, which needs the outputs of all {micro_batches} micro-batches before the first "
             f"backward, but parallel.schedule {name} runs backwards in between: use gpipe, one micro-batch per step (a "
             "larger train.micro_batch_size), or passes auto or 2"
         )
-    if config.passes == "auto" and not alone:
+    if given == "auto" and alone:
+        return "auto" if objective == "contrastive" else 2
+    if given == "auto":
         return 1 if able else 2
-    return config.passes
+    return given
 
 
 class Built(NamedTuple):

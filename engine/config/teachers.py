@@ -93,9 +93,9 @@ def _check(path: str, teacher: ModelConfig, student: ModelConfig) -> None:
 def matching_of(config: Config, teachers: tuple[Teacher, ...], student: ModelConfig | None = None) -> Matching | None:
     """What layers are matched. Arguments, and what is raised, as of `teachers_of`."""
     keys, student = config.distillation, student or config.model
-    at_depth = Weights(features=keys.features_weight, **keys.relation_weights)
+    at_depth = Weights(features=keys.features_weight, **keys.at_depth)
     weights = at_depth._replace(embeddings=keys.embeddings_weight)
-    if not any(weights):
+    if not (any(weights) or keys.relates_images):
         return None
     depth = student.sizes.depth
     pairs = tuple(keys.pairs_of(depth, of.model.sizes.depth) if any(at_depth) else () for of in teachers)
@@ -104,7 +104,7 @@ def matching_of(config: Config, teachers: tuple[Teacher, ...], student: ModelCon
             _check_heads(pair, student.sizes, teacher, weights, keys.relation_heads)
     return Matching(
         pairs=pairs, shares=keys.shares, loss=keys.features, weights=weights, heads=keys.relation_heads,
-        pooled=bool(keys.embeddings_weight),
+        standard=frozenset(keys.standardise), pooled=bool(keys.embeddings_weight) or keys.relates_images,
     )  # fmt: skip
 
 

@@ -4,11 +4,12 @@ from engine.config import Config
 from engine.objectives.base import AdditiveObjective, Evaluation, JointLoss, JointObjective, Objective
 from engine.objectives.contrastive import Contrastive
 from engine.objectives.distillation import Distillation
+from engine.objectives.distillation_of_batch import DistillationOfBatch
 from engine.objectives.supervised import Supervised
 
 __all__ = [
-    "OBJECTIVES", "AdditiveObjective", "Contrastive", "Distillation", "Evaluation", "JointLoss", "JointObjective",
-    "Objective", "Supervised", "make_objective",
+    "OBJECTIVES", "AdditiveObjective", "Contrastive", "Distillation", "DistillationOfBatch", "Evaluation", "JointLoss",
+    "JointObjective", "Objective", "Supervised", "make_objective",
 ]  # fmt: skip
 
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -19,4 +20,6 @@ OBJECTIVES: dict[str, type[Objective]] = {
 
 def make_objective(config: Config) -> Objective:
     """That of a resolved configuration; needs no process group."""
+    if config.relates_images:
+        return DistillationOfBatch.of(config)
     return OBJECTIVES[config.objective].of(config)

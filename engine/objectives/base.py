@@ -7,8 +7,8 @@ loss of a *joint* one is a function of what the last layer gives for all micro-b
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -159,11 +159,12 @@ class JointLoss:
     Attributes:
         loss: this data rank's share of it, fp32 scalar: shares add up over data ranks.
         gradients: of each micro-batch's outputs, as many as there are; sums over data ranks are the gradients of what
-            these ranks hold copies of.
+            these ranks hold copies of. parts: of the loss, by the names of targets, where these are told.
     """
 
     loss: Tensor
     gradients: Sequence[Outputs]
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Keys(NamedTuple):

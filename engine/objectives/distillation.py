@@ -21,6 +21,7 @@ from engine.objectives.base import AdditiveObjective, Outputs
 from engine.objectives.supervised import Supervised
 from model import EMBEDDINGS, FEATURES, MATCH, RELATIONS, LayerSpec, MicroBatch, build_student
 from parallel.comm import Axis
+from parallel.distillation import standard_logits
 from parallel.grid import Grid
 from parallel.layout import split_range
 from parallel.tensor import sigmoid_divergence, softened_divergence, softmax_cross_entropy, top_class
@@ -53,8 +54,7 @@ class Distillation(AdditiveObjective):
 
     def loss_share(self, outputs: Outputs, batch: MicroBatch, grid: Grid, scale: float) -> Tensor:
         """As Objective; in equal parts on the context ranks, which all compute it."""
-        outputs = self._logits(outputs, grid)
-        found = self._losses(outputs, batch, grid)
+        found = self.losses(outputs, batch, grid)
         share = scale / (self.labels.global_batch_size * grid.context.size)
         if batch.shares is not None:
             for name, losses in found.items():
@@ -63,10 +63,9 @@ class Distillation(AdditiveObjective):
 
     def counts(self, outputs: Outputs, batch: MicroBatch, grid: Grid) -> Tensor:
         """As AdditiveObjective; of several teachers the right ones, by their shares."""
-        outputs = self._logits(outputs, grid)
-        right = [self.labels.right(logits, batch, grid).double() for logits in outputs]
+        right = [self.labels.right(logits, batch, grid).double() for logits in self._logits(outputs, grid)]
         taught = torch.stack([share * of for share, of in zip(self.config.shares, right[:0:-1], strict=True)]).sum()
-        loss = self._whole(self._losses(outputs, batch, grid), outputs).sum().double()
+        loss = self._whole(self.losses(outputs, batch, grid), outputs).sum().double()
         return torch.stack([loss, right[0], taught, batch.weights.sum().double()])
 
     def figures(self, totals: Sequence[float]) -> dict[str, float]:
@@ -80,24 +79,32 @@ class Distillation(AdditiveObjective):
         keys = self.config
         softened = "" if keys.response == "hard" else f" at temperature {keys.temperature:g}"
         how = {"response": f" ({keys.response}{softened})", FEATURES: f" ({keys.features})"}
+        scaled = f"; on one scale: {', '.join(keys.standardise)}" if keys.standardise else ""
         what = ", ".join(f"{name}{how.get(name, '')} x {weight:g}" for name, weight in keys.weights.items())
         if pairs := sum(layer.kind == MATCH for layer in self.layers):
             what += f"; {pairs} pair{'s' * (pairs > 1)} of layers"
+        what += scaled
         paths = (f"{of.path} x {share:.3g}" for of, share in zip(keys.all_teachers, keys.shares, strict=True))
         return f"distillation: {what}; taught by {', '.join(paths)}"
+
+    def pooled(self, outputs: Outputs, grid: Grid) -> Outputs:
+        """What stands beside the logits: [B, D], and of each teacher [B, E]."""
+        start, stop = split_range(self.labels.classes, grid.tensor.size, grid.tensor.index)
+        return tuple([x[:, stop - start :] for x in outputs])
 
     def _logits(self, outputs: Outputs, grid: Grid) -> Outputs:
         """Without what stands beside them: [B, C/T] each."""
         start, stop = split_range(self.labels.classes, grid.tensor.size, grid.tensor.index)
         return tuple([x if x.shape[1] == stop - start else x[:, : stop - start] for x in outputs])
 
-    def _losses(self, outputs: Outputs, batch: MicroBatch, grid: Grid) -> dict[str, Tensor]:
+    def losses(self, outputs: Outputs, batch: MicroBatch, grid: Grid) -> dict[str, Tensor]:
         """By target, with its weight, the loss of each image, 0 for padding: [B]."""
-        own, keys, found = outputs[0], self.config, dict[str, Tensor]()
+        own, *theirs = self._logits(outputs, grid)
+        keys, found = self.config, dict[str, Tensor]()
         if keys.response_weight:
             each = [
                 share * self._response(own, logits, grid.tensor)
-                for share, logits in zip(keys.shares, outputs[:0:-1], strict=True)
+                for share, logits in zip(keys.shares, theirs[::-1], strict=True)
             ]
             found["response"] = keys.response_weight * torch.stack(each).sum(0) * batch.weights
         if keys.label_weight:
@@ -107,6 +114,8 @@ class Distillation(AdditiveObjective):
     def _response(self, own: Tensor, theirs: Tensor, axis: Axis) -> Tensor:
         """What a teacher's logits ask of the student's, [B]."""
         keys, classes = self.config, self.labels.classes
+        if "logits" in keys.standardise:
+            own, theirs = (standard_logits(x, classes, axis) for x in (own, theirs))
         match keys.response:
             case "kl":
                 return softened_divergence(own, theirs, axis, keys.temperature)

@@ -19,18 +19,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
 from data import Batch
 from engine.assemble import Assembly
 from engine.objectives.base import JointLoss, JointObjective, Keys, Outputs, inject
-from model import MicroBatch
+from model import MicroBatch, Shares
 from parallel.pipeline.execution import PipelineExecutor
 
 MOST_HELD = 2**31
 """Bytes of a step's images and texts that a rank holds on the host for the second pass; the others are read again."""
+
+
+Pass = Literal["keys", "outputs", "gradients"]
+"""What a pass over the micro-batches is for."""
+Fresh = Callable[[Pass], Sequence[MicroBatch]]
 
 
 class LossWatcher(Protocol):
@@ -59,34 +64,35 @@ class JointStep:
         """Whether each micro-batch is asked for twice."""
         return self._first is not None
 
-    def _make_keys(self, found: _Found, fresh: Callable[[bool], Sequence[MicroBatch]]) -> None:
+    def _make_keys(self, found: _Found, fresh: Fresh) -> None:
         """A pass by the average of the weights."""
         a = self._assembly
         assert a.keys is not None and self._first is not None
         with a.keys.applied():
             if a.fp8 is not None:
                 a.fp8.forget_weights()
-            self._first.run(found.numbered(fresh(True)), found.note_keys)
+            self._first.run(found.numbered(fresh("keys")), found.note_keys)
         if a.fp8 is not None:
             a.fp8.forget_weights()
 
     def run(
-        self, fresh: Callable[[bool], Sequence[MicroBatch]], scale: float, watcher: LossWatcher | None = None
+        self, fresh: Fresh, scale: float, watcher: LossWatcher | None = None, shares: Shares | None = None
     ) -> list[Tensor]:
         """Forward and backward of a step.
 
         Args:
-            fresh: the step's micro-batches, from the first on, for keys or not. scale: of gradients, a factor.
+            fresh: the step's micro-batches, from the first on. scale: of gradients, a factor. shares: where the parts
+                of the loss are noted, if they are told.
 
         Returns:
             this rank's share of the loss, times `scale`, on ranks that hold the last layer; elsewhere nothing.
         """
-        found = _Found(self._assembly, self._objective, scale, watcher)
+        found = _Found(self._assembly, self._objective, scale, watcher, shares)
         if self._assembly.keys is not None:
             self._make_keys(found, fresh)
         if self._first is not None and self._objective.passes == 2:
-            self._first.run(found.numbered(fresh(False)), found.note)
-        self._train.run(found.numbered(fresh(False)), found.inject)
+            self._first.run(found.numbered(fresh("outputs")), found.note)
+        self._train.run(found.numbered(fresh("gradients")), found.inject)
         self._keys_made = found.keys
         return found.losses
 
@@ -101,9 +107,11 @@ class _Found:
     """What the last layer has given in a step, and, once that is complete, what its gradients are."""
 
     def __init__(
-        self, assembly: Assembly, objective: JointObjective, scale: float, watcher: LossWatcher | None
-    ) -> None:
+        self, assembly: Assembly, objective: JointObjective, scale: float, watcher: LossWatcher | None,
+        shares: Shares | None,
+    ) -> None:  # fmt: skip
         self._grid, self._objective, self._watcher = assembly.grid, objective, watcher
+        self._shares = shares
         self._queue = assembly.queue
         self._share = scale / assembly.grid.context.size  # all context ranks compute the same
         self._outputs: dict[int, Outputs] = {}
@@ -160,6 +168,9 @@ class _Found:
 
     def _take(self, joint: JointLoss) -> None:
         self.losses.append(joint.loss * self._share)
+        if self._shares is not None:
+            for name, part in joint.parts.items():
+                self._shares.note(name, part * (self._share / self._grid.tensor.size))
         for m, gradients in enumerate(joint.gradients):
             self._gradients[m] = gradients if self._share == 1 else tuple([x * self._share for x in gradients])
 
@@ -184,17 +195,17 @@ class _Numbered(Sequence[MicroBatch]):
         return self._last[0]
 
 
-class OfKeys(Sequence[MicroBatch]):
-    """Micro-batches for the pass that makes keys."""
+class Told(Sequence[MicroBatch]):
+    """Micro-batches that are told what a pass is for."""
 
-    def __init__(self, inner: Sequence[MicroBatch]) -> None:
-        self._inner = inner
+    def __init__(self, inner: Sequence[MicroBatch], of: Pass) -> None:
+        self._inner, self._of = inner, of
 
     def __len__(self) -> int:
         return len(self._inner)
 
     def __getitem__(self, m: Any) -> Any:
-        return replace(self._inner[m], keys=True)
+        return replace(self._inner[m], keys=self._of == "keys", differentiated=self._of == "gradients")
 
 
 class HeldBatches(Sequence[Batch]):

@@ -18,9 +18,10 @@ from engine.assemble import Assembly
 from engine.objectives.base import JointObjective
 from engine.run.bubble import BubbleMeter
 from engine.run.diagnose import Watch, first_culprit, watch
-from engine.run.joint import HeldBatches, JointStep, OfKeys
+from engine.run.joint import HeldBatches, JointStep, Pass, Told
 from model import MicroBatch, Shares
 from parallel import comm
+from parallel.distillation import end_step
 
 Votes = Callable[[], Sequence[float]]
 
@@ -128,6 +129,7 @@ class Stepper:
         o = a.config.optimizer
         a.grid.meter.where.now("optimizer")
         self._finish_precision(overflow=False)
+        self._end_moments(counts=True)
         factor = clip_factor(norm, o.clip_grad) / scale
         a.optimizer.update(
             lr=lr, grad_factor=factor, decay_factor=lr_factor if o.decay_by == "schedule" else None
@@ -154,21 +156,22 @@ class Stepper:
     def _passes(self, batches: Sequence[Batch], watching: Watch | None) -> list[Tensor]:
         """Forward and backward of all micro-batches: shares of the loss, on ranks that hold the last layer."""
         a = self.assembly
+        self._end_moments(counts=False)  # of a step that was skipped
+        scale = self._scale / a.config.train.global_batch_size
+        self._shares = Shares(scale=scale) if a.objective.targets else None
         if self._joint is None:
-            scale = self._scale / a.config.train.global_batch_size
-            self._shares = Shares(scale=scale) if a.objective.targets else None
             here = _OnDevice(a, batches, self._shares)
             if watching is None:
                 return self._train.run(here, self._loss_share)
             return self._train.run(watching.batches(here), watching.loss(self._loss_share))
         held = HeldBatches(batches) if self._joint.reads_twice else batches
 
-        def fresh(of_keys: bool) -> Sequence[MicroBatch]:
-            here: Sequence[MicroBatch] = _OnDevice(a, held)
-            here = OfKeys(here) if of_keys else here
+        def fresh(of: Pass) -> Sequence[MicroBatch]:
+            here: Sequence[MicroBatch] = _OnDevice(a, held, self._shares if of == "gradients" else None)
+            here = here if of == "gradients" else Told(here, of)
             return here if watching is None else watching.batches(here)
 
-        return self._joint.run(fresh, self._scale, watching)
+        return self._joint.run(fresh, self._scale, watching, self._shares)
 
     def _skip(self, batches: Sequence[Batch], loss: float, norm: float) -> StepResult:
         """Change nothing but the loss scale; if that cannot be what is wrong, find out what is."""
@@ -195,6 +198,11 @@ class Stepper:
             a.scaler.update(overflow)
         if a.fp8 is not None:
             a.fp8.finish_step(a.store.axis)
+
+    def _end_moments(self, *, counts: bool) -> None:
+        """Let what teachers have given count in the steps to come. Collective, if it does."""
+        a = self.assembly
+        end_step(list(a.moments.values()), a.grid.along("data", "context"), counts=counts)
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """The objective's figures over all batches of all data ranks; images of weight 0 do not count."""

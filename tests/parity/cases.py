@@ -118,7 +118,10 @@ _PYRAMID = replace(MODELS["pyramid"], image_size=(12, 16))
 TAUGHT: dict[str, tuple[ModelConfig, tuple[TeacherConfig, ...], DistillationConfig]] = {
     "taught": (
         replace(_SMALL, block="parallel", pool="cls"), (teacher(_TEACHER, mean=(0.3,), std=(0.6,)),),
-        DistillationConfig(response_weight=3.0, label_weight=0.5, temperature=1.5),
+        DistillationConfig(
+            response_weight=3.0, label_weight=0.5, temperature=1.5, standardise=("logits",),
+            relations=("distances:3", "angles"), relations_weight=2.0,
+        ),
     ),
     "taught_by_two": (
         MODELS["pyramid"], (teacher(_TEACHER, weight=3.0), teacher(_PYRAMID, image_size=(14, 16))),
@@ -138,6 +141,7 @@ TAUGHT: dict[str, tuple[ModelConfig, tuple[TeacherConfig, ...], DistillationConf
         DistillationConfig(
             label_weight=0.0, response_weight=0.0, features_weight=3.0, features="cosine", pairs="even:3",
             relations_weight=20.0, relations=("gram", "values"), relation_heads=2, embeddings_weight=1.5,
+            standardise=("features", "embeddings"),
         ),
     ),
 }  # fmt: skip

@@ -50,10 +50,10 @@ def check_objective(config: Config) -> None:
         resolve_model(config, GridShape())
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    if config.objective == "contrastive" and config.contrastive.passes == 1:
+    if config.is_joint and getattr(config, config.objective).passes == 1:
         raise ConfigError(
-            "contrastive.passes is 1, and layouts are priced with two passes over several micro-batches: leave it out; "
-            "layouts of one micro-batch, and of gpipe (--explain schedule=gpipe,...), have one pass as it is"
+            f"{config.objective}.passes is 1, and layouts are priced with two passes over several micro-batches: leave "
+            "it out; layouts of one micro-batch, and of gpipe (--explain schedule=gpipe,...), have one pass as it is"
         )
 
 

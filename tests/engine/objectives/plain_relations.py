@@ -77,3 +77,18 @@ def divergence(kind: str, own: tuple[Tensor, ...], theirs: tuple[Tensor, ...], h
         which = ("queries", "keys", "values").index(kind)
         p, q = (relation(x, x) for x in (of[which].flatten(2).unflatten(2, (heads, -1)) for of in (own, theirs)))
     return (q.exp() * (q - p)).sum(3).mean()
+
+
+def between(kind: str, own: Tensor, theirs: Tensor) -> Tensor:
+    """RKD's Huber loss of distances over their mean, of pairs, or of cosines of angles, of triplets: [B, D], [B, E]."""
+    if kind == "distances":
+        apart = ~torch.eye(len(own), dtype=torch.bool)
+        a, b = ((x[:, None] - x)[apart].norm(dim=1) for x in (own, theirs))
+        return F.smooth_l1_loss(a / a.mean(), b / b.mean())
+    each = []
+    for vertex in range(len(own)):
+        others = [place for place in range(len(own)) if place != vertex]
+        a, b = (F.normalize(x[others] - x[vertex], dim=1) for x in (own, theirs))
+        apart = ~torch.eye(len(others), dtype=torch.bool)
+        each.append(F.smooth_l1_loss((a @ a.T)[apart], (b @ b.T)[apart]))
+    return torch.stack(each).mean()

@@ -22,7 +22,7 @@ from engine.checkpoint.config import CheckpointConfig
 from engine.clusters import read_cluster
 from engine.config import Config, LogConfig, PrecisionConfig, TrainConfig
 from engine.config.cli import parse
-from engine.config.distillation import DistillationConfig, TeacherConfig
+from engine.config.distillation import BETWEEN_IMAGES, DistillationConfig, TeacherConfig
 from engine.errors import ConfigError
 from engine.layer_costs import micro_batch
 from engine.objectives import make_objective
@@ -40,7 +40,7 @@ from parallel.checkpoint.read import Reader
 from parallel.config import ParallelConfig
 from parallel.grid import GridShape, make_grid, planned_grid
 from parallel.process_group import World
-from tests.engine.objectives.plain_relations import attended, divergence, pooled, tokens
+from tests.engine.objectives.plain_relations import attended, between, divergence, pooled, tokens
 from tests.engine.recompute.meta_pass import bytes_of_a_pass
 from tests.engine.small import MODEL, flags, small
 from tests.parity.cases import TAUGHT, Case
@@ -111,7 +111,17 @@ def cosines(x: Tensor) -> Tensor:
     return F.cosine_similarity(x[:, :, None], x[:, None], dim=3)
 
 
+def scaled(x: Tensor, moments: Tensor | None) -> Tensor:
+    """By count, means, sums of squares about them."""
+    if moments is None:
+        return x
+    mean, spread = moments[1:].chunk(2)
+    return (x - mean) / (spread.mean() / moments[0]).sqrt()
+
+
 def response(own: Tensor, theirs: Tensor, keys: DistillationConfig) -> Tensor:
+    if "logits" in keys.standardise:
+        own, theirs = ((x - x.mean(1, keepdim=True)) / x.std(1, correction=0, keepdim=True) for x in (own, theirs))
     z, u = own / keys.temperature, theirs / keys.temperature
     if keys.response == "hard":
         return F.cross_entropy(own, theirs.argmax(1))
@@ -129,7 +139,7 @@ def test_gradients_are_those_of_plain_pytorch(model: str) -> None:
     config = Case(model, micro_batches=2).config()
     config = replace(config, model=replace(config.model, drop_path=0.0))
     plain = VisionTransformer(config.model, seed=0, kernels="reference").double()
-    trained = dict(plain.named_parameters())
+    scales, trained = dict[str, Tensor](), dict(plain.named_parameters())
 
     def take(stepper: Stepper) -> None:
         held = stepper.assembly.parameters()
@@ -137,6 +147,10 @@ def test_gradients_are_those_of_plain_pytorch(model: str) -> None:
             trained[name] = torch.nn.Parameter(held[name].detach().double())
         for name, parameter in plain.named_parameters():
             parameter.data.copy_(held[name])
+        for number, (name, of) in enumerate(stepper.assembly.moments.items()):
+            of.values = scales[name] = (
+                torch.rand(len(of.values), generator=torch.Generator().manual_seed(number)).double() + 2
+            )
 
     ours = climb(World(), config, before_training=take, steps=1)
     images, labels = first_batches(config)[0]
@@ -158,9 +172,12 @@ def test_gradients_are_those_of_plain_pytorch(model: str) -> None:
             logits = theirs.double()(pixels.double())
         loss = loss + keys.response_weight * share * response(own, logits, keys)
         pairs = keys.pairs_of(plain.sizes.depth, theirs.sizes.depth) if keys.features_weight else ()
+        for kind in set(BETWEEN_IMAGES) & keys.relation_weights.keys():
+            loss = loss + keys.relation_weights[kind] * share * between(kind, embedded[0], known[0])
         if keys.embeddings_weight:
             lift = trained.get(f"match.{len(pairs) * several + number}.lift")
             (a,), (b,) = embedded, known
+            b = scaled(b, scales.get(f"match.{len(pairs) * several + number}"))
             a = a if lift is None else a @ lift.T
             loss = loss + keys.embeddings_weight * share * (1 - F.cosine_similarity(a, b)).mean()
         for place, (i, j) in enumerate(pairs):
@@ -169,11 +186,12 @@ def test_gradients_are_those_of_plain_pytorch(model: str) -> None:
             if (here := map_of(plain, i)) != (other := map_of(theirs, j)):
                 b = b.transpose(1, 2).unflatten(2, other)
                 b = F.interpolate(b, here, mode="bilinear", antialias=True).flatten(2).transpose(1, 2)
-            loss = loss + keys.features_weight * share / len(pairs) * features(a, b, keys)
+            asked = scaled(b, scales.get(f"match.{place * several + number}"))
+            loss = loss + keys.features_weight * share / len(pairs) * features(a, asked, keys)
             classes = plain.sizes.class_tokens * (plain.sizes.class_tokens == theirs.sizes.class_tokens)
             both = [tuple(tokens(x, plain, classes, (here, here)) for x in minded[i])]
             both.append(tuple(tokens(x, theirs, classes, (other, here)) for x in heeded[j]))
-            for kind, weight in keys.relation_weights.items():
+            for kind, weight in keys.at_depth.items():
                 if kind == "gram":
                     each = (cosines(mine[i]) - cosines(b)).square().mean()
                 else:
@@ -321,7 +339,8 @@ def test_targets_add_up_to_the_loss_in_every_format(tmp_path: Path, teacher: Pat
     """Scaled or not; of a teacher in a format of its own."""
     keys = DistillationConfig(
         teacher=str(teacher), features_weight=2.0, features="smooth_l1", teacher_dtype="bf16", relations_weight=5.0,
-        relations=("gram", "queries", "keys:3", "values", "maps"), embeddings_weight=0.5,
+        relations=("gram", "queries", "keys:3", "values", "maps", "distances", "angles:2"), embeddings_weight=0.5,
+        standardise=("features", "embeddings", "logits"),
     )  # fmt: skip
     losses, norms = {}, {}
     for dtype in ("fp32", "bf16", "fp16", "fp8"):
@@ -333,7 +352,7 @@ def test_targets_add_up_to_the_loss_in_every_format(tmp_path: Path, teacher: Pat
             run(tmp_path / dtype, objective="distillation", distillation=keys, train=train, **groups)
         (line,) = lines(tmp_path / dtype, "train")
         targets = [line[f"loss_{name}"] for name in keys.weights]
-        assert len(targets) == 9
+        assert len(targets) == 11
         assert sum(targets) == pytest.approx(line["loss"], rel=1e-6) and min(targets) > 0
         losses[dtype], norms[dtype] = targets, line["grad_norm"]
     for dtype in ("bf16", "fp16", "fp8"):
@@ -365,7 +384,17 @@ def test_targets_add_up_to_the_loss_in_every_format(tmp_path: Path, teacher: Pat
         ({"features_weight": 1.0, "pairs": ((0, 7),)}, {}, r"has \[0, 7\], but the teacher has no block 7.*0 to 6"),
         ({"features_weight": 1.0, "pairs": ((4, 0),)}, {}, r"has \[4, 0\], but the student has no block 4.*0 to 3"),
         ({"features_weight": 1.0, "pairs": ((1, 3), (2, 2))}, {}, r"\[1, 3\] before \[2, 2\]: pairs must rise in both"),
-        ({"pairs": "even:2"}, {}, r"pairs is even:2, but .*features_weight and relations_weight are 0"),
+        ({"pairs": "even:2"}, {}, r"pairs is even:2, but .*features_weight is 0 and so is relations_weight"),
+        ({"relations_weight": 1.0, "relations": ("angles",), "pairs": "even:2"}, {}, r"pairs is even:2, but"),
+        ({"passes": 2}, {}, r"passes is 2, but distillation\.relations has neither distances nor angles"),
+        (
+            {"relations_weight": 1.0, "relations": ("distances", "angles")},
+            {"train": TrainConfig(steps=1, global_batch_size=2)},
+            r"global_batch_size is 2, in which there is no triplet of images .* angles: use 3 or more",
+        ),
+        ({"standardise": ("labels",)}, {}, r"standardise has labels: give some of features, embeddings, logits"),
+        ({"standardise": ("features",)}, {}, r"standardise has features, but distillation\.features_weight is 0"),
+        ({"standardise": ("logits",), "response": "sigmoid"}, {}, r"standardise has logits, but .*response is sigmoid"),
         ({"embeddings_weight": 1.0, "pairs": "even:2"}, {}, r"pairs is even:2, but"),
         ({"relations": ("queries",)}, {}, r"relations is \('queries',\), but .*relations_weight is 0"),
         ({"relations_weight": 1.0, "relations": ("gram", "gram:2")}, {}, r"give each kind once"),

@@ -18,12 +18,14 @@ from parallel.distillation import (
     angle_difference,
     cosine_distance,
     distance_difference,
+    end_step,
     gram_difference,
     likeliest,
     map_divergence,
     relation_divergence,
     resplit_heads,
     sparse_divergence,
+    standard_logits,
     tokens_of_all,
 )
 from parallel.grid import GridShape, make_grid
@@ -160,11 +162,30 @@ def _check_batch(axis: Axis) -> None:
 
 
 def _check_moments(axis: Axis) -> None:
-    moments, rows = Moments(5, torch.device("cpu")), _random(19, 5, seed=7) * 3 + 1e4
+    moments, rows = Moments(5), _random(19, 5, seed=7) * 3 + 1e4
+    assert not moments.standardise(rows).any()
     for some in (rows[:2], rows[2:10], rows[10:]):  # on three ranks one has none of the first
-        moments.add(_part(some, axis, 0), axis)
+        here = _part(some, axis, 0)
+        moments.note(here[:1])
+        moments.note(here[1:])
+        end_step([moments], axis, counts=True)
+    moments.note(rows)
+    end_step([moments], axis, counts=False)
     expected = (rows - rows.mean(0)) / rows.var(0, correction=0).mean().sqrt()
     torch.testing.assert_close(moments.standardise(rows), expected, rtol=1e-9, atol=1e-9)
+
+
+def _check_standard(axis: Axis) -> None:
+    """A loss that all ranks go on to compute alike, of which each has its own classes' part."""
+    whole, asked = _random(5, 7, seed=11).requires_grad_(), _random(5, 7, seed=12)
+    expected = (whole - whole.mean(1, keepdim=True)) / whole.std(1, correction=0, keepdim=True)
+    (expected * asked).sum().backward()
+    assert whole.grad is not None
+    own = _part(whole.detach(), axis, 1).clone().requires_grad_()
+    found = standard_logits(own, 7, axis)
+    (found * _part(asked, axis, 1)).sum().backward()
+    torch.testing.assert_close(found, _part(expected.detach(), axis, 1), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(own.grad, _part(whole.grad, axis, 1), rtol=1e-10, atol=1e-14)
 
 
 def _check_sparse(axis: Axis) -> None:
@@ -196,6 +217,7 @@ def _check_sparse(axis: Axis) -> None:
 
 def _check_all(axis: Axis) -> None:
     _check_sparse(axis)
+    _check_standard(axis)
     _check_relations(axis)
     _check_batch(axis)
     _check_moments(axis)
