@@ -171,6 +171,9 @@ class EvalStream:
     weight 0, label 0, id -1 and an empty text. An image's text is the first of its captions, or the one that says most.
     Of two views the first is the image itself, the second is augmented, the same way in every run.
 
+    Args:
+        span: numbers of the images; None: all.
+
     Attributes:
         texts_cut: as of TrainStream.
     """
@@ -185,10 +188,12 @@ class EvalStream:
         data_size: int,
         with_images: bool = True,
         with_texts: bool = True,
+        span: range | None = None,
     ) -> None:
         assert 0 <= data_rank < data_size
         self.texts_cut = 0
         self._dataset = dataset
+        self._span = range(len(dataset)) if span is None else span
         self._config = config
         self._micro_batch_size = micro_batch_size
         self._data_rank = data_rank
@@ -197,10 +202,10 @@ class EvalStream:
 
     def __len__(self) -> int:
         """Batches per data rank."""
-        return -(-len(self._dataset) // (self._micro_batch_size * self._data_size))
+        return -(-len(self._span) // (self._micro_batch_size * self._data_size))
 
     def __iter__(self) -> Iterator[Batch]:
-        first = self._data_rank * self._micro_batch_size
+        first = self._span.start + self._data_rank * self._micro_batch_size
         stride = self._data_size * self._micro_batch_size
         firsts = range(first, first + len(self) * stride, stride)
         workers = self._config.workers if self._maker.needs_any else 0
@@ -209,7 +214,7 @@ class EvalStream:
             yield self._batch(first, next(loader) if loader else self._read(first))
 
     def _indices(self, first_index: int) -> NDArray[np.int64]:
-        return np.arange(first_index, min(first_index + self._micro_batch_size, len(self._dataset)))
+        return np.arange(first_index, min(first_index + self._micro_batch_size, self._span.stop))
 
     def _read(self, first_index: int) -> Content:
         indices = self._indices(first_index)

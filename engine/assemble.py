@@ -222,6 +222,7 @@ class Assembly:
     def to_device(self, batch: Batch, *, training: bool) -> MicroBatch:
         """The data package's batch as the model's, on this rank's device."""
         images = batch.images.to(self.device, non_blocking=True) if batch.images is not None else None
+        stored = self.objective.stored(batch, training=training) if self.holds_loss else ()
         return MicroBatch(
             images=images,
             labels=batch.labels.to(self.device, non_blocking=True),
@@ -230,6 +231,7 @@ class Assembly:
             training=training,
             texts=batch.texts.to(self.device, non_blocking=True) if batch.texts is not None else None,
             indices=batch.indices.to(self.device, non_blocking=True) if batch.indices is not None else None,
+            teachers=tuple({k: x.to(self.device, non_blocking=True) for k, x in of.items()} for of in stored),
         )
 
 

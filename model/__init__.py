@@ -10,7 +10,7 @@ from model.precision import Precision
 from model.presets import PRESETS
 from model.stage import Stage
 from model.targets import Shares
-from model.teachers import MATCH, TEACHER, Matching, Pixels, Teacher, build_student, student_layers
+from model.teachers import MATCH, TEACHER, Matching, Pixels, Teacher, build_student, build_teacher, student_layers
 from model.text import TEXT_PRESETS, TextConfig
 from model.towers import TOWERS, build_towers, check_towers
 from model.vit import VisionTransformer
@@ -41,6 +41,7 @@ __all__ = [
     "VisionTransformer",
     "build_layers",
     "build_student",
+    "build_teacher",
     "build_towers",
     "check_parallel",
     "check_towers",

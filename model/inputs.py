@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,8 @@ class MicroBatch:
         texts: tokens, int64 [B, S], filled up at the right; None where there are none, or no layer reads them.
         indices: int64 [B], the same for rows of one image; None where that is not known.
         differentiated: whether losses that arise within the layers are wanted: not in a pass for outputs alone.
+        teachers: what teachers have made of these images before, of each by name, rows [B, ...]; on ranks that have
+            the loss.
         shares: where parts of the loss that arise within the layers are noted; None: nowhere.
 
     Of two views of each sample, B is twice the number of samples: first views, then second ones.
@@ -41,6 +44,7 @@ class MicroBatch:
     keys: bool = False
     indices: Tensor | None = None
     differentiated: bool = True
+    teachers: tuple[Mapping[str, Tensor], ...] = ()
     shares: Shares | None = None
 
     @property

@@ -166,6 +166,16 @@ def _beside(layers: Sequence[LayerSpec], blocks: Set[int], matching: Matching) -
     return found
 
 
+def build_teacher(teacher: Teacher, images: tuple[int, int]) -> list[LayerSpec]:
+    """The layers of a teacher by himself, measured.
+
+    Args:
+        images: rows and columns of those that he is shown, as they are before.
+    """
+    batch = MicroBatch.of_images(torch.empty(1, teacher.model.sizes.channels, *images, device="meta"))
+    return measured(_teaching(teacher), Build(config=teacher.model), batch)
+
+
 def _teaching(teacher: Teacher) -> list[LayerSpec]:
     name, model = teacher.name, teacher.model
     tower = Tower(name=name, config=model, frozen=True, dtype=teacher.dtype)

@@ -11,6 +11,7 @@ from data import TextShape
 from engine.config.contrastive import ContrastiveConfig
 from engine.config.inheritance import inheritance_of
 from engine.config.pipeline import Pipeline
+from engine.config.stored import check_stored
 from engine.config.teachers import check_maps, check_teachers, matching_of, teachers_of
 from engine.errors import ConfigError
 from model import LayerSpec, ModelConfig, TextConfig, build_student, build_towers, check_parallel, check_towers
@@ -153,13 +154,14 @@ def resolve_model(config: Config, shape: GridShape) -> Built:
     depth, merges = model.sizes.depth, len(model.sizes.stages) - 1
     layers, what = depth + merges + 2, f"the model ({_inner('embedding', depth, merges, 'head')})"
     if config.objective == "distillation":
+        check_stored(config, model)
         teachers = teachers_of(config, model)
         check_teachers(teachers, shape)
         inheritance_of(config, model)  # what it refuses is refused here
         if (matching := matching_of(config, teachers, model)) is not None and shape.context > 1:
             check_maps(model, teachers, matching, shape.context)
         layers, several = len(build_student(model, teachers, matching)), "s" * (len(teachers) > 1)
-        what = f"the student and its teacher{several}"
+        what = f"the student and its teacher{several}" if teachers else "the student"
     return Built({"model": model}, layers, depth, what)
 
 

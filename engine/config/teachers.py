@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 from engine.config.distillation import TeacherConfig
 from engine.errors import ConfigError
 from engine.precision.precision import DTYPES
+from engine.teacher_outputs.meta import is_outputs
+from engine.teacher_outputs.shards import stored_at
 from model import TEACHER, Matching, ModelConfig, Pixels, Teacher, check_parallel
 from model.formats.api import open_weights
 from model.formats.base import Preprocessing
@@ -40,7 +42,7 @@ class Found:
 
 
 def teachers_of(config: Config, student: ModelConfig | None = None) -> tuple[Teacher, ...]:
-    """Those of a configuration whose objective is distillation.
+    """Those of a configuration whose objective is distillation, but for such as are stored outputs.
 
     Args:
         student: the model, resolved; None: the configuration is.
@@ -48,9 +50,15 @@ def teachers_of(config: Config, student: ModelConfig | None = None) -> tuple[Tea
     Raises:
         ConfigError: a checkpoint cannot be read, or the student cannot be matched with its model.
     """
-    student, given = student or config.model, config.distillation.all_teachers
+    student = student or config.model
+    return tuple(_teacher(name, of, config, student) for name, of in computed(config).items())
+
+
+def computed(config: Config) -> dict[str, TeacherConfig]:
+    """Teachers whose layers are in the student's list, not read from the disk as outputs, by what these begin with."""
+    given = config.distillation.all_teachers
     names = [TEACHER] if len(given) == 1 else [f"{TEACHER}.{number}" for number in range(len(given))]
-    return tuple(_teacher(name, of, config, student) for name, of in zip(names, given, strict=True))
+    return {name: of for name, of in zip(names, given, strict=True) if not is_outputs(of.path)}
 
 
 def _teacher(name: str, given: TeacherConfig, config: Config, student: ModelConfig) -> Teacher:
@@ -171,7 +179,10 @@ def fingerprints(config: Config) -> tuple[str, ...]:
     """Of the weights of each teacher, if there are any."""
     if config.objective != "distillation":
         return ()
-    return tuple(found_at(teacher.path).fingerprint for teacher in config.distillation.all_teachers)
+    return tuple(
+        stored_at(path).meta.fingerprint if is_outputs(path) else found_at(path).fingerprint
+        for path in (teacher.path for teacher in config.distillation.all_teachers)
+    )
 
 
 @cache

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from data import Batch
 from engine.config import Config
 from model import LayerSpec, MicroBatch
 from parallel import comm
@@ -93,6 +94,10 @@ class Objective(ABC):
     def key_queue(self, grid: Grid, seed: int, device: torch.device) -> KeyQueue | None:
         """A new queue of keys of earlier steps, on a rank that has the last layer, if there is to be one."""
         return None
+
+    def stored(self, batch: Batch, *, training: bool) -> tuple[Mapping[str, Tensor], ...]:
+        """What the loss reads from the disk of these images: `teachers` of a MicroBatch, on the host."""
+        return ()
 
     def describe(self) -> str | None:
         """A line for the start-up report, where there is more to tell than the model and the batch."""

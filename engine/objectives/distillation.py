@@ -2,29 +2,33 @@
 
 The teachers' layers are in the student's list (model.teachers), frozen; what the last layer gives are the student's
 logits, then theirs, the last teacher's first; behind them, in the same tensor, pooled features, where these are
-compared.
+compared. What a teacher has made of the images before is read from the disk.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Literal, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from data import Batch
 from engine.config import Config
 from engine.config.distillation import DistillationConfig
+from engine.config.stored import stored_of
 from engine.config.teachers import matching_of, teachers_of
+from engine.objectives.answers import Answer, response, stored_answer, top
 from engine.objectives.base import AdditiveObjective, Outputs
 from engine.objectives.supervised import Supervised
+from engine.teacher_outputs.meta import Part
+from engine.teacher_outputs.shards import StoredOutputs
 from model import EMBEDDINGS, FEATURES, MATCH, RELATIONS, LayerSpec, MicroBatch, build_student
-from parallel.comm import Axis
-from parallel.distillation import standard_logits
 from parallel.grid import Grid
 from parallel.layout import split_range
-from parallel.tensor import sigmoid_divergence, softened_divergence, softmax_cross_entropy, top_class
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +37,8 @@ class Distillation(AdditiveObjective):
 
     Attributes:
         config: the keys of the objective. labels: the ordinary loss. layers: of student and teachers.
-        targets: as of Objective.
+        outputs: of each teacher, those that are read from the disk; None: his layers are among ours. targets: as of
+            Objective.
     """
 
     counted = ("loss", "right", "teacher_right", "images")
@@ -41,6 +46,7 @@ class Distillation(AdditiveObjective):
     config: DistillationConfig
     labels: Supervised
     layers: tuple[LayerSpec, ...]
+    outputs: tuple[StoredOutputs | None, ...]
     targets: tuple[str, ...]
     at_depth = (FEATURES, *RELATIONS, EMBEDDINGS)
 
@@ -50,7 +56,21 @@ class Distillation(AdditiveObjective):
         teachers = teachers_of(config)
         layers = tuple(build_student(config.model, teachers, matching_of(config, teachers)))
         keys = config.distillation
-        return cls(config=keys, labels=Supervised.of(config), layers=layers, targets=tuple(keys.weights))
+        return cls(
+            config=keys, labels=Supervised.of(config), layers=layers, outputs=stored_of(config),
+            targets=tuple(keys.weights),
+        )  # fmt: skip
+
+    def stored(self, batch: Batch, *, training: bool) -> tuple[Mapping[str, Tensor], ...]:
+        """As Objective."""
+        part: Part = "training" if training else "held_out"
+
+        def numbers(by: Literal["draw", "image"]) -> NDArray[np.int64]:
+            found = batch.indices if training and by == "image" else batch.sample_ids
+            assert found is not None
+            return found.numpy()
+
+        return tuple(of.read(part, numbers(of.meta.key)) for of in self.outputs if of is not None)
 
     def loss_share(self, outputs: Outputs, batch: MicroBatch, grid: Grid, scale: float) -> Tensor:
         """As Objective; in equal parts on the context ranks, which all compute it."""
@@ -63,10 +83,13 @@ class Distillation(AdditiveObjective):
 
     def counts(self, outputs: Outputs, batch: MicroBatch, grid: Grid) -> Tensor:
         """As AdditiveObjective; of several teachers the right ones, by their shares."""
-        right = [self.labels.right(logits, batch, grid).double() for logits in self._logits(outputs, grid)]
-        taught = torch.stack([share * of for share, of in zip(self.config.shares, right[:0:-1], strict=True)]).sum()
+        own, *theirs = self._logits(outputs, grid)
+        classes, taught = self.labels.classes, torch.zeros((), dtype=torch.float64, device=own.device)
+        for share, answer in zip(self.config.shares, self._answers(theirs, batch, grid), strict=True):
+            taught += share * ((top(answer, classes, grid.tensor) == batch.labels) * batch.weights).sum().double()
         loss = self._whole(self.losses(outputs, batch, grid), outputs).sum().double()
-        return torch.stack([loss, right[0], taught, batch.weights.sum().double()])
+        right = self.labels.right(own, batch, grid).double()
+        return torch.stack([loss, right, taught, batch.weights.sum().double()])
 
     def figures(self, totals: Sequence[float]) -> dict[str, float]:
         """As AdditiveObjective: the mean loss, and how often the student and its teachers are right."""
@@ -102,27 +125,23 @@ class Distillation(AdditiveObjective):
         own, *theirs = self._logits(outputs, grid)
         keys, found = self.config, dict[str, Tensor]()
         if keys.response_weight:
+            classes = self.labels.classes
             each = [
-                share * self._response(own, logits, grid.tensor)
-                for share, logits in zip(keys.shares, theirs[::-1], strict=True)
+                share * response(own, answer, keys, classes, grid.tensor)
+                for share, answer in zip(keys.shares, self._answers(theirs, batch, grid), strict=True)
             ]
             found["response"] = keys.response_weight * torch.stack(each).sum(0) * batch.weights
         if keys.label_weight:
             found["labels"] = keys.label_weight * self.labels.losses((own,), batch, grid)
         return found
 
-    def _response(self, own: Tensor, theirs: Tensor, axis: Axis) -> Tensor:
-        """What a teacher's logits ask of the student's, [B]."""
-        keys, classes = self.config, self.labels.classes
-        if "logits" in keys.standardise:
-            own, theirs = (standard_logits(x, classes, axis) for x in (own, theirs))
-        match keys.response:
-            case "kl":
-                return softened_divergence(own, theirs, axis, keys.temperature)
-            case "sigmoid":
-                return sigmoid_divergence(own, theirs, axis, keys.temperature)
-            case "hard":
-                return softmax_cross_entropy(own, top_class(theirs, classes, axis), classes, axis)
+    def _answers(self, theirs: Sequence[Tensor], batch: MicroBatch, grid: Grid) -> list[Answer]:
+        """What each teacher says of a micro-batch. Args: theirs: logits of those that are computed, the last first."""
+        computed, read = iter(theirs[::-1]), iter(batch.teachers)
+        return [
+            next(computed) if of is None else stored_answer(next(read, of.blank(batch.labels)), of.meta, grid.tensor)
+            for of in self.outputs
+        ]
 
     def _whole(self, losses: Mapping[str, Tensor], outputs: Outputs) -> Tensor:
         """Of the last layer's targets together, [B]; where all are at depth nothing, but to be differentiated."""

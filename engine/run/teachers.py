@@ -7,10 +7,10 @@ from pathlib import Path
 
 from engine.assemble import Assembly
 from engine.checkpoint.load import load_weights, plan_load
-from engine.config.teachers import fingerprint_of, found_at, teachers_of
+from engine.config.teachers import computed, fingerprint_of, found_at, teachers_of
 from engine.errors import ConfigError
 from engine.run.agreement import check_agreement
-from model import build_layers
+from model import Teacher, build_layers
 from model.formats.api import open_weights
 from model.formats.base import ConversionError
 from model.formats.weights import StoredWeights
@@ -25,23 +25,28 @@ def load_teachers(a: Assembly) -> None:
     """
     if a.config.objective != "distillation":
         return
-    for teacher, given in zip(teachers_of(a.config), a.config.distillation.all_teachers, strict=True):
-        found = found_at(given.path)
-        weights, now = _opened(found.path)
-        check_agreement({f"weights of the {teacher.name}": now}, a.grid.world)
-        if weights is None or now != found.fingerprint:
-            raise ConfigError(
-                f"the teacher {given.path} is no longer what it was when this run began ({found.fingerprint}): {now}. "
-                "Start again, with a teacher that nothing writes to"
-            )
-        try:
-            with closing(weights):
-                plan = plan_load(weights, teacher.model, build_layers(teacher.model), a.config.data)
-                if lacking := [f.describe() for f in plan.fits if f.how in ("new", "left out")]:
-                    raise ConversionError(f"it cannot be shown images of this size: {'; '.join(lacking[:3])}")
-                load_weights(a, weights, plan, f"{teacher.name}.")
-        except ConversionError as error:
-            raise ConfigError(f"the teacher {given.path}: {error}") from error
+    for teacher, given in zip(teachers_of(a.config), computed(a.config).values(), strict=True):
+        load_teacher(a, teacher, given.path)
+
+
+def load_teacher(a: Assembly, teacher: Teacher, path: str) -> None:
+    """One of them, whose layers are among those of the assembly. Collective. Raises as `load_teachers`."""
+    found = found_at(path)
+    weights, now = _opened(found.path)
+    check_agreement({f"weights of the {teacher.name}": now}, a.grid.world)
+    if weights is None or now != found.fingerprint:
+        raise ConfigError(
+            f"the teacher {path} is no longer what it was when this run began ({found.fingerprint}): {now}. "
+            "Start again, with a teacher that nothing writes to"
+        )
+    try:
+        with closing(weights):
+            plan = plan_load(weights, teacher.model, build_layers(teacher.model), a.config.data)
+            if lacking := [f.describe() for f in plan.fits if f.how in ("new", "left out")]:
+                raise ConversionError(f"it cannot be shown images of this size: {'; '.join(lacking[:3])}")
+            load_weights(a, weights, plan, f"{teacher.name}.")
+    except ConversionError as error:
+        raise ConfigError(f"the teacher {path}: {error}") from error
 
 
 def _opened(path: Path) -> tuple[StoredWeights | None, str]:

@@ -19,6 +19,7 @@ from engine.assemble import Assembly, assemble, grid_of
 from engine.config import MAX_COUNT, Config
 from engine.config.keys import key_types, value_of
 from engine.config.objectives import check_labels, check_repeats, text_shape
+from engine.config.stored import check_rows
 from engine.config.teachers import found_at
 from engine.device import choose_device, memory_share, prepare_cpu, set_matmul
 from engine.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
@@ -53,6 +54,7 @@ from engine.run.step import Stepper
 from engine.run.stopping import StopRequests
 from engine.run.teachers import load_teachers
 from engine.run.watchdog import watched
+from engine.teacher_outputs.shards import stored_at
 from model.kernels import Kernels
 from parallel import comm, process_group
 from parallel.grid import Grid, GridShape, world_axis
@@ -75,6 +77,8 @@ class Inputs(NamedTuple):
         """For a run that goes on: epochs are other steps where earlier ones had another number of images."""
         steps = total_steps(config, len(self.train_set), done)
         check_schedule(config.schedule, steps)
+        draws = done.samples + (steps - done.step) * config.train.global_batch_size
+        check_rows(config, self.train_set, self.eval_set, draws)
         return self._replace(steps=steps)
 
 
@@ -92,6 +96,7 @@ def pretrain(config: Config, world: World) -> int:
     """
     began, given = time.monotonic(), config
     found_at.cache_clear()  # teachers of an earlier run of this process may have been trained further
+    stored_at.cache_clear()
     config, world, notes = fit(config, world)
     config = config.resolve(world.size)
     if world.rank >= world.size:
@@ -158,7 +163,10 @@ def inputs_of(config: Config, world: World, run_dir: Path, checkpoints: Path) ->
     objective = make_objective(config)
     frozen_of(config, objective.layers)  # what it refuses is refused here
     check_budget(config, config.grid_shape(world.size), memory_share(device, world), on_cpu=device.type == "cpu")
-    source = None if may_resume(config, checkpoints) else source_of(config, objective)
+    source = None
+    if not may_resume(config, checkpoints):
+        source = source_of(config, objective)
+        check_rows(config, train_set, eval_set, steps * config.train.global_batch_size)
     return Inputs(run_dir, checkpoints, train_set, eval_set, steps, device, objective, source)
 
 

@@ -15,7 +15,7 @@ from engine.config.contrastive import ContrastiveConfig
 from engine.config.distillation import DistillationConfig, TeacherConfig
 from model import ModelConfig, StageConfig, TextConfig
 from parallel.config import ParallelConfig
-from tests.parity.teachers import teacher, with_teachers
+from tests.parity.teachers import stored, teacher, with_teachers, write_outputs
 
 STEPS = 10
 GLOBAL_BATCH = 16
@@ -109,7 +109,8 @@ PAIRS: dict[str, tuple[ModelConfig, TextConfig, ContrastiveConfig]] = {
         ContrastiveConfig(embedding=18, pairs="views", momentum=0.8, queue=70),
     ),
 }  # fmt: skip
-# A student and its teachers: of other depths, widths and heads, other kinds of blocks, more patches, other pixels.
+# A student and its teachers: of other depths, widths and heads, other kinds of blocks, more patches, other pixels; one
+# whose outputs are stored.
 _TEACHER = replace(
     _SMALL, width=40, depth=5, num_heads=5, mlp_dim=56, block="sequential", qk_norm=True, registers=2, pool="map",
 )  # fmt: skip
@@ -124,7 +125,7 @@ TAUGHT: dict[str, tuple[ModelConfig, tuple[TeacherConfig, ...], DistillationConf
         ),
     ),
     "taught_by_two": (
-        MODELS["pyramid"], (teacher(_TEACHER, weight=3.0), teacher(_PYRAMID, image_size=(14, 16))),
+        MODELS["pyramid"], (teacher(_TEACHER, weight=3.0), stored(teacher(_PYRAMID, image_size=(14, 16)))),
         DistillationConfig(label_weight=0.0, response="sigmoid"),
     ),
     # at depth: wider rows, and a student that is a part of its teacher, with larger patches; another map of patches, of
@@ -289,6 +290,7 @@ class Case:
             recompute=RecomputeConfig(policy=self.recompute),
             kernels=KERNELS[self.model],  # type: ignore[arg-type]
         )
+        write_outputs(config, STEPS * GLOBAL_BATCH)
         return config.resolve(self.ranks)
 
 

@@ -1,22 +1,35 @@
-"""Teachers for the ladder: checkpoints of random weights, written once for all processes of a machine's user."""
+"""Teachers for the ladder: checkpoints of random weights, or what such a model makes of the ladder's images, written
+once for all processes of a machine's user.
+"""
 
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from hashlib import blake2b
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from data import Batch, Dataset, EvalStream, TrainStream
+from engine.config import Config
 from engine.config.distillation import DistillationConfig, TeacherConfig
+from engine.config.stored import meta_of
+from engine.config.teachers import teachers_of
+from engine.teacher_outputs.shards import begin, ranges, write_rows
 from model import ModelConfig, VisionTransformer
 from model.formats.base import ConversionError
 
 _MODELS: dict[str, ModelConfig] = {}
+_STORED: dict[str, TeacherConfig] = {}
 
 
 def teacher(model: ModelConfig, **keys: Any) -> TeacherConfig:
@@ -27,9 +40,57 @@ def teacher(model: ModelConfig, **keys: Any) -> TeacherConfig:
     return TeacherConfig(path=path, **keys)
 
 
+def stored(of: TeacherConfig) -> TeacherConfig:
+    """What he makes of the images of a case; it is there once `write_outputs` has seen the case's configuration."""
+    path = f"{of.path}-{blake2b(repr(of).encode(), digest_size=8).hexdigest()}"
+    _STORED[path] = of
+    return TeacherConfig(path=path, weight=of.weight)
+
+
+def computed(of: TeacherConfig) -> TeacherConfig:
+    """A teacher himself."""
+    return _STORED.get(of.path, of)
+
+
+def write_outputs(config: Config, draws: int) -> None:
+    """All outputs that a configuration has for teachers, by plain forwards of one process."""
+    from tests.parity.climb import digits  # which imports this
+
+    config = replace(config, model=config.model.resolve())
+    for path in (Path(of.path) for of in config.distillation.all_teachers if of.path in _STORED):
+        if not path.exists():
+            new = Path(tempfile.mkdtemp(dir=path.parent))
+            keys = with_teachers(replace(config.distillation, teachers=None), (_STORED[str(path)],))
+            _write(new, replace(config, distillation=keys), digits(config.model), draws)
+            with suppress(OSError):  # another process was quicker
+                new.rename(path)
+            shutil.rmtree(new, ignore_errors=True)
+
+
+@torch.no_grad()
+def _write(folder: Path, config: Config, sets: tuple[Dataset, Dataset], draws: int) -> None:
+    """Of a configuration of one teacher."""
+    (teacher,), size = teachers_of(config), {"micro_batch_size": 20, "data_rank": 0, "data_size": 1}
+    meta = meta_of(config, teacher, "his", sets, kept=None, rows=draws, number_format="fp32", rows_per_file=64)
+    begin(folder, meta)
+    model, path = VisionTransformer(teacher.model), str(config.distillation.teacher)
+    model.load(dict(VisionTransformer.from_pretrained(path).named_parameters()), _MODELS[path].resolve())
+    stream = TrainStream(sets[0], config=config.data, global_batch_size=20, seed=config.train.seed, **size)
+    training = islice(chain.from_iterable(stream.steps(0)), -(-draws // 20))
+    streams: dict[Any, Iterable[Batch]] = {
+        "training": training, "held_out": EvalStream(sets[1], config=config.data, **size)
+    }  # fmt: skip
+    for part, batches in streams.items():
+        logits = torch.cat([model(teacher.pixels.of(batch.images)) for batch in batches if batch.images is not None])
+        for span in ranges(meta, part):
+            rows = np.empty(len(span), meta.row)
+            rows["logits"] = logits[span.start : span.stop]
+            write_rows(folder, part, span.start, rows)
+
+
 def with_teachers(keys: DistillationConfig, teachers: tuple[TeacherConfig, ...]) -> DistillationConfig:
     """The keys, with teachers whose checkpoints are there."""
-    for path in (Path(of.path) for of in teachers):
+    for path in (Path(computed(of).path) for of in teachers):
         if not path.exists():
             try:
                 _made(_MODELS[str(path)]).save_pretrained(path)

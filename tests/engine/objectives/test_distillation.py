@@ -45,7 +45,7 @@ from tests.engine.recompute.meta_pass import bytes_of_a_pass
 from tests.engine.small import MODEL, flags, small
 from tests.parity.cases import TAUGHT, Case
 from tests.parity.climb import climb, first_batches
-from tests.parity.teachers import _MODELS
+from tests.parity.teachers import _MODELS, computed
 from tools.benchmark import distillation as benchmark
 
 CPU = torch.device("cpu")
@@ -160,6 +160,7 @@ def test_gradients_are_those_of_plain_pytorch(model: str) -> None:
     loss = keys.label_weight * F.cross_entropy(own, labels)
     several = len(keys.all_teachers)
     for number, (of, share) in enumerate(zip(keys.all_teachers, keys.shares, strict=True)):
+        of = computed(of)
         there = _MODELS[of.path]
         shown = replace(there, drop_path=0.0, image_size=of.image_size or there.image_size)
         theirs = VisionTransformer(shown, kernels="reference")

@@ -1,0 +1,163 @@
+"""Teachers of a configuration that are outputs on the disk: whether they are of its images, and say what it asks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Literal
+
+from data import DataConfig, Dataset
+from engine.config.distillation import TeacherConfig
+from engine.errors import ConfigError
+from engine.teacher_outputs.meta import Meta, Part, is_outputs
+from engine.teacher_outputs.shards import StoredOutputs, stored_at
+from model import ModelConfig, Teacher
+
+if TYPE_CHECKING:
+    from engine.config.config import Config
+
+# Keys of data that say nothing of pixels or of which image a draw is: files are compared themselves.
+_SAY_NOTHING = (
+    "path", "val_path", "image_column", "caption_column", "label_column", "tokenizer", "templates", "prompts",
+    "workers", "views",
+)  # fmt: skip
+_DRAWN = ("synthetic", "textures")  # kinds whose images follow from the seed
+_SETS: tuple[tuple[Part, str], ...] = (("training", "training images"), ("held_out", "held-out images"))
+
+
+def key_of(data: DataConfig) -> Literal["draw", "image"]:
+    """What a row is of: an image that is never augmented is the same in every draw."""
+    return "draw" if data.warps or data.recolours or data.crops or data.flip else "image"
+
+
+def images_said(config: Config, student: ModelConfig) -> dict[str, Any]:
+    """What decides the pixels of a row, by name, as JSON has it."""
+    data, by_draw = config.data, key_of(config.data) == "draw"
+    said = {f"data.{name}": value for name, value in asdict(data).items() if name not in _SAY_NOTHING}
+    said |= {"the images' rows and columns": student.sizes.image, "their channels": student.sizes.channels}
+    said["train.seed"] = config.train.seed if by_draw or data.kind in _DRAWN else None
+    if not by_draw:
+        del said["data.repeats"]
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in said.items()}
+
+
+def sets_said(train: Dataset, held_out: Dataset) -> dict[str, str]:
+    """How many images there are, and which."""
+    return {
+        name: f"{len(of)} of {of.fingerprint}" for (_, name), of in zip(_SETS, (train, held_out), strict=True)
+    }  # fmt: skip
+
+
+def meta_of(
+    config: Config, teacher: Teacher, weights: str, sets: tuple[Dataset, Dataset], *, kept: int | None, rows: int,
+    number_format: Literal["fp32", "fp16"], rows_per_file: int,
+) -> Meta:  # fmt: skip
+    """Of outputs of a teacher for the run that a resolved configuration is.
+
+    Args:
+        weights: their fingerprint. sets: training, and held out. kept: classes; None: all. rows: of the training part,
+            where it is of draws.
+    """
+    classes = teacher.model.sizes.classes
+    return Meta(
+        teacher=weights,
+        shown=_listed(asdict(teacher.pixels)) | {"dtype": str(teacher.dtype).removeprefix("torch.")},
+        classes=classes,
+        kept=classes if kept is None else kept,
+        temperature=None if kept in (None, classes) else config.distillation.temperature,
+        number_format=number_format,
+        key=key_of(config.data),
+        images=images_said(config, config.model),
+        sets=sets_said(*sets),
+        held_out_rows=len(sets[1]),
+        rows=rows if key_of(config.data) == "draw" else len(sets[0]),
+        rows_per_file=rows_per_file,
+    )
+
+
+def _listed(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: list(value) for name, value in values.items()}
+
+
+def stored_of(config: Config) -> tuple[StoredOutputs | None, ...]:
+    """Of each teacher: its outputs, if it is a folder of them.
+
+    Raises:
+        ConfigError: that cannot be read.
+    """
+    return tuple(stored_at(of.path) if is_outputs(of.path) else None for of in config.distillation.all_teachers)
+
+
+def check_stored(config: Config, student: ModelConfig) -> None:
+    """Raise ConfigError where stored outputs are of other images or classes, or do not say what is asked of them.
+
+    Args:
+        student: resolved.
+    """
+    for given, of in zip(config.distillation.all_teachers, stored_of(config), strict=True):
+        if of is not None:
+            _check_asked(config, given, of.meta)
+            _check_same(given.path, of.meta, student, images_said(config, student))
+
+
+def _check_asked(config: Config, given: TeacherConfig, meta: Meta) -> None:
+    """That nothing is asked of a teacher but its logits, and of these nothing that was not kept."""
+    keys, path = config.distillation, given.path
+    for name in ("dtype", "image_size", "mean", "std"):
+        if (value := getattr(given, name)) is not None:
+            raise ConfigError(
+                f"the teacher {path} is stored outputs, so its {name} {value} comes too late: leave it out, or give it "
+                "to tools.teacher_outputs"
+            )
+    asked = {f"{name}_weight": getattr(keys, f"{name}_weight") for name in ("features", "relations")}
+    for name, value in ({"start_from": keys.start_from} | asked).items():
+        if value:
+            raise ConfigError(
+                f"distillation.{name} is {value}, but the teacher {path} is stored outputs, and has neither layers nor "
+                "weights: leave it out, or give the checkpoint as the teacher"
+            )
+    if meta.keeps_all or not keys.response_weight:
+        return
+    if keys.response == "sigmoid":
+        raise ConfigError(
+            f"distillation.response is sigmoid, which asks of each class by itself, but {path} has the likeliest "
+            f"{meta.kept} of {meta.classes} classes: write all of them (leave --top-k out), or use response kl"
+        )
+    if keys.response == "kl" and keys.temperature != meta.temperature:
+        raise ConfigError(
+            f"distillation.temperature is {keys.temperature}, but {path} has the mass of all but the likeliest "
+            f"{meta.kept} classes at temperature {meta.temperature}: use that, or write outputs at this one"
+        )
+
+
+def _check_same(path: str, meta: Meta, student: ModelConfig, here: Mapping[str, Any]) -> None:
+    if meta.classes != (own := student.sizes.classes):
+        raise ConfigError(
+            f"the teacher {path} has outputs of {meta.classes} classes and the student {own}: set model.num_classes to "
+            f"{meta.classes}, or take outputs of a teacher of the student's classes"
+        )
+    differ = [
+        f"{name} is {here.get(name)}, there {meta.images.get(name)}"
+        for name in dict.fromkeys([*here, *meta.images])
+        if here.get(name) != meta.images.get(name)
+    ]
+    if differ:
+        raise ConfigError(
+            f"the teacher {path} has outputs of other images: {'; '.join(differ)}. Train as they were written, or "
+            "write outputs of these images with tools.teacher_outputs, in another folder"
+        )
+
+
+def check_rows(config: Config, train: Dataset, held_out: Dataset, draws: int) -> None:
+    """Raise ConfigError where stored outputs are of other data sets, or not of all draws of the run."""
+    if config.objective != "distillation":
+        return
+    here = sets_said(train, held_out)
+    for of in (of for of in stored_of(config) if of is not None):
+        for name, images in here.items():
+            if images != of.meta.sets[name]:
+                raise ConfigError(
+                    f"the teacher {of.folder} has outputs of other {name}: {of.meta.sets[name]} there, {images} here: "
+                    "train with those, or write outputs of these with tools.teacher_outputs, in another folder"
+                )
+        of.check(draws if of.meta.key == "draw" else len(train))

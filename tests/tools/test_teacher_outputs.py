@@ -1,0 +1,215 @@
+"""`python -m tools.teacher_outputs`: rows of every draw, in any layout and number of goes; a student that reads them."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from functools import partial
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from data import Dataset, TrainStream, build_datasets
+from engine.config import Config
+from engine.config.cli import parse
+from engine.config.stored import check_rows
+from engine.errors import ConfigError
+from engine.teacher_outputs.meta import read_meta
+from engine.teacher_outputs.shards import StoredOutputs, stored_at
+from model import ModelConfig, VisionTransformer
+from parallel.comm import single_axis
+from parallel.distillation import likeliest
+from parallel.process_group import World
+from tests.engine.small import MODEL, flags
+from tests.tools.jobs import run_jobs
+from tools.teacher_outputs.__main__ import main
+
+TOOL, TRAINING = "tools.teacher_outputs.__main__", "pretrain_vit"
+DRAWN = {"objective": "distillation", "data__rotate": "20", "train__steps": "3", "train__global_batch_size": "16"}
+PLAIN = {"objective": "distillation", "train__steps": "6", "train__global_batch_size": "16", "log__interval": "1"}
+DRAWS, IMAGES, HELD_OUT, KEPT = 48, 32, 8, 3
+
+
+def teacher_of(path: Path) -> VisionTransformer:
+    """With opinions."""
+    model = VisionTransformer(ModelConfig(**MODEL | {"width": 24, "depth": 3, "patch_size": 2}), seed=7)
+    with torch.no_grad():
+        model.get_parameter("head.fc.weight").mul_(20)
+    model.save_pretrained(path)
+    return model
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of a teacher, its outputs and runs of students."""
+    folder = tmp_path_factory.mktemp("outputs")
+    teacher_of(folder / "teacher")
+    drawn, plain = (partial(flags, **keys, distillation__teacher=str(folder / "teacher")) for keys in (DRAWN, PLAIN))
+    two, few, images = ([*("--out", str(folder / name)), "--rows-per-file", "20"] for name in ("two", "few", "images"))
+    split = ["--parallel.tensor_parallel_size", "2", "--parallel.pipeline_parallel_size", "2"]
+    stored = flags(**PLAIN, distillation__teacher=str(folder / "images"), run_dir=str(folder / "stored"))
+    jobs = {
+        "two data ranks": (TOOL, 2, [*drawn(), "--train.steps", "1", *two]),
+        "a longer run, in another layout": (TOOL, 4, [*drawn(), *split, "--train.micro_batch_size", "4", *two]),
+        "few": (TOOL, 1, [*drawn(), *few, "--top-k", str(KEPT), "--number-format", "fp16"]),
+        "images": (TOOL, 1, [*plain(), *images]),
+        "online": (TRAINING, 1, plain(run_dir=str(folder / "online"))),
+        "stored": (TRAINING, 2, [*stored, *split[:2]]),
+    }
+    codes = run_jobs(folder, jobs, timeout=120)
+    for name, found in codes.items():
+        assert not any(found), (folder / f"{name}.txt").read_text()
+    return folder
+
+
+@pytest.fixture
+def opened(made: Path) -> Path:
+    stored_at.cache_clear()
+    return made
+
+
+def config_of(**keys: str) -> Config:
+    return parse(flags(**keys), "test")[0]
+
+
+def sets_of(config: Config) -> tuple[Dataset, Dataset]:
+    return build_datasets(config.data, image_size=8, channels=1, num_classes=10, seed=config.train.seed)
+
+
+def expected(folder: Path) -> Tensor:
+    """Logits of all draws, by the teacher alone."""
+    config = config_of(**DRAWN)
+    stream = TrainStream(
+        sets_of(config)[0], config=config.data, global_batch_size=16, micro_batch_size=16, data_rank=0, data_size=1,
+        seed=config.train.seed,
+    )  # fmt: skip
+    teacher = VisionTransformer.from_pretrained(folder / "teacher")
+    with torch.no_grad():
+        return torch.cat([
+            teacher(batch.images) for batch in islice(chain.from_iterable(stream.steps(0)), 3) if batch.images is not None
+        ])  # fmt: skip
+
+
+def test_rows_are_those_of_the_draws_in_any_layout(made: Path) -> None:
+    whole = expected(made)
+    two = StoredOutputs(made / "two")
+    assert (two.meta.key, two.meta.rows, two.meta.kept) == ("draw", DRAWS, 10)
+    torch.testing.assert_close(two.read("training", np.arange(DRAWS))["logits"], whole, rtol=1e-5, atol=1e-5)
+    order = np.array([47, 3, 21, 3])
+    torch.testing.assert_close(two.read("training", order)["logits"], whole[order], rtol=1e-5, atol=1e-5)
+    assert two.read("held_out", np.array([0, HELD_OUT - 1, -1]))["logits"].shape == (3, 10)
+    firsts = sorted(path.name[:35] for path in (made / "two").glob("training-*"))
+    assert firsts == [f"training-{a:012d}-{b:012d}-"[:35] for a, b in ((0, 20), (20, 40), (40, 48))]
+
+
+def test_the_likeliest_few_and_the_mass_of_the_rest(made: Path) -> None:
+    whole, few = expected(made), StoredOutputs(made / "few")
+    rows = few.read("training", np.arange(DRAWS))
+    usual = config_of(**DRAWN).distillation.temperature
+    kept = likeliest(whole, KEPT, 10, single_axis("tensor"), usual)
+    assert torch.equal(rows["ids"], kept.ids)
+    torch.testing.assert_close(rows["logits"], whole.gather(1, kept.ids), rtol=1e-3, atol=1e-3)
+    others = (whole / usual).scatter(1, kept.ids, -torch.inf).logsumexp(1)
+    torch.testing.assert_close(rows["rest"], others, rtol=1e-4, atol=1e-4)
+
+
+def test_a_student_of_outputs_learns_what_it_learns_beside_its_teacher(made: Path) -> None:
+    """Unaugmented: rows are of images, however long the run; on two ranks, and evaluated alike."""
+    assert StoredOutputs(made / "images").meta.key == "image"
+    lines = [
+        [json.loads(line) for line in (made / run / "metrics.jsonl").read_text().splitlines()]
+        for run in ("online", "stored")
+    ]
+    for name in ("loss", "loss_response", "grad_norm", "accuracy", "teacher_accuracy"):
+        online, stored = ([line[name] for line in of if name in line] for of in lines)
+        assert online and stored == pytest.approx(online, rel=1e-5), name
+
+
+def test_what_is_there_is_kept_and_what_is_missing_written(opened: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = opened / "two"
+    files = {path: path.stat().st_mtime_ns for path in folder.glob("*.npy")}
+    gone = next(path for path in files if path.name.startswith("training-000000000020"))
+    gone.unlink()
+    config = config_of(**DRAWN, distillation__teacher=str(folder))
+    with pytest.raises(ConfigError, match=r"has outputs of 20 draws, and the run needs 48: python -m tools\.teacher_out"):
+        check_rows(config, *sets_of(config), DRAWS)
+    given = flags(**DRAWN, distillation__teacher=str(opened / "teacher"))
+    assert main([*given, "--out", str(folder)], World()) == 0
+    assert "1 file(s) to be written" in capsys.readouterr().out
+    now = {path: path.stat().st_mtime_ns for path in folder.glob("*.npy")}
+    assert [path for path in files if now.get(path) != files[path]] in ([], [gone])
+    check_rows(config, *sets_of(config), DRAWS)
+    with pytest.raises(ConfigError, match=r"has outputs of 48 draws, and the run needs 64"):
+        check_rows(config, *sets_of(config), 64)
+    with pytest.raises(ConfigError, match=r"--out .* has outputs of something else: data\.rotate 5\.0, not 20\.0"):
+        main([*given, "--data.rotate", "5", "--out", str(folder)], World())
+
+
+def test_damage_is_found(opened: Path) -> None:
+    path = next((opened / "few").glob("training-000000000040*"))
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    os.chmod(path, 0o644)
+    path.write_bytes(data)
+    few = StoredOutputs(opened / "few")
+    assert len(few.read("training", np.arange(40))["ids"]) == 40
+    with pytest.raises(ConfigError, match=r"training-000000000040.* is damaged: delete it, and python -m tools"):
+        few.read("training", np.array([41]))
+    path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("folder", "keys", "message"),
+    [
+        ("two", {"data__rotate": "5"}, r"of other images: data\.rotate is 5\.0, there 20\.0\. Train as they were"),
+        ("two", {"train__seed": "1"}, r"of other images: train\.seed is 1, there 0"),
+        ("images", {"data__flip": "true"}, r"of other images: .*data\.flip is True, there False"),
+        ("two", {"model__image_size": "12"}, r"of other images: the images' rows and columns is \[12, 12\], there \[8"),
+        ("two", {"model__num_classes": "7"}, r"has outputs of 10 classes and the student 7: set model\.num_classes"),
+        ("two", {"distillation__teacher_dtype": "bf16"}, r"is stored outputs, so its dtype bf16 comes too late"),
+        ("two", {"distillation__features_weight": "1"}, r"features_weight is 1\.0, but the teacher .* neither layers"),
+        ("two", {"distillation__start_from": "even"}, r"start_from is even, but the teacher .* is stored outputs"),
+        ("few", {"distillation__response": "sigmoid"}, r"response is sigmoid, .* the likeliest 3 of 10 classes: write"),
+        ("few", {"distillation__temperature": "4"}, r"temperature is 4\.0, but .* at temperature 2\.0: use that, or"),
+    ],
+)  # fmt: skip
+def test_outputs_of_something_else_are_refused(opened: Path, folder: str, keys: dict[str, str], message: str) -> None:
+    usual = PLAIN if folder == "images" else DRAWN
+    config_of(**usual, distillation__teacher=str(opened / folder)).resolve(1)
+    with pytest.raises(ConfigError, match=message):
+        config_of(**usual | keys, distillation__teacher=str(opened / folder)).resolve(1)
+
+
+def test_other_images_under_the_same_keys_are_refused(opened: Path) -> None:
+    config = config_of(**DRAWN, distillation__teacher=str(opened / "two"))
+    train, held_out = sets_of(config)
+    train.labels = np.roll(train.labels, 1)
+    with pytest.raises(ConfigError, match=r"has outputs of other training images: 32 of .* there, 32 of .* here"):
+        check_rows(config, train, held_out, DRAWS)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--objective", "supervised"], r"objective is supervised: give the configuration of a run with"),
+        (["--top-k", "11"], r"--top-k is 11, and the teacher has 10 classes"),
+        (["--teacher", "1"], r"--teacher is 1: give 0 to 0"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_written(opened: Path, more: list[str], message: str) -> None:
+    given = flags(**DRAWN, **({} if "supervised" in more else {"distillation__teacher": str(opened / "teacher")}))
+    with pytest.raises(ConfigError, match=message):
+        main([*given, "--out", str(opened / "none"), *more], World())
+    assert not (opened / "none").exists()
+
+
+def test_what_a_folder_is_of_says_nothing_of_how_much_there_is(opened: Path) -> None:
+    """So that a run goes on once more is written."""
+    meta: Any = read_meta(opened / "two")
+    assert replace(meta, rows=5).fingerprint == meta.fingerprint != replace(meta, classes=11).fingerprint

@@ -1,0 +1,142 @@
+"""`python -m tools.teacher_outputs --config FILE --out FOLDER`: what a teacher makes of the images of a student's run.
+
+In one process, or as many as a layout wants: `python -m tools.launch --nproc-per-node 4 -m tools.teacher_outputs ...
+--parallel.tensor_parallel_size 2`, torchrun or srun. The same command goes on where it was ended, in any layout.
+
+Exit codes: 0 done, 2 it cannot be done so.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from engine.assemble import Assembly, assemble, grid_of
+from engine.config.stored import meta_of
+from engine.config.teachers import found_at
+from engine.device import choose_device, describe, memory_share, prepare_cpu, set_matmul
+from engine.errors import EXIT_DONE, ConfigError
+from engine.norm_backward import check_norm_kernels
+from engine.precision.precision import check_kernels, check_precision
+from engine.run.agreement import check_agreement, facts_of
+from engine.run.launch import run_rank
+from engine.run.run_dir import RunDir, prepare_folder
+from engine.run.teachers import load_teacher
+from engine.run.trainer import total_steps
+from engine.teacher_outputs.meta import FILE, PARTS, Meta, Part, read_meta
+from engine.teacher_outputs.shards import begin, missing, write_rows
+from model import build_teacher
+from model.kernels import Kernels
+from parallel import comm, process_group
+from parallel.grid import Grid, world_axis
+from parallel.process_group import World
+from tools.evaluate.images import Images, images_of
+from tools.evaluate.source import Forward
+from tools.teacher_outputs.options import PROGRAM, Request, request_of
+from tools.teacher_outputs.writing import Teaching
+
+
+def main(argv: Sequence[str], world: World) -> int:
+    """Write what is missing. Returns the exit code. All that can be refused is, before ranks talk.
+
+    Raises:
+        ConfigError: there can be no such outputs, or the folder has others.
+    """
+    request = request_of(argv, world)
+    config, out = request.config, request.options.out
+    device = choose_device(config.device, world)
+    check_precision(config.precision, device)
+    check_kernels(Kernels(config.kernels), device)
+    check_norm_kernels(config, device)
+    images = images_of(request.run, world, request.run.model.sizes.classes)
+    meta = _meta(request, images)
+
+    prepare_cpu(world)
+    set_matmul(config.precision, device)
+    process_group.start(world, device, config.parallel.timeout)
+    facts = {"teacher": meta.teacher, "outputs": meta.fingerprint, "rows": str(meta.rows)}
+    check_agreement(facts | facts_of(config, device, images.train, images.test), world_axis(world))
+    grid = grid_of(config, world, device)
+    lock = RunDir(out, grid.world, key="--out")
+    with torch.no_grad():
+        _write(request, meta, images, _assembled(request, grid, device, world), lock)
+    lock.close()
+    comm.barrier(grid.world)  # a rank that has ended has its launcher end the others
+    process_group.stop()
+    return EXIT_DONE
+
+
+def _meta(request: Request, images: Images) -> Meta:
+    """Of the folder, with as many rows as any run has asked for so far.
+
+    Raises:
+        ConfigError: it has outputs of something else, or cannot be written to.
+    """
+    options, run = request.options, request.run
+    draws = total_steps(run, len(images.train)) * run.train.global_batch_size
+    meta = meta_of(
+        run, request.teacher, found_at(request.given.path).fingerprint, (images.train, images.test),
+        kept=options.top_k, rows=draws, number_format=options.number_format, rows_per_file=options.rows_per_file,
+    )  # fmt: skip
+    out = prepare_folder(options.out, "--out")
+    if not (out / FILE).exists():
+        return meta
+    there = read_meta(out)
+    if differ := meta.differences(there):
+        raise ConfigError(
+            f"--out {out} has outputs of something else: {'; '.join(differ)}. Give another folder, or what these are of"
+        )
+    return replace(there, rows=max(meta.rows, there.rows))
+
+
+def _assembled(request: Request, grid: Grid, device: torch.device, world: World) -> Assembly:
+    """The teacher on this rank. Collective."""
+    config, teacher = request.config, request.teacher
+    objective = Forward(tuple(build_teacher(teacher, request.run.model.sizes.image)))
+    assembly = assemble(config, grid, device, objective, device_memory=memory_share(device, world))
+    load_teacher(assembly, teacher, request.given.path)
+    return assembly
+
+
+def _write(request: Request, meta: Meta, images: Images, assembly: Assembly, lock: RunDir) -> None:
+    """All files that are missing, by the first rank. Collective."""
+    grid, out = assembly.grid, lock.path
+    wanted: list[tuple[Part, range]] | None = None
+    if grid.world.index == 0:
+        begin(out, meta)
+        wanted = [(part, rows) for part in PARTS for rows in missing(out, meta, part)]
+        print(_introduction(request, meta, grid, assembly.device, len(wanted)), flush=True)
+    wanted = comm.gather_objects(wanted, grid.world)[0]
+    assert wanted is not None
+    teaching, began, done = Teaching(assembly, meta, (images.train, images.test), request.run.train.seed), 0.0, 0
+    for part, span in wanted:
+        began = began or time.perf_counter()
+        rows = teaching.rows(part, span)
+        done += len(span)
+        if grid.world.index == 0:
+            path = write_rows(out, part, span.start, rows)
+            rate = done / (time.perf_counter() - began)
+            print(f"  {path.name}: {path.stat().st_size / 1e6:.1f} MB, {rate:.0f} images/s", flush=True)
+    if grid.world.index == 0:
+        print(f"give it as the teacher: --distillation.teacher {out}", flush=True)
+
+
+def _introduction(request: Request, meta: Meta, grid: Grid, device: torch.device, files: int) -> str:
+    kept = "all" if meta.keeps_all else f"{meta.kept} of"
+    size = (meta.rows + meta.held_out_rows) * meta.row.itemsize / 1e6
+    layout = " x ".join(f"{axis} {size}" for axis, size in grid.shape.__dict__.items())
+    found = found_at(request.given.path)
+    return "\n".join([
+        f"teacher     {found.path} ({meta.teacher}), {meta.shown['dtype']}",
+        f"layout      {layout}; {describe(device)}",
+        f"outputs     {kept} {meta.classes} classes of {meta.rows} {meta.key}s and {meta.held_out_rows} held-out "
+        f"images, {size:.1f} MB in all; {files} file(s) to be written",
+    ])  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(run_rank(main, sys.argv[1:], PROGRAM))

@@ -1,0 +1,116 @@
+"""The command line of tools.teacher_outputs: its own options, and the configuration of the student's run."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from engine.config import Config
+from engine.config.cli import parse
+from engine.config.distillation import TeacherConfig
+from engine.config.objectives import check_objective
+from engine.config.teachers import computed, teachers_of
+from engine.errors import ConfigError
+from engine.recompute.config import RecomputeConfig
+from model import Teacher
+from parallel.process_group import World
+from tools.options import COUNT, Parser, number
+
+PROGRAM = "tools.teacher_outputs"
+ROWS_PER_FILE = 8192
+_MICRO_BATCH = 64
+_OF_RANKS = ("parallel.", "device", "train.micro_batch_size")  # flags that are of these ranks, not of the run
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be written.
+
+    Attributes:
+        run: the student's configuration, its model resolved. config: of the teacher's forward on these ranks, resolved.
+        given, teacher: the teacher, as the configuration has him, and as he is shown the student's images.
+    """
+
+    options: argparse.Namespace
+    run: Config
+    config: Config
+    given: TeacherConfig
+    teacher: Teacher
+
+
+def request_of(argv: Sequence[str], world: World) -> Request:
+    """By the same code on every rank, before they talk.
+
+    Raises:
+        ConfigError: it is no configuration of a student, the teacher cannot be run so, an option is none.
+    """
+    options, rest = make_parser().parse_known_args(argv)
+    run, _ = parse(rest, PROGRAM)
+    check_objective(run)
+    if run.objective != "distillation":
+        raise ConfigError(f"objective is {run.objective}: give the configuration of a run with objective distillation")
+    if (run.train.steps is None) == (run.train.epochs is None):
+        raise ConfigError("give either train.steps or train.epochs of the run: how many draws there are hangs on it")
+    try:
+        run = replace(run, model=run.model.resolve())
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    known = [*computed(run).values()]
+    if not known:
+        raise ConfigError("all teachers are stored outputs already: give a checkpoint as the teacher")
+    if not 0 <= options.teacher < len(known):
+        raise ConfigError(f"--teacher is {options.teacher}: give 0 to {len(known) - 1}, of the teachers in their order")
+    teacher = teachers_of(run)[options.teacher]
+    if options.top_k is not None and options.top_k > (classes := teacher.model.sizes.classes):
+        raise ConfigError(f"--top-k is {options.top_k}, and the teacher has {classes} classes: leave it out for all")
+    return Request(options, run, _on_these_ranks(run, rest, teacher, world), known[options.teacher], teacher)
+
+
+def _on_these_ranks(run: Config, flags: Sequence[str], teacher: Teacher, world: World) -> Config:
+    """The teacher's model as that of a configuration, in the layout that flags say, with batches that it can have."""
+    own, _ = parse(list(_of_ranks(flags)), PROGRAM)
+    micro = own.train.micro_batch_size or _MICRO_BATCH
+    config = Config(
+        model=teacher.model, data=run.data, parallel=own.parallel, train=replace(run.train, freeze=()),
+        precision=run.precision, recompute=RecomputeConfig(), kernels=run.kernels, device=own.device,
+    )  # fmt: skip
+    shape = config.grid_shape(world.size)
+    batch = micro * shape.data * config.pipeline(shape).pieces  # a step's, of which there will be none
+    train = replace(config.train, micro_batch_size=micro, global_batch_size=batch, steps=1, epochs=None)
+    return replace(config, train=train).resolve(world.size)
+
+
+def _of_ranks(flags: Sequence[str]) -> list[str]:
+    found = []
+    for i, flag in enumerate(flags):
+        if flag.startswith("--") and flag.removeprefix("--").startswith(_OF_RANKS):
+            found += [flag] if "=" in flag else [flag, *flags[i + 1 : i + 2]]
+    return found
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Of the options; all else is left over."""
+    parser = Parser(
+        prog=PROGRAM,
+        description="Write what a teacher makes of every image that a student's run will draw, so that the run needs "
+        "no teacher: give the run's configuration (--config, and flags of its keys) with the teacher's checkpoint. "
+        "What is there already is kept, so the same command goes on after an end, and writes more of a longer run.",
+        epilog="parallel keys, device and train.micro_batch_size are of the ranks that write, as flags alone say.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="of the outputs; made if missing")
+    parser.add_argument(
+        "--top-k", type=number(COUNT), metavar="K",
+        help="keep the K likeliest classes of each image, and the mass of all others at distillation.temperature "
+        "(default: all classes)",
+    )  # fmt: skip
+    parser.add_argument("--number-format", choices=("fp32", "fp16"), default="fp32", help="of logits (default: fp32)")
+    parser.add_argument("--teacher", type=int, default=0, metavar="N", help="which of several, from 0 (default: 0)")
+    parser.add_argument(
+        "--rows-per-file", type=number(COUNT), default=ROWS_PER_FILE,
+        help=f"of a new folder (default: {ROWS_PER_FILE}); what is written at once",
+    )  # fmt: skip
+    return parser

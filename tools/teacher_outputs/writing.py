@@ -1,0 +1,87 @@
+"""A teacher's outputs of the draws of a training stream, or of images, file by file, by ranks in any layout.
+
+Legend: B images of a micro-batch, C classes, k classes kept, N rows of a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain, islice
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data import Batch, Dataset, EvalStream, TrainStream
+from engine.assemble import Assembly
+from engine.errors import ConfigError
+from engine.evaluation.extract import Extractor
+from engine.teacher_outputs.meta import Meta, Part
+from engine.teacher_outputs.shards import Rows
+from model import MicroBatch
+from parallel import comm
+from parallel.distillation import likeliest
+from parallel.tensor import gather_features
+from parallel.tensor.loss import own_classes
+
+
+class Teaching:
+    """Runs a teacher over images.
+
+    Args:
+        assembly: of his layers, with weights. sets: the data of the run, training and held out. seed: of the run.
+    """
+
+    def __init__(self, assembly: Assembly, meta: Meta, sets: tuple[Dataset, Dataset], seed: int) -> None:
+        self._assembly, self._meta, self._seed = assembly, meta, seed
+        self._sets: dict[Part, Dataset] = {"training": sets[0], "held_out": sets[1]}
+        width = meta.classes if meta.keeps_all else 2 * meta.kept + 1
+        self._extractor = Extractor(assembly, self._columns, width)
+
+    def rows(self, part: Part, span: range) -> Rows:
+        """Rows of a part of the data, on every rank. Collective.
+
+        Raises:
+            ConfigError: on every rank, if one is not finite in the format that it is to be stored in.
+        """
+        what = f"{part} rows from {span.start} on, row"
+        found = self._extractor.rows(self._batches(part, span), len(span), what).gather(np.arange(len(span))).numpy()
+        rows, k = np.empty(len(span), self._meta.row), self._meta.kept
+        with np.errstate(over="ignore"):
+            if self._meta.keeps_all:
+                rows["logits"] = found
+            else:
+                rows["ids"], rows["logits"], rows["rest"] = found[:, :k], found[:, k : 2 * k], found[:, 2 * k]
+        if not np.isfinite(rows["logits"]).all():
+            raise ConfigError(f"logits of {what} overflow in {self._meta.number_format}: use --number-format fp32")
+        return rows
+
+    def _batches(self, part: Part, span: range) -> Iterator[Batch]:
+        """Of this data rank, in the order in which extraction deals micro-batches."""
+        a, dataset = self._assembly, self._sets[part]
+        micro, data = a.config.train.micro_batch_size, a.grid.data
+        assert micro is not None
+        if part == "held_out" or self._meta.key == "image":
+            yield from EvalStream(
+                dataset, config=a.config.data, micro_batch_size=micro, data_rank=data.index, data_size=data.size,
+                with_images=a.holds_images, with_texts=False, span=span,
+            )  # fmt: skip
+            return
+        stream = TrainStream(
+            dataset, config=a.config.data, global_batch_size=micro * data.size, micro_batch_size=micro,
+            data_rank=data.index, data_size=data.size, seed=self._seed, with_images=a.holds_images, with_texts=False,
+            offset=span.start,
+        )  # fmt: skip
+        yield from islice(chain.from_iterable(stream.steps(0)), -(-len(span) // (micro * data.size)))
+
+    def _columns(self, outputs: tuple[Tensor, ...], batch: MicroBatch) -> Tensor:
+        """Logits [B, C/T] -> what is kept of them, side by side, fp32, alike on tensor and context ranks."""
+        logits, meta, axis = outputs[0].float(), self._meta, self._assembly.grid.tensor
+        if meta.keeps_all:
+            return gather_features(logits, self._assembly.build.tp, meta.classes)
+        assert meta.temperature is not None
+        kept = likeliest(logits, meta.kept, meta.classes, axis, meta.temperature)
+        places, mine = own_classes(kept.ids, meta.classes, axis)
+        exact = comm.all_reduce(torch.where(mine, logits.gather(1, places), 0), axis)
+        rest = kept.rest + exact[:, 0] / meta.temperature - kept.values[:, 0]
+        return torch.cat([kept.ids.float(), exact, rest[:, None]], 1)
