@@ -80,6 +80,21 @@ def inherit(
     return found
 
 
+def in_order(parts: Mapping[str, Inherited], classes: Sequence[int]) -> dict[str, Inherited]:
+    """The same tensors, the classifier's with the teacher's classes in another order.
+
+    Args:
+        classes: for each of the student's, the teacher's.
+    """
+    order = torch.tensor(classes)
+
+    def of(part: Inherited) -> Inherited:
+        others = part.indices[1:] or (None,) * part.source.endswith("weight")
+        return Inherited(part.source, (order, *others))
+
+    return {name: of(part) if name.startswith(_CLASSES) else part for name, part in parts.items()}
+
+
 def evenly(length: int, count: int) -> Tensor:
     """`count` of `length` places, the first among them: int64."""
     return torch.arange(count) * length // count

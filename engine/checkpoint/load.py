@@ -53,6 +53,11 @@ class LoadPlan:
     changed: Sequence[tuple[str, Any, Any]]
 
     @property
+    def parts(self) -> dict[str, Inherited]:
+        """All of every tensor that is there, by its name."""
+        return {f.name: Inherited(f.name, ()) for f in self.fits if f.how in ("taken", "resized")}
+
+    @property
     def changes(self) -> str:
         """`changed`, in words."""
         values = ((key, *("null" if v is None else v for v in found)) for key, *found in self.changed)
@@ -221,8 +226,8 @@ def load_weights(
         ConversionError: on every rank, if one has found damage.
     """
     pieces, under = list(weight_pieces(a)), f"weights/{prefix}"
-    fits = {f.name: f for f in plan.fits if f.source is not None}
-    parts = {name: Inherited(name, ()) for name in fits} if chosen is None else chosen
+    fits = plan.of("taken") | plan.of("resized")
+    parts = plan.parts if chosen is None else chosen
     taken = {name: part for name, part in parts.items() if fits[part.source].how == "taken"}
     problem, changed = None, list[tuple[str, Box, Tensor]]()
     try:

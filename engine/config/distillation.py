@@ -40,6 +40,9 @@ class TeacherConfig:
     std: tuple[float, ...] | None = None
     """As distillation.teacher_std."""
 
+    load_weights: Literal["weights", "average"] = "weights"
+    """As distillation.teacher_load_weights."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationConfig:
@@ -60,8 +63,11 @@ class DistillationConfig:
     teacher_std: tuple[float, ...] | None = None
     """Likewise; null: as its checkpoint says, else data.std."""
 
+    teacher_load_weights: Literal["weights", "average"] = "weights"
+    """Of a checkpoint: the weights themselves, or their moving average."""
+
     teachers: tuple[TeacherConfig, ...] | None = None
-    """Several teachers, each a group of path, weight, dtype, image_size, mean, std, instead of one."""
+    """Several teachers, each a group of path, weight, dtype, image_size, mean, std, load_weights, instead of one."""
 
     start_from: tuple[int, ...] | str | None = None
     """Start from weights of the teacher, of several the first one: from its first blocks (first), from evenly spread
@@ -170,7 +176,7 @@ class DistillationConfig:
             return (
                 TeacherConfig(
                     path=self.teacher, dtype=self.teacher_dtype, image_size=self.teacher_image_size,
-                    mean=self.teacher_mean, std=self.teacher_std,
+                    mean=self.teacher_mean, std=self.teacher_std, load_weights=self.teacher_load_weights,
                 ),
             )  # fmt: skip
         return self.teachers or ()
@@ -198,8 +204,8 @@ class DistillationConfig:
                 f"objective is distillation: give either distillation.teacher, a checkpoint, or distillation.teachers, "
                 f"a list of them: {given} set"
             )
-        for name in ("teacher_dtype", "teacher_image_size", "teacher_mean", "teacher_std"):
-            if self.teachers and getattr(self, name) is not None:
+        for name in ("teacher_dtype", "teacher_image_size", "teacher_mean", "teacher_std", "teacher_load_weights"):
+            if self.teachers and getattr(self, name) != getattr(type(self), name):
                 raise ConfigError(
                     f"distillation.{name} is {getattr(self, name)}, but there are distillation.teachers: give each its "
                     f"own {name.removeprefix('teacher_')}"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, cast
 
-from engine.config.teachers import Found, found_at
+from engine.config.teachers import Found, found_of
 from engine.errors import ConfigError
 from model import ModelConfig
 from model.inherit import Inherited, chosen_blocks, inherit
@@ -62,7 +62,7 @@ def inheritance_of(config: Config, student: ModelConfig | None = None) -> Inheri
             f"distillation.start_from is {_shown(keys.start_from)} and checkpoint.load {config.checkpoint.load}: a "
             "student starts from one of the two; leave the other out"
         )
-    found = found_at(keys.all_teachers[0].path)
+    found = found_of(keys.all_teachers[0])
     blocks = cast('tuple[int, ...] | Literal["first", "even"]', keys.start_from)
     try:
         model = replace(found.model, image_size=student.image_size, patch_size=student.patch_size).resolve()

@@ -12,7 +12,7 @@ from engine.config.contrastive import ContrastiveConfig
 from engine.config.inheritance import inheritance_of
 from engine.config.pipeline import Pipeline
 from engine.config.stored import check_stored
-from engine.config.teachers import check_maps, check_teachers, matching_of, teachers_of
+from engine.config.teachers import at_steps, check_maps, check_teachers, matching_of, teachers_of
 from engine.errors import ConfigError
 from model import LayerSpec, ModelConfig, TextConfig, build_student, build_towers, check_parallel, check_towers
 from parallel.grid import GridShape
@@ -162,6 +162,7 @@ def resolve_model(config: Config, shape: GridShape) -> Built:
             check_maps(model, teachers, matching, shape.context)
         layers, several = len(build_student(model, teachers, matching)), "s" * (len(teachers) > 1)
         what = f"the student and its teacher{several}" if teachers else "the student"
+        return Built({"model": model, "distillation": at_steps(config.distillation)}, layers, depth, what)
     return Built({"model": model}, layers, depth, what)
 
 

@@ -6,10 +6,14 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from data import DataConfig, Dataset
+from data.datasets import fingerprint
+from data.sampling import SampleOrder
 from engine.config.distillation import TeacherConfig
 from engine.errors import ConfigError
-from engine.teacher_outputs.meta import Meta, Part, is_outputs
+from engine.teacher_outputs.meta import Meta, is_outputs
 from engine.teacher_outputs.shards import StoredOutputs, stored_at
 from model import ModelConfig, Teacher
 
@@ -22,7 +26,7 @@ _SAY_NOTHING = (
     "workers", "views",
 )  # fmt: skip
 _DRAWN = ("synthetic", "textures")  # kinds whose images follow from the seed
-_SETS: tuple[tuple[Part, str], ...] = (("training", "training images"), ("held_out", "held-out images"))
+_LOOKED_AT = 1024  # draws
 
 
 def key_of(data: DataConfig) -> Literal["draw", "image"]:
@@ -41,11 +45,14 @@ def images_said(config: Config, student: ModelConfig) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in said.items()}
 
 
-def sets_said(train: Dataset, held_out: Dataset) -> dict[str, str]:
-    """How many images there are, and which."""
-    return {
-        name: f"{len(of)} of {of.fingerprint}" for (_, name), of in zip(_SETS, (train, held_out), strict=True)
-    }  # fmt: skip
+def sets_said(config: Config, train: Dataset, held_out: Dataset) -> dict[str, str]:
+    """How many images there are, and which; and in which order they are drawn, where rows are of draws."""
+    said = {"training images": train, "held-out images": held_out}
+    found = {name: f"{len(of)} of {of.fingerprint}" for name, of in said.items()}
+    if key_of(config.data) == "draw":  # by the version of this program, too
+        order = SampleOrder(len(train), config.train.seed, config.data.repeats)
+        found["order of draws"] = fingerprint(order.indices(np.arange(_LOOKED_AT)).tobytes())
+    return found
 
 
 def meta_of(
@@ -68,7 +75,7 @@ def meta_of(
         number_format=number_format,
         key=key_of(config.data),
         images=images_said(config, config.model),
-        sets=sets_said(*sets),
+        sets=sets_said(config, *sets),
         held_out_rows=len(sets[1]),
         rows=rows if key_of(config.data) == "draw" else len(sets[0]),
         rows_per_file=rows_per_file,
@@ -103,13 +110,13 @@ def check_stored(config: Config, student: ModelConfig) -> None:
 def _check_asked(config: Config, given: TeacherConfig, meta: Meta) -> None:
     """That nothing is asked of a teacher but its logits, and of these nothing that was not kept."""
     keys, path = config.distillation, given.path
-    for name in ("dtype", "image_size", "mean", "std"):
-        if (value := getattr(given, name)) is not None:
+    for name in ("dtype", "image_size", "mean", "std", "load_weights"):
+        if (value := getattr(given, name)) != getattr(TeacherConfig, name):
             raise ConfigError(
                 f"the teacher {path} is stored outputs, so its {name} {value} comes too late: leave it out, or give it "
                 "to tools.teacher_outputs"
             )
-    asked = {f"{name}_weight": getattr(keys, f"{name}_weight") for name in ("features", "relations")}
+    asked = {f"{name}_weight": getattr(keys, f"{name}_weight") for name in ("features", "relations", "embeddings")}
     for name, value in ({"start_from": keys.start_from} | asked).items():
         if value:
             raise ConfigError(
@@ -152,12 +159,12 @@ def check_rows(config: Config, train: Dataset, held_out: Dataset, draws: int) ->
     """Raise ConfigError where stored outputs are of other data sets, or not of all draws of the run."""
     if config.objective != "distillation":
         return
-    here = sets_said(train, held_out)
+    here = sets_said(config, train, held_out)
     for of in (of for of in stored_of(config) if of is not None):
         for name, images in here.items():
-            if images != of.meta.sets[name]:
+            if images != (there := of.meta.sets.get(name)):
                 raise ConfigError(
-                    f"the teacher {of.folder} has outputs of other {name}: {of.meta.sets[name]} there, {images} here: "
+                    f"the teacher {of.folder} has outputs of other {name}: {there} there, {images} here: "
                     "train with those, or write outputs of these with tools.teacher_outputs, in another folder"
                 )
         of.check(draws if of.meta.key == "draw" else len(train))

@@ -9,7 +9,7 @@ from math import gcd
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.config.distillation import TeacherConfig
+from engine.config.distillation import DistillationConfig, TeacherConfig
 from engine.errors import ConfigError
 from engine.precision.precision import DTYPES
 from engine.teacher_outputs.meta import is_outputs
@@ -17,9 +17,11 @@ from engine.teacher_outputs.shards import stored_at
 from model import TEACHER, Matching, ModelConfig, Pixels, Teacher, check_parallel
 from model.formats.api import open_weights
 from model.formats.base import Preprocessing
-from model.formats.weights import StoredWeights
+from model.formats.weights import StoredWeights, Which
 from model.matching import Weights
 from model.sizes import Sizes, Tokens
+from parallel.checkpoint.manifest import CheckpointError
+from parallel.checkpoint.place import newest
 from parallel.comm import Axis
 from parallel.grid import GridShape
 
@@ -32,12 +34,15 @@ class Found:
     """What a checkpoint says.
 
     Attributes:
-        path: of the weights: of several steps the folder of the newest. fingerprint: of them, wherever they lie.
+        path: of the weights: of several steps the folder of the newest. which: of them. labels: names of its classes,
+            if they are known. fingerprint: of the weights, wherever they lie.
     """
 
     path: Path
+    which: Which
     model: ModelConfig
     preprocessing: Preprocessing | None
+    labels: tuple[str, ...]
     fingerprint: str
 
 
@@ -62,7 +67,7 @@ def computed(config: Config) -> dict[str, TeacherConfig]:
 
 
 def _teacher(name: str, given: TeacherConfig, config: Config, student: ModelConfig) -> Teacher:
-    found = found_at(given.path)
+    found = found_of(given)
     size = found.model.image_size if given.image_size is None else given.image_size
     try:
         model = replace(found.model, image_size=size, drop_path=0.0).resolve()
@@ -180,13 +185,18 @@ def fingerprints(config: Config) -> tuple[str, ...]:
     if config.objective != "distillation":
         return ()
     return tuple(
-        stored_at(path).meta.fingerprint if is_outputs(path) else found_at(path).fingerprint
-        for path in (teacher.path for teacher in config.distillation.all_teachers)
+        stored_at(of.path).meta.fingerprint if is_outputs(of.path) else found_of(of).fingerprint
+        for of in config.distillation.all_teachers
     )
 
 
+def found_of(given: TeacherConfig) -> Found:
+    """What a teacher's checkpoint says. Raises as `found_at`."""
+    return found_at(given.path, given.load_weights)
+
+
 @cache
-def found_at(path: str) -> Found:
+def found_at(path: str, which: Which = "weights") -> Found:
     """What lies there. Read once in a run (`pretrain` forgets what was read before it), so that all of the run goes by
     the same weights, though the teacher's own run may go on meanwhile.
 
@@ -194,13 +204,31 @@ def found_at(path: str) -> Found:
         ConfigError: nothing does that can be read.
     """
     try:
-        with open_weights(Path(path), only_model=True) as weights:
+        with open_weights(Path(path), only_model=True, which=which) as weights:
             d = weights.description
-            return Found(weights.path, d.model, d.preprocessing, fingerprint_of(weights))
+            return Found(weights.path, which, d.model, d.preprocessing, d.labels, fingerprint_of(weights, which))
     except (OSError, ValueError) as error:
         raise ConfigError(f"distillation.teacher: {error}") from error
 
 
-def fingerprint_of(weights: StoredWeights) -> str:
+def fingerprint_of(weights: StoredWeights, which: Which) -> str:
     """Of weights, wherever they lie."""
-    return weights.identity.removeprefix(str(weights.path)).strip(" ()")
+    said = weights.identity.removeprefix(str(weights.path)).strip(" ()")
+    return said if which == "weights" else f"{said}, {which}"
+
+
+def at_steps(keys: DistillationConfig) -> DistillationConfig:
+    """The keys, with the folder of the step that is read where a teacher is a folder of several: a run that goes on
+    has the same teacher then, whatever his own run has saved meanwhile."""
+    if keys.teacher is not None:
+        return replace(keys, teacher=_at_step(keys.teacher))
+    if keys.teachers is None:
+        return keys
+    return replace(keys, teachers=tuple(replace(of, path=_at_step(of.path)) for of in keys.teachers))
+
+
+def _at_step(path: str) -> str:
+    try:
+        return str(newest(Path(path)))
+    except CheckpointError:
+        return path  # of another library, or outputs

@@ -12,6 +12,7 @@ from engine.assemble import Assembly
 from engine.checkpoint.fit import Fit
 from engine.checkpoint.load import LoadPlan, load_weights, open_to_load, plan_load
 from engine.config import Config
+from engine.config.classes import class_orders
 from engine.config.inheritance import Inheritance, inheritance_of
 from engine.config.teachers import fingerprint_of
 from engine.errors import ConfigError
@@ -24,6 +25,7 @@ from model.formats.base import ConversionError
 from model.formats.checkpoint import RunWeights
 from model.formats.pairs import ALONE
 from model.formats.weights import StoredWeights, Which
+from model.inherit import in_order
 
 _MOST = 6  # groups of tensors on a line
 
@@ -53,7 +55,7 @@ class Source:
     def identity(self) -> str:
         """Of the weights; a teacher's may lie elsewhere on each host."""
         try:
-            return self.weights.identity if self.inheritance is None else fingerprint_of(self.weights)
+            return self.weights.identity if self.inheritance is None else fingerprint_of(self.weights, self.which)
         except ConversionError as error:  # the ranks that still find it are told
             return str(error)
 
@@ -81,12 +83,13 @@ def source_of(config: Config, objective: Objective) -> Source | None:
 def _of_teacher(config: Config, inheritance: Inheritance) -> Source:
     """The weights of a teacher, as those of a model of the student's images and patches."""
     try:
-        weights = open_weights(inheritance.found.path, only_model=True)
+        found = inheritance.found
+        weights = open_weights(found.path, only_model=True, which=found.which)
         plan = plan_load(weights, inheritance.model, build_layers(inheritance.model), config.data)
         wanted = {part.source for part in inheritance.tensors.values()}
         if new := [f.describe() for f in plan.of("new").values() if f.name in wanted]:
             raise ConversionError(f"{weights.path} cannot be had for the student's images: {'; '.join(new[:_MOST])}")
-        return Source(weights, "weights", plan, inheritance=inheritance)
+        return Source(weights, found.which, plan, inheritance=inheritance)
     except ConversionError as error:
         raise ConfigError(f"distillation.start_from: {error}") from error
 
@@ -106,12 +109,12 @@ def _opened(config: Config, *, texts: bool) -> tuple[StoredWeights, str]:
         return open_to_load(config.checkpoint, config.model), str(error).removesuffix(f"; {ALONE}")
 
 
-def start_from(a: Assembly, source: Source | None = None) -> list[str]:
+def start_from(a: Assembly, source: Source | None = None, classes: Sequence[str] | None = None) -> list[str]:
     """Load the weights and close the checkpoint. Collective. Returns lines for the console; none where the
     configuration says nothing to start from.
 
     Args:
-        source: from `source_of`, if that was called before.
+        source: from `source_of`, if that was called before. classes: names of the data's, in order.
 
     Raises:
         ConfigError: on every rank, if ranks have found different checkpoints, or one of them damage.
@@ -123,6 +126,9 @@ def start_from(a: Assembly, source: Source | None = None) -> list[str]:
         check_agreement({f"the checkpoint of {source.key}": source.identity}, a.grid.world)
         try:
             chosen = None if source.inheritance is None else source.inheritance.tensors
+            places = next((of.places for of in class_orders(a.config, classes).values()), None)  # of the first teacher
+            if chosen is not None and places is not None:
+                chosen = in_order(chosen, places)
             load_weights(a, weights, source.plan, chosen=chosen)
         except ConversionError as error:
             raise ConfigError(f"{source.key}: {error}") from error

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import closing
-from pathlib import Path
 
 from engine.assemble import Assembly
 from engine.checkpoint.load import load_weights, plan_load
-from engine.config.teachers import computed, fingerprint_of, found_at, teachers_of
+from engine.config.classes import class_orders
+from engine.config.distillation import TeacherConfig
+from engine.config.teachers import Found, computed, fingerprint_of, found_of, teachers_of
 from engine.errors import ConfigError
 from engine.run.agreement import check_agreement
 from model import Teacher, build_layers
 from model.formats.api import open_weights
 from model.formats.base import ConversionError
 from model.formats.weights import StoredWeights
+from model.inherit import in_order
 
 
-def load_teachers(a: Assembly) -> None:
+def load_teachers(a: Assembly, classes: Sequence[str] | None = None) -> None:
     """Fill the frozen weights of all teachers, if the objective has any, each rank with what it holds. Collective.
+
+    Args:
+        classes: names of the data's, in order; None: they have none.
 
     Raises:
         ConfigError: on every rank, if one has found damage, or other weights than ranks have agreed upon, or a
@@ -25,18 +31,23 @@ def load_teachers(a: Assembly) -> None:
     """
     if a.config.objective != "distillation":
         return
+    orders = class_orders(a.config, classes)
     for teacher, given in zip(teachers_of(a.config), computed(a.config).values(), strict=True):
-        load_teacher(a, teacher, given.path)
+        load_teacher(a, teacher, given, orders[teacher.name].places)
 
 
-def load_teacher(a: Assembly, teacher: Teacher, path: str) -> None:
-    """One of them, whose layers are among those of the assembly. Collective. Raises as `load_teachers`."""
-    found = found_at(path)
-    weights, now = _opened(found.path)
+def load_teacher(a: Assembly, teacher: Teacher, given: TeacherConfig, order: Sequence[int] | None) -> None:
+    """One of them, whose layers are among those of the assembly. Collective. Raises as `load_teachers`.
+
+    Args:
+        order: for each of the student's classes, the teacher's; None: the same.
+    """
+    found = found_of(given)
+    weights, now = _opened(found)
     check_agreement({f"weights of the {teacher.name}": now}, a.grid.world)
     if weights is None or now != found.fingerprint:
         raise ConfigError(
-            f"the teacher {path} is no longer what it was when this run began ({found.fingerprint}): {now}. "
+            f"the teacher {given.path} is no longer what it was when this run began ({found.fingerprint}): {now}. "
             "Start again, with a teacher that nothing writes to"
         )
     try:
@@ -44,15 +55,16 @@ def load_teacher(a: Assembly, teacher: Teacher, path: str) -> None:
             plan = plan_load(weights, teacher.model, build_layers(teacher.model), a.config.data)
             if lacking := [f.describe() for f in plan.fits if f.how in ("new", "left out")]:
                 raise ConversionError(f"it cannot be shown images of this size: {'; '.join(lacking[:3])}")
-            load_weights(a, weights, plan, f"{teacher.name}.")
+            chosen = None if order is None else in_order(plan.parts, order)
+            load_weights(a, weights, plan, f"{teacher.name}.", chosen)
     except ConversionError as error:
-        raise ConfigError(f"the teacher {path}: {error}") from error
+        raise ConfigError(f"the teacher {given.path}: {error}") from error
 
 
-def _opened(path: Path) -> tuple[StoredWeights | None, str]:
+def _opened(found: Found) -> tuple[StoredWeights | None, str]:
     """Weights and their fingerprint; or none, and why."""
     try:
-        weights = open_weights(path, only_model=True)
-        return weights, fingerprint_of(weights)
+        weights = open_weights(found.path, only_model=True, which=found.which)
+        return weights, fingerprint_of(weights, found.which)
     except ConversionError as error:
         return None, str(error)

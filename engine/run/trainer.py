@@ -17,6 +17,7 @@ import torch
 from data import Dataset, build_datasets, describe_datasets
 from engine.assemble import Assembly, assemble, grid_of
 from engine.config import MAX_COUNT, Config
+from engine.config.classes import class_orders
 from engine.config.keys import key_types, value_of
 from engine.config.objectives import check_labels, check_repeats, text_shape
 from engine.config.stored import check_rows
@@ -40,7 +41,7 @@ from engine.run.profile import StepProfiler, TimelineRecording
 from engine.run.progress import Progress
 from engine.run.provenance import provenance
 from engine.run.report import startup_report
-from engine.run.resume import Resumed, may_resume, resume
+from engine.run.resume import Resumed, may_resume, resume, with_teachers_of_then
 from engine.run.run_dir import RunDir, prepare_run_dir
 from engine.run.saving import (
     Saving,
@@ -97,7 +98,7 @@ def pretrain(config: Config, world: World) -> int:
     began, given = time.monotonic(), config
     found_at.cache_clear()  # teachers of an earlier run of this process may have been trained further
     stored_at.cache_clear()
-    config, world, notes = fit(config, world)
+    config, world, notes = fit(with_teachers_of_then(config), world)
     config = config.resolve(world.size)
     if world.rank >= world.size:
         wait_for_the_others(config, world)
@@ -117,6 +118,7 @@ def pretrain(config: Config, world: World) -> int:
     assembly, resumed = _state(config, world, grid, inputs, facts)
     check_norm_weights(assembly)
     inputs = inputs.after(resumed.progress, config)
+    notes += [of.note for of in class_orders(config, inputs.train_set.class_names).values() if of.note]
     notes += of_passes + ([] if choice is None else [choice.describe()])
     notes += resumed.notes
     if config.checkpoint.save_interval is not None:
@@ -162,6 +164,7 @@ def inputs_of(config: Config, world: World, run_dir: Path, checkpoints: Path) ->
     check_norm_kernels(config, device)
     objective = make_objective(config)
     frozen_of(config, objective.layers)  # what it refuses is refused here
+    class_orders(config, train_set.class_names)  # likewise
     check_budget(config, config.grid_shape(world.size), memory_share(device, world), on_cpu=device.type == "cpu")
     source = None
     if not may_resume(config, checkpoints):
@@ -173,7 +176,7 @@ def inputs_of(config: Config, world: World, run_dir: Path, checkpoints: Path) ->
 def build(config: Config, world: World, grid: Grid, inputs: Inputs) -> Assembly:
     """A new model on this rank, the means to train it, and its teachers, if it has any. Collective."""
     assembly = assemble(config, grid, inputs.device, device_memory=memory_share(inputs.device, world))
-    load_teachers(assembly)
+    load_teachers(assembly, inputs.train_set.class_names)
     return assembly
 
 
@@ -185,7 +188,7 @@ def _state(
     make = partial(build, config, world, grid, inputs)
     assembly, resumed = resume(make, inputs.checkpoints, steps=steps, facts=facts["about"])
     if resumed.manifest is None:
-        resumed.notes.extend(start_from(assembly, inputs.source))
+        resumed.notes.extend(start_from(assembly, inputs.source, inputs.train_set.class_names))
         return assembly, resumed
     if inputs.source is not None:
         inputs.source.weights.close()

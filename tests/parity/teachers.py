@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
@@ -28,6 +29,7 @@ from engine.teacher_outputs.shards import begin, ranges, write_rows
 from model import ModelConfig, VisionTransformer
 from model.formats.base import ConversionError
 
+_PATIENCE = 30.0  # seconds
 _MODELS: dict[str, ModelConfig] = {}
 _STORED: dict[str, TeacherConfig] = {}
 
@@ -94,9 +96,12 @@ def with_teachers(keys: DistillationConfig, teachers: tuple[TeacherConfig, ...])
         if not path.exists():
             try:
                 _made(_MODELS[str(path)]).save_pretrained(path)
-            except (ValueError, ConversionError):
-                if not path.exists():  # else another process was quicker
-                    raise
+            except (ValueError, ConversionError):  # another process was quicker
+                until = time.monotonic() + _PATIENCE
+                while not path.exists():
+                    if time.monotonic() > until:
+                        raise
+                    time.sleep(0.05)
     return replace(keys, teachers=teachers) if len(teachers) > 1 else _of_one(keys, teachers[0])
 
 

@@ -1,9 +1,8 @@
-"""`python -m tools.teacher_outputs`: rows of every draw, in any layout and number of goes; a student that reads them."""
+"""`python -m tools.teacher_outputs`: rows of every draw, in any layout and number of goes; a student of them."""
 
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
@@ -91,9 +90,8 @@ def expected(folder: Path) -> Tensor:
     )  # fmt: skip
     teacher = VisionTransformer.from_pretrained(folder / "teacher")
     with torch.no_grad():
-        return torch.cat([
-            teacher(batch.images) for batch in islice(chain.from_iterable(stream.steps(0)), 3) if batch.images is not None
-        ])  # fmt: skip
+        images = [batch.images for batch in islice(chain.from_iterable(stream.steps(0)), 3)]
+        return torch.cat([teacher(shown) for shown in images if shown is not None])
 
 
 def test_rows_are_those_of_the_draws_in_any_layout(made: Path) -> None:
@@ -137,7 +135,9 @@ def test_what_is_there_is_kept_and_what_is_missing_written(opened: Path, capsys:
     gone = next(path for path in files if path.name.startswith("training-000000000020"))
     gone.unlink()
     config = config_of(**DRAWN, distillation__teacher=str(folder))
-    with pytest.raises(ConfigError, match=r"has outputs of 20 draws, and the run needs 48: python -m tools\.teacher_out"):
+    with pytest.raises(
+        ConfigError, match=r"has outputs of 20 draws, and the run needs 48: python -m tools\.teacher_out"
+    ):
         check_rows(config, *sets_of(config), DRAWS)
     given = flags(**DRAWN, distillation__teacher=str(opened / "teacher"))
     assert main([*given, "--out", str(folder)], World()) == 0
@@ -155,7 +155,6 @@ def test_damage_is_found(opened: Path) -> None:
     path = next((opened / "few").glob("training-000000000040*"))
     data = bytearray(path.read_bytes())
     data[-3] ^= 1
-    os.chmod(path, 0o644)
     path.write_bytes(data)
     few = StoredOutputs(opened / "few")
     assert len(few.read("training", np.arange(40))["ids"]) == 40

@@ -16,8 +16,9 @@ from dataclasses import replace
 import torch
 
 from engine.assemble import Assembly, assemble, grid_of
+from engine.config.classes import ClassOrder, class_order
 from engine.config.stored import meta_of
-from engine.config.teachers import found_at
+from engine.config.teachers import found_of
 from engine.device import choose_device, describe, memory_share, prepare_cpu, set_matmul
 from engine.errors import EXIT_DONE, ConfigError
 from engine.norm_backward import check_norm_kernels
@@ -52,7 +53,9 @@ def main(argv: Sequence[str], world: World) -> int:
     check_precision(config.precision, device)
     check_kernels(Kernels(config.kernels), device)
     check_norm_kernels(config, device)
-    images = images_of(request.run, world, request.run.model.sizes.classes)
+    classes = request.run.model.sizes.classes
+    images, found = images_of(request.run, world, classes), found_of(request.given)
+    order = class_order(str(found.path), found.labels, images.train.class_names, classes)
     meta = _meta(request, images)
 
     prepare_cpu(world)
@@ -62,8 +65,11 @@ def main(argv: Sequence[str], world: World) -> int:
     check_agreement(facts | facts_of(config, device, images.train, images.test), world_axis(world))
     grid = grid_of(config, world, device)
     lock = RunDir(out, grid.world, key="--out")
+    if order.note and grid.world.index == 0:
+        print(order.note, flush=True)
     with torch.no_grad():
-        _write(request, meta, images, _assembled(request, grid, device, world), lock)
+        assembly = _assembled(request, order, grid, device, world)
+        _write(request, meta, images, assembly, lock)
     lock.close()
     comm.barrier(grid.world)  # a rank that has ended has its launcher end the others
     process_group.stop()
@@ -79,7 +85,7 @@ def _meta(request: Request, images: Images) -> Meta:
     options, run = request.options, request.run
     draws = total_steps(run, len(images.train)) * run.train.global_batch_size
     meta = meta_of(
-        run, request.teacher, found_at(request.given.path).fingerprint, (images.train, images.test),
+        run, request.teacher, found_of(request.given).fingerprint, (images.train, images.test),
         kept=options.top_k, rows=draws, number_format=options.number_format, rows_per_file=options.rows_per_file,
     )  # fmt: skip
     out = prepare_folder(options.out, "--out")
@@ -93,12 +99,12 @@ def _meta(request: Request, images: Images) -> Meta:
     return replace(there, rows=max(meta.rows, there.rows))
 
 
-def _assembled(request: Request, grid: Grid, device: torch.device, world: World) -> Assembly:
-    """The teacher on this rank. Collective."""
+def _assembled(request: Request, order: ClassOrder, grid: Grid, device: torch.device, world: World) -> Assembly:
+    """The teacher on this rank, his classes in the data's order. Collective."""
     config, teacher = request.config, request.teacher
     objective = Forward(tuple(build_teacher(teacher, request.run.model.sizes.image)))
     assembly = assemble(config, grid, device, objective, device_memory=memory_share(device, world))
-    load_teacher(assembly, teacher, request.given.path)
+    load_teacher(assembly, teacher, request.given, order.places)
     return assembly
 
 
@@ -129,7 +135,7 @@ def _introduction(request: Request, meta: Meta, grid: Grid, device: torch.device
     kept = "all" if meta.keeps_all else f"{meta.kept} of"
     size = (meta.rows + meta.held_out_rows) * meta.row.itemsize / 1e6
     layout = " x ".join(f"{axis} {size}" for axis, size in grid.shape.__dict__.items())
-    found = found_at(request.given.path)
+    found = found_of(request.given)
     return "\n".join([
         f"teacher     {found.path} ({meta.teacher}), {meta.shown['dtype']}",
         f"layout      {layout}; {describe(device)}",

@@ -21,11 +21,13 @@ from engine.assemble import assemble
 from engine.checkpoint.config import CheckpointConfig
 from engine.clusters import read_cluster
 from engine.config import Config, LogConfig, PrecisionConfig, TrainConfig
+from engine.config.classes import ClassOrder, class_orders
 from engine.config.cli import parse
 from engine.config.distillation import BETWEEN_IMAGES, DistillationConfig, TeacherConfig
 from engine.errors import ConfigError
 from engine.layer_costs import micro_batch
 from engine.objectives import make_objective
+from engine.optimizers.config import OptimizerConfig
 from engine.plan import META, plan_memory, planned, states
 from engine.run.agreement import facts_of
 from engine.run.load import start_from
@@ -334,6 +336,61 @@ def test_a_student_of_a_run_goes_on_with_the_same_teacher_alone(
         )
     # and the student is a teacher in turn
     assert run(tmp_path / "b", **keys | {"distillation": DistillationConfig(teacher=str(tmp_path / "a"))}) == 0
+
+
+def test_a_student_goes_on_with_the_step_that_taught_it(tmp_path: Path) -> None:
+    """Though its teacher, a run, has gone on; and it is taught by the average, if that is asked for."""
+    path, longer = tmp_path / "teacher", TrainConfig(steps=4, global_batch_size=8)
+    averaged = {"optimizer": OptimizerConfig(ema_decay=0.9)}
+    assert run(path, train=TrainConfig(steps=2, global_batch_size=8), **averaged) == 0
+    keys = DistillationConfig(teacher=str(path), teacher_load_weights="average")
+    student = {"objective": "distillation", "distillation": keys}
+    assert run(tmp_path / "student", train=TrainConfig(steps=1, global_batch_size=8), **student) == 0
+    assert run(path, train=longer, **averaged) == 0
+    assert run(tmp_path / "student", train=TrainConfig(steps=2, global_batch_size=8), **student) == 0
+    taught_by = yaml.safe_load((tmp_path / "student" / "config.yaml").read_text())["distillation"]["teacher"]
+    assert Path(taught_by).name == "step-00000002"
+    with pytest.raises(ConfigError, match=r"give the teacher of then, of a run the folder of that step"):
+        run(
+            tmp_path / "student",
+            train=longer,
+            **student | {"distillation": replace(keys, teacher_load_weights="weights")},
+        )
+    with Reader(path / "checkpoints" / "step-00000002") as reader:
+        average = reader.whole("average/blocks.0.norm1.weight")
+    assembly = assemble(
+        taught(path / "checkpoints" / "step-00000002", keys={"teacher_load_weights": "average"}),
+        make_grid(GridShape(), World()),
+        CPU,
+    )
+    load_teachers(assembly)
+    assert torch.equal(assembly.parameters()["teacher.blocks.0.norm1.weight"], average)
+    assembly.grid.close()
+
+
+def test_classes_go_by_their_names(tmp_path: Path) -> None:
+    """A teacher whose run has others, or others in another order."""
+    model, names = VisionTransformer(ModelConfig(**MODEL), seed=3), [f"class {n}" for n in range(10)]
+    path = tmp_path / "teacher" / "checkpoints" / "step-00000000"
+    path.parent.mkdir(parents=True)
+    model.save_pretrained(path)
+    (tmp_path / "teacher" / "classes.json").write_text(json.dumps(names))
+    config, backwards = taught(path, keys={"start_from": "first"}), names[:3:-1]
+    assembly = assemble(config, make_grid(GridShape(), World()), CPU)
+    load_teachers(assembly, backwards)
+    start_from(assembly, classes=backwards)
+    order = [9, 8, 7, 6, 5, 4, 0, 1, 2, 3]  # what the data has no names for comes last
+    for name in ("head.fc.weight", "head.fc.bias", "blocks.3.norm1.weight"):
+        given, held = model.get_parameter(name), assembly.parameters()
+        given = given[order] if "fc" in name else given
+        assert torch.equal(held[name], given) and torch.equal(held[f"teacher.{name}"], given), name
+    assembly.grid.close()
+    with pytest.raises(
+        ConfigError, match=r"class 0 of the data is class 1, which is class 1 of .* no class dog, so tha"
+    ):
+        class_orders(config, ["class 1", "dog"])
+    assert "calls class 1 class 1, the data dog: taken" in class_orders(config, ["class 0", "dog"])["teacher"].note
+    assert class_orders(config, names[:4])["teacher"] == class_orders(config, None)["teacher"] == ClassOrder()
 
 
 def test_targets_add_up_to_the_loss_in_every_format(tmp_path: Path, teacher: Path) -> None:

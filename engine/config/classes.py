@@ -1,0 +1,61 @@
+"""Whether a teacher's classes are the data's, by their names, where both have names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from engine.config.teachers import computed, found_of
+from engine.errors import ConfigError
+
+if TYPE_CHECKING:
+    from engine.config.config import Config
+
+
+class ClassOrder(NamedTuple):
+    """Attributes: places: for each of the student's classes, the teacher's; None: the same. note: what to say of it."""
+
+    places: tuple[int, ...] | None = None
+    note: str = ""
+
+
+def class_orders(config: Config, names: Sequence[str] | None) -> dict[str, ClassOrder]:
+    """Of each teacher whose layers are in the student's list, by what their names begin with.
+
+    Args:
+        names: of the data's classes, in the order of their labels; None: they have none.
+
+    Raises:
+        ConfigError: some names are in both, in other places, and not all of the data's are the teacher's.
+    """
+    if config.objective != "distillation":
+        return {}
+    classes = config.model.sizes.classes
+    return {
+        name: class_order(str(found_of(of).path), found_of(of).labels, names, classes)
+        for name, of in computed(config).items()
+    }
+
+
+def class_order(path: str, theirs: Sequence[str], ours: Sequence[str] | None, classes: int) -> ClassOrder:
+    """Of one of `classes` classes. Arguments and errors as of `class_orders`."""
+    if ours is None or not theirs or tuple(theirs[: len(ours)]) == tuple(ours):
+        return ClassOrder()
+    there = {name: place for place, name in enumerate(theirs)}
+    if len(there) == len(theirs) and all(name in there for name in ours):
+        first = [there[name] for name in ours]
+        places = (*first, *sorted(set(range(classes)) - set(first)))
+        return ClassOrder(places, f"the teacher {path} has the data's classes in another order: they go by their names")
+    apart = [(place, name) for place, name in enumerate(ours) if there.get(name, place) != place]
+    if apart:
+        place, name = apart[0]
+        lacking = next(name for name in ours if name not in there) if len(there) == len(theirs) else None
+        why = "names that several of its classes have" if lacking is None else f"no class {lacking}"
+        raise ConfigError(
+            f"class {place} of the data is {name}, which is class {there[name]} of the teacher {path}, and it has "
+            f"{why}, so that classes cannot go by names: call the data's classes as the teacher does, or take another"
+        )
+    place = next(place for place, name in enumerate(ours) if place >= len(theirs) or theirs[place] != name)
+    return ClassOrder(
+        note=f"the teacher {path} calls class {place} {theirs[place]}, the data {ours[place]}: taken to be the same"
+    )
