@@ -202,6 +202,8 @@ def _unused_in_stages(
         return
     if all(stage.attention is not None for stage in given.stages):
         yield "attention", given.attention, f"every entry of model.stages names its own: {_CURE}"
+    if not given.stages[0].merge:
+        yield "stages[0].merge", False, "no stage lies before it: leave it out"
     of_preset = dict(enumerate(usual.get("stages") or ()))
     for i, (stage, here) in enumerate(zip(given.stages, sizes.stages, strict=True)):
         window, grid = _sides(here)

@@ -69,6 +69,10 @@ class StageConfig:
     """Side of the spread-out grid in patches; null takes model.grid_size, or this stage's window_size where that is
     null."""
 
+    merge: bool = True
+    """Whether 2 x 2 patches of the stage before become one; false: the map stays, and tokens are projected to this
+    width."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -296,8 +300,10 @@ class ModelConfig:
         shared = [s.depth for s in stages if s.attention is None]
         if shared and (not isinstance(self.attention, str) or self.attention.strip() not in KINDS):
             whole = list(parse_kinds(self.attention, sum(shared)))
-        out = []
+        out, stride = list[StageSizes](), self.patch_size
         for i, s in enumerate(stages):
+            if merges := bool(i) and s.merge:
+                rows, cols, stride = -(-rows // 2), -(-cols // 2), 2 * stride
             if s.attention is not None:
                 kinds = parse_kinds(s.attention, s.depth, key.format(i))
             elif whole is not None:
@@ -309,10 +315,9 @@ class ModelConfig:
             out.append(
                 StageSizes(
                     index=i, depth=s.depth, width=s.width, heads=s.num_heads, mlp=s.mlp_dim, kinds=kinds, window=window,
-                    grid=grid, rows=rows, cols=cols, stride=self.patch_size * 2**i,
+                    grid=grid, merges=merges, rows=rows, cols=cols, stride=stride,
                 )
             )  # fmt: skip
-            rows, cols = -(-rows // 2), -(-cols // 2)
         return out
 
 

@@ -112,6 +112,10 @@ def _check_kind(teacher: ModelConfig, student: ModelConfig) -> None:
     if len(stages[0]) != len(stages[1]):
         raise ValueError(f"the student has {len(stages[1])} stages, the teacher {len(stages[0])}: give it as many")
     for theirs, own in zip(*stages, strict=True):
+        if theirs.merges != own.merges:
+            raise ValueError(
+                f"stage {own.index} has merge {own.merges}, the teacher's {theirs.merges}: give it the same"
+            )
         if (theirs.window, theirs.grid) != (own.window, own.grid):
             raise ValueError(
                 f"stage {own.index} has windows of {own.window} and grids of {own.grid}, the teacher's {theirs.window} "

@@ -22,7 +22,7 @@ from model.embed import Embedding
 from model.flops import ProductFlops
 from model.heads import Head
 from model.inputs import MicroBatch
-from model.merge import PatchMerge
+from model.merge import PatchMerge, Widening
 from parallel.layout import TensorLayout, info_of
 
 Factory = Callable[[Build], nn.Module]
@@ -192,7 +192,8 @@ def block_layers(config: ModelConfig, prefix: str = "") -> list[LayerSpec]:
     for stage in sizes.stages:
         if stage.index:
             merge = f"{prefix}merges.{stage.index - 1}"
-            layers.append(LayerSpec(name=merge, factory=partial(PatchMerge, merge), stage=stage.index))
+            between = PatchMerge if stage.merges else Widening
+            layers.append(LayerSpec(name=merge, factory=partial(between, merge), stage=stage.index))
         for i, kind in enumerate(stage.kinds, start=done):
             rate, name = config.drop_path * i / max(1, sizes.depth - 1), f"{prefix}blocks.{i}"
             layers.append(LayerSpec(name=name, factory=partial(block, name, rate, kind), stage=stage.index))

@@ -1,4 +1,5 @@
-"""Between two stages of a pyramid: four neighbouring patches become one of another width (Liu et al. 2021, Swin).
+"""Between two stages: four neighbouring patches become one of another width (Liu et al. 2021, Swin), or all tokens are
+projected to another width.
 
 Legend: B images, S tokens that this rank holds, C width before, D after, T tensor-parallel size, R = B * S rows.
 """
@@ -72,3 +73,26 @@ class PatchMerge(nn.Module):
         if self.prefix is not None:
             y = torch.cat([self.prefix(x[:, :own]), y], 1)
         return leave(y.flatten(0, 1), self.tp)
+
+
+class Widening(nn.Module):
+    """Every token projected [D, C]: the map stays. Each tensor rank projects a share of the features.
+
+    Args:
+        name: of the layer.
+    """
+
+    def __init__(self, name: str, build: Build) -> None:
+        super().__init__()
+        self.regions = Regions(name, build.policy)
+        before = build.at(build.stage - 1)
+        self.tp, self.tokens = build.tp, before.tokens
+        self.proj = SharedLinear(before.here.width, build.here.width, build)
+
+    def forward(self, x: Tensor, batch: MicroBatch) -> Tensor:
+        """[B * S, C] (or this rank's rows) -> [B * S, D] (or this rank's)."""
+        return self.regions("merge", self._project, x, batch)
+
+    def _project(self, x: Tensor, batch: MicroBatch) -> Tensor:
+        x = enter(x, self.tp, batch.size * self.tokens.count).unflatten(0, (batch.size, self.tokens.count))
+        return leave(self.proj(x).flatten(0, 1), self.tp)

@@ -25,6 +25,7 @@ class StageSizes:
     Attributes:
         index: of the stage. depth, width, heads, mlp: its blocks. kinds: of attention, one per block.
         window, grid: sides of a window, and of the spread-out grid, in patches.
+        merges: whether 2 x 2 patches of the stage before are one of its.
         rows, cols: patches of its map. stride: pixels between neighbours of the map.
     """
 
@@ -36,6 +37,7 @@ class StageSizes:
     kinds: tuple[str, ...]
     window: int
     grid: int
+    merges: bool
     rows: int
     cols: int
     stride: int
@@ -116,8 +118,8 @@ class Sizes:
 class Tokens:
     """Which tokens of an image this rank of the context axis holds in one stage.
 
-    The map is cut along its rows, so that a patch merge never needs a neighbour's: stage j of m + 1 is cut at multiples
-    of 2^(m - j) rows. Prefix tokens belong to the first rank. Along an axis of one rank that is everything.
+    The map is cut along its rows, so that a patch merge never needs a neighbour's: a stage that m merges follow is cut
+    at multiples of 2^m rows. Prefix tokens belong to the first rank. Along an axis of one rank that is everything.
 
     Attributes:
         rows, cols: of the whole map. prefix: tokens before it. rows_of_ranks: (first, stop) row of each rank.
@@ -134,7 +136,7 @@ class Tokens:
     def of(sizes: Sizes, stage: int, context: Axis | None = None) -> Tokens:
         """Of a stage on this rank."""
         context = context or single_axis("context")
-        here, unit = sizes.stages[stage], 2 ** (len(sizes.stages) - 1 - stage)
+        here, unit = sizes.stages[stage], 2 ** sum(later.merges for later in sizes.stages[stage + 1 :])
         shares = (split_range(sizes.last.rows, context.size, i) for i in range(context.size))
         return Tokens(
             rows=here.rows,

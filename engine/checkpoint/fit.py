@@ -61,7 +61,7 @@ class Geometry:
             class_tokens=tokens,
             class_rows=class_rows(model["position"], tokens, model.get("class_position", True)),
             depths=tuple(stage["depth"] for stage in stages) if stages else (model["depth"],),
-            windows=tuple(_windows(grid, [stage["window_size"] for stage in stages or [model]])),
+            windows=tuple(_windows(grid, [(of["window_size"], of.get("merge", True)) for of in stages or [model]])),
         )
 
     def blocks(self) -> Iterator[tuple[int, int]]:
@@ -69,12 +69,13 @@ class Geometry:
         return ((stage, i) for stage, depth in enumerate(self.depths) for i in range(depth))
 
 
-def _windows(grid: tuple[int, int], sides: Iterable[int]) -> Iterator[tuple[int, int]]:
-    """No larger than the map, which each stage of a pyramid halves."""
+def _windows(grid: tuple[int, int], stages: Iterable[tuple[int, bool]]) -> Iterator[tuple[int, int]]:
+    """No larger than the map. Args: stages: the side of a window, and whether the map is half of that before."""
     rows, cols = grid
-    for side in sides:
+    for number, (side, merges) in enumerate(stages):
+        if number and merges:
+            rows, cols = -(-rows // 2), -(-cols // 2)
         yield min(side, rows), min(side, cols)
-        rows, cols = -(-rows // 2), -(-cols // 2)
 
 
 @dataclass(frozen=True, kw_only=True)

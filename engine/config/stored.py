@@ -125,6 +125,11 @@ def _check_asked(config: Config, given: TeacherConfig, meta: Meta) -> None:
             )
     if meta.keeps_all or not keys.response_weight:
         return
+    if "logits" in keys.standardise:
+        raise ConfigError(
+            f"distillation.standardise has logits, which asks of each class, but {path} has the likeliest {meta.kept} of "
+            f"{meta.classes} classes: write all of them (leave --top-k out), or leave it out"
+        )
     if keys.response == "sigmoid":
         raise ConfigError(
             f"distillation.response is sigmoid, which asks of each class by itself, but {path} has the likeliest "

@@ -107,8 +107,10 @@ class Distillation(AdditiveObjective):
         if pairs := sum(layer.kind == MATCH for layer in self.layers):
             what += f"; {pairs} pair{'s' * (pairs > 1)} of layers"
         what += scaled
-        paths = (f"{of.path} x {share:.3g}" for of, share in zip(keys.all_teachers, keys.shares, strict=True))
-        return f"distillation: {what}; taught by {', '.join(paths)}"
+        rows = ("" if of is None else f" ({of.meta.rows} {of.meta.key}s, stored)" for of in self.outputs)
+        each = zip(keys.all_teachers, rows, keys.shares, strict=True)
+        paths = ", ".join(f"{of.path}{how} x {share:.3g}" for of, how, share in each)
+        return f"distillation: {what}; taught by {paths}"
 
     def pooled(self, outputs: Outputs, grid: Grid) -> Outputs:
         """What stands beside the logits: [B, D], and of each teacher [B, E]."""

@@ -18,6 +18,7 @@ from engine.config.keys import default_of, key_types
 from engine.config.teachers import fingerprints
 from engine.errors import ConfigError
 from engine.run.progress import Progress
+from model import StageConfig
 from parallel import comm
 from parallel.checkpoint import place
 from parallel.checkpoint.manifest import (
@@ -364,6 +365,8 @@ def _then(config: Mapping[str, Any], key: str, here: Config) -> Any:
     value, (group, _, name) = _stored(config, key), key.partition(".")
     if value is _MISSING and name and group not in config:
         return plain(default_of(key))
+    if key == "model.stages" and isinstance(value, list):  # of keys of a stage that are younger, too
+        return [plain(asdict(StageConfig(**stage))) for stage in value]
     if value is not _MISSING or group != "model":
         return value
     absent: dict[str, Any] = {name: None}

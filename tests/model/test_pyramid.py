@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from model import Build, MicroBatch, ModelConfig, StageConfig, VisionTransformer, build_layers
 from model.blocks import BLOCKS, DropPath
-from model.merge import PatchMerge
+from model.merge import PatchMerge, Widening
 from model.sizes import Tokens
 from tests.model.small import TINY, context_axis, real
 
@@ -106,6 +106,22 @@ def test_features_can_be_trained() -> None:
     sum(x.square().sum() for x, _ in model.features(torch.randn(2, 1, 17, 26))).backward()  # type: ignore[union-attr]
     for name, parameter in model.named_parameters():
         assert (parameter.grad is None) == name.startswith("head."), name
+
+
+def test_a_stage_may_keep_the_map_and_widen_tokens() -> None:
+    stages = (
+        StageConfig(depth=1, width=4, num_heads=1), StageConfig(depth=1, width=6, num_heads=1, merge=False),
+        StageConfig(depth=1, width=8, num_heads=1),
+    )  # fmt: skip
+    config = replace(PYRAMID, image_size=(7, 12), patch_size=1, stages=stages, window_size=None, grid_size=None)
+    sizes = config.resolve().sizes
+    assert [(s.rows, s.cols, s.stride) for s in sizes.stages] == [(7, 12, 1), (7, 12, 1), (4, 6, 2)]
+    wide = real(Widening("merges.0", Build(config=config.resolve(), stage=1)))
+    nn.init.normal_(wide.proj.weight)
+    x = torch.randn(2 * sizes.tokens, 4)
+    torch.testing.assert_close(wide(x, MicroBatch.of_images(torch.empty(2, 1, 7, 12))), x @ wide.proj.weight.T)
+    with pytest.raises(ValueError, match=r"stages\[0\]\.merge is False, .* no stage lies before it"):
+        replace(config, stages=(replace(stages[0], merge=False), *stages[1:])).resolve()
 
 
 # -- patch merges ------------------------------------------------------------------------------------------------------

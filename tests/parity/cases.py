@@ -118,7 +118,14 @@ _MANY_HEADS = replace(_TEACHER, num_heads=8, pool="cls")
 _PYRAMID = replace(MODELS["pyramid"], image_size=(12, 16))
 TAUGHT: dict[str, tuple[ModelConfig, tuple[TeacherConfig, ...], DistillationConfig]] = {
     "taught": (
-        replace(_SMALL, block="parallel", pool="cls"), (teacher(_TEACHER, mean=(0.3,), std=(0.6,)),),
+        replace(
+            _SMALL, block="parallel", pool="cls", width=None, depth=None, num_heads=None, mlp_dim=None,
+            stages=(
+                StageConfig(depth=2, width=32, num_heads=8, mlp_dim=64),
+                StageConfig(depth=1, width=40, num_heads=5, mlp_dim=56, merge=False),
+            ),
+        ),
+        (teacher(_TEACHER, mean=(0.3,), std=(0.6,)),),
         DistillationConfig(
             response_weight=3.0, label_weight=0.5, temperature=1.5, standardise=("logits",),
             relations=("distances:3", "angles"), relations_weight=2.0,

@@ -102,6 +102,8 @@ def made_of(model: ModelConfig) -> Constructor:
     }  # fmt: skip
     check_expressible(who, model, plain)
     for i, s in enumerate(model.sizes.stages):
+        if i and not s.merges:
+            raise ConversionError(f"model.stages[{i}].merge is false: {who} merges patches from stage to stage")
         if s.width != first.width * 2**i:
             raise ConversionError(f"model.stages[{i}].width is {s.width}: {who} doubles it from stage to stage")
         if s.kinds != _kinds(s.depth):
