@@ -127,8 +127,8 @@ def _check_asked(config: Config, given: TeacherConfig, meta: Meta) -> None:
         return
     if "logits" in keys.standardise:
         raise ConfigError(
-            f"distillation.standardise has logits, which asks of each class, but {path} has the likeliest {meta.kept} of "
-            f"{meta.classes} classes: write all of them (leave --top-k out), or leave it out"
+            f"distillation.standardise has logits, which asks of each class, but {path} has the likeliest {meta.kept} "
+            f"of {meta.classes} classes: write all of them (leave --top-k out), or leave it out"
         )
     if keys.response == "sigmoid":
         raise ConfigError(

@@ -78,36 +78,6 @@ def may_resume(config: Config, folder: Path) -> bool:
         return False
 
 
-def with_teachers_of_then(config: Config) -> Config:
-    """A configuration, with the very steps that taught where it has folders of several and there is a run to go on
-    with: a teacher's own run may have gone on. Where his step is gone, his folder stays, and is compared.
-    """
-    if config.objective != "distillation" or config.run_dir is None:
-        return config
-    folder = checkpoint_dir(config, Path(config.run_dir))
-    if not may_resume(config, folder):
-        return config
-    try:
-        then = read_manifest(folder / place.name_of(place.steps_in(folder)[-1])).config["distillation"]
-        names = [Path(of["path"]).name for of in then["teachers"] or [{"path": then["teacher"]}]]
-    except (CheckpointError, KeyError, TypeError):
-        return config  # what is wrong is said when it is read
-    keys = config.distillation
-    paths = [_step_in(of.path, name) for of, name in zip(keys.all_teachers, names, strict=False)]
-    if len(paths) != len(keys.all_teachers):
-        return config
-    if keys.teachers is None:
-        return replace(config, distillation=replace(keys, teacher=paths[0] if paths else None))
-    teachers = tuple(replace(of, path=path) for of, path in zip(keys.teachers, paths, strict=True))
-    return replace(config, distillation=replace(keys, teachers=teachers))
-
-
-def _step_in(path: str, name: str) -> str:
-    """A step's folder by its name, if a path means a folder of steps that has it; else the path."""
-    found = (Path(path) / inner / name for inner in (".", "checkpoints"))
-    return next((str(step) for step in found if name.startswith("step-") and (step / FILE).exists()), path)
-
-
 def check_resume(config: Config, folder: Path) -> None:
     """Raise ConfigError, before ranks talk, where there is nothing to go on from and there must be, or where the folder
     is no folder of checkpoints, but one of them.

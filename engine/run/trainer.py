@@ -41,7 +41,7 @@ from engine.run.profile import StepProfiler, TimelineRecording
 from engine.run.progress import Progress
 from engine.run.provenance import provenance
 from engine.run.report import startup_report
-from engine.run.resume import Resumed, may_resume, resume, with_teachers_of_then
+from engine.run.resume import Resumed, may_resume, resume
 from engine.run.run_dir import RunDir, prepare_run_dir
 from engine.run.saving import (
     Saving,
@@ -53,7 +53,7 @@ from engine.run.saving import (
 )
 from engine.run.step import Stepper
 from engine.run.stopping import StopRequests
-from engine.run.teachers import load_teachers
+from engine.run.teachers import load_teachers, with_teachers_of_then
 from engine.run.watchdog import watched
 from engine.teacher_outputs.shards import stored_at
 from model.kernels import Kernels

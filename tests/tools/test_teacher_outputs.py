@@ -175,6 +175,7 @@ def test_damage_is_found(opened: Path) -> None:
         ("two", {"distillation__features_weight": "1"}, r"features_weight is 1\.0, but the teacher .* neither layers"),
         ("two", {"distillation__start_from": "even"}, r"start_from is even, but the teacher .* is stored outputs"),
         ("few", {"distillation__response": "sigmoid"}, r"response is sigmoid, .* the likeliest 3 of 10 classes: write"),
+        ("few", {"distillation__standardise": "logits"}, r"standardise has logits, .* the likeliest 3 of 10 classes"),
         ("few", {"distillation__temperature": "4"}, r"temperature is 4\.0, but .* at temperature 2\.0: use that, or"),
     ],
 )  # fmt: skip
