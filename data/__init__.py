@@ -1,6 +1,7 @@
 """Where samples come from: data sets, their order, augmentation, and micro-batches. Knows nothing of models."""
 
 from data.build import build_datasets, describe_datasets
+from data.chosen import chosen_batches, pixels_of, spread
 from data.config import DataConfig
 from data.datasets import Dataset
 from data.errors import UnreadableImageError
@@ -23,6 +24,9 @@ __all__ = [
     "WorkerLostError",
     "build_datasets",
     "captions_fingerprint",
+    "chosen_batches",
     "describe_datasets",
+    "pixels_of",
     "prompts",
+    "spread",
 ]

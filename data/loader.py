@@ -129,7 +129,7 @@ class TrainStream:
         draws = np.arange(first_draw, first_draw + self._micro_batch_size)
         indices = self._order.indices(draws)
         content = source.take(first_draw)
-        batch = _batch(self._dataset, content, indices, torch.from_numpy(draws), 0, self._config.views)
+        batch = batch_of(self._dataset, content, indices, torch.from_numpy(draws), 0, self._config.views)
         self.texts_cut += 0 if again else content.texts_cut
         self.waited += time.perf_counter() - asked
         return batch
@@ -224,10 +224,10 @@ class EvalStream:
         indices = self._indices(first_index)
         missing = self._micro_batch_size - len(indices)
         self.texts_cut += content.texts_cut
-        return _batch(self._dataset, content, indices, torch.from_numpy(indices), missing, self._config.views)
+        return batch_of(self._dataset, content, indices, torch.from_numpy(indices), missing, self._config.views)
 
 
-def _batch(
+def batch_of(
     dataset: Dataset, content: Content, indices: NDArray[np.int64], ids: Tensor, missing: int, views: int
 ) -> Batch:
     """A micro-batch of one or two views of the images at `indices`, with padding where images are missing."""

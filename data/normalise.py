@@ -23,3 +23,7 @@ class Normalise:
 
     def __call__(self, images: Tensor) -> Tensor:
         return (images - self._mean) / self._std
+
+    def undo(self, images: Tensor) -> Tensor:
+        """Pixels again."""
+        return images * self._std + self._mean

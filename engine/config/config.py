@@ -104,7 +104,19 @@ class LogConfig:
     profile_steps: tuple[int, int] | None = None
     """First and last step to record in run_dir/profile: timeline.json, and torch's trace of the first; null: none."""
 
+    attention_interval: int = 0
+    """Steps between looks at what held-out images have the model attend to, also after the last: maps, entropies, the
+    largest logits; 0: never. See docs/seeing.md."""
+
+    attention_images: int = 4
+    """How many held-out images that are."""
+
     def __post_init__(self) -> None:
+        if self.attention_interval < 0 or self.attention_images < 1:
+            raise ValueError(
+                f"log.attention_interval is {self.attention_interval} and log.attention_images {self.attention_images}:"
+                " the first must be 0 or more, the second 1 or more"
+            )
         if self.profile_steps is not None and not 1 <= self.profile_steps[0] <= self.profile_steps[1]:
             raise ValueError(
                 f"log.profile_steps is {list(self.profile_steps)}: give the first and last step, from 1 on"
@@ -230,6 +242,8 @@ class Config:
         run is refused.
         """
         p, found, blocks = self.parallel, [], blocks_of(self)
+        if not self.log.attention_interval and self.log.attention_images != LogConfig.attention_images:
+            found.append(f"log.attention_images {self.log.attention_images}: log.attention_interval is 0")
         if self.train.stop_step is not None and self.train.stop_step >= steps:
             found.append(f"train.stop_step {self.train.stop_step}: the run has {steps} steps")
         if shape.pipeline == 1:

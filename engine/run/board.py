@@ -52,6 +52,14 @@ class Board:
             together.MergeFrom(scalar(name, value))
         self._write(step=step, summary=together)
 
+    def picture(self, name: str, step: int, png: bytes) -> None:
+        """A picture of this step."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        high, wide = (int.from_bytes(png[place : place + 4], "big") for place in (20, 16))  # of its header
+        image = Summary.Image(height=high, width=wide, colorspace=3, encoded_image_string=png)
+        self._write(step=step, summary=Summary(value=[Summary.Value(tag=name, image=image)]))
+
     def text(self, name: str, text: str) -> None:
         """A page of markdown."""
         from torch.utils.tensorboard.summary import text as page

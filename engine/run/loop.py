@@ -17,6 +17,7 @@ from engine.checkpoint.saver import Votes
 from engine.device import peak_memory_bytes, peak_tflops, synchronise
 from engine.errors import DivergedError
 from engine.optimizers.schedules import factor
+from engine.run.attention import AttentionLog
 from engine.run.finite import check_finite
 from engine.run.metrics import MetricsWriter
 from engine.run.predicted import Comparison
@@ -60,6 +61,7 @@ class Loop:
         stepper: runs steps. train_set, eval_set: images. steps: of the whole run.
         writer: on rank 0 alone. profiler: traces some of the steps. saving: saves the state; None: never.
         progress: to go on from. requests: to stop early. comparison: of what was predicted with the first steps.
+        attention: looks at what the model attends to; None: never.
     """
 
     def __init__(
@@ -75,12 +77,13 @@ class Loop:
         progress: Progress | None = None,
         requests: StopRequests | None = None,
         comparison: Comparison | None = None,
+        attention: AttentionLog | None = None,
     ) -> None:
         self.stepper, self.steps, self.writer, self.profiler = stepper, steps, writer, profiler
         self.saving, self.progress, self.requests = saving, progress or Progress(), requests
         self._is_wanted = False  # that the run stops, by a vote
         self._recording_seconds = 0.0  # before and after steps that are recorded
-        self._has_told_recomputed, self._comparison = False, comparison
+        self._has_told_recomputed, self._comparison, self._attention = False, comparison, attention
         if saving is not None:
             stepper.before_change = saving.saver.before_change
         a = stepper.assembly
@@ -137,6 +140,9 @@ class Loop:
                 progress.begin_interval()
                 interval = _Interval(self.train_stream.waited)
             pause = time.perf_counter()
+            if self._attention is not None and (last or self._attention.is_due(step)):
+                with where.during(phase="looking at attention"):
+                    self._attention.look(step)
             every = self.config.train.eval_interval
             if last or (every and step % every == 0):
                 with where.during(phase="evaluation"):

@@ -80,6 +80,11 @@ class MetricsWriter:
             curves = {f"{event}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
             self._board.scalars(curves, step)
 
+    def picture(self, name: str, step: int, png: bytes) -> None:
+        """A picture for TensorBoard."""
+        if self._board is not None:
+            self._board.picture(name, step, png)
+
     def train(self, step: int, values: Mapping[str, Any]) -> None:
         """A training line."""
         self.write("train", step, values)

@@ -28,7 +28,8 @@ from parallel.comm import Axis
 
 # What a run writes and the next one must not mix with its own.
 _FILES = ("config.yaml", "classes.json", "metrics.jsonl", EVENTS)
-WRITTEN = (*_FILES, "profile", "hang", "plot.png", "timeline.png", "checkpoints/step-*")  # pictures: by its user
+ATTENTION = "attention"
+WRITTEN = (*_FILES, ATTENTION, "profile", "hang", "plot.png", "timeline.png", "checkpoints/step-*")  # pictures: by its user
 _PROBE_BYTES = 65536  # a full disk may still have room for a name, or for a few bytes beside it
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -97,6 +98,10 @@ class RunDir:
         notes = [f"run_dir: {', '.join(odd)}: no file, moved to {aside}"] if odd else []
         for name in _names(self.path, EVENTS):
             rewind(self.path / name, whole_records, step)
+        for name in _names(self.path, f"{ATTENTION}/step-*"):
+            number = name.rpartition("-")[2].partition(".")[0]
+            if number.isdecimal() and int(number) > step and _is_file(self.path / name):
+                (self.path / name).unlink()
         if _is_file(metrics := self.path / "metrics.jsonl"):
             kept, more = rewind(metrics, whole_lines, step)
             lost = f"; {more} bytes of later steps, which were lost, are cut off" if more else ""

@@ -32,6 +32,7 @@ from engine.passes import settle_passes
 from engine.precision.precision import check_kernels, check_precision
 from engine.recompute_choice import check_budget, settled
 from engine.run.agreement import check_agreement, facts_of
+from engine.run.attention import AttentionLog, check_attention
 from engine.run.elastic import fit, wait_for_the_others
 from engine.run.load import Source, source_of, start_from
 from engine.run.loop import Loop
@@ -42,7 +43,7 @@ from engine.run.progress import Progress
 from engine.run.provenance import provenance
 from engine.run.report import startup_report
 from engine.run.resume import Resumed, may_resume, resume
-from engine.run.run_dir import RunDir, prepare_run_dir
+from engine.run.run_dir import ATTENTION, RunDir, prepare_run_dir
 from engine.run.saving import (
     Saving,
     check_folder,
@@ -158,6 +159,7 @@ def inputs_of(config: Config, world: World, run_dir: Path, checkpoints: Path) ->
     steps = total_steps(config, len(train_set))
     check_schedule(config.schedule, steps)
     check_profile(config, steps)
+    check_attention(config, eval_set)
     device = choose_device(config.device, world)
     check_precision(config.precision, device)
     check_kernels(Kernels(config.kernels), device)
@@ -208,7 +210,7 @@ def _loop(
     comparison: Comparison | None,
 ) -> Loop:
     config = assembly.config
-    saves = config.checkpoint.save_interval is not None
+    saves, looks = config.checkpoint.save_interval is not None, config.log.attention_interval > 0
     stepper = Stepper(assembly)
     return Loop(
         stepper,
@@ -221,6 +223,7 @@ def _loop(
         progress=resumed.progress,
         requests=requests,
         comparison=comparison,
+        attention=AttentionLog(assembly, inputs.eval_set, inputs.run_dir, writer) if looks else None,
     )
 
 
@@ -236,6 +239,8 @@ def _say_farewell(writer: MetricsWriter, config: Config, loop: Loop, stopped: st
     folder = writer.path.parent
     writer.say(f"config      {folder / 'config.yaml'}\nmetrics     {writer.path}")
     writer.say(f"picture     python -m tools.plot {shlex.quote(str(folder))}")
+    if config.log.attention_interval:
+        writer.say(f"attention   {folder / ATTENTION}")
     if config.log.tensorboard:
         writer.say(f"TensorBoard {folder} (tensorboard --logdir {folder})")
     if loop.profiler is not None:

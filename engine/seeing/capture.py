@@ -6,10 +6,10 @@ Context ranks share a row's normaliser while the pass runs, and queries, of whic
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,9 @@ from data import Batch
 from engine.assemble import Assembly
 from model import MicroBatch
 from model.seeing.capture import PROBE, Attended, RowsTap, Wanted, joined
-from model.taps import tapped, tapping
+from model.taps import Tap, tapped, tapping
 from parallel import comm
+from parallel.pipeline.execution import PipelineExecutor
 
 
 @torch.no_grad()
@@ -38,18 +39,38 @@ def capture(assembly: Assembly, images: Tensor, wanted: Mapping[str, Wanted]) ->
     """
     _check(assembly, wanted)
     batches = _dealt(assembly, images)
-    with ExitStack() as stack:
-        taps = list[RowsTap]()
-        for stage in assembly.stages.values():
-            places = tapped(stage)
-            own = {name: RowsTap(places[name], of) for name, of in wanted.items() if name in places}
-            stack.enter_context(tapping(stage, own))
-            stack.callback(stage.register_forward_pre_hook(partial(_tell, list(own.values()))).remove)
-            taps += own.values()
-        assembly.forwards(len(batches)).run(batches, lambda outputs, batch: outputs[0])
-    pieces = [piece for tap in taps for piece in tap.pieces]
+    taps = {
+        name: RowsTap(place, wanted[name])
+        for stage in assembly.stages.values()
+        for name, place in tapped(stage).items()
+        if name in wanted
+    }
+    look(assembly, assembly.forwards(len(batches)), batches, taps)
+    pieces = [piece for tap in taps.values() for piece in tap.pieces]
     found = comm.gather_objects_to_first(pieces, assembly.grid.world)
     return None if found is None else joined((piece for of in found for piece in of), wanted, len(images))
+
+
+class Looking(Tap, Protocol):
+    """A tap that is told which images run, by their samples' ids [B]."""
+
+    images: Tensor | None
+
+
+def look(
+    assembly: Assembly, forwards: PipelineExecutor, batches: Sequence[MicroBatch], taps: Mapping[str, Looking]
+) -> None:
+    """Run forwards with taps, by the names of this rank's layers. Collective.
+
+    Args:
+        forwards: of so many micro-batches.
+    """
+    with ExitStack() as stack:
+        for stage in assembly.stages.values():
+            own = {name: taps[name] for name in tapped(stage) if name in taps}
+            stack.enter_context(tapping(stage, own))
+            stack.callback(stage.register_forward_pre_hook(partial(_tell, list(own.values()))).remove)
+        forwards.run(batches, lambda outputs, batch: outputs[0])
 
 
 def _check(assembly: Assembly, wanted: Mapping[str, Wanted]) -> None:
@@ -63,7 +84,7 @@ def _check(assembly: Assembly, wanted: Mapping[str, Wanted]) -> None:
         raise ValueError(f"{', '.join(wrong)}: this model has no such layers, it has {', '.join(there)}")
 
 
-def _tell(taps: list[RowsTap], _: nn.Module, given: tuple[Any, MicroBatch]) -> None:
+def _tell(taps: list[Looking], _: nn.Module, given: tuple[Any, MicroBatch]) -> None:
     """Which images the stage's forward is about."""
     for tap in taps:
         tap.images = given[1].sample_ids

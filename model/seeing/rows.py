@@ -83,22 +83,30 @@ class Sight:
         Returns:
             [B, h, Q, c], fp32, or fp64 of fp64.
         """
-        wide = torch.promote_types(q.dtype, torch.float32)
-        q, k = (x.to(wide).transpose(1, 2) for x in (q, k))
-        axis = self.site.tokens.context
         if self.site.kind == "linear":
+            q, k = _wide(q, k)
             a, b = (feature(x, self.site.feature_map, _POWER) for x in (q, k))
             weights = a @ b.transpose(-2, -1)
-            return weights / (comm.all_reduce(weights.sum(-1, keepdim=True), axis) + DENOMINATOR)
+            return weights / (comm.all_reduce(weights.sum(-1, keepdim=True), self.site.tokens.context) + DENOMINATOR)
+        return self.shares(self.logits(q, k, queries, heads))
+
+    def logits(self, q: Tensor, k: Tensor, queries: Tensor, heads: Tensor | slice = slice(None)) -> Tensor:
+        """What the softmax of `rows` is of, -inf where nothing is seen; not of linear attention. As of `rows`."""
+        q, k = _wide(q, k)
         scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)
         keys = torch.tensor(self.own)
         if self.table is not None:
-            scores += self._bias(self.table[heads].to(wide).cpu(), queries, keys).to(scores.device)
+            scores += self._bias(self.table[heads].to(scores.dtype).cpu(), queries, keys).to(scores.device)
         if (sees := self._sees(queries, keys)) is not None:
             scores.masked_fill_(~sees.to(scores.device), -math.inf)
+        return scores
+
+    def shares(self, logits: Tensor) -> Tensor:
+        """Their softmax. Collective over context ranks."""
+        axis = self.site.tokens.context
         if axis.size == 1:
-            return scores.softmax(-1)
-        weights = (scores - comm.all_reduce(scores.amax(-1, keepdim=True), axis, "max")).exp_()
+            return logits.softmax(-1)
+        weights = (logits - comm.all_reduce(logits.amax(-1, keepdim=True), axis, "max")).exp_()
         return weights / comm.all_reduce(weights.sum(-1, keepdim=True), axis)
 
     def _sees(self, queries: Tensor, keys: Tensor) -> Tensor | None:
@@ -168,13 +176,34 @@ def rows_of(sight: Sight, q: Tensor, k: Tensor, queries: Tensor, heads: Tensor) 
         [B, len(heads), len(queries), c] on the CPU.
     """
     q, k = (x.detach()[:, :, heads.to(x.device)] for x in (q, k))
-    (b, c, h, _), own, axis = k.shape, sight.own, sight.site.tokens.context
+    b, c, h, _ = k.shape
     out = torch.empty(b, h, len(queries), c, dtype=torch.promote_types(q.dtype, torch.float32))
-    for part in chunks_of(len(queries), b * h * sight.total):  # as many on all context ranks
-        tokens, chosen = queries[part], q
-        if sight.site.kind != "probe":
-            here = (tokens >= own.start) & (tokens < own.stop)
-            local = torch.where(here, tokens - own.start, 0).to(q.device)
-            chosen = comm.all_reduce(q[:, local] * here[:, None, None].to(q), axis)
-        out[:, :, part] = sight.rows(chosen, k, tokens, heads).cpu()
+    for part, chosen in gathered(sight, q, queries):
+        out[:, :, part] = sight.rows(chosen, k, queries[part], heads).cpu()
     return out
+
+
+def gathered(sight: Sight, q: Tensor, queries: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Chosen queries, as many at a time as rows are computed of at once, on all context ranks. Collective over them.
+
+    Args:
+        q: [B, c, h, K], this rank's; of the probe [B, 1, h, K]. queries: int64 [Q], of all tokens of the image.
+
+    Yields:
+        (which of the Q, those [B, some, h, K]).
+    """
+    (b, _, h, _), own = q.shape, sight.own
+    for part in chunks_of(len(queries), b * h * sight.total):  # as many on all context ranks
+        if sight.site.kind == "probe":
+            yield part, q
+            continue
+        tokens = queries[part]
+        here = (tokens >= own.start) & (tokens < own.stop)
+        local = torch.where(here, tokens - own.start, 0).to(q.device)
+        yield part, comm.all_reduce(q[:, local] * here[:, None, None].to(q), sight.site.tokens.context)
+
+
+def _wide(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, S, h, K] -> [B, h, S, K], fp32, or fp64 of fp64."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return q.to(wide).transpose(1, 2), k.to(wide).transpose(1, 2)

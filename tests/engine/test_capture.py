@@ -16,8 +16,10 @@ from engine.seeing.capture import capture
 from model import ModelConfig, VisionTransformer
 from model.seeing import rows
 from model.seeing.capture import Attended, choose
+from model.seeing.summary import Summary
 from parallel.process_group import World
 from tests.distributed import run_ranks
+from tests.engine.test_watch import same, watch_of
 from tests.parity import plain_vit
 from tests.parity.cases import MODELS, Case
 from tests.parity.plain_shapes import images_of, plain_shape
@@ -119,21 +121,24 @@ def asked(case: Case) -> dict[str, Any]:
     return {"heads": (2, 0), "queries": ASKED[case.model]}
 
 
-def over_ranks(world: World) -> list[dict[str, Attended] | None]:
+def over_ranks(world: World) -> list[tuple[dict[str, Attended] | None, dict[str, Summary] | None]]:
+    """Rows of some queries, and the summary of all."""
     out = []
     for case in LAYOUTS:
         config = case.config()
         grid = grid_of(config, world, CPU)
         assembly = assemble(config, grid, CPU)
-        out.append(capture(assembly, images_of(config.model), choose(config.model, **asked(case))))
+        found = capture(assembly, images_of(config.model), choose(config.model, **asked(case)))
+        out.append((found, watch_of(assembly)()))
         grid.close()
     return out
 
 
 def test_the_same_in_every_layout() -> None:
     results = run_ranks(4, over_ranks)
-    assert all(found is None for rank in results[1:] for found in rank)
-    for case, found in zip(LAYOUTS, results[0], strict=True):
+    assert all(found == (None, None) for rank in results[1:] for found in rank)
+    for case, (found, seen) in zip(LAYOUTS, results[0], strict=True):
+        same(seen, watch_of(assemble(alone := case.one_process.config(), grid_of(alone, World(), CPU), CPU))())
         config = case.config()
         model = VisionTransformer(config.model, seed=config.train.seed).eval()
         expected = model.capture(images_of(config.model), **asked(case))

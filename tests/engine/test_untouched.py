@@ -13,6 +13,7 @@ from engine.checkpoint.states import state_pieces
 from engine.config import OptimizerConfig, PrecisionConfig, TrainConfig
 from engine.run.finite import check_finite
 from engine.run.step import Stepper, StepResult
+from engine.seeing.watch import Watch
 from parallel.config import ParallelConfig
 from parallel.process_group import World
 from tests.distributed import run_ranks
@@ -50,6 +51,7 @@ def look(stepper: Stepper, step: int) -> None:
     stepper.evaluate(other)
     stepper.evaluate_average(other)
     stepper._diagnose(other)
+    Watch(stepper.assembly, other, 8)()
     check_finite(stepper.assembly, step)
 
 
