@@ -157,18 +157,21 @@ class ImageText(Pretrained, Stage):
 
     def encode_image(self, images: Tensor, *, normalize: bool = False) -> Tensor:
         """[B, C, H, W] -> [B, E], of unit length if they are to be."""
-        return self._encode(IMAGE, MicroBatch.of(images, None, training=self.training), normalize)
+        found = self.tower(IMAGE, MicroBatch.of(images, None, training=self.training))
+        return F.normalize(found, dim=1) if normalize else found
 
     def encode_text(self, texts: Tensor, *, normalize: bool = False) -> Tensor:
         """Tokens [B, S], filled up at the right -> [B, E], of unit length if they are to be."""
-        return self._encode(TEXT, MicroBatch.of(None, texts, training=self.training), normalize)
+        found = self.tower(TEXT, MicroBatch.of(None, texts, training=self.training))
+        return F.normalize(found, dim=1) if normalize else found
 
-    def _encode(self, tower: str, batch: MicroBatch, normalize: bool) -> Tensor:
+    def tower(self, name: str, batch: MicroBatch) -> Tensor:
+        """What a tower, `image` or `text`, makes of its part of a micro-batch [B, E]."""
         flow: tuple[Tensor, ...] = ()
         for spec in self.specs:
-            if spec.tower is not None and spec.tower.name == tower:
+            if spec.tower is not None and spec.tower.name == name:
                 flow = self._run(spec, flow, batch)
-        return F.normalize(flow[0], dim=1) if normalize else flow[0]
+        return flow[0]
 
     def _run(self, spec: LayerSpec, flow: tuple[Tensor, ...], batch: MicroBatch) -> tuple[Tensor, ...]:
         """In the format of the weights."""

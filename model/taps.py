@@ -11,7 +11,7 @@ Legend: B images, S tokens that this rank holds, h heads that it holds, K head d
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -75,17 +75,24 @@ def tapped(layers: Layers) -> dict[str, Tapped]:
 
 
 @contextmanager
+def tapped_by(place: Tapped, tap: Tap) -> Iterator[None]:
+    """Within, a layer has this tap."""
+    assert place.tap is None, "it has a tap already"
+    place.tap = tap
+    try:
+        yield
+    finally:
+        place.tap = None
+
+
+@contextmanager
 def tapping(layers: Layers, taps: Mapping[str, Tap]) -> Iterator[None]:
     """Within, the layers of these names have these taps.
 
     For longer, `tapped(layers)[name].tap = tap` does.
     """
     places = tapped(layers)
-    try:
+    with ExitStack() as stack:
         for name, tap in taps.items():
-            assert places[name].tap is None, f"{name} has a tap already"
-            places[name].tap = tap
+            stack.enter_context(tapped_by(places[name], tap))
         yield
-    finally:
-        for name in taps:
-            places[name].tap = None

@@ -29,7 +29,15 @@ from parallel.comm import Axis
 # What a run writes and the next one must not mix with its own.
 _FILES = ("config.yaml", "classes.json", "metrics.jsonl", EVENTS)
 ATTENTION = "attention"
-WRITTEN = (*_FILES, ATTENTION, "profile", "hang", "plot.png", "timeline.png", "checkpoints/step-*")  # pictures: by its user
+WRITTEN = (
+    *_FILES,
+    ATTENTION,
+    "profile",
+    "hang",
+    "plot.png",
+    "timeline.png",
+    "checkpoints/step-*",
+)  # pictures: by its user
 _PROBE_BYTES = 65536  # a full disk may still have room for a name, or for a few bytes beside it
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 

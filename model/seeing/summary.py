@@ -47,7 +47,8 @@ class SummaryTap:
     """Summarises a layer as it runs.
 
     Args:
-        name, layer: to be tapped. pooled: [S], the shares of queries in `row`; of a probe, which has one, [1]. count: N.
+        name, layer: to be tapped. pooled: [S], the shares of queries in `row`; of a probe, which has one, [1].
+        count: N.
 
     Attributes:
         images: int64 [B], numbers of those that run now, to be set; other than 0 to N - 1: of no interest. pieces: what

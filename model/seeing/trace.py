@@ -5,7 +5,7 @@ Legend: B images, S tokens of the last stage, P prefix tokens, h heads, K head d
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -14,11 +14,13 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.heads import AttentionPool
+from model.image_text import ImageText
 from model.inputs import MicroBatch
 from model.seeing.capture import PROBE
 from model.seeing.rollout import Merging, Mixing, Trace
 from model.seeing.rows import Seen, Sight
-from model.taps import Tapped, tapped, tapping
+from model.taps import Tapped, tapped, tapped_by
+from model.towers import IMAGE
 from model.vit import VisionTransformer
 
 Score = Callable[[Tensor], Tensor]
@@ -51,41 +53,68 @@ class _Note:
         return Seen(self.sight, self.q, self.k, self.v, None if grad is None else grad.reshape(self.q.shape))
 
 
-def trace(model: VisionTransformer, images: Tensor, score: Score | None = None) -> tuple[Trace, Tensor]:
+def trace(model: VisionTransformer | ImageText, images: Tensor, score: Score | None = None) -> tuple[Trace, Tensor]:
     """Run the model on images [B, C, H, W], as in evaluation, whatever mode it is in.
 
     Keeps q, k and v of every layer; with a score, autograd keeps what it keeps of a forward pass, too.
 
     Args:
-        score: to be differentiated, or None.
+        model: or two towers, whose image tower it is about. score: to be differentiated, or None.
 
     Returns:
-        (what mixes tokens, what the model gives [B, C]).
+        (what mixes tokens, what the model gives [B, C]; of an image tower, its embedding, not normalised).
     """
-    geometry = model._geometry(MicroBatch.of_images(images))
-    notes = {name: _Note(layer) for name, layer in tapped(geometry).items()}
+    (found,), outputs = traces(model, images, [score])
+    return found, outputs
+
+
+def traces(
+    model: VisionTransformer | ImageText, images: Tensor, scores: Sequence[Score | None]
+) -> tuple[list[Trace], Tensor]:
+    """The same of several scores, in one forward pass."""
+    config, places, run = _opened(model, images)
+    notes = {name: _Note(place) for name, place in places.items()}
+    grads: list[Sequence[Tensor | None]] = [(None,) * len(notes)] * len(scores)
     with ExitStack() as stack:
-        stack.enter_context(tapping(geometry, {name: note.tap for name, note in notes.items()}))
-        if score is None:
-            stack.enter_context(torch.no_grad())
-        else:
-            stack.enter_context(torch.enable_grad())
+        for name, note in notes.items():
+            stack.enter_context(tapped_by(places[name], note.tap))
+        explains = [score for score in scores if score is not None]
+        stack.enter_context(torch.set_grad_enabled(bool(explains)))
+        if explains:
             images = images.detach().requires_grad_()
             for note in notes.values():
                 stack.callback(note.listen().remove)
-        outputs: Tensor = model(MicroBatch.of_images(images))
-        grads: tuple[Tensor | None, ...] = (None,) * len(notes)
-        if score is not None:
-            given = [note.out for note in notes.values() if note.out is not None]
-            grads = torch.autograd.grad(score(outputs).sum(), given)
+        outputs = run(images)
+        given = [note.out for note in notes.values() if note.out is not None]
+        for number, score in enumerate(scores):
+            if score is not None:
+                again = number + 1 < len(scores)
+                grads[number] = torch.autograd.grad(score(outputs).sum(), given, retain_graph=again)
+    return [_traced(config, notes, of, len(images)) for of in grads], outputs.detach()
+
+
+def _opened(
+    model: VisionTransformer | ImageText, images: Tensor
+) -> tuple[ModelConfig, dict[str, Tapped], Callable[[Tensor], Tensor]]:
+    """What there is of images in it: its configuration, attention layers as a model by itself calls them, and how it
+    is run."""
+    if isinstance(model, ImageText):
+        own = f"{IMAGE}."
+        places = {name.removeprefix(own): of for name, of in tapped(model).items() if name.startswith(own)}
+        return model.config, places, lambda images: model.tower(IMAGE, MicroBatch.of_images(images))
+    geometry = model._geometry(MicroBatch.of_images(images))
+    return geometry.config, tapped(geometry), lambda images: model(MicroBatch.of_images(images))
+
+
+def _traced(config: ModelConfig, notes: Mapping[str, _Note], grads: Sequence[Tensor | None], images: int) -> Trace:
     seen = {name: note.seen(grad) for (name, note), grad in zip(notes.items(), grads, strict=True)}
     probe = seen.pop(PROBE, None)
     last = next(reversed(seen.values()))
     start = None
     if probe is None:
         wide = torch.promote_types(last.q.dtype, torch.float32)  # that of rows
-        start = pooled_tokens(geometry.config).expand(len(images), -1).to(last.q.device, wide)
-    return Trace(_with_merges(geometry.config, list(seen.values())), start, probe), outputs.detach()
+        start = pooled_tokens(config).expand(images, -1).to(last.q.device, wide)
+    return Trace(_with_merges(config, list(seen.values())), start, probe)
 
 
 def _with_merges(config: ModelConfig, blocks: list[Seen]) -> list[Mixing | Merging]:

@@ -137,5 +137,3 @@ def test_of_every_objective_and_training_stays_as_it_is() -> None:
             assert list(seen) == [f"{tower}.blocks.{i}" for tower in ("image", "text") for i in range(2)]
         if case.model == "matched":
             assert list(seen) == [f"blocks.{i}" for i in range(3)]
-
-

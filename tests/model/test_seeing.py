@@ -10,14 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import MicroBatch, ModelConfig, VisionTransformer
+from model import ImageText, MicroBatch, ModelConfig, TextConfig, VisionTransformer
 from model.seeing.features import POSITIONAL, clusters, components, outliers
 from model.seeing.flow import attention_flow
 from model.seeing.lens import patch_logits
 from model.seeing.measures import distances, entropy
 from model.seeing.perturb import occlusion, rise
 from model.seeing.rollout import METHODS, Maps, Merging, Trace, back_through
-from model.seeing.trace import map_of, pooled_tokens, trace
+from model.seeing.similarity import likeness
+from model.seeing.trace import map_of, pooled_tokens, trace, traces
+from model.towers import projected
 from tests.model.small import TINY
 from tests.parity import plain_vit
 from tests.parity.cases import MODELS
@@ -131,6 +133,25 @@ def test_of_a_model_in_training_mode_and_in_64_bits() -> None:
         other = back_through(wide, method)
         assert other.dtype == torch.float64
         assert torch.allclose(back_through(noted[0], method), other.float(), rtol=1e-3, atol=1e-6), method
+
+
+def test_likeness_to_texts_is_explained_by_the_image_tower() -> None:
+    """As by the tower alone, by autograd through its score; several texts in one forward pass; in any mode."""
+    image = replace(MODELS["parallel"], num_classes=None, drop_path=0.5)
+    pair = ImageText(image, TextConfig(width=16, depth=1, num_heads=2, context_length=9), embedding=18)
+    tower = VisionTransformer(projected(image.resolve(), 18, "linear"))
+    tower.load({name.removeprefix("image."): p for name, p in pair.named_parameters() if name.startswith("image.")})
+    tokens = torch.tensor([[256, 97, 257], [256, 98, 257]])
+    tokens = torch.nn.functional.pad(tokens, (0, 6), value=258)
+    images = images_of(image)
+    found, outputs = traces(pair.train(), images, likeness(pair, tokens))
+    for text, of in zip(pair.eval().encode_text(tokens, normalize=True).detach(), found, strict=True):
+        alone, given = trace(tower.eval(), images, lambda y, text=text: torch.cosine_similarity(y, text[None]))
+        assert torch.allclose(given, outputs, atol=1e-6)
+        for method in METHODS:
+            expected = back_through(alone, method)
+            assert torch.allclose(back_through(of, method), expected, rtol=1e-4, atol=1e-8), method
+    assert not torch.equal(back_through(found[0], "relevance"), back_through(found[1], "relevance"))
 
 
 def test_flow_is_that_of_another_solver() -> None:

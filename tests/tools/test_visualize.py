@@ -13,7 +13,7 @@ from PIL import Image
 
 from data.decode import decode
 from engine.errors import ConfigError
-from model import VisionTransformer
+from model import ImageText, TextConfig, VisionTransformer
 from model.seeing.trace import map_of, trace
 from parallel.process_group import World
 from tests.model.small import TINY
@@ -22,6 +22,7 @@ from tools.visualize import __main__ as command
 from tools.visualize import methods
 from tools.visualize.methods import METHODS, READS, Asked
 from tools.visualize.pictures import Scene, enlarged, names_of
+from tools.visualize.texts import METHODS as METHODS_OF_TEXTS
 
 NAMES = ("one.png", "two.png", "sub/one.png")
 
@@ -110,6 +111,32 @@ def test_features_of_an_embedding_are_no_classes(places: Path, tmp_path: Path) -
     with pytest.raises(ConfigError, match=r"5 features of an embedding.*take --method heads"):
         run(places, tmp_path, "lens", "--target", "1", model="tower")
     assert run(places, tmp_path, "rollout", model="tower") == 0
+
+
+def test_of_texts(places: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A map for each, by the likeness to it; the tokenizer is that of the run, or is given."""
+    texts = TextConfig(width=16, depth=1, num_heads=2, context_length=30)
+    ImageText(replace(TINY, pool="map", num_classes=None, in_channels=3), texts, embedding=8).save_pretrained(
+        places / "pair"
+    )
+    said = ("--text", "a red, fuzzy thing that goes on for long", "--text", "dé")
+    for method in METHODS_OF_TEXTS:
+        more = ("--masks", "10") if method == "rise" else ()
+        assert run(places, tmp_path, method, *said, *more, "--tokenizer", "bytes", "--batch", "2", model="pair") == 0
+        arrays = np.load(tmp_path / f"{method}.npz")
+        first, other = (arrays[name] for name in arrays if name.endswith(said[1::2]))
+        assert len(first) == 3 and np.abs(first - other).max() > 1e-6 and arrays["similarity"].shape == (3, 2)
+        assert (tmp_path / f"{method}-two.png").exists()
+    assert "two: " in capsys.readouterr().out
+    for words, model, method, more in (
+        ("does not say how texts become tokens", "pair", "chefer", said), ("two towers", "model", "chefer", said),
+        ("explains no score: take gradient", "pair", "rollout", said),
+        ("likeness", "pair", "rise", (*said, "--target", "1")),
+        ("is of --text", "pair", "rise", ("--tokenizer", "bytes")), ("given twice", "pair", "rise", said[:2] * 2),
+        ("--tokenizer none", "pair", "rise", (*said, "--tokenizer", "none")),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=words):
+            run(places, tmp_path, method, *more, model=model)
 
 
 def test_no_images(places: Path, tmp_path: Path) -> None:

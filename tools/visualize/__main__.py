@@ -26,12 +26,13 @@ from data.listing import SUFFIXES
 from engine.device import prepare_cpu
 from engine.errors import EXIT_DONE, ConfigError
 from engine.run.launch import run_rank
-from model import VisionTransformer
+from model import ImageText, VisionTransformer
 from model.formats.base import Preprocessing
 from model.seeing.capture import choose
 from parallel.process_group import World
 from tools.convert.images import prepared
 from tools.options import COUNT, Parser, add_weights, number
+from tools.visualize import texts
 from tools.visualize.methods import METHODS, PAGE, READS, Asked, Shown, of_heads
 
 PROGRAM = "tools.visualize"
@@ -48,12 +49,10 @@ def main(argv: Sequence[str], world: World) -> int:
     options = _options(argv)
     paths = images_in(options.images, options.most, options.out)
     prepare_cpu(world)
-    try:
-        model = VisionTransformer.from_pretrained(options.checkpoint, weights=options.weights)
-    except ValueError as error:
-        raise ConfigError(f"--checkpoint: {error}") from error
+    model, tokens = _opened(options)
     how = model.preprocessing or Preprocessing()
     if options.method == PAGE:
+        assert isinstance(model, VisionTransformer)  # texts are for other methods
         return _page(options, model, how, paths)
     images = torch.stack([_read(path, model, how) for path in paths])
     _make(options.out)
@@ -62,12 +61,17 @@ def main(argv: Sequence[str], world: World) -> int:
     asked = Asked(**given)
     began = time.perf_counter()
     batches = images.split(size)
-    shown = joined([METHODS[options.method](model, batch, asked) for batch in batches])
+    if isinstance(model, ImageText):
+        parts = [texts.explained(options.method, model, batch, asked, tokens, options.text) for batch in batches]
+    else:
+        parts = [METHODS[options.method](model, batch, asked) for batch in batches]
+    shown = joined(parts)
     seconds = time.perf_counter() - began
 
     from tools.visualize.pictures import draw_all, names_of, scenes  # matplotlib: half a second
 
-    for line in [*shown.says, *of_heads(shown)]:
+    likenesses = texts.similarities(shown, names_of(paths), options.text) if options.text else []
+    for line in [*shown.says, *of_heads(shown), *likenesses]:
         print(line)
     _store(shown, paths, options.out / f"{options.method}.npz")
     written = draw_all(shown, scenes(names_of(paths), images, how, model.sizes.patch), options.method, options.out)
@@ -106,6 +110,16 @@ def _make(out: Path) -> None:
         raise ConfigError(f"--out {out} cannot be made: {error.strerror}") from error
 
 
+def _opened(options: argparse.Namespace) -> tuple[VisionTransformer | ImageText, Tensor]:
+    """The model, or the two towers that texts are for, and these in their tokens."""
+    if options.text:
+        return texts.opened(options.checkpoint, options.weights, options.text, options.tokenizer)
+    try:
+        return VisionTransformer.from_pretrained(options.checkpoint, weights=options.weights), torch.empty(0)
+    except ValueError as error:
+        raise ConfigError(f"--checkpoint: {error}") from error
+
+
 def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="PATH", help="a run, a step, or a model")
@@ -120,6 +134,9 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     )
     explain = "the class to explain, of methods that explain one (default: the most likely)"
     parser.add_argument("--target", type=int, metavar="N", help=explain)
+    of_text = f"explain the likeness to this text instead; may be repeated ({', '.join(texts.METHODS)})"
+    parser.add_argument("--text", action="append", help=of_text)
+    parser.add_argument("--tokenizer", help="of --text, as data.tokenizer (default: the run's)")
     parser.add_argument("--masks", type=number(COUNT), help=f"rise: how many (default: {Asked.masks})")
     parser.add_argument("--clusters", type=number(COUNT), help=f"clusters: how many (default: {Asked.clusters})")
     parser.add_argument("--batch", type=number(COUNT), help=f"images at once, but of pca, clusters (default: {_BATCH})")
@@ -128,6 +145,12 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     if options.query is not None and len(options.query) != 2:
         raise ConfigError("--query takes a row and a column, such as 3,5")
     reads = READS[options.method]
+    if options.text and options.method not in texts.METHODS:
+        raise ConfigError(f"--text: method {options.method} explains no score: take {', '.join(texts.METHODS)}")
+    if options.text and options.target is not None:
+        raise ConfigError("--text and --target: explain the likeness to texts, or a class")
+    if options.tokenizer is not None and not options.text:
+        raise ConfigError("--tokenizer is of --text: leave it out, or give texts")
     if idle := [f"--{name}" for name in _OPTIONS if getattr(options, name) is not None and name not in reads]:
         what = ", ".join(f"--{name}" for name in reads) or "none of its kind"
         raise ConfigError(f"--method {options.method} does not read {', '.join(idle)}: leave them out; it reads {what}")
@@ -162,7 +185,7 @@ def images_in(folder: Path, most: int, out: Path) -> list[Path]:
     return found[:most]
 
 
-def _read(path: Path, model: VisionTransformer, how: Preprocessing) -> Tensor:
+def _read(path: Path, model: VisionTransformer | ImageText, how: Preprocessing) -> Tensor:
     try:
         return prepared(path, model.sizes.channels, model.sizes.image, how)
     except UnreadableImageError as error:

@@ -19,12 +19,13 @@ from model.seeing.features import POSITIONAL, clusters, components, outliers
 from model.seeing.flow import attention_flow
 from model.seeing.lens import patch_logits
 from model.seeing.measures import distances, entropy
-from model.seeing.perturb import occlusion, rise
+from model.seeing.perturb import Score, occlusion, rise
 from model.seeing.rollout import Merging, Method, Mixing, Trace, back_through
 from model.seeing.rows import Seen
 from model.seeing.trace import map_of, pooled_tokens, trace
+from model.sizes import Sizes
 
-_WITHOUT_CLASSES = "take --method heads, mean, rollout, flow, pca or clusters"
+_WITHOUT_CLASSES = "take --method heads, mean, rollout, flow, pca or clusters (of two towers, or --text)"
 _TOKENS = 8192  # that RISE and occlusion run at once, unless the images alone have more
 
 
@@ -209,13 +210,16 @@ def _hidden(model: VisionTransformer, images: Tensor, asked: Asked, how: str) ->
     def score(shown: Tensor) -> Tensor:
         return model.logits(shown).softmax(1).gather(1, target.repeat(len(shown) // len(target))[:, None])[:, 0]
 
-    patch, at_once = model.sizes.patch, max(1, _TOKENS // (model.sizes.tokens * len(images)))
+    return Shown(maps={(how, ""): hidden(how, score, model.sizes, images, asked)}, arrays={"target": target})
+
+
+def hidden(how: str, score: Score, sizes: Sizes, images: Tensor, asked: Asked) -> Tensor:
+    """What a score of images loses where they are hidden, by `occlusion` or `rise` [B, H, W]."""
+    patch, at_once = sizes.patch, max(1, _TOKENS // (sizes.tokens * len(images)))
     if how == "occlusion":
-        found = occlusion(score, images, 2 * patch, patch, at_once=at_once)
-    else:
-        cells = min(7, *(side // patch for side in images.shape[2:]))
-        found = rise(score, images, masks=asked.masks, cells=cells, at_once=at_once)
-    return Shown(maps={(how, ""): found}, arrays={"target": target})
+        return occlusion(score, images, 2 * patch, patch, at_once=at_once)
+    cells = min(7, *(side // patch for side in images.shape[2:]))
+    return rise(score, images, masks=asked.masks, cells=cells, at_once=at_once)
 
 
 def _features(model: VisionTransformer, images: Tensor) -> Tensor:
@@ -266,12 +270,15 @@ def lens(model: VisionTransformer, images: Tensor, asked: Asked) -> Shown:
     return Shown(maps={("logit of patches", ""): maps}, arrays={"target": target, "logits": logits})
 
 
+BACK: dict[str, tuple[Method, str]] = {
+    "gradient_rollout": ("gradient_rollout", "gradient rollout"), "chefer": ("relevance", "relevance"),
+}  # fmt: skip
+"""Methods by gradients: as model.seeing.rollout calls them, and as maps are titled."""
 METHODS: dict[str, Callable[[VisionTransformer, Tensor, Asked], Shown]] = {
     "heads": heads,
     "mean": mean,
     "rollout": rollout,
-    "gradient_rollout": _back("gradient_rollout", "gradient rollout"),
-    "chefer": _back("relevance", "relevance"),
+    **{name: _back(*what) for name, what in BACK.items()},
     "flow": flow,
     "occlusion": lambda model, images, asked: _hidden(model, images, asked, "occlusion"),
     "rise": lambda model, images, asked: _hidden(model, images, asked, "rise"),

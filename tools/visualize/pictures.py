@@ -6,6 +6,7 @@ Legend: rows x cols of a map, H x W pixels.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ _CONTACT = "contact"  # of the sheet of all images
 _ALPHA = 0.62  # of a map over its image
 _INCH = 2.2
 _SMALL = 1.25
+_LETTERS = 28  # of a title's line over a small picture
 _ACROSS = 6
 _FINE = 128  # pixels that a map has along the shorter side, at least
 PERCENTILES = (1.0, 99.0)
@@ -107,7 +109,7 @@ def _sheet(shown: Shown, scene: Scene, number: int) -> Figure:
             place.set_axis_off()
             if (line, column) in shown.maps:
                 _over(place, shown, scene, number, (line, column), smooth=False)
-                place.set_title(f"{line}\n{column}", fontsize=6)
+                place.set_title(f"{line}\n{textwrap.fill(column, _LETTERS)}", fontsize=6)
     return figure
 
 

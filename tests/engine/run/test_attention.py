@@ -77,9 +77,11 @@ def test_what_is_written_and_a_run_that_goes_on(tmp_path: Path, capsys: pytest.C
 def test_refusals_and_what_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ConfigError, match="attention_images is 9, but there are 8 held-out images: set it to at most 8"):
+    with pytest.raises(
+        ConfigError, match="attention_images is 9, but there are 8 held-out images: set it to at most 8"
+    ):
         pretrain(config_of(tmp_path, images=9), World())
-    with pytest.raises(ValueError, match="log.attention_interval is -1"):
+    with pytest.raises(ValueError, match="attention_interval is -1"):
         LogConfig(attention_interval=-1)
     config = config_of(tmp_path, every=0, images=9).resolve(1)
     idle = config.without_effect(GridShape(pipeline=1, data=1, context=1, tensor=1), "cpu", 5)
