@@ -41,7 +41,7 @@ def opened(checkpoint: Path, weights: Which, said: Sequence[str], tokenizer: str
     try:
         model = ImageText.from_pretrained(checkpoint, weights=weights)
         if tokenizer is None and (found := contrastive_folder(checkpoint)) is not None:
-            tokenizer = str(found[1].config["data"]["tokenizer"])
+            tokenizer = (found[1].config.get("data") or {}).get("tokenizer")
     except ValueError as error:
         raise ConfigError(f"--text needs an image tower and a text tower: {error}") from error
     if tokenizer is None:
