@@ -129,11 +129,12 @@ def test_of_texts(places: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert (tmp_path / f"{method}-two.png").exists()
     assert "two: " in capsys.readouterr().out
     for words, model, method, more in (
-        ("does not say how texts become tokens", "pair", "chefer", said), ("two towers", "model", "chefer", said),
+        ("does not say how texts become tokens", "pair", "chefer", said),
+        ("without a text tower", "model", "chefer", said),
         ("explains no score: take gradient", "pair", "rollout", said),
         ("likeness", "pair", "rise", (*said, "--target", "1")),
         ("is of --text", "pair", "rise", ("--tokenizer", "bytes")), ("given twice", "pair", "rise", said[:2] * 2),
-        ("--tokenizer none", "pair", "rise", (*said, "--tokenizer", "none")),
+        ("--tokenizer=none", "pair", "rise", (*said, "--tokenizer", "none")),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=words):
             run(places, tmp_path, method, *more, model=model)
