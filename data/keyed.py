@@ -55,6 +55,14 @@ def keyed_permutation(seed: int, purpose: Purpose, epoch: int, size: int) -> NDA
     return _generator(seed, purpose, counter=epoch << 128).permutation(size)
 
 
+def keyed_words(seed: int, purpose: Purpose, epoch: int, count: int) -> NDArray[np.uint64]:
+    """`count` random words of 64 bits that depend on (seed, purpose, epoch) alone, the same with any NumPy."""
+    return _philox(seed, purpose, counter=epoch << 128).random_raw(count)
+
+
 def _generator(seed: int, purpose: int, counter: int) -> np.random.Generator:
-    key = np.array([seed, purpose], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+    return np.random.Generator(_philox(seed, purpose, counter))
+
+
+def _philox(seed: int, purpose: int, counter: int) -> np.random.Philox:
+    return np.random.Philox(key=np.array([seed, purpose], dtype=np.uint64), counter=counter)

@@ -8,10 +8,17 @@ is called a draw: it counts images seen. The global batch of step t is the draws
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 from numpy.typing import NDArray
 
-from data.keyed import Purpose, keyed_permutation
+from data.keyed import Purpose, keyed_words
+from data.permutation import ROUNDS, permuted
+
+ORDER = "Feistel, 16 rounds"
+"""Names the rule by which draws become images: a run that goes on with another would see some images twice in an epoch,
+and others not at all. Another rule is another name."""
 
 
 class SampleOrder:
@@ -20,20 +27,17 @@ class SampleOrder:
 
     def __init__(self, size: int, seed: int, repeats: int = 1) -> None:
         self.size, self.seed, self.repeats = size, seed, repeats
-        self._permutations: dict[int, NDArray[np.int64]] = {}
 
     def indices(self, draws: NDArray[np.int64]) -> NDArray[np.int64]:
         """The index of the image at each draw: [B] -> [B]."""
         epochs, positions = np.divmod(draws // self.repeats, self.size)
         indices = np.empty_like(draws)
-        for epoch in np.unique(epochs):
+        for epoch in np.unique(epochs).tolist():
             chosen = epochs == epoch
-            indices[chosen] = self._permutation(int(epoch))[positions[chosen]]
+            indices[chosen] = permuted(positions[chosen], self.size, _keys(self.seed, epoch))
         return indices
 
-    def _permutation(self, epoch: int) -> NDArray[np.int64]:
-        if epoch not in self._permutations:
-            if len(self._permutations) == 2:  # a batch seldom spans more than two epochs: keep this one and one other
-                del self._permutations[min(self._permutations)]
-            self._permutations[epoch] = keyed_permutation(self.seed, Purpose.ORDER, epoch, self.size)
-        return self._permutations[epoch]
+
+@lru_cache(maxsize=4)
+def _keys(seed: int, epoch: int) -> NDArray[np.uint64]:
+    return keyed_words(seed, Purpose.ORDER, epoch, ROUNDS)

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from data import ORDER
 from engine.assemble import Assembly
 from engine.checkpoint.states import Difference, differences, restore, shapes_of
 from engine.config import Config, plain
@@ -41,6 +42,8 @@ _TRAINED_BY = ("drop_path", "layer_scale", "head_bias", "preset")  # keys of the
 _SHOWN = 10  # of what differs
 TEACHERS = "teachers"
 """What of a manifest's `about` has the fingerprints of their weights, where there are any."""
+SAMPLE_ORDER = "order of samples"
+"""What of a manifest's `about` names the rule by which draws become images; absent: a shuffled array."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,6 +249,13 @@ def _check_state(a: Assembly, reader: Reader) -> list[str]:
         raise ConfigError(
             f"data.repeats is {repeats}, and {reader.folder} has drawn {drawn} images, no multiple of it, so that rows "
             "of one image would be parted: use those of then, or checkpoint.load to start a new run from its weights"
+        )
+    order = reader.manifest.about.get(SAMPLE_ORDER, "a shuffled array")
+    if drawn and order != ORDER:
+        raise ConfigError(
+            f"{reader.folder} has drawn {drawn} images in another order ({order}, and this version has {ORDER}), so "
+            "that some would come twice in an epoch and others never: go on with the version of then "
+            f"({reader.manifest.about.get('version')}), or checkpoint.load to start a new run from its weights"
         )
     taught, teachers = reader.manifest.about.get(TEACHERS, []), list(fingerprints(a.config))
     if taught != teachers:

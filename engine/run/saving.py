@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from data import Dataset, captions_fingerprint
+from data import ORDER, Dataset, captions_fingerprint
 from engine.assemble import Assembly
 from engine.checkpoint import folder as folders
 from engine.checkpoint.saver import Saver, SaveReport, Votes
@@ -26,7 +26,7 @@ from engine.run.agreement import named_ranks
 from engine.run.finite import check_finite
 from engine.run.metrics import MetricsWriter
 from engine.run.provenance import commit, launcher, machine, version
-from engine.run.resume import TEACHERS, check_resume, checkpoint_dir
+from engine.run.resume import SAMPLE_ORDER, TEACHERS, check_resume, checkpoint_dir
 from engine.run.run_dir import RunDir, prepare_folder, set_aside
 from parallel import comm
 from parallel.checkpoint import place
@@ -107,6 +107,7 @@ def facts_for_manifests(
         "layout": asdict(grid.shape),
         "launchers": sorted({known for known in comm.gather_objects(launcher(), grid.world) if known}),
         "zero_stage": config.parallel.zero_stage,
+        SAMPLE_ORDER: ORDER,
         "training images": f"{len(train_set)} of {train_set.fingerprint}",
         "held-out images": f"{len(eval_set)} of {eval_set.fingerprint}",
         "training texts": captions_fingerprint(train_set),

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from data import Batch, DataConfig, Dataset, EvalStream, TrainStream, UnreadableImageError
 from data.datasets import ArrayDataset
+from tests.data.order_oracle import oracle
 
 AUGMENTED = DataConfig(rotate=10, shift=0.1, scale=0.1, shear=5, flip=True, crop_min_area=0.8)
 Datasets = tuple[Dataset, Dataset]
@@ -114,6 +115,22 @@ def test_workers_change_nothing(digits: Datasets) -> None:
         assert_same(with_workers, without)
     assert_same(evaluation, expected[1])
     assert torch.equal(torch.get_rng_state(), random_state)
+
+
+@pytest.mark.parametrize(("data_size", "workers"), [(1, 0), (1, 4), (2, 1), (3, 0), (3, 4), (8, 0), (8, 1)])
+def test_the_order_is_the_oracles_in_every_layout(data_size: int, workers: int) -> None:
+    """Of what was really read, over the end of an epoch of 64 images."""
+    images, config, seen = Slow(), DataConfig(workers=workers, mean=(0,), std=(1,)), []
+    micro = 4 if data_size == 3 else 3
+    for rank in range(data_size):
+        stream = train_stream(images, config, micro_batch_size=micro, data_rank=rank, data_size=data_size, seed=9)
+        seen.append([join(step) for step in itertools.islice(stream.steps(1), 2)])
+    for step in (0, 1):
+        expected = [oracle(9, *divmod(draw, 64), 64) for draw in range(24 * (step + 1), 24 * (step + 2))]
+        batches = [of_rank[step] for of_rank in seen]
+        assert torch.cat([batch.labels for batch in batches]).tolist() == expected
+        pixels = [batch.images for batch in batches if batch.images is not None]
+        assert torch.equal(torch.cat(pixels), images.images[expected])
 
 
 class Slow(ArrayDataset):

@@ -166,3 +166,15 @@ def test_checkpoints_are_known_by_the_launchers_of_their_ranks(tmp_path: Path) -
     assert about["launchers"] == [] and not _is_ours(folder, {"launchers": []})
     reseal(folder, about=about | {"launchers": ["a", "b"]})
     assert _is_ours(folder, {"launchers": ["b", "c"]}) and not _is_ours(folder, {"launchers": ["c"]})
+
+
+def test_a_checkpoint_of_another_order_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(tmp_path, 2) == EXIT_STOPPED
+    folder = tmp_path / "checkpoints" / name_of(2)
+    about = json.loads((folder / manifests.FILE).read_text())["about"]
+    del about["order of samples"]  # as earlier versions wrote it
+    reseal(folder, about=about)
+    assert train(tmp_path, 4) == EXIT_USAGE
+    assert (
+        "images in another order (a shuffled array, and this version has Feistel, 16 rounds)" in capsys.readouterr().err
+    )
