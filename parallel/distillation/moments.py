@@ -57,7 +57,7 @@ class Moments:
         self.values = self.values.to(rows.device)
         count, mean, spread = _parts(self.values)
         scale = (spread.mean() / count.clamp(min=1)).clamp(min=1e-12).rsqrt() * (count > 0)
-        return ((rows.double() - mean) * scale).to(wide)
+        return (rows.to(wide) - mean.to(wide)) * scale.to(wide)
 
 
 @torch.no_grad()

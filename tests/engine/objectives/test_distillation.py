@@ -545,6 +545,9 @@ def test_keys_are_read_from_a_file(tmp_path: Path, teacher: Path) -> None:
     assert parse(["--config", str(file)], "test")[0].distillation == resolved.distillation
     given = [*flags(), "--config", str(file), "--distillation.pairs"]
     assert parse([*given, "[[1, 2], [2, 6]]"], "test")[0].distillation.pairs == ((1, 2), (2, 6))
+    kinds = ["--distillation.relations", "keys:2, angles", "--distillation.relations_weight", "3"]
+    found = parse([*flags(), "--config", str(file), *kinds], "test")[0].distillation
+    assert found.relation_weights == {"keys": 6.0, "angles": 3.0} and found.at_depth == {"keys": 6.0}
     with pytest.raises(ConfigError, match=r"pairs.*\[\[0, 1, 2\]\]"):
         parse([*given, "[[0, 1, 2]]"], "test")[0].resolve(1)
 
