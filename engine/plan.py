@@ -103,7 +103,7 @@ def plan_memory(
     return MemoryPlan(
         stages=tuple(assembly.stages),
         states=states(assembly, on_cpu=on_cpu),
-        activations=peak(program, stages) + _image_bytes(assembly, at) + _loss_bytes(assembly, at),
+        activations=peak(program, stages) + _step_bytes(assembly, at),
         host=0 if on_cpu else host_peak(program, stages),
         micro_batches=peak_activations(assembly.schedule)[at],
         schedule=assembly.schedule.name,
@@ -138,8 +138,7 @@ def peaks(config: Config, shape: GridShape, device_memory: float, *, on_cpu: boo
     for rank, program in enumerate(a.schedule.ranks):
         kinds = tuple(stage_kind(a.layers, a.placement.layers[s], a.build, a.frozen) for s in a.placement.on(rank))
         first = rank * (shape.world_size // shape.pipeline)
-        held = static_bytes(config, shape, first, device_memory, kinds, on_cpu=on_cpu) + _image_bytes(a, rank)
-        held += _loss_bytes(a, rank)
+        held = static_bytes(config, shape, first, device_memory, kinds, on_cpu=on_cpu) + _step_bytes(a, rank)
         found.append(held + peak(program, _stage_costs(a, costs, rank)))
     return tuple(found)
 
@@ -234,24 +233,23 @@ def _messages_of(a: Assembly, rank: int) -> dict[int, tuple[int, int]]:
     }
 
 
-def _loss_bytes(a: Assembly, rank: int) -> int:
-    """What the objective holds of a step on a pipeline rank."""
-    samples = a.config.train.global_batch_size // a.grid.data.size
-    return a.objective.bytes_held(samples) if rank == a.placement.ranks[-1] else 0
+def _step_bytes(a: Assembly, rank: int) -> int:
+    """As `step_bytes`, on a pipeline rank."""
+    return step_bytes(a, [a.placement.layers[stage] for stage in a.placement.on(rank)])
 
 
-def _image_bytes(a: Assembly, rank: int) -> int:
-    """As `image_bytes`, on a pipeline rank."""
-    return image_bytes(a, [a.placement.layers[stage] for stage in a.placement.on(rank)])
-
-
-def image_bytes(a: Assembly, stages: Iterable[range]) -> int:
-    """Of the images and texts of one micro-batch, on a rank that has these stages, if one of them reads them."""
-    size, found, stages = a.config.train.micro_batch_size, dict[str, int](), list(stages)
+def step_bytes(a: Assembly, stages: Sequence[range]) -> int:
+    """Of a step, beside activations, on a rank that has these stages: the images and texts of one micro-batch, if one
+    of them reads them, and what the objective holds, if one has the last layer.
+    """
+    size, found = a.config.train.micro_batch_size, dict[str, int]()
     assert size is not None
     for layer in (layer for layer in a.layers if layer.reads):
         of, count = a.build.of(layer), size * layer.per_sample
         each = {"images": 4 * of.sizes.channels * prod(of.sizes.image), "texts": 8 * of.tokens.count}
         found |= {what: count * each[what] for what in layer.reads}
     reads = {"images": a.objective.reads_images, "texts": a.objective.reads_texts}
-    return sum(count for what, count in found.items() if any(map(reads[what], stages)))
+    given = sum(count for what, count in found.items() if any(map(reads[what], stages)))
+    samples = a.config.train.global_batch_size // a.grid.data.size
+    has_last = any(own.stop == len(a.layers) for own in stages)
+    return given + (a.objective.bytes_held(samples) if has_last else 0)

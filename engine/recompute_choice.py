@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from engine.config import Config
+from engine.config.limits import divisors
 from engine.errors import ConfigError
 from engine.frozen import frozen_of
 from engine.objectives import make_objective
@@ -262,9 +263,9 @@ def _ahead_within(
 
 def _refusal(config: Config, budget: int, memory: float, least: int) -> TooLittleError:
     of = f", of {memory / 2**20:,.0f} MiB" if budget != memory else ""
-    cures = [f"recompute.memory_budget {least}"]
+    cures = [f"recompute.memory_budget {least}" if least <= memory else "devices with more memory"]
     if (size := config.train.micro_batch_size or 1) > 1:
-        cures.append(f"train.micro_batch_size {size // 2}")
+        cures.append(f"train.micro_batch_size {divisors(size)[-2]}")
     if config.parallel.zero_stage < 3:
         cures.append(f"parallel.zero_stage {config.parallel.zero_stage + 1} with more data ranks")
     if config.parallel.layers_per_stage is not None:

@@ -10,7 +10,7 @@ from engine.assemble import Assembly
 from engine.config import Config, RecomputeConfig
 from engine.errors import ConfigError
 from engine.layer_costs import LayerCosts
-from engine.plan import image_bytes, planned, stage_kind, static_bytes
+from engine.plan import planned, stage_kind, static_bytes, step_bytes
 from engine.recompute.assignment import has_merge, may_drop
 from engine.recompute.costs import LayerCost
 from engine.recompute.cut import Problem
@@ -65,7 +65,7 @@ def problems_of(
         first = rank * (shape.world_size // shape.pipeline)
         kinds = tuple(stage_kind(a.layers, own, a.build, a.frozen) for own in stages)
         held = static_bytes(keeps_all, shape, first, memory, kinds, on_cpu=on_cpu, cut=cut)
-        return held + image_bytes(a, stages)
+        return held + step_bytes(a, stages)
 
     budget = config.recompute.budget(memory)
     pace = _pace(config, shape)

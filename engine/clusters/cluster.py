@@ -277,8 +277,8 @@ class Cluster:
             return self.within_node
         if self.between_nodes is None:
             raise ConfigError(
-                f"{self.file}: nodes is {self.nodes}, and nothing is said of links between nodes, which ranks of "
-                f"{nodes} nodes need: add the group between_nodes, or plan for {self.devices_per_node} ranks"
+                f"{self.file}: nothing is said of links between nodes, which ranks of {nodes} nodes need: add the "
+                f"group between_nodes, or plan for {self.devices_per_node} ranks"
             )
         return self.between_nodes
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import itertools
-import math
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -12,7 +11,9 @@ from engine.clusters.cluster import Cluster, Curve
 from engine.errors import ConfigError
 from engine.yaml_file import read_yaml
 
-_MOST = {"nodes": 10**6, "devices_per_node": 1024, "overlap": 1.0}
+_LEAST, _MOST = 1e-6, {"nodes": 10**6, "devices_per_node": 1024, "overlap": 1.0}
+_MOST_OF_ALL = 1e9
+"""No figure of a machine is beyond these, and times that are made of them can be counted."""
 _MAY_BE_ZERO = ("overlap", "latency_us", "microseconds")
 _EXAMPLE = "configs/clusters/h100_64.yaml"
 
@@ -77,15 +78,12 @@ class _Reader:
         return self.number(value, place, is_whole=hint is int)
 
     def number(self, value: Any, place: str, *, is_whole: bool = False) -> Any:
-        """A positive one, within what it may be."""
+        """Within what it may be."""
         name = place.rpartition(".")[2]
-        most, zero = _MOST.get(name, math.inf), name in _MAY_BE_ZERO
-        kinds = int if is_whole else int | float
-        is_number = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
-        if not is_number or not (0 <= value <= most) or (value == 0 and not zero):
-            least = "0 or more" if zero else "positive"
-            text = f"a {'whole ' * is_whole}number, {least}" + (f", at most {most:g}" if most < math.inf else "")
-            raise self.wrong(place, value, f"it must be {text}")
+        least, most = 0 if name in _MAY_BE_ZERO else 1 if is_whole else _LEAST, _MOST.get(name, _MOST_OF_ALL)
+        is_number = isinstance(value, int if is_whole else int | float) and not isinstance(value, bool)
+        if not is_number or not least <= value <= most:  # of nan neither holds
+            raise self.wrong(place, value, f"it must be a {'whole ' * is_whole}number from {least:g} to {most:g}")
         return value if is_whole else float(value)
 
     def curve(self, value: Any, place: str) -> Curve:

@@ -23,7 +23,9 @@ _UNITS = {"B": 1} | {
     for power, prefix in enumerate(("k" if base == 1000 else "K", "M", "G", "T"), start=1)
 }
 _FACTORS = {name.lower(): factor for name, factor in _UNITS.items()}
-_NUMBER = re.compile(r"(?P<number>[-+]?(?:\d[\d_]*(?:\.\d*)?|\.\d+)(?:e[-+]?\d+)?)\s*(?P<unit>[a-z]*)", re.IGNORECASE)
+_NUMBER = re.compile(
+    r"(?P<number>[-+]?(?:\d+(?:_\d+)*(?:\.\d*)?|\.\d+)(?:e[-+]?\d+)?)\s*(?P<unit>[a-z]*)", re.IGNORECASE | re.ASCII
+)
 _PATTERN = Pattern(
     check=save_set,
     noun="save set",
@@ -67,13 +69,13 @@ class RecomputeConfig:
         _parsed(self.memory_budget)
         if self._name != "auto" and self.memory_budget != "auto":
             raise ValueError(
-                f"recompute.memory_budget {self.memory_budget} has no effect with recompute.policy {self._as_text}, "
+                f"recompute.memory_budget {self.memory_budget} has no effect with recompute.policy {self.as_text}, "
                 "which looks at no memory: use policy auto, or leave it out"
             )
 
         if self._name != "auto" and self.offload == "auto":
             raise ValueError(
-                f"recompute.offload auto has no effect with recompute.policy {self._as_text}, which chooses nothing: "
+                f"recompute.offload auto has no effect with recompute.policy {self.as_text}, which chooses nothing: "
                 "use policy auto, or name save sets ...+offload"
             )
 
@@ -83,7 +85,8 @@ class RecomputeConfig:
         return self.policy.strip() if isinstance(self.policy, str) else ""
 
     @property
-    def _as_text(self) -> str:
+    def as_text(self) -> str:
+        """The policy, as it was given."""
         return self._name or f"[{', '.join(self.policy)}]"
 
     def _with_policies(self, error: ValueError) -> ValueError:
@@ -132,17 +135,23 @@ class RecomputeConfig:
     @property
     def offloads(self) -> bool:
         """Whether a block does, or may."""
-        return self.offload == "auto" or "+offload" in self._as_text
+        return self.offload == "auto" or "+offload" in self.as_text
 
     @property
     def gathers_again(self) -> bool:
         """Whether a block does."""
-        return "+gather" in self._as_text
+        return "+gather" in self.as_text
+
+    @property
+    def share(self) -> float:
+        """Of a device's memory, that a rank may take at most: all of it, where the budget is not given as a share."""
+        parsed = _parsed(self.memory_budget)
+        return parsed if isinstance(parsed, float) else 1.0
 
     def budget(self, memory: float) -> int:
         """Bytes that a rank may take, of a device with `memory` bytes, or of its share of a host."""
         parsed = _parsed(self.memory_budget)
-        return int(parsed * memory) if isinstance(parsed, float) else parsed
+        return max(int(parsed * memory), 1) if isinstance(parsed, float) else parsed
 
 
 def _parsed(budget: str | int | float) -> float | int:

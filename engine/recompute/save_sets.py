@@ -79,7 +79,10 @@ def save_set(name: str) -> SaveSet:
     kept = name.removesuffix("+offload")
     rung, *beside = kept.removesuffix("+gather").split("-")
     if rung not in LADDER:
-        raise ValueError(f"no save set is called {name!r}: take one of {', '.join(LADDER)}")
+        raise ValueError(
+            f"no save set is called {name!r}: take one of {', '.join(LADDER)}, to which +gather and then +offload may "
+            "be added"
+        )
     if wrong := [item for item in beside if item not in DROPPABLE]:
         raise ValueError(f"save set {name!r}: {wrong[0]!r} is nothing that can go: take of {', '.join(DROPPABLE)}")
     gather = {"gather"} if kept.endswith("+gather") else set[str]()

@@ -103,6 +103,21 @@ def test_within_the_budget_and_least_again(layout: dict[str, Any]) -> None:
     assert tuple(plan.peak for plan in plans) == found[1].peaks
 
 
+def test_a_budget_covers_what_a_contrastive_loss_holds_of_a_step() -> None:
+    case = Case("pairs", micro_batches=2)
+    config, shape = case.config(), case.config().grid_shape(1)
+    with pytest.raises(TooLittleError) as refused:
+        within(config, shape, 1)
+    assert max(within(config, shape, refused.value.smallest).peaks) == refused.value.smallest
+
+
+def test_what_no_device_of_that_size_can_hold_is_not_told_to_be_its_budget() -> None:
+    case = Case("sequential", batch=18, micro_batches=2)
+    config = replace(case.config(), recompute=RecomputeConfig(policy="auto"))
+    with pytest.raises(TooLittleError, match=r"give devices with more memory, train\.micro_batch_size 3, "):
+        check_budget(config, case.config().grid_shape(1), 2.0**10, on_cpu=True)
+
+
 def test_host_memory_is_taken_where_that_is_asked_for_and_quicker() -> None:
     """By a link that takes no time least memory suffices, by a slow one nothing is sent but what must be."""
     case = Case("sequential", depth=8, micro_batches=2, batch=64)

@@ -22,6 +22,8 @@ from tools.plan import command
         (["--ranks", "1", "--gpu-memory", "nan"], "--gpu-memory: is nan"),
         (["--ranks", "1", "--gpu-memory", "inf"], "--gpu-memory: is inf"),
         (["--ranks", "1", "--gpu-memory", "0"], "--gpu-memory: is 0"),
+        (["--ranks", "1", "--gpu-memory", "1e300"], "--gpu-memory: is 1e300"),
+        (["--best", "0"], "--best: 0 is not"),
         (["--ranks", "1", "--gpu-memory", "x"], "--gpu-memory: is x"),
         (["--ranks", "1", "--stages", "4"], "--stages: invalid choice: 4"),
     ],

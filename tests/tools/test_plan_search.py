@@ -14,6 +14,8 @@ from engine.config import Config, PrecisionConfig, RecomputeConfig, TrainConfig
 from engine.config.cli import parse
 from engine.errors import ConfigError
 from engine.objectives import make_objective
+from engine.passes import is_open
+from engine.plan import peaks
 from engine.step_time import predict_step
 from model import ModelConfig
 from parallel.grid import GridShape
@@ -22,6 +24,7 @@ from tools.plan.bounds import Misfit
 from tools.plan.evaluate import Evaluator, Prediction
 from tools.plan.layouts import Layout, Space, read_layout
 from tools.plan.search import Search
+from tools.plan.written import run_config
 
 ROOT = Path(__file__).parents[2]
 H100 = read_cluster(str(ROOT / "configs" / "clusters" / "h100_64.yaml"))
@@ -101,6 +104,20 @@ def test_what_is_written_runs_the_same_plan(tmp_path: Path) -> None:
     assert run.seconds == pytest.approx(again.seconds)
 
 
+def test_a_layout_fits_that_a_run_would_cut_to_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A head with the weights of six blocks, and few FLOPs."""
+    config = replace(SMALL, model=replace(SMALL.model, num_classes=20_000))
+    layout, evaluator = Layout(pipeline=2, micro_batch=2), Evaluator(config, H100.of_ranks(2), 2)
+    even, cut = (evaluator.exactly(layout, 1, cuts=cuts) for cuts in (False, True))
+    assert isinstance(even, Misfit) and isinstance(cut, Misfit) and cut.least < even.least
+    given = tmp_path / "given.yaml"
+    given.write_text(replace(config, recompute=RecomputeConfig(policy="auto", memory_budget=cut.least)).to_yaml())
+    cluster = str(ROOT / "configs" / "clusters" / "h100_64.yaml")
+    argv = ["--config", str(given), "--cluster", cluster, "--ranks", "2", "--explain", "pipeline=2,micro_batch=2"]
+    command.main(argv)
+    assert "layers of the stages: 5, 1" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("gb_per_second", "offloads"), [(1e-6, False), (1e6, True)])
 def test_a_layout_may_keep_in_host_memory_what_copies_are_quick_for(gb_per_second: float, offloads: bool) -> None:
     recompute = RecomputeConfig(policy="auto", offload="auto")
@@ -139,6 +156,10 @@ def test_of_readiness_it_is_said_that_bounds_may_not_hold(tmp_path: Path, capsys
         (["--gpu-memory", "80"], "--gpu-memory has no effect with --cluster"),
         (["--model.width", "16384", "--model.depth", "16", "--model.mlp_dim", "65536", "--only", "micro_batch=1"],
          "no layout fits on 2 ranks"),
+        (["--explain", "data=2", "--picture", "front.png"], "--picture is for the search, and --explain tells of one"),
+        (["--picture", "nowhere/front.png"], "there is no folder nowhere"),
+        (["--explain", "data=2", "--recompute.policy", "auto", "--recompute.memory_budget", "1MB"],
+         "may take 0.001 of 80 GB for each: use recompute.memory_budget "),
         (["--out", "nowhere/plan.yaml"], "there is no folder nowhere"),
         (["--objective", "contrastive", "--model.num_classes", "0", "--text.width", "null"], "text.width"),
         (["--objective", "contrastive", "--model.num_classes", "0", "--contrastive.pairs", "views", "--data.views", "2",
@@ -203,6 +224,11 @@ def test_two_towers_take_a_forward_more_where_there_are_several_micro_batches() 
     assert isinstance(one, Prediction) and isinstance(two, Prediction)
     for found, passes in ((one, 1), (two, 2)):
         assert make_objective(found.config).passes == passes
+        assert make_objective(run_config(found, config).resolve(2)).passes == passes
+        assert not is_open(run_config(found, config).resolve(2)), "the run has what was planned"
         run = predict_step(found.config, GridShape(data=2), of_gigabytes(80.0))
         assert found.seconds == pytest.approx(run.seconds)
+    many = evaluator.exactly(Layout(data=2, micro_batch=1))
+    assert isinstance(many, Prediction)
+    assert many.peaks == peaks(many.config, GridShape(data=2), 80e9), "the loss holds embeddings of all micro-batches"
     assert two.seconds > 2 * 1.2 * one.seconds, "launches of kernels: twice as many micro-batches, and a forward each"

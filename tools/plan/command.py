@@ -12,7 +12,6 @@ pretrain_vit.py. The batch is that of the configuration (--train.global_batch_si
 from __future__ import annotations
 
 import argparse
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,11 +22,13 @@ from engine.config import Config
 from engine.config.cli import parse
 from engine.errors import ConfigError
 from tools.benchmark.table import show
+from tools.options import COUNT, number
 from tools.places import check_place
 from tools.plan import memory, refusals, words, written
 from tools.plan.bounds import Misfit
 from tools.plan.evaluate import Evaluator, Prediction
 from tools.plan.layouts import Space, read_layout, read_values
+from tools.plan.picture import draw
 from tools.plan.refusals import room
 from tools.plan.search import Search
 
@@ -42,6 +43,8 @@ def main(argv: Sequence[str]) -> None:
     """
     options, flags = _parser().parse_known_args(argv)
     given = [*(part for file in options.config for part in ("--config", file)), *flags]
+    if options.json is not None:
+        check_place(Path(options.json))
     if options.cluster is None:
         alone = {f"--{name}": getattr(options, name) for name in ("explain", "only", "out", "picture", "best")}
         alone["--cut"] = options.cut or None
@@ -62,6 +65,9 @@ def main(argv: Sequence[str]) -> None:
                 f"--{name.replace('_', '-')} has no effect with --cluster, which says how much memory there is, and "
                 "whose search tries all ZeRO stages: leave it out (--only zero=1 for one)"
             )
+    for name in ("only", "best", "picture"):
+        if options.explain is not None and getattr(options, name) is not None:
+            raise ConfigError(f"--{name} is for the search, and --explain tells of one layout: leave one of both out")
     _search(options, given)
 
 
@@ -78,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--cluster", metavar="FILE", help=f"the machine, such as {_CLUSTER}")
     search.add_argument("--explain", metavar="LAYOUT", help="tell of this layout alone")
     search.add_argument("--only", metavar="LAYOUT", help="look at layouts alone that have these values")
-    search.add_argument("--best", type=_ranks, metavar="N", help="arrangements of ranks to show (default 5)")
+    search.add_argument("--best", type=number(COUNT), metavar="N", help="arrangements of ranks to show (default 5)")
     search.add_argument(
         "--cut", action="store_true",
         help="cut layers into stages together with save sets where ranks have several stages, too: some minutes",
@@ -99,23 +105,28 @@ def _ranks(text: str) -> int:
 
 def _gigabytes(text: str) -> float:
     try:
-        if math.isfinite(size := float(text)) and size > 0:
+        if 0 < (size := float(text)) <= 1e9:
             return size
     except ValueError:
         pass
-    raise argparse.ArgumentTypeError(f"is {text}: it must be a positive number of GB")
+    raise argparse.ArgumentTypeError(f"is {text}: it must be a positive number of GB, at most 1e9")
 
 
 def _search(options: argparse.Namespace, given: Sequence[str]) -> None:
-    for file in (options.out, options.json):
-        if file is not None:
-            check_place(Path(file))
+    if options.out is not None:
+        check_place(Path(options.out))
+    if options.picture is not None:
+        from tools.figures import check_place as check_picture  # which takes half a second to import
+
+        check_picture(Path(options.picture))
     config, _ = parse([*written.ANY_DATA, *given], "tools.plan")
     refusals.check_objective(config)
     cluster = read_cluster(options.cluster)
     ranks = options.ranks or cluster.devices
     evaluator = Evaluator(config, cluster.of_ranks(ranks), ranks)
     print(f"{ranks} ranks of {cluster.name}, {config.train.global_batch_size} images per step, {room(evaluator)}")
+    if unread := words.found_anyway(config):
+        print(f"whatever is given, these are found for each layout: {unread}")
     if options.explain is not None:
         found: Sequence[Prediction] = [_explained(options, config, evaluator)]
     else:
@@ -130,6 +141,8 @@ def _search(options: argparse.Namespace, given: Sequence[str]) -> None:
 def _explained(options: argparse.Namespace, config: Config, evaluator: Evaluator) -> Prediction:
     layout = read_layout(options.explain, config, evaluator.ranks, "--explain")
     found = evaluator.exactly(layout)
+    if isinstance(found, Misfit) and layout.pipeline > 1:
+        found = evaluator.exactly(layout, cuts=True)  # as a run does, which other stages may fit
     if isinstance(found, Misfit):
         raise ConfigError(refusals.too_large(found, evaluator))
     found = evaluator.cut(found, several=options.cut)
@@ -165,9 +178,7 @@ def _found(options: argparse.Namespace, config: Config, evaluator: Evaluator) ->
         print(f"\nparallel.schedule_policy {config.parallel.schedule_policy}: bounds hold for static alone, so that a "
               "quicker layout may have been left out")  # fmt: skip
     print(f"\n{words.looked_at(found, evaluator, time.perf_counter() - began)}")
-    if options.picture:
-        from tools.plan.picture import draw
-
+    if options.picture is not None:
         draw(space, evaluator, found, Path(options.picture))
         print(f"{options.picture}: the least step time over memory")
     return found.best

@@ -28,14 +28,9 @@ def front(space: Space, evaluator: Evaluator, first: Prediction) -> list[Predict
 
 
 def draw(space: Space, evaluator: Evaluator, found: Found, file: Path) -> None:
-    """Write the picture.
+    """Write the picture."""
+    from tools.figures import COLORS, FAINT, new_figure, save, style
 
-    Raises:
-        ConfigError: it cannot be written.
-    """
-    from tools.figures import COLORS, FAINT, check_place, new_figure, save, style
-
-    check_place(file)
     ends = front(space, evaluator, found.best[0])
     with style():
         figure = new_figure(8.0, 4.6)

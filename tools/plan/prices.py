@@ -62,8 +62,11 @@ class Prices:
     # -- layouts ------------------------------------------------------------------------------------------------------
 
     def _few(self, layout: Layout, config: Config) -> Config:
-        """The same with as few micro-batches as tell how it goes on; with gpipe each one more is one more alive."""
-        short = self._count(layout) if layout.schedule == "gpipe" else self._lengths(layout)[0]
+        """The same with as few micro-batches as tell how it goes on. With gpipe each one more is one more alive, and a
+        contrastive loss holds the embeddings of all.
+        """
+        holds_all = layout.schedule == "gpipe" or config.objective == "contrastive"
+        short = self._count(layout) if holds_all else self._lengths(layout)[0]
         return replace(config, train=replace(config.train, global_batch_size=short * layout.micro_batch * layout.data))
 
     def _step(self, model: StepModel, layout: Layout, sets: Mapping[str, str]) -> Length:

@@ -12,22 +12,22 @@ from tools.plan.bounds import Misfit
 from tools.plan.evaluate import Evaluator
 from tools.plan.layouts import Space
 from tools.plan.search import Found
-
-_GB = 1e9
+from tools.plan.words import gigabytes
 
 
 def room(evaluator: Evaluator) -> str:
     """What a rank may take."""
-    return f"{evaluator.budget / _GB:.1f} of {evaluator.cluster.memory.gb:g} GB for each"
+    return f"{gigabytes(evaluator.budget)} of {evaluator.cluster.memory.gb:g} GB for each"
 
 
 def too_large(found: Misfit, evaluator: Evaluator) -> str:
     """Of one layout."""
-    keys = [f"train.micro_batch_size below {found.layout.micro_batch}"] * (found.layout.micro_batch > 1)
+    keys = [_more_room(found, evaluator)]
+    keys += [f"train.micro_batch_size below {found.layout.micro_batch}"] * (found.layout.micro_batch > 1)
     keys += ["a higher parallel.zero_stage"] * (found.layout.zero < 3)
     cure = ", ".join([*keys, "more tensor or pipeline ranks"])
     return (
-        f"{found.layout} does not fit: with everything computed again a rank takes {found.least / _GB:.1f} GB at "
+        f"{found.layout} does not fit: with everything computed again a rank takes {gigabytes(found.least)} GB at "
         f"least, and may take {room(evaluator)}: use {cure}"
     )
 
@@ -35,13 +35,20 @@ def too_large(found: Misfit, evaluator: Evaluator) -> str:
 def none_fits(found: Found, evaluator: Evaluator) -> str:
     """Of all that were looked at."""
     least = min(found.misfits, key=lambda misfit: misfit.least)
-    need = least.least / evaluator.budget * evaluator.cluster.memory.gb
+    even = " (if its layers are cut as without a budget: --explain cuts them by it)" * (least.layout.pipeline > 1)
     return (
-        f"no layout fits on {evaluator.ranks} ranks: {least.layout} needs least, {least.least / _GB:.1f} GB with "
-        f"everything computed again, and a rank may take {room(evaluator)}: use more --ranks, devices of "
-        f"{math.ceil(need)} GB, parallel.gradient_dtype weights (half the memory of gradients), or an "
+        f"no layout fits on {evaluator.ranks} ranks: {least.layout} needs least, {gigabytes(least.least)} GB with "
+        f"everything computed again{even}, and a rank may take {room(evaluator)}: use more --ranks, "
+        f"{_more_room(least, evaluator)}, parallel.gradient_dtype weights (half the memory of gradients), or an "
         "optimizer.name with less state"
     )
+
+
+def _more_room(found: Misfit, evaluator: Evaluator) -> str:
+    """What lets ranks take as much as it needs."""
+    if found.least <= evaluator.memory:
+        return f"recompute.memory_budget {found.least} or more"
+    return f"devices of {math.ceil(found.least / evaluator.config.recompute.share / 1e9)} GB"
 
 
 def check_objective(config: Config) -> None:

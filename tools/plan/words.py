@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
+from engine.config import Config
 from parallel.grid import AXES
 from tools.benchmark.table import Row
 from tools.plan.bounds import Misfit
@@ -27,6 +28,14 @@ PARTS = {
 
 _GB = 1e9
 _FEW = 3
+
+
+def found_anyway(config: Config) -> str:
+    """What a configuration says beside layouts, and each layout has as is best for it; "" if it says nothing of it."""
+    cut, recompute = config.parallel.layers_per_stage, config.recompute
+    given = [f"recompute.policy ({recompute.as_text})"] * (not recompute.is_auto and recompute.policy != "none")
+    given += [f"parallel.layers_per_stage ({', '.join(map(str, cut or ()))})"] * (cut is not None)
+    return ", ".join(given)
 
 
 def rows(found: Sequence[Prediction]) -> list[Row]:
@@ -84,7 +93,7 @@ def where_time_goes(p: Prediction) -> Iterator[str]:
     for name, seconds in sorted(p.parts.items(), key=lambda part: -part[1]):
         if seconds > 1e-6 * p.seconds:
             yield f"  {PARTS.get(name, name):46} {_ms(seconds):>12}  {100 * seconds / p.seconds:5.1f} %"
-    peaks = ", ".join(f"{peak / _GB:.1f}" for peak in p.peaks)
+    peaks = ", ".join(map(gigabytes, p.peaks))
     yield f"  memory of pipeline rank{'s' * (len(p.peaks) > 1)}: {peaks} GB"
 
 
@@ -107,7 +116,7 @@ def misfits(found: Iterable[Misfit], budget: int) -> Iterator[str]:
     for (grid, zero), some in sorted(groups.items(), key=lambda item: min(m.least for m in item[1])):
         low, high = (f(m.least for m in some) for f in (min, max))
         sizes = sorted({m.layout.micro_batch for m in some})
-        lack = f"{(low - budget) / _GB:.1f}" + (f" to {(high - budget) / _GB:.1f}" if high > low else "")
+        lack = gigabytes(low - budget) + (f" to {gigabytes(high - budget)}" if high > low else "")
         ranks = " x ".join(f"{name} {size}" for name, size in zip(AXES, grid, strict=True) if size > 1)
         yield (
             f"  {ranks or 'one rank'}, zero {zero}, micro-batches of {_list(sizes)}: {len(some)} layout"
@@ -124,6 +133,11 @@ def looked_at(found: Found, evaluator: Evaluator, seconds: float) -> str:
         f"({c['misfits']:,} do not fit). {did['priced']:,} times layers were priced, and {did['simulated']:,} "
         "schedules simulated."
     )
+
+
+def gigabytes(count: int) -> str:
+    """Of bytes, small numbers of them with three digits."""
+    return f"{count / _GB:,.1f}" if count >= 10 * _GB else f"{count / _GB:.3g}"
 
 
 def _list(sizes: Sequence[int]) -> str:

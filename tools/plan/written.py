@@ -13,6 +13,7 @@ import yaml
 from engine.config import Config
 from engine.config.cli import parse
 from engine.errors import ConfigError
+from engine.passes import is_open
 from tools.plan import words
 from tools.plan.evaluate import Prediction
 
@@ -44,4 +45,6 @@ def run_config(best: Prediction, given: Config) -> Config:
     config = best.layout.configured(given)
     recompute = replace(best.config.recompute, policy=words.pattern(best))
     parallel = replace(config.parallel, layers_per_stage=best.config.parallel.layers_per_stage)
+    if is_open(best.config):  # a run would take one where its device has room, whatever the plan's budget
+        config = replace(config, contrastive=replace(config.contrastive, passes=2))
     return replace(config, parallel=parallel, recompute=recompute)

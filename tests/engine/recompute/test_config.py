@@ -99,7 +99,7 @@ def test_a_cure_for_any_depth() -> None:
     [
         ("auto", 900), (0.7, 700), ("0.7", 700), (1.0, 1000), (".5", 500), (8_000_000_000, 8_000_000_000), (1, 1),
         ("8_000", 8000), ("800MiB", 800 * 2**20), ("12GB", 12 * 10**9), ("1.5 gib", 3 * 2**29), ("1e3kB", 10**6),
-        ("0.25TiB", 2**38), ("100B", 100), (" 2 KiB ", 2048),
+        ("0.25TiB", 2**38), ("100B", 100), (" 2 KiB ", 2048), (1e-9, 1),
     ],
 )  # fmt: skip
 def test_budgets(tmp_path: Path, budget: str | int | float, expected: int) -> None:
@@ -118,6 +118,7 @@ def test_budgets(tmp_path: Path, budget: str | int | float, expected: int) -> No
         *((value, "more than all of it") for value in (1.5, "70.0", 1e9)),
         *((value, f"whose unit is none of {UNITS}") for value in ("3GX", "1 apple", "5e")),
         *((value, "no amount of memory") for value in (float("nan"), "nan", "inf", "much", "", "true", "GB", "70%")),
+        *((value, "no amount of memory") for value in ("1__0", "1_")),
         ("1" * 999, "no amount of memory"),
         ("0.1B", "less than a byte"),
         *((value, "more than 64 bits can count") for value in ("1e12TB", "9" * 30)),
