@@ -37,7 +37,7 @@ from engine.run.elastic import fit, wait_for_the_others
 from engine.run.load import Source, source_of, start_from
 from engine.run.loop import Loop
 from engine.run.metrics import MetricsWriter
-from engine.run.predicted import Comparison
+from engine.run.predicted import Comparison, predicted
 from engine.run.profile import StepProfiler, TimelineRecording
 from engine.run.progress import Progress
 from engine.run.provenance import provenance
@@ -113,14 +113,15 @@ def pretrain(config: Config, world: World) -> int:
     memory, on_cpu = memory_share(inputs.device, world), inputs.device.type == "cpu"
     config, of_passes = settle_passes(config, grid, memory, on_cpu=on_cpu)
     config, choice = settled(config, grid, inputs.device, memory)
-    comparison = None if choice is None else Comparison(choice, inputs.device)
+    prediction = predicted(config, choice, grid, memory, on_cpu=on_cpu)
+    comparison = None if prediction is None else Comparison(prediction, inputs.device)
     run, *others = lock_folders(config, inputs.run_dir, inputs.checkpoints, grid.world)
     facts = facts_for_manifests(config, grid, inputs.device, inputs.train_set, inputs.eval_set)
     assembly, resumed = _state(config, world, grid, inputs, facts)
     check_norm_weights(assembly)
     inputs = inputs.after(resumed.progress, config)
     notes += [of.note for of in class_orders(config, inputs.train_set.class_names).values() if of.note]
-    notes += of_passes + ([] if choice is None else [choice.describe()])
+    notes += of_passes + ([] if prediction is None else [prediction.line])
     notes += resumed.notes
     if config.checkpoint.save_interval is not None:
         notes += check_folder(inputs.checkpoints, assembly)

@@ -160,7 +160,7 @@ def test_texts_that_are_too_long_are_counted() -> None:
 
 
 def test_what_is_written_where_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = flags(run_dir=str(tmp_path), log__tensorboard="true", recompute__policy="full")
+    argv = flags(run_dir=str(tmp_path), log__tensorboard="true", recompute__policy="full", train__steps="3")
     assert run_rank(pretrain_vit.main, argv, "pretrain_vit.py") == EXIT_DONE
     shown = capsys.readouterr().out
     for written in ("config.yaml", "metrics.jsonl"):
@@ -169,6 +169,10 @@ def test_what_is_written_where_is_told(tmp_path: Path, capsys: pytest.CaptureFix
     assert "grid: pipeline 1 x data 1 x context 1 x tensor 1" in shown  # the start-up report
     assert "recompute: stage 0: 4 block(s) keep input\n" in shown
     assert "recompute: per micro-batch again on pipeline rank 0: " in shown and "warning: recompute" not in shown
+    planned = re.search(r"recompute: ([\d.]+) MiB planned \(by pipeline rank\)\n", shown)
+    assert planned is not None
+    line = rf"recompute: planned {planned[1]} MiB, measured [\d.]+ in tensors of 64 KiB .*rank\); whole steps [\d.]+ ms"
+    assert re.search(line, shown)
 
 
 def test_a_policy_that_has_nothing_to_drop_is_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
