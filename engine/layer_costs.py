@@ -15,7 +15,6 @@ from engine.assemble import Assembly, assemble
 from engine.config import Config, TrainConfig
 from engine.recompute.ahead import Ahead
 from engine.recompute.bench import Place, measure
-from engine.recompute.config import RecomputeConfig
 from engine.recompute.costs import LayerCost
 from engine.recompute.regions import Recompute, split_place
 from engine.recompute.save_sets import SAVE_SETS, SaveSet
@@ -183,7 +182,7 @@ def _essential(config: Config) -> Config:
             steps=1, micro_batch_size=micro, global_batch_size=2 * micro, loss=train.loss, freeze=train.freeze,
         ),
         precision=config.precision,
-        recompute=RecomputeConfig(norm_backward=config.recompute.norm_backward),
+        recompute=config.recompute.keeping_all(),
         kernels=config.kernels,
         objective=config.objective,
         text=config.text,

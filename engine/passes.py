@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from engine.config import Config, RecomputeConfig
+from engine.config import Config
 from engine.objectives import make_objective
 from engine.plan import peaks
 from parallel import comm
@@ -45,7 +45,7 @@ def most_of_one_pass(config: Config, shape: GridShape, memory: float, *, on_cpu:
     """Bytes at the peak of the fullest rank, if all forwards come first; with `recompute.policy: auto` if nothing is
     computed again."""
     if config.recompute.is_auto:
-        config = replace(config, recompute=RecomputeConfig())
+        config = replace(config, recompute=config.recompute.keeping_all())
     config = replace(config, contrastive=replace(config.contrastive, passes=1))
     assert make_objective(config).passes == 1
     return max(peaks(config, shape, memory, on_cpu=on_cpu))

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from functools import cache
 
 from engine.assemble import Assembly
-from engine.config import Config, RecomputeConfig
+from engine.config import Config
 from engine.errors import ConfigError
 from engine.layer_costs import LayerCosts
 from engine.plan import planned, stage_kind, static_bytes, step_bytes
@@ -50,8 +50,7 @@ def problems_of(
             f"parallel.schedule {config.parallel.schedule} has recomputes ({again[0]} and so on), but recompute.policy "
             "auto places them itself, if they fit: leave them out, or name the save sets"
         )
-    recompute = RecomputeConfig(ahead="never", norm_backward=config.recompute.norm_backward)
-    keeps_all = replace(config, recompute=recompute)
+    keeps_all = replace(config, recompute=config.recompute.keeping_all())
     a = planned(keeps_all, shape, 0, memory, on_cpu=on_cpu)
     costs = LayerCosts.of(a.config, shape, 0, on_cpu=on_cpu)
     layers = [_layer(a, place, costs, seconds, passes) for place in range(len(a.layers))]

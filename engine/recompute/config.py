@@ -114,6 +114,10 @@ class RecomputeConfig:
             return (save_set(POLICIES[self._name]),) * depth
         return tuple(save_set(name) for name in _PATTERN.parse(self.policy, depth, "recompute.policy"))
 
+    def keeping_all(self) -> RecomputeConfig:
+        """The same where no block drops anything."""
+        return RecomputeConfig(ahead="never", norm_backward=self.norm_backward)
+
     @property
     def norm_from_output(self) -> bool:
         """Whether norms are differentiated from what they give."""

@@ -8,7 +8,7 @@ from math import ceil
 
 from engine.clusters import Cluster
 from engine.clusters.cluster import Curve
-from engine.config import Config, RecomputeConfig
+from engine.config import Config
 from engine.data_traffic import Traffic
 from engine.layer_costs import LayerCosts
 from engine.plan import stage_kind, static_bytes
@@ -156,7 +156,8 @@ class Bounds(Prices):
         """Bytes that are there all the time, the same for ranks with equal layers."""
 
         def built() -> Config:  # the model's own may be of another schedule
-            return replace(self._few(layout, self._resolved(layout)), recompute=RecomputeConfig(ahead="never"))
+            config = self._few(layout, self._resolved(layout))
+            return replace(config, recompute=config.recompute.keeping_all())
 
         on_cpu = self.cluster.device_type == "cpu"
         kinds = tuple(

@@ -107,6 +107,9 @@ def test_memory_decides_how_many_passes() -> None:
         assert settle_passes(settled, grid, 1.0, on_cpu=True) == (settled, [])
     two = replace(config, contrastive=replace(config.contrastive, passes=2))
     assert max(peaks(two, grid.shape, 2.0**30, on_cpu=True)) < needed
+    auto, none = (RecomputeConfig(policy=policy, norm_backward="output") for policy in ("auto", "none"))
+    less = [most_of_one_pass(replace(config, recompute=r), grid.shape, 2.0**30, on_cpu=True) for r in (auto, none)]
+    assert less[0] == less[1] < needed
 
 
 def test_keys_are_made_by_the_average_and_enter_the_queue() -> None:
