@@ -114,7 +114,7 @@ PAIRS: dict[str, tuple[ModelConfig, TextConfig, ContrastiveConfig]] = {
 _TEACHER = replace(
     _SMALL, width=40, depth=5, num_heads=5, mlp_dim=56, block="sequential", qk_norm=True, registers=2, pool="map",
 )  # fmt: skip
-_MANY_HEADS = replace(_TEACHER, num_heads=8, pool="cls")
+_MANY_HEADS = replace(_TEACHER, width=64, num_heads=8, pool="cls")  # queries of few features, normalised, would amplify
 _PYRAMID = replace(MODELS["pyramid"], image_size=(12, 16))
 TAUGHT: dict[str, tuple[ModelConfig, tuple[TeacherConfig, ...], DistillationConfig]] = {
     "taught": (
@@ -138,7 +138,7 @@ TAUGHT: dict[str, tuple[ModelConfig, tuple[TeacherConfig, ...], DistillationConf
     # at depth: wider rows, and a student that is a part of its teacher, with larger patches; another map of patches, of
     # a pyramid; losses of all kinds
     "matched": (
-        replace(_MANY_HEADS, image_size=12, patch_size=3, width=24, depth=3, mlp_dim=50), (teacher(_MANY_HEADS),),
+        replace(_MANY_HEADS, image_size=12, patch_size=3, width=48, depth=3, mlp_dim=50), (teacher(_MANY_HEADS),),
         DistillationConfig(
             features_weight=2.0, pairs=((0, 1), (2, 3)), response="hard", relations_weight=5.0, embeddings_weight=0.5,
             relations=("gram", "queries:0.5", "keys", "values", "maps:2"), relation_heads=4, start_from="even",
