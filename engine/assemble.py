@@ -222,7 +222,8 @@ class Assembly:
     def to_device(self, batch: Batch, *, training: bool) -> MicroBatch:
         """The data package's batch as the model's, on this rank's device."""
         images = batch.images.to(self.device, non_blocking=True) if batch.images is not None else None
-        stored = self.objective.stored(batch, training=training) if self.holds_loss else ()
+        reads = self.holds_loss or any(self.objective.reads_outputs(self.placement.layers[n]) for n in self.stages)
+        stored = self.objective.stored(batch, training=training) if reads else ()
         return MicroBatch(
             images=images,
             labels=batch.labels.to(self.device, non_blocking=True),

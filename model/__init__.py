@@ -9,6 +9,7 @@ from model.matching import EMBEDDINGS, FEATURES, RELATIONS
 from model.precision import Precision
 from model.presets import PRESETS
 from model.stage import Stage
+from model.stored import StoredTeacher
 from model.targets import Shares
 from model.teachers import MATCH, TEACHER, Matching, Pixels, Teacher, build_student, build_teacher, student_layers
 from model.text import TEXT_PRESETS, TextConfig
@@ -35,6 +36,7 @@ __all__ = [
     "Shares",
     "Stage",
     "StageConfig",
+    "StoredTeacher",
     "Teacher",
     "TextConfig",
     "Tower",

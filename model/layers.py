@@ -66,7 +66,7 @@ class LayerSpec:
     gives: Literal["rows", "vectors", "shares"] = "rows"
     beside: str = ""
     columns: int | None = None
-    reads: tuple[Literal["images", "texts"], ...] = ()
+    reads: tuple[Literal["images", "texts", "outputs"], ...] = ()
     per_sample: int = 1
     rides: tuple[str, ...] = ()
     begins: bool = False

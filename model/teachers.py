@@ -24,6 +24,7 @@ from model.heads import Head
 from model.inputs import MicroBatch
 from model.layers import LayerSpec, block_layers, build_layers, head_gives, measured
 from model.matching import EMBEDDINGS, FEATURES, MATCH, FeatureLoss, Match, MatchPooled, Target, Weights
+from model.stored import StoredHead, StoredTeacher
 
 TEACHER = "teacher"
 
@@ -111,7 +112,7 @@ class Matching:
 
 
 def build_student(
-    student: ModelConfig, teachers: Sequence[Teacher], matching: Matching | None = None
+    student: ModelConfig, teachers: Sequence[Teacher | StoredTeacher], matching: Matching | None = None
 ) -> list[LayerSpec]:
     """The layers of distillation, in order, measured as `build_layers` does.
 
@@ -122,7 +123,9 @@ def build_student(
 
 
 @cache
-def _measured(student: ModelConfig, teachers: tuple[Teacher, ...], matching: Matching | None) -> tuple[LayerSpec, ...]:
+def _measured(
+    student: ModelConfig, teachers: tuple[Teacher | StoredTeacher, ...], matching: Matching | None
+) -> tuple[LayerSpec, ...]:
     """Once in a process."""
     own, models = build_layers(student), [_teaching(teacher) for teacher in teachers]
     pairs = matching.pairs if matching is not None else [()] * len(teachers)
@@ -154,7 +157,7 @@ def _beside(layers: Sequence[LayerSpec], blocks: Set[int], matching: Matching) -
     found, what = list[LayerSpec](), matching.weights.beside
     for spec in layers:
         if matching.pooled and spec.kind == "head":
-            spec = replace(spec, factory=partial(Head, beside=True), beside=POOLED)
+            spec = spec if spec.beside else replace(spec, factory=partial(Head, beside=True), beside=POOLED)
         elif what and spec.kind == "blocks" and int(spec.name.rpartition(".")[2]) in blocks:
             assert isinstance(spec.factory, partial)
             name, rate, kind = spec.factory.args
@@ -166,18 +169,31 @@ def _beside(layers: Sequence[LayerSpec], blocks: Set[int], matching: Matching) -
     return found
 
 
-def build_teacher(teacher: Teacher, images: tuple[int, int]) -> list[LayerSpec]:
+def build_teacher(teacher: Teacher, images: tuple[int, int], *, pooled: bool = False) -> list[LayerSpec]:
     """The layers of a teacher by himself, measured.
 
     Args:
-        images: rows and columns of those that he is shown, as they are before.
+        images: rows and columns of those that he is shown, as they are before. pooled: whether pooled features come out
+            beside the logits.
     """
     batch = MicroBatch.of_images(torch.empty(1, teacher.model.sizes.channels, *images, device="meta"))
-    return measured(_teaching(teacher), Build(config=teacher.model), batch)
+    *layers, head = _teaching(teacher)
+    if pooled:
+        head = replace(head, factory=partial(Head, beside=True), beside=POOLED)
+    return measured([*layers, head], Build(config=teacher.model), batch)
 
 
-def _teaching(teacher: Teacher) -> list[LayerSpec]:
+def _teaching(teacher: Teacher | StoredTeacher) -> list[LayerSpec]:
     name, model = teacher.name, teacher.model
+    if isinstance(teacher, StoredTeacher):
+        factory = partial(StoredHead, number=teacher.number)
+        tower = Tower(name=name, config=model, frozen=True, dtype=torch.float32)
+        return [
+            LayerSpec(
+                name=f"{name}.head", factory=factory, stage=model.sizes.last.index, gives=head_gives(model),
+                beside=POOLED, reads=("outputs",), tower=tower,
+            )
+        ]  # fmt: skip
     tower = Tower(name=name, config=model, frozen=True, dtype=teacher.dtype)
     embed = partial(TeacherEmbedding, pixels=teacher.pixels)
     layers = [
@@ -245,7 +261,7 @@ def _by_depth(layers: Sequence[LayerSpec], bends: Mapping[Fraction, Fraction]) -
     known = {Fraction(0): Fraction(0), Fraction(1): end} | dict(bends)
     for layer in layers:
         done += layer.kind == "blocks"
-        at = Fraction(done + (layer.kind == "merges"), total)
+        at = Fraction(done + (layer.kind == "merges"), max(1, total))
         low, high = max(x for x in known if x <= at), min(x for x in known if x >= at)
         inner = known[low] if low == high else known[low] + (known[high] - known[low]) * (at - low) / (high - low)
         yield Fraction(2) if layer.kind == "head" else inner, layer

@@ -170,6 +170,11 @@ class DistillationConfig:
         return self.at_depth != self.relation_weights
 
     @property
+    def pools(self) -> bool:
+        """Whether pooled features are compared."""
+        return bool(self.embeddings_weight) or self.relates_images
+
+    @property
     def all_teachers(self) -> tuple[TeacherConfig, ...]:
         """One or several, as keys give them."""
         if self.teacher is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
@@ -42,7 +43,7 @@ def images_said(config: Config, student: ModelConfig) -> dict[str, Any]:
     said["train.seed"] = config.train.seed if by_draw or data.kind in _DRAWN else None
     if not by_draw:
         del said["data.repeats"]
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in said.items()}
+    return _as_json(said)
 
 
 def sets_said(config: Config, train: Dataset, held_out: Dataset) -> dict[str, str]:
@@ -57,18 +58,20 @@ def sets_said(config: Config, train: Dataset, held_out: Dataset) -> dict[str, st
 
 def meta_of(
     config: Config, teacher: Teacher, weights: str, sets: tuple[Dataset, Dataset], *, kept: int | None, rows: int,
-    number_format: Literal["fp32", "fp16"], rows_per_file: int,
+    features: int, number_format: Literal["fp32", "fp16"], rows_per_file: int,
 ) -> Meta:  # fmt: skip
     """Of outputs of a teacher for the run that a resolved configuration is.
 
     Args:
         weights: their fingerprint. sets: training, and held out. kept: classes; None: all. rows: of the training part,
-            where it is of draws.
+            where it is of draws. features: pooled ones that are kept.
     """
     classes = teacher.model.sizes.classes
     return Meta(
         teacher=weights,
-        shown=_listed(asdict(teacher.pixels)) | {"dtype": str(teacher.dtype).removeprefix("torch.")},
+        model=_as_json(asdict(teacher.model)),
+        features=features,
+        shown=_as_json(asdict(teacher.pixels)) | {"dtype": str(teacher.dtype).removeprefix("torch.")},
         classes=classes,
         kept=classes if kept is None else kept,
         temperature=None if kept in (None, classes) else config.distillation.temperature,
@@ -82,8 +85,10 @@ def meta_of(
     )
 
 
-def _listed(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: list(value) for name, value in values.items()}
+def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """As they are when they have been written and read."""
+    found: dict[str, Any] = json.loads(json.dumps(values))
+    return found
 
 
 def stored_of(config: Config) -> tuple[StoredOutputs | None, ...]:
@@ -116,13 +121,18 @@ def _check_asked(config: Config, given: TeacherConfig, meta: Meta) -> None:
                 f"the teacher {path} is stored outputs, so its {name} {value} comes too late: leave it out, or give it "
                 "to tools.teacher_outputs"
             )
-    asked = {f"{name}_weight": getattr(keys, f"{name}_weight") for name in ("features", "relations", "embeddings")}
-    for name, value in ({"start_from": keys.start_from} | asked).items():
+    asked = {"features_weight": keys.features_weight, "relations": [*keys.at_depth], "start_from": keys.start_from}
+    for name, value in asked.items():
         if value:
             raise ConfigError(
                 f"distillation.{name} is {value}, but the teacher {path} is stored outputs, and has neither layers nor "
                 "weights: leave it out, or give the checkpoint as the teacher"
             )
+    if keys.pools and not meta.features:
+        raise ConfigError(
+            f"distillation asks for pooled features (embeddings_weight, relations distances, angles), and {path} has "
+            "logits alone: write both (tools.teacher_outputs --features, in another folder)"
+        )
     if meta.keeps_all or not keys.response_weight:
         return
     if "logits" in keys.standardise:

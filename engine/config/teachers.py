@@ -14,9 +14,10 @@ from engine.errors import ConfigError
 from engine.precision.precision import DTYPES
 from engine.teacher_outputs.meta import is_outputs
 from engine.teacher_outputs.shards import stored_at
-from model import TEACHER, Matching, ModelConfig, Pixels, Teacher, check_parallel
+from model import TEACHER, Matching, ModelConfig, Pixels, StoredTeacher, Teacher, check_parallel
 from model.formats.api import open_weights
 from model.formats.base import Preprocessing
+from model.formats.checkpoint import model_of
 from model.formats.weights import StoredWeights, Which
 from model.matching import Weights
 from model.sizes import Sizes, Tokens
@@ -27,6 +28,9 @@ from parallel.grid import GridShape
 
 if TYPE_CHECKING:
     from engine.config.config import Config
+
+
+Teachers = tuple[Teacher | StoredTeacher, ...]
 
 
 @dataclass(frozen=True)
@@ -59,11 +63,29 @@ def teachers_of(config: Config, student: ModelConfig | None = None) -> tuple[Tea
     return tuple(_teacher(name, of, config, student) for name, of in computed(config).items())
 
 
-def computed(config: Config) -> dict[str, TeacherConfig]:
-    """Teachers whose layers are in the student's list, not read from the disk as outputs, by what these begin with."""
+def taught_by(config: Config, student: ModelConfig | None = None) -> Teachers:
+    """All that have layers in the student's list: stored ones where pooled features are compared. Arguments and errors
+    as of `teachers_of`."""
+    beside, found = {of.name: of for of in teachers_of(config, student)}, list[Teacher | StoredTeacher]()
+    number = 0
+    for name, of in _named(config).items():
+        if name in beside:
+            found.append(beside[name])
+        elif config.distillation.pools:
+            found.append(StoredTeacher(name=name, model=model_of(stored_at(of.path).meta.model), number=number))
+        number += name not in beside
+    return tuple(found)
+
+
+def _named(config: Config) -> dict[str, TeacherConfig]:
     given = config.distillation.all_teachers
     names = [TEACHER] if len(given) == 1 else [f"{TEACHER}.{number}" for number in range(len(given))]
-    return {name: of for name, of in zip(names, given, strict=True) if not is_outputs(of.path)}
+    return dict(zip(names, given, strict=True))
+
+
+def computed(config: Config) -> dict[str, TeacherConfig]:
+    """Teachers whose layers are in the student's list, not read from the disk as outputs, by what these begin with."""
+    return {name: of for name, of in _named(config).items() if not is_outputs(of.path)}
 
 
 def _teacher(name: str, given: TeacherConfig, config: Config, student: ModelConfig) -> Teacher:
@@ -103,7 +125,7 @@ def _check(path: str, teacher: ModelConfig, student: ModelConfig) -> None:
         )
 
 
-def matching_of(config: Config, teachers: tuple[Teacher, ...], student: ModelConfig | None = None) -> Matching | None:
+def matching_of(config: Config, teachers: Teachers, student: ModelConfig | None = None) -> Matching | None:
     """What layers are matched. Arguments, and what is raised, as of `teachers_of`."""
     keys, student = config.distillation, student or config.model
     at_depth = Weights(features=keys.features_weight, **keys.at_depth)
@@ -117,11 +139,13 @@ def matching_of(config: Config, teachers: tuple[Teacher, ...], student: ModelCon
             _check_heads(pair, student.sizes, teacher, weights, keys.relation_heads)
     return Matching(
         pairs=pairs, shares=keys.shares, loss=keys.features, weights=weights, heads=keys.relation_heads,
-        standard=frozenset(keys.standardise), pooled=bool(keys.embeddings_weight) or keys.relates_images,
+        standard=frozenset(keys.standardise), pooled=keys.pools,
     )  # fmt: skip
 
 
-def _check_heads(pair: tuple[int, int], student: Sizes, teacher: Teacher, weights: Weights, heads: int | None) -> None:
+def _check_heads(
+    pair: tuple[int, int], student: Sizes, teacher: Teacher | StoredTeacher, weights: Weights, heads: int | None
+) -> None:
     """Raise ConfigError where a pair of blocks has no relations of the same form."""
     both = list(zip((student, teacher.model.sizes), pair, strict=True))
     own, theirs = (of.stages[_stage_of(of, block)] for of, block in both)
@@ -148,7 +172,7 @@ def _check_heads(pair: tuple[int, int], student: Sizes, teacher: Teacher, weight
             )
 
 
-def check_maps(student: ModelConfig, teachers: tuple[Teacher, ...], matching: Matching, context_size: int) -> None:
+def check_maps(student: ModelConfig, teachers: Teachers, matching: Matching, context_size: int) -> None:
     """Raise ConfigError where context ranks would have other patches of a student's block than of the teacher's."""
     axis = Axis(name="context", ranks=tuple(range(context_size)), index=0, planned=True)
     for teacher, pairs in zip(teachers, matching.pairs, strict=True):

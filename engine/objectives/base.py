@@ -76,6 +76,10 @@ class Objective(ABC):
         """Whether a stage of these layers (places in the list) reads the images of a micro-batch."""
         return any("images" in self.layers[place].reads for place in layers)
 
+    def reads_outputs(self, layers: range) -> bool:
+        """Whether a stage of these layers reads stored outputs of teachers."""
+        return any("outputs" in self.layers[place].reads for place in layers)
+
     def reads_texts(self, layers: range) -> bool:
         """Whether a stage of these layers reads the texts of a micro-batch."""
         return any("texts" in self.layers[place].reads for place in layers)

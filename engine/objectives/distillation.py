@@ -20,7 +20,7 @@ from data import Batch
 from engine.config import Config
 from engine.config.distillation import DistillationConfig
 from engine.config.stored import stored_of
-from engine.config.teachers import matching_of, teachers_of
+from engine.config.teachers import matching_of, taught_by
 from engine.objectives.answers import Answer, response, stored_answer, top
 from engine.objectives.base import AdditiveObjective, Outputs
 from engine.objectives.supervised import Supervised
@@ -53,7 +53,7 @@ class Distillation(AdditiveObjective):
     @classmethod
     def of(cls, config: Config) -> Self:
         """As Objective."""
-        teachers = teachers_of(config)
+        teachers = taught_by(config)
         layers = tuple(build_student(config.model, teachers, matching_of(config, teachers)))
         keys = config.distillation
         return cls(
@@ -138,12 +138,16 @@ class Distillation(AdditiveObjective):
         return found
 
     def _answers(self, theirs: Sequence[Tensor], batch: MicroBatch, grid: Grid) -> list[Answer]:
-        """What each teacher says of a micro-batch. Args: theirs: logits of those that are computed, the last first."""
-        computed, read = iter(theirs[::-1]), iter(batch.teachers)
-        return [
-            next(computed) if of is None else stored_answer(next(read, of.blank(batch.labels)), of.meta, grid.tensor)
-            for of in self.outputs
-        ]
+        """What each teacher says of a micro-batch. Args: theirs: logits of those in our list, the last first."""
+        computed, read, answers = iter(theirs[::-1]), iter(batch.teachers), list[Answer]()
+        for of in self.outputs:
+            if of is None:
+                answers.append(next(computed))
+                continue
+            if self.config.pools:
+                next(computed)  # of a head that has features alone
+            answers.append(stored_answer(next(read, of.blank(batch.labels)), of.meta, grid.tensor))
+        return answers
 
     def _whole(self, losses: Mapping[str, Tensor], outputs: Outputs) -> Tensor:
         """Of the last layer's targets together, [B]; where all are at depth nothing, but to be differentiated."""

@@ -7,13 +7,14 @@ So the loss is a joint one, and a step takes two passes, or one whose schedule r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
 import torch
 from torch import Tensor
 
+from data import Batch
 from engine.config import Config
 from engine.objectives.base import Evaluation, JointLoss, JointObjective, Keys, Outputs
 from engine.objectives.distillation import Distillation
@@ -45,6 +46,10 @@ class DistillationOfBatch(JointObjective):
         each = Distillation.of(config)
         passes = 1 if config.distillation.passes == 1 else 2
         return cls(each=each, layers=each.layers, passes=passes, targets=each.targets)
+
+    def stored(self, batch: Batch, *, training: bool) -> tuple[Mapping[str, Tensor], ...]:
+        """As Objective."""
+        return self.each.stored(batch, training=training)
 
     def joint_loss(
         self, outputs: Sequence[Outputs], batches: Sequence[MicroBatch], grid: Grid, keys: Keys | None = None

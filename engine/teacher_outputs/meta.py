@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import DTypeLike
 
 from engine.errors import ConfigError
 from parallel.checkpoint.manifest import checksum
@@ -25,21 +24,25 @@ class Meta:
     """What is stored, of what.
 
     Attributes:
-        teacher: fingerprint of the weights. shown: how the images were given to it, and its number format.
+        teacher: fingerprint of the weights. model: keys of it, resolved. shown: how the images were given to it, and
+            its number format.
         classes: of its logits. kept: the likeliest so many of each image; classes: all, in their order.
         temperature: at which the mass of all classes that are not kept was added up; None: all are kept.
-        number_format: of logits. key: what rows are of: draws of the training stream, or, where images are not
-            augmented, images by their numbers. images: keys of `data` and others that say what pixels are.
+        features: pooled ones that are kept, too; 0: none. number_format: of logits and features.
+        key: what rows are of: draws of the training stream, or, where images are not augmented, images by their
+            numbers. images: keys of `data` and others that say what pixels are.
         sets: of each part of the data, how many images there are, and their fingerprint.
         rows: of the training part that are wanted; of the held-out part there are as many as images.
         rows_per_file: at most.
     """
 
     teacher: str
+    model: Mapping[str, Any]
     shown: Mapping[str, Any]
     classes: int
     kept: int
     temperature: float | None
+    features: int
     number_format: Literal["fp32", "fp16"]
     key: Literal["draw", "image"]
     images: Mapping[str, Any]
@@ -62,10 +65,10 @@ class Meta:
     @property
     def row(self) -> np.dtype[Any]:
         """Of a row: `logits` [k]; where not all are kept `ids` of their classes [k], and `rest`, the logarithm of the
-        sum of exp(logit / temperature) over all others."""
-        logits: list[tuple[Any, ...]] = [("logits", {"fp32": "<f4", "fp16": "<f2"}[self.number_format], (self.kept,))]
-        few: list[tuple[Any, ...]] = [("ids", "<i4", (self.kept,)), ("rest", "<f4")]
-        form: DTypeLike = logits if self.keeps_all else [*few, *logits]
+        sum of exp(logit / temperature) over all others; `features`, where any are kept."""
+        real = {"fp32": "<f4", "fp16": "<f2"}[self.number_format]
+        form: list[tuple[Any, ...]] = [] if self.keeps_all else [("ids", "<i4", (self.kept,)), ("rest", "<f4")]
+        form += [("logits", real, (self.kept,)), *[("features", real, (self.features,))] * (self.features > 0)]
         return np.dtype(form)
 
     def rows_of(self, part: Part) -> int:

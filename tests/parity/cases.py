@@ -133,7 +133,7 @@ TAUGHT: dict[str, tuple[ModelConfig, tuple[TeacherConfig, ...], DistillationConf
     ),
     "taught_by_two": (
         MODELS["pyramid"], (teacher(_TEACHER, weight=3.0), stored(teacher(_PYRAMID, image_size=(14, 16)))),
-        DistillationConfig(label_weight=0.0, response="sigmoid"),
+        DistillationConfig(label_weight=0.0, response="sigmoid", embeddings_weight=2.0),
     ),
     # at depth: wider rows, and a student that is a part of its teacher, with larger patches; another map of patches, of
     # a pyramid; losses of all kinds

@@ -25,9 +25,11 @@ from engine.config import Config
 from engine.config.distillation import DistillationConfig, TeacherConfig
 from engine.config.stored import meta_of
 from engine.config.teachers import teachers_of
+from engine.run.agreement import code_version
 from engine.teacher_outputs.shards import begin, ranges, write_rows
 from model import ModelConfig, VisionTransformer
 from model.formats.base import ConversionError
+from tests.engine.objectives.plain_relations import pooled
 
 _PATIENCE = 30.0  # seconds
 _MODELS: dict[str, ModelConfig] = {}
@@ -44,7 +46,7 @@ def teacher(model: ModelConfig, **keys: Any) -> TeacherConfig:
 
 def stored(of: TeacherConfig) -> TeacherConfig:
     """What he makes of the images of a case; it is there once `write_outputs` has seen the case's configuration."""
-    path = f"{of.path}-{blake2b(repr(of).encode(), digest_size=8).hexdigest()}"
+    path = f"{of.path}-{blake2b(f'{of} {code_version()}'.encode(), digest_size=8).hexdigest()}"
     _STORED[path] = of
     return TeacherConfig(path=path, weight=of.weight)
 
@@ -73,7 +75,10 @@ def write_outputs(config: Config, draws: int) -> None:
 def _write(folder: Path, config: Config, sets: tuple[Dataset, Dataset], draws: int) -> None:
     """Of a configuration of one teacher."""
     (teacher,), size = teachers_of(config), {"micro_batch_size": 20, "data_rank": 0, "data_size": 1}
-    meta = meta_of(config, teacher, "his", sets, kept=None, rows=draws, number_format="fp32", rows_per_file=64)
+    meta = meta_of(
+        config, teacher, "his", sets, kept=None, features=teacher.model.sizes.last.width, rows=draws,
+        number_format="fp32", rows_per_file=64,
+    )  # fmt: skip
     begin(folder, meta)
     model, path = VisionTransformer(teacher.model), str(config.distillation.teacher)
     model.load(dict(VisionTransformer.from_pretrained(path).named_parameters()), _MODELS[path].resolve())
@@ -83,10 +88,14 @@ def _write(folder: Path, config: Config, sets: tuple[Dataset, Dataset], draws: i
         "training": training, "held_out": EvalStream(sets[1], config=config.data, **size)
     }  # fmt: skip
     for part, batches in streams.items():
-        logits = torch.cat([model(teacher.pixels.of(batch.images)) for batch in batches if batch.images is not None])
+        with pooled(model) as features:
+            logits = torch.cat(
+                [model(teacher.pixels.of(x)) for x in (batch.images for batch in batches) if x is not None]
+            )
+        known = torch.cat(features)
         for span in ranges(meta, part):
             rows = np.empty(len(span), meta.row)
-            rows["logits"] = logits[span.start : span.stop]
+            rows["logits"], rows["features"] = logits[span.start : span.stop], known[span.start : span.stop]
             write_rows(folder, part, span.start, rows)
 
 

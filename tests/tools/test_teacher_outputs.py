@@ -31,7 +31,11 @@ from tools.teacher_outputs.__main__ import main
 
 TOOL, TRAINING = "tools.teacher_outputs.__main__", "pretrain_vit"
 DRAWN = {"objective": "distillation", "data__rotate": "20", "train__steps": "3", "train__global_batch_size": "16"}
-PLAIN = {"objective": "distillation", "train__steps": "6", "train__global_batch_size": "16", "log__interval": "1"}
+PLAIN = {
+    "objective": "distillation", "train__steps": "6", "train__global_batch_size": "16", "log__interval": "1",
+    "distillation__embeddings_weight": "1", "distillation__relations": "distances",
+    "distillation__relations_weight": "2",
+}  # fmt: skip
 DRAWS, IMAGES, HELD_OUT, KEPT = 48, 32, 8, 3
 
 
@@ -57,7 +61,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "two data ranks": (TOOL, 2, [*drawn(), "--train.steps", "1", *two]),
         "a longer run, in another layout": (TOOL, 4, [*drawn(), *split, "--train.micro_batch_size", "4", *two]),
         "few": (TOOL, 1, [*drawn(), *few, "--top-k", str(KEPT), "--number-format", "fp16"]),
-        "images": (TOOL, 1, [*plain(), *images]),
+        "images": (TOOL, 1, [*plain(), *images, "--features"]),
         "online": (TRAINING, 1, plain(run_dir=str(folder / "online"))),
         "stored": (TRAINING, 2, [*stored, *split[:2]]),
     }
@@ -124,7 +128,8 @@ def test_a_student_of_outputs_learns_what_it_learns_beside_its_teacher(made: Pat
         [json.loads(line) for line in (made / run / "metrics.jsonl").read_text().splitlines()]
         for run in ("online", "stored")
     ]
-    for name in ("loss", "loss_response", "grad_norm", "accuracy", "teacher_accuracy"):
+    told = ("loss", "loss_response", "loss_embeddings", "loss_distances", "grad_norm", "accuracy", "teacher_accuracy")
+    for name in told:
         online, stored = ([line[name] for line in of if name in line] for of in lines)
         assert online and stored == pytest.approx(online, rel=1e-5), name
 
@@ -174,6 +179,7 @@ def test_damage_is_found(opened: Path) -> None:
         ("two", {"distillation__teacher_dtype": "bf16"}, r"is stored outputs, so its dtype bf16 comes too late"),
         ("two", {"distillation__features_weight": "1"}, r"features_weight is 1\.0, but the teacher .* neither layers"),
         ("two", {"distillation__start_from": "even"}, r"start_from is even, but the teacher .* is stored outputs"),
+        ("two", {"distillation__embeddings_weight": "1"}, r"asks for pooled features .* has logits alone: write both"),
         ("few", {"distillation__response": "sigmoid"}, r"response is sigmoid, .* the likeliest 3 of 10 classes: write"),
         ("few", {"distillation__standardise": "logits"}, r"standardise has logits, .* the likeliest 3 of 10 classes"),
         ("few", {"distillation__temperature": "4"}, r"temperature is 4\.0, but .* at temperature 2\.0: use that, or"),

@@ -30,7 +30,8 @@ from engine.run.teachers import load_teacher
 from engine.run.trainer import total_steps
 from engine.teacher_outputs.meta import FILE, PARTS, Meta, Part, read_meta
 from engine.teacher_outputs.shards import begin, missing, write_rows
-from model import build_teacher
+from model import Build, build_teacher
+from model.heads import pooled_features
 from model.kernels import Kernels
 from parallel import comm, process_group
 from parallel.grid import Grid, world_axis
@@ -84,9 +85,11 @@ def _meta(request: Request, images: Images) -> Meta:
     """
     options, run = request.options, request.run
     draws = total_steps(run, len(images.train)) * run.train.global_batch_size
+    features = pooled_features(Build(config=request.teacher.model)) if options.features else 0
     meta = meta_of(
         run, request.teacher, found_of(request.given).fingerprint, (images.train, images.test),
-        kept=options.top_k, rows=draws, number_format=options.number_format, rows_per_file=options.rows_per_file,
+        kept=options.top_k, features=features, rows=draws, number_format=options.number_format,
+        rows_per_file=options.rows_per_file,
     )  # fmt: skip
     out = prepare_folder(options.out, "--out")
     if not (out / FILE).exists():
@@ -102,7 +105,8 @@ def _meta(request: Request, images: Images) -> Meta:
 def _assembled(request: Request, order: ClassOrder, grid: Grid, device: torch.device, world: World) -> Assembly:
     """The teacher on this rank, his classes in the data's order. Collective."""
     config, teacher = request.config, request.teacher
-    objective = Forward(tuple(build_teacher(teacher, request.run.model.sizes.image)))
+    layers = build_teacher(teacher, request.run.model.sizes.image, pooled=request.options.features)
+    objective = Forward(tuple(layers))
     assembly = assemble(config, grid, device, objective, device_memory=memory_share(device, world))
     load_teacher(assembly, teacher, request.given, order.places)
     return assembly
@@ -132,14 +136,15 @@ def _write(request: Request, meta: Meta, images: Images, assembly: Assembly, loc
 
 
 def _introduction(request: Request, meta: Meta, grid: Grid, device: torch.device, files: int) -> str:
-    kept = "all" if meta.keeps_all else f"{meta.kept} of"
+    kept = ("all" if meta.keeps_all else f"{meta.kept} of") + f" {meta.classes} classes"
+    kept += f" and {meta.features} features" * (meta.features > 0)
     size = (meta.rows + meta.held_out_rows) * meta.row.itemsize / 1e6
     layout = " x ".join(f"{axis} {size}" for axis, size in grid.shape.__dict__.items())
     found = found_of(request.given)
     return "\n".join([
         f"teacher     {found.path} ({meta.teacher}), {meta.shown['dtype']}",
         f"layout      {layout}; {describe(device)}",
-        f"outputs     {kept} {meta.classes} classes of {meta.rows} {meta.key}s and {meta.held_out_rows} held-out "
+        f"outputs     {kept} of {meta.rows} {meta.key}s and {meta.held_out_rows} held-out "
         f"images, {size:.1f} MB in all; {files} file(s) to be written",
     ])  # fmt: skip
 

@@ -107,7 +107,10 @@ def make_parser() -> argparse.ArgumentParser:
         help="keep the K likeliest classes of each image, and the mass of all others at distillation.temperature "
         "(default: all classes)",
     )  # fmt: skip
-    parser.add_argument("--number-format", choices=("fp32", "fp16"), default="fp32", help="of logits (default: fp32)")
+    parser.add_argument("--features", action="store_true", help="keep the pooled features before the classifier, too")
+    parser.add_argument(
+        "--number-format", choices=("fp32", "fp16"), default="fp32", help="of logits and features (default: fp32)"
+    )
     parser.add_argument("--teacher", type=int, default=0, metavar="N", help="which of several, from 0 (default: 0)")
     parser.add_argument(
         "--rows-per-file", type=number(COUNT), default=ROWS_PER_FILE,

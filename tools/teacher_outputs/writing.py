@@ -35,8 +35,8 @@ class Teaching:
     def __init__(self, assembly: Assembly, meta: Meta, sets: tuple[Dataset, Dataset], seed: int) -> None:
         self._assembly, self._meta, self._seed = assembly, meta, seed
         self._sets: dict[Part, Dataset] = {"training": sets[0], "held_out": sets[1]}
-        width = meta.classes if meta.keeps_all else 2 * meta.kept + 1
-        self._extractor = Extractor(assembly, self._columns, width)
+        self._kept = meta.classes if meta.keeps_all else 2 * meta.kept + 1
+        self._extractor = Extractor(assembly, self._columns, self._kept + meta.features)
 
     def rows(self, part: Part, span: range) -> Rows:
         """Rows of a part of the data, on every rank. Collective.
@@ -48,12 +48,15 @@ class Teaching:
         found = self._extractor.rows(self._batches(part, span), len(span), what).gather(np.arange(len(span))).numpy()
         rows, k = np.empty(len(span), self._meta.row), self._meta.kept
         with np.errstate(over="ignore"):
+            if self._meta.features:
+                rows["features"] = found[:, self._kept :]
             if self._meta.keeps_all:
-                rows["logits"] = found
+                rows["logits"] = found[:, :k]
             else:
                 rows["ids"], rows["logits"], rows["rest"] = found[:, :k], found[:, k : 2 * k], found[:, 2 * k]
-        if not np.isfinite(rows["logits"]).all():
-            raise ConfigError(f"logits of {what} overflow in {self._meta.number_format}: use --number-format fp32")
+        for name in (name for name in ("logits", "features") if name in (rows.dtype.names or ())):
+            if not np.isfinite(rows[name]).all():
+                raise ConfigError(f"{name} of {what} overflow in {self._meta.number_format}: use --number-format fp32")
         return rows
 
     def _batches(self, part: Part, span: range) -> Iterator[Batch]:
@@ -75,13 +78,15 @@ class Teaching:
         yield from islice(chain.from_iterable(stream.steps(0)), -(-len(span) // (micro * data.size)))
 
     def _columns(self, outputs: tuple[Tensor, ...], batch: MicroBatch) -> Tensor:
-        """Logits [B, C/T] -> what is kept of them, side by side, fp32, alike on tensor and context ranks."""
-        logits, meta, axis = outputs[0].float(), self._meta, self._assembly.grid.tensor
+        """Logits [B, C/T], features beside them -> what is kept, side by side, fp32, alike on tensor and context
+        ranks."""
+        given, meta, axis = outputs[0].float(), self._meta, self._assembly.grid.tensor
+        logits, features = given.split([given.shape[1] - meta.features, meta.features], 1)
         if meta.keeps_all:
-            return gather_features(logits, self._assembly.build.tp, meta.classes)
+            return torch.cat([gather_features(logits.contiguous(), self._assembly.build.tp, meta.classes), features], 1)
         assert meta.temperature is not None
         kept = likeliest(logits, meta.kept, meta.classes, axis, meta.temperature)
         places, mine = own_classes(kept.ids, meta.classes, axis)
         exact = comm.all_reduce(torch.where(mine, logits.gather(1, places), 0), axis)
         rest = kept.rest + exact[:, 0] / meta.temperature - kept.values[:, 0]
-        return torch.cat([kept.ids.float(), exact, rest[:, None]], 1)
+        return torch.cat([kept.ids.float(), exact, rest[:, None], features], 1)

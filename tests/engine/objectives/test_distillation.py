@@ -202,7 +202,7 @@ def test_gradients_are_those_of_plain_pytorch(model: str) -> None:
                 loss = loss + weight * share / len(pairs) * each
     loss.backward()
     assert ours.losses[0] == pytest.approx(loss.item(), rel=1e-5)
-    assert any(name.startswith("match.") for name in trained) == (keys.features_weight > 0)
+    assert any(name.startswith("match.") for name in trained) == bool(keys.features_weight or keys.embeddings_weight)
     for name, parameter in trained.items():
         expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         assert (ours.first_grads[name] - expected).norm() <= 1e-4 * expected.norm(), name
