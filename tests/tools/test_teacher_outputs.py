@@ -18,7 +18,8 @@ from data import Dataset, TrainStream, build_datasets
 from engine.config import Config
 from engine.config.cli import parse
 from engine.config.stored import check_rows
-from engine.errors import ConfigError
+from engine.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
+from engine.run.trainer import pretrain
 from engine.teacher_outputs.meta import read_meta
 from engine.teacher_outputs.shards import StoredOutputs, stored_at
 from model import ModelConfig, VisionTransformer
@@ -132,6 +133,18 @@ def test_a_student_of_outputs_learns_what_it_learns_beside_its_teacher(made: Pat
     for name in told:
         online, stored = ([line[name] for line in of if name in line] for of in lines)
         assert online and stored == pytest.approx(online, rel=1e-5), name
+
+
+def test_a_run_goes_on_with_outputs_and_needs_more_of_them_to_be_longer(opened: Path, tmp_path: Path) -> None:
+    def run(**keys: str) -> int:
+        stored = flags(**DRAWN | keys, distillation__teacher=str(opened / "two"), run_dir=str(tmp_path))
+        return pretrain(parse([*stored, "--log.interval", "1"], "test")[0], World())
+
+    assert run(train__stop_step="1") == EXIT_STOPPED and run() == EXIT_DONE
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["event"] == "train"] == [1, 2, 3]
+    with pytest.raises(ConfigError, match=r"has outputs of 48 draws, and the run needs 64"):
+        run(train__steps="4")
 
 
 def test_what_is_there_is_kept_and_what_is_missing_written(opened: Path, capsys: pytest.CaptureFixture[str]) -> None:
