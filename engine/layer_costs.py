@@ -18,6 +18,7 @@ from engine.recompute.bench import Place, measure
 from engine.recompute.costs import LayerCost
 from engine.recompute.regions import Recompute, split_place
 from engine.recompute.save_sets import SAVE_SETS, SaveSet
+from model.matching import MATCH
 from model.regions import Region
 from parallel.config import ParallelConfig
 from parallel.grid import GridShape, planned_grid
@@ -111,7 +112,9 @@ class LayerCosts:
         rows, rides = spec.parted(flow)
         reads = spec.reads_rides or layer == len(a.layers) - 1  # with which the loss is counted
         carries = rows is not None and rows[2]
-        return Place(given=rows and rows[:2], carries=carries, rides=rides, reads=reads, ridden=ridden)
+        # of what matches a layer: the block behind keeps what its norm is given, another match nothing of it
+        shares = spec.kind == MATCH and not (spec.beside or a.build.norm_from_output)
+        return Place(given=rows and rows[:2], carries=carries, rides=rides, reads=reads, ridden=ridden, shares=shares)
 
     def _kind_of(self, layer: int) -> object:
         a, spec = self._assembly, self._assembly.layers[layer]

@@ -40,13 +40,16 @@ class Layers(nn.Module):
 class Stage(Layers):
     """Layers of one pipeline stage."""
 
-    def forward(self, inputs: tuple[Tensor, ...], batch: MicroBatch) -> tuple[Tensor, ...]:
+    def forward(self, inputs: Sequence[Tensor], batch: MicroBatch) -> tuple[Tensor, ...]:
         """What flows over the boundary before (nothing, for the first stage) -> what flows over that after, or what the
         last layer gives: logits, or the embeddings of two towers.
 
-        That is the rows of the layer before, then, in a later tower, what earlier towers have given.
+        That is the rows of the layer before, then, in a later tower, what earlier towers have given. A list is emptied,
+        so that what a layer was the last to read is gone when it is over.
         """
-        flow = inputs
+        flow = tuple(inputs)
+        if isinstance(inputs, list):
+            inputs.clear()
         for spec in self.specs:
             flow = self.run(spec, self.get_submodule(spec.name), flow, batch)
         return flow

@@ -8,6 +8,7 @@ costs of layers add up to what a stage of them holds, whatever the save sets of 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -38,6 +39,7 @@ class Place:
             output is to ride.
         first, last: of its stage, which holds what it has received until its backward is over: the input where it
             carries a gradient, the gradient of the output.
+        shares: whether the layer behind keeps its input, so that what this one keeps of its output is that one's.
         splits: whether backward comes in two parts. notes: whether what is to be computed again is noted, for a
             schedule that recomputes (R). ahead: whether an R runs it: the cost is from there on, as if that were the
             forward. arises: whether the layer is in the stage whose output the ride is. joined: whether that is which
@@ -51,6 +53,7 @@ class Place:
     ridden: bool = False
     first: bool = False
     last: bool = False
+    shares: bool = False
     splits: bool = False
     notes: bool = False
     ahead: bool = False
@@ -86,11 +89,17 @@ def measure(
         forward = counter.restart()
         assert y is not None
         root, gradient = _root(y, place)
+        output = y.untyped_storage()
+        size, memory = output.nbytes(), weakref.ref(output)
         y, away = None, sent()
+        del output
         x = x if place.first and place.carries else None
         rides = () if place.arises else tuple(ride for ride in rides if ride is not None and ride.requires_grad)
         kept = counter.now
+        if place.shares and not (place.last or place.waits) and memory() is not None:
+            kept -= size
         if root is None:
+            forward = kept if place.ahead else forward  # nothing of it is run again
             return with_rides(LayerCost(kept=kept, forward=forward, backward=0, away=away), place)
         if place.ahead:
             counter.restart()

@@ -33,8 +33,11 @@ Head = Callable[[Tensors, Any], Tensor]
 class StageModule(Protocol):
     """One pipeline stage."""
 
-    def __call__(self, inputs: Tensors, micro_batch: Any) -> Tensors:
-        """Inputs of the boundary before (none for the first stage) -> outputs of the boundary after."""
+    def __call__(self, inputs: list[Tensor], micro_batch: Any) -> Tensors:
+        """Inputs of the boundary before (none for the first stage) -> outputs of the boundary after.
+
+        The list is the stage's: it may empty it, to let go of what it has used.
+        """
 
 
 class Deferrer(Protocol):
@@ -172,7 +175,7 @@ class LocalStage:
 
     def forward(self, m: int) -> None:
         """Outputs of micro-batch m, or its loss."""
-        inputs = self.inputs.take(m) if self.inputs is not None else ()
+        inputs = list(self.inputs.take(m)) if self.inputs is not None else []
         carrying = tuple([inputs[i] for i in self._carrying_in]) if self._trains else ()
         for x in carrying:
             x.requires_grad_()
@@ -193,7 +196,7 @@ class LocalStage:
                     edges[i] = None
             self._kept[m] = _Kept(kept, edges)
 
-    def _run(self, inputs: Tensors, m: int) -> Tensors:
+    def _run(self, inputs: list[Tensor], m: int) -> Tensors:
         if self.recomputer is None or not self._trains:
             return self.module(inputs, self._micro_batches[m])
         with self.recomputer.noting() as self._dropped[m]:

@@ -33,6 +33,8 @@ def _cases() -> Iterator[tuple[Case, str]]:
     yield Case("sequential", data=2, zero=2, micro_batches=2), "qk_norm"
     yield Case("sequential", pipeline=2, micro_batches=2, freeze=FRONT), "attention"
     yield Case("sequential", pipeline=2, micro_batches=4, freeze=("blocks.[12]",), schedule="zb_v"), "norm"
+    yield Case("matched", pipeline=4, micro_batches=4, schedule="zb_h1"), "qk_norm"  # a teacher's rows ride in and out
+    yield Case("matched_to_two", precision="bf16", **several), "input"
 
 
 CASES = dict.fromkeys(_cases())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from parallel.pipeline.boundary import TensorSpec
@@ -22,7 +23,7 @@ def test_of_an_input_that_is_an_output_nothing_is_kept_and_its_gradient_is_that_
     outputs, given_back = dict[int, Tensors](), dict[int, Tensors]()
     weight = torch.full(SHAPE, 3.0, requires_grad=True)
 
-    def module(given: Tensors, _: object) -> Tensors:
+    def module(given: list[Tensor], _: object) -> Tensors:
         x, ride, still = given
         return ride, x * weight, still  # in another place
 
