@@ -114,10 +114,10 @@ def _traced(config: ModelConfig, notes: Mapping[str, _Note], grads: Sequence[Ten
     if probe is None:
         wide = torch.promote_types(last.q.dtype, torch.float32)  # that of rows
         start = pooled_tokens(config).expand(images, -1).to(last.q.device, wide)
-    return Trace(_with_merges(config, list(seen.values())), start, probe)
+    return Trace(with_merges(config, list(seen.values())), start, probe)
 
 
-def _with_merges(config: ModelConfig, blocks: list[Seen]) -> list[Mixing | Merging]:
+def with_merges(config: ModelConfig, blocks: Sequence[Mixing]) -> list[Mixing | Merging]:
     """The blocks, and the patch merges between stages."""
     sizes, steps, done = config.sizes, list[Mixing | Merging](), 0
     for stage in sizes.stages:

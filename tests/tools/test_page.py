@@ -57,7 +57,7 @@ def written(model: VisionTransformer, path: Path, **asked: Any) -> list[str]:
     pixels = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
     scenes = [Scene(f"image <{i}>", x, model.sizes.patch) for i, x in enumerate(pixels)]
     return write_page(
-        path, "a & b </script>", model.config, wanted, lambda image: model.capture(image, **asked), images, scenes
+        path, "a & b </script>", model.config, wanted, lambda image, _: model.capture(image, **asked), images, scenes
     )
 
 
@@ -78,7 +78,7 @@ def test_the_page_unpacks_what_was_captured(
     name: str, shade: int, way: int, browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shades, "SHADES", (shade,))
-    monkeypatch.setattr(shades, "_DIFFERENCES", {way: shades._DIFFERENCES[way]})
+    monkeypatch.setattr(shades, "DIFFERENCES", {way: shades.DIFFERENCES[way]})
     written(model := MODELS[name], tmp_path / "page.html")
     browser.open(tmp_path / "page.html")
     browser.value("showImage(1)")
@@ -210,7 +210,7 @@ def test_what_a_page_has_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_shades_are_as_many_as_there_is_room_for() -> None:
     rows = torch.randn(2, 2, 40, 64).softmax(-1)
     layers = [shades.Rows.of(x, torch.zeros(2, 40)) for x in rows]
-    sizes = {n: sum(len(layer.coded(n)) for layer in layers) for n in shades.SHADES}
+    sizes = {n: sum(len(layer.coded(n, layer.way())) for layer in layers) for n in shades.SHADES}
     assert list(sizes.values()) == sorted(sizes.values(), reverse=True)
     for room, most in ((sizes[12], 12), (sizes[12] - 1, 10), (sizes[256], 256), (1, 3)):
         count, coded = shades.fitted(layers, room)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,14 +15,19 @@ from PIL import Image
 from data.decode import decode
 from engine.errors import ConfigError
 from model import ImageText, TextConfig, VisionTransformer
+from model.formats.base import Preprocessing
 from model.seeing.trace import map_of, trace
 from parallel.process_group import World
 from tests.model.small import TINY
+from tests.tools.jobs import run_jobs
 from tools.convert.images import prepared
 from tools.visualize import __main__ as command
-from tools.visualize import methods
-from tools.visualize.methods import METHODS, READS, Asked
+from tools.visualize import methods, models
+from tools.visualize.methods import METHODS, READS
+from tools.visualize.of_rows import of_heads
+from tools.visualize.options import parse_options
 from tools.visualize.pictures import Scene, enlarged, names_of
+from tools.visualize.shown import Asked
 from tools.visualize.texts import METHODS as METHODS_OF_TEXTS
 
 NAMES = ("one.png", "two.png", "sub/one.png")
@@ -34,6 +40,9 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     model = VisionTransformer(replace(TINY, pool="gap", registers=1, in_channels=3))
     model.save_pretrained(folder / "model")
+    texts = TextConfig(width=16, depth=1, num_heads=2, context_length=30)
+    pair = ImageText(replace(TINY, pool="map", num_classes=None, in_channels=3), texts, embedding=8)
+    pair.save_pretrained(folder / "pair")
     model._description = replace(model._description, embeds=True)
     model.save_pretrained(folder / "tower")
     (folder / "images/sub").mkdir(parents=True)
@@ -51,12 +60,12 @@ def run(places: Path, out: Path, method: str, *more: str, model: str = "model") 
 
 @pytest.fixture(autouse=True)
 def _as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "prepare_cpu", lambda world: None)
+    monkeypatch.setattr(models, "prepare_cpu", lambda world: None)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method(method: str, places: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given = {"masks": "10", "clusters": "3", "batch": "2"}
+    given = {"masks": "10", "clusters": "3", "batch": "2", "steps": "8"}
     more = [word for name in given if name in READS[method] for word in (f"--{name}", given[name])]
     assert run(places, tmp_path / "out", method, *more) == 0
     written = sorted(path.name for path in (tmp_path / "out").iterdir())
@@ -84,7 +93,7 @@ def test_of_one_patch_and_some_layers(places: Path, tmp_path: Path) -> None:
     found = np.load(tmp_path / "heads.npz")
     model = VisionTransformer.from_pretrained(places / "model")
     images = torch.stack(
-        [command._read(path, model, model.preprocessing or command.Preprocessing()) for path in
+        [prepared(path, 3, (8, 8), model.preprocessing or Preprocessing()) for path in
          command.images_in(places / "images", 9, tmp_path)]
     )  # fmt: skip
     expected = model.capture(images, layers=[1], heads=[3], queries=[1 + 2 * 4 + 1])["blocks.1"].maps[:, 0, 0]
@@ -100,6 +109,8 @@ def test_of_one_patch_and_some_layers(places: Path, tmp_path: Path) -> None:
         ("classes 0 to 4", "chefer", ("--target", "5")), ("48 patches", "clusters", ("--clusters", "49")),
         ("invalid choice", "gradcam", ()), ("heads 0 to 3", "heads", ("--heads", "-1")),
         ("rollout does not read --layers, --target: .* reads --batch", "rollout", ("--layers", "0", "--target", "1")),
+        ("--parallel.*is of a model over several ranks", "rollout", ("--parallel.tensor_parallel_size", "2")),
+        ("--nowhere is no option", "rollout", ("--nowhere", "2")), ("blocks 0 to 1", "page", ("--layers", "2")),
     ],
 )  # fmt: skip
 def test_refusals(words: str, method: str, more: Sequence[str], places: Path, tmp_path: Path) -> None:
@@ -115,10 +126,6 @@ def test_features_of_an_embedding_are_no_classes(places: Path, tmp_path: Path) -
 
 def test_of_texts(places: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A map for each, by the likeness to it; the tokenizer is that of the run, or is given."""
-    texts = TextConfig(width=16, depth=1, num_heads=2, context_length=30)
-    ImageText(replace(TINY, pool="map", num_classes=None, in_channels=3), texts, embedding=8).save_pretrained(
-        places / "pair"
-    )
     said = ("--text", "a red, fuzzy thing that goes on for long", "--text", "dé")
     for method in METHODS_OF_TEXTS:
         more = ("--masks", "10") if method == "rise" else ()
@@ -131,7 +138,7 @@ def test_of_texts(places: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     for words, model, method, more in (
         ("does not say how texts become tokens", "pair", "chefer", said),
         ("without a text tower", "model", "chefer", said),
-        ("explains no score: take gradient", "pair", "rollout", said),
+        ("explains no likeness to texts: take gradient", "pair", "rollout", said),
         ("likeness", "pair", "rise", (*said, "--target", "1")),
         ("is of --text", "pair", "rise", ("--tokenizer", "bytes")), ("given twice", "pair", "rise", said[:2] * 2),
         ("--tokenizer=none", "pair", "rise", (*said, "--tokenizer", "none")),
@@ -170,7 +177,7 @@ def test_images_are_decoded_as_in_training(tmp_path: Path) -> None:
     exif[0x0112] = 6
     colors.save(tmp_path / "turned.png", exif=exif)
     Image.fromarray((np.arange(16 * 24).reshape(16, 24) * 170).astype("<u2")).save(tmp_path / "deep.png")
-    how = command.Preprocessing(mean=(0.0,) * 3, std=(1.0,) * 3, interpolation="bilinear")
+    how = Preprocessing(mean=(0.0,) * 3, std=(1.0,) * 3, interpolation="bilinear")
     for name in ("turned.png", "deep.png"):
         for channels in (1, 3):
             expected = decode(str(tmp_path / name), np.array([1.0, 1.0, 0.5, 0.5]), (channels, 8, 12))
@@ -181,10 +188,10 @@ def test_images_are_decoded_as_in_training(tmp_path: Path) -> None:
 def test_heads_that_take_nothing_of_patches_and_half_of_a_class_token() -> None:
     torch.manual_seed(0)
     images = torch.randn(2, 3, 8, 8)
-    probe = methods.heads(VisionTransformer(replace(TINY, pool="map")).eval(), images, Asked())
-    assert probe.arrays["head.distance"].isnan().all() and methods.of_heads(probe)[-1].endswith("     - patches")
+    probe = METHODS["heads"](VisionTransformer(replace(TINY, pool="map")).eval(), images, Asked())
+    assert probe.arrays["head.distance"].isnan().all() and of_heads(probe)[-1].endswith("     - patches")
     model = VisionTransformer(replace(TINY, pool="cls_gap")).eval()
-    found = methods.mean(model, images, Asked()).maps["blocks.1", "mean of heads"]
+    found = METHODS["mean"](model, images, Asked()).maps["blocks.1", "mean of heads"]
     rows = model.capture(images)["blocks.1"].maps.mean(1)
     assert torch.allclose(found, (rows[:, 0] + rows[:, 1:].mean(1)) / 2, atol=1e-6)
 
@@ -215,3 +222,64 @@ def test_a_map_lies_over_its_own_pixels() -> None:
     assert (enlarged(field[:1, :1] + 7, scene, smooth=True) == 7).all()
     pixels = torch.arange(40.0).view(8, 5, 1)
     assert np.array_equal(enlarged(pixels, scene, smooth=False)[::times, ::times], pixels.numpy())
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_integrated_gradients(found: bool, places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the sum written out, at the points of the same rule; and without captum, in words."""
+    if not found:
+        monkeypatch.setitem(sys.modules, "captum.attr", None)
+        with pytest.raises(ConfigError, match="is captum's, which is not installed: pip install captum"):
+            run(places, tmp_path, "integrated_gradients")
+        return
+    assert run(places, tmp_path, "integrated_gradients", "--target", "2", "--steps", "9", "--batch", "2") == 0
+    arrays = np.load(tmp_path / "integrated_gradients.npz")
+    model = VisionTransformer.from_pretrained(places / "model")
+    paths = command.images_in(places / "images", 9, tmp_path)
+    images = torch.stack([prepared(path, 3, (8, 8), model.preprocessing or Preprocessing()) for path in paths])
+    total = torch.zeros_like(images)
+    for x, weight in zip(*np.polynomial.legendre.leggauss(9), strict=True):
+        shown = ((x + 1) / 2 * images).float().requires_grad_()
+        total += weight / 2 * torch.autograd.grad(model.logits(shown)[:, 2].sum(), shown)[0]
+    assert np.allclose(arrays["attributions"], total * images, atol=1e-5)
+    assert np.allclose(arrays["integrated gradients"], (total * images).sum(1), atol=1e-5)
+    difference = (model.logits(images) - model.logits(torch.zeros_like(images)))[:, 2]
+    missing = arrays["attributions"].sum((1, 2, 3)) - difference.detach().numpy()
+    assert np.allclose(arrays["missing"], missing, atol=1e-5)
+
+
+def test_many_ranks_have_methods_of_rows_alone() -> None:
+    argv = ["--checkpoint", "x", "--images", "x", "--out", "x", "--method"]
+    with pytest.raises(ConfigError, match="chefer is for one process, and here are 2 ranks: take heads, mean, rollout"):
+        parse_options([*argv, "chefer"], World(size=2))
+    options, flags = parse_options([*argv, "rollout", "--parallel.tensor_parallel_size", "2"], World(size=2))
+    assert flags == ["--parallel.tensor_parallel_size", "2"] and options.most == 32
+
+
+LAYOUTS = {
+    "mean": ["--parallel.pipeline_parallel_size", "2"],
+    "heads": ["--parallel.tensor_parallel_size", "2", "--parallel.pipeline_parallel_size", "2"],
+    "rollout": ["--parallel.context_parallel_size", "2", "--batch", "3"],
+    "page": ["--parallel.tensor_parallel_size", "2", "--parallel.sequence_parallel", "true"],
+}
+
+
+@pytest.mark.slow
+def test_files_of_many_ranks_are_those_of_one(places: Path, tmp_path: Path) -> None:
+    jobs = {}
+    for method, layout in LAYOUTS.items():
+        model = "pair" if method == "mean" else "model"  # the image tower of a contrastive model
+        assert run(places, tmp_path / "one", method, model=model) == 0
+        argv = ["--checkpoint", str(places / model), "--images", str(places / "images"), "--method", method]
+        jobs[method] = ("tools.visualize.__main__", 4, [*argv, "--out", str(tmp_path / "many"), *layout])
+    codes = run_jobs(tmp_path, jobs, timeout=200)
+    assert codes == {method: [0] * 4 for method in LAYOUTS}, [(tmp_path / f"{m}.txt").read_text() for m in LAYOUTS]
+    one, many = ({path.name: path for path in (tmp_path / name).iterdir()} for name in ("one", "many"))
+    assert one.keys() == many.keys()
+    for name in ("mean.npz", "heads.npz", "rollout.npz"):
+        ours, theirs = np.load(one[name]), np.load(many[name])
+        assert set(ours) == set(theirs)
+        for key in set(ours) - {"images"}:
+            assert np.allclose(ours[key], theirs[key], atol=1e-5), (name, key)
+    assert abs(one["page.html"].stat().st_size - many["page.html"].stat().st_size) < 200
+    assert (tmp_path / "page.txt").read_text().count("shades") == 1  # the first rank speaks

@@ -7,138 +7,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from engine.errors import ConfigError
 from model import VisionTransformer
-from model.seeing.capture import PROBE
 from model.seeing.features import POSITIONAL, clusters, components, outliers
-from model.seeing.flow import attention_flow
 from model.seeing.lens import patch_logits
-from model.seeing.measures import distances, entropy
 from model.seeing.perturb import Score, occlusion, rise
-from model.seeing.rollout import Merging, Method, Mixing, Trace, back_through
-from model.seeing.rows import Seen
-from model.seeing.trace import map_of, pooled_tokens, trace
+from model.seeing.rollout import Method, back_through
+from model.seeing.trace import map_of, trace
 from model.sizes import Sizes
+from tools.visualize.of_rows import OF_ROWS
+from tools.visualize.shown import Asked, Shown
 
 _WITHOUT_CLASSES = "take --method heads, mean, rollout, flow, pca or clusters (of two towers, or --text)"
 _TOKENS = 8192  # that RISE and occlusion run at once, unless the images alone have more
-
-
-@dataclass(frozen=True, kw_only=True)
-class Asked:
-    """What the command line says.
-
-    Attributes:
-        layers: numbers of blocks; None: all. heads: numbers, or None. query: row and column of a patch of the first
-            stage; None: what is pooled. target: the class to be explained; None: that of the largest logit. masks,
-            clusters: how many.
-    """
-
-    layers: tuple[int, ...] | None = None
-    heads: tuple[int, ...] | None = None
-    query: tuple[int, int] | None = None
-    target: int | None = None
-    masks: int = 1000
-    clusters: int = 5
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shown:
-    """What there is to draw, and to store.
-
-    Attributes:
-        maps: [B, rows, cols] by names of a line and a column of a sheet. colors: [B, rows, cols, 3] in 0..1, likewise.
-        arrays: anything else to be stored, by name. says: lines to print. smooth: whether there is anything between the
-            centres of patches; not of what has no order.
-    """
-
-    maps: dict[tuple[str, str], Tensor] = field(default_factory=dict)
-    colors: dict[tuple[str, str], Tensor] = field(default_factory=dict)
-    arrays: dict[str, Tensor] = field(default_factory=dict)
-    says: list[str] = field(default_factory=list)
-    smooth: bool = True
-
-
-def heads(model: VisionTransformer, images: Tensor, asked: Asked) -> Shown:
-    """What each head takes of each patch, and how spread and how far it looks."""
-    noted, _ = trace(model, images)
-    shown, arrays = dict[tuple[str, str], Tensor](), dict[str, Tensor]()
-    for name, layer in _layers(noted, asked):
-        row, spread, far = _row(layer, asked, model)
-        arrays |= {f"{name}.entropy": spread, f"{name}.distance": far}
-        for head in asked.heads or range(row.shape[1]):
-            if not 0 <= head < row.shape[1]:
-                raise ConfigError(f"--heads {head}: {name} has heads 0 to {row.shape[1] - 1}")
-            shown[name, f"head {head}"] = _patches(row[:, head], layer)
-    return Shown(maps=shown, arrays=arrays)
-
-
-def of_heads(shown: Shown) -> list[str]:
-    """Lines: how spread each head looks, and how far, on average over images; `-` where no patch takes of patches."""
-    found = []
-    for name in (name.removesuffix(".entropy") for name in shown.arrays if name.endswith(".entropy")):
-        spread, far = (shown.arrays[f"{name}.{what}"].nanmean(0) for what in ("entropy", "distance"))
-        for head, (nats, patches) in enumerate(zip(spread.tolist(), far.tolist(), strict=True)):
-            distance = "     -" if math.isnan(patches) else f"{patches:6.2f}"
-            found.append(f"{name:<10} head {head:<3} entropy {nats:6.3f} nats, distance {distance} patches")
-    return found
-
-
-def mean(model: VisionTransformer, images: Tensor, asked: Asked) -> Shown:
-    """The mean over heads, layer by layer."""
-    noted, _ = trace(model, images)
-    rows = {name: _patches(_row(layer, asked, model)[0].mean(1), layer) for name, layer in _layers(noted, asked)}
-    return Shown(maps={(name, "mean of heads"): row for name, row in rows.items()})
-
-
-def _layers(noted: Trace, asked: Asked) -> list[tuple[str, Seen]]:
-    """Names and blocks that are asked for; the probe where all are."""
-    blocks = [step for step in noted.steps if isinstance(step, Seen)]
-    if wrong := [n for n in asked.layers or () if not 0 <= n < len(blocks)]:
-        raise ConfigError(f"--layers {wrong[0]}: there are blocks 0 to {len(blocks) - 1}")
-    found = [(f"blocks.{n}", blocks[n]) for n in (range(len(blocks)) if asked.layers is None else asked.layers)]
-    if isinstance(noted.probe, Seen) and asked.layers is None:
-        found.append((PROBE, noted.probe))
-    return found
-
-
-def _row(layer: Seen, asked: Asked, model: VisionTransformer) -> tuple[Tensor, Tensor, Tensor]:
-    """What each head takes of each token for what is asked for [B, h, S]; its entropy and distance, NaN where there is
-    none, over all queries [B, h]."""
-    site, count = layer.sight.site, layer.q.shape[1]
-    weights = torch.ones(count) / count
-    if site.kind != "probe":
-        weights = _query(layer, asked, model)
-    row, spread, far, patches = (torch.zeros(()) for _ in range(4))
-    for part, rows in layer.chunks():
-        row = row + torch.einsum("q,bhqs->bhs", weights[part], rows)
-        tokens = torch.tensor([-1]) if site.kind == "probe" else torch.arange(part.start, part.stop)
-        apart, counted = distances(rows, tokens, (site.here.rows, site.here.cols), site.tokens.prefix)
-        far, patches, spread = far + apart, patches + counted, spread + entropy(rows) * len(tokens)
-    return row, spread / count, far / patches
-
-
-def _query(layer: Seen, asked: Asked, model: VisionTransformer) -> Tensor:
-    """Shares of queries [S]: one patch, or what the head pools."""
-    site, first = layer.sight.site, model.sizes.stages[0]
-    if asked.query is None:
-        return pooled_tokens(model.config, layer.sight.total)
-    if not (0 <= asked.query[0] < first.rows and 0 <= asked.query[1] < first.cols):
-        raise ConfigError(f"--query {asked.query}: there are {first.rows} rows and {first.cols} columns of patches")
-    weights, stride = torch.zeros(layer.sight.total), site.here.stride // first.stride
-    weights[site.tokens.prefix + asked.query[0] // stride * site.here.cols + asked.query[1] // stride] = 1
-    return weights
-
-
-def _patches(row: Tensor, layer: Seen) -> Tensor:
-    """[B, S] -> [B, rows, cols] of the layer's own stage."""
-    here = layer.sight.site.here
-    return row[:, layer.sight.site.tokens.prefix :].unflatten(1, (here.rows, here.cols))
 
 
 def _back(name: Method, title: str) -> Callable[[VisionTransformer, Tensor, Asked], Shown]:
@@ -150,29 +35,6 @@ def _back(name: Method, title: str) -> Callable[[VisionTransformer, Tensor, Aske
         return Shown(maps={(title, ""): map_of(model.config, tokens)}, arrays=arrays)
 
     return found
-
-
-def rollout(model: VisionTransformer, images: Tensor, asked: Asked) -> Shown:
-    """Attention rollout."""
-    tokens = back_through(trace(model, images)[0], "rollout")
-    return Shown(maps={("rollout", ""): map_of(model.config, tokens)}, arrays={"tokens": tokens})
-
-
-def flow(model: VisionTransformer, images: Tensor, asked: Asked) -> Shown:
-    """Attention flow."""
-    noted, _ = trace(model, images)
-    if any(isinstance(step, Merging) for step in noted.steps):
-        raise ConfigError("--method flow is for models whose tokens are the same in all layers: take rollout")
-    maps = [_mean_map(step) for step in noted.steps if not isinstance(step, Merging)]
-    start = noted.start if noted.probe is None else _mean_map(noted.probe)[:, 0]
-    assert start is not None
-    found = [attention_flow([rows[image] for rows in maps], start[image].cpu()) for image in range(len(images))]
-    return Shown(maps={("attention flow", ""): map_of(model.config, torch.stack(found))})
-
-
-def _mean_map(layer: Mixing) -> Tensor:
-    """[B, Q, S], meaned over heads."""
-    return torch.cat([rows.mean(1) for _, rows in layer.chunks()], 1).cpu()
 
 
 def _chooser(model: VisionTransformer, asked: Asked) -> Callable[[Tensor], Tensor]:
@@ -194,7 +56,7 @@ def _chooser(model: VisionTransformer, asked: Asked) -> Callable[[Tensor], Tenso
         return lambda outputs: outputs.argmax(1)
     if not 0 <= given < classes:
         raise ConfigError(f"--target {given}: there are classes 0 to {classes - 1}")
-    return lambda outputs: torch.full((len(outputs),), given)
+    return lambda outputs: outputs.new_full((len(outputs),), given, dtype=torch.int64)
 
 
 def _targets(model: VisionTransformer, images: Tensor, asked: Asked) -> Tensor:
@@ -220,6 +82,25 @@ def hidden(how: str, score: Score, sizes: Sizes, images: Tensor, asked: Asked) -
         return occlusion(score, images, 2 * patch, patch, at_once=at_once)
     cells = min(7, *(side // patch for side in images.shape[2:]))
     return rise(score, images, masks=asked.masks, cells=cells, at_once=at_once)
+
+
+def integrated_gradients(model: VisionTransformer, images: Tensor, asked: Asked) -> Shown:
+    """Gradients of a class's logit, summed on the way from the mean image, 0, to this one (Sundararajan et al. 2017):
+    what each pixel has added to the difference of the two logits. By captum."""
+    target = _targets(model, images, asked)
+    try:
+        from captum.attr import IntegratedGradients
+    except ImportError as error:
+        raise ConfigError(
+            "--method integrated_gradients is captum's, which is not installed: pip install captum (it takes the torch "
+            "that is there), or take --method chefer or occlusion"
+        ) from error
+    at_once = max(len(images), _TOKENS // model.sizes.tokens)
+    found, missing = IntegratedGradients(model.logits).attribute(
+        images, target=target, n_steps=asked.steps, internal_batch_size=at_once, return_convergence_delta=True
+    )
+    arrays = {"target": target, "attributions": found.detach(), "missing": missing.detach()}
+    return Shown(maps={("integrated gradients", ""): found.detach().sum(1)}, arrays=arrays)
 
 
 def _features(model: VisionTransformer, images: Tensor) -> Tensor:
@@ -270,18 +151,21 @@ def lens(model: VisionTransformer, images: Tensor, asked: Asked) -> Shown:
     return Shown(maps={("logit of patches", ""): maps}, arrays={"target": target, "logits": logits})
 
 
+def _of_rows(name: str) -> Callable[[VisionTransformer, Tensor, Asked], Shown]:
+    return lambda model, images, asked: OF_ROWS[name](model.config, trace(model, images)[0], asked)
+
+
 BACK: dict[str, tuple[Method, str]] = {
     "gradient_rollout": ("gradient_rollout", "gradient rollout"), "chefer": ("relevance", "relevance"),
 }  # fmt: skip
 """Methods by gradients: as model.seeing.rollout calls them, and as maps are titled."""
 METHODS: dict[str, Callable[[VisionTransformer, Tensor, Asked], Shown]] = {
-    "heads": heads,
-    "mean": mean,
-    "rollout": rollout,
+    **{name: _of_rows(name) for name in ("heads", "mean", "rollout")},
     **{name: _back(*what) for name, what in BACK.items()},
-    "flow": flow,
+    "flow": _of_rows("flow"),
     "occlusion": lambda model, images, asked: _hidden(model, images, asked, "occlusion"),
     "rise": lambda model, images, asked: _hidden(model, images, asked, "rise"),
+    "integrated_gradients": integrated_gradients,
     "pca": pca,
     "clusters": grouped,
     "lens": lens,
@@ -298,6 +182,7 @@ READS: dict[str, tuple[str, ...]] = {
     "flow": ("batch",),
     "occlusion": ("target", "batch"),
     "rise": ("target", "masks", "batch"),
+    "integrated_gradients": ("target", "steps", "batch"),
     "pca": (),
     "clusters": ("clusters",),
     "lens": ("target", "batch"),

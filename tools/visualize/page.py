@@ -36,8 +36,8 @@ SHARES = 28_000_000
 _PNG = 32_000  # bytes; of larger images WebP's eye is good enough
 _PALETTES = ("viridis", "cividis", "gray")  # whose lightness alone tells what is more
 
-Capture = Callable[[Tensor], Mapping[str, Attended]]
-"""Images [1, C, H, W] -> rows of all queries, of the layers and heads that are wanted."""
+Capture = Callable[[Tensor, Mapping[str, Wanted]], Mapping[str, Attended] | None]
+"""Images [1, C, H, W], what is wanted -> rows; None on ranks that have none to write."""
 
 
 def images_of(wanted: Mapping[str, Wanted]) -> int:
@@ -87,8 +87,11 @@ def write_page(
     layers = {name: _cell(of, wanted, side) for name, of in wanted.items()}
     rows = list[Rows]()
     for image in images.split(1):
-        found = capture(image)
+        if (found := capture(image, wanted)) is None:
+            continue
         rows += [_rows(found[name], config, cell) for name, cell in layers.items()]
+    if not rows:
+        return []
     about: dict[str, Any] = {
         "title": title,
         "grid": [config.sizes.stages[0].rows, config.sizes.stages[0].cols],

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -144,11 +145,26 @@ def _over(place: Any, shown: Shown, scene: Scene, number: int, key: tuple[str, s
         place.imshow(colors, interpolation="nearest", alpha=0.85, extent=_extent(scene))
         return None
     field = enlarged(shown.maps[key][number][..., None], scene, smooth)[..., 0]
-    low, top = np.percentile(shown.maps[key][number].numpy(), PERCENTILES)
-    top = top if top > low else low + max(abs(low), 1e-12)
+    low, top = _limits(shown.maps[key][number])
     return place.imshow(
         field, cmap="viridis", vmin=low, vmax=top, alpha=_ALPHA, interpolation="nearest", extent=_extent(scene)
     )
+
+
+def _limits(field: Tensor) -> tuple[float, float]:
+    """Between which a map's colours run."""
+    low, top = np.percentile(field.numpy(), PERCENTILES)
+    return low, top if top > low else low + max(abs(low), 1e-12)
+
+
+def overlay(scene: Scene, field: Tensor, smooth: bool) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """[n H, n W, 3], the map [rows, cols] over its image and nothing else: in a hundredth of the time of a figure."""
+    fine = enlarged(field[..., None], scene, smooth)[..., 0]
+    low, top = _limits(field)
+    colors = matplotlib.colormaps["viridis"](((fine - low) / (top - low)).clip(0, 1))[..., :3]
+    times = fine.shape[0] // scene.pixels.shape[0]
+    pixels = scene.pixels.repeat(times, 0).repeat(times, 1)
+    return np.rint((_ALPHA * colors + (1 - _ALPHA) * pixels) * 255).astype(np.uint8)
 
 
 def _extent(scene: Scene) -> tuple[float, float, float, float]:

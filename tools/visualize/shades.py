@@ -21,8 +21,9 @@ from torch import Tensor
 
 Array = np.ndarray[Any, Any]
 SHADES = (256, 128, 64, 32, 24, 16, 14, 12, 10, 8, 7, 6, 5, 4, 3)
+_USUAL = 12  # shades, by which it is decided how differences are taken
 _OCTAVE = 128  # codes of shares, which are so 0.5 % apart
-_DIFFERENCES = {0: None, 1: 2, 2: 1}
+DIFFERENCES = {0: None, 1: 2, 2: 1}
 """By the first byte: along which axis of [H, Q, P] they are taken, from a patch to the next, or a query; or not."""
 
 
@@ -31,9 +32,8 @@ class Rows:
     """Of one layer and image, in 256 shades.
 
     Attributes:
-        codes: uint8 [H, Q, P]. least, range: uint16 [H, Q], codes of the
-            smallest share, and of what the largest is more. beside: uint8 [H, Q], the share of what are
-            no patches, in 255ths.
+        codes: uint8 [H, Q, P]. least, range: uint16 [H, Q], codes of the smallest share, and of what the largest has
+            more. beside: uint8 [H, Q], the share of what are no patches, in 255ths.
     """
 
     codes: Array
@@ -50,15 +50,17 @@ class Rows:
         codes = (height.sqrt() * 255).round().to(torch.uint8).numpy()
         return Rows(codes, _log(least), _log(span), (beside.clamp(0, 1) * 255).round().to(torch.uint8).numpy())
 
-    def coded(self, shades: int) -> bytes:
-        """zlib of: the axis of differences, least, range (little-endian), beside, and the differences, packed."""
-        codes = np.rint(np.arange(256) * (shades - 1) / 255).astype(np.int16)[self.codes]
-        head = self.least.tobytes() + self.range.tobytes() + self.beside.tobytes()
-        ways = {
-            way: codes if axis is None else np.diff(codes, axis=axis, prepend=0) % shades
-            for way, axis in _DIFFERENCES.items()
-        }
-        return min((zlib.compress(bytes([way]) + head + _packed(x, shades)) for way, x in ways.items()), key=len)
+    def way(self) -> int:
+        """Of differences, the one that takes the fewest bytes."""
+        return min(DIFFERENCES, key=lambda way: len(self.coded(_USUAL, way)))
+
+    def coded(self, shades: int, way: int) -> bytes:
+        """zlib of: the way of differences, least, range (little-endian), beside, and the differences, packed."""
+        codes, axis = np.rint(np.arange(256) * (shades - 1) / 255).astype(np.int16)[self.codes], DIFFERENCES[way]
+        if axis is not None:
+            codes = np.diff(codes, axis=axis, prepend=0) % shades
+        head = bytes([way]) + self.least.tobytes() + self.range.tobytes() + self.beside.tobytes()
+        return zlib.compress(head + _packed(codes, shades))
 
 
 def _log(share: Tensor) -> Array:
@@ -76,15 +78,16 @@ def _packed(codes: Array, shades: int) -> bytes:
 
 def fitted(layers: Sequence[Rows], room: int) -> tuple[int, list[bytes]]:
     """The most shades, alike for all, with which they take `room` bytes at most; 3 if none does."""
+    ways = [rows.way() for rows in layers]
     low, high, found = 0, len(SHADES) - 1, list[bytes]()
     while low < high:
         middle = (low + high) // 2
-        tried = [rows.coded(SHADES[middle]) for rows in layers]
+        tried = [rows.coded(SHADES[middle], way) for rows, way in zip(layers, ways, strict=True)]
         if sum(map(len, tried)) <= room:
             high, found = middle, tried
         else:
             low = middle + 1
-    return SHADES[high], found or [rows.coded(SHADES[high]) for rows in layers]
+    return SHADES[high], found or [rows.coded(SHADES[high], way) for rows, way in zip(layers, ways, strict=True)]
 
 
 def errors(layers: Sequence[Rows], shades: int) -> tuple[float, float]:

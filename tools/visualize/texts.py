@@ -21,7 +21,8 @@ from model.formats.weights import Which
 from model.seeing.rollout import back_through
 from model.seeing.similarity import likeness
 from model.seeing.trace import map_of, traces
-from tools.visualize.methods import BACK, Asked, Shown, hidden
+from tools.visualize.methods import BACK, hidden
+from tools.visualize.shown import Asked, Shown
 
 METHODS = (*BACK, "occlusion", "rise")
 """Those that explain a score."""
