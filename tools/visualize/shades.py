@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 Array = np.ndarray[Any, Any]
-SHADES = (256, 128, 64, 32, 24, 16, 14, 12, 10, 8, 7, 6, 5, 4, 3)
+SHADES = (256, 128, 64, 48, 32, 28, 24, 20, 18, 16, 14, 12, 10, 8, 7, 6, 5, 4, 3)
 _USUAL = 12  # shades, by which it is decided how differences are taken
 _OCTAVE = 128  # codes of shares, which are so 0.5 % apart
 DIFFERENCES = {0: None, 1: 2, 2: 1}
