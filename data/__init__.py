@@ -6,13 +6,12 @@ from data.config import DataConfig
 from data.datasets import Dataset
 from data.errors import UnreadableImageError
 from data.loader import Batch, EvalStream, StepBatches, TrainStream
-from data.sampling import ORDER
+from data.sampling import order_of
 from data.texts import Texts, TextShape, captions_fingerprint, prompts
 from data.tokenizers import Tokenizer
 from data.workers import WorkerLostError
 
 __all__ = [
-    "ORDER",
     "Batch",
     "DataConfig",
     "Dataset",
@@ -28,6 +27,7 @@ __all__ = [
     "captions_fingerprint",
     "chosen_batches",
     "describe_datasets",
+    "order_of",
     "pixels_of",
     "prompts",
     "spread",

@@ -10,6 +10,7 @@ from data.normalise import Normalise
 from data.templates import captions_of, class_prompts
 from data.texts import TextShape, describe_texts, make_texts, make_tokenizer
 from data.textures import textures
+from data.webdataset import webdataset
 
 _SYNTHETIC_CLASSES = 10  # for objectives without classes, which never look at the labels
 
@@ -41,8 +42,8 @@ def build_datasets(
     train, held_out = _build(config, (channels, height, width), num_classes or _SYNTHETIC_CLASSES, seed, readers)
     if num_classes is not None and not train.num_classes:
         raise ValueError(
-            f"data.kind={config.kind} has no classes, but the objective needs some: name the column that has them in "
-            "data.label_column"
+            f"data.kind={config.kind} has no classes, but the objective needs some: name the column, or "
+            "the field of .json, that has them in data.label_column"
         )
     if num_classes is not None and num_classes < train.num_classes:
         raise ValueError(
@@ -83,5 +84,7 @@ def _build(
             return image_folder(config.path, config.val_path, image_shape, config.fold, readers)
         case "image_text":
             return image_text(config, image_shape, class_prompts(config), readers)
+        case "webdataset":
+            return webdataset(config, image_shape, class_prompts(config), readers)
         case "textures":
             return textures(image_shape, config.crops_per_class, seed)

@@ -13,7 +13,8 @@ _MOST_WORKERS, _MOST_IMAGES = 1024, 10_000_000
 _LARGEST_BLUR = 20  # a filter three times as far to either side
 _LARGEST_PIXEL = 1e6  # means and deviations are meant for pixels in 0..1
 
-_FILES = ("image_folder", "image_text")  # kinds
+_FILES = ("image_folder", "image_text", "webdataset")  # kinds
+_SAID = ("image_text", "webdataset")  # of which somebody has written something
 
 # Options that have an effect for some kinds only.
 _ONLY_FOR = {
@@ -21,9 +22,11 @@ _ONLY_FOR = {
     "val_path": _FILES,
     "fold": ("digits", *_FILES),
     "image_column": ("image_text",),
-    "caption_column": ("image_text",),
-    "label_column": ("image_text",),
-    "templates": ("digits", "synthetic", "image_folder", "textures"),
+    "caption_column": _SAID,
+    "label_column": _SAID,
+    "index_dir": ("webdataset",),
+    "shuffle_window": ("webdataset",),
+    "templates": ("digits", "synthetic", "image_folder", "textures", "webdataset"),
     "size": ("synthetic",),
     "crops_per_class": ("textures",),
 }
@@ -37,13 +40,14 @@ class DataConfig:
         ValueError: for a value out of range, and for an option that would have no effect for the chosen kind.
     """
 
-    kind: Literal["digits", "synthetic", "image_folder", "textures", "image_text"] = "digits"
+    kind: Literal["digits", "synthetic", "image_folder", "textures", "image_text", "webdataset"] = "digits"
     """Source of images: scikit-learn's handwritten digits, random numbers, a folder of PATH/CLASS/IMAGE files, crops
-    of the photographs in scikit-image, or a table of images and captions."""
+    of the photographs in scikit-image, a table of images and captions, or tar files in the layout of webdataset."""
 
     path: str | None = None
     """image_folder: folder with one sub-folder of images, at any depth, per class; image_text: CSV or TSV file whose
-    first row names the columns, paths of images relative to it."""
+    first row names the columns, paths of images relative to it; webdataset: tar files, by bash's braces
+    (shards/train-{000000..000146}.tar) or wildcards."""
 
     val_path: str | None = None
     """Held-out images, as in path, of the same classes; absent: a stratified fifth of path is held out."""
@@ -52,10 +56,19 @@ class DataConfig:
     """Column of the images' paths (image_text only); rows with the same image are captions of it."""
 
     caption_column: str = "caption"
-    """Column of the captions (image_text only)."""
+    """Column of the captions (image_text), or field of each sample's .json that has them (webdataset; caption: only
+    where there is no .txt)."""
 
     label_column: str | None = None
-    """Column of the names of classes (image_text only); absent: there are no classes."""
+    """Column of the names of classes (image_text; absent: there are no classes), or field of each sample's .json that
+    has its class (webdataset; absent: its .cls)."""
+
+    index_dir: str | None = None
+    """Folder for the indexes of tar files (webdataset only); absent: beside each."""
+
+    shuffle_window: int = 0
+    """Tar files of which samples are mixed at a time, their own order shuffled before (webdataset only), for file
+    systems that are slow at random places; 0: all."""
 
     tokenizer: str = "bytes"
     """What makes tokens of texts, where the objective reads texts: bytes (of UTF-8), or the path of a vocabulary of
@@ -132,6 +145,7 @@ class DataConfig:
         self._check("workers", 0 <= self.workers <= _MOST_WORKERS, f"from 0 to {_MOST_WORKERS}")
         self._check("fold", 0 <= self.fold < FOLDS, f"from 0 to {FOLDS - 1}")
         self._check("size", 1 <= self.size <= _MOST_IMAGES, f"from 1 to {_MOST_IMAGES}")
+        self._check("shuffle_window", 0 <= self.shuffle_window <= _MOST_IMAGES, f"from 0 to {_MOST_IMAGES}")
         self._check("crops_per_class", 1 <= self.crops_per_class <= _MOST_IMAGES, f"from 1 to {_MOST_IMAGES}")
         self._check_numbers("mean", -_LARGEST_PIXEL, _LARGEST_PIXEL)
         self._check_numbers("std", 1 / _LARGEST_PIXEL, _LARGEST_PIXEL)
@@ -181,7 +195,11 @@ class DataConfig:
                     f"set data.kind to {' or '.join(kinds)}"
                 )
         if self.kind in _FILES and not self.path:
-            wanted = {"image_folder": "the folder of PATH/CLASS/IMAGE", "image_text": "the CSV or TSV file"}[self.kind]
+            wanted = {
+                "image_folder": "the folder of PATH/CLASS/IMAGE",
+                "image_text": "the CSV or TSV file",
+                "webdataset": "the tar files, such as shards/train-{000000..000146}.tar",
+            }[self.kind]
             raise ValueError(f"data.kind is {self.kind}, but data.path is not set: give {wanted}")
         if self.val_path is not None and not self.val_path:
             raise ValueError("data.val_path is empty: give the held-out images, or remove it")

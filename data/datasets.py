@@ -51,6 +51,9 @@ class Dataset(Protocol):
     texts: Texts | None = None
     """How that becomes tokens; None: nobody reads texts."""
 
+    shard_ends: NDArray[np.int64] | None = None
+    """[K] How many images there are up to and with each shard, where the set lies in shards."""
+
     @property
     def source(self) -> str | None:
         """What was found where, and what of it was left out; None where there is nothing to tell."""
@@ -62,6 +65,10 @@ class Dataset(Protocol):
     def fingerprint(self) -> str:
         """Of what sample i is, the same wherever the set is the same: for ranks to see that theirs is."""
         return fingerprint(repr(self.image_shape).encode(), self.labels.tobytes())
+
+    def labels_of(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The labels of some images: [B]. Large sets have them at hand one by one, and `labels` is made when asked."""
+        return self.labels[indices]
 
     def load(self, index: int) -> tuple[NDArray[np.float32], int]:
         """One image [C, H, W], as evaluation sees it, and its label."""

@@ -7,9 +7,9 @@ frames the first one.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,15 +24,26 @@ _ORIENTATION = 0x0112  # EXIF tag; 1: as stored, 5 to 8: width and height change
 _DEEPEST = 65535
 
 
-def decode(file: str, crop: NDArray[np.float64], image_shape: tuple[int, int, int]) -> NDArray[np.float32]:
+CENTRE = np.array([1.0, 1.0, 0.5, 0.5])
+"""The crop that is the largest box of the result's shape, in the middle."""
+
+
+def decode(
+    file: str | BinaryIO,
+    crop: NDArray[np.float64],
+    image_shape: tuple[int, int, int],
+    name: Callable[[], str] | None = None,
+) -> NDArray[np.float32]:
     """The box that `crop` [4] (see augment.crop_boxes) cuts out, scaled to image_shape: [C, H, W] in 0..1.
+
+    `name` tells what an open file is.
 
     Raises:
         UnreadableImageError: whatever the reason.
     """
     from PIL import Image
 
-    with _readable(file), Image.open(file) as image:
+    with _readable(name or (lambda: str(file))), Image.open(file) as image:
         return _cut(image, crop, image_shape)
 
 
@@ -45,17 +56,17 @@ def whole(file: str, mode: str) -> tuple[Image, int]:
     """
     from PIL import Image
 
-    with _readable(file), Image.open(file) as image:
+    with _readable(lambda: file), Image.open(file) as image:
         return _as_mode(_upright(image, _orientation(image)), mode)
 
 
 @contextmanager
-def _readable(file: str) -> Iterator[None]:
+def _readable(name: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # decoders raise many types: OSError, SyntaxError, struct.error, ...
         cause = " ".join(str(error).split()) or type(error).__name__
-        raise UnreadableImageError(f"{file} cannot be decoded ({cause}): replace or remove this file") from error
+        raise UnreadableImageError(f"{name()} cannot be decoded ({cause}): replace or remove this file") from error
 
 
 def _cut(image: Image, crop: NDArray[np.float64], image_shape: tuple[int, int, int]) -> NDArray[np.float32]:

@@ -11,10 +11,8 @@ from torch import Tensor
 
 from data.config import FOLDS
 from data.datasets import Dataset, fingerprint, stratified_split
-from data.decode import decode
+from data.decode import CENTRE, decode
 from data.sharing import scan_once
-
-_CENTRE = np.array([1.0, 1.0, 0.5, 0.5])  # largest box of the result's shape, in the middle
 
 
 class FileList(Protocol):
@@ -66,12 +64,12 @@ class ImageFiles(Dataset):
         return fingerprint(self.listing.fingerprint.encode(), part)
 
     def load(self, index: int) -> tuple[NDArray[np.float32], int]:
-        return self._decode(index, _CENTRE), int(self.labels[index])
+        return self._decode(index, CENTRE), int(self.labels[index])
 
     def read(self, indices: NDArray[np.int64], crop: NDArray[np.float64] | None = None) -> Tensor:
         images = np.empty((len(indices), *self.image_shape), dtype=np.float32)
         for row, index in enumerate(indices.tolist()):
-            images[row] = self._decode(index, _CENTRE if crop is None else crop[row])
+            images[row] = self._decode(index, CENTRE if crop is None else crop[row])
         return torch.from_numpy(images)
 
     def _decode(self, index: int, crop: NDArray[np.float64]) -> NDArray[np.float32]:

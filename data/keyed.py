@@ -27,6 +27,8 @@ class Purpose(IntEnum):
     TEXTURE_PLACES = 6
     CAPTION = 7
     NOISE = 8
+    SHARDS = 9
+    WINDOW = 10
 
 
 class Variant(IntEnum):
@@ -55,9 +57,9 @@ def keyed_permutation(seed: int, purpose: Purpose, epoch: int, size: int) -> NDA
     return _generator(seed, purpose, counter=epoch << 128).permutation(size)
 
 
-def keyed_words(seed: int, purpose: Purpose, epoch: int, count: int) -> NDArray[np.uint64]:
-    """`count` random words of 64 bits that depend on (seed, purpose, epoch) alone, the same with any NumPy."""
-    return _philox(seed, purpose, counter=epoch << 128).random_raw(count)
+def keyed_words(seed: int, purpose: Purpose, epoch: int, count: int, window: int = 0) -> NDArray[np.uint64]:
+    """`count` random words of 64 bits that depend on (seed, purpose, epoch, window) alone, the same with any NumPy."""
+    return _philox(seed, purpose, counter=epoch << 128 | window << 64).random_raw(count)
 
 
 def _generator(seed: int, purpose: int, counter: int) -> np.random.Generator:

@@ -89,7 +89,9 @@ class TrainStream:
         self._data_rank = data_rank
         self._seed = seed
         self._offset = offset
-        self._order = SampleOrder(len(dataset), seed, config.repeats)
+        self._order = SampleOrder(
+            len(dataset), seed, config.repeats, shard_ends=dataset.shard_ends, window=config.shuffle_window
+        )
         self._maker = Maker(dataset, config, with_images=with_images, with_texts=with_texts)
 
     def steps(self, start: int) -> Iterator[StepBatches]:
@@ -231,7 +233,7 @@ def batch_of(
     dataset: Dataset, content: Content, indices: NDArray[np.int64], ids: Tensor, missing: int, views: int
 ) -> Batch:
     """A micro-batch of one or two views of the images at `indices`, with padding where images are missing."""
-    labels = torch.from_numpy(dataset.labels[indices])
+    labels = torch.from_numpy(dataset.labels_of(indices))
     all_ids = [F.pad(ids + view * SECOND_VIEW, (0, missing), value=-1) for view in range(views)]
     return Batch(
         images=content.images,

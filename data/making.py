@@ -101,7 +101,7 @@ class Maker:
         turns: NDArray[np.int64] | None = None,
     ) -> list[str]:
         """A caption of each image, drawn as `_choices` says; None: its first, or the one that says most."""
-        captions, labels = self._dataset.captions, self._dataset.labels[indices].tolist()
+        captions, labels = self._dataset.captions, self._dataset.labels_of(indices).tolist()
         assert captions is not None
         rows = list(zip(indices.tolist(), labels, looks, strict=True))
         if choices is None or turns is None:

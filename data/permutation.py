@@ -40,13 +40,19 @@ def _encipher(
     across, other = sides
     left, right = places % across, places // across
     for key in keys:
-        hashed = (right + key) * _SPREAD
-        hashed ^= hashed >> _HALF
-        hashed *= _MIX
-        hashed >>= _HALF
-        hashed *= across  # 32 random bits as a fraction of the side, without a division
-        hashed >>= _HALF
-        hashed += left
-        hashed %= across
-        left, right, across, other = right, hashed, other, across
+        moved = hashed(right, key, across)
+        moved += left
+        moved %= across
+        left, right, across, other = right, moved, other, across
     return left + across * right
+
+
+def hashed(values: NDArray[np.uint64], key: np.uint64, below: np.uint64) -> NDArray[np.uint64]:
+    """A keyed hash of each of `values`, in 0 .. below-1, where `below` is at most 2^32."""
+    found = (values + key) * _SPREAD
+    found ^= found >> _HALF
+    found *= _MIX
+    found >>= _HALF
+    found *= below  # 32 random bits as a fraction, without a division
+    found >>= _HALF
+    return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -101,8 +102,9 @@ def describe_texts(dataset: Dataset) -> list[str]:
     if dataset.captions is None or dataset.texts is None or not len(dataset):
         return []
     tokenizer, length = dataset.texts.tokenizer, dataset.texts.length
-    first = range(min(len(dataset), _LOOKED_AT))
-    said = [dataset.captions.every(i, int(dataset.labels[i]), Look())[0] for i in first]
+    first = np.arange(min(len(dataset), _LOOKED_AT))
+    labels = dataset.labels_of(first).tolist()
+    said = [dataset.captions.every(i, label, Look())[0] for i, label in enumerate(labels)]
     needed = [len(tokens) + 2 for tokens in tokenizer.tokens(said)]  # with start and end
     lines = [f"  texts: {length} tokens ({tokenizer.name}), such as {said[0][:100]!r}"]
     if cut := sum(tokens > length for tokens in needed):

@@ -25,7 +25,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 # What each host may have in a place of its own: images, texts and weights themselves are compared, and rank 0 writes.
 _OWN = (
     "data.path", "data.val_path", "data.templates", "data.prompts", "data.tokenizer", "data.workers", "run_dir",
-    "distillation.teacher",
+    "data.index_dir", "distillation.teacher",
 )  # fmt: skip
 _PACKAGES = ("parallel", "model", "data", "engine")
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from data import ORDER
+from data import order_of
 from engine.assemble import Assembly
 from engine.checkpoint.states import Difference, differences, restore, shapes_of
 from engine.config import Config, plain
@@ -35,7 +35,7 @@ from parallel.checkpoint.read import Reader
 # Keys that may change without a word: how a run is spread and watched, and where things are.
 _FREE = (
     "parallel.", "recompute.", "log.", "checkpoint.", "run_dir", "device", "data.path", "data.val_path", "data.workers",
-    "contrastive.passes",
+    "data.index_dir", "contrastive.passes",
 )  # fmt: skip
 _FREE_TRAIN = ("micro_batch_size", "eval_interval", "stop_step", "time_limit", "check_interval", "max_bad_steps")
 _TRAINED_BY = ("drop_path", "layer_scale", "head_bias", "preset")  # keys of the model that say how
@@ -250,11 +250,11 @@ def _check_state(a: Assembly, reader: Reader) -> list[str]:
             f"data.repeats is {repeats}, and {reader.folder} has drawn {drawn} images, no multiple of it, so that rows "
             "of one image would be parted: use those of then, or checkpoint.load to start a new run from its weights"
         )
-    order = reader.manifest.about.get(SAMPLE_ORDER, "a shuffled array")
-    if drawn and order != ORDER:
+    then, now = reader.manifest.about.get(SAMPLE_ORDER, "a shuffled array"), order_of(a.config.data)
+    if drawn and then != now:
         raise ConfigError(
-            f"{reader.folder} has drawn {drawn} images in another order ({order}, and this version has {ORDER}), so "
-            "that some would come twice in an epoch and others never: go on with the version of then "
+            f"{reader.folder} has drawn {drawn} images in another order ({then}, and this run has {now}), so that some "
+            "would come twice in an epoch and others never: go on with the data.shuffle_window and the version of then "
             f"({reader.manifest.about.get('version')}), or checkpoint.load to start a new run from its weights"
         )
     taught, teachers = reader.manifest.about.get(TEACHERS, []), list(fingerprints(a.config))

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from data import ORDER, Dataset, captions_fingerprint
+from data import Dataset, captions_fingerprint, order_of
 from engine.assemble import Assembly
 from engine.checkpoint import folder as folders
 from engine.checkpoint.saver import Saver, SaveReport, Votes
@@ -107,7 +107,7 @@ def facts_for_manifests(
         "layout": asdict(grid.shape),
         "launchers": sorted({known for known in comm.gather_objects(launcher(), grid.world) if known}),
         "zero_stage": config.parallel.zero_stage,
-        SAMPLE_ORDER: ORDER,
+        SAMPLE_ORDER: order_of(config.data),
         "training images": f"{len(train_set)} of {train_set.fingerprint}",
         "held-out images": f"{len(eval_set)} of {eval_set.fingerprint}",
         "training texts": captions_fingerprint(train_set),

@@ -175,6 +175,4 @@ def test_a_checkpoint_of_another_order_is_refused(tmp_path: Path, capsys: pytest
     del about["order of samples"]  # as earlier versions wrote it
     reseal(folder, about=about)
     assert train(tmp_path, 4) == EXIT_USAGE
-    assert (
-        "images in another order (a shuffled array, and this version has Feistel, 16 rounds)" in capsys.readouterr().err
-    )
+    assert "images in another order (a shuffled array, and this run has Feistel, 16 rounds)" in capsys.readouterr().err

@@ -1,0 +1,236 @@
+"""All shards of a set: found, indexed, and the same as when they were indexed."""
+
+from __future__ import annotations
+
+import os
+import socket
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.shards.index import Head, hash_of, make_index, place, read_head, touch
+from data.shards.members import ShardError
+from data.shards.names import expand
+from data.workers import begin_worker
+
+_LOOKING, _AT_A_TIME = 32, 16  # threads that ask a file system, of a network's each answer takes a while; files each
+_SHOWN = 5
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Catalogue:
+    """K shards of N samples in all, in the order of their names.
+
+    Attributes:
+        given: what named them. tars: their files. indexes: those of their indexes.
+        ends: [K] samples up to and with each. hashes: uint64 [K], of each tar file's bytes.
+        words: what labels are, without repetition, in the order in which shards have them; none if they are numbers,
+            of which `largest` is the largest (-1: there are none).
+        numbers: int64, shard by shard, of each label of its records the place in `words`.
+        number_ends: [K] where each shard's end. left_out: by reason. unlabelled: which shards have samples without a
+            label, in words; none where no sample has one. made: how many indexes were made just now.
+    """
+
+    given: str
+    tars: tuple[str, ...]
+    indexes: tuple[str, ...]
+    ends: NDArray[np.int64]
+    hashes: NDArray[np.uint64]
+    words: tuple[str, ...]
+    numbers: NDArray[np.int64]
+    number_ends: NDArray[np.int64]
+    largest: int
+    left_out: dict[str, int]
+    unlabelled: str
+    made: int
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def size_of(self, shard: int) -> int:
+        """How many samples a shard has."""
+        return int(self.ends[shard] - (self.ends[shard - 1] if shard else 0))
+
+    def describe(self) -> str:
+        """E.g. `5000 images in 5 shards shards/{0..4}.tar; left out: 3 samples without an image; 5 indexed now`."""
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.left_out.items())) or "nothing"
+        made = f"; {self.made} indexed now" if self.made else ""
+        return f"{len(self)} images in {len(self.tars)} shards {self.given}; left out: {reasons}{made}"
+
+
+def open_shards(
+    path: str,
+    key: str,
+    *,
+    label: str | None,
+    folder: str | None,
+    workers: int | None = None,
+    part: tuple[int, int] = (0, 1),
+    again: bool = False,
+    told: Callable[[], object] = lambda: None,
+) -> Catalogue:
+    """The shards that `path` names, those without an index indexed now, by as many processes as there are cores.
+
+    Args:
+        key: the option that gave the path. label, folder: as of index.make_index and index.place.
+        part: (i, n): only shards i, i + n, ... of them. again: index all anew. told: called after each that is indexed.
+
+    Raises:
+        ValueError: for shards that are missing, cannot be read, or are no longer what was indexed, by name.
+    """
+    if label is not None and (not label or "/" in label):
+        raise ValueError(f"data.label_column is {label!r}: give the name of a field of each sample's .json")
+    given, tars = f"{key}={path}", expand(path, key)[part[0] :: part[1]]
+    if not tars:
+        raise ValueError(f"{given} names too few shards for part {part[0]} of {part[1]}: start fewer")
+    indexes = [place(tar, folder, label) for tar in tars]
+    status = _status(tars, given)
+    heads: list[Head | None] = [None] * len(tars) if again else _each(read_head, indexes)
+    _check_sizes(tars, heads, status, given)
+    todo = [shard for shard, head in enumerate(heads) if head is None]
+    in_processes(partial(_index, label), [(tars[shard], indexes[shard]) for shard in todo], workers, told)
+    doubtful = [
+        (tar, index, head, at.st_mtime_ns)
+        for tar, index, head, at in zip(tars, indexes, heads, status, strict=True)
+        if head is not None and head.tar_mtime != at.st_mtime_ns
+    ]
+    _check_content(doubtful, given, workers)
+    for shard in todo:
+        heads[shard] = read_head(indexes[shard])
+    return _catalogue(path, tars, indexes, [head for head in heads if head is not None], len(todo))
+
+
+def _status(tars: Sequence[str], given: str) -> list[os.stat_result]:
+    def look(tar: str) -> os.stat_result | None:
+        try:
+            return Path(tar).stat()
+        except OSError:
+            return None
+
+    found = _each(look, tars)
+    if missing := [tar for tar, status in zip(tars, found, strict=True) if status is None]:
+        raise ValueError(
+            f"{given}: {len(missing)} of {len(tars)} shards are missing or may not be looked at: {_some(missing)}: "
+            "bring them back, or leave them out of the pattern"
+        )
+    return [status for status in found if status is not None]
+
+
+def _check_sizes(
+    tars: Sequence[str], heads: Sequence[Head | None], status: Sequence[os.stat_result], given: str
+) -> None:
+    wrong = [
+        f"{tar} ({at.st_size} bytes, {head.tar_size} when it was indexed)"
+        for tar, head, at in zip(tars, heads, status, strict=True)
+        if head is not None and head.tar_size != at.st_size
+    ]
+    _refuse_changed(wrong, given)
+
+
+def _check_content(doubtful: Sequence[tuple[str, Path, Head, int]], given: str, workers: int | None) -> None:
+    """Of shards of another time than when they were indexed: copies have the same bytes."""
+    hashes = in_processes(hash_of, [tar for tar, *_ in doubtful], workers)
+    wrong = []
+    for (tar, index, head, mtime), found in zip(doubtful, hashes, strict=True):
+        if found == head.tar_hash:
+            touch(index, mtime)
+        else:
+            wrong.append(f"{tar} (other bytes than when it was indexed)")
+    _refuse_changed(wrong, given)
+
+
+def _refuse_changed(wrong: Sequence[str], given: str) -> None:
+    if wrong:
+        raise ValueError(
+            f"{given}: {len(wrong)} shards have changed or are cut short: {_some(wrong)}: bring back what was indexed, "
+            "or, if the change is meant, python -m tools.prepare_data index --again, and start a new run"
+        )
+
+
+def _index(label: str | None, one: tuple[str, Path]) -> None:
+    make_index(*one, label)
+
+
+def _catalogue(given: str, tars: list[str], indexes: list[Path], heads: list[Head], made: int) -> Catalogue:
+    words, numbers, left_out = dict[str, int](), list[NDArray[np.int64]](), Counter[str]()
+    known: dict[tuple[str, ...], NDArray[np.int64]] = {}  # most shards have the same words
+    for head in heads:
+        left_out.update(head.left_out)
+        if head.words not in known:
+            found = [words.setdefault(word, len(words)) for word in head.words]
+            known[head.words] = np.array(found, dtype=np.int64)
+        numbers.append(known[head.words])
+    largest = max(head.largest for head in heads)
+    if words and largest >= 0:
+        at = next(tar for tar, head in zip(tars, heads, strict=True) if head.largest >= 0)
+        raise ValueError(
+            f"{given}: the labels of {at} are all numbers, and those of other shards are names ({next(iter(words))}): "
+            "write them alike"
+        )
+    unlabelled = [
+        f"{tar} ({head.unlabelled} of {head.count})" for tar, head in zip(tars, heads, strict=True) if head.unlabelled
+    ]
+    return Catalogue(
+        given=given,
+        tars=tuple(tars),
+        indexes=tuple(map(str, indexes)),
+        ends=np.cumsum([head.count for head in heads], dtype=np.int64),
+        hashes=np.array([head.tar_hash for head in heads], dtype=np.uint64),
+        words=tuple(words),
+        numbers=np.concatenate(numbers),
+        number_ends=np.cumsum([len(shard) for shard in numbers], dtype=np.int64),
+        largest=largest,
+        left_out=dict(left_out),
+        unlabelled=_some(unlabelled),
+        made=made,
+    )
+
+
+def _each(ask: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """In threads: what takes time is the file system."""
+
+    def ask_all(some: Sequence[Item]) -> list[Result]:
+        return [ask(item) for item in some]
+
+    with ThreadPoolExecutor(_LOOKING) as pool:
+        pieces = pool.map(ask_all, [items[first : first + _AT_A_TIME] for first in range(0, len(items), _AT_A_TIME)])
+        return [result for piece in pieces for result in piece]
+
+
+def in_processes(
+    do: Callable[[Item], Result], items: Sequence[Item], workers: int | None, told: Callable[[], object] = lambda: None
+) -> list[Result]:
+    """What `do` gives of each item. Hosts that share a file system begin at different ones."""
+    workers = min(workers or len(os.sched_getaffinity(0)), len(items))
+    if workers <= 1:
+        return [_telling(do(item), told) for item in items]
+    begin = zlib.crc32(socket.gethostname().encode()) % len(items)
+    turned = [*items[begin:], *items[:begin]]
+    try:
+        with ProcessPoolExecutor(workers, get_context("fork"), begin_worker, (0,)) as pool:
+            found = [_telling(result, told) for result in pool.map(do, turned)]
+    except BrokenProcessPool as error:
+        raise ShardError(f"a process that reads shards has ended ({error}): memory may have been short") from error
+    return [*found[len(items) - begin :], *found[: len(items) - begin]]
+
+
+def _telling(result: Result, told: Callable[[], object]) -> Result:
+    told()
+    return result
+
+
+def _some(names: Iterable[str]) -> str:
+    (*shown,) = names
+    return ", ".join(shown[:_SHOWN]) + (f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else "")

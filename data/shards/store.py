@@ -1,0 +1,98 @@
+"""Reads samples out of tar files, each at its place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.errors import UnreadableImageError
+from data.shards.catalogue import Catalogue
+from data.shards.index import Index, map_index
+
+_OPEN_TARS, _MAPPED = 64, 1024  # of each process: open files, and maps, of which the kernel allows 65530
+
+
+class Place(NamedTuple):
+    """Where a sample is."""
+
+    shard: int
+    row: int
+
+
+class Store:
+    """Reads parts of samples out of a catalogue's tar files. A process opens those that it needs, a few at a time."""
+
+    def __init__(self, catalogue: Catalogue) -> None:
+        self.catalogue = catalogue
+        self.index: Callable[[int], Index] = lru_cache(maxsize=_MAPPED)(self._map)
+        """That of a shard."""
+        self._open: Callable[[int], _Opened] = lru_cache(maxsize=_OPEN_TARS)(lambda shard: _Opened(self.tar(shard)))
+
+    def places(self, samples: NDArray[np.int64]) -> list[Place]:
+        """Of samples by their numbers in all shards: [B]."""
+        ends = self.catalogue.ends
+        shards = np.searchsorted(ends, samples, side="right")
+        rows = samples - np.where(shards > 0, ends[shards - 1], 0)
+        return [Place(*pair) for pair in zip(shards.tolist(), rows.tolist(), strict=True)]
+
+    def tar(self, shard: int) -> str:
+        """The file's path."""
+        return self.catalogue.tars[shard]
+
+    def name(self, place: Place) -> str:
+        """A sample, for whoever has to find it."""
+        return f"{self.tar(place.shard)}, sample {self.index(place.shard).key(place.row)}"
+
+    def part(self, place: Place, part: str) -> bytes | None:
+        """The bytes of a part (image, text, json); None: the sample has none.
+
+        Raises:
+            UnreadableImageError: they cannot be read.
+        """
+        record = self.index(place.shard).records[place.row]
+        offset, size = int(record[part]), int(record[f"{part}_size"])
+        if not offset:
+            return None
+        try:
+            found = os.pread(self._open(place.shard).descriptor, size, offset)
+        except OSError as error:
+            raise UnreadableImageError(f"{self.name(place)} cannot be read ({error.strerror})") from error
+        if len(found) < size:
+            raise UnreadableImageError(f"{self.name(place)} cannot be read: the tar file has been cut short")
+        return found
+
+    def words(self, places: Sequence[Place]) -> NDArray[np.int64]:
+        """The samples' labels, by the catalogue's words if there are any, -1 where there is none: [B]."""
+        return np.array([self._labels(shard, row) for shard, row in places], dtype=np.int64)
+
+    def all_words(self) -> NDArray[np.int64]:
+        """As `words`, of all samples."""
+        return np.concatenate([self._labels(shard, slice(None)) for shard in range(len(self.catalogue.tars))])
+
+    def _labels(self, shard: int, rows: int | slice) -> NDArray[np.int64]:
+        labels: NDArray[np.int64] = self.index(shard).records["label"][rows].astype(np.int64)
+        if not self.catalogue.words:
+            return labels
+        ends = self.catalogue.number_ends
+        numbers = self.catalogue.numbers[int(ends[shard - 1]) if shard else 0 : int(ends[shard])]
+        return np.where(labels < 0, -1, numbers[labels]) if len(numbers) else labels
+
+    def _map(self, shard: int) -> Index:
+        return map_index(Path(self.catalogue.indexes[shard]))
+
+
+class _Opened:
+    """A file that is closed once nobody holds it."""
+
+    def __init__(self, file: str) -> None:
+        self.descriptor = os.open(file, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)

@@ -1,0 +1,192 @@
+"""Images in tar files in the layout of webdataset, any of them read at once by an index beside each tar file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from data.captions import Captions, Look, TemplateCaptions
+from data.config import FOLDS, DataConfig
+from data.datasets import Dataset, fingerprint
+from data.decode import CENTRE, decode
+from data.errors import UnreadableImageError
+from data.held_out import Part
+from data.shards.catalogue import Catalogue, open_shards
+from data.shards.classes import Classes, classes_of
+from data.shards.store import Place, Store
+from data.sharing import once
+
+
+class WebDataset(Dataset):
+    """The samples of a catalogue, or those of `part`; crops and scales them as an image folder's."""
+
+    crops_when_read = True
+
+    def __init__(
+        self, store: Store, image_shape: tuple[int, int, int], part: Part | None, classes: Classes | None
+    ) -> None:
+        if image_shape[0] not in (1, 3):
+            raise ValueError(f"image files are read with 1 channel (grey) or 3 (RGB), not {image_shape[0]}")
+        self.store, self.part, self.classes, self.image_shape = store, part, classes, image_shape
+        self.num_classes = 0 if classes is None else classes.count
+        self.class_names = None if classes is None else classes.names
+        ends = store.catalogue.ends
+        self.shard_ends = ends if part is None else part.before(ends)
+
+    @property
+    def source(self) -> str:
+        return self.store.catalogue.describe()
+
+    def __len__(self) -> int:
+        return int(self.shard_ends[-1]) if self.shard_ends is not None else 0
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all bytes of all shards, their order, what labels mean, and which samples are taken."""
+        catalogue = self.store.catalogue
+        names = repr((catalogue.words, self.num_classes, self.class_names, self.part)).encode(errors="surrogateescape")
+        return fingerprint(catalogue.hashes.tobytes(), catalogue.ends.tobytes(), names)
+
+    @cached_property
+    def labels(self) -> NDArray[np.int64]:  # type: ignore[override]
+        """Of all samples, which takes 8 bytes for each: training asks for `labels_of`."""
+        if self.classes is None:
+            return np.arange(len(self))
+        labels = self.classes.labels(self.store.all_words())
+        return labels if self.part is None else labels[self.part.samples(np.arange(len(self)))]
+
+    def labels_of(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        return indices if self.classes is None else self.classes.labels(self.store.words(self.places(indices)))
+
+    def places(self, indices: NDArray[np.int64]) -> list[Place]:
+        """Where samples of this set are."""
+        return self.store.places(indices if self.part is None else self.part.samples(indices))
+
+    def load(self, index: int) -> tuple[NDArray[np.float32], int]:
+        one = np.array([index])
+        return self.read(one)[0].numpy(), int(self.labels_of(one)[0])
+
+    def read(self, indices: NDArray[np.int64], crop: NDArray[np.float64] | None = None) -> Tensor:
+        images = np.empty((len(indices), *self.image_shape), dtype=np.float32)
+        for row, place in enumerate(self.places(indices)):
+            content = self.store.part(place, "image")
+            assert content is not None, "samples without an image are in no index"
+            box = CENTRE if crop is None else crop[row]
+            images[row] = decode(BytesIO(content), box, self.image_shape, partial(self.store.name, place))
+        return torch.from_numpy(images)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardCaptions(Captions):
+    """The captions of the samples of a set: their `.txt`, or a field of their `.json`, of one text or several.
+
+    Attributes:
+        field: of the `.json`. prefers_json: it is taken where a sample has both. classes: as of image_text.
+    """
+
+    dataset: WebDataset
+    field: str
+    prefers_json: bool
+    classes: TemplateCaptions | None
+
+    def one(self, index: int, label: int, look: Look, choices: NDArray[np.float32], turn: int = 0) -> str:
+        """As Captions."""
+        found = self.every(index, label, look)
+        return found[(int(choices[1] * len(found)) + turn) % len(found)]
+
+    def every(self, index: int, label: int, look: Look) -> Sequence[str]:
+        """As Captions. Raises UnreadableImageError for a sample of which nothing is said."""
+        (place,) = self.dataset.places(np.array([index]))
+        found = self.of(place)
+        if not found:
+            raise UnreadableImageError(
+                f"{self.dataset.store.name(place)} has neither a .txt nor a .json with a text in {self.field!r}: write "
+                "its shard anew without it, or see data.caption_column"
+            )
+        return found
+
+    def of(self, place: Place) -> list[str]:
+        """What is said of a sample."""
+        store = self.dataset.store
+        text = store.part(place, "text")
+        if text is not None and not self.prefers_json:
+            return [text.decode(errors="replace").strip()]
+        try:
+            said: Any = json.loads(store.part(place, "json") or b"{}")
+            said = said.get(self.field, ())
+        except (ValueError, AttributeError):
+            said = ()
+        every = [said] if isinstance(said, str) else said if isinstance(said, list) else []
+        return [one.strip() for one in every if isinstance(one, str) and one.strip()]
+
+    def prompts(self) -> list[list[str]] | None:
+        """As Captions."""
+        return None if self.classes is None else self.classes.prompts()
+
+    @property
+    def fingerprint(self) -> bytes:
+        """As Captions."""
+        classes = b"" if self.classes is None else self.classes.fingerprint
+        return repr((self.dataset.fingerprint, self.field, self.prefers_json, classes)).encode()
+
+
+def webdataset(
+    config: DataConfig, image_shape: tuple[int, int, int], prompts: tuple[str, ...], readers: int = 1
+) -> tuple[WebDataset, WebDataset]:
+    """The samples of the shards `data.path` to train on, and those of `data.val_path`, or a fold, held out.
+
+    `prompts` are the templates by which classes are told. `readers` processes of this host ask for the same: one of
+    them looks at the shards, and indexes those that have no index.
+
+    Raises:
+        ValueError: for shards that are missing, cut short, changed, or cannot be read, and labels that do not fit.
+    """
+    assert config.path is not None
+    stores = [Store(_opened(config, config.path, "data.path", readers))]
+    parts: list[Part | None] = [None, None]
+    if config.val_path is not None:
+        stores.append(Store(_opened(config, config.val_path, "data.val_path", readers)))
+    else:
+        size = len(stores[0].catalogue)
+        if size < FOLDS:
+            raise ValueError(
+                f"data.path={config.path} has {size} images, too few to hold out one in {FOLDS}: add some, or give "
+                "held-out ones in data.val_path"
+            )
+        parts = [Part(size, config.fold, is_held_out) for is_held_out in (False, True)]
+    classes = classes_of([store.catalogue for store in stores])
+    train, held_out = (
+        WebDataset(store, image_shape, part, of_store)
+        for store, part, of_store in zip(stores * (2 // len(stores)), parts, classes * (2 // len(stores)), strict=True)
+    )
+    for dataset in (train, held_out):
+        dataset.captions = _captions(dataset, config, prompts)
+    return train, held_out
+
+
+def _opened(config: DataConfig, path: str, key: str, readers: int) -> Catalogue:
+    folder = config.index_dir
+    what = f"{key}={Path(path).expanduser().absolute()} {config.label_column} {folder}"
+    return once(Catalogue, partial(open_shards, path, key, label=config.label_column, folder=folder), what, readers)
+
+
+def _captions(dataset: WebDataset, config: DataConfig, prompts: tuple[str, ...]) -> ShardCaptions | None:
+    """None: of the first sample nothing is said, so the set is one of classes."""
+    of_classes = None
+    if dataset.class_names is not None:
+        of_classes = TemplateCaptions(names=tuple(dataset.class_names), templates=prompts, class_prompts=prompts)
+    prefers_json = config.caption_column != DataConfig.caption_column
+    captions = ShardCaptions(
+        dataset=dataset, field=config.caption_column, prefers_json=prefers_json, classes=of_classes
+    )
+    return captions if captions.of(dataset.places(np.array([0]))[0]) else None

@@ -1,0 +1,69 @@
+"""What is in shards, and whether it is whole."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from io import BytesIO
+
+import numpy as np
+
+from data.decode import CENTRE, decode
+from data.errors import UnreadableImageError
+from data.shards.catalogue import Catalogue, in_processes
+from data.shards.index import hash_of
+from data.shards.store import Place, Store
+
+_SHOWN = 20  # classes
+
+
+def check(catalogue: Catalogue, workers: int | None) -> list[str]:
+    """What is wrong: tar files with other bytes than were indexed, and images that cannot be decoded."""
+    found = in_processes(partial(_faults, catalogue), range(len(catalogue.tars)), workers)
+    return [fault for of_shard in found for fault in of_shard]
+
+
+def _faults(catalogue: Catalogue, shard: int) -> list[str]:
+    faults, store = [], Store(catalogue)
+    if hash_of(catalogue.tars[shard]) != int(catalogue.hashes[shard]):
+        faults.append(f"{catalogue.tars[shard]} has other bytes than when it was indexed")
+    for row in range(catalogue.size_of(shard)):
+        place = Place(shard, row)
+        try:
+            content = store.part(place, "image") or b""
+            decode(BytesIO(content), CENTRE, (3, 64, 64), partial(store.name, place))
+        except UnreadableImageError as error:
+            faults.append(str(error))
+    return faults
+
+
+def stats(catalogue: Catalogue) -> list[str]:
+    """Counts and sizes, by the indexes alone."""
+    store, shards = Store(catalogue), range(len(catalogue.tars))
+    counts = np.array([catalogue.size_of(shard) for shard in shards])
+    sizes = np.concatenate([store.index(shard).records["image_size"] for shard in shards]).astype(np.int64)
+    texts, jsons = (
+        sum(int(np.count_nonzero(store.index(shard).records[part])) for shard in shards) for part in ("text", "json")
+    )
+    lines = [
+        catalogue.describe(),
+        f"images per shard {_spread(counts)}",
+        f"bytes per image  {_spread(sizes)}, {sizes.sum() / 2**30:.3g} GiB in all",
+        f"with .txt {texts}, with .json {jsons}, with a label {len(catalogue) - int(np.sum(store.all_words() < 0))}",
+    ]
+    return lines + _of_classes(catalogue.words, Counter(store.all_words().tolist()))
+
+
+def _of_classes(words: Sequence[str], counts: Counter[int]) -> list[str]:
+    named = [(words[number] if words else number, count) for number, count in counts.most_common() if number >= 0]
+    if not named:
+        return []
+    lines = [f"{len(named)} classes, images of each:"] + [f"  {word}: {count}" for word, count in named[:_SHOWN]]
+    if len(named) > _SHOWN:
+        lines.append(f"  and {len(named) - _SHOWN} more, the least {named[-1][0]}: {named[-1][1]}")
+    return lines
+
+
+def _spread(values: np.ndarray) -> str:
+    return f"{values.min()} to {values.max()}, {values.mean():.6g} on average"
