@@ -47,7 +47,7 @@ def decode(
         return _cut(image, crop, image_shape)
 
 
-def whole(file: str, mode: str) -> tuple[Image, int]:
+def whole(file: str | BinaryIO, mode: str, name: Callable[[], str] | None = None) -> tuple[Image, int]:
     """All of an image as it was meant: (it in Pillow's `mode`, `L` or `RGB`, or in grey floats where 8 bits would not
     hold it; the value of white).
 
@@ -56,7 +56,7 @@ def whole(file: str, mode: str) -> tuple[Image, int]:
     """
     from PIL import Image
 
-    with _readable(lambda: file), Image.open(file) as image:
+    with _readable(name or (lambda: str(file))), Image.open(file) as image:
         return _as_mode(_upright(image, _orientation(image)), mode)
 
 

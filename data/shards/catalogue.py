@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -212,18 +212,32 @@ def _each(ask: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
 def in_processes(
     do: Callable[[Item], Result], items: Sequence[Item], workers: int | None, told: Callable[[], object] = lambda: None
 ) -> list[Result]:
-    """What `do` gives of each item. Hosts that share a file system begin at different ones."""
+    """What `do` gives of each item, `told` after each. Hosts that share a file system begin at different ones."""
     workers = min(workers or len(os.sched_getaffinity(0)), len(items))
     if workers <= 1:
         return [_telling(do(item), told) for item in items]
     begin = zlib.crc32(socket.gethostname().encode()) % len(items)
     turned = [*items[begin:], *items[:begin]]
     try:
-        with ProcessPoolExecutor(workers, get_context("fork"), begin_worker, (0,)) as pool:
-            found = [_telling(result, told) for result in pool.map(do, turned)]
+        with ProcessPoolExecutor(workers, get_context("fork"), _begin, (do,)) as pool:
+            found: list[Result] = [_telling(result, told) for result in pool.map(_do, turned)]
     except BrokenProcessPool as error:
-        raise ShardError(f"a process that reads shards has ended ({error}): memory may have been short") from error
+        raise ShardError(f"a process that works on shards has ended ({error}): memory may have been short") from error
     return [*found[len(items) - begin :], *found[: len(items) - begin]]
+
+
+_doing: Callable[[Any], Any] | None = None  # in a worker: handed down by the fork, so that it may hold large arrays
+
+
+def _begin(do: Callable[[Any], Any]) -> None:
+    global _doing
+    _doing = do
+    begin_worker(0)
+
+
+def _do(item: Any) -> Any:
+    assert _doing is not None
+    return _doing(item)
 
 
 def _telling(result: Result, told: Callable[[], object]) -> Result:

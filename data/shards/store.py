@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from data.errors import UnreadableImageError
 from data.shards.catalogue import Catalogue
 from data.shards.index import Index, map_index
+from data.shards.members import ShardError
 
 _OPEN_TARS, _MAPPED = 64, 1024  # of each process: open files, and maps, of which the kernel allows 65530
 
@@ -84,7 +85,10 @@ class Store:
         return np.where(labels < 0, -1, numbers[labels]) if len(numbers) else labels
 
     def _map(self, shard: int) -> Index:
-        return map_index(Path(self.catalogue.indexes[shard]))
+        try:
+            return map_index(Path(self.catalogue.indexes[shard]))
+        except ShardError as error:
+            raise UnreadableImageError(str(error)) from error
 
 
 class _Opened:

@@ -1,5 +1,7 @@
 """`python -m tools.prepare_data index SHARDS`: ready tar files in the layout of webdataset for training.
 
+    pack SRC DST    packs a folder PATH/CLASS/IMAGE, a table (CSV, TSV) of images and captions, or other shards into tar
+                    files, with indexes; the same command goes on where it was stopped
     index SHARDS    makes the index beside each tar file, which a run would make when it begins; --again: all anew,
                     where shards have changed and are meant to
     check SHARDS    compares every byte with the index, and decodes every image
@@ -14,20 +16,27 @@ Exit codes: 0 all is well, 1 check has found damage, 2 SHARDS cannot be used.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from tqdm import tqdm
 
+from data.pairs import Columns
 from data.shards.catalogue import Catalogue, open_shards
 from engine.errors import EXIT_DONE, EXIT_FAULT, EXIT_USAGE
 from tools.prepare_data.look import check, stats
+from tools.prepare_data.pack import Plan, pack
+from tools.prepare_data.sources import source_of
 
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code. Raises ValueError for what cannot be used."""
     options = _options(argv)
+    if options.command == "pack":
+        return _pack(options)
     catalogue = _opened(options)
     match options.command:
         case "index":
@@ -40,6 +49,22 @@ def main(argv: Sequence[str]) -> int:
                 print(line)
             print(f"{len(catalogue)} images in {len(catalogue.tars)} shards, {len(found)} faults")
             return EXIT_FAULT if found else EXIT_DONE
+    return EXIT_DONE
+
+
+def _pack(options: argparse.Namespace) -> int:
+    columns = Columns(image=options.image_column, caption=options.caption_column, label=options.label_column)
+    source = source_of(options.src, columns, options.label_column)
+    plan = Plan(
+        source=hashlib.sha256(source.fingerprint.encode()).hexdigest()[:16],
+        images=len(source),
+        images_per_shard=options.images_per_shard,
+        shuffle=options.shuffle,
+        shorter_side=options.shorter_side,
+    )
+    with tqdm(desc="shards packed", unit="", disable=None) as bar:
+        lines = pack(source, options.dst, plan, part=options.part, workers=options.workers, told=bar.update)
+    print("\n".join(lines))
     return EXIT_DONE
 
 
@@ -64,10 +89,13 @@ def _part(text: str) -> tuple[int, int]:
     return int(number), int(of)
 
 
-def _workers(text: str) -> int:
-    if not (text.isdecimal() and 1 <= int(text) <= 1024):
-        raise argparse.ArgumentTypeError(f"{text} is no number from 1 to 1024")
-    return int(text)
+def _whole(least: int, most: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not (text.isdecimal() and least <= int(text) <= most):
+            raise argparse.ArgumentTypeError(f"{text} is no whole number from {least} to {most}")
+        return int(text)
+
+    return read
 
 
 def _options(argv: Sequence[str]) -> argparse.Namespace:
@@ -75,16 +103,32 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
         prog="tools.prepare_data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("index", "check", "stats"):
+    for name in ("pack", "index", "check", "stats"):
         command = commands.add_parser(name)
-        command.add_argument("shards", metavar="SHARDS", help="tar files, as data.path names them")
-        command.add_argument("--label-column", metavar="FIELD", help="as data.label_column")
-        command.add_argument("--index-dir", metavar="FOLDER", help="as data.index_dir")
-        command.add_argument("--workers", type=_workers, metavar="N", help="processes; by default one per core")
+        command.add_argument("--workers", type=_whole(1, 1024), metavar="N", help="processes; by default one per core")
         command.add_argument("--part", type=_part, default=(0, 1), metavar="I/N", help="only these shards")
+        command.add_argument("--label-column", metavar="FIELD", help="as data.label_column")
+        if name == "pack":
+            _add_packing(command)
+            continue
+        command.add_argument("shards", metavar="SHARDS", help="tar files, as data.path names them")
+        command.add_argument("--index-dir", metavar="FOLDER", help="as data.index_dir")
         if name == "index":
             command.add_argument("--again", action="store_true", help="also those that have an index")
     return parser.parse_args(argv)
+
+
+def _add_packing(command: argparse.ArgumentParser) -> None:
+    command.add_argument("src", metavar="SRC", help="a folder, a table, or tar files as data.path names them")
+    command.add_argument("dst", metavar="DST", type=Path, help="folder for the tar files")
+    command.add_argument("--images-per-shard", type=_whole(1, 10**7), default=10_000, metavar="N")
+    command.add_argument("--shuffle", type=_whole(0, 2**63), metavar="SEED", help="pack in a random order")
+    command.add_argument(
+        "--shorter-side", type=_whole(1, 2**15), metavar="PIXELS",
+        help="write JPEGs, larger ones made smaller to this; by default the bytes of images stay as they are",
+    )  # fmt: skip
+    command.add_argument("--image-column", default="image", metavar="NAME", help="of a table, as data.image_column")
+    command.add_argument("--caption-column", default="caption", metavar="NAME", help="of a table")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,149 @@
+"""What can be packed: image folders, tables of images and captions, other shards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from data.listing import SUFFIXES, Listing, scan
+from data.pairs import Columns, Pairs, read_pairs
+from data.shards.catalogue import open_shards
+from data.shards.store import Store
+
+_NAME = 60  # characters of a file's name that are kept in a key
+
+
+class Source(Protocol):
+    """Samples by number."""
+
+    classes: tuple[str, ...]
+    """Names of the labels; none, if they have no names."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what sample i is."""
+        ...
+
+    def sample(self, index: int) -> tuple[str, Mapping[str, bytes]]:
+        """(a name, the parts of a sample by their extensions, the image first)."""
+        ...
+
+
+@dataclass(frozen=True)
+class FolderSource(Source):
+    """PATH/CLASS/IMAGE files."""
+
+    listing: Listing
+
+    def __len__(self) -> int:
+        return len(self.listing)
+
+    @property
+    def classes(self) -> tuple[str, ...]:  # type: ignore[override]
+        return self.listing.classes
+
+    @property
+    def fingerprint(self) -> str:
+        return self.listing.fingerprint
+
+    def sample(self, index: int) -> tuple[str, Mapping[str, bytes]]:
+        """As Source."""
+        file = Path(self.listing.file(index))
+        return file.stem, {file.suffix[1:].lower(): file.read_bytes(), "cls": b"%d" % self.listing.labels[index]}
+
+
+@dataclass(frozen=True)
+class TableSource(Source):
+    """Rows of images and captions."""
+
+    pairs: Pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    @property
+    def classes(self) -> tuple[str, ...]:  # type: ignore[override]
+        return self.pairs.classes
+
+    @property
+    def fingerprint(self) -> str:
+        return self.pairs.fingerprint + self.pairs.captions_fingerprint
+
+    def sample(self, index: int) -> tuple[str, Mapping[str, bytes]]:
+        """As Source: one caption is a text, several are a list in a `.json`."""
+        file = Path(self.pairs.file(index))
+        content = file.read_bytes()
+        suffix = file.suffix.lower()
+        parts = {suffix[1:] if suffix in SUFFIXES else _ending(content): content}
+        if self.classes:
+            parts["cls"] = b"%d" % self.pairs.labels[index]
+        said = [self.pairs.caption(number) for number in self.pairs.captions_of(index)]
+        if len(said) == 1:
+            parts["txt"] = said[0].encode()
+        else:
+            parts["json"] = json.dumps({"caption": said}).encode()
+        return file.stem, parts
+
+
+@dataclass(frozen=True)
+class ShardSource(Source):
+    """Tar files, to be cut otherwise or shuffled."""
+
+    store: Store
+    classes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.store.catalogue)
+
+    @property
+    def fingerprint(self) -> str:
+        return self.store.catalogue.hashes.tobytes().hex()
+
+    def sample(self, index: int) -> tuple[str, Mapping[str, bytes]]:
+        """As Source."""
+        store, words = self.store, self.store.catalogue.words
+        (place,) = store.places(np.array([index]))
+        content = store.part(place, "image") or b""
+        parts = {_ending(content): content}
+        label = int(store.words([place])[0])
+        if label >= 0:
+            parts["cls"] = (words[label] if words else str(label)).encode()
+        for part, name in (("text", "txt"), ("json", "json")):
+            if (found := store.part(place, part)) is not None:
+                parts[name] = found
+        return store.index(place.shard).key(place.row).rpartition("/")[2], parts
+
+
+def source_of(path: str, columns: Columns, label: str | None) -> Source:
+    """What a path holds: a folder, a table by its suffix, else tar files.
+
+    Raises:
+        ValueError: nothing that can be read.
+    """
+    if Path(path).expanduser().is_dir():
+        return FolderSource(scan(path, "SRC"))
+    if Path(path).suffix.lower() in (".csv", ".tsv", ".tab"):
+        return TableSource(read_pairs(path, "SRC", columns, None))
+    return ShardSource(Store(open_shards(path, "SRC", label=label, folder=None)))
+
+
+def key_of(number: int, name: str) -> str:
+    """A key that sorts by number, is in no other sample, and has a file's name for whoever looks for it."""
+    return f"{number:09d}_{''.join(c if c.isalnum() or c in '-_' else '_' for c in name)[:_NAME]}"
+
+
+def _ending(content: bytes) -> str:
+    """By what the image is, not by its name."""
+    from PIL import Image
+
+    with Image.open(BytesIO(content)) as image:
+        found = (image.format or "").lower()
+    return {"jpeg": "jpg", "mpo": "jpg", "ppm": "ppm"}.get(found, found)
