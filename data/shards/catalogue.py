@@ -38,9 +38,10 @@ class Catalogue:
         ends: [K] samples up to and with each. hashes: uint64 [K], of each tar file's bytes.
         words: what labels are, without repetition, in the order in which shards have them; none if they are numbers,
             of which `largest` is the largest (-1: there are none).
-        numbers: int64, shard by shard, of each label of its records the place in `words`.
-        number_ends: [K] where each shard's end. left_out: by reason. unlabelled: which shards have samples without a
-            label, in words; none where no sample has one. made: how many indexes were made just now.
+        numbers: int64, shard by shard, of each label of its records the place in `words`; -1 at last, so that there is
+            always one to be mapped. number_ends: [K] where each shard's end.
+        left_out: by reason. unlabelled: which shards have samples without a label, in words.
+        made: how many indexes were made just now.
     """
 
     given: str
@@ -189,7 +190,7 @@ def _catalogue(given: str, tars: list[str], indexes: list[Path], heads: list[Hea
         ends=np.cumsum([head.count for head in heads], dtype=np.int64),
         hashes=np.array([head.tar_hash for head in heads], dtype=np.uint64),
         words=tuple(words),
-        numbers=np.concatenate(numbers),
+        numbers=np.concatenate([*numbers, np.array([-1])]),
         number_ends=np.cumsum([len(shard) for shard in numbers], dtype=np.int64),
         largest=largest,
         left_out=dict(left_out),

@@ -33,6 +33,7 @@ class Store:
         self.catalogue = catalogue
         self.index: Callable[[int], Index] = lru_cache(maxsize=_MAPPED)(self._map)
         """That of a shard."""
+        self._checked = set[int]()
         self._open: Callable[[int], _Opened] = lru_cache(maxsize=_OPEN_TARS)(lambda shard: _Opened(self.tar(shard)))
 
     def places(self, samples: NDArray[np.int64]) -> list[Place]:
@@ -80,15 +81,16 @@ class Store:
         labels: NDArray[np.int64] = self.index(shard).records["label"][rows].astype(np.int64)
         if not self.catalogue.words:
             return labels
-        ends = self.catalogue.number_ends
-        numbers = self.catalogue.numbers[int(ends[shard - 1]) if shard else 0 : int(ends[shard])]
-        return np.where(labels < 0, -1, numbers[labels]) if len(numbers) else labels
+        first = int(self.catalogue.number_ends[shard - 1]) if shard else 0
+        return self.catalogue.numbers[np.where(labels < 0, -1, first + labels)]
 
     def _map(self, shard: int) -> Index:
         try:
-            return map_index(Path(self.catalogue.indexes[shard]))
+            found = map_index(Path(self.catalogue.indexes[shard]), is_checked=shard in self._checked)
         except ShardError as error:
             raise UnreadableImageError(str(error)) from error
+        self._checked.add(shard)
+        return found
 
 
 class _Opened:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from data.held_out import Part
 from data.keyed import Purpose
 from data.permutation import permuted
 from data.sampling import SampleOrder, _keys
+from data.shards import catalogue
+from data.webdataset import webdataset
 from tests.data.tars import picture, sample, shards, write_tar
 
 TEXT = TextShape(length=20, vocabulary_size=259, end_token=257)
@@ -85,6 +88,17 @@ def test_labels_are_numbers_names_or_lines_of_a_class_map(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match=r"has no classes, but the objective needs some"):
         build(more, val_path=more)
     assert build(more, val_path=more, num_classes=None)[0].labels_of(np.array([2, 1])).tolist() == [2, 1]
+
+
+@pytest.mark.parametrize("label", [None, "kind"])
+def test_ranks_of_a_host_look_once(tmp_path: Path, label: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    pattern, looked, expand = shards(tmp_path / "s"), [], catalogue.expand
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(catalogue, "expand", lambda *given: looked.append(given) or expand(*given))
+    config = DataConfig(kind="webdataset", path=pattern, label_column=label)
+    found = [webdataset(config, (3, 6, 9), (), readers=2)[0] for _ in range(2)]
+    assert len(looked) == 1 and [path.name for path in tmp_path.iterdir()] == ["s"]
+    assert found[0].fingerprint == found[1].fingerprint and found[0].labels.tolist() == found[1].labels.tolist()
 
 
 def test_captions_are_texts_or_fields(tmp_path: Path) -> None:

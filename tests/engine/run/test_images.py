@@ -12,6 +12,7 @@ from PIL import Image
 
 import pretrain_vit
 from engine.run.launch import run_rank
+from tests.data.tars import shards
 from tests.engine.small import flags
 
 
@@ -67,3 +68,22 @@ def test_a_folder_that_cannot_be_read_is_a_wrong_configuration(
     assert run(photos) == 2
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1 and "bee/ cannot be read (Permission denied)" in errors[0]
+
+
+def test_a_run_on_shards_goes_on_in_its_order_or_not_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = {"run_dir": str(tmp_path / "run"), "data__kind": "webdataset", "data__path": shards(tmp_path / "s")}
+    given |= {"train__steps": "4", "checkpoint__save_interval": "2"}
+
+    def attempt(**changes: str) -> int:
+        argv = flags(**given | changes)
+        size = argv.index("--data.size")
+        return run_rank(pretrain_vit.main, argv[:size] + argv[size + 2 :], "pretrain_vit.py")
+
+    assert attempt(train__stop_step="2") == 3
+    assert "21 images in 3 shards" in (shown := capsys.readouterr().out) and "3 indexed now" in shown
+    assert attempt(data__shuffle_window="2") == 2
+    assert "in another order (Feistel, 16 rounds, and this run has" in capsys.readouterr().err
+    (tmp_path / "s" / "01.tar").rename(tmp_path / "gone.tar")
+    assert attempt() == 2 and "1 of 3 shards are missing" in (error := capsys.readouterr().err) and "01.tar" in error
+    (tmp_path / "gone.tar").rename(tmp_path / "s" / "01.tar")
+    assert attempt() == 0 and "the list of" not in capsys.readouterr().out
