@@ -26,6 +26,7 @@ _ONLY_FOR = {
     "label_column": _SAID,
     "index_dir": ("webdataset",),
     "shuffle_window": ("webdataset",),
+    "weights": ("webdataset",),
     "templates": ("digits", "synthetic", "image_folder", "textures", "webdataset"),
     "size": ("synthetic",),
     "crops_per_class": ("textures",),
@@ -47,7 +48,7 @@ class DataConfig:
     path: str | None = None
     """image_folder: folder with one sub-folder of images, at any depth, per class; image_text: CSV or TSV file whose
     first row names the columns, paths of images relative to it; webdataset: tar files, by bash's braces
-    (shards/train-{000000..000146}.tar) or wildcards."""
+    (shards/train-{000000..000146}.tar) or wildcards, several sources parted by ::."""
 
     val_path: str | None = None
     """Held-out images, as in path, of the same classes; absent: a stratified fifth of path is held out."""
@@ -65,6 +66,10 @@ class DataConfig:
 
     index_dir: str | None = None
     """Folder for the indexes of tar files (webdataset only); absent: beside each."""
+
+    weights: tuple[float, ...] = ()
+    """In training, the shares of the sources that :: parts in path, such as [3, 1] (webdataset only); absent: as many
+    as each has."""
 
     shuffle_window: int = 0
     """Tar files of which samples are mixed at a time, their own order shuffled before (webdataset only), for file

@@ -53,6 +53,8 @@ class Dataset(Protocol):
 
     shard_ends: NDArray[np.int64] | None = None
     """[K] How many images there are up to and with each shard, where the set lies in shards."""
+    source_ends: NDArray[np.int64] | None = None
+    """The same of each source, where there are several."""
 
     @property
     def source(self) -> str | None:

@@ -21,8 +21,8 @@ from torch import Tensor
 from data.config import DataConfig
 from data.datasets import Dataset
 from data.making import Maker
+from data.mixing import sample_order
 from data.reading import Content, Source, in_workers
-from data.sampling import SampleOrder
 
 # What workers hold ready beyond what each is at work on: enough for a schedule that takes micro-batches in bursts.
 # Every one is an open file, and memory of the host in which few files may be open and little may be shared.
@@ -89,9 +89,7 @@ class TrainStream:
         self._data_rank = data_rank
         self._seed = seed
         self._offset = offset
-        self._order = SampleOrder(
-            len(dataset), seed, config.repeats, shard_ends=dataset.shard_ends, window=config.shuffle_window
-        )
+        self._order = sample_order(dataset, seed, config)
         self._maker = Maker(dataset, config, with_images=with_images, with_texts=with_texts)
 
     def steps(self, start: int) -> Iterator[StepBatches]:

@@ -27,7 +27,9 @@ _RULE = "Feistel, 16 rounds"  # another rule is another name
 def order_of(config: DataConfig) -> str:
     """Names the rule by which draws become images: a run that goes on with another would see some images twice in an
     epoch, and others not at all."""
-    return f"{_RULE}, {config.shuffle_window} shards at a time" if config.shuffle_window else _RULE
+    windows = f", {config.shuffle_window} shards at a time" if config.shuffle_window else ""
+    shares = f", sources {':'.join(f'{weight:g}' for weight in config.weights)}" if config.weights else ""
+    return _RULE + windows + shares
 
 
 class SampleOrder:
@@ -36,13 +38,21 @@ class SampleOrder:
 
     Args:
         shard_ends: [K] how many images there are up to and with each shard. window: shards, of which images are mixed
-            at a time; 0: of all.
+            at a time; 0: of all. stream: keeps apart the orders of sources that are mixed.
     """
 
     def __init__(
-        self, size: int, seed: int, repeats: int = 1, *, shard_ends: NDArray[np.int64] | None = None, window: int = 0
+        self,
+        size: int,
+        seed: int,
+        repeats: int = 1,
+        *,
+        shard_ends: NDArray[np.int64] | None = None,
+        window: int = 0,
+        stream: int = 0,
     ) -> None:
         self.size, self.seed, self.repeats = size, seed, repeats
+        self._first_key = stream << 40  # of more windows than there are
         self._shard_ends, self._window = shard_ends, window
         self._windows = lru_cache(maxsize=2)(self._windows_of)  # a batch seldom spans more than two epochs
 
@@ -57,13 +67,13 @@ class SampleOrder:
 
     def _of_epoch(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         if self._shard_ends is None or not self._window:
-            return permuted(positions, self.size, _keys(self.seed, Purpose.ORDER, epoch))
+            return permuted(positions, self.size, _keys(self.seed, Purpose.ORDER, epoch, self._first_key))
         windows, places = self._windows(epoch), np.empty_like(positions)
         numbers = np.searchsorted(windows.ends, positions, side="right")
         for window in np.unique(numbers).tolist():
             chosen = numbers == window
             first = int(windows.ends[window - 1]) if window else 0
-            keys = _keys(self.seed, Purpose.WINDOW, epoch, window)
+            keys = _keys(self.seed, Purpose.WINDOW, epoch, self._first_key + window)
             places[chosen] = first + permuted(positions[chosen] - first, int(windows.ends[window]) - first, keys)
         return places + windows.moved[np.searchsorted(windows.shard_ends, places, side="right")]
 
@@ -71,7 +81,7 @@ class SampleOrder:
         ends = self._shard_ends
         assert ends is not None
         sizes, shards = np.diff(ends, prepend=0), len(ends)
-        order = permuted(np.arange(shards), shards, _keys(self.seed, Purpose.SHARDS, epoch))
+        order = permuted(np.arange(shards), shards, _keys(self.seed, Purpose.SHARDS, epoch, self._first_key))
         shuffled_ends = np.cumsum(sizes[order])
         last = np.minimum(np.arange(self._window, shards + self._window, self._window), shards) - 1
         moved = (ends - sizes)[order] - (shuffled_ends - sizes[order])

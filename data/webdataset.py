@@ -21,6 +21,7 @@ from data.datasets import Dataset, fingerprint
 from data.decode import CENTRE, decode
 from data.errors import UnreadableImageError
 from data.held_out import Part
+from data.mixing import whole_shares
 from data.shards.catalogue import Catalogue, open_shards
 from data.shards.classes import Classes, classes_of
 from data.shards.store import Place, Store
@@ -40,8 +41,8 @@ class WebDataset(Dataset):
         self.store, self.part, self.classes, self.image_shape = store, part, classes, image_shape
         self.num_classes = 0 if classes is None else classes.count
         self.class_names = None if classes is None else classes.names
-        ends = store.catalogue.ends
-        self.shard_ends = ends if part is None else part.before(ends)
+        ends = store.catalogue.ends, store.catalogue.source_ends
+        self.shard_ends, self.source_ends = ends if part is None else map(part.before, ends)
 
     @property
     def source(self) -> str:
@@ -152,6 +153,13 @@ def webdataset(
         ValueError: for shards that are missing, cut short, changed, or cannot be read, and labels that do not fit.
     """
     assert config.path is not None
+    sources = config.path.count("::") + 1
+    if config.weights and len(config.weights) != sources:
+        raise ValueError(
+            f"data.weights has {len(config.weights)} numbers, and data.path={config.path} {sources} sources, parted by "
+            "::: give one for each"
+        )
+    whole_shares(config.weights or (1.0,))  # raises
     stores = [Store(_opened(config, config.path, "data.path", readers))]
     parts: list[Part | None] = [None, None]
     if config.val_path is not None:
@@ -169,6 +177,11 @@ def webdataset(
         WebDataset(store, image_shape, part, of_store)
         for store, part, of_store in zip(stores * (2 // len(stores)), parts, classes * (2 // len(stores)), strict=True)
     )
+    ends = train.source_ends
+    if config.weights and ends is not None and not np.diff(ends, prepend=0).all():
+        raise ValueError(
+            f"data.path={config.path}: a source has no sample to train on: leave it out of data.weights, too"
+        )
     for dataset in (train, held_out):
         dataset.captions = _captions(dataset, config, prompts)
     return train, held_out

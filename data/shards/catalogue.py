@@ -35,7 +35,8 @@ class Catalogue:
 
     Attributes:
         given: what named them. tars: their files. indexes: those of their indexes.
-        ends: [K] samples up to and with each. hashes: uint64 [K], of each tar file's bytes.
+        ends: [K] samples up to and with each. source_ends: the same of each of the sources.
+        hashes: uint64 [K], of each tar file's bytes.
         words: what labels are, without repetition, in the order in which shards have them; none if they are numbers,
             of which `largest` is the largest (-1: there are none).
         numbers: int64, shard by shard, of each label of its records the place in `words`; -1 at last, so that there is
@@ -48,6 +49,7 @@ class Catalogue:
     tars: tuple[str, ...]
     indexes: tuple[str, ...]
     ends: NDArray[np.int64]
+    source_ends: NDArray[np.int64]
     hashes: NDArray[np.uint64]
     words: tuple[str, ...]
     numbers: NDArray[np.int64]
@@ -93,7 +95,11 @@ def open_shards(
     """
     if label is not None and (not label or "/" in label):
         raise ValueError(f"data.label_column is {label!r}: give the name of a field of each sample's .json")
-    given, tars = f"{key}={path}", expand(path, key)[part[0] :: part[1]]
+    given, of_sources = f"{key}={path}", [expand(source, key) for source in path.split("::")]
+    tars = [tar for of_source in of_sources for tar in of_source][part[0] :: part[1]]
+    sources = np.repeat(np.arange(len(of_sources)), [len(of_source) for of_source in of_sources])[part[0] :: part[1]]
+    if len(set(tars)) < len(tars):
+        raise ValueError(f"{given} names a shard in two sources: name each once, and see data.weights")
     if not tars:
         raise ValueError(f"{given} names too few shards for part {part[0]} of {part[1]}: start fewer")
     indexes = [place(tar, folder, label) for tar in tars]
@@ -110,7 +116,7 @@ def open_shards(
     _check_content(doubtful, given, workers)
     for shard in todo:
         heads[shard] = read_head(indexes[shard])
-    return _catalogue(path, tars, indexes, [head for head in heads if head is not None], len(todo))
+    return _catalogue(path, tars, sources, indexes, [head for head in heads if head is not None], len(todo))
 
 
 def _status(tars: Sequence[str], given: str) -> list[os.stat_result]:
@@ -164,7 +170,9 @@ def _index(label: str | None, one: tuple[str, Path]) -> None:
     make_index(*one, label)
 
 
-def _catalogue(given: str, tars: list[str], indexes: list[Path], heads: list[Head], made: int) -> Catalogue:
+def _catalogue(
+    given: str, tars: list[str], sources: NDArray[np.int64], indexes: list[Path], heads: list[Head], made: int
+) -> Catalogue:
     words, numbers, left_out = dict[str, int](), list[NDArray[np.int64]](), Counter[str]()
     known: dict[tuple[str, ...], NDArray[np.int64]] = {}  # most shards have the same words
     for head in heads:
@@ -187,7 +195,8 @@ def _catalogue(given: str, tars: list[str], indexes: list[Path], heads: list[Hea
         given=given,
         tars=tuple(tars),
         indexes=tuple(map(str, indexes)),
-        ends=np.cumsum([head.count for head in heads], dtype=np.int64),
+        ends=(ends := np.cumsum([head.count for head in heads], dtype=np.int64)),
+        source_ends=np.array([0, *ends])[np.searchsorted(sources, np.unique(sources), side="right")],
         hashes=np.array([head.tar_hash for head in heads], dtype=np.uint64),
         words=tuple(words),
         numbers=np.concatenate([*numbers, np.array([-1])]),

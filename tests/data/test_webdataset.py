@@ -16,6 +16,7 @@ from data import DataConfig, Dataset, TextShape, TrainStream, build_datasets
 from data.captions import Look
 from data.held_out import Part
 from data.keyed import Purpose
+from data.mixing import period, sample_order, whole_shares
 from data.permutation import permuted
 from data.sampling import SampleOrder, _keys
 from data.shards import catalogue
@@ -28,6 +29,7 @@ TEXT = TextShape(length=20, vocabulary_size=259, end_token=257)
 def build(
     path: object, text: TextShape | None = None, num_classes: int | None = 3, **keys: Any
 ) -> tuple[Dataset, Dataset]:
+    keys = {name: str(value) if name == "val_path" else value for name, value in keys.items()}
     config = DataConfig(kind="webdataset", path=str(path), **keys)
     return build_datasets(config, image_size=(6, 9), channels=3, num_classes=num_classes, seed=0, text=text)
 
@@ -184,3 +186,43 @@ def test_shards_are_shuffled_then_samples_in_windows_of_them() -> None:
     large = SampleOrder(10**9, seed=0, shard_ends=np.arange(1, 100_001) * 10_000, window=50)
     found = large.indices(np.arange(5 * 10**8, 5 * 10**8 + 4096))
     assert len(np.unique(found)) == 4096 and len(np.unique(found // 10_000)) == 50
+
+
+def test_shares_of_sources_are_exact_to_one_sample_at_every_moment() -> None:
+    for weights, expected in (
+        ((3, 1), [3, 1]),
+        ((0.7, 0.2, 0.1), [7, 2, 1]),
+        ((1, 1, 1), [1, 1, 1]),
+        ((97, 2, 11.5, 8), None),
+    ):
+        shares = whole_shares(weights)
+        assert expected in (None, shares)
+        sources, before = period(shares)
+        had = np.cumsum(sources[:, None] == np.arange(len(shares)), axis=0)
+        due = np.arange(1, len(sources) + 1)[:, None] * np.array(shares) / sum(shares)
+        assert np.abs(had - due).max() < 1 and had[-1].tolist() == shares
+        np.testing.assert_array_equal(before, had[np.arange(len(sources)), sources] - 1)
+    for wrong in ((1.0, 0.0), (1.0, float("inf")), (1.0, 3.14159265)):
+        with pytest.raises(ValueError, match=r"data\.weights is"):
+            whole_shares(wrong)
+
+
+def test_sources_are_mixed_in_their_shares_each_in_epochs_of_its_own(tmp_path: Path) -> None:
+    one, other = shards(tmp_path / "a", sizes=(7, 5, 9)), shards(tmp_path / "b", sizes=(4, 6))
+    keys: dict[str, Any] = {"val_path": one, "weights": (3.0, 1.0), "shuffle_window": 1}
+    dataset, _ = build(f"{one}::{other}", **keys)
+    assert dataset.source_ends is not None and dataset.source_ends.tolist() == [21, 31]
+    config = DataConfig(kind="webdataset", path=f"{one}::{other}", **keys)
+    drawn = sample_order(dataset, 5, config).indices(np.arange(280)).tolist()
+    first, second = ([i for i in drawn if (i < 21) == is_first] for is_first in (True, False))
+    assert len(first) == 210 and len(second) == 70
+    assert all(sorted(first[at : at + 21]) == list(range(21)) for at in range(0, 210, 21))
+    assert all(sorted(second[at : at + 10]) == list(range(21, 31)) for at in range(0, 70, 10))
+    for epoch in np.array(second).reshape(7, 10):  # one shard at a time
+        assert len({int(i >= 25) for i in epoch[:4]}) == 1 or len({int(i >= 25) for i in epoch[:6]}) == 1
+    with pytest.raises(ValueError, match=r"data\.weights has 1 numbers, and data\.path=.* 2 sources"):
+        build(f"{one}::{other}", val_path=one, weights=(3.0,))
+    with pytest.raises(ValueError, match=r"names a shard in two sources"):
+        build(f"{one}::{one}", val_path=one)
+    held_out = build(f"{one}::{other}", weights=(3.0, 1.0))[0]
+    assert held_out.source_ends is not None and held_out.source_ends.tolist()[-1] == len(held_out)
