@@ -78,16 +78,16 @@ class Index:
         return self.keys[first : int(self.records["key_end"][row])].tobytes().decode(errors="surrogateescape")
 
 
-def place(tar: str, folder: str | None, label: str | None) -> Path:
+def place(tar: str, folder: str | None, label: str | None) -> str:
     """Where the index of a tar file is: beside it, or in `folder`. That by a JSON's field `label` is another one."""
     ending = ".index" if label is None else f".{label}.index"
     if folder is None:
-        return Path(tar + ending)
+        return tar + ending
     digest = hashlib.sha256(os.fsencode(Path(tar).absolute())).hexdigest()[:16]
-    return Path(folder).expanduser() / f"{Path(tar).name}.{digest}{ending}"
+    return str(Path(folder).expanduser() / f"{Path(tar).name}.{digest}{ending}")
 
 
-def make_index(tar: str, where: Path, label: str | None) -> None:
+def make_index(tar: str, where: str, label: str | None) -> None:
     """Read a tar file whole, once, and write its index, or nothing.
 
     Args:
@@ -106,21 +106,21 @@ def make_index(tar: str, where: Path, label: str | None) -> None:
     header = np.zeros(1, dtype=HEADER)
     header["magic"], header["version"] = _MAGIC, _VERSION
     header["tar_size"], header["tar_mtime"], header["tar_hash"] = status.st_size, status.st_mtime_ns, tar_hash
-    _write(where, header, *content)
+    _write(Path(where), header, *content)
 
 
-def touch(where: Path, tar_mtime: int) -> None:
+def touch(where: str, tar_mtime: int) -> None:
     """The tar file has another time than when the index was made, and the same bytes: note that, where it can be."""
     with suppress(OSError):
-        body = bytearray(where.read_bytes())
+        body = bytearray(Path(where).read_bytes())
         np.frombuffer(body, dtype=HEADER, count=1)["tar_mtime"] = tar_mtime
-        _replace(where, bytes(body))
+        _replace(Path(where), bytes(body))
 
 
-def read_head(where: Path) -> Head | None:
+def read_head(where: str) -> Head | None:
     """None: there is no index there, or none of this version, or only a part of one."""
     try:
-        with where.open("rb") as opened:
+        with open(where, "rb", buffering=0) as opened:  # noqa: PTH123
             begin = opened.read(4096)
             header = _fields(begin)
             if header["magic"] != _MAGIC or header["version"] != _VERSION:
@@ -144,7 +144,7 @@ def read_head(where: Path) -> Head | None:
     )
 
 
-def map_index(where: Path, *, is_checked: bool = False) -> Index:
+def map_index(where: str, *, is_checked: bool = False) -> Index:
     """Raises ShardError if it is not what was written; `is_checked`: its checksum was compared before."""
     try:
         whole = np.asarray(np.memmap(where, dtype=np.uint8, mode="r"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -86,7 +85,7 @@ class Store:
 
     def _map(self, shard: int) -> Index:
         try:
-            found = map_index(Path(self.catalogue.indexes[shard]), is_checked=shard in self._checked)
+            found = map_index(self.catalogue.indexes[shard], is_checked=shard in self._checked)
         except ShardError as error:
             raise UnreadableImageError(str(error)) from error
         self._checked.add(shard)

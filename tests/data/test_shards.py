@@ -145,7 +145,7 @@ def test_shards_that_have_changed_are_named(tmp_path: Path) -> None:
     assert opened(first).catalogue.made == 1
     index.write_bytes(index.read_bytes()[:-1] + b"\xff")
     with pytest.raises(ShardError, match=r"00\.tar\.index is damaged: remove it"):
-        map_index(index)
+        map_index(str(index))
 
 
 def test_indexes_may_lie_elsewhere_and_are_made_by_several_processes(tmp_path: Path) -> None:
