@@ -106,7 +106,7 @@ def open_shards(
     heads: list[Head | None] = [None] * len(tars) if again else _each(read_head, indexes)
     _check_sizes(tars, heads, status, given)
     todo = [shard for shard, head in enumerate(heads) if head is None]
-    in_processes(partial(_index, label), [(tars[shard], indexes[shard]) for shard in todo], workers, told)
+    in_processes(partial(_index, label, again), [(tars[shard], indexes[shard]) for shard in todo], workers, told)
     doubtful = [
         (tar, index, head, at.st_mtime_ns)
         for tar, index, head, at in zip(tars, indexes, heads, status, strict=True)
@@ -165,8 +165,9 @@ def _refuse_changed(wrong: Sequence[str], given: str) -> None:
         )
 
 
-def _index(label: str | None, one: tuple[str, str]) -> None:
-    make_index(*one, label)
+def _index(label: str | None, again: bool, one: tuple[str, str]) -> None:
+    if again or read_head(one[1]) is None:  # another host may have made it meanwhile
+        make_index(*one, label)
 
 
 def _catalogue(
