@@ -67,7 +67,7 @@ class Watch:
         """[Q], the shares of a layer's queries in what is pooled."""
         if isinstance(place, AttentionPool):
             return torch.ones(1)
-        total = Sight.of(place).total
+        total = Sight(place.site).total
         if _is_of_texts(spec):
             return torch.full((total,), 1 / total)
         return pooled_tokens(self._assembly.build.of(spec).config, total)

@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from model.seeing.noted import MeanMap
+
 Method = Literal["rollout", "relevance", "gradient_rollout"]
 METHODS: tuple[Method, ...] = ("rollout", "relevance", "gradient_rollout")
 
@@ -100,7 +102,11 @@ def back_through(trace: Trace, method: Method) -> Tensor:
     """[B, S] of the first layer's tokens; of rollout it sums to 1."""
     r = _start(trace, method)
     for step in reversed(trace.steps):
-        r = step.back(r) if isinstance(step, Merging) else _through(r, step, method)
+        if isinstance(step, MeanMap):
+            assert method == "rollout", "of means over heads"
+            r = step.back(r)
+        else:
+            r = step.back(r) if isinstance(step, Merging) else _through(r, step, method)
     return r
 
 

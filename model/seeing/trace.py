@@ -17,6 +17,7 @@ from model.heads import AttentionPool
 from model.image_text import ImageText
 from model.inputs import MicroBatch
 from model.seeing.capture import PROBE
+from model.seeing.noted import MeanMap, Noting, can_note, noting
 from model.seeing.rollout import Merging, Mixing, Trace
 from model.seeing.rows import Seen, Sight
 from model.taps import Tapped, tapped, tapped_by
@@ -90,7 +91,26 @@ def traces(
             if score is not None:
                 again = number + 1 < len(scores)
                 grads[number] = torch.autograd.grad(score(outputs).sum(), given, retain_graph=again)
-    return [_traced(config, notes, of, len(images)) for of in grads], outputs.detach()
+    seen = [{name: note.seen(grad) for (name, note), grad in zip(notes.items(), of, strict=True)} for of in grads]
+    return [_traced(config, of, len(images)) for of in seen], outputs.detach()
+
+
+@torch.no_grad()
+def mean_trace(model: VisionTransformer | ImageText, images: Tensor) -> tuple[Trace, Tensor]:
+    """The same for what reads means over heads alone, rollout and flow: full attention notes them as it runs, so that
+    nothing is computed again (model.seeing.noted)."""
+    config, places, run = _opened(model, images)
+    notes, maps = dict[str, _Note](), dict[str, Noting]()
+    with ExitStack() as stack:
+        for name, place in places.items():
+            if can_note(place):
+                maps[name] = stack.enter_context(noting(place))
+            else:
+                notes[name] = _Note(place)
+                stack.enter_context(tapped_by(place, notes[name].tap))
+        outputs = run(images)
+    seen = {name: maps[name].map if name in maps else notes[name].seen(None) for name in places}
+    return _traced(config, seen, len(images)), outputs
 
 
 def _opened(
@@ -106,15 +126,15 @@ def _opened(
     return geometry.config, tapped(geometry), lambda images: model(MicroBatch.of_images(images))
 
 
-def _traced(config: ModelConfig, notes: Mapping[str, _Note], grads: Sequence[Tensor | None], images: int) -> Trace:
-    seen = {name: note.seen(grad) for (name, note), grad in zip(notes.items(), grads, strict=True)}
-    probe = seen.pop(PROBE, None)
-    last = next(reversed(seen.values()))
+def _traced(config: ModelConfig, seen: Mapping[str, Seen | MeanMap], images: int) -> Trace:
+    blocks = {name: of for name, of in seen.items() if name != PROBE}
     start = None
-    if probe is None:
-        wide = torch.promote_types(last.q.dtype, torch.float32)  # that of rows
-        start = pooled_tokens(config).expand(images, -1).to(last.q.device, wide)
-    return Trace(with_merges(config, list(seen.values())), start, probe)
+    if PROBE not in seen:
+        last = next(reversed(blocks.values()))
+        of = last.rows if isinstance(last, MeanMap) else last.q
+        wide = torch.promote_types(of.dtype, torch.float32)  # that of rows
+        start = pooled_tokens(config).expand(images, -1).to(of.device, wide)
+    return Trace(with_merges(config, list(blocks.values())), start, seen.get(PROBE))
 
 
 def with_merges(config: ModelConfig, blocks: Sequence[Mixing]) -> list[Mixing | Merging]:

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 from model import ImageText, MicroBatch, ModelConfig, TextConfig, VisionTransformer
+from model.seeing import noted as noting
 from model.seeing.features import POSITIONAL, clusters, components, outliers
 from model.seeing.flow import attention_flow
 from model.seeing.lens import patch_logits
 from model.seeing.measures import distances, entropy
+from model.seeing.noted import MeanMap
 from model.seeing.perturb import occlusion, rise
 from model.seeing.rollout import METHODS, Maps, Merging, Trace, back_through
 from model.seeing.similarity import likeness
-from model.seeing.trace import map_of, pooled_tokens, trace, traces
+from model.seeing.trace import map_of, mean_trace, pooled_tokens, trace, traces
 from model.towers import projected
 from tests.model.small import TINY
 from tests.parity import plain_vit
@@ -107,6 +109,7 @@ def explained(model: VisionTransformer, images: Tensor, method: str, patch: pyte
 
 @pytest.mark.parametrize("name", ["parallel", "sequential", "kinds", "pyramid", "beside"])
 def test_of_a_model_as_autograd_finds_it_on_a_plain_vit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(noting, "_BYTES", 2000)  # some queries at a time
     model = VisionTransformer(replace(MODELS[name], drop_path=0.0)).eval()
     images = images_of(model.config)
     noted, outputs = trace(model, images, lambda logits: logits.amax(1) * SCORE)
@@ -115,6 +118,13 @@ def test_of_a_model_as_autograd_finds_it_on_a_plain_vit(name: str, monkeypatch: 
         with monkeypatch.context() as patch:
             expected = explained(model, images, method, patch)
         assert torch.allclose(back_through(noted, method), expected, rtol=2e-3, atol=1e-7), method
+        if method == "rollout":
+            maps, again = mean_trace(model, images)
+            assert torch.allclose(back_through(maps, method), expected, rtol=2e-3, atol=1e-7)
+            assert torch.allclose(again, outputs, rtol=1e-4, atol=1e-5)
+            full = [kind in ("full", "causal") for stage in model.sizes.stages for kind in stage.kinds]
+            assert [isinstance(step, MeanMap) for step in maps.steps if not isinstance(step, Merging)] == full
+    assert torch.equal(model.logits(images), outputs)  # nothing is left in the place of anything
     assert map_of(model.config, back_through(noted, "rollout")).shape[1:] == (
         model.sizes.stages[0].rows, model.sizes.stages[0].cols,
     )  # fmt: skip

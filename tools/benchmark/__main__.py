@@ -35,12 +35,14 @@ BENCHMARKS = {
     "checkpoint": "saving and loading a state against the disk's rate and torch.distributed.checkpoint",
     "reshard": "a checkpoint cut for a layout: what that costs, and what loading gains",
     "convert": "weights converted between formats: rate against the disk's, and memory",
+    "faithful": "whether maps say what a model goes by: pointing game, insertion, deletion, on digits over textures",
+    "seeing": "class-token rollout beyond the forward pass, against hooks on written-out attention in timm",
     "kernels": "each native kernel against torch, and against the memory limit",
 }
 
 _ALONE = {
     "precision", "textures", "reshard", "convert", "kernels", "sweep", "schedules", "pipeline", "recompute",
-    "predictions", "contrastive", "--against",
+    "predictions", "contrastive", "seeing", "faithful", "--against",
 }  # with ranks of their own, or none  # fmt: skip
 
 

@@ -17,9 +17,9 @@ from model.seeing.features import POSITIONAL, clusters, components, outliers
 from model.seeing.lens import patch_logits
 from model.seeing.perturb import Score, occlusion, rise
 from model.seeing.rollout import Method, back_through
-from model.seeing.trace import map_of, trace
+from model.seeing.trace import map_of, mean_trace, trace
 from model.sizes import Sizes
-from tools.visualize.of_rows import OF_ROWS
+from tools.visualize.of_rows import OF_MEANS, OF_ROWS
 from tools.visualize.shown import Asked, Shown
 
 _WITHOUT_CLASSES = "take --method heads, mean, rollout, flow, pca or clusters (of two towers, or --text)"
@@ -152,7 +152,8 @@ def lens(model: VisionTransformer, images: Tensor, asked: Asked) -> Shown:
 
 
 def _of_rows(name: str) -> Callable[[VisionTransformer, Tensor, Asked], Shown]:
-    return lambda model, images, asked: OF_ROWS[name](model.config, trace(model, images)[0], asked)
+    noted = mean_trace if name in OF_MEANS else trace
+    return lambda model, images, asked: OF_ROWS[name](model.config, noted(model, images)[0], asked)
 
 
 BACK: dict[str, tuple[Method, str]] = {

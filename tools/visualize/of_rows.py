@@ -170,3 +170,5 @@ OF_ROWS: dict[str, Callable[[ModelConfig, Trace, Asked], Shown]] = {
     "flow": flow,
 }
 """Those of rows of attention alone, wherever these come from."""
+OF_MEANS = ("rollout", "flow")
+"""Of these, those that read means over heads alone."""
