@@ -20,7 +20,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,38 +63,46 @@ def rows(options: argparse.Namespace) -> list[Row]:
     )  # fmt: skip
     ours, theirs = VisionTransformer(model).eval(), timm_vit(options)
     images = torch.rand(1, 3, options.image, options.image)
-    ways: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
-        "noted": (partial(ours.logits, images), lambda: mean_trace(ours, images)),
-        "again": (partial(ours.logits, images), lambda: trace(ours, images)),
-        "timm": (lambda: theirs(images), lambda: hooked(theirs, images)),
+    ways: dict[str, Way] = {
+        "noted": Way("ours", lambda: mean_trace(ours, images), lambda noted: back_through(noted[0], "rollout")),
+        "again": Way("ours", lambda: trace(ours, images), lambda noted: back_through(noted[0], "rollout")),
+        "timm": Way("timm", lambda: hooked(theirs, images), product),
     }
-    after: dict[str, Callable[[Any], Any]] = {
-        "noted": lambda noted: back_through(noted[0], "rollout"),
-        "again": lambda noted: back_through(noted[0], "rollout"),
-        "timm": product,
-    }
+    plain = {"ours": partial(ours.logits, images), "timm": partial(theirs, images)}
+    usual = {name: peak(run) for name, run in plain.items()}  # which warms them up
+    memory = {name: peak(lambda way=way: way.after(way.noting())) - usual[way.of] for name, way in ways.items()}  # type: ignore[misc]
     times: dict[str, list[tuple[float, float, float]]] = {name: [] for name in ways}
-    for round_ in range(options.rounds + 1):
-        for name, (plain, noting) in ways.items():
-            usual, _ = timed(plain)
-            forward, noted = timed(noting)
-            rest, _ = timed(partial(after[name], noted))
+    for _ in range(options.rounds):
+        forward = {name: timed(run)[0] for name, run in plain.items()}
+        for name, way in ways.items():
+            seconds, noted = timed(way.noting)
+            rest, _ = timed(partial(way.after, noted))
             del noted
-            if round_:
-                times[name].append((usual, forward, rest))
+            times[name].append((forward[way.of], seconds, rest))
     found = []
-    for name, (plain, noting) in ways.items():
-        memory = peak(lambda a=after[name], n=noting: a(n())) - peak(plain)  # type: ignore[misc]
-        usual, forward, rest = (statistics.median(column) for column in zip(*times[name], strict=True))
-        beyond = statistics.median(forward + rest - usual for usual, forward, rest in times[name])
+    for name, measured in times.items():
+        before, _, rest = (statistics.median(column) for column in zip(*measured, strict=True))
+        beyond = statistics.median(seconds + after - fused for fused, seconds, after in measured)
         found.append(
             {
-                "way": name, "tokens": ours.sizes.tokens, "forward_fused_ms": 1e3 * usual,
-                "beyond_ms": 1e3 * beyond, "after_forward_ms": 1e3 * rest, "beyond_over_forward": beyond / usual,
-                "memory_beyond_MiB": memory / 2**20,
+                "way": name, "tokens": ours.sizes.tokens, "forward_fused_ms": 1e3 * before,
+                "beyond_ms": 1e3 * beyond, "after_forward_ms": 1e3 * rest, "beyond_over_forward": beyond / before,
+                "memory_beyond_MiB": memory[name] / 2**20,
             }
         )  # fmt: skip
     return found
+
+
+class Way(NamedTuple):
+    """How rollout is found.
+
+    Attributes:
+        of: the model's name. noting: a forward pass. after: what that gives -> the class token's row.
+    """
+
+    of: str
+    noting: Callable[[], Any]
+    after: Callable[[Any], Any]
 
 
 def timed(run: Callable[[], Any]) -> tuple[float, Any]:
