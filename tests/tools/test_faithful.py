@@ -46,7 +46,7 @@ def test_composites_show_what_they_say() -> None:
         assert (inside.sum((1, 2)) == 4).all()
         cells = inside.repeat_interleave(4, 1).repeat_interleave(4, 2)
         ink = made.images[:, 0][cells].view(40, 64).amax(1)
-        assert (ink > 1.9).all()  # full ink, which no crop has
+        assert (ink > 1.5).all()  # of ink, which no crop has so much of
     empty = ~(made.inside(0) | made.inside(1)).repeat_interleave(4, 1).repeat_interleave(4, 2)
     assert made.images[:, 0][empty].max() < 0.4
 
