@@ -11,7 +11,7 @@ import numpy as np
 
 from data import DataConfig, Dataset
 from data.datasets import fingerprint
-from data.sampling import SampleOrder
+from data.mixing import sample_order
 from engine.config.distillation import TeacherConfig
 from engine.errors import ConfigError
 from engine.teacher_outputs.meta import Meta, is_outputs
@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 # Keys of data that say nothing of pixels or of which image a draw is: files are compared themselves.
 _SAY_NOTHING = (
     "path", "val_path", "image_column", "caption_column", "label_column", "tokenizer", "templates", "prompts",
-    "workers", "views",
+    "workers", "views", "index_dir",
 )  # fmt: skip
+_ORDER = ("data.repeats", "data.weights", "data.shuffle_window")  # keys of which image a draw is
 _DRAWN = ("synthetic", "textures")  # kinds whose images follow from the seed
 _LOOKED_AT = 1024  # draws
 
@@ -41,8 +42,8 @@ def images_said(config: Config, student: ModelConfig) -> dict[str, Any]:
     said = {f"data.{name}": value for name, value in asdict(data).items() if name not in _SAY_NOTHING}
     said |= {"the images' rows and columns": student.sizes.image, "their channels": student.sizes.channels}
     said["train.seed"] = config.train.seed if by_draw or data.kind in _DRAWN else None
-    if not by_draw:
-        del said["data.repeats"]
+    for name in () if by_draw else _ORDER:
+        del said[name]
     return _as_json(said)
 
 
@@ -51,7 +52,7 @@ def sets_said(config: Config, train: Dataset, held_out: Dataset) -> dict[str, st
     said = {"training images": train, "held-out images": held_out}
     found = {name: f"{len(of)} of {of.fingerprint}" for name, of in said.items()}
     if key_of(config.data) == "draw":  # by the version of this program, too
-        order = SampleOrder(len(train), config.train.seed, config.data.repeats)
+        order = sample_order(train, config.train.seed, config.data)
         found["order of draws"] = fingerprint(order.indices(np.arange(_LOOKED_AT)).tobytes())
     return found
 
