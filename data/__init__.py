@@ -6,7 +6,7 @@ from data.config import DataConfig
 from data.datasets import Dataset
 from data.errors import UnreadableImageError
 from data.loader import Batch, EvalStream, StepBatches, TrainStream
-from data.sampling import order_of
+from data.mixing import order_of
 from data.texts import Texts, TextShape, captions_fingerprint, prompts
 from data.tokenizers import Tokenizer
 from data.workers import WorkerLostError

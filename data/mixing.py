@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from data.config import DataConfig
 from data.datasets import Dataset
-from data.sampling import SampleOrder
+from data.sampling import RULE, SampleOrder
 
 _LONGEST = 100_000  # draws of a period: shares of up to five digits
 
@@ -41,6 +41,14 @@ def sample_order(dataset: Dataset, seed: int, config: DataConfig) -> Order:
         own = None if shards is None else shards[(shards > first) & (shards <= end)] - first
         orders.append(SampleOrder(end - first, seed, shard_ends=own, window=window, stream=number))
     return MixedOrder(orders, whole_shares(config.weights), config.repeats)
+
+
+def order_of(config: DataConfig) -> str:
+    """Names the rule by which draws become samples: a run that goes on with another would see some samples twice in an
+    epoch, and others not at all."""
+    windows = f", {config.shuffle_window} shards at a time" if config.shuffle_window else ""
+    shares = f", sources {':'.join(map(str, whole_shares(config.weights)))}" if config.weights else ""
+    return RULE + windows + shares
 
 
 class MixedOrder(Order):

@@ -17,19 +17,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data.config import DataConfig
 from data.keyed import Purpose, keyed_words
 from data.permutation import ROUNDS, permuted
 
-_RULE = "Feistel, 16 rounds"  # another rule is another name
-
-
-def order_of(config: DataConfig) -> str:
-    """Names the rule by which draws become images: a run that goes on with another would see some images twice in an
-    epoch, and others not at all."""
-    windows = f", {config.shuffle_window} shards at a time" if config.shuffle_window else ""
-    shares = f", sources {':'.join(f'{weight:g}' for weight in config.weights)}" if config.weights else ""
-    return _RULE + windows + shares
+RULE = "Feistel, 16 rounds"
+"""Names how draws become images: another rule is another name."""
 
 
 class SampleOrder:

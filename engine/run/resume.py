@@ -254,8 +254,9 @@ def _check_state(a: Assembly, reader: Reader) -> list[str]:
     if drawn and then != now:
         raise ConfigError(
             f"{reader.folder} has drawn {drawn} images in another order ({then}, and this run has {now}), so that some "
-            "would come twice in an epoch and others never: go on with the data.shuffle_window and the version of then "
-            f"({reader.manifest.about.get('version')}), or checkpoint.load to start a new run from its weights"
+            "would come twice in an epoch and others never: go on with the data.shuffle_window, data.weights and "
+            f"version of then ({reader.manifest.about.get('version')}), or checkpoint.load to start a new run from its "
+            "weights"
         )
     taught, teachers = reader.manifest.about.get(TEACHERS, []), list(fingerprints(a.config))
     if taught != teachers:

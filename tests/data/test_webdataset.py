@@ -16,7 +16,7 @@ from data import DataConfig, Dataset, TextShape, TrainStream, build_datasets
 from data.captions import Look
 from data.held_out import Part
 from data.keyed import Purpose
-from data.mixing import period, sample_order, whole_shares
+from data.mixing import order_of, period, sample_order, whole_shares
 from data.permutation import permuted
 from data.sampling import SampleOrder, _keys
 from data.shards import catalogue
@@ -220,6 +220,7 @@ def test_sources_are_mixed_in_their_shares_each_in_epochs_of_its_own(tmp_path: P
     assert all(sorted(second[at : at + 10]) == list(range(21, 31)) for at in range(0, 70, 10))
     for epoch in np.array(second).reshape(7, 10):  # one shard at a time
         assert len({int(i >= 25) for i in epoch[:4]}) == 1 or len({int(i >= 25) for i in epoch[:6]}) == 1
+    assert order_of(config) == "Feistel, 16 rounds, 1 shards at a time, sources 3:1"
     with pytest.raises(ValueError, match=r"data\.weights has 1 numbers, and data\.path=.* 2 sources"):
         build(f"{one}::{other}", val_path=one, weights=(3.0,))
     with pytest.raises(ValueError, match=r"names a shard in two sources"):
