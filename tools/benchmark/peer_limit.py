@@ -90,7 +90,7 @@ def _between(task: Task, peak: Peak) -> int:
     if low >= high:
         raise ConfigError(
             f"--memory-limit auto: computing blocks again saves FSDP2 nothing here ({low / _MIB:.0f} MiB against "
-            f"{high / _MIB:.0f}): take a larger batch or model, or give a size"
+            f"{high / _MIB:.0f}): take a larger batch or model, add --system-malloc, or give a size"
         )
     return (low + high) // 2
 
