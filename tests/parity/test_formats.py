@@ -14,12 +14,17 @@ NOISE doubles. In 16 bits it doubles, too, where attention is left to torch's ke
 their gradients: errors are twice those of one rounding then (parallel.tensor.products.attends_through_fp32). A loss
 moves by that times the part of the logits that differs between classes (0.2 at such an age, of losses of 2.3), and
 rounding averages out over 16 images: 0.2 / 2.3 / 4, about a fiftieth of NOISE.
+
+Each image's gradient is rounded by itself. What is rounded adds up as gradients that have nothing to do with each other
+would; where those of a batch cancel, it is so much more of the sum (CANCELLED, from the gradients of single images).
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from math import sqrt
+from statistics import mean
 
 import pytest
 import torch
@@ -66,6 +71,16 @@ def noise(case: Case) -> float:
     return factor * sqrt(2 * 20 * (blocks + 2) / 12) * torch.finfo(half).eps
 
 
+@cache
+def cancelled(case: Case) -> float:
+    """CANCELLED, as above, at least 1, of one process in fp32: from the first images of the first batch."""
+    if case.model in PAIRS:  # whose losses are not sums over images
+        return 1.0
+    single = replace(case, batch=1).config()
+    norms = climb(World(), replace(single, optimizer=replace(single.optimizer, lr=0.0))).grad_norms
+    return max(1.0, sqrt(mean(norm**2 for norm in norms) / case.batch) / reference(case).grad_norms[0])
+
+
 @once
 def results(ranks: int) -> dict[Case, Climb]:
     found = run_ranks(ranks, climb_all, [case for case in ALL if case.ranks == ranks], timeout=560)[0]
@@ -73,20 +88,21 @@ def results(ranks: int) -> dict[Case, Climb]:
     return found
 
 
-def assert_near(ours: Climb, theirs: Climb, bound: float) -> None:
+def assert_near(ours: Climb, theirs: Climb, bound: float, cancelled: float = 1.0) -> None:
+    """Within NOISE, `bound`; gradients within that times CANCELLED."""
     assert ours.skipped == theirs.skipped == 0
     assert ours.losses == pytest.approx(theirs.losses, rel=bound / 32)
     assert ours.evaluation[0] == pytest.approx(theirs.evaluation[0], rel=bound / 32)
-    assert ours.grad_norms == pytest.approx(theirs.grad_norms, rel=bound)
+    assert ours.grad_norms == pytest.approx(theirs.grad_norms, rel=bound * cancelled)
     assert ours.first_grads.keys() == theirs.first_grads.keys()
     # what is zero in exact arithmetic (the key bias under a softmax) is rounding of what is not
     floor = theirs.grad_norms[0] / sqrt(len(theirs.first_grads)) / 64
     far = {
         name: d
         for name, g in theirs.first_grads.items()
-        if not (d := distance(ours.first_grads[name], g, floor)) <= 1.5 * bound
+        if not (d := distance(ours.first_grads[name], g, floor)) <= 1.5 * bound * cancelled
     }
-    assert not far, f"first gradients differ by more than {1.5 * bound} of their norm: {far}"
+    assert not far, f"first gradients differ by more than {1.5 * bound * cancelled} of their norm: {far}"
 
 
 def distance(ours: Tensor, theirs: Tensor, floor: float) -> float:
@@ -97,7 +113,8 @@ def distance(ours: Tensor, theirs: Tensor, floor: float) -> float:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("case", ALL, ids=str)
 def test_layout_is_near_one_process(case: Case) -> None:
-    assert_near(results(case.ranks)[case], reference(case.one_process), noise(case))
+    more = cancelled(replace(case.one_process, precision="fp32"))
+    assert_near(results(case.ranks)[case], reference(case.one_process), noise(case), more)
 
 
 @pytest.mark.slow
