@@ -96,7 +96,7 @@ def fits(value: Any, hint: Any) -> bool:
 def wanted(key: str) -> str:
     """What a key takes, in words: `an integer or null`, `1f1b or gpipe`, `a list of 2 numbers, such as [0.9, 0.99]`."""
     default = default_of(key)
-    example = f", such as {list(default)}" if isinstance(default, tuple) and default else ""
+    example = f", such as [{', '.join(map(str, default))}]" if isinstance(default, tuple) and default else ""
     return in_words(key_types()[key]) + example
 
 
