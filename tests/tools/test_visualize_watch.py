@@ -7,7 +7,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -107,7 +107,15 @@ def argv(model: Path, folder: Path, *more: str) -> list[str]:
     return ["--checkpoint", str(model), "--watch", str(folder), "--out", str(folder / "maps"), *more]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.fixture(params=[signal.SIGINT, signal.SIGTERM])
+def number(request: pytest.FixtureRequest) -> Iterator[signal.Signals]:
+    """A signal that ends programs; SIGINT is ignored in what a shell has started in the background, these tests too."""
+    which: signal.Signals = request.param
+    before = signal.signal(which, signal.default_int_handler)
+    yield which
+    signal.signal(which, before)
+
+
 def test_until_a_signal_comes(
     number: signal.Signals,
     model: Path,
