@@ -76,13 +76,13 @@ def tapped(layers: Layers) -> dict[str, Tapped]:
 
 @contextmanager
 def tapped_by(place: Tapped, tap: Tap) -> Iterator[None]:
-    """Within, a layer has this tap."""
-    assert place.tap is None, "it has a tap already"
-    place.tap = tap
+    """Within, a layer has this tap, behind the one that it may have for longer."""
+    usual = place.tap
+    place.tap = tap if usual is None else lambda q, k, v: tap(*usual(q, k, v))
     try:
         yield
     finally:
-        place.tap = None
+        place.tap = usual
 
 
 @contextmanager
