@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from data import Batch, DataConfig
+from data import Batch
 from engine.assemble import Assembly, assemble
 from engine.config import Config, TrainConfig
 from engine.recompute.ahead import Ahead
@@ -182,7 +182,8 @@ def _essential(config: Config) -> Config:
             gradient_dtype=p.gradient_dtype,
         ),
         train=TrainConfig(
-            steps=1, micro_batch_size=micro, global_batch_size=2 * micro, loss=train.loss, freeze=train.freeze,
+            steps=1, micro_batch_size=micro, global_batch_size=max(2 * micro, 4), loss=train.loss, freeze=train.freeze,
+            seed=train.seed,
         ),
         precision=config.precision,
         recompute=config.recompute.keeping_all(),
@@ -191,7 +192,7 @@ def _essential(config: Config) -> Config:
         text=config.text,
         contrastive=replace(config.contrastive, passes="auto"),
         distillation=replace(config.distillation, passes="auto"),
-        data=replace(DataConfig(), mean=config.data.mean, std=config.data.std),
+        data=config.data,  # which stored outputs of a teacher are of, with the seed
     )  # fmt: skip
 
 

@@ -240,14 +240,14 @@ def _step_bytes(a: Assembly, rank: int) -> int:
 
 def step_bytes(a: Assembly, stages: Sequence[range]) -> int:
     """Of a step, beside activations, on a rank that has these stages: the images and texts of one micro-batch, if one
-    of them reads them, and what the objective holds, if one has the last layer.
+    of them reads them, and what the objective holds, if one has the last layer. Rows of stored outputs are left out.
     """
     size, found = a.config.train.micro_batch_size, dict[str, int]()
     assert size is not None
     for layer in (layer for layer in a.layers if layer.reads):
         of, count = a.build.of(layer), size * layer.per_sample
         each = {"images": 4 * of.sizes.channels * prod(of.sizes.image), "texts": 8 * of.tokens.count}
-        found |= {what: count * each[what] for what in layer.reads}
+        found |= {what: count * each[what] for what in layer.reads if what in each}
     reads = {"images": a.objective.reads_images, "texts": a.objective.reads_texts}
     given = sum(count for what, count in found.items() if any(map(reads[what], stages)))
     samples = a.config.train.global_batch_size // a.grid.data.size

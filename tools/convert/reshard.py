@@ -44,6 +44,7 @@ KEYS = {
 }  # fmt: skip
 _WORDS = (*KEYS, "data")
 _LEAST = 2  # samples of a step: of contrastive training a batch of one has nothing to be told from
+_TRIPLET = 3  # images of a step that angles between them are learnt from (distillation.relations)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +149,9 @@ def _config(reader: Reader, stated: Layout, flags: Sequence[str]) -> tuple[Confi
     config = replace(config, kernels="reference", train=train)
     config.resolve(ranks)
     # the pieces do not hang on how many micro-batches there are, or how large: the fewest make the shortest schedule
-    few = replace(train, micro_batch_size=1, global_batch_size=max(_LEAST, stated.data * pipeline.pieces))
+    count = stated.data * pipeline.pieces
+    micro = -(-_TRIPLET // count)
+    few = replace(train, micro_batch_size=micro, global_batch_size=micro * count)
     return replace(config, train=few).resolve(ranks), config.grid_shape(ranks)
 
 

@@ -63,9 +63,9 @@ class Prices:
 
     def _few(self, layout: Layout, config: Config) -> Config:
         """The same with as few micro-batches as tell how it goes on. With gpipe each one more is one more alive, and a
-        contrastive loss holds the embeddings of all.
+        joint loss holds what the last layer gives of all.
         """
-        holds_all = layout.schedule == "gpipe" or config.objective == "contrastive"
+        holds_all = layout.schedule == "gpipe" or config.is_joint
         short = self._count(layout) if holds_all else self._lengths(layout)[0]
         return replace(config, train=replace(config.train, global_batch_size=short * layout.micro_batch * layout.data))
 
@@ -119,9 +119,9 @@ class Prices:
         return self._models[where]
 
     def _alone(self, key: Key, micro_batch: int) -> tuple[Layout, Config]:
-        """On as few ranks as can be, for two micro-batches: a pair is told from others, be they of one image each."""
+        """On as few ranks as can be, for two micro-batches or more: a loss may ask for pairs or triplets of images."""
         layout = Layout(tensor=key.tensor, sequence=key.sequence, context=key.context, micro_batch=micro_batch)
-        config = replace(self.config, train=replace(self.config.train, global_batch_size=2 * micro_batch))
+        config = replace(self.config, train=replace(self.config.train, global_batch_size=max(2 * micro_batch, 4)))
         return layout, layout.configured(config).resolve(key.tensor * key.context)
 
     def _resolved(self, layout: Layout) -> Config:
