@@ -46,7 +46,8 @@ def class_order(path: str, theirs: Sequence[str], ours: Sequence[str] | None, cl
         first = [there[name] for name in ours]
         places = (*first, *sorted(set(range(classes)) - set(first)))
         return ClassOrder(places, f"the teacher {path} has the data's classes in another order: they go by their names")
-    apart = [(place, name) for place, name in enumerate(ours) if there.get(name, place) != place]
+    others = [(place, name) for place, name in enumerate(ours) if name not in theirs[place : place + 1]]
+    apart = [(place, name) for place, name in others if name in there]
     if apart:
         place, name = apart[0]
         lacking = next(name for name in ours if name not in there) if len(there) == len(theirs) else None
@@ -55,7 +56,6 @@ def class_order(path: str, theirs: Sequence[str], ours: Sequence[str] | None, cl
             f"class {place} of the data is {name}, which is class {there[name]} of the teacher {path}, and it has "
             f"{why}, so that classes cannot go by names: call the data's classes as the teacher does, or take another"
         )
-    place = next(place for place, name in enumerate(ours) if place >= len(theirs) or theirs[place] != name)
-    return ClassOrder(
-        note=f"the teacher {path} calls class {place} {theirs[place]}, the data {ours[place]}: taken to be the same"
-    )
+    place, name = others[0]
+    called = f"calls class {place} {theirs[place]}" if place < len(theirs) else f"has no name for class {place}"
+    return ClassOrder(note=f"the teacher {path} {called}, the data {name}: taken to be the same")

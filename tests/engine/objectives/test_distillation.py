@@ -21,7 +21,7 @@ from engine.assemble import assemble
 from engine.checkpoint.config import CheckpointConfig
 from engine.clusters import read_cluster
 from engine.config import Config, LogConfig, PrecisionConfig, TrainConfig
-from engine.config.classes import ClassOrder, class_orders
+from engine.config.classes import ClassOrder, class_order, class_orders
 from engine.config.cli import parse
 from engine.config.distillation import BETWEEN_IMAGES, DistillationConfig, TeacherConfig
 from engine.errors import ConfigError
@@ -390,6 +390,8 @@ def test_classes_go_by_their_names(tmp_path: Path) -> None:
     ):
         class_orders(config, ["class 1", "dog"])
     assert "calls class 1 class 1, the data dog: taken" in class_orders(config, ["class 0", "dog"])["teacher"].note
+    for theirs, said in ((("a", "b", "a"), "calls class 1 b"), (("a",), "has no name for class 1")):
+        assert f"x {said}, the data c: taken to be the same" in class_order("x", theirs, ("a", "c"), 3).note
     assert class_orders(config, names[:4])["teacher"] == class_orders(config, None)["teacher"] == ClassOrder()
 
 
