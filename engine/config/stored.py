@@ -107,14 +107,14 @@ def check_stored(config: Config, student: ModelConfig) -> None:
     Args:
         student: resolved.
     """
-    for given, of in zip(config.distillation.all_teachers, stored_of(config), strict=True):
+    for place, (given, of) in enumerate(zip(config.distillation.all_teachers, stored_of(config), strict=True)):
         if of is not None:
-            _check_asked(config, given, of.meta)
+            _check_asked(config, given, of.meta, is_first=place == 0)
             _check_same(given.path, of.meta, student, images_said(config, student))
 
 
-def _check_asked(config: Config, given: TeacherConfig, meta: Meta) -> None:
-    """That nothing is asked of a teacher but its logits, and of these nothing that was not kept."""
+def _check_asked(config: Config, given: TeacherConfig, meta: Meta, *, is_first: bool) -> None:
+    """That nothing is asked of a teacher that was not kept."""
     keys, path = config.distillation, given.path
     for name in ("dtype", "image_size", "mean", "std", "load_weights"):
         if (value := getattr(given, name)) != getattr(TeacherConfig, name):
@@ -122,7 +122,8 @@ def _check_asked(config: Config, given: TeacherConfig, meta: Meta) -> None:
                 f"the teacher {path} is stored outputs, so its {name} {value} comes too late: leave it out, or give it "
                 "to tools.teacher_outputs"
             )
-    asked = {"features_weight": keys.features_weight, "relations": [*keys.at_depth], "start_from": keys.start_from}
+    asked = {"features_weight": keys.features_weight, "relations": [*keys.at_depth]}
+    asked |= {"start_from": keys.start_from} if is_first else {}  # which means the first
     for name, value in asked.items():
         if value:
             raise ConfigError(

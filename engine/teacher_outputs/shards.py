@@ -34,6 +34,11 @@ def ranges(meta: Meta, part: Part) -> Iterator[range]:
     yield from (range(at, min(at + meta.rows_per_file, total)) for at in range(0, total, meta.rows_per_file))
 
 
+def has_rows(folder: Path) -> bool:
+    """Whether there are files of rows, of whatever."""
+    return any(_files(folder, part) for part in PARTS)
+
+
 def missing(folder: Path, meta: Meta, part: Part) -> list[range]:
     """Of `ranges`, those that no file has all of."""
     there = _files(folder, part)
@@ -136,8 +141,9 @@ class StoredOutputs:
         return {name: values.to(like.device).expand(len(like), *values.shape[1:]) for name, values in rows.items()}
 
     def _rows(self, part: Part, first: int) -> Rows:
-        if part not in self._files:
-            self._files[part] = _files(self.folder, part)
+        known = self._files.get(part, {}).get(first)
+        if known is None or not (known[1] in self._mapped or known[1].exists()):
+            self._files[part] = _files(self.folder, part)  # a longer file may have taken its place
         if first not in self._files[part]:
             raise ConfigError(f"{self.folder} has no {part} rows from {first} on: see tools.teacher_outputs")
         stop, path = self._files[part][first]

@@ -17,14 +17,17 @@ from torch import Tensor
 from data import Dataset, TrainStream, build_datasets
 from engine.config import Config
 from engine.config.cli import parse
+from engine.config.distillation import DistillationConfig, TeacherConfig
 from engine.config.stored import check_rows
 from engine.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
+from engine.plan import peaks
 from engine.run.trainer import pretrain
 from engine.teacher_outputs.meta import read_meta
-from engine.teacher_outputs.shards import StoredOutputs, stored_at
+from engine.teacher_outputs.shards import StoredOutputs, begin, stored_at, write_rows
 from model import ModelConfig, VisionTransformer
 from parallel.comm import single_axis
 from parallel.distillation import likeliest
+from parallel.grid import GridShape
 from parallel.process_group import World
 from tests.engine.small import MODEL, flags
 from tests.tools.jobs import run_jobs
@@ -169,6 +172,42 @@ def test_what_is_there_is_kept_and_what_is_missing_written(opened: Path, capsys:
         main([*given, "--data.rotate", "5", "--out", str(folder)], World())
 
 
+def test_files_that_come_and_go(opened: Path, tmp_path: Path) -> None:
+    """A longer file takes the place of a shorter one beneath a run; rows of who knows what are nobody's."""
+    meta = replace(read_meta(opened / "two"), rows=6, rows_per_file=4)
+    begin(tmp_path, meta)
+    for first, count in ((0, 4), (4, 2)):
+        write_rows(tmp_path, "training", first, np.zeros(count, meta.row))
+    read = StoredOutputs(tmp_path)
+    assert not read.read("training", np.array([0]))["logits"].any()
+    write_rows(tmp_path, "training", 4, np.ones(4, meta.row))
+    assert read.read("training", np.array([5]))["logits"].all()
+    (tmp_path / "meta.json").unlink()
+    with pytest.raises(ConfigError, match=r"has rows, and no meta\.json that says of what: give another, or delete"):
+        main([*flags(**DRAWN, distillation__teacher=str(opened / "teacher")), "--out", str(tmp_path)], World())
+
+
+@pytest.mark.parametrize(
+    ("folder", "keys"),
+    [("images", {"train__micro_batch_size": "1", "distillation__relations": "distances, angles"}), ("few", {})],
+)
+def test_a_student_of_outputs_is_planned(opened: Path, folder: str, keys: dict[str, str]) -> None:
+    usual = PLAIN if folder == "images" else DRAWN
+    config = config_of(**usual | keys, recompute__policy="selective", distillation__teacher=str(opened / folder))
+    (peak,) = peaks(config.resolve(1), GridShape(), 1e9)
+    beside = config_of(**usual | keys, recompute__policy="selective", distillation__teacher=str(opened / "teacher"))
+    assert 0 < peak < peaks(beside.resolve(1), GridShape(), 1e9)[0]
+
+
+def test_the_first_of_several_teachers_gives_weights_though_another_is_stored(opened: Path) -> None:
+    teachers = TeacherConfig(path=str(opened / "teacher")), TeacherConfig(path=str(opened / "two"))
+    config = config_of(**DRAWN, distillation__teacher="x")
+    keys = DistillationConfig(teachers=teachers, start_from=(0, 0, 1, 2))
+    replace(config, distillation=keys).resolve(1)
+    with pytest.raises(ConfigError, match=r"start_from is \(0, 0, 1, 2\), but the teacher .*two is stored outputs"):
+        replace(config, distillation=replace(keys, teachers=teachers[::-1])).resolve(1)
+
+
 def test_damage_is_found(opened: Path) -> None:
     path = next((opened / "few").glob("training-000000000040*"))
     data = bytearray(path.read_bytes())
@@ -219,10 +258,12 @@ def test_other_images_under_the_same_keys_are_refused(opened: Path) -> None:
         (["--objective", "supervised"], r"objective is supervised: give the configuration of a run with"),
         (["--top-k", "11"], r"--top-k is 11, and the teacher has 10 classes"),
         (["--teacher", "1"], r"--teacher is 1: give 0 to 0"),
+        (["--distillation.teacher", "two"], r"the teacher .*two is stored outputs already: give a checkpoint or"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_written(opened: Path, more: list[str], message: str) -> None:
-    given = flags(**DRAWN, **({} if "supervised" in more else {"distillation__teacher": str(opened / "teacher")}))
+    of = {} if "supervised" in more else {"distillation__teacher": str(opened / "teacher")}
+    given, more = flags(**DRAWN, **of), [str(opened / "two") if word == "two" else word for word in more]
     with pytest.raises(ConfigError, match=message):
         main([*given, "--out", str(opened / "none"), *more], World())
     assert not (opened / "none").exists()

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -29,7 +30,7 @@ from engine.run.run_dir import RunDir, prepare_folder
 from engine.run.teachers import load_teacher
 from engine.run.trainer import total_steps
 from engine.teacher_outputs.meta import FILE, PARTS, Meta, Part, read_meta
-from engine.teacher_outputs.shards import begin, missing, write_rows
+from engine.teacher_outputs.shards import begin, has_rows, missing, write_rows
 from model import Build, build_teacher
 from model.heads import pooled_features
 from model.kernels import Kernels
@@ -91,8 +92,14 @@ def _meta(request: Request, images: Images) -> Meta:
         kept=options.top_k, features=features, rows=draws, number_format=options.number_format,
         rows_per_file=options.rows_per_file,
     )  # fmt: skip
-    out = prepare_folder(options.out, "--out")
+    return _joined(meta, prepare_folder(options.out, "--out"))
+
+
+def _joined(meta: Meta, out: Path) -> Meta:
+    """With the rows that are there. Raises ConfigError if they are, or may be, of something else."""
     if not (out / FILE).exists():
+        if has_rows(out):
+            raise ConfigError(f"--out {out} has rows, and no {FILE} that says of what: give another, or delete them")
         return meta
     there = read_meta(out)
     if differ := meta.differences(there):
@@ -113,15 +120,24 @@ def _assembled(request: Request, order: ClassOrder, grid: Grid, device: torch.de
 
 
 def _write(request: Request, meta: Meta, images: Images, assembly: Assembly, lock: RunDir) -> None:
-    """All files that are missing, by the first rank. Collective."""
+    """All files that are missing, by the first rank. Collective.
+
+    Raises:
+        ConfigError: on every rank: the folder has got other outputs meanwhile.
+    """
     grid, out = assembly.grid, lock.path
-    wanted: list[tuple[Part, range]] | None = None
+    wanted, problem = list[tuple[Part, range]](), ""
     if grid.world.index == 0:
-        begin(out, meta)
-        wanted = [(part, rows) for part in PARTS for rows in missing(out, meta, part)]
-        print(_introduction(request, meta, grid, assembly.device, len(wanted)), flush=True)
-    wanted = comm.gather_objects(wanted, grid.world)[0]
-    assert wanted is not None
+        try:
+            meta = _joined(meta, out)  # others may have written before the folder was ours alone
+            begin(out, meta)
+            wanted = [(part, rows) for part in PARTS for rows in missing(out, meta, part)]
+            print(_introduction(request, meta, grid, assembly.device, len(wanted)), flush=True)
+        except ConfigError as error:
+            problem = str(error)
+    wanted, problem = comm.gather_objects((wanted, problem), grid.world)[0]
+    if problem:
+        raise ConfigError(problem)
     teaching, began, done = Teaching(assembly, meta, (images.train, images.test), request.run.train.seed), 0.0, 0
     for part, span in wanted:
         began = began or time.perf_counter()

@@ -11,9 +11,10 @@ from engine.config import Config
 from engine.config.cli import parse
 from engine.config.distillation import TeacherConfig
 from engine.config.objectives import check_objective
-from engine.config.teachers import computed, teachers_of
+from engine.config.teachers import teachers_of
 from engine.errors import ConfigError
 from engine.recompute.config import RecomputeConfig
+from engine.teacher_outputs.meta import is_outputs
 from model import Teacher
 from parallel.process_group import World
 from tools.options import COUNT, Parser, number
@@ -57,15 +58,16 @@ def request_of(argv: Sequence[str], world: World) -> Request:
         run = replace(run, model=run.model.resolve())
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    known = [*computed(run).values()]
-    if not known:
-        raise ConfigError("all teachers are stored outputs already: give a checkpoint as the teacher")
+    known = run.distillation.all_teachers
     if not 0 <= options.teacher < len(known):
         raise ConfigError(f"--teacher is {options.teacher}: give 0 to {len(known) - 1}, of the teachers in their order")
-    teacher = teachers_of(run)[options.teacher]
+    given = known[options.teacher]
+    if is_outputs(given.path):
+        raise ConfigError(f"the teacher {given.path} is stored outputs already: give a checkpoint or another --teacher")
+    teacher = teachers_of(run)[sum(not is_outputs(of.path) for of in known[: options.teacher])]
     if options.top_k is not None and options.top_k > (classes := teacher.model.sizes.classes):
         raise ConfigError(f"--top-k is {options.top_k}, and the teacher has {classes} classes: leave it out for all")
-    return Request(options, run, _on_these_ranks(run, rest, teacher, world), known[options.teacher], teacher)
+    return Request(options, run, _on_these_ranks(run, rest, teacher, world), given, teacher)
 
 
 def _on_these_ranks(run: Config, flags: Sequence[str], teacher: Teacher, world: World) -> Config:

@@ -44,8 +44,9 @@ class Teaching:
         Raises:
             ConfigError: on every rank, if one is not finite in the format that it is to be stored in.
         """
-        what = f"{part} rows from {span.start} on, row"
-        found = self._extractor.rows(self._batches(part, span), len(span), what).gather(np.arange(len(span))).numpy()
+        what = f"{part} rows from {span.start} on"
+        extracted = self._extractor.rows(self._batches(part, span), len(span), f"{what}, row")
+        found = extracted.gather(np.arange(len(span))).numpy()
         rows, k = np.empty(len(span), self._meta.row), self._meta.kept
         with np.errstate(over="ignore"):
             if self._meta.features:
