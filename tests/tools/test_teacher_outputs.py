@@ -174,12 +174,16 @@ def test_what_is_there_is_kept_and_what_is_missing_written(opened: Path, capsys:
 
 def test_files_that_come_and_go(opened: Path, tmp_path: Path) -> None:
     """A longer file takes the place of a shorter one beneath a run; rows of who knows what are nobody's."""
-    meta = replace(read_meta(opened / "two"), rows=6, rows_per_file=4)
+    meta = replace(read_meta(opened / "two"), rows=6, rows_per_file=4, held_out_rows=0)
     begin(tmp_path, meta)
     for first, count in ((0, 4), (4, 2)):
         write_rows(tmp_path, "training", first, np.zeros(count, meta.row))
     read = StoredOutputs(tmp_path)
     assert not read.read("training", np.array([0]))["logits"].any()
+    begin(tmp_path, replace(meta, rows=8))  # as far as a command got that was to write more
+    StoredOutputs(tmp_path).check(6)
+    with pytest.raises(ConfigError, match=r"has outputs of 6 draws, and the run needs 7"):
+        StoredOutputs(tmp_path).check(7)
     write_rows(tmp_path, "training", 4, np.ones(4, meta.row))
     assert read.read("training", np.array([5]))["logits"].all()
     (tmp_path / "meta.json").unlink()
