@@ -172,7 +172,7 @@ class StoredOutputs:
 def _named(rows: Rows) -> dict[str, Tensor]:
     """The arrays of rows, in the formats that torch computes in."""
     return {
-        name: torch.from_numpy(np.ascontiguousarray(rows[name], np.int64 if name == "ids" else np.float32))
+        name: torch.from_numpy(np.array(rows[name], np.int64 if name == "ids" else np.float32, order="C"))
         for name in rows.dtype.names or ()
     }
 

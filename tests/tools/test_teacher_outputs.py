@@ -120,6 +120,7 @@ def test_the_likeliest_few_and_the_mass_of_the_rest(made: Path) -> None:
     usual = config_of(**DRAWN).distillation.temperature
     kept = likeliest(whole, KEPT, 10, single_axis("tensor"), usual)
     assert torch.equal(rows["ids"], kept.ids)
+    assert torch.equal(few.read("training", np.array([1]))["logits"], rows["logits"][1:2])  # one image
     torch.testing.assert_close(rows["logits"], whole.gather(1, kept.ids), rtol=1e-3, atol=1e-3)
     others = (whole / usual).scatter(1, kept.ids, -torch.inf).logsumexp(1)
     torch.testing.assert_close(rows["rest"], others, rtol=1e-4, atol=1e-4)
