@@ -104,17 +104,11 @@ def save(figure: Figure, path: Path, *, all_colors: bool = False) -> None:
     gives the same bytes. Raises ConfigError if the place cannot be written to.
     """
     check_place(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
     canvas = FigureCanvasAgg(figure)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in letters that the font lacks shows as boxes
         canvas.draw()
     pixels = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-    try:
-        fewer = pixels if all_colors else pixels.quantize(256, dither=Image.Dither.NONE)
+    fewer = pixels if all_colors else pixels.quantize(256, dither=Image.Dither.NONE)
+    with places.written_whole(path) as part:
         fewer.save(part, format="png", optimize=True)
-        part.replace(path)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
-    finally:
-        part.unlink(missing_ok=True)

@@ -25,6 +25,7 @@ from engine.run.launch import run_rank
 from model.seeing.capture import choose
 from parallel.process_group import World
 from tools.convert.images import prepared
+from tools.places import written_whole
 from tools.visualize.methods import PAGE, READS
 from tools.visualize.models import Alone, Looked, Spread, WithTexts
 from tools.visualize.of_rows import check, of_heads
@@ -168,10 +169,8 @@ def joined(parts: Sequence[Shown]) -> Shown:
 def _store(shown: Shown, paths: Sequence[Path], out: Path) -> None:
     tensors = {"/".join(filter(None, key)): x for key, x in (shown.maps | shown.colors).items()} | shown.arrays
     arrays: dict[str, Any] = {name: x.detach().numpy() for name, x in tensors.items()}
-    try:
-        np.savez_compressed(out, images=np.array([str(path) for path in paths]), **arrays)
-    except OSError as error:
-        raise ConfigError(f"{out} cannot be written: {error.strerror}") from error
+    with written_whole(out) as part, part.open("wb") as file:
+        np.savez_compressed(file, images=np.array([str(path) for path in paths]), **arrays)
 
 
 if __name__ == "__main__":

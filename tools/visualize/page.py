@@ -23,10 +23,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine.errors import ConfigError
 from model.config import ModelConfig
 from model.seeing.capture import PROBE, Attended, Wanted
 from model.seeing.trace import pooled_tokens
+from tools.places import written_whole
 from tools.visualize.pictures import Scene
 from tools.visualize.shades import Rows, errors, fitted
 
@@ -111,16 +111,17 @@ def write_page(
         f"{base64.b64encode(blob).decode()}</script>"
         for i, blob in enumerate(coded)
     )
-    parts = {"TITLE": html.escape(title), "ABOUT": json.dumps(about).replace("</", "<\\/"), "ROWS": "\n".join(blobs)}
+    parts = {"TITLE": html.escape(title), "ABOUT": json.dumps(about).replace("<", "\\u003c"), "ROWS": "\n".join(blobs)}
     text = re.sub("@(TITLE|ABOUT|ROWS)@", lambda found: parts[found[1]], template)
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
+    with written_whole(path) as part:
+        part.write_text(text, encoding="utf-8")
+    size = len(text.encode())
     lines = [
-        f"{path}: {len(text.encode()) / 1e6:.2f} MB, {len(images)} images x {len(layers)} layers; {shades} shades, "
+        f"{path}: {size / 1e6:.2f} MB, {len(images)} images x {len(layers)} layers; {shades} shades, "
         f"wrong by {mean:.1%} of a map's range on average, 99 % of shares by {worst:.1%} at most"
     ]
+    if size > BYTES:
+        lines.append(f"that is more than {BYTES / 1e6:.0f} MB: name fewer images (--most), --layers or --heads")
     if side > 1:
         lines.append(f"cells are of {side} x {side} patches, so that the page is small: name fewer --layers or --heads")
     return lines

@@ -23,6 +23,7 @@ Array = np.ndarray[Any, Any]
 SHADES = (256, 128, 64, 48, 32, 28, 24, 20, 18, 16, 14, 12, 10, 8, 7, 6, 5, 4, 3)
 _USUAL = 12  # shades, by which it is decided how differences are taken
 _OCTAVE = 128  # codes of shares, which are so 0.5 % apart
+_PARTS = 8  # of what is rounded to a code
 DIFFERENCES = {0: None, 1: 2, 2: 1}
 """By the first byte: along which axis of [H, Q, P] they are taken, from a patch to the next, or a query; or not."""
 
@@ -91,10 +92,14 @@ def fitted(layers: Sequence[Rows], room: int) -> tuple[int, list[bytes]]:
 
 
 def errors(layers: Sequence[Rows], shades: int) -> tuple[float, float]:
-    """Of shares, between the least and the largest of their map: the mean error, and its 99th percentile."""
+    """Of shares, between the least and the largest of their map: the mean error, and its 99th percentile.
+
+    Those of equal codes are taken to be spread evenly over what rounds to them.
+    """
     counts = sum((np.bincount(rows.codes.reshape(-1), minlength=256) for rows in layers), np.zeros(256))
-    exact = np.arange(256) / 255
-    wrong = np.abs(exact**2 - (np.rint(exact * (shades - 1)) / (shades - 1)) ** 2)
-    order = np.argsort(wrong)
-    place = np.searchsorted(np.cumsum(counts[order]), 0.99 * counts.sum())
-    return float(wrong @ counts / counts.sum()), float(wrong[order[place]])
+    code = np.arange(256)[:, None]
+    exact = ((code + (np.arange(_PARTS) + 0.5) / _PARTS - 0.5) / 255).clip(0, 1)
+    wrong = np.abs(exact**2 - (np.rint(code * (shades - 1) / 255) / (shades - 1)) ** 2).reshape(-1)
+    weights, order = np.repeat(counts / (_PARTS * counts.sum()), _PARTS), np.argsort(wrong)
+    place = np.searchsorted(np.cumsum(weights[order]), 0.99)
+    return float(wrong @ weights), float(wrong[order[place]])

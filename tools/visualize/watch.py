@@ -25,6 +25,7 @@ from data.listing import SUFFIXES
 from engine.errors import ConfigError
 from model import ModelConfig
 from model.seeing.capture import choose
+from tools.places import written_whole
 from tools.visualize.methods import READS
 from tools.visualize.models import Looked
 from tools.visualize.pictures import overlay, scenes
@@ -163,14 +164,8 @@ def _line(what: str, times: list[float], seconds: float, frames: Frames) -> str:
 
 
 def _write(path: Path, pixels: Any) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with written_whole(path) as part:
         Image.fromarray(pixels).save(part, "png", compress_level=1)
-        part.replace(path)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 @contextmanager
