@@ -111,6 +111,8 @@ def test_of_one_patch_and_some_layers(places: Path, tmp_path: Path) -> None:
         ("rollout does not read --layers, --target: .* reads --batch", "rollout", ("--layers", "0", "--target", "1")),
         ("--parallel.*is of a model over several ranks", "rollout", ("--parallel.tensor_parallel_size", "2")),
         ("--nowhere is no option", "rollout", ("--nowhere", "2")), ("blocks 0 to 1", "page", ("--layers", "2")),
+        ("--layers 1,0,1 names one twice", "page", ("--layers", "1,0,1")),
+        ("--heads 2,2 names one twice", "heads", ("--heads", "2,2")),
     ],
 )  # fmt: skip
 def test_refusals(words: str, method: str, more: Sequence[str], places: Path, tmp_path: Path) -> None:
@@ -134,7 +136,8 @@ def test_of_texts(places: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         first, other = (arrays[name] for name in arrays if name.endswith(said[1::2]))
         assert len(first) == 3 and np.abs(first - other).max() > 1e-6 and arrays["similarity"].shape == (3, 2)
         assert (tmp_path / f"{method}-two.png").exists()
-    assert "two: " in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "two: " in told and "1 of 2 texts are cut: the model reads 30 tokens" in told
     for words, model, method, more in (
         ("does not say how texts become tokens", "pair", "chefer", said),
         ("without a text tower", "model", "chefer", said),

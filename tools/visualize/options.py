@@ -36,6 +36,9 @@ def parse_options(argv: Sequence[str], world: World) -> tuple[argparse.Namespace
     options, flags = _parser().parse_known_args(argv)
     if options.query is not None and len(options.query) != 2:
         raise ConfigError("--query takes a row and a column, such as 3,5")
+    for name in ("layers", "heads"):
+        if len(set(given := getattr(options, name) or ())) < len(given):
+            raise ConfigError(f"--{name} {','.join(map(str, given))} names one twice: name each once")
     method, reads = options.method, READS[options.method]
     if options.text and method not in OF_TEXTS:
         raise ConfigError(f"--text: method {method} explains no likeness to texts: take {', '.join(OF_TEXTS)}")

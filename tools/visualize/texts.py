@@ -29,7 +29,7 @@ METHODS = (*BACK, "occlusion", "rise")
 
 
 def opened(checkpoint: Path, weights: Which, said: Sequence[str], tokenizer: str | None) -> tuple[ImageText, Tensor]:
-    """Both towers, and the texts in their tokens, int64 [n, S].
+    """Both towers, and the texts in their tokens, int64 [n, S]; whether some were cut is printed.
 
     Args:
         tokenizer: as data.tokenizer; None: that of the run that has trained them.
@@ -54,9 +54,13 @@ def opened(checkpoint: Path, weights: Which, said: Sequence[str], tokenizer: str
     assert text.context_length is not None and text.vocabulary_size is not None
     shape = TextShape(length=text.context_length, vocabulary_size=text.vocabulary_size, end_token=text.end_token)
     try:
-        return model, make_texts(make_tokenizer(tokenizer), shape).encode(said)
+        words = make_texts(make_tokenizer(tokenizer), shape)
+        rows, cut = words.tokenizer.encode_counted(said, words.length)
     except ValueError as error:
         raise ConfigError(f"--text: {str(error).replace('data.tokenizer', '--tokenizer')}") from error
+    if cut:
+        print(f"warning: {cut} of {len(said)} texts are cut: the model reads {words.length} tokens", flush=True)
+    return model, torch.from_numpy(rows)
 
 
 def explained(
