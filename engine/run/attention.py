@@ -6,6 +6,7 @@ TensorBoard, the arrays beside it as `.npz`, and an `attention` line of metrics.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import time
 from collections.abc import Mapping
@@ -49,6 +50,7 @@ class AttentionLog:
         config, grid = assembly.config, assembly.grid
         assert config.train.micro_batch_size is not None
         self._every, self._device = config.log.attention_interval, assembly.device
+        self._patch = config.model.sizes.patch
         self._folder, self._writer = folder / ATTENTION, writer
         chosen = spread(config.log.attention_images, len(eval_set))
         batches = chosen_batches(
@@ -75,7 +77,8 @@ class AttentionLog:
         found = self._watch()
         if found is None or self._writer is None or self._pixels is None:
             return
-        picture = sheet(self._pixels, {_title(name): of.maps.mean(1) for name, of in found.items() if not _text(name)})
+        maps = {_title(name): of.maps.mean(1) for name, of in found.items() if not _text(name)}
+        picture = sheet(self._pixels, maps, self._patch)
         self._store(f"step-{step:08d}", picture, found)
         entropies = {name: float(of.entropy.mean()) for name, of in found.items()}
         tops = {name: float(of.top.max()) for name, of in found.items() if of.top is not None}
@@ -97,12 +100,14 @@ class AttentionLog:
         np.savez(packed, **plain)
         for ending, data in (("png", picture), ("npz", packed.getvalue())):
             path = self._folder / f"{name}.{ending}"
+            unfinished = path.with_suffix(f".{ending}.part")
             try:
                 self._folder.mkdir(exist_ok=True)
-                unfinished = path.with_suffix(f".{ending}.part")
                 unfinished.write_bytes(data)
                 unfinished.rename(path)
             except OSError as error:
+                with contextlib.suppress(OSError):
+                    unfinished.unlink()  # what there was room for
                 self._writer.say(f"warning: {path} cannot be written: {error.strerror}; training goes on without it")
 
 

@@ -109,7 +109,10 @@ class RunDir:
         for name in _names(self.path, f"{ATTENTION}/step-*"):
             number = name.rpartition("-")[2].partition(".")[0]
             if number.isdecimal() and int(number) > step and _is_file(self.path / name):
-                (self.path / name).unlink()
+                try:
+                    (self.path / name).unlink()
+                except OSError as error:
+                    raise OutputError(f"{self.path / name} cannot be removed: {error.strerror}") from error
         if _is_file(metrics := self.path / "metrics.jsonl"):
             kept, more = rewind(metrics, whole_lines, step)
             lost = f"; {more} bytes of later steps, which were lost, are cut off" if more else ""

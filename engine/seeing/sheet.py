@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch import Tensor
-from torch.nn import functional as F
 
 Pixels = NDArray[np.uint8]
 
@@ -24,22 +23,28 @@ _RANGE = (0.01, 0.99)
 """Quantiles of a map that colours run between."""
 
 
-def sheet(images: Tensor, maps: Mapping[str, Tensor]) -> bytes:
+def sheet(images: Tensor, maps: Mapping[str, Tensor], patch: int) -> bytes:
     """A PNG.
 
     Args:
         images: [N, C, H, W] in 0..1. maps: [N, rows, cols] by the titles of their columns, each in colours of its own
-            (viridis): the brightest patch has the largest share.
+            (viridis): the brightest patch has the largest share. patch: the side of one, in pixels; those of a
+            pyramid's later stages are 2, 4, ... times as large, and may reach beyond the image.
     """
     high, wide = images.shape[2:]
     times = max(1, -(-_CELL // max(high, wide)))
     size = high * times, wide * times
-    columns = {"image": _grey_or_rgb(images)} | {title: _coloured(of) for title, of in maps.items()}
+    columns = {"image": _enlarged(_grey_or_rgb(images), times)}
+    for title, of in maps.items():
+        side = patch
+        while side * of.shape[1] < high or side * of.shape[2] < wide:
+            side *= 2
+        columns[title] = _enlarged(_coloured(of), side * times)
     line, column = size[0] + _GAP, size[1] + _GAP
     canvas = np.full((_TITLE + line * len(images), column * len(columns), 3), 255, dtype=np.uint8)
     for j, cells in enumerate(columns.values()):
-        for i, cell in enumerate(_enlarged(cells, size)):
-            canvas[_TITLE + i * line :, j * column :][: size[0], : size[1]] = cell
+        for i, cell in enumerate(cells):
+            canvas[_TITLE + i * line :, j * column :][: size[0], : size[1]] = cell[: size[0], : size[1]]
     picture = Image.fromarray(canvas)
     draw = ImageDraw.Draw(picture)
     for j, title in enumerate(columns):
@@ -66,8 +71,7 @@ def _coloured(maps: Tensor) -> Tensor:
     return torch.where(maps.isfinite()[..., None], colors, 1.0).permute(0, 3, 1, 2)
 
 
-def _enlarged(cells: Tensor, size: tuple[int, int]) -> Pixels:
-    """[N, 3, rows, cols] -> [N, *size, 3], each number a rectangle."""
-    x = F.interpolate(cells, size, mode="nearest-exact").clamp(0, 1)
-    found: Pixels = (x * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    return found
+def _enlarged(cells: Tensor, side: int) -> Pixels:
+    """[N, 3, rows, cols] -> [N, rows * side, cols * side, 3], each number a square."""
+    small: Pixels = (cells.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    return small.repeat(side, 1).repeat(side, 2)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -17,6 +18,7 @@ from engine.checkpoint.config import CheckpointConfig
 from engine.config import Config, LogConfig, TrainConfig
 from engine.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
 from engine.run.trainer import pretrain
+from engine.seeing.sheet import sheet
 from parallel.grid import GridShape
 from parallel.process_group import World
 from tests.engine.small import small
@@ -88,8 +90,23 @@ def test_refusals_and_what_is_told(
     assert "log.attention_images 9: log.attention_interval is 0" in idle
 
     def full(path: Path, data: bytes) -> int:
+        path.open("wb").close()
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
     assert pretrain(config_of(tmp_path, every=5), World()) == EXIT_DONE
     assert "step-00000005.png cannot be written: No space left on device; training goes on" in capsys.readouterr().out
+    assert not list((tmp_path / "attention").iterdir())
+
+
+def test_patches_that_reach_beyond_the_image() -> None:
+    """Of 10 x 12 pixels and patches of 4, and of 8: the last of a map is where its pixels are."""
+    maps = {"blocks.0": torch.zeros(1, 3, 3), "blocks.1": torch.zeros(1, 2, 2)}
+    for of in maps.values():
+        of[0, -1, -1] = 1
+    picture = np.asarray(Image.open(io.BytesIO(sheet(torch.zeros(1, 1, 10, 12), maps, 4))))
+    assert picture.shape[:2] == (14 + 8 * 10 + 4, 3 * (8 * 12 + 4))
+    yellow = (picture[..., 0] > 200) & (picture[..., 2] < 100)
+    for column in (1, 2):
+        rows, cols = yellow[14:94, 100 * column : 100 * column + 96].nonzero()
+        assert (rows.min(), rows.max(), cols.min(), cols.max()) == (64, 79, 64, 95)

@@ -210,6 +210,24 @@ def begin(folder: Path, resumed_at: int | None, seed: int = 0, traced: tuple[int
     return config
 
 
+def test_pictures_of_lost_steps_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    folder = tmp_path / "attention"
+    folder.mkdir()
+    for step in (4, 9):
+        (folder / f"step-{step:08d}.png").touch()
+    run = RunDir(prepare_run_dir(str(tmp_path)), single_axis("world"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        with pytest.raises(OutputError, match=r"step-00000009\.png cannot be removed: Permission denied"):
+            run.go_on(5)
+    run.go_on(5)
+    run.close()
+    assert [path.name for path in folder.iterdir()] == ["step-00000004.png"]
+
+
 def test_a_run_that_goes_on_keeps_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     begin(tmp_path, None)
     (tmp_path / "checkpoints" / "step-20").mkdir(parents=True)
