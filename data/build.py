@@ -50,7 +50,12 @@ def build_datasets(
             f"model.num_classes is {num_classes}, but data.kind={config.kind} has {train.num_classes} classes: "
             f"set model.num_classes to {train.num_classes} or more"
         )
-    for part in (train, held_out):
+    for part, path in ((train, config.path), (held_out, config.val_path or config.path)):
+        if texts is not None and part.captions is None and not part.num_classes:
+            raise ValueError(
+                f"data.kind={config.kind}, {path}: nothing is said of the first image, and there are no classes to "
+                "make captions of, but the model reads texts: see data.caption_column"
+            )
         part.captions, part.texts = part.captions or captions_of(part, config), texts
     return train, held_out
 

@@ -189,12 +189,13 @@ def webdataset(
 
 def _opened(config: DataConfig, path: str, key: str, readers: int) -> Catalogue:
     folder = config.index_dir
-    what = f"{key}={Path(path).expanduser().absolute()} {config.label_column} {folder}"
+    what = f"{key}={Path(path).absolute()} {config.label_column} {folder}"
     return once(Catalogue, partial(open_shards, path, key, label=config.label_column, folder=folder), what, readers)
 
 
 def _captions(dataset: WebDataset, config: DataConfig, prompts: tuple[str, ...]) -> ShardCaptions | None:
-    """None: of the first sample nothing is said, so the set is one of classes."""
+    """None: of the first sample nothing is said, so the set is one of classes. Raises ValueError for templates that
+    nobody would use."""
     of_classes = None
     if dataset.class_names is not None:
         of_classes = TemplateCaptions(names=tuple(dataset.class_names), templates=prompts, class_prompts=prompts)
@@ -202,4 +203,10 @@ def _captions(dataset: WebDataset, config: DataConfig, prompts: tuple[str, ...])
     captions = ShardCaptions(
         dataset=dataset, field=config.caption_column, prefers_json=prefers_json, classes=of_classes
     )
-    return captions if captions.of(dataset.places(np.array([0]))[0]) else None
+    if not captions.of(dataset.places(np.array([0]))[0]):
+        return None
+    if config.templates is not None:
+        raise ValueError(
+            f"data.templates has no effect with data.path={config.path}, whose samples have captions: leave it out"
+        )
+    return captions

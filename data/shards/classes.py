@@ -54,7 +54,7 @@ def classes_of(catalogues: Sequence[Catalogue]) -> list[Classes | None]:
             f"the labels of {catalogues[0].given} and of {catalogues[1].given} are numbers on one side and names on "
             "the other: write them alike"
         )
-    names = _class_map(Path(catalogues[0].tars[0]).parent / CLASS_MAP)
+    names = class_map(catalogues[0])
     return _named(catalogues, names) if labelled[0].words else _numbered(catalogues, names)
 
 
@@ -82,7 +82,9 @@ def _named(catalogues: Sequence[Catalogue], names: tuple[str, ...] | None) -> li
     ]
 
 
-def _class_map(file: Path) -> tuple[str, ...] | None:
+def class_map(catalogue: Catalogue) -> tuple[str, ...] | None:
+    """The lines of classes.txt beside the first shard; None: there is none. Raises ValueError where it is no good."""
+    file = Path(catalogue.tars[0]).parent / CLASS_MAP
     try:
         names = tuple(line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip())
     except FileNotFoundError:

@@ -10,9 +10,10 @@ import hashlib
 import json
 import os
 import socket
+import tempfile
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -84,7 +85,7 @@ def place(tar: str, folder: str | None, label: str | None) -> str:
     if folder is None:
         return tar + ending
     digest = hashlib.sha256(os.fsencode(Path(tar).absolute())).hexdigest()[:16]
-    return str(Path(folder).expanduser() / f"{Path(tar).name}.{digest}{ending}")
+    return os.path.expanduser(f"{folder}/{Path(tar).name}.{digest}{ending}")  # noqa: PTH111
 
 
 def make_index(tar: str, where: str, label: str | None) -> None:
@@ -96,17 +97,21 @@ def make_index(tar: str, where: str, label: str | None) -> None:
     Raises:
         ShardError: the tar file is no good, or the index cannot be written.
     """
-    try:
-        with open(tar, "rb") as opened:  # noqa: PTH123
-            status = os.fstat(opened.fileno())
-            content = _content(Path(tar), opened, label)
-            tar_hash = _hash(opened)
-    except OSError as error:
-        raise ShardError(f"{tar} cannot be read ({error.strerror}): see its path and its permissions") from error
+    folder = Path(where).parent
+    with _writing(where):  # if it cannot be, that is found out before much is read
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    with _reading(tar), open(tar, "rb") as opened:  # noqa: PTH123
+        status = os.fstat(opened.fileno())
+        content = _content(Path(tar), opened, label)
+        tar_hash, after = _hash(opened), os.fstat(opened.fileno())
+    if (status.st_size, status.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        raise ShardError(f"{tar} has changed while it was indexed: start again once nobody writes to it")
     header = np.zeros(1, dtype=HEADER)
     header["magic"], header["version"] = _MAGIC, _VERSION
     header["tar_size"], header["tar_mtime"], header["tar_hash"] = status.st_size, status.st_mtime_ns, tar_hash
-    _write(Path(where), header, *content)
+    _write(where, header, *content)
 
 
 def touch(where: str, tar_mtime: int) -> None:
@@ -114,7 +119,7 @@ def touch(where: str, tar_mtime: int) -> None:
     with suppress(OSError):
         body = bytearray(Path(where).read_bytes())
         np.frombuffer(body, dtype=HEADER, count=1)["tar_mtime"] = tar_mtime
-        _replace(Path(where), bytes(body))
+        write_whole(Path(where), bytes(body))
 
 
 def read_head(where: str) -> Head | None:
@@ -159,9 +164,28 @@ def map_index(where: str, *, is_checked: bool = False) -> Index:
 
 
 def hash_of(tar: str) -> int:
-    """XXH3 of a file."""
-    with open(tar, "rb") as opened:  # noqa: PTH123
+    """XXH3 of a file. Raises ShardError if it cannot be read."""
+    with _reading(tar), open(tar, "rb") as opened:  # noqa: PTH123
         return _hash(opened)
+
+
+@contextmanager
+def _reading(tar: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ShardError(f"{tar} cannot be read ({error.strerror}): see its path and its permissions") from error
+
+
+@contextmanager
+def _writing(where: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ShardError(
+            f"the index {where} cannot be written ({error.strerror}): make the folder writable, or name another in "
+            "data.index_dir"
+        ) from error
 
 
 def _fields(begin: bytes) -> dict[str, Any]:
@@ -244,7 +268,7 @@ class _Reader:
 
 
 def _write(
-    where: Path, header: NDArray[np.void], records: NDArray[np.void], keys: bytes, words: tuple[str, ...],
+    where: str, header: NDArray[np.void], records: NDArray[np.void], keys: bytes, words: tuple[str, ...],
     left_out: dict[str, int],
 ) -> None:  # fmt: skip
     labels = records["label"]
@@ -254,18 +278,12 @@ def _write(
     padding = bytes(-(HEADER.itemsize + len(said)) % 8)
     body = said + padding + records.tobytes() + keys
     header["body_hash"] = xxhash.xxh3_64_intdigest(body)
-    try:
-        where.parent.mkdir(parents=True, exist_ok=True)
-        _replace(where, header.tobytes() + body)
-    except OSError as error:
-        raise ShardError(
-            f"the index {where} cannot be written ({error.strerror}): make the folder writable, or name another in "
-            "data.index_dir"
-        ) from error
+    with _writing(where):
+        write_whole(Path(where), header.tobytes() + body)
 
 
-def _replace(where: Path, content: bytes) -> None:
-    """All of it or nothing, whoever else writes it."""
+def write_whole(where: Path, content: bytes) -> None:
+    """A file: all of it or nothing, whoever else writes it. Raises OSError."""
     part = where.with_name(f".{where.name}.{socket.gethostname()}.{os.getpid()}")
     try:
         part.write_bytes(content)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ def expand(path: str, key: str) -> list[str]:
     Raises:
         ValueError: if that is nothing, names a file twice, or files that are not there.
     """
-    given = str(Path(path).expanduser())
+    given = str(Path(os.path.expanduser(path)))  # noqa: PTH111
     found: list[str] = []
     for name in _braces(given, f"{key}={path}"):
         found += sorted(glob.glob(name)) if glob.has_magic(name) else [name]  # noqa: PTH207

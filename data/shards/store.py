@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from data.shards.catalogue import Catalogue
 from data.shards.index import Index, map_index
 from data.shards.members import ShardError
 
-_OPEN_TARS, _MAPPED = 64, 1024  # of each process: open files, and maps, of which the kernel allows 65530
+_OPEN_TARS, _MAPPED = 64, 1024  # of each process, at most; a map keeps its file open, too
 
 
 class Place(NamedTuple):
@@ -30,10 +31,13 @@ class Store:
 
     def __init__(self, catalogue: Catalogue) -> None:
         self.catalogue = catalogue
-        self.index: Callable[[int], Index] = lru_cache(maxsize=_MAPPED)(self._map)
+        files = _allowed_files()
+        self.index: Callable[[int], Index] = lru_cache(maxsize=min(_MAPPED, files // 8))(self._map)
         """That of a shard."""
         self._checked = set[int]()
-        self._open: Callable[[int], _Opened] = lru_cache(maxsize=_OPEN_TARS)(lambda shard: _Opened(self.tar(shard)))
+        self._open: Callable[[int], _Opened] = lru_cache(maxsize=min(_OPEN_TARS, files // 16))(
+            lambda shard: _Opened(self.tar(shard))
+        )
 
     def places(self, samples: NDArray[np.int64]) -> list[Place]:
         """Of samples by their numbers in all shards: [B]."""
@@ -90,6 +94,12 @@ class Store:
             raise UnreadableImageError(str(error)) from error
         self._checked.add(shard)
         return found
+
+
+def _allowed_files() -> int:
+    """How many a process may have open: 1024 where nobody has said otherwise."""
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 2**20 if allowed == resource.RLIM_INFINITY else allowed
 
 
 class _Opened:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import os
+import resource
 import tarfile
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from data.shards.catalogue import open_shards
-from data.shards.index import map_index
+from data.shards.index import hash_of, map_index
 from data.shards.members import ShardError
 from data.shards.names import expand
 from data.shards.store import Store
@@ -39,6 +40,7 @@ def test_patterns_are_expanded_as_by_a_shell(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             expand(wrong, "data.path")
+    assert expand("~nobody-there/x.tar", "data.path") == ["~nobody-there/x.tar"]  # which is missing
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -148,6 +150,18 @@ def test_shards_that_have_changed_are_named(tmp_path: Path) -> None:
         map_index(str(index))
 
 
+def test_many_shards_need_few_open_files(tmp_path: Path) -> None:
+    """100 of them, with room for 100 more files than are open."""
+    catalogue, limits = opened(shards(tmp_path, sizes=[1] * 100)).catalogue, resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 100, limits[1]))
+    try:
+        store = Store(catalogue)
+        for number, place in enumerate(store.places(np.arange(100))):
+            assert store.part(place, "image") == picture(number)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
 def test_indexes_may_lie_elsewhere_and_are_made_by_several_processes(tmp_path: Path) -> None:
     pattern = shards(tmp_path / "a")
     beside = opened(pattern).catalogue
@@ -163,3 +177,15 @@ def test_indexes_may_lie_elsewhere_and_are_made_by_several_processes(tmp_path: P
         (tmp_path / "a").chmod(0o755)
     assert found.hashes.tolist() == beside.hashes.tolist() and found.ends.tolist() == [7, 12, 21]
     assert len(list((tmp_path / "b").iterdir())) == 3
+    cut(tmp_path / "a" / "00.tar", 600)
+    with pytest.raises(ShardError, match=r"cannot be written \(Not a directory\): .*data\.index_dir"):
+        opened(tmp_path / "a" / "00.tar", folder=f"{tmp_path}/a/01.tar/b")  # before anything is read
+
+
+def test_a_shard_that_is_written_to_is_not_indexed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_tar(tmp_path / "x.tar", [sample(0)])
+    monkeypatch.setattr("data.shards.index._hash", lambda opened: os.utime(path, ns=(1, 1)))
+    with pytest.raises(ShardError, match=r"x\.tar has changed while it was indexed"):
+        opened(path)
+    with pytest.raises(ShardError, match=r"cannot be read \(Is a directory\)"):
+        hash_of(str(tmp_path))

@@ -124,6 +124,10 @@ def test_captions_are_texts_or_fields(tmp_path: Path) -> None:
     assert captions is not None
     with pytest.raises(ValueError, match=r"y\.tar, sample part/00009 has neither a \.txt nor a \.json"):
         captions.every(3, 0, Look())
+    with pytest.raises(ValueError, match=r"data\.templates has no effect"):
+        build(path, TEXT, None, val_path=str(path), templates=str(tmp_path / "templates.txt"))
+    with pytest.raises(ValueError, match=r"x\.tar: nothing is said of the first image, and there are no classes"):
+        build(path, TEXT, None, caption_column="absent")
     silent = shards(tmp_path / "silent", sizes=(6,))
     captions = build(silent, TEXT, caption_column="absent")[0].captions
     assert captions is not None and "class 1" in captions.every(1, 1, Look())[0]  # of templates

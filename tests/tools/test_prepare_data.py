@@ -17,6 +17,7 @@ from data.sampling import SampleOrder
 from tests.data.conftest import folder as folder
 from tests.data.tars import picture, sample, shards, write_tar
 from tools.prepare_data.__main__ import main
+from tools.prepare_data.sources import key_of
 
 
 def test_shards_are_indexed_in_parts_checked_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -37,10 +38,14 @@ def test_damage_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     path = write_tar(tmp_path / "x.tar", [sample(0), ("a/7", {"jpg": picture(3, "jpg")[:100]})])
     assert main(["check", str(path)]) == 1
     assert "sample a/7 cannot be decoded" in (said := capsys.readouterr().out) and "1 faults" in said
-    write_tar(path, [sample(0)])
+    write_tar(path, [sample(0), sample(1)])
     with pytest.raises(ValueError, match=r"1 shards have changed .* index --again"):
         main(["index", str(path)])
     assert main(["index", str(path), "--again"]) == 0 and main(["check", str(path)]) == 0
+    index = tmp_path / "x.tar.index"
+    index.write_bytes(index.read_bytes()[:-1] + b"\xff")
+    capsys.readouterr()
+    assert main(["check", str(path)]) == 1 and "in 1 shards, 1 faults" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"too few shards for part 3 of 4"):
         main(["index", str(path), "--part", "3/4"])
 
@@ -48,6 +53,8 @@ def test_damage_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_a_folder_is_packed_read_alike_and_gone_on_with(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / "classes.txt").touch()  # as another task that has just begun leaves it
     packed, command = tmp_path / "packed", ["pack", str(folder), str(tmp_path / "packed"), "--images-per-shard", "5"]
     assert main([*command, "--part", "1/2", "--workers", "1"]) == 0
     assert (
@@ -76,11 +83,19 @@ def test_a_folder_is_packed_read_alike_and_gone_on_with(
     assert main(["pack", pattern, str(again), "--images-per-shard", "18", "--shuffle", "3", "--workers", "1"]) == 0
     order = SampleOrder(18, 3).indices(everything)
     shuffled = sets("webdataset", again / "000000.tar")[0]
+    assert shuffled.class_names == ours.class_names
     assert torch.equal(shuffled.read(everything), theirs.read(order))
+    bad = write_tar(tmp_path / "bad.tar", [("a/7", {"jpg": b"no image"})])
+    with pytest.raises(ValueError, match=r"bad\.tar, sample a/7 is no image that can be read"):
+        main(["pack", str(bad), str(tmp_path / "of bad"), "--workers", "1"])
     with pytest.raises(ValueError, match=r"packed otherwise \(images_per_shard 5 there, 6 now\): give another folder"):
         main(["pack", str(folder), str(packed), "--images-per-shard", "6"])
     with pytest.raises(ValueError, match="is not empty, and nothing was packed there"):
         main(["pack", str(folder), str(folder / "ant")])
+
+
+def test_a_key_fits_into_a_tar_file() -> None:
+    assert key_of(7, "a.b c-" + "ж" * 99) == "000000007_a_b_c-" + "_" * 54
 
 
 def test_a_table_is_packed_with_its_captions_and_smaller_images(folder: Path, tmp_path: Path) -> None:

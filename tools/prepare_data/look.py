@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from io import BytesIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from data.decode import CENTRE, decode
 from data.errors import UnreadableImageError
@@ -28,6 +28,10 @@ def _faults(catalogue: Catalogue, shard: int) -> list[str]:
     faults, store = [], Store(catalogue)
     if hash_of(catalogue.tars[shard]) != int(catalogue.hashes[shard]):
         faults.append(f"{catalogue.tars[shard]} has other bytes than when it was indexed")
+    try:
+        store.index(shard)
+    except UnreadableImageError as error:
+        return [*faults, str(error)]  # once, not for each image
     for row in range(catalogue.size_of(shard)):
         place = Place(shard, row)
         try:
@@ -46,17 +50,20 @@ def stats(catalogue: Catalogue) -> list[str]:
     texts, jsons = (
         sum(int(np.count_nonzero(store.index(shard).records[part])) for shard in shards) for part in ("text", "json")
     )
+    words = store.all_words()
     lines = [
         catalogue.describe(),
         f"images per shard {_spread(counts)}",
         f"bytes per image  {_spread(sizes)}, {sizes.sum() / 2**30:.3g} GiB in all",
-        f"with .txt {texts}, with .json {jsons}, with a label {len(catalogue) - int(np.sum(store.all_words() < 0))}",
+        f"with .txt {texts}, with .json {jsons}, with a label {int(np.sum(words >= 0))}",
     ]
-    return lines + _of_classes(catalogue.words, Counter(store.all_words().tolist()))
+    return lines + _of_classes(catalogue.words, words[words >= 0])
 
 
-def _of_classes(words: Sequence[str], counts: Counter[int]) -> list[str]:
-    named = [(words[number] if words else number, count) for number, count in counts.most_common() if number >= 0]
+def _of_classes(words: Sequence[str], labels: NDArray[np.int64]) -> list[str]:
+    each = zip(*(found.tolist() for found in np.unique(labels, return_counts=True)), strict=True)
+    counts = sorted(each, key=lambda pair: -pair[1])
+    named = [(words[number] if words else number, count) for number, count in counts]
     if not named:
         return []
     lines = [f"{len(named)} classes, images of each:"] + [f"  {word}: {count}" for word, count in named[:_SHOWN]]

@@ -21,7 +21,7 @@ from data.errors import UnreadableImageError
 from data.sampling import SampleOrder
 from data.shards.catalogue import in_processes
 from data.shards.classes import CLASS_MAP
-from data.shards.index import make_index, place, read_head
+from data.shards.index import make_index, place, read_head, write_whole
 from data.shards.members import ShardError
 from tools.prepare_data.sources import Source, key_of
 
@@ -78,23 +78,23 @@ def pack(
 
 
 def _begin(folder: Path, plan: Plan, classes: tuple[str, ...]) -> None:
+    """Tasks of an array come at the same time: each writes what all of them would, whole, the plan last."""
+    file = folder / _PLAN
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = folder / _PLAN
-        if file.exists():
-            if (there := json.loads(file.read_text())) != asdict(plan):
-                differ = ", ".join(
-                    f"{k} {there.get(k)} there, {v} now" for k, v in asdict(plan).items() if there.get(k) != v
-                )
-                raise ValueError(f"{folder} holds shards that were packed otherwise ({differ}): give another folder")
-            return
-        if any(folder.iterdir()):
-            raise ValueError(f"{folder} is not empty, and nothing was packed there: give another folder")
-        file.write_text(json.dumps(asdict(plan), indent=1))
-        if classes:
-            (folder / CLASS_MAP).write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
+        others = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")} - {CLASS_MAP}
+        if not file.exists():
+            if others:
+                raise ValueError(f"{folder} is not empty, and nothing was packed there: give another folder")
+            if classes:
+                write_whole(folder / CLASS_MAP, "".join(f"{name}\n" for name in classes).encode())
+            write_whole(file, json.dumps(asdict(plan), indent=1).encode())
+        there = json.loads(file.read_text())
     except OSError as error:
         raise ValueError(f"{folder} cannot be written ({error.strerror}): give another folder") from error
+    differ = ", ".join(f"{k} {there.get(k)} there, {v} now" for k, v in asdict(plan).items() if there.get(k) != v)
+    if differ:
+        raise ValueError(f"{folder} holds shards that were packed otherwise ({differ}): give another folder")
 
 
 def _is_there(folder: Path, plan: Plan, shard: int) -> bool:

@@ -11,9 +11,11 @@ from typing import Protocol
 
 import numpy as np
 
+from data.errors import UnreadableImageError
 from data.listing import SUFFIXES, Listing, scan
 from data.pairs import Columns, Pairs, read_pairs
 from data.shards.catalogue import open_shards
+from data.shards.classes import class_map
 from data.shards.store import Store
 
 _NAME = 60  # characters of a file's name that are kept in a key
@@ -82,7 +84,7 @@ class TableSource(Source):
         file = Path(self.pairs.file(index))
         content = file.read_bytes()
         suffix = file.suffix.lower()
-        parts = {suffix[1:] if suffix in SUFFIXES else _ending(content): content}
+        parts = {suffix[1:] if suffix in SUFFIXES else _ending(content, str(file)): content}
         if self.classes:
             parts["cls"] = b"%d" % self.pairs.labels[index]
         said = [self.pairs.caption(number) for number in self.pairs.captions_of(index)]
@@ -112,7 +114,7 @@ class ShardSource(Source):
         store, words = self.store, self.store.catalogue.words
         (place,) = store.places(np.array([index]))
         content = store.part(place, "image") or b""
-        parts = {_ending(content): content}
+        parts = {_ending(content, store.name(place)): content}
         label = int(store.words([place])[0])
         if label >= 0:
             parts["cls"] = (words[label] if words else str(label)).encode()
@@ -132,18 +134,26 @@ def source_of(path: str, columns: Columns, label: str | None) -> Source:
         return FolderSource(scan(path, "SRC"))
     if Path(path).suffix.lower() in (".csv", ".tsv", ".tab"):
         return TableSource(read_pairs(path, "SRC", columns, None))
-    return ShardSource(Store(open_shards(path, "SRC", label=label, folder=None)))
+    catalogue = open_shards(path, "SRC", label=label, folder=None)
+    return ShardSource(Store(catalogue), class_map(catalogue) or ())
 
 
 def key_of(number: int, name: str) -> str:
     """A key that sorts by number, is in no other sample, and has a file's name for whoever looks for it."""
-    return f"{number:09d}_{''.join(c if c.isalnum() or c in '-_' else '_' for c in name)[:_NAME]}"
+    readable = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "_" for c in name)
+    return f"{number:09d}_{readable[:_NAME]}"  # ASCII: a tar file has room for 100 bytes
 
 
-def _ending(content: bytes) -> str:
-    """By what the image is, not by its name."""
+def _ending(content: bytes, name: str) -> str:
+    """By what the image is, not by its name. Raises UnreadableImageError for what no shard may have."""
     from PIL import Image
 
-    with Image.open(BytesIO(content)) as image:
-        found = (image.format or "").lower()
-    return {"jpeg": "jpg", "mpo": "jpg", "ppm": "ppm"}.get(found, found)
+    try:
+        with Image.open(BytesIO(content)) as image:
+            found = (image.format or "").lower()
+    except OSError as error:
+        raise UnreadableImageError(f"{name} is no image that can be read: leave it out, or mend it") from error
+    ending = {"jpeg": "jpg", "mpo": "jpg"}.get(found, found)
+    if f".{ending}" not in SUFFIXES:
+        raise UnreadableImageError(f"{name} is an image of format {found}: convert it to one of {', '.join(SUFFIXES)}")
+    return ending
