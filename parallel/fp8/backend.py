@@ -87,6 +87,8 @@ def choose_backend(wanted: str, device: torch.device) -> Fp8Backend:
     """
     if wanted not in FP8_BACKENDS:
         raise ValueError(f"fp8_backend is {wanted!r}: it must be {', '.join(FP8_BACKENDS)}")
+    if device.type == "meta":  # to plan memory, for whichever
+        return NativeBackend(device)
     obstacle = fp8_obstacle(device)
     if obstacle:
         raise ValueError(f"fp8_backend {wanted}: {obstacle}")

@@ -12,6 +12,7 @@ import pytest
 from engine.clusters import Cluster, read_cluster
 from engine.config import Config, PrecisionConfig, RecomputeConfig, TrainConfig
 from engine.config.cli import parse
+from engine.config.distillation import DistillationConfig
 from engine.errors import ConfigError
 from engine.objectives import make_objective
 from engine.passes import is_open
@@ -22,7 +23,7 @@ from parallel.grid import GridShape
 from tools.plan import command
 from tools.plan.bounds import Misfit
 from tools.plan.evaluate import Evaluator, Prediction
-from tools.plan.layouts import Layout, Space, read_layout
+from tools.plan.layouts import Key, Layout, Space, read_layout
 from tools.plan.search import Search
 from tools.plan.written import run_config
 
@@ -215,6 +216,18 @@ def test_the_layouts_of_two_towers_are_those_that_both_can_be_split_into() -> No
     queued, _ = parse(["--config", str(ROOT / "configs/digits_simclr.yaml"), *keys])
     space = Space(config=queued, ranks=16, only={"pipeline": 1})
     assert {d for key in space.families() for _, d in space.shapes(key)} == {4, 8}, "sixteen would not have a key each"
+
+
+def test_of_a_joint_loss_all_micro_batches_are_planned() -> None:
+    """Which holds what the last layer gives of each; and one of images may ask for triplets of them."""
+    joint = DistillationConfig(teacher="none", relations=("angles",), relations_weight=1.0)
+    config = replace(SMALL, objective="distillation", distillation=joint)
+    layout, evaluator = Layout(micro_batch=1), Evaluator(config, H100.of_ranks(1), 1)
+    assert evaluator._few(layout, config).train.global_batch_size == 16
+    plain = Evaluator(SMALL, H100.of_ranks(1), 1)
+    assert plain._few(layout, SMALL).train.global_batch_size < 16
+    for images in (1, 2):
+        assert plain._alone(Key(tensor=1, sequence=True, context=1), images)[1].train.global_batch_size >= 3
 
 
 def test_two_towers_take_a_forward_more_where_there_are_several_micro_batches() -> None:

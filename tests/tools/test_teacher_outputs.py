@@ -142,6 +142,7 @@ def test_a_student_of_outputs_learns_what_it_learns_beside_its_teacher(made: Pat
 def test_a_run_goes_on_with_outputs_and_needs_more_of_them_to_be_longer(opened: Path, tmp_path: Path) -> None:
     def run(**keys: str) -> int:
         stored = flags(**DRAWN | keys, distillation__teacher=str(opened / "two"), run_dir=str(tmp_path))
+        stored += ["--recompute.policy", "full"]  # of which a plan is told
         return pretrain(parse([*stored, "--log.interval", "1"], "test")[0], World())
 
     assert run(train__stop_step="1") == EXIT_STOPPED and run() == EXIT_DONE

@@ -166,6 +166,7 @@ def test_its_amax_that_skips_nan_hides_nothing(install: Any) -> None:
 def test_choice_on_a_cpu() -> None:
     assert isinstance(choose_backend("auto", CPU), NativeBackend)
     assert isinstance(choose_backend("native", CPU), NativeBackend)
+    assert isinstance(choose_backend("transformer_engine", torch.device("meta")), NativeBackend), "plans know one"
     with pytest.raises(
         ValueError, match=r"fp8_backend transformer_engine: .* runs on NVIDIA GPUs only, and the device is cpu"
     ):
