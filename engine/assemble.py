@@ -223,7 +223,8 @@ class Assembly:
         """The data package's batch as the model's, on this rank's device."""
         images = batch.images.to(self.device, non_blocking=True) if batch.images is not None else None
         reads = self.holds_loss or any(self.objective.reads_outputs(self.placement.layers[n]) for n in self.stages)
-        stored = self.objective.stored(batch, training=training) if reads else ()
+        plans = self.device.type == "meta"  # of whose samples nothing is stored
+        stored = self.objective.stored(batch, training=training) if reads and not plans else ()
         return MicroBatch(
             images=images,
             labels=batch.labels.to(self.device, non_blocking=True),
