@@ -63,8 +63,6 @@ class Distillation(AdditiveObjective):
 
     def stored(self, batch: Batch, *, training: bool) -> tuple[Mapping[str, Tensor], ...]:
         """As Objective."""
-        if batch.labels.is_meta:  # a plan, which reads nothing
-            return ()
         part: Part = "training" if training else "held_out"
 
         def numbers(by: Literal["draw", "image"]) -> NDArray[np.int64]:
