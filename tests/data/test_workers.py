@@ -17,11 +17,12 @@ from multiprocessing import active_children
 import numpy as np
 
 from data.config import DataConfig
+from data.datasets import Dataset
 from data.loader import TrainStream
 
 
-class Images:
-    image_shape, labels, crops_when_read, texts = (1, 4, 4), np.zeros(64, dtype=np.int64), False, None
+class Images(Dataset):
+    image_shape, labels, crops_when_read = (1, 4, 4), np.zeros(64, dtype=np.int64), False
 
     def __len__(self):
         return 64
