@@ -18,7 +18,7 @@ from model.image_text import ImageText
 from model.inputs import MicroBatch
 from model.seeing.capture import PROBE
 from model.seeing.noted import MeanMap, Noting, can_note, noting
-from model.seeing.rollout import Merging, Mixing, Trace
+from model.seeing.rollout import Maps, Merging, Mixing, Trace
 from model.seeing.rows import Seen, Sight
 from model.taps import Tapped, tapped, tapped_by
 from model.towers import IMAGE
@@ -92,7 +92,7 @@ def traces(
                 again = number + 1 < len(scores)
                 grads[number] = torch.autograd.grad(score(outputs).sum(), given, retain_graph=again)
     seen = [{name: note.seen(grad) for (name, note), grad in zip(notes.items(), of, strict=True)} for of in grads]
-    return [_traced(config, of, len(images)) for of in seen], outputs.detach()
+    return [traced(config, of) for of in seen], outputs.detach()
 
 
 @torch.no_grad()
@@ -110,7 +110,7 @@ def mean_trace(model: VisionTransformer | ImageText, images: Tensor) -> tuple[Tr
                 stack.enter_context(tapped_by(place, notes[name].tap))
         outputs = run(images)
     seen = {name: maps[name].map if name in maps else notes[name].seen(None) for name in places}
-    return _traced(config, seen, len(images)), outputs
+    return traced(config, seen), outputs
 
 
 def _opened(
@@ -126,18 +126,19 @@ def _opened(
     return geometry.config, tapped(geometry), lambda images: model(MicroBatch.of_images(images))
 
 
-def _traced(config: ModelConfig, seen: Mapping[str, Seen | MeanMap], images: int) -> Trace:
+def traced(config: ModelConfig, seen: Mapping[str, Seen | Maps | MeanMap]) -> Trace:
+    """Of all attention layers by name, in order, wherever their rows come from."""
     blocks = {name: of for name, of in seen.items() if name != PROBE}
     start = None
     if PROBE not in seen:
         last = next(reversed(blocks.values()))
-        of = last.rows if isinstance(last, MeanMap) else last.q
+        of = last.q if isinstance(last, Seen) else last.rows
         wide = torch.promote_types(of.dtype, torch.float32)  # that of rows
-        start = pooled_tokens(config).expand(images, -1).to(of.device, wide)
-    return Trace(with_merges(config, list(blocks.values())), start, seen.get(PROBE))
+        start = pooled_tokens(config).expand(len(of), -1).to(of.device, wide)
+    return Trace(_with_merges(config, list(blocks.values())), start, seen.get(PROBE))
 
 
-def with_merges(config: ModelConfig, blocks: Sequence[Mixing]) -> list[Mixing | Merging]:
+def _with_merges(config: ModelConfig, blocks: Sequence[Mixing]) -> list[Mixing | Merging]:
     """The blocks, and the patch merges between stages."""
     sizes, steps, done = config.sizes, list[Mixing | Merging](), 0
     for stage in sizes.stages:

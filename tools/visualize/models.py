@@ -22,9 +22,8 @@ from engine.seeing.capture import capture
 from model import ModelConfig, VisionTransformer
 from model.formats.base import Preprocessing
 from model.kernels import Kernels
-from model.seeing.capture import PROBE, Attended, Wanted, choose
-from model.seeing.rollout import Trace
-from model.seeing.trace import pooled_tokens, with_merges
+from model.seeing.capture import Attended, Wanted, choose
+from model.seeing.trace import traced
 from parallel import comm, process_group
 from parallel.grid import world_axis
 from parallel.process_group import World
@@ -154,7 +153,10 @@ class Spread:
     def shown(self, method: str, images: Tensor, asked: Asked) -> Shown | None:
         """As Looked."""
         found = self.rows(images, choose(self.config))
-        return None if found is None else OF_ROWS[method](self.config, _traced(found, self.config), asked)
+        if found is None:
+            return None
+        layers = {name: Captured(one.rows, wanted=one.wanted) for name, one in found.items()}
+        return OF_ROWS[method](self.config, traced(self.config, layers), asked)
 
     def rows(self, images: Tensor, wanted: Mapping[str, Wanted]) -> Mapping[str, Attended] | None:
         """As Looked."""
@@ -164,12 +166,3 @@ class Spread:
         """As Looked."""
         comm.barrier(self._grid.world)  # a rank that has ended has its launcher end the others
         process_group.stop()
-
-
-def _traced(found: Mapping[str, Attended], config: ModelConfig) -> Trace:
-    """As of a forward pass here, from rows of all layers."""
-    layers = {name: Captured(one.rows, wanted=one.wanted) for name, one in found.items()}
-    probe = layers.pop(PROBE, None)
-    images = len(next(iter(layers.values())).rows)
-    start = None if probe is not None else pooled_tokens(config).expand(images, -1)
-    return Trace(with_merges(config, list(layers.values())), start, probe)
