@@ -7,7 +7,7 @@ Legend: N images, C channels, H x W pixels.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ Pixels = NDArray[np.uint8]
 
 _CELL = 96  # pixels of a cell's longer side, at least
 _GAP, _TITLE = 4, 14  # pixels between cells, and above them
-_RANGE = (0.01, 0.99)
+RANGE = (0.01, 0.99)
 """Quantiles of a map that colours run between."""
 
 
@@ -28,18 +28,14 @@ def sheet(images: Tensor, maps: Mapping[str, Tensor], patch: int) -> bytes:
 
     Args:
         images: [N, C, H, W] in 0..1. maps: [N, rows, cols] by the titles of their columns, each in colours of its own
-            (viridis): the brightest patch has the largest share. patch: the side of one, in pixels; those of a
-            pyramid's later stages are 2, 4, ... times as large, and may reach beyond the image.
+            (viridis): the brightest patch has the largest share. patch: as of `side_of`.
     """
     high, wide = images.shape[2:]
     times = max(1, -(-_CELL // max(high, wide)))
     size = high * times, wide * times
-    columns = {"image": _enlarged(_grey_or_rgb(images), times)}
+    columns = {"image": _enlarged(grey_or_rgb(images), times)}
     for title, of in maps.items():
-        side = patch
-        while side * of.shape[1] < high or side * of.shape[2] < wide:
-            side *= 2
-        columns[title] = _enlarged(_coloured(of), side * times)
+        columns[title] = _enlarged(_coloured(of), side_of(of.shape[1:], (high, wide), patch) * times)
     line, column = size[0] + _GAP, size[1] + _GAP
     canvas = np.full((_TITLE + line * len(images), column * len(columns), 3), 255, dtype=np.uint8)
     for j, cells in enumerate(columns.values()):
@@ -54,7 +50,19 @@ def sheet(images: Tensor, maps: Mapping[str, Tensor], patch: int) -> bytes:
     return file.getvalue()
 
 
-def _grey_or_rgb(images: Tensor) -> Tensor:
+def side_of(grid: Sequence[int], image: Sequence[int], patch: int) -> int:
+    """Of the patches of a map (rows, cols), in pixels of its image (H, W).
+
+    Args:
+        patch: of the first stage; those of a pyramid's later stages are 2, 4, ... times as large, and may reach beyond
+            the image.
+    """
+    while patch * grid[0] < image[0] or patch * grid[1] < image[1]:
+        patch *= 2
+    return patch
+
+
+def grey_or_rgb(images: Tensor) -> Tensor:
     """[N, 3, H, W]; of images with other than three channels the first."""
     return images if images.shape[1] == 3 else images[:, :1].expand(-1, 3, -1, -1)
 
@@ -64,7 +72,7 @@ def _coloured(maps: Tensor) -> Tensor:
     import matplotlib  # a tenth of a second
 
     flat = maps.flatten(1).nan_to_num(0.0, 0.0, 0.0)
-    low, top = flat.quantile(torch.tensor(_RANGE), 1)[..., None]
+    low, top = flat.quantile(torch.tensor(RANGE), 1)[..., None]
     shares = ((flat - low) / (top - low).clamp(min=torch.finfo(flat.dtype).tiny)).clamp(0, 1)
     table = matplotlib.colormaps["viridis"](shares.numpy(), bytes=False)[..., :3]
     colors = torch.from_numpy(table).float().view(*maps.shape, 3)

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
+from engine.seeing.sheet import RANGE, grey_or_rgb, side_of
 from model.formats.base import Preprocessing
 from tools.convert.images import statistics
 from tools.figures import new_figure, save, style
@@ -30,7 +31,6 @@ _SMALL = 1.25
 _LETTERS = 28  # of a title's line over a small picture
 _ACROSS = 6
 _FINE = 128  # pixels that a map has along the shorter side, at least
-PERCENTILES = (1.0, 99.0)
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,8 @@ def names_of(paths: Sequence[Path]) -> list[str]:
 
 def scenes(names: Sequence[str], images: Tensor, how: Preprocessing, patch: int) -> list[Scene]:
     """Of the model's input [B, C, H, W], with its normalisation undone."""
-    channels = images.shape[1]
-    mean, std = statistics(how, channels)
-    pixels = (images * std + mean).clamp(0, 1)
-    pixels = pixels if channels == 3 else pixels[:, :1].expand(-1, 3, -1, -1)
+    mean, std = statistics(how, images.shape[1])
+    pixels = grey_or_rgb((images * std + mean).clamp(0, 1))
     return [Scene(n, x.permute(1, 2, 0).numpy(), patch) for n, x in zip(names, pixels, strict=True)]
 
 
@@ -153,7 +151,7 @@ def _over(place: Any, shown: Shown, scene: Scene, number: int, key: tuple[str, s
 
 def _limits(field: Tensor) -> tuple[float, float]:
     """Between which a map's colours run."""
-    low, top = np.percentile(field.numpy(), PERCENTILES)
+    low, top = np.quantile(field.numpy(), RANGE)
     return low, top if top > low else low + max(abs(low), 1e-12)
 
 
@@ -176,13 +174,10 @@ def enlarged(field: Tensor, scene: Scene, smooth: bool) -> np.ndarray[Any, Any]:
     """[rows, cols, F] over the image, [n H, n W, F], n such that smooth maps are smooth on small images, too: each
     patch its square, or between their centres.
 
-    Patches of a later stage of a pyramid are 2, 4, ... times as large; what of them reaches beyond the image is cut. A
-    map may be of pixels, too.
+    What of patches reaches beyond the image is cut. A map may be of pixels, too.
     """
     (rows, cols), (high, wide) = field.shape[:2], scene.pixels.shape[:2]
-    side = 1 if (rows, cols) == (high, wide) else scene.patch
-    while side * rows < high or side * cols < wide:
-        side *= 2
+    side = side_of((rows, cols), (high, wide), 1 if (rows, cols) == (high, wide) else scene.patch)
     times = -(-_FINE // min(high, wide))
     x = field.permute(2, 0, 1)[None].float()
     size = (rows * side * times, cols * side * times)
