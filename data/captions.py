@@ -117,6 +117,26 @@ class TemplateCaptions(Captions):
         return repr((self.names, self.templates, self.class_prompts)).encode()
 
 
+@dataclass(frozen=True, kw_only=True)
+class GivenCaptions(Captions):
+    """Captions that somebody has written, of each image one or several.
+
+    Attributes:
+        classes: what can be said of the classes, where there are any.
+    """
+
+    classes: TemplateCaptions | None
+
+    def one(self, index: int, label: int, look: Look, choices: NDArray[np.float32], turn: int = 0) -> str:
+        """As Captions."""
+        found = self.every(index, label, look)
+        return found[(int(choices[1] * len(found)) + turn) % len(found)]
+
+    def prompts(self) -> list[list[str]] | None:
+        """As Captions."""
+        return None if self.classes is None else self.classes.prompts()
+
+
 def _fill(template: str, name: str, words: dict[str, str]) -> str:
     return template.format(name, **{"class": name}, **words)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data.captions import Captions, Look, TemplateCaptions
+from data.captions import GivenCaptions, Look, TemplateCaptions
 from data.config import FOLDS, DataConfig
 from data.datasets import fingerprint, stratified_split
 from data.image_folder import ImageFiles
@@ -19,29 +19,16 @@ from data.sharing import once
 
 
 @dataclass(frozen=True, kw_only=True)
-class WrittenCaptions(Captions):
-    """The captions of the images of a table, or of those at `part`.
-
-    Attributes:
-        classes: what can be said of the classes, where there are any.
-    """
+class WrittenCaptions(GivenCaptions):
+    """The captions of the images of a table, or of those at `part`."""
 
     pairs: Pairs
     part: NDArray[np.int64] | None
-    classes: TemplateCaptions | None
-
-    def one(self, index: int, label: int, look: Look, choices: NDArray[np.float32], turn: int = 0) -> str:
-        """As Captions."""
-        numbers = self._numbers(index)
-        return self.pairs.caption(numbers[(int(choices[1] * len(numbers)) + turn) % len(numbers)])
 
     def every(self, index: int, label: int, look: Look) -> Sequence[str]:
         """As Captions."""
-        return [self.pairs.caption(number) for number in self._numbers(index)]
-
-    def prompts(self) -> list[list[str]] | None:
-        """As Captions."""
-        return None if self.classes is None else self.classes.prompts()
+        numbers = self.pairs.captions_of(index if self.part is None else int(self.part[index]))
+        return [self.pairs.caption(number) for number in numbers]
 
     @property
     def fingerprint(self) -> bytes:
@@ -49,9 +36,6 @@ class WrittenCaptions(Captions):
         classes = b"" if self.classes is None else self.classes.fingerprint
         part = b"" if self.part is None else self.part.tobytes()
         return fingerprint(self.pairs.captions_fingerprint.encode(), part, classes).encode()
-
-    def _numbers(self, index: int) -> range:
-        return self.pairs.captions_of(index if self.part is None else int(self.part[index]))
 
 
 class ImageText(ImageFiles):

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data.captions import Captions, Look, TemplateCaptions
+from data.captions import GivenCaptions, Look, TemplateCaptions
 from data.config import FOLDS, DataConfig
 from data.datasets import Dataset, fingerprint
 from data.decode import CENTRE, decode
@@ -88,22 +88,16 @@ class WebDataset(Dataset):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShardCaptions(Captions):
+class ShardCaptions(GivenCaptions):
     """The captions of the samples of a set: their `.txt`, or a field of their `.json`, of one text or several.
 
     Attributes:
-        field: of the `.json`. prefers_json: it is taken where a sample has both. classes: as of image_text.
+        field: of the `.json`. prefers_json: it is taken where a sample has both.
     """
 
     dataset: WebDataset
     field: str
     prefers_json: bool
-    classes: TemplateCaptions | None
-
-    def one(self, index: int, label: int, look: Look, choices: NDArray[np.float32], turn: int = 0) -> str:
-        """As Captions."""
-        found = self.every(index, label, look)
-        return found[(int(choices[1] * len(found)) + turn) % len(found)]
 
     def every(self, index: int, label: int, look: Look) -> Sequence[str]:
         """As Captions. Raises UnreadableImageError for a sample of which nothing is said."""
@@ -129,10 +123,6 @@ class ShardCaptions(Captions):
             said = ()
         every = [said] if isinstance(said, str) else said if isinstance(said, list) else []
         return [one.strip() for one in every if isinstance(one, str) and one.strip()]
-
-    def prompts(self) -> list[list[str]] | None:
-        """As Captions."""
-        return None if self.classes is None else self.classes.prompts()
 
     @property
     def fingerprint(self) -> bytes:
