@@ -28,6 +28,12 @@ CENTRE = np.array([1.0, 1.0, 0.5, 0.5])
 """The crop that is the largest box of the result's shape, in the middle."""
 
 
+def check_channels(channels: int) -> None:
+    """Raise ValueError for what image files are not read with."""
+    if channels not in (1, 3):
+        raise ValueError(f"image files are read with 1 channel (grey) or 3 (RGB), not {channels}")
+
+
 def decode(
     file: str | BinaryIO,
     crop: NDArray[np.float64],

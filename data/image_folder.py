@@ -11,7 +11,7 @@ from torch import Tensor
 
 from data.config import FOLDS
 from data.datasets import Dataset, fingerprint, stratified_split
-from data.decode import CENTRE, decode
+from data.decode import CENTRE, check_channels, decode
 from data.sharing import scan_once
 
 
@@ -41,8 +41,7 @@ class ImageFiles(Dataset):
     def __init__(
         self, listing: FileList, image_shape: tuple[int, int, int], part: NDArray[np.int64] | None = None
     ) -> None:
-        if image_shape[0] not in (1, 3):
-            raise ValueError(f"image files are read with 1 channel (grey) or 3 (RGB), not {image_shape[0]}")
+        check_channels(image_shape[0])
         self.listing = listing
         self.part = part
         self.labels = listing.labels if part is None else listing.labels[part]

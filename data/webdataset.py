@@ -18,7 +18,7 @@ from torch import Tensor
 from data.captions import GivenCaptions, Look, TemplateCaptions
 from data.config import FOLDS, DataConfig
 from data.datasets import Dataset, fingerprint
-from data.decode import CENTRE, decode
+from data.decode import CENTRE, check_channels, decode
 from data.errors import UnreadableImageError
 from data.held_out import Part
 from data.mixing import whole_shares
@@ -36,8 +36,7 @@ class WebDataset(Dataset):
     def __init__(
         self, store: Store, image_shape: tuple[int, int, int], part: Part | None, classes: Classes | None
     ) -> None:
-        if image_shape[0] not in (1, 3):
-            raise ValueError(f"image files are read with 1 channel (grey) or 3 (RGB), not {image_shape[0]}")
+        check_channels(image_shape[0])
         self.store, self.part, self.classes, self.image_shape = store, part, classes, image_shape
         self.num_classes = 0 if classes is None else classes.count
         self.class_names = None if classes is None else classes.names
