@@ -215,14 +215,13 @@ def _content(
     """(records, keys, words, what was left out)."""
     rows: list[tuple[int, ...]] = []
     keys, labels, left_out = bytearray(), list[str | None](), Counter[str]()
-    read = _Reader(tar, opened)
     for sample in samples(tar, opened):
         images = [part for part in sample.parts if f".{part}" in SUFFIXES]
         if not images:
             left_out["samples without an image"] += 1
             continue
         left_out["further images of a sample"] += len(images) - 1
-        labels.append(read.label(sample, label))
+        labels.append(_label(tar, opened, sample, label))
         keys += sample.key.encode(errors="surrogateescape")
         places = [sample.parts.get(part, (0, 0)) for part in (images[0], "txt", "json")]
         if max(size for _, size in places) >= _LARGEST:
@@ -245,26 +244,20 @@ def _numbered(labels: Sequence[str | None]) -> tuple[list[int], tuple[str, ...]]
     return [-1 if label is None else places[label] for label in labels], words
 
 
-class _Reader:
-    """Reads small parts of samples while the tar file's headers are gone through."""
-
-    def __init__(self, tar: Path, opened: BinaryIO) -> None:
-        self._tar, self._descriptor = tar, opened.fileno()
-
-    def label(self, sample: Sample, field: str | None) -> str | None:
-        """What names the class: the text of `.cls`, or a field of `.json`."""
-        part = "cls" if field is None else "json"
-        if part not in sample.parts:
-            return None
-        offset, size = sample.parts[part]
-        found = os.pread(self._descriptor, size, offset)
-        try:
-            if field is None:
-                return found.decode().strip() or None
-            value = json.loads(found).get(field)
-        except (ValueError, AttributeError) as error:
-            raise ShardError(f"{self._tar}: {sample.key}.{part} cannot be read ({error}): write it anew") from error
-        return None if value is None else str(value).strip()
+def _label(tar: Path, opened: BinaryIO, sample: Sample, field: str | None) -> str | None:
+    """What names the class: the text of `.cls`, or a field of `.json`."""
+    part = "cls" if field is None else "json"
+    if part not in sample.parts:
+        return None
+    offset, size = sample.parts[part]
+    found = os.pread(opened.fileno(), size, offset)  # headers are gone through meanwhile
+    try:
+        if field is None:
+            return found.decode().strip() or None
+        value = json.loads(found).get(field)
+    except (ValueError, AttributeError) as error:
+        raise ShardError(f"{tar}: {sample.key}.{part} cannot be read ({error}): write it anew") from error
+    return None if value is None else str(value).strip()
 
 
 def _write(
