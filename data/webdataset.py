@@ -143,12 +143,13 @@ def webdataset(
     """
     assert config.path is not None
     sources = config.path.count("::") + 1
-    if config.weights and len(config.weights) != sources:
-        raise ValueError(
-            f"data.weights has {len(config.weights)} numbers, and data.path={config.path} {sources} sources, parted by "
-            "::: give one for each"
-        )
-    whole_shares(config.weights or (1.0,))  # raises
+    if config.weights:
+        if len(config.weights) != sources:
+            raise ValueError(
+                f"data.weights has {len(config.weights)} numbers, and data.path={config.path} {sources} sources, "
+                "parted by ::: give one for each"
+            )
+        whole_shares(config.weights)  # raises
     stores = [Store(_opened(config, config.path, "data.path", readers))]
     parts: list[Part | None] = [None, None]
     if config.val_path is not None:
