@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,10 +19,11 @@ from typing import Any, TextIO
 
 import torch
 
-from engine.errors import EXIT_DONE, EXIT_FAULT, EXIT_USAGE
+from engine.errors import EXIT_DONE, EXIT_FAULT
 from parallel.checkpoint.manifest import FILE, CheckpointError, NoCheckpointError
 from parallel.checkpoint.place import newest
 from parallel.checkpoint.read import Reader
+from tools.commands import run_command
 from tools.inspect_checkpoint.one import inspect, print_damage
 from tools.inspect_checkpoint.text import finite
 from tools.inspect_checkpoint.two import compare_two
@@ -97,11 +96,4 @@ def _write(output: TextIO | None, found: Mapping[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it, quietly
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except Refusal as refusal:
-        print(f"tools.inspect_checkpoint: error: {refusal}", file=sys.stderr)
-        sys.exit(EXIT_USAGE)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_command(main, "tools.inspect_checkpoint", Refusal)

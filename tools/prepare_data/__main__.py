@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import signal
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -26,7 +24,8 @@ from tqdm import tqdm
 
 from data.pairs import Columns
 from data.shards.catalogue import Catalogue, open_shards
-from engine.errors import EXIT_DONE, EXIT_FAULT, EXIT_USAGE
+from engine.errors import EXIT_DONE, EXIT_FAULT
+from tools.commands import run_command
 from tools.prepare_data.look import check, stats
 from tools.prepare_data.pack import Plan, pack
 from tools.prepare_data.sources import source_of
@@ -132,11 +131,4 @@ def _add_packing(command: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it, quietly
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except ValueError as error:
-        print(f"tools.prepare_data: error: {error}", file=sys.stderr)
-        sys.exit(EXIT_USAGE)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_command(main, "tools.prepare_data", ValueError)
