@@ -63,18 +63,20 @@ def parse_options(argv: Sequence[str], world: World) -> tuple[argparse.Namespace
         )
     if options.watch is None:
         options.most = options.most or _MOST
-    elif world.size > 1 or options.batch is not None or not options.watch.is_dir():
-        what = (
-            "is no folder"
-            if not options.watch.is_dir()
-            else "is for one process"
-            if world.size > 1
-            else "takes no --batch"
-        )
-        raise ConfigError(f"--watch {options.watch} {what}")
-    elif options.out.resolve() == options.watch.resolve():
-        raise ConfigError(f"--out {options.out} is the folder that is watched, and its pictures would be frames")
+    else:
+        _check_watch(options, world)
     return options, flags
+
+
+def _check_watch(options: argparse.Namespace, world: World) -> None:
+    if not options.watch.is_dir():
+        raise ConfigError(f"--watch {options.watch} is no folder")
+    if world.size > 1:
+        raise ConfigError(f"--watch {options.watch} is for one process")
+    if options.batch is not None:
+        raise ConfigError(f"--watch {options.watch} takes no --batch")
+    if options.out.resolve() == options.watch.resolve():
+        raise ConfigError(f"--out {options.out} is the folder that is watched, and its pictures would be frames")
 
 
 def asked_of(options: argparse.Namespace) -> Asked:
