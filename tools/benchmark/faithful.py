@@ -27,7 +27,7 @@ from data import DataConfig, build_datasets
 from model import ModelConfig, VisionTransformer
 from model.kernels import tune_allocator
 from model.seeing.faithful import areas, points
-from model.seeing.rollout import Method, back_through
+from model.seeing.rollout import back_through
 from model.seeing.trace import map_of, mean_trace, trace
 from parallel.process_group import World
 from tools.benchmark.table import Row, show
@@ -110,15 +110,12 @@ def trained(steps: int, *, width: int = 64, depth: int = 4, batch: int = 64, see
 def maps_of(model: VisionTransformer, images: Tensor, classes: Tensor) -> dict[str, Tensor]:
     """[B, rows, cols] by ways, of a class for each image."""
 
-    def back(method: Method) -> Tensor:
-        noted, _ = trace(model, images, lambda outputs: outputs.gather(1, classes[:, None])[:, 0])
-        return map_of(model.config, back_through(noted, method))
-
-    noted = mean_trace(model, images)[0]
+    explained, _ = trace(model, images, lambda outputs: outputs.gather(1, classes[:, None])[:, 0])
+    noted, _ = mean_trace(model, images)
     raw = model.capture(images, layers=[-1], queries="class")[f"blocks.{model.sizes.depth - 1}"].maps[:, :, 0].mean(1)
     return {
-        "relevance": back("relevance"),
-        "gradient_rollout": back("gradient_rollout"),
+        "relevance": map_of(model.config, back_through(explained, "relevance")),
+        "gradient_rollout": map_of(model.config, back_through(explained, "gradient_rollout")),
         "rollout": map_of(model.config, back_through(noted, "rollout")),
         "raw": raw,
         "random": torch.rand(raw.shape, generator=torch.Generator().manual_seed(0)),
