@@ -26,18 +26,10 @@ from engine.run.rewind import rewind, whole_lines, whole_records
 from parallel import comm
 from parallel.comm import Axis
 
-# What a run writes and the next one must not mix with its own.
+# What a run writes and the next one must not mix with its own; pictures of the run are by its user.
 _FILES = ("config.yaml", "classes.json", "metrics.jsonl", EVENTS)
 ATTENTION = "attention"
-WRITTEN = (
-    *_FILES,
-    ATTENTION,
-    "profile",
-    "hang",
-    "plot.png",
-    "timeline.png",
-    "checkpoints/step-*",
-)  # pictures: by its user
+WRITTEN = (*_FILES, ATTENTION, "profile", "hang", "plot.png", "timeline.png", "checkpoints/step-*")
 _PROBE_BYTES = 65536  # a full disk may still have room for a name, or for a few bytes beside it
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
