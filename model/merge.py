@@ -7,6 +7,7 @@ Legend: B images, S tokens that this rank holds, C width before, D after, T tens
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
@@ -37,11 +38,9 @@ class SharedLinear(nn.Module):
         return linear(x[..., self.share].flatten(0, 1), self.weight, None).unflatten(0, x.shape[:2])
 
 
-class PatchMerge(nn.Module):
-    """2 x 2 patches side by side, LayerNorm, projection [D, 4C]; prefix tokens have a projection [D, C] of their own.
-
-    A map with an odd side is filled up with zeros at the bottom or the right. Each tensor rank projects a share of the
-    normalised features, whose sums make the output.
+class _Between(nn.Module, ABC):
+    """What both do: each tensor rank is given all tokens of its images, and projects a share of their features; the
+    shares' sums make the output.
 
     Args:
         name: of the layer.
@@ -50,49 +49,54 @@ class PatchMerge(nn.Module):
     def __init__(self, name: str, build: Build) -> None:
         super().__init__()
         self.regions = Regions(name, build.policy)
-        before = build.at(build.stage - 1)
-        self.tp, self.tokens, self.kernels = build.tp, before.tokens, build.kernels
-        c, d = before.here.width, build.here.width
+        self.tp, self.tokens = build.tp, build.at(build.stage - 1).tokens
+
+    def forward(self, x: Tensor, batch: MicroBatch) -> Tensor:
+        """[B * S, C] (or this rank's rows) -> [B * S', D] (or this rank's)."""
+        return self.regions("merge", self._run, x, batch)
+
+    def _run(self, x: Tensor, batch: MicroBatch) -> Tensor:
+        b, s = batch.size, self.tokens.count
+        x = enter(x, self.tp, b * s).unflatten(0, (b, s))
+        return leave(self._project(x).flatten(0, 1), self.tp)
+
+    @abstractmethod
+    def _project(self, x: Tensor) -> Tensor:
+        """This rank's term of the sum: [B, S, C] -> [B, S', D]."""
+
+
+class PatchMerge(_Between):
+    """2 x 2 patches side by side, LayerNorm, projection [D, 4C]; prefix tokens have a projection [D, C] of their own.
+
+    A map with an odd side is filled up with zeros at the bottom or the right. Arguments as of _Between.
+    """
+
+    def __init__(self, name: str, build: Build) -> None:
+        super().__init__(name, build)
+        self.kernels = build.kernels
+        c, d = build.at(build.stage - 1).here.width, build.here.width
         self.norm = Norm(4 * c, bias=True, partial=build.tp.size > 1, kernels=build.kernels, eps=build.eps)
         self.proj = SharedLinear(4 * c, d, build)
         self.prefix = SharedLinear(c, d, build) if self.tokens.prefix else None
 
-    def forward(self, x: Tensor, batch: MicroBatch) -> Tensor:
-        """[B * S, C] (or this rank's rows) -> [B * S', D] (or this rank's)."""
-        return self.regions("merge", self._merge, x, batch)
-
-    def _merge(self, x: Tensor, batch: MicroBatch) -> Tensor:
-        t, b = self.tokens, batch.size
+    def _project(self, x: Tensor) -> Tensor:
+        t = self.tokens
         own, rows = t.own_prefix, t.stop - t.first
-        x = enter(x, self.tp, b * t.count).unflatten(0, (b, t.count))
-        maps = x[:, own:].reshape(b, rows, t.cols, -1)
+        maps = x[:, own:].reshape(len(x), rows, t.cols, -1)
         if rows % 2 or t.cols % 2:
             maps = F.pad(maps, (0, 0, 0, t.cols % 2, 0, rows % 2))
         merged = self.kernels.patch_merge(maps, self.norm.weight, self.norm.bias, self.norm.eps)
         y = self.proj(merged.flatten(1, 2))
-        if self.prefix is not None:
-            y = torch.cat([self.prefix(x[:, :own]), y], 1)
-        return leave(y.flatten(0, 1), self.tp)
+        return y if self.prefix is None else torch.cat([self.prefix(x[:, :own]), y], 1)
 
 
-class Widening(nn.Module):
-    """Every token projected [D, C]: the map stays. Each tensor rank projects a share of the features.
-
-    Args:
-        name: of the layer.
-    """
+class Widening(_Between):
+    """Every token projected [D, C]: the map stays. Arguments as of _Between."""
 
     def __init__(self, name: str, build: Build) -> None:
-        super().__init__()
-        self.regions = Regions(name, build.policy)
-        before = build.at(build.stage - 1)
-        self.tp, self.tokens = build.tp, before.tokens
-        self.proj = SharedLinear(before.here.width, build.here.width, build)
+        super().__init__(name, build)
+        self.proj = SharedLinear(build.at(build.stage - 1).here.width, build.here.width, build)
 
-    def forward(self, x: Tensor, batch: MicroBatch) -> Tensor:
-        """[B * S, C] (or this rank's rows) -> [B * S, D] (or this rank's)."""
-        return self.regions("merge", self._project, x, batch)
-
-    def _project(self, x: Tensor, batch: MicroBatch) -> Tensor:
-        x = enter(x, self.tp, batch.size * self.tokens.count).unflatten(0, (batch.size, self.tokens.count))
-        return leave(self.proj(x).flatten(0, 1), self.tp)
+    def _project(self, x: Tensor) -> Tensor:
+        out: Tensor = self.proj(x)
+        return out
