@@ -13,6 +13,7 @@ from torch import Tensor
 from data import Batch
 from engine.assemble import Assembly, assemble
 from engine.config import Config, TrainConfig
+from engine.config.objectives import few_images
 from engine.recompute.ahead import Ahead
 from engine.recompute.bench import Place, measure
 from engine.recompute.costs import LayerCost
@@ -182,7 +183,7 @@ def _essential(config: Config) -> Config:
             gradient_dtype=p.gradient_dtype,
         ),
         train=TrainConfig(
-            steps=1, micro_batch_size=micro, global_batch_size=max(2 * micro, 4), loss=train.loss, freeze=train.freeze,
+            steps=1, micro_batch_size=micro, global_batch_size=few_images(micro), loss=train.loss, freeze=train.freeze,
             seed=train.seed,
         ),
         precision=config.precision,

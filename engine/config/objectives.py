@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from engine.config.config import Config
 
 Passes = Literal["auto", 1, 2]
+_RELATED = {"distances": (2, "pair"), "angles": (3, "triplet")}  # images that are compared, what they are
+ENOUGH_IMAGES = max(count for count, _ in _RELATED.values())
+"""Of a step: every objective has something to compare then."""
 _FIRST_BACKWARDS = (ActionKind.BACKWARD, ActionKind.BACKWARD_INPUT)
 
 
@@ -57,12 +60,19 @@ def check_objective(config: Config) -> None:
 def _check_batch(config: Config) -> None:
     """Raise ConfigError where a batch has no pair or triplet to be compared with a teacher's."""
     size, kinds = config.train.global_batch_size, config.distillation.relation_weights
-    for kind, least, of in (("distances", 2, "pair"), ("angles", 3, "triplet")):
+    for kind, (least, of) in _RELATED.items():
         if kind in kinds and size < least:
             raise ConfigError(
                 f"train.global_batch_size is {size}, in which there is no {of} of images for distillation.relations "
                 f"{kind}: use {least} or more"
             )
+
+
+def few_images(micro_batch: int) -> int:
+    """Of a step that tells what layers cost: two micro-batches or more, as many on each of two data ranks, enough for
+    any objective.
+    """
+    return 2 * max(micro_batch, -(-ENOUGH_IMAGES // 2))
 
 
 def _refuse(keys: Mapping[str, Any], own: str, here: str) -> None:

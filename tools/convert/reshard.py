@@ -24,6 +24,7 @@ from engine.checkpoint import folder as folders
 from engine.checkpoint.states import held_pieces, state_pieces
 from engine.config import Config
 from engine.config.cli import parse
+from engine.config.objectives import ENOUGH_IMAGES
 from engine.config.pipeline import Pipeline
 from engine.errors import ConfigError
 from engine.objectives import Objective, make_objective
@@ -44,7 +45,6 @@ KEYS = {
 }  # fmt: skip
 _WORDS = (*KEYS, "data")
 _LEAST = 2  # samples of a step: of contrastive training a batch of one has nothing to be told from
-_TRIPLET = 3  # images of a step that angles between them are learnt from (distillation.relations)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +150,7 @@ def _config(reader: Reader, stated: Layout, flags: Sequence[str]) -> tuple[Confi
     config.resolve(ranks)
     # the pieces do not hang on how many micro-batches there are, or how large: the fewest make the shortest schedule
     count = stated.data * pipeline.pieces
-    micro = -(-_TRIPLET // count)
+    micro = -(-ENOUGH_IMAGES // count)
     few = replace(train, micro_batch_size=micro, global_batch_size=micro * count)
     return replace(config, train=few).resolve(ranks), config.grid_shape(ranks)
 

@@ -13,6 +13,7 @@ from functools import cache, cached_property
 
 from engine.clusters import Cluster
 from engine.config import Config
+from engine.config.objectives import few_images
 from engine.step_time import StepModel, StepTime
 from parallel.grid import GridShape
 from parallel.pipeline import Placement, Schedule
@@ -119,9 +120,9 @@ class Prices:
         return self._models[where]
 
     def _alone(self, key: Key, micro_batch: int) -> tuple[Layout, Config]:
-        """On as few ranks as can be, for two micro-batches or more: a loss may ask for pairs or triplets of images."""
+        """On as few ranks as can be, for as few images."""
         layout = Layout(tensor=key.tensor, sequence=key.sequence, context=key.context, micro_batch=micro_batch)
-        config = replace(self.config, train=replace(self.config.train, global_batch_size=max(2 * micro_batch, 4)))
+        config = replace(self.config, train=replace(self.config.train, global_batch_size=few_images(micro_batch)))
         return layout, layout.configured(config).resolve(key.tensor * key.context)
 
     def _resolved(self, layout: Layout) -> Config:
