@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import pairwise
 from math import ceil, inf
-from typing import Literal
+from typing import Literal, Self
 
 from engine.errors import ConfigError
 from model.matching import RELATIONS
@@ -15,6 +16,8 @@ BETWEEN_IMAGES = ("distances", "angles")
 """Relations of whole images, by their pooled features."""
 STANDARDISED = {"features": "features", "embeddings": "embeddings", "logits": "response"}
 """What can be brought on one scale, and the target that it is of."""
+SHOWN_BY = ("dtype", "image_size", "mean", "std", "load_weights")
+"""Keys of how a teacher is run; of a single one they begin with `teacher_`."""
 _WEIGHTS = ("response_weight", "embeddings_weight", "features_weight", "relations_weight", "label_weight")
 
 
@@ -178,13 +181,16 @@ class DistillationConfig:
     def all_teachers(self) -> tuple[TeacherConfig, ...]:
         """One or several, as keys give them."""
         if self.teacher is not None:
-            return (
-                TeacherConfig(
-                    path=self.teacher, dtype=self.teacher_dtype, image_size=self.teacher_image_size,
-                    mean=self.teacher_mean, std=self.teacher_std, load_weights=self.teacher_load_weights,
-                ),
-            )  # fmt: skip
+            given = {name: getattr(self, f"teacher_{name}") for name in SHOWN_BY}
+            return (TeacherConfig(path=self.teacher, **given),)
         return self.teachers or ()
+
+    def at(self, paths: Sequence[str]) -> Self:
+        """The same with teachers that lie elsewhere: a path for each of `all_teachers`."""
+        if self.teacher is not None:
+            return replace(self, teacher=paths[0])
+        teachers = tuple(replace(of, path=path) for of, path in zip(self.all_teachers, paths, strict=True))
+        return replace(self, teachers=teachers or None)
 
     @property
     def weights(self) -> dict[str, float]:
@@ -209,11 +215,13 @@ class DistillationConfig:
                 f"objective is distillation: give either distillation.teacher, a checkpoint, or distillation.teachers, "
                 f"a list of them: {given} set"
             )
-        for name in ("teacher_dtype", "teacher_image_size", "teacher_mean", "teacher_std", "teacher_load_weights"):
-            if self.teachers and getattr(self, name) != getattr(type(self), name):
+        usual = type(self)
+        for name in SHOWN_BY:
+            key = f"teacher_{name}"
+            if self.teachers and getattr(self, key) != getattr(usual, key):
                 raise ConfigError(
-                    f"distillation.{name} is {getattr(self, name)}, but there are distillation.teachers: give each its "
-                    f"own {name.removeprefix('teacher_')}"
+                    f"distillation.{key} is {getattr(self, key)}, but there are distillation.teachers: give each its "
+                    f"own {name}"
                 )
         if isinstance(self.start_from, str) and self.start_from not in ("first", "even"):
             raise ConfigError(
@@ -222,7 +230,6 @@ class DistillationConfig:
             )
         if not self.weights:
             raise ConfigError(f"distillation.{', '.join(_WEIGHTS)} are all 0: nothing is learnt; give one a weight")
-        usual = type(self)
         if self.response == "hard" and self.temperature != usual.temperature:
             raise ConfigError(
                 f"distillation.temperature is {self.temperature}, but distillation.response hard looks at the "
@@ -249,7 +256,6 @@ class DistillationConfig:
                     f"distillation.{name} is {value}, but distillation.{weight}_weight is 0: leave it out, or give the "
                     f"{weight} a weight"
                 )
-
         for what in self.standardise:
             if not getattr(self, f"{STANDARDISED[what]}_weight"):
                 raise ConfigError(

@@ -12,7 +12,7 @@ import numpy as np
 from data import DataConfig, Dataset
 from data.datasets import fingerprint
 from data.mixing import sample_order
-from engine.config.distillation import TeacherConfig
+from engine.config.distillation import SHOWN_BY, TeacherConfig
 from engine.errors import ConfigError
 from engine.teacher_outputs.meta import Meta, is_outputs
 from engine.teacher_outputs.shards import StoredOutputs, stored_at
@@ -116,7 +116,7 @@ def check_stored(config: Config, student: ModelConfig) -> None:
 def _check_asked(config: Config, given: TeacherConfig, meta: Meta, *, is_first: bool) -> None:
     """That nothing is asked of a teacher that was not kept."""
     keys, path = config.distillation, given.path
-    for name in ("dtype", "image_size", "mean", "std", "load_weights"):
+    for name in SHOWN_BY:
         if (value := getattr(given, name)) != getattr(TeacherConfig, name):
             raise ConfigError(
                 f"the teacher {path} is stored outputs, so its {name} {value} comes too late: leave it out, or give it "

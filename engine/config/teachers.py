@@ -244,11 +244,7 @@ def fingerprint_of(weights: StoredWeights, which: Which) -> str:
 def at_steps(keys: DistillationConfig) -> DistillationConfig:
     """The keys, with the folder of the step that is read where a teacher is a folder of several: a run that goes on
     has the same teacher then, whatever his own run has saved meanwhile."""
-    if keys.teacher is not None:
-        return replace(keys, teacher=_at_step(keys.teacher))
-    if keys.teachers is None:
-        return keys
-    return replace(keys, teachers=tuple(replace(of, path=_at_step(of.path)) for of in keys.teachers))
+    return keys.at([_at_step(of.path) for of in keys.all_teachers])
 
 
 def _at_step(path: str) -> str:

@@ -40,13 +40,10 @@ def with_teachers_of_then(config: Config) -> Config:
     except (CheckpointError, KeyError, TypeError):
         return config  # what is wrong is said when it is read
     keys = config.distillation
-    paths = [_step_in(of.path, name) for of, name in zip(keys.all_teachers, names, strict=False)]
-    if len(paths) != len(keys.all_teachers):
+    if len(names) < len(keys.all_teachers):
         return config
-    if keys.teachers is None:
-        return replace(config, distillation=replace(keys, teacher=paths[0] if paths else None))
-    teachers = tuple(replace(of, path=path) for of, path in zip(keys.teachers, paths, strict=True))
-    return replace(config, distillation=replace(keys, teachers=teachers))
+    paths = [_step_in(of.path, name) for of, name in zip(keys.all_teachers, names, strict=False)]
+    return replace(config, distillation=keys.at(paths))
 
 
 def _step_in(path: str, name: str) -> str:

@@ -350,6 +350,9 @@ def test_a_student_goes_on_with_the_step_that_taught_it(tmp_path: Path) -> None:
     assert run(tmp_path / "student", train=TrainConfig(steps=2, global_batch_size=8), **student) == 0
     taught_by = yaml.safe_load((tmp_path / "student" / "config.yaml").read_text())["distillation"]["teacher"]
     assert Path(taught_by).name == "step-00000002"
+    both = replace(keys, teachers=(TeacherConfig(path="x"), TeacherConfig(path="y")))
+    with pytest.raises(ConfigError, match=r"both are set"):
+        run(tmp_path / "student", train=longer, **student | {"distillation": both})
     with pytest.raises(ConfigError, match=r"give the teacher of then, of a run the folder of that step"):
         run(
             tmp_path / "student",
