@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.config.distillation import DistillationConfig, TeacherConfig
+from engine.config.pairs import pairs_of
 from engine.errors import ConfigError
 from engine.precision.precision import DTYPES
 from engine.teacher_outputs.meta import is_outputs
@@ -133,7 +134,7 @@ def matching_of(config: Config, teachers: Teachers, student: ModelConfig | None 
     if not (any(weights) or keys.relates_images):
         return None
     depth = student.sizes.depth
-    pairs = tuple(keys.pairs_of(depth, of.model.sizes.depth) if any(at_depth) else () for of in teachers)
+    pairs = tuple(pairs_of(keys, depth, of.model.sizes.depth) if any(at_depth) else () for of in teachers)
     for teacher, given in zip(teachers, pairs, strict=True):
         for pair in given:
             _check_heads(pair, student.sizes, teacher, weights, keys.relation_heads)

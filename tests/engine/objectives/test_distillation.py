@@ -24,6 +24,7 @@ from engine.config import Config, LogConfig, PrecisionConfig, TrainConfig
 from engine.config.classes import ClassOrder, class_order, class_orders
 from engine.config.cli import parse
 from engine.config.distillation import BETWEEN_IMAGES, DistillationConfig, TeacherConfig
+from engine.config.pairs import pairs_of
 from engine.errors import ConfigError
 from engine.layer_costs import micro_batch
 from engine.objectives import make_objective
@@ -174,7 +175,7 @@ def test_gradients_are_those_of_plain_pytorch(model: str) -> None:
         with torch.no_grad(), rows_of(theirs) as his, attended(theirs) as heeded, pooled(theirs) as known:
             logits = theirs.double()(pixels.double())
         loss = loss + keys.response_weight * share * response(own, logits, keys)
-        pairs = keys.pairs_of(plain.sizes.depth, theirs.sizes.depth) if keys.features_weight else ()
+        pairs = pairs_of(keys, plain.sizes.depth, theirs.sizes.depth) if keys.features_weight else ()
         for kind in set(BETWEEN_IMAGES) & keys.relation_weights.keys():
             loss = loss + keys.relation_weights[kind] * share * between(kind, embedded[0], known[0])
         if keys.embeddings_weight:
