@@ -19,11 +19,10 @@ from engine.config import Config
 from engine.objectives.base import Evaluation, JointLoss, JointObjective, Keys, Outputs
 from engine.objectives.distillation import Distillation
 from model import LayerSpec, MicroBatch
-from parallel.distillation import angle_difference, distance_difference
+from parallel.distillation import ROWS_AT_ONCE, angle_difference, distance_difference
 from parallel.grid import Grid
 
 _DIFFERENCES = {"distances": distance_difference, "angles": angle_difference}
-_ROWS = 256  # of distances that are made at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,5 +97,5 @@ class DistillationOfBatch(JointObjective):
         rows of distances, or angles of an image's triplets."""
         images = self.each.labels.global_batch_size
         widths = [layer.output[1] for layer in self.layers if layer.kind == "head"]
-        worked = 4 * images * (images if "angles" in self.targets else min(images, _ROWS))
+        worked = 4 * images * (images if "angles" in self.targets else min(images, ROWS_AT_ONCE))
         return 4 * (2 * samples * sum(widths) + 2 * images * sum(widths) + worked)

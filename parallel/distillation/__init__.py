@@ -6,12 +6,13 @@ Each gives this rank's share, in fp32: the sum over ranks is the whole. Nothing 
 from parallel.distillation.embeddings import cosine_distance
 from parallel.distillation.moments import Moments, end_step
 from parallel.distillation.relations import gram_difference, map_divergence, relation_divergence
-from parallel.distillation.rkd import angle_difference, distance_difference
+from parallel.distillation.rkd import ROWS_AT_ONCE, angle_difference, distance_difference
 from parallel.distillation.sparse import Likeliest, likeliest, sparse_divergence
 from parallel.distillation.split import resplit_heads, tokens_of_all
 from parallel.distillation.standard import standard_logits
 
 __all__ = [
+    "ROWS_AT_ONCE",
     "Likeliest",
     "Moments",
     "angle_difference",

@@ -19,7 +19,8 @@ from torch import Tensor
 from parallel import comm
 from parallel.comm import Axis
 
-_ROWS = 256  # of distances at once
+ROWS_AT_ONCE = 256
+"""Of distances that are made."""
 _LEAST = 1e-12
 
 
@@ -96,7 +97,7 @@ def _far(x: Tensor, first: int, end: int) -> Tensor:
 def _distances(x: Tensor, teacher: Tensor, first: int, end: int, axis: Axis) -> tuple[Tensor, Tensor]:
     """A pair's derivative is the same from both its ends, so a rank needs nothing of others but sums."""
     pairs = x.shape[0] * (x.shape[0] - 1)
-    parts = [(start, min(start + _ROWS, end)) for start in range(first, end, _ROWS)]
+    parts = [(start, min(start + ROWS_AT_ONCE, end)) for start in range(first, end, ROWS_AT_ONCE)]
     sums = [torch.stack([_far(of, *part).sum() for part in parts]).sum() for of in (x, teacher)]
     means = (comm.all_reduce(torch.stack(sums), axis) / pairs).clamp(min=_LEAST)
     loss, pull = x.new_zeros(()), x.new_zeros(())
