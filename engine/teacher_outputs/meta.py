@@ -17,6 +17,7 @@ FILE = "meta.json"
 FORMAT, VERSION = "vitruvius-teacher-outputs", 1
 Part = Literal["training", "held_out"]
 PARTS: tuple[Part, ...] = ("training", "held_out")
+_SAY_HOW_MUCH = ("rows", "rows_per_file")  # and nothing of what a row is
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,7 @@ class Meta:
     @property
     def fingerprint(self) -> str:
         """Of all but how many rows there are, and how they lie in files: a run may go on once more are written."""
-        said = {key: value for key, value in asdict(self).items() if key not in ("rows", "rows_per_file")}
+        said = {key: value for key, value in asdict(self).items() if key not in _SAY_HOW_MUCH}
         return f"outputs {checksum(json.dumps(said, sort_keys=True).encode())}"
 
     @property
@@ -82,7 +83,7 @@ class Meta:
     def differences(self, other: Meta) -> list[str]:
         """What is otherwise there, as `what here, not there`, of all that decides what a row is."""
         found = []
-        for name in (f.name for f in fields(self) if f.name not in ("rows", "rows_per_file")):
+        for name in (f.name for f in fields(self) if f.name not in _SAY_HOW_MUCH):
             mine, theirs = getattr(self, name), getattr(other, name)
             if isinstance(mine, Mapping):
                 keys = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
