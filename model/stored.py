@@ -11,7 +11,6 @@ from model.build import Build
 from model.config import ModelConfig
 from model.heads import pooled_features
 from model.inputs import MicroBatch
-from parallel.layout import split_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +36,7 @@ class StoredHead(nn.Module):
 
     def __init__(self, build: Build, *, number: int) -> None:
         super().__init__()
-        first, stop = split_range(build.sizes.classes, build.tp.size, build.tp.axis.index)
-        self.number, self.classes, self.width = number, stop - first, pooled_features(build)
+        self.number, self.classes, self.width = number, build.part(build.sizes.classes), pooled_features(build)
 
     def forward(self, x: Tensor | None, batch: MicroBatch) -> Tensor:
         """[B, C/T + D]; zeros for those who plan, and read nothing."""

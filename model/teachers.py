@@ -157,7 +157,7 @@ def _beside(layers: Sequence[LayerSpec], blocks: Set[int], matching: Matching) -
     found, what = list[LayerSpec](), matching.weights.beside
     for spec in layers:
         if matching.pooled and spec.kind == "head":
-            spec = spec if spec.beside else replace(spec, factory=partial(Head, beside=True), beside=POOLED)
+            spec = spec if spec.beside else _pooling(spec)
         elif what and spec.kind == "blocks" and int(spec.name.rpartition(".")[2]) in blocks:
             assert isinstance(spec.factory, partial)
             name, rate, kind = spec.factory.args
@@ -169,6 +169,11 @@ def _beside(layers: Sequence[LayerSpec], blocks: Set[int], matching: Matching) -
     return found
 
 
+def _pooling(head: LayerSpec) -> LayerSpec:
+    """The same, whose pooled features come out beside the logits."""
+    return replace(head, factory=partial(Head, beside=True), beside=POOLED)
+
+
 def build_teacher(teacher: Teacher, images: tuple[int, int], *, pooled: bool = False) -> list[LayerSpec]:
     """The layers of a teacher by himself, measured.
 
@@ -178,9 +183,7 @@ def build_teacher(teacher: Teacher, images: tuple[int, int], *, pooled: bool = F
     """
     batch = MicroBatch.of_images(torch.empty(1, teacher.model.sizes.channels, *images, device="meta"))
     *layers, head = _teaching(teacher)
-    if pooled:
-        head = replace(head, factory=partial(Head, beside=True), beside=POOLED)
-    return measured([*layers, head], Build(config=teacher.model), batch)
+    return measured([*layers, _pooling(head) if pooled else head], Build(config=teacher.model), batch)
 
 
 def _teaching(teacher: Teacher | StoredTeacher) -> list[LayerSpec]:

@@ -114,13 +114,17 @@ class Distillation(AdditiveObjective):
 
     def pooled(self, outputs: Outputs, grid: Grid) -> Outputs:
         """What stands beside the logits: [B, D], and of each teacher [B, E]."""
-        start, stop = split_range(self.labels.classes, grid.tensor.size, grid.tensor.index)
-        return tuple([x[:, stop - start :] for x in outputs])
+        return tuple([x[:, self._held(grid) :] for x in outputs])
 
     def _logits(self, outputs: Outputs, grid: Grid) -> Outputs:
         """Without what stands beside them: [B, C/T] each."""
+        held = self._held(grid)
+        return tuple([x if x.shape[1] == held else x[:, :held] for x in outputs])
+
+    def _held(self, grid: Grid) -> int:
+        """How many classes this tensor rank has logits of."""
         start, stop = split_range(self.labels.classes, grid.tensor.size, grid.tensor.index)
-        return tuple([x if x.shape[1] == stop - start else x[:, : stop - start] for x in outputs])
+        return stop - start
 
     def losses(self, outputs: Outputs, batch: MicroBatch, grid: Grid) -> dict[str, Tensor]:
         """By target, with its weight, the loss of each image, 0 for padding: [B]."""
