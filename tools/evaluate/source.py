@@ -155,7 +155,7 @@ def _tower(
 
 def open_source(path: Path, which: Which, flags: Sequence[str]) -> StoredWeights:
     """What --checkpoint means, of a model of images. Raises ConfigError if it cannot be read."""
-    given = {k.removeprefix("model."): v for k, v in _values(flags).items() if k.startswith("model.")}
+    given = {k.removeprefix("model."): v for k, v in values_of(flags).items() if k.startswith("model.")}
     try:
         model = parse([f"--model.{k}={v}" for k, v in given.items()], PROGRAM)[0].model if given else None
         keys = {k: getattr(model, k) for k in given}
@@ -205,7 +205,7 @@ def _config_of(
     Args:
         saved: of a checkpoint of this program. description: of a model of images alone.
     """
-    config, _ = parse(flags, PROGRAM, stored=_stored(saved, description, _values(flags)))
+    config, _ = parse(flags, PROGRAM, stored=_stored(saved, description, values_of(flags)))
     shape = config.grid_shape(world.size)
     micro = config.train.micro_batch_size or _MICRO_BATCH
     batch = max(2, micro) * shape.data * config.pipeline(shape).pieces  # a step's, of which there will be none
@@ -236,7 +236,7 @@ def _stored(saved: Mapping[str, Any], description: Description | None, flags: Ma
     return kept
 
 
-def _values(flags: Sequence[str]) -> dict[str, str]:
+def values_of(flags: Sequence[str]) -> dict[str, str]:
     """By key, of flags such as `--data.kind digits` and `--data.kind=digits`."""
     found = {}
     for i, flag in enumerate(flags):

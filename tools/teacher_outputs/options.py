@@ -17,6 +17,7 @@ from engine.recompute.config import RecomputeConfig
 from engine.teacher_outputs.meta import is_outputs
 from model import Teacher
 from parallel.process_group import World
+from tools.evaluate.source import values_of
 from tools.options import COUNT, Parser, number
 
 PROGRAM = "tools.teacher_outputs"
@@ -72,7 +73,8 @@ def request_of(argv: Sequence[str], world: World) -> Request:
 
 def _on_these_ranks(run: Config, flags: Sequence[str], teacher: Teacher, world: World) -> Config:
     """The teacher's model as that of a configuration, in the layout that flags say, with batches that it can have."""
-    own, _ = parse(list(_of_ranks(flags)), PROGRAM)
+    of_ranks = (f"--{key}={value}" for key, value in values_of(flags).items() if key.startswith(_OF_RANKS))
+    own, _ = parse([*of_ranks], PROGRAM)
     micro = own.train.micro_batch_size or _MICRO_BATCH
     config = Config(
         model=teacher.model, data=run.data, parallel=own.parallel, train=replace(run.train, freeze=()),
@@ -82,14 +84,6 @@ def _on_these_ranks(run: Config, flags: Sequence[str], teacher: Teacher, world: 
     batch = micro * shape.data * config.pipeline(shape).pieces  # a step's, of which there will be none
     train = replace(config.train, micro_batch_size=micro, global_batch_size=batch, steps=1, epochs=None)
     return replace(config, train=train).resolve(world.size)
-
-
-def _of_ranks(flags: Sequence[str]) -> list[str]:
-    found = []
-    for i, flag in enumerate(flags):
-        if flag.startswith("--") and flag.removeprefix("--").startswith(_OF_RANKS):
-            found += [flag] if "=" in flag else [flag, *flags[i + 1 : i + 2]]
-    return found
 
 
 def make_parser() -> argparse.ArgumentParser:
