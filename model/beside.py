@@ -64,7 +64,7 @@ class Beside:
             return rows
         flat = [parts[name].flatten(0, 1).flatten(1) for name in self.what]
         if self.tp.splits_rows:
-            flat = [pad_rows(torch.cat(flat, 1), len(rows) * self.tp.size).view(len(rows), -1)]
+            flat = [pad_rows(torch.cat(flat, 1), rows.shape[0] * self.tp.size).view(rows.shape[0], -1)]
         return torch.cat([rows, *flat], 1)
 
     def split(self, joined: Tensor, images: int) -> tuple[Tensor, dict[str, Tensor]]:

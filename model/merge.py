@@ -82,7 +82,7 @@ class PatchMerge(_Between):
     def _project(self, x: Tensor) -> Tensor:
         t = self.tokens
         own, rows = t.own_prefix, t.stop - t.first
-        maps = x[:, own:].reshape(len(x), rows, t.cols, -1)
+        maps = x[:, own:].reshape(x.shape[0], rows, t.cols, -1)
         if rows % 2 or t.cols % 2:
             maps = F.pad(maps, (0, 0, 0, t.cols % 2, 0, rows % 2))
         merged = self.kernels.patch_merge(maps, self.norm.weight, self.norm.bias, self.norm.eps)
