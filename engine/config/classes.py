@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from hashlib import blake2b
 from typing import TYPE_CHECKING, NamedTuple
 
-from engine.config.teachers import computed, found_of
+from engine.config.teachers import computed, found_of, named
 from engine.errors import ConfigError
+from engine.teacher_outputs.meta import is_outputs
+from engine.teacher_outputs.shards import stored_at
 
 if TYPE_CHECKING:
     from engine.config.config import Config
@@ -17,6 +20,13 @@ class ClassOrder(NamedTuple):
 
     places: tuple[int, ...] | None = None
     note: str = ""
+
+    @property
+    def fingerprint(self) -> str:
+        """Behind that of a teacher's weights, of whose classifier it makes another; empty: the same."""
+        if self.places is None:
+            return ""
+        return f", classes in order {blake2b(repr(self.places).encode(), digest_size=4).hexdigest()}"
 
 
 def class_orders(config: Config, names: Sequence[str] | None) -> dict[str, ClassOrder]:
@@ -35,6 +45,20 @@ def class_orders(config: Config, names: Sequence[str] | None) -> dict[str, Class
         name: class_order(str(found_of(of).path), found_of(of).labels, names, classes)
         for name, of in computed(config).items()
     }
+
+
+def fingerprints(config: Config, names: Sequence[str] | None) -> tuple[str, ...]:
+    """Of each teacher, if there are any: of stored outputs, or of weights and the order of their classes. Arguments and
+    errors as of `class_orders`."""
+    if config.objective != "distillation":
+        return ()
+    orders = class_orders(config, names)
+    return tuple(
+        stored_at(of.path).meta.fingerprint
+        if is_outputs(of.path)
+        else found_of(of).fingerprint + orders[name].fingerprint
+        for name, of in named(config).items()
+    )
 
 
 def class_order(path: str, theirs: Sequence[str], ours: Sequence[str] | None, classes: int) -> ClassOrder:

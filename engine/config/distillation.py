@@ -171,6 +171,11 @@ class DistillationConfig:
         return self.at_depth != self.relation_weights
 
     @property
+    def asks_teachers(self) -> bool:
+        """Whether anything is to be like what a teacher makes of an image: else he has no layers, only weights."""
+        return bool(self.weights.keys() - {"labels"})
+
+    @property
     def pools(self) -> bool:
         """Whether pooled features are compared."""
         return bool(self.embeddings_weight) or self.relates_images
@@ -264,6 +269,12 @@ class DistillationConfig:
             raise ConfigError(
                 f"distillation.standardise has logits, but distillation.response is {self.response}, which looks at "
                 "each class by itself or at the first alone: leave it out, or use response kl"
+            )
+        if not self.asks_teachers and (self.start_from is None or len(self.all_teachers) > 1):
+            raise ConfigError(
+                f"distillation.label_weight is {self.label_weight} and all other weights are 0, so nothing is asked of "
+                f"{' and '.join(of.path for of in self.all_teachers)}: give another target a weight, use objective "
+                "supervised, or one teacher whose weights the student starts from (start_from)"
             )
         cut = {"queries", "keys", "values"} & self.relation_weights.keys()
         if self.relation_heads is not None and not cut:

@@ -12,7 +12,7 @@ from engine.config.contrastive import ContrastiveConfig
 from engine.config.inheritance import inheritance_of
 from engine.config.pipeline import Pipeline
 from engine.config.stored import check_stored
-from engine.config.teachers import at_steps, check_maps, check_teachers, matching_of, taught_by, teachers_of
+from engine.config.teachers import at_steps, check_maps, check_teachers, matching_of, taught_by
 from engine.errors import ConfigError
 from model import LayerSpec, ModelConfig, TextConfig, build_student, build_towers, check_parallel, check_towers
 from parallel.grid import GridShape
@@ -165,8 +165,8 @@ def resolve_model(config: Config, shape: GridShape) -> Built:
     layers, what = depth + merges + 2, f"the model ({_inner('embedding', depth, merges, 'head')})"
     if config.objective == "distillation":
         check_stored(config, model)
-        check_teachers(teachers_of(config, model), shape)
         teachers = taught_by(config, model)
+        check_teachers(teachers, shape)
         inheritance_of(config, model)  # what it refuses is refused here
         if (matching := matching_of(config, teachers, model)) is not None and shape.context > 1:
             check_maps(model, teachers, matching, shape.context)

@@ -64,8 +64,8 @@ def meta_of(
     """Of outputs of a teacher for the run that a resolved configuration is.
 
     Args:
-        weights: their fingerprint. sets: training, and held out. kept: classes; None: all. rows: of the training part,
-            where it is of draws. features: pooled ones that are kept.
+        weights: their fingerprint, and that of the order of their classes. sets: training, and held out. kept: classes;
+            None: all. rows: of the training part, where it is of draws. features: pooled ones that are kept.
     """
     classes = teacher.model.sizes.classes
     return Meta(

@@ -65,11 +65,13 @@ def teachers_of(config: Config, student: ModelConfig | None = None) -> tuple[Tea
 
 
 def taught_by(config: Config, student: ModelConfig | None = None) -> Teachers:
-    """All that have layers in the student's list: stored ones where pooled features are compared. Arguments and errors
-    as of `teachers_of`."""
+    """All that have layers in the student's list: stored ones where pooled features are compared, none where nothing is
+    asked of them. Arguments and errors as of `teachers_of`."""
+    if not config.distillation.asks_teachers:
+        return ()
     beside, found = {of.name: of for of in teachers_of(config, student)}, list[Teacher | StoredTeacher]()
     number = 0
-    for name, of in _named(config).items():
+    for name, of in named(config).items():
         if name in beside:
             found.append(beside[name])
         elif config.distillation.pools:
@@ -78,15 +80,16 @@ def taught_by(config: Config, student: ModelConfig | None = None) -> Teachers:
     return tuple(found)
 
 
-def _named(config: Config) -> dict[str, TeacherConfig]:
+def named(config: Config) -> dict[str, TeacherConfig]:
+    """All, by what the names of their layers begin with."""
     given = config.distillation.all_teachers
     names = [TEACHER] if len(given) == 1 else [f"{TEACHER}.{number}" for number in range(len(given))]
     return dict(zip(names, given, strict=True))
 
 
 def computed(config: Config) -> dict[str, TeacherConfig]:
-    """Teachers whose layers are in the student's list, not read from the disk as outputs, by what these begin with."""
-    return {name: of for name, of in _named(config).items() if not is_outputs(of.path)}
+    """Teachers that are checkpoints, not outputs on the disk, by what the names of their layers begin with."""
+    return {name: of for name, of in named(config).items() if not is_outputs(of.path)}
 
 
 def _teacher(name: str, given: TeacherConfig, config: Config, student: ModelConfig) -> Teacher:
@@ -196,23 +199,13 @@ def _stage_of(sizes: Sizes, block: int) -> int:
     return next(number for number, end in enumerate(ends) if block < end)
 
 
-def check_teachers(teachers: tuple[Teacher, ...], shape: GridShape) -> None:
+def check_teachers(teachers: Teachers, shape: GridShape) -> None:
     """Raise ConfigError where one cannot be split over the ranks, as the student is."""
-    for teacher in teachers:
+    for teacher in (of for of in teachers if isinstance(of, Teacher)):
         try:
             check_parallel(teacher.model, shape.tensor, shape.context)
         except ValueError as error:
             raise ConfigError(f"of the {teacher.name} {str(error).replace('model.', '')}") from error
-
-
-def fingerprints(config: Config) -> tuple[str, ...]:
-    """Of the weights of each teacher, if there are any."""
-    if config.objective != "distillation":
-        return ()
-    return tuple(
-        stored_at(of.path).meta.fingerprint if is_outputs(of.path) else found_of(of).fingerprint
-        for of in config.distillation.all_teachers
-    )
 
 
 def found_of(given: TeacherConfig) -> Found:

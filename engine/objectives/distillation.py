@@ -37,8 +37,8 @@ class Distillation(AdditiveObjective):
 
     Attributes:
         config: the keys of the objective. labels: the ordinary loss. layers: of student and teachers.
-        outputs: of each teacher, those that are read from the disk; None: his layers are among ours. targets: as of
-            Objective.
+        outputs: of each teacher, those that are read from the disk; None: his layers are among ours; empty: nothing is
+            asked of any. targets: as of Objective.
     """
 
     counted = ("loss", "right", "teacher_right", "images")
@@ -57,8 +57,8 @@ class Distillation(AdditiveObjective):
         layers = tuple(build_student(config.model, teachers, matching_of(config, teachers)))
         keys = config.distillation
         return cls(
-            config=keys, labels=Supervised.of(config), layers=layers, outputs=stored_of(config),
-            targets=tuple(keys.weights),
+            config=keys, labels=Supervised.of(config), layers=layers, targets=tuple(keys.weights),
+            outputs=stored_of(config) if keys.asks_teachers else (),
         )  # fmt: skip
 
     def stored(self, batch: Batch, *, training: bool) -> tuple[Mapping[str, Tensor], ...]:
@@ -85,16 +85,17 @@ class Distillation(AdditiveObjective):
         """As AdditiveObjective; of several teachers the right ones, by their shares."""
         own, *theirs = self._logits(outputs, grid)
         classes, taught = self.labels.classes, torch.zeros((), dtype=torch.float64, device=own.device)
-        for share, answer in zip(self.config.shares, self._answers(theirs, batch, grid), strict=True):
+        shares = self.config.shares if self.outputs else ()
+        for share, answer in zip(shares, self._answers(theirs, batch, grid), strict=True):
             taught += share * ((top(answer, classes, grid.tensor) == batch.labels) * batch.weights).sum().double()
         loss = self._whole(self.losses(outputs, batch, grid), outputs).sum().double()
         right = self.labels.right(own, batch, grid).double()
         return torch.stack([loss, right, taught, batch.weights.sum().double()])
 
     def figures(self, totals: Sequence[float]) -> dict[str, float]:
-        """As AdditiveObjective: the mean loss, and how often the student and its teachers are right."""
+        """As AdditiveObjective: the mean loss, and how often the student is right, and teachers who are asked."""
         loss, right, taught, images = totals
-        accuracy = {"accuracy": right / images, "teacher_accuracy": taught / images}
+        accuracy = {"accuracy": right / images} | ({"teacher_accuracy": taught / images} if self.outputs else {})
         return {"loss": loss / images, **accuracy, "images": int(images)}
 
     def describe(self) -> str:
@@ -107,6 +108,8 @@ class Distillation(AdditiveObjective):
         if pairs := sum(layer.kind == MATCH for layer in self.layers):
             what += f"; {pairs} pair{'s' * (pairs > 1)} of layers"
         what += scaled
+        if not self.outputs:
+            return f"distillation: {what}; of {keys.all_teachers[0].path} weights alone, from which the student starts"
         rows = ("" if of is None else f" ({of.meta.rows} {of.meta.key}s, stored)" for of in self.outputs)
         each = zip(keys.all_teachers, rows, keys.shares, strict=True)
         paths = ", ".join(f"{of.path}{how} x {share:.3g}" for of, how, share in each)

@@ -13,8 +13,8 @@ import torch
 
 from data import Dataset, captions_fingerprint
 from engine.config import Config
+from engine.config.classes import fingerprints
 from engine.config.keys import key_types, value_of
-from engine.config.teachers import fingerprints
 from engine.errors import ConfigError
 from model.kernels import native
 from parallel import comm
@@ -46,7 +46,7 @@ def facts_of(config: Config, device: torch.device, train_set: Dataset, eval_set:
         "list of held-out images": f"{len(eval_set)} of {eval_set.fingerprint}",
         "texts of training images": captions_fingerprint(train_set),
         "texts of held-out images": captions_fingerprint(eval_set),
-        "weights of distillation.teacher": ", ".join(fingerprints(config)) or "none",
+        "weights of distillation.teacher": ", ".join(fingerprints(config, train_set.class_names)) or "none",
         "type of the device": device.type,
         "native kernels": "not wanted" if config.kernels == "reference" else _found(native.module_for(device)),
     }

@@ -65,12 +65,16 @@ def _grid_line(a: Assembly) -> str:
 
 
 def _model_lines(a: Assembly) -> Iterator[str]:
+    stored = {layer.tower.name for layer in a.layers if layer.tower and "outputs" in layer.reads}
     for tower in dict.fromkeys(layer.tower for layer in a.layers if not layer.joins):
-        yield from _tower_lines(a.config.model if tower is None else tower.config, tower)
+        if tower is not None and tower.name in stored:
+            yield f"{tower.name}: no layers but pooled features, which are read from the disk"
+        else:
+            yield from _tower_lines(a.config.model if tower is None else tower.config, tower)
     parameters, of = sum(layer.parameters for layer in a.layers), "pair" if a.layers[-1].joins else "image"
     of = "sample, in two views" if a.layers[-1].per_sample == 2 else of
     yield f"size: {parameters:,} parameters, {a.training_flops / 1e9:.3f} GFLOP per {of}, forward and backward"
-    if taught := [layer for layer in a.layers if layer.is_frozen]:
+    if taught := [layer for layer in a.layers if layer.is_frozen and "outputs" not in layer.reads]:
         flops, count = sum(layer.flops for layer in taught), sum(layer.parameters for layer in taught)
         yield f"  of that taught by: {count:,} parameters, {flops / 1e9:.3f} GFLOP, forward alone"
     if a.frozen.names:

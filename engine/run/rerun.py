@@ -21,6 +21,7 @@ from engine.assemble import Assembly
 from engine.checkpoint.examine import Differences
 from engine.checkpoint.states import state_pieces
 from engine.config import Config
+from engine.config.classes import fingerprints
 from engine.device import memory_share
 from engine.errors import ConfigError
 from engine.passes import settle_passes
@@ -128,7 +129,8 @@ def run_again(
     config, _ = settle_passes(config, grid, memory, on_cpu=inputs.device.type == "cpu")
     config, _ = settled(config, grid, inputs.device, memory)
     assembly = build(config, world, grid, inputs)
-    manifest, problem = take(assembly, start, lambda done: inputs.steps, notes)
+    teachers = fingerprints(config, inputs.train_set.class_names)
+    manifest, problem = take(assembly, start, lambda done: inputs.steps, notes, teachers)
     if manifest is None:
         raise CheckpointError(problem)
     loop = Loop(

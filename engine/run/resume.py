@@ -16,7 +16,6 @@ from engine.assemble import Assembly
 from engine.checkpoint.states import Difference, differences, restore, shapes_of
 from engine.config import Config, plain
 from engine.config.keys import default_of, key_types
-from engine.config.teachers import fingerprints
 from engine.errors import ConfigError
 from engine.run.progress import Progress
 from model import StageConfig
@@ -41,7 +40,7 @@ _FREE_TRAIN = ("micro_batch_size", "eval_interval", "stop_step", "time_limit", "
 _TRAINED_BY = ("drop_path", "layer_scale", "head_bias", "preset")  # keys of the model that say how
 _SHOWN = 10  # of what differs
 TEACHERS = "teachers"
-"""What of a manifest's `about` has the fingerprints of their weights, where there are any."""
+"""What of a manifest's `about` has the fingerprints of their weights and classes, where there are any."""
 SAMPLE_ORDER = "order of samples"
 """What of a manifest's `about` names the rule by which draws become images; absent: a shuffled array."""
 
@@ -120,7 +119,7 @@ def resume(
     candidates = _candidates(a, folder, facts)
     for step in reversed(candidates):
         path = folder / place.name_of(step)
-        manifest, problem = take(a, path, steps, notes)
+        manifest, problem = take(a, path, steps, notes, facts.get(TEACHERS, ()))
         if manifest is not None:
             notes += _changes(a, manifest, facts)
             last = steps(Progress.of(manifest.progress))
@@ -163,11 +162,14 @@ def _is_ours(path: Path, facts: Mapping[str, Any]) -> bool:
         return False
 
 
-def take(a: Assembly, path: Path, steps: Callable[[Progress], int], notes: list[str]) -> tuple[Manifest | None, str]:
+def take(
+    a: Assembly, path: Path, steps: Callable[[Progress], int], notes: list[str], teachers: Sequence[str] = ()
+) -> tuple[Manifest | None, str]:
     """(the manifest, "") of a checkpoint that was restored, or (None, how it is damaged). Collective.
 
     Args:
         steps: of the whole run, by what was done of it. notes: are added to, where state begins anew or is left out.
+        teachers: fingerprints of those that this run has (engine.config.classes).
 
     Raises:
         ConfigError, UnreadableError: as `resume`.
@@ -190,7 +192,7 @@ def take(a: Assembly, path: Path, steps: Callable[[Progress], int], notes: list[
                 f"train.steps is {last}, and {path} is at step {manifest.step} already: give more, another "
                 "run_dir, or checkpoint.resume never"
             )
-        notes_here = _check_state(a, reader)
+        notes_here = _check_state(a, reader, teachers)
         try:
             restore(a, reader)
         except CheckpointError as error:
@@ -221,7 +223,7 @@ def _worst(a: Assembly, problem: CheckpointError | None) -> str | None:
     return message
 
 
-def _check_state(a: Assembly, reader: Reader) -> list[str]:
+def _check_state(a: Assembly, reader: Reader, teachers: Sequence[str]) -> list[str]:
     """What of the state begins anew or is left out. Collective.
 
     Raises:
@@ -258,11 +260,11 @@ def _check_state(a: Assembly, reader: Reader) -> list[str]:
             f"version of then ({reader.manifest.about.get('version')}), or checkpoint.load to start a new run from its "
             "weights"
         )
-    taught, teachers = reader.manifest.about.get(TEACHERS, []), list(fingerprints(a.config))
-    if taught != teachers:
+    if (taught := list(reader.manifest.about.get(TEACHERS, ()))) != list(teachers):
         raise ConfigError(
-            f"{reader.folder} was taught by weights {taught}, and distillation.teacher has {teachers}: give the "
-            "teacher of then, of a run the folder of that step, or checkpoint.load to start a new run from its weights"
+            f"{reader.folder} was taught by weights {taught}, and distillation.teacher has {list(teachers)}: give the "
+            "teacher of then, of a run the folder of that step, with names of classes as they were, or checkpoint.load "
+            "to start a new run from its weights"
         )
     stored = _stored(reader.manifest.config, "optimizer.name")
     if stored != a.config.optimizer.name:

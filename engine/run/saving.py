@@ -20,7 +20,7 @@ from engine.checkpoint import folder as folders
 from engine.checkpoint.saver import Saver, SaveReport, Votes
 from engine.checkpoint.states import state_pieces
 from engine.config import Config, plain
-from engine.config.teachers import fingerprints
+from engine.config.classes import fingerprints
 from engine.errors import ConfigError
 from engine.run.agreement import named_ranks
 from engine.run.finite import check_finite
@@ -113,7 +113,7 @@ def facts_for_manifests(
         "training texts": captions_fingerprint(train_set),
         "held-out texts": captions_fingerprint(eval_set),
     }
-    if found := fingerprints(config):
+    if found := fingerprints(config, train_set.class_names):
         about[TEACHERS] = list(found)
     return {"config": plain(asdict(config)), "about": about}
 

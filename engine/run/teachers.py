@@ -12,7 +12,7 @@ from engine.checkpoint.load import load_weights, plan_load
 from engine.config import Config
 from engine.config.classes import class_orders
 from engine.config.distillation import TeacherConfig
-from engine.config.teachers import Found, computed, fingerprint_of, found_of, teachers_of
+from engine.config.teachers import Found, computed, fingerprint_of, found_of, taught_by
 from engine.errors import ConfigError
 from engine.run.agreement import check_agreement
 from engine.run.resume import checkpoint_dir, may_resume
@@ -64,9 +64,10 @@ def load_teachers(a: Assembly, classes: Sequence[str] | None = None) -> None:
     """
     if a.config.objective != "distillation":
         return
-    orders = class_orders(a.config, classes)
-    for teacher, given in zip(teachers_of(a.config), computed(a.config).values(), strict=True):
-        load_teacher(a, teacher, given, orders[teacher.name].places)
+    orders, given = class_orders(a.config, classes), computed(a.config)
+    for teacher in taught_by(a.config):
+        if isinstance(teacher, Teacher):
+            load_teacher(a, teacher, given[teacher.name], orders[teacher.name].places)
 
 
 def load_teacher(a: Assembly, teacher: Teacher, given: TeacherConfig, order: Sequence[int] | None) -> None:

@@ -22,17 +22,17 @@ from engine.config.keys import key_types, value_of
 from engine.config.objectives import check_labels, check_repeats, text_shape
 from engine.config.stored import check_rows
 from engine.config.teachers import found_at
-from engine.device import choose_device, memory_share, prepare_cpu, set_matmul
+from engine.device import memory_share, prepare_cpu, set_matmul
 from engine.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
 from engine.frozen import frozen_of
-from engine.norm_backward import check_norm_kernels, check_norm_weights
+from engine.norm_backward import check_norm_weights
 from engine.objectives import Objective, make_objective
 from engine.optimizers.schedules import check_schedule
 from engine.passes import settle_passes
-from engine.precision.precision import check_kernels, check_precision
 from engine.recompute_choice import check_budget, settled
 from engine.run.agreement import check_agreement, facts_of
 from engine.run.attention import AttentionLog, check_attention
+from engine.run.device import device_of
 from engine.run.elastic import fit, wait_for_the_others
 from engine.run.load import Source, source_of, start_from
 from engine.run.loop import Loop
@@ -57,7 +57,6 @@ from engine.run.stopping import StopRequests
 from engine.run.teachers import load_teachers, with_teachers_of_then
 from engine.run.watchdog import watched
 from engine.teacher_outputs.shards import stored_at
-from model.kernels import Kernels
 from parallel import comm, process_group
 from parallel.grid import Grid, GridShape, world_axis
 from parallel.process_group import World
@@ -161,10 +160,7 @@ def inputs_of(config: Config, world: World, run_dir: Path, checkpoints: Path) ->
     check_schedule(config.schedule, steps)
     check_profile(config, steps)
     check_attention(config, eval_set)
-    device = choose_device(config.device, world)
-    check_precision(config.precision, device)
-    check_kernels(Kernels(config.kernels), device)
-    check_norm_kernels(config, device)
+    device = device_of(config, world)
     objective = make_objective(config)
     frozen_of(config, objective.layers)  # what it refuses is refused here
     class_orders(config, train_set.class_names)  # likewise

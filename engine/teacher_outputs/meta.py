@@ -25,8 +25,8 @@ class Meta:
     """What is stored, of what.
 
     Attributes:
-        teacher: fingerprint of the weights. model: keys of it, resolved. shown: how the images were given to it, and
-            its number format.
+        teacher: fingerprint of the weights, and of the order of their classes where that is changed. model: keys of it,
+            resolved. shown: how the images were given to it, and its number format.
         classes: of its logits. kept: the likeliest so many of each image; classes: all, in their order.
         temperature: at which the mass of all classes that are not kept was added up; None: all are kept.
         features: pooled ones that are kept, too; 0: none. number_format: of logits and features.

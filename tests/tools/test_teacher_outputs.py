@@ -20,7 +20,8 @@ from engine.config.cli import parse
 from engine.config.distillation import DistillationConfig, TeacherConfig
 from engine.config.stored import check_rows
 from engine.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
-from engine.plan import peaks
+from engine.plan import peaks, planned
+from engine.run.report import _model_lines
 from engine.run.trainer import pretrain
 from engine.teacher_outputs.meta import read_meta
 from engine.teacher_outputs.shards import StoredOutputs, begin, stored_at, write_rows
@@ -201,6 +202,9 @@ def test_a_student_of_outputs_is_planned(opened: Path, folder: str, keys: dict[s
     usual = PLAIN if folder == "images" else DRAWN
     config = config_of(**usual | keys, recompute__policy="selective", distillation__teacher=str(opened / folder))
     (peak,) = peaks(config.resolve(1), GridShape(), 1e9)
+    shown = "\n".join(_model_lines(planned(config.resolve(1), GridShape(), 0, 1e9)))  # of the start-up report
+    assert ("teacher: no layers but pooled features, which" in shown) == (folder == "images")
+    assert "taught by" not in shown and "teacher tower" not in shown
     beside = config_of(**usual | keys, recompute__policy="selective", distillation__teacher=str(opened / "teacher"))
     assert 0 < peak < peaks(beside.resolve(1), GridShape(), 1e9)[0]
 

@@ -22,13 +22,11 @@ from typing import Any
 import torch
 
 from engine.assemble import grid_of
-from engine.device import choose_device, describe, memory_share, prepare_cpu, set_matmul
+from engine.device import describe, memory_share, prepare_cpu, set_matmul
 from engine.errors import EXIT_DONE, ConfigError
-from engine.norm_backward import check_norm_kernels
-from engine.precision.precision import check_kernels, check_precision
 from engine.run.agreement import check_agreement, facts_of
+from engine.run.device import device_of
 from engine.run.launch import run_rank
-from model.kernels import Kernels
 from parallel import comm, process_group
 from parallel.grid import Grid, world_axis
 from parallel.process_group import World
@@ -54,10 +52,7 @@ def main(argv: Sequence[str], world: World) -> int:
     sources = sources_of(options, flags, world)
     source, texts = sources[IMAGE], options.task in OF_TEXTS
     config = source.config
-    device = choose_device(config.device, world)
-    check_precision(config.precision, device)
-    check_kernels(Kernels(config.kernels), device)
-    check_norm_kernels(config, device)
+    device = device_of(config, world)
     images = images_of(config, world, _classes(source, features=options.task != "supervised"), texts=texts)
     check_images(images, options.task, config)
     if options.task == "knn":

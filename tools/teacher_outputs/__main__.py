@@ -20,11 +20,10 @@ from engine.assemble import Assembly, assemble, grid_of
 from engine.config.classes import ClassOrder, class_order
 from engine.config.stored import meta_of
 from engine.config.teachers import found_of
-from engine.device import choose_device, describe, memory_share, prepare_cpu, set_matmul
+from engine.device import describe, memory_share, prepare_cpu, set_matmul
 from engine.errors import EXIT_DONE, ConfigError
-from engine.norm_backward import check_norm_kernels
-from engine.precision.precision import check_kernels, check_precision
 from engine.run.agreement import check_agreement, facts_of
+from engine.run.device import device_of
 from engine.run.launch import run_rank
 from engine.run.run_dir import RunDir, prepare_folder
 from engine.run.teachers import load_teacher
@@ -33,7 +32,6 @@ from engine.teacher_outputs.meta import FILE, PARTS, Meta, Part, read_meta
 from engine.teacher_outputs.shards import begin, has_rows, missing, write_rows
 from model import Build, build_teacher
 from model.heads import pooled_features
-from model.kernels import Kernels
 from parallel import comm, process_group
 from parallel.grid import Grid, world_axis
 from parallel.process_group import World
@@ -51,14 +49,11 @@ def main(argv: Sequence[str], world: World) -> int:
     """
     request = request_of(argv, world)
     config, out = request.config, request.options.out
-    device = choose_device(config.device, world)
-    check_precision(config.precision, device)
-    check_kernels(Kernels(config.kernels), device)
-    check_norm_kernels(config, device)
+    device = device_of(config, world)
     classes = request.run.model.sizes.classes
     images, found = images_of(request.run, world, classes), found_of(request.given)
     order = class_order(str(found.path), found.labels, images.train.class_names, classes)
-    meta = _meta(request, images)
+    meta = _meta(request, images, order)
 
     prepare_cpu(world)
     set_matmul(config.precision, device)
@@ -78,8 +73,11 @@ def main(argv: Sequence[str], world: World) -> int:
     return EXIT_DONE
 
 
-def _meta(request: Request, images: Images) -> Meta:
+def _meta(request: Request, images: Images, order: ClassOrder) -> Meta:
     """Of the folder, with as many rows as any run has asked for so far.
+
+    Args:
+        order: of the teacher's classes, in which rows have them.
 
     Raises:
         ConfigError: it has outputs of something else, or cannot be written to.
@@ -87,8 +85,9 @@ def _meta(request: Request, images: Images) -> Meta:
     options, run = request.options, request.run
     draws = total_steps(run, len(images.train)) * run.train.global_batch_size
     features = pooled_features(Build(config=request.teacher.model)) if options.features else 0
+    weights = found_of(request.given).fingerprint + order.fingerprint
     meta = meta_of(
-        run, request.teacher, found_of(request.given).fingerprint, (images.train, images.test),
+        run, request.teacher, weights, (images.train, images.test),
         kept=options.top_k, features=features, rows=draws, number_format=options.number_format,
         rows_per_file=options.rows_per_file,
     )  # fmt: skip

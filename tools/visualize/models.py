@@ -15,13 +15,11 @@ from torch import Tensor
 from engine.assemble import grid_of
 from engine.device import choose_device, memory_share, prepare_cpu, set_matmul
 from engine.errors import ConfigError
-from engine.norm_backward import check_norm_kernels
-from engine.precision.precision import check_kernels, check_precision
 from engine.run.agreement import check_agreement, code_version
+from engine.run.device import device_of
 from engine.seeing.capture import capture
 from model import ModelConfig, VisionTransformer
 from model.formats.base import Preprocessing
-from model.kernels import Kernels
 from model.seeing.capture import Attended, Wanted, choose
 from model.seeing.trace import traced
 from parallel import comm, process_group
@@ -128,10 +126,7 @@ class Spread:
         self.how = self._source.weights.description.preprocessing or Preprocessing()
         config = self._source.config
         self.config = config.model
-        self._device = choose_device(config.device, world)
-        check_precision(config.precision, self._device)
-        check_kernels(Kernels(config.kernels), self._device)
-        check_norm_kernels(config, self._device)
+        self._device = device_of(config, world)
 
     def begin(self, images: Tensor) -> None:
         """As Looked. Collective, as all that follows."""

@@ -16,12 +16,12 @@ import yaml
 from torch import Tensor
 from torch.nn import functional as F
 
-from data import build_datasets
+from data import EvalStream, build_datasets
 from engine.assemble import assemble
 from engine.checkpoint.config import CheckpointConfig
 from engine.clusters import read_cluster
 from engine.config import Config, LogConfig, PrecisionConfig, TrainConfig
-from engine.config.classes import ClassOrder, class_order, class_orders
+from engine.config.classes import ClassOrder, class_order, class_orders, fingerprints
 from engine.config.cli import parse
 from engine.config.distillation import BETWEEN_IMAGES, DistillationConfig, TeacherConfig
 from engine.config.pairs import pairs_of
@@ -248,9 +248,21 @@ def test_a_student_starts_from_chosen_parts_of_its_teacher(tmp_path: Path) -> No
     told = "\n".join(start_from(assembly))
     for what in ("blocks 1, 2, 4, 5 of 6; 4 of 8 features of a head, 16 of 32 features, 64 of 128 hidden", "embed.pos"):
         assert what in told, told
+    # and of a teacher who has no more to say nothing else is built or run
+    alone = taught(path, keys={"start_from": "even", "response_weight": 0.0})
+    parts = assemble(alone, make_grid(GridShape(), World()), CPU)
+    load_teachers(parts)
+    start_from(parts)
+    held = assembly.parameters()
+    assert all(torch.equal(held[name], weight) for name, weight in parts.parameters().items())
+    assert len(parts.layers) == len(build_layers(alone.model)) and "weights alone" in str(parts.objective.describe())
+    _, held_out = build_datasets(alone.data, image_size=(8, 8), channels=1, num_classes=10, seed=0)
+    stream = EvalStream(held_out, config=alone.data, micro_batch_size=8, data_rank=0, data_size=1)
+    assert Stepper(parts).evaluate(stream).keys() == {"loss", "accuracy", "images"}
+    parts.grid.close()
     whole = VisionTransformer(replace(wide, image_size=8, patch_size=4), seed=0)
     whole.load(dict(theirs.named_parameters()), wide.resolve())
-    held, found = assembly.parameters(), inherit(whole.config, config.model, "even")
+    found = inherit(whole.config, config.model, "even")
     assert found.keys() == {name for name in held if not name.startswith(("teacher.", "match."))}
     for name, part in found.items():
         assert torch.equal(held[name], part.of(whole.get_parameter(part.source))), name
@@ -397,6 +409,9 @@ def test_classes_go_by_their_names(tmp_path: Path) -> None:
     for theirs, said in ((("a", "b", "a"), "calls class 1 b"), (("a",), "has no name for class 1")):
         assert f"x {said}, the data c: taken to be the same" in class_order("x", theirs, ("a", "c"), 3).note
     assert class_orders(config, names[:4])["teacher"] == class_orders(config, None)["teacher"] == ClassOrder()
+    by_order = {tuple(given): fingerprints(config, given) for given in (names, names[:4], backwards, names[::-1])}
+    assert by_order[tuple(names)] == by_order[tuple(names[:4])] == fingerprints(config, None)
+    assert len(set(by_order.values())) == 3  # another order of classes is another teacher to a run that goes on
 
 
 def test_targets_add_up_to_the_loss_in_every_format(tmp_path: Path, teacher: Path) -> None:
@@ -439,6 +454,7 @@ def test_targets_add_up_to_the_loss_in_every_format(tmp_path: Path, teacher: Pat
         ({"teacher_std": (0.0,)}, {}, r"the std of the pixels.*above 0"),
         ({"teacher_image_size": -2}, {}, r"cannot be shown images of -2"),
         ({"response_weight": 0.0, "label_weight": 0.0}, {}, r"all 0: nothing is learnt"),
+        ({"response_weight": 0.0}, {}, r"is 1\.0 and all other .* nothing is asked of .*, use objective sup"),
         ({"response_weight": 0.0, "temperature": 3.0}, {}, r"temperature is 3\.0, but .*response_weight is 0"),
         ({"response": "hard", "temperature": 3.0}, {}, r"temperature is 3\.0, but .*response hard looks at"),
         ({"response_weight": 0.0, "response": "sigmoid"}, {}, r"response is sigmoid, but .*response_weight is 0"),

@@ -403,7 +403,7 @@ def test_a_mistake_of_one_rank_alone_is_told_under_srun(tmp_path: Path) -> None:
     script = tmp_path / "planted.py"
     script.write_text("""
 import os, sys
-import engine.run.trainer, pretrain_vit
+import engine.run.device, pretrain_vit
 from engine.errors import ConfigError
 from engine.run.launch import run_rank
 
@@ -412,7 +412,7 @@ def choose(wanted, world):
         raise ConfigError("local rank 1 has no GPU of its own")
     return chosen(wanted, world)
 
-chosen, engine.run.trainer.choose_device = engine.run.trainer.choose_device, choose
+chosen, engine.run.device.choose_device = engine.run.device.choose_device, choose
 sys.exit(run_rank(pretrain_vit.main, sys.argv[1:], "pretrain_vit.py"))
 """)
     argv = flags(run_dir=str(tmp_path), parallel__timeout="5")
