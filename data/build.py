@@ -8,7 +8,7 @@ from data.image_folder import image_folder
 from data.image_text import image_text
 from data.normalise import Normalise
 from data.templates import captions_of, class_prompts
-from data.texts import TextShape, describe_texts, make_texts, make_tokenizer
+from data.texts import TextShape, describe_texts, make_texts, tokenizer_of
 from data.textures import textures
 from data.webdataset import webdataset
 
@@ -38,7 +38,7 @@ def build_datasets(
     """
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     Normalise(config, channels)  # raises
-    texts = None if text is None else make_texts(make_tokenizer(config.tokenizer), text)
+    texts = None if text is None else make_texts(tokenizer_of(config), text)
     train, held_out = _build(config, (channels, height, width), num_classes or _SYNTHETIC_CLASSES, seed, readers)
     if num_classes is not None and not train.num_classes:
         raise ValueError(

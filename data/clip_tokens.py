@@ -17,7 +17,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data.tokenizers import Tokenizer
+from data.tokenizers import Tokenizer, encodable
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Encoder
@@ -58,7 +58,7 @@ class ClipTokenizer(Tokenizer):
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         """As Tokenizer."""
-        cleaned = [_clean(text) for text in texts] if self._cleans else [_encodable(text) for text in texts]
+        cleaned = [_clean(text) for text in texts] if self._cleans else [encodable(text) for text in texts]
         ends = {self.start, self.end}
         found = self._encoder.encode_batch_fast(cleaned, add_special_tokens=False)
         return [[token for token in encoding.ids if token not in ends] for encoding in found]
@@ -153,9 +153,4 @@ def _clean(text: str) -> str:
         import ftfy
 
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return " ".join(_encodable(text).split()).lower()
-
-
-def _encodable(text: str) -> str:
-    """Without lone surrogates, which have no bytes."""
-    return text.encode("utf-8", errors="replace").decode()
+    return " ".join(encodable(text).split()).lower()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal
 
+TextCleaning = Literal["none", "lower", "canonical"]
 FOLDS = 5
 """Sets without a held-out part of their own are dealt into this many stratified folds, and one of them is held out."""
 
@@ -77,7 +78,15 @@ class DataConfig:
 
     tokenizer: str = "bytes"
     """What makes tokens of texts, where the objective reads texts: bytes (of UTF-8), or the path of a vocabulary of
-    CLIP's (bpe_simple_vocab_16e6.txt.gz, tokenizer.json, or the folder of vocab.json and merges.txt)."""
+    CLIP's (bpe_simple_vocab_16e6.txt.gz, tokenizer.json, or the folder of vocab.json and merges.txt), or of a
+    sentencepiece model, as SigLIP's (a file .model, or the folder of one)."""
+
+    text_cleaning: TextCleaning = "none"
+    """What is done to texts before a sentencepiece model makes tokens of them: nothing, lower case (SigLIP 2), or lower
+    case without punctuation (canonical: SigLIP)."""
+
+    text_padding: int | None = None
+    """Token that fills up texts, of a sentencepiece model; absent: the one that ends them (SigLIP; SigLIP 2: 0)."""
 
     templates: str | None = None
     """File of the templates that captions are made of, one a line, such as `a {scale} {class}, {orientation}`;

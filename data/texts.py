@@ -14,7 +14,9 @@ from torch import Tensor
 
 from data.captions import Look
 from data.clip_tokens import ClipTokenizer
+from data.config import DataConfig, TextCleaning
 from data.datasets import Dataset, fingerprint
+from data.sentencepiece_tokens import SentencePieceTokenizer, model_file
 from data.tokenizers import ByteTokenizer, Tokenizer
 
 _LOOKED_AT = 1000  # texts, before a run
@@ -56,13 +58,29 @@ class Texts:
         return f"{self.tokenizer.fingerprint} {self.length}"
 
 
-def make_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of `data.tokenizer`: `bytes`, or the path of a vocabulary of CLIP's.
+def make_tokenizer(name: str, cleaning: TextCleaning = "none", padding: int | None = None) -> Tokenizer:
+    """The tokenizer of `data.tokenizer`: `bytes`, or the path of a vocabulary of CLIP's or of a sentencepiece model.
+
+    Args:
+        cleaning: data.text_cleaning. padding: data.text_padding.
 
     Raises:
-        ValueError: there is no such vocabulary.
+        ValueError: there is no such vocabulary, or it has a cleaning and padding of its own.
     """
+    if name != "bytes" and (file := model_file(name)) is not None:
+        return SentencePieceTokenizer(name, file, cleaning, padding)
+    for key, value, usual in (("text_cleaning", cleaning, "none"), ("text_padding", padding, None)):
+        if value != usual:
+            raise ValueError(
+                f"data.{key} is {value}, but has no effect with data.tokenizer={name}, which has a way of its own: "
+                "remove it, or give a sentencepiece model"
+            )
     return ByteTokenizer() if name == "bytes" else ClipTokenizer(name)
+
+
+def tokenizer_of(config: DataConfig) -> Tokenizer:
+    """As make_tokenizer, by its keys."""
+    return make_tokenizer(config.tokenizer, config.text_cleaning, config.text_padding)
 
 
 def make_texts(tokenizer: Tokenizer, shape: TextShape) -> Texts:
@@ -82,10 +100,10 @@ def make_texts(tokenizer: Tokenizer, shape: TextShape) -> Texts:
             f"text.end_token is {shape.end_token}, but {name} ends texts with token {tokenizer.end}: set "
             f"text.end_token to {tokenizer.end}, or data.tokenizer to the one that the text tower was made for"
         )
-    if shape.length < 3:
+    if shape.length <= tokenizer.added:
         raise ValueError(
-            f"text.context_length is {shape.length}, but a text has a start and an end beside its tokens: set it to 3 "
-            "or more"
+            f"text.context_length is {shape.length}, but a text has {tokenizer.added} tokens beside its own, of its "
+            f"start or end: set it to {tokenizer.added + 1} or more"
         )
     return Texts(tokenizer=tokenizer, length=shape.length)
 
@@ -105,7 +123,7 @@ def describe_texts(dataset: Dataset) -> list[str]:
     first = np.arange(min(len(dataset), _LOOKED_AT))
     labels = dataset.labels_of(first).tolist()
     said = [dataset.captions.every(i, label, Look())[0] for i, label in enumerate(labels)]
-    needed = [len(tokens) + 2 for tokens in tokenizer.tokens(said)]  # with start and end
+    needed = [len(tokens) + tokenizer.added for tokens in tokenizer.tokens(said)]
     lines = [f"  texts: {length} tokens ({tokenizer.name}), such as {said[0][:100]!r}"]
     if cut := sum(tokens > length for tokens in needed):
         lines.append(

@@ -17,14 +17,19 @@ class Tokenizer(ABC):
 
     Attributes:
         name: what the configuration calls it. vocabulary_size: tokens are below. start, end: what goes before and
-            after the tokens of a text. pad: what fills up a text that is shorter than others.
+            after the tokens of a text; no start: None. pad: what fills up a text that is shorter than others.
     """
 
     name: str
     vocabulary_size: int
-    start: int
+    start: int | None
     end: int
     pad: int
+
+    @property
+    def added(self) -> int:
+        """How many tokens a text has beside its own: start and end."""
+        return 1 if self.start is None else 2
 
     @abstractmethod
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
@@ -36,7 +41,9 @@ class Tokenizer(ABC):
         """Of all that tokens depend on: equal where the vocabulary is."""
 
     def encode(self, texts: Sequence[str], length: int) -> NDArray[np.int64]:
-        """[n, S] with S = `length`: start, tokens, end, then pad. Of a text that is too long the last tokens go."""
+        """[n, S] with S = `length`: start, if there is one, tokens, end, then pad. Of a text that is too long the last
+        tokens go.
+        """
         return self.encode_counted(texts, length)[0]
 
     def encode_counted(self, texts: Sequence[str], length: int) -> tuple[NDArray[np.int64], int]:
@@ -45,15 +52,25 @@ class Tokenizer(ABC):
         Raises:
             ValueError: if not even start, one token and end fit.
         """
-        if length < 3:
-            raise ValueError(f"texts of {length} tokens hold nothing beside their start and end: 3 is the least")
+        if length <= self.added:
+            raise ValueError(
+                f"texts of {length} tokens hold nothing beside their start and end: {self.added + 1} is the least"
+            )
+        first = self.added - 1
         rows = np.full((len(texts), length), self.pad, dtype=np.int64)
         cut = 0
         for row, found in zip(rows, self.tokens(texts), strict=True):
-            kept = found[: length - 2]
+            kept = found[: length - self.added]
             cut += len(kept) < len(found)
-            row[0], row[1 : len(kept) + 1], row[len(kept) + 1] = self.start, kept, self.end
+            if self.start is not None:
+                row[0] = self.start
+            row[first : first + len(kept)], row[first + len(kept)] = kept, self.end
         return rows, cut
+
+
+def encodable(text: str) -> str:
+    """Without lone surrogates, which have no bytes: question marks."""
+    return text.encode("utf-8", errors="replace").decode()
 
 
 class ByteTokenizer(Tokenizer):

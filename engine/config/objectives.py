@@ -26,12 +26,13 @@ Passes = Literal["auto", 1, 2]
 _RELATED = {"distances": (2, "pair"), "angles": (3, "triplet")}  # images that are compared, what they are
 ENOUGH_IMAGES = max(count for count, _ in _RELATED.values())
 """Of a step: every objective has something to compare then."""
+_OF_TEXTS = ("tokenizer", "text_cleaning", "text_padding", "templates", "prompts")  # keys of data
 _FIRST_BACKWARDS = (ActionKind.BACKWARD, ActionKind.BACKWARD_INPUT)
 
 
 def check_objective(config: Config) -> None:
     """Raise ConfigError where a key of another objective is set, or the batch is none for this one."""
-    texts = {**set_keys("text", config.text), **set_keys("data", config.data, ("tokenizer", "templates", "prompts"))}
+    texts = {**set_keys("text", config.text), **set_keys("data", config.data, _OF_TEXTS)}
     views = set_keys("data", config.data, ("views",))
     if config.objective != "distillation":
         keys = set_keys("distillation", config.distillation)

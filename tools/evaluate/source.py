@@ -48,7 +48,7 @@ from tools.evaluate.towers import (
 # Of a run, what says nothing of its model and images, or of the ranks that run it here.
 _DROPPED = ("parallel", "recompute", "optimizer", "schedule", "checkpoint", "log", "run_dir", "device")
 _KEPT_OF_TRAIN = ("seed", "loss", "micro_batch_size")
-_KEPT_OF_DATA = ("mean", "std", "workers", "views", "tokenizer")
+_KEPT_OF_DATA = ("mean", "std", "workers", "views", "tokenizer", "text_cleaning", "text_padding")
 _MICRO_BATCH = 64  # of what no run of ours has saved
 _HEADS = ("head.fc.", "head.fc_distill.", "head.project.")
 _SHOWN = 4

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from data.config import TextCleaning
 from data.texts import TextShape, make_texts, make_tokenizer
 from engine.checkpoint.load import contrastive_folder
 from engine.errors import ConfigError
@@ -39,10 +40,13 @@ def opened(checkpoint: Path, weights: Which, said: Sequence[str], tokenizer: str
     """
     if len(set(said)) < len(said):
         raise ConfigError("--text: a text is given twice: give each once")
+    ways: tuple[TextCleaning, int | None] = ("none", None)
     try:
         model = ImageText.from_pretrained(checkpoint, weights=weights)
         if tokenizer is None and (found := contrastive_folder(checkpoint)) is not None:
-            tokenizer = (found[1].config.get("data") or {}).get("tokenizer")
+            given = found[1].config.get("data") or {}
+            tokenizer = given.get("tokenizer")
+            ways = given.get("text_cleaning", "none"), given.get("text_padding")
     except ValueError as error:
         raise ConfigError(f"--text needs an image tower and a text tower: {error}") from error
     if tokenizer is None:
@@ -54,7 +58,7 @@ def opened(checkpoint: Path, weights: Which, said: Sequence[str], tokenizer: str
     assert text.context_length is not None and text.vocabulary_size is not None
     shape = TextShape(length=text.context_length, vocabulary_size=text.vocabulary_size, end_token=text.end_token)
     try:
-        words = make_texts(make_tokenizer(tokenizer), shape)
+        words = make_texts(make_tokenizer(tokenizer, *ways), shape)
         rows, cut = words.tokenizer.encode_counted(said, words.length)
     except ValueError as error:
         raise ConfigError(f"--text: {str(error).replace('data.tokenizer', '--tokenizer')}") from error
