@@ -6,8 +6,8 @@ a keyed hash of one half to the other, modulo its side, which is undone by subtr
 are a permutation of the grid. The grid has less than a places more than are wanted; what lands there goes round again
 until it does not (cycle walking, method 2), which is a permutation of the wanted ones.
 
-16 rounds, where 4 of a strong cipher would do for large sets: sets of 5 samples then see all 120 orders equally often
-(8 rounds: chi-square three times its mean), and a round costs a few microseconds a micro-batch.
+16 rounds, where 4 of a strong cipher would do for large sets: with fewer, sets of a handful of samples see some orders
+more often than others, which tests/data/test_sampling.py would tell.
 """
 
 from __future__ import annotations

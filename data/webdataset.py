@@ -52,10 +52,11 @@ class WebDataset(Dataset):
 
     @property
     def fingerprint(self) -> str:
-        """Of all bytes of all shards, their order, what labels mean, and which samples are taken."""
+        """Of all bytes of all shards, their order, where sources end, what labels mean, and which samples are taken."""
         catalogue = self.store.catalogue
+        sources = [catalogue.source_ends.tobytes()] if len(catalogue.source_ends) > 1 else []
         names = repr((catalogue.words, self.num_classes, self.class_names, self.part)).encode(errors="surrogateescape")
-        return fingerprint(catalogue.hashes.tobytes(), catalogue.ends.tobytes(), names)
+        return fingerprint(catalogue.hashes.tobytes(), catalogue.ends.tobytes(), names, *sources)
 
     @cached_property
     def labels(self) -> NDArray[np.int64]:  # type: ignore[override]

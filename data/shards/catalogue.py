@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from data.shards.index import Head, hash_of, make_index, place, read_head, touch
+from data.listing import SUFFIXES
+from data.shards.index import Head, copies, hash_of, make_index, note_copy, place, read_head
 from data.shards.members import ShardError
 from data.shards.names import expand
 from data.workers import begin_worker
@@ -110,7 +111,9 @@ def open_shards(
     doubtful = [
         (tar, index, head, at.st_mtime_ns)
         for tar, index, head, at in zip(tars, indexes, heads, status, strict=True)
-        if head is not None and head.tar_mtime != at.st_mtime_ns
+        if head is not None
+        and head.tar_mtime != at.st_mtime_ns
+        and (at.st_mtime_ns, head.tar_hash) not in copies(index)
     ]
     _check_content(doubtful, given, workers)
     for shard in todo:
@@ -151,7 +154,7 @@ def _check_content(doubtful: Sequence[tuple[str, str, Head, int]], given: str, w
     wrong = []
     for (tar, index, head, mtime), found in zip(doubtful, hashes, strict=True):
         if found == head.tar_hash:
-            touch(index, mtime)
+            note_copy(index, mtime, found)
         else:
             wrong.append(f"{tar} (other bytes than when it was indexed)")
     _refuse_changed(wrong, given)
@@ -181,6 +184,11 @@ def _catalogue(
             found = [words.setdefault(word, len(words)) for word in head.words]
             known[head.words] = np.array(found, dtype=np.int64)
         numbers.append(known[head.words])
+    left_out["shards without an image"] = sum(not head.count for head in heads)
+    if left_out["shards without an image"] == len(heads):
+        raise ValueError(
+            f"{given} has no image ({' '.join(SUFFIXES)}): of {len(heads)} shards none has one, {tars[0]} the first"
+        )
     largest = max(head.largest for head in heads)
     if words and largest >= 0:
         at = next(tar for tar, head in zip(tars, heads, strict=True) if head.largest >= 0)
@@ -202,7 +210,7 @@ def _catalogue(
         numbers=np.concatenate([*numbers, np.array([-1])]),
         number_ends=np.cumsum([len(shard) for shard in numbers], dtype=np.int64),
         largest=largest,
-        left_out=dict(left_out),
+        left_out=dict(+left_out),
         unlabelled=_some(unlabelled),
         made=made,
     )

@@ -86,11 +86,16 @@ def class_map(catalogue: Catalogue) -> tuple[str, ...] | None:
     """The lines of classes.txt beside the first shard; None: there is none. Raises ValueError where it is no good."""
     file = Path(catalogue.tars[0]).parent / CLASS_MAP
     try:
-        names = tuple(line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip())
+        names = tuple(line.strip() for line in file.read_text(encoding="utf-8-sig").rstrip().splitlines())
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} cannot be read ({error}): give the name of each class, one a line") from error
+    if "" in names:
+        raise ValueError(
+            f"{file}, line {names.index('') + 1} is empty, so that nobody can tell which label the next line names: "
+            "give the name of each class, one a line"
+        )
     if len(set(names)) < len(names):
         raise ValueError(f"{file} names a class twice: give the name of each class once, one a line")
     return names

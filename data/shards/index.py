@@ -29,6 +29,7 @@ _VERSION = 1
 _MAGIC = b"VITSHARD"
 _CHUNK = 4 * 2**20
 _LARGEST = 2**32  # bytes of one part
+_COPIES, _MOST_COPIES = ".copies", 1024  # a file beside an index; lines of it
 
 HEADER = np.dtype(
     [
@@ -72,6 +73,8 @@ class Index:
 
     records: NDArray[np.void]
     keys: NDArray[np.uint8]
+    tar_hash: int
+    body_hash: int
 
     def key(self, row: int) -> str:
         """A sample's name within its tar file."""
@@ -114,12 +117,21 @@ def make_index(tar: str, where: str, label: str | None) -> None:
     _write(where, header, *content)
 
 
-def touch(where: str, tar_mtime: int) -> None:
-    """The tar file has another time than when the index was made, and the same bytes: note that, where it can be."""
+def note_copy(where: str, tar_mtime: int, tar_hash: int) -> None:
+    """A tar file of another time than when it was indexed has the same bytes: note that, where it can be, beside the
+    index, which hosts may share that have copies of their own."""
     with suppress(OSError):
-        body = bytearray(Path(where).read_bytes())
-        np.frombuffer(body, dtype=HEADER, count=1)["tar_mtime"] = tar_mtime
-        write_whole(Path(where), bytes(body))
+        noted = [(tar_mtime, tar_hash), *copies(where)][:_MOST_COPIES]
+        write_whole(Path(where + _COPIES), "".join(f"{time} {known}\n" for time, known in noted).encode())
+
+
+def copies(where: str) -> set[tuple[int, int]]:
+    """(time, hash) of copies that are known to have the bytes of then."""
+    try:
+        lines = Path(where + _COPIES).read_text().splitlines()
+        return {(int(time), int(known)) for time, known in map(str.split, lines)}
+    except (OSError, ValueError):
+        return set()
 
 
 def read_head(where: str) -> Head | None:
@@ -149,8 +161,8 @@ def read_head(where: str) -> Head | None:
     )
 
 
-def map_index(where: str, *, is_checked: bool = False) -> Index:
-    """Raises ShardError if it is not what was written; `is_checked`: its checksum was compared before."""
+def map_index(where: str, known: int | None = None) -> Index:
+    """Raises ShardError if it is not what was written; `known`: its `body_hash`, where that was compared before."""
     try:
         whole = np.asarray(np.memmap(where, dtype=np.uint8, mode="r"))
         header = _fields(whole[: HEADER.itemsize].tobytes())
@@ -158,9 +170,12 @@ def map_index(where: str, *, is_checked: bool = False) -> Index:
         raise ShardError(f"{where} cannot be read ({error}): remove it, and start again") from error
     records, keys, end = _ends(header)
     body = whole[HEADER.itemsize :]
-    if len(whole) != end or (not is_checked and xxhash.xxh3_64_intdigest(body.data) != header["body_hash"]):
+    body_hash = xxhash.xxh3_64_intdigest(body.data) if known is None else known
+    if len(whole) != end or body_hash != header["body_hash"]:
         raise ShardError(f"{where} is damaged: remove it, and start again")
-    return Index(records=whole[records:keys].view(RECORD), keys=whole[keys:])
+    return Index(
+        records=whole[records:keys].view(RECORD), keys=whole[keys:], tar_hash=header["tar_hash"], body_hash=body_hash
+    )
 
 
 def hash_of(tar: str) -> int:
@@ -227,8 +242,6 @@ def _content(
         if max(size for _, size in places) >= _LARGEST:
             raise ShardError(f"{tar}: sample {sample.key} is larger than 4 GiB: leave it out")
         rows.append((*(offset for offset, _ in places), *(size for _, size in places), -1, len(keys)))
-    if not rows:
-        raise ShardError(f"{tar} has no image ({' '.join(SUFFIXES)}): it is no shard of images, leave it out")
     records = np.array(rows, dtype=RECORD)
     records["label"], words = _numbered(labels)
     return records, bytes(keys), words, dict(+left_out)
@@ -265,7 +278,7 @@ def _write(
     left_out: dict[str, int],
 ) -> None:  # fmt: skip
     labels = records["label"]
-    largest, unlabelled = -1 if words else int(labels.max()), int(np.sum(labels < 0))
+    largest, unlabelled = -1 if words else int(labels.max(initial=-1)), int(np.sum(labels < 0))
     said = json.dumps({"words": words, "largest": largest, "unlabelled": unlabelled, "left_out": left_out}).encode()
     header["count"], header["keys"], header["words"] = len(records), len(keys), len(said)
     padding = bytes(-(HEADER.itemsize + len(said)) % 8)

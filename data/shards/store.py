@@ -34,7 +34,7 @@ class Store:
         files = _allowed_files()
         self.index: Callable[[int], Index] = lru_cache(maxsize=min(_MAPPED, files // 8))(self._map)
         """That of a shard."""
-        self._checked = set[int]()
+        self._checked = dict[int, int]()  # body_hash of indexes that were mapped before
         self._open: Callable[[int], _Opened] = lru_cache(maxsize=min(_OPEN_TARS, files // 16))(
             lambda shard: _Opened(self.tar(shard))
         )
@@ -89,10 +89,14 @@ class Store:
 
     def _map(self, shard: int) -> Index:
         try:
-            found = map_index(self.catalogue.indexes[shard], is_checked=shard in self._checked)
+            found = map_index(self.catalogue.indexes[shard], self._checked.get(shard))
         except ShardError as error:
             raise UnreadableImageError(str(error)) from error
-        self._checked.add(shard)
+        if found.tar_hash != int(self.catalogue.hashes[shard]):
+            raise UnreadableImageError(
+                f"{self.catalogue.indexes[shard]} was made anew, of other bytes, since this run began: start again"
+            )
+        self._checked[shard] = found.body_hash
         return found
 
 

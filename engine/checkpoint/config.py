@@ -32,6 +32,10 @@ class CheckpointConfig:
     """Go on from the newest complete checkpoint in `dir`: if there is one, never, or else fail. Earlier files of a run
     that starts anew are set aside."""
 
+    accept_other_data: bool = False
+    """Go on although train.seed, the list of training images or their texts are others than those of the checkpoint,
+    so that an epoch is not what it would have been: for a run that is meant to go on with other data."""
+
     load: str | None = None
     """Start from the weights of this checkpoint, or of the newest in this folder, or of another library's file or
     folder: for fine-tuning. Positions and patches are resized, other layers that do not fit are new."""
@@ -52,5 +56,7 @@ class CheckpointConfig:
             raise ValueError(
                 "checkpoint.load starts a new run and checkpoint.resume must goes on with one: give one of the two"
             )
+        if self.accept_other_data and self.resume == "never":
+            raise ValueError("checkpoint.accept_other_data has no effect with checkpoint.resume never: remove it")
         if self.load is None and self.load_weights != "weights":
             raise ValueError("checkpoint.load_weights says which weights of checkpoint.load are meant: give load, too")

@@ -119,7 +119,7 @@ def resume(
     candidates = _candidates(a, folder, facts)
     for step in reversed(candidates):
         path = folder / place.name_of(step)
-        manifest, problem = take(a, path, steps, notes, facts.get(TEACHERS, ()))
+        manifest, problem = take(a, path, steps, notes, facts.get(TEACHERS, ()), facts)
         if manifest is not None:
             notes += _changes(a, manifest, facts)
             last = steps(Progress.of(manifest.progress))
@@ -163,13 +163,19 @@ def _is_ours(path: Path, facts: Mapping[str, Any]) -> bool:
 
 
 def take(
-    a: Assembly, path: Path, steps: Callable[[Progress], int], notes: list[str], teachers: Sequence[str] = ()
+    a: Assembly,
+    path: Path,
+    steps: Callable[[Progress], int],
+    notes: list[str],
+    teachers: Sequence[str] = (),
+    facts: Mapping[str, Any] | None = None,
 ) -> tuple[Manifest | None, str]:
     """(the manifest, "") of a checkpoint that was restored, or (None, how it is damaged). Collective.
 
     Args:
         steps: of the whole run, by what was done of it. notes: are added to, where state begins anew or is left out.
         teachers: fingerprints of those that this run has (engine.config.classes).
+        facts: as of `resume`; None: other data are no matter.
 
     Raises:
         ConfigError, UnreadableError: as `resume`.
@@ -193,6 +199,8 @@ def take(
                 "run_dir, or checkpoint.resume never"
             )
         notes_here = _check_state(a, reader, teachers)
+        if facts is not None and not a.config.checkpoint.accept_other_data:
+            _check_data(a.config, reader, facts)
         try:
             restore(a, reader)
         except CheckpointError as error:
@@ -273,6 +281,24 @@ def _check_state(a: Assembly, reader: Reader, teachers: Sequence[str]) -> list[s
             "state is of no use to another. Use that one, or checkpoint.load to start a new run from its weights"
         )
     return _notes_of(found)
+
+
+def _check_data(config: Config, reader: Reader, facts: Mapping[str, Any]) -> None:
+    """Raise ConfigError, on every rank, where draws would be of other images or texts than those that were drawn."""
+    then, now = _stored(reader.manifest.config, "train.seed"), config.train.seed
+    about = reader.manifest.about
+    changed = [f"train.seed {_shown(then)} -> {now}"] if then != now else []
+    changed += [
+        f"{name} {about[name]} -> {facts.get(name)}"
+        for name in ("training images", "training texts")
+        if name in about and about[name] != facts.get(name)
+    ]
+    if changed and Progress.of(reader.manifest.progress).samples:
+        raise ConfigError(
+            f"{reader.folder} goes on with other data: {'; '.join(changed)}. What is left of the epoch would not be "
+            "what was not seen yet: use those of then, or checkpoint.load to start a new run from its weights, or, if "
+            "the change is meant, checkpoint.accept_other_data true"
+        )
 
 
 def _notes_of(found: Sequence[Difference]) -> list[str]:

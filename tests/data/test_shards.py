@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data.errors import UnreadableImageError
+from data.shards import catalogue
 from data.shards.catalogue import open_shards
-from data.shards.index import hash_of, map_index
+from data.shards.index import hash_of, make_index, map_index
 from data.shards.members import ShardError
 from data.shards.names import expand
 from data.shards.store import Store
@@ -105,7 +107,6 @@ REFUSED = {
     "sparse": (lambda path: append(path, "z.png", tarfile.GNUTYPE_SPARSE), "z.png is stored with holes: .*--sparse"),
     "twice": (lambda path: append(path, "part/00001.png", tarfile.REGTYPE, b"x"), "has part/00001.png twice"),
     "apart": (lambda path: append(path, "part/00000.cls", tarfile.REGTYPE, b"1"), "00000 do not follow each other"),
-    "no images": (lambda path: write_tar(path, [("a", {"txt": b"x"})]), "has no image"),
 }  # fmt: skip
 
 
@@ -148,6 +149,52 @@ def test_shards_that_have_changed_are_named(tmp_path: Path) -> None:
     index.write_bytes(index.read_bytes()[:-1] + b"\xff")
     with pytest.raises(ShardError, match=r"00\.tar\.index is damaged: remove it"):
         map_index(str(index))
+
+
+def test_shards_without_an_image_are_counted_and_refused_only_if_all_are(tmp_path: Path) -> None:
+    empty = write_tar(tmp_path / "00.tar", [("a", {"txt": b"x"})])
+    with pytest.raises(ValueError, match=r"00\.tar has no image \(\.png .* of 1 shards none has one"):
+        opened(empty)
+    write_tar(tmp_path / "01.tar", [sample(0, cls=1), sample(1, cls=2)])
+    write_tar(tmp_path / "02.tar", [])
+    store = opened(tmp_path / "*.tar")
+    assert store.catalogue.ends.tolist() == [0, 2, 2] and store.catalogue.largest == 2
+    assert "1 samples without an image, 2 shards without an image" in store.catalogue.describe()
+    assert store.part(store.places(np.array([1]))[0], "image") == picture(1) and store.all_words().tolist() == [1, 2]
+
+
+def test_hosts_that_share_indexes_look_at_their_copies_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, hashed = write_tar(tmp_path / "x.tar", [sample(0)]), list[str]()
+    opened(path, folder=str(tmp_path / "i"))
+    monkeypatch.setattr(catalogue, "hash_of", lambda tar: hashed.append(tar) or hash_of(tar))
+    for time in (1, 2, 1, 2):  # host by host, and again
+        os.utime(path, ns=(time, time))
+        opened(path, folder=str(tmp_path / "i"))
+    assert len(hashed) == 2
+    path.write_bytes(path.read_bytes().replace(b"part/", b"trap/"))  # other bytes at a time that is known
+    open_shards(str(path), "data.path", label=None, folder=str(tmp_path / "i"), workers=1, again=True)
+    write_tar(path, [sample(0)])
+    os.utime(path, ns=(2, 2))
+    with pytest.raises(ValueError, match=r"x\.tar \(other bytes"):
+        opened(path, folder=str(tmp_path / "i"))
+
+
+def test_an_index_that_is_mapped_again_is_the_one_of_before(tmp_path: Path) -> None:
+    store = opened(shards(tmp_path, sizes=(3, 3)))
+    store.index = lambda shard: store._map(shard)  # as if each were evicted at once
+    place = store.places(np.array([4]))[0]
+    assert store.name(place).endswith("01.tar, sample part/00004")
+    index = tmp_path / "01.tar.index"
+    kept = index.read_bytes()
+    write_tar(tmp_path / "01.tar", [sample(7), sample(8), sample(9)])
+    make_index(str(tmp_path / "01.tar"), str(index), None)
+    with pytest.raises(UnreadableImageError, match=r"01\.tar\.index is damaged|was made anew, of other bytes"):
+        store.part(place, "image")
+    with pytest.raises(UnreadableImageError, match=r"was made anew, of other bytes, since this run began"):
+        Store(store.catalogue).index(1)
+    index.write_bytes(kept[:-1])
+    with pytest.raises(UnreadableImageError, match=r"01\.tar\.index is damaged"):
+        store.part(place, "image")
 
 
 def test_many_shards_need_few_open_files(tmp_path: Path) -> None:

@@ -74,6 +74,9 @@ def test_labels_are_numbers_names_or_lines_of_a_class_map(tmp_path: Path) -> Non
         build(pattern)
     with pytest.raises(ValueError, match=r"classes \['b'\], which classes\.txt beside data\.path"):
         build(pattern, label_column="kind")
+    (tmp_path / "classes.txt").write_text("c\n\na\nb\n\n")
+    with pytest.raises(ValueError, match=r"classes\.txt, line 2 is empty"):
+        build(pattern)
     (tmp_path / "classes.txt").unlink()
     more = write_tar(tmp_path / "more.tar", [sample(i, json=json.dumps({"kind": "z"})) for i in range(3)])
     with pytest.raises(ValueError, match=r"classes \['z'\], which data\.path does not have"):
@@ -227,6 +230,8 @@ def test_sources_are_mixed_in_their_shares_each_in_epochs_of_its_own(tmp_path: P
     assert order_of(config) == "Feistel, 16 rounds, 1 shards at a time, sources 3:1"
     with pytest.raises(ValueError, match=r"data\.weights has 1 numbers, and data\.path=.* 2 sources"):
         build(f"{one}::{other}", val_path=one, weights=(3.0,))
+    ends = [f"{tmp_path}/a/00.tar::{tmp_path}/a/{{01,02}}.tar", f"{tmp_path}/a/{{00,01}}.tar::{tmp_path}/a/02.tar", one]
+    assert len({build(path, val_path=one)[0].fingerprint for path in ends}) == 3
     with pytest.raises(ValueError, match=r"names a shard in two sources"):
         build(f"{one}::{one}", val_path=one)
     held_out = build(f"{one}::{other}", weights=(3.0, 1.0))[0]

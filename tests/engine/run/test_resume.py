@@ -309,6 +309,9 @@ def test_more_steps_and_another_rate_are_told_once_and_take_effect(
 
 
 BF16 = {"precision": PrecisionConfig(dtype="bf16")}
+OTHER_DATA: dict[str, Any] = {
+    "data": DataConfig(kind="synthetic", size=32), "checkpoint": CheckpointConfig(keep=None, accept_other_data=True),
+}  # fmt: skip
 CHANGED: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
     ({}, {"optimizer": OptimizerConfig()}, "optimizer.ema_decay 0.9 -> null", "state of average"),
     ({"optimizer": OptimizerConfig()}, {}, "optimizer.ema_decay null -> 0.9", "state of average"),
@@ -316,7 +319,7 @@ CHANGED: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
     ({}, {"train": {"freeze": ("embed", "blocks.0")}}, "train.freeze", "state of optimizer"),
     (BF16, fp16(initial_loss_scale=2.0**10), "precision.dtype bf16 -> fp16", "state of loss_scale"),
     (fp16(), {}, "precision.dtype fp16 -> fp32", "state of loss_scale"),
-    ({}, {"data": DataConfig(kind="synthetic", size=32)}, "data.size 36 -> 32", "warning: the list of training images"),
+    ({}, OTHER_DATA, "data.size 36 -> 32", "warning: the list of training images"),
     ({}, {"drop_path": 0.0}, "model.drop_path 0.2 -> 0.0", "resume: from"),
 ]  # fmt: skip
 
@@ -350,6 +353,8 @@ OTHER_MODELS: list[tuple[dict[str, Any], str]] = [
     ({"gelu": "tanh"}, r"another model: model\.gelu erf -> tanh"),
     ({"norm_after_pool": True}, r"another model: model\.norm_after_pool False -> True"),
     ({"optimizer": OptimizerConfig(name="lamb", ema_decay=0.9)}, r"optimizer adamw.*lamb"),
+    ({"train": {"seed": 5}}, r"with other data: train\.seed 0 -> 5; training images 36 of .*accept_other_data true"),
+    ({"data": OTHER_DATA["data"]}, r"with other data: training images 36 of \w+ -> 32 of \w+\. "),
 ]
 
 
