@@ -5,7 +5,7 @@ Grid, layers cut into stages, parameters in flat buckets, schedule, executor, op
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -38,7 +38,7 @@ from parallel import comm
 from parallel.comm import Axis
 from parallel.contrastive import KeyQueue
 from parallel.distillation import Moments
-from parallel.fp8 import Fp8Recipe, Fp8Registry, enable_fp8
+from parallel.fp8 import Fp8Recipe, Fp8Registry, RowProducts, enable_fp8, enable_row_products, row_products
 from parallel.grid import Grid, make_grid
 from parallel.layout import ParameterInfo
 from parallel.pipeline import (
@@ -146,6 +146,11 @@ class Assembly:
     def recomputer(self) -> Ahead | None:
         """What runs the R of a schedule."""
         return None if self.recompute is None else Ahead(self.recompute, self.store.use)
+
+    @cached_property
+    def row_products(self) -> tuple[RowProducts, ...]:
+        """Of linears of teachers in fp8 on this rank."""
+        return tuple(row_products(self.stages.values()))
 
     @cached_property
     def moments(self) -> dict[str, Moments]:
@@ -292,13 +297,16 @@ def sharding_policy(config: Config, memory: float, *, on_cpu: bool) -> ShardingP
 
 def enable_8_bits(
     config: PrecisionConfig,
-    stages: Iterable[nn.Module],
+    stages: Collection[nn.Module],
     precision: Precision,
     device: torch.device,
     *,
     keep_weights: bool = True,
 ) -> Fp8Registry | None:
-    """Give the linears of the layers that are to be in fp8 their products."""
+    """Give the linears of the layers that are to be in fp8 their products; what is trained of them is registered."""
+    enable_row_products(
+        stages, keep_weights=keep_weights, skip=lambda name: layer_of(f"{name}.weight") not in precision.fp8_rows
+    )
     if not precision.fp8:
         return None
     recipe = Fp8Recipe(

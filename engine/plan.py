@@ -72,6 +72,8 @@ def states(assembly: Assembly, *, on_cpu: bool = False) -> dict[str, int]:
     held["optimizer state"] = sum(t.nbytes for group in assembly.optimizer.state_tensors().values() for t in group)
     if assembly.fp8 is not None:
         held["weights in 8 bits"] = assembly.fp8.weight_bytes
+    if kept := sum(products.weight_bytes for products in assembly.row_products):
+        held["teacher in 8 bits"] = kept
     if assembly.queue is not None:
         held["queue of keys"] = assembly.queue.keys.nbytes
     if assembly.averages:

@@ -28,7 +28,8 @@ class Tower:
     Attributes:
         name: the prefix of its layers' names. config: resolved. shares_tokens: whether context ranks share the tokens
             of a sample; else each of them computes all of it. frozen: whether none of it is trained, as of a teacher.
-            dtype: that all of it is kept and computed in; None: by the run's precision.
+            dtype: that all of it is kept and computed in; None: by the run's precision. fp8: whether the matrix
+            products of its blocks are in 8 bits, if it is frozen.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Tower:
     shares_tokens: bool = True
     frozen: bool = False
     dtype: torch.dtype | None = None
+    fp8: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

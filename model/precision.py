@@ -19,7 +19,8 @@ class Precision:
         dtype: of activations and weights. high: names of the layers that compute in `high_dtype` instead.
         norms_in_fp32: whether the scales and biases of norms are kept in fp32, wherever they are.
         fp8: names of the layers whose matrix products are in fp8, everything else of them in `dtype`.
-        apart: towers (`teacher`) that are in a format of their own, all of them.
+        apart: towers (`teacher`) that are in a format of their own, all of them. fp8_rows: names of their layers whose
+            matrix products are in fp8 with a scale for each row (parallel.fp8.rows).
     """
 
     dtype: torch.dtype = torch.float32
@@ -27,6 +28,7 @@ class Precision:
     norms_in_fp32: bool = False
     fp8: frozenset[str] = frozenset()
     apart: tuple[tuple[str, torch.dtype], ...] = ()
+    fp8_rows: frozenset[str] = frozenset()
 
     def of_layer(self, layer: str) -> torch.dtype:
         """What a layer, e.g. `blocks.3`, computes in, and gives out."""

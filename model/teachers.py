@@ -69,13 +69,19 @@ class Teacher:
 
     Attributes:
         name: the prefix of its layers. model: resolved. pixels: how it is shown images. dtype: that it is kept and
-            computed in.
+            computed in. fp8: whether the matrix products of its blocks are in 8 bits.
     """
 
     name: str
     model: ModelConfig
     pixels: Pixels
     dtype: torch.dtype
+    fp8: bool = False
+
+    @property
+    def format(self) -> str:
+        """In words."""
+        return "fp8" if self.fp8 else str(self.dtype).removeprefix("torch.")
 
 
 class TeacherEmbedding(Embedding):
@@ -197,7 +203,7 @@ def _teaching(teacher: Teacher | StoredTeacher) -> list[LayerSpec]:
                 beside=POOLED, reads=("outputs",), tower=tower,
             )
         ]  # fmt: skip
-    tower = Tower(name=name, config=model, frozen=True, dtype=teacher.dtype)
+    tower = Tower(name=name, config=model, frozen=True, dtype=teacher.dtype, fp8=teacher.fp8)
     embed = partial(TeacherEmbedding, pixels=teacher.pixels)
     layers = [
         LayerSpec(name=f"{name}.embed", factory=embed, reads=("images",)),

@@ -254,6 +254,8 @@ def load_weights(
         average.restart()
     if a.fp8 is not None:
         a.fp8.forget_weights()
+    for products in a.row_products:
+        products.forget_weight()
 
 
 def _fill_some(weights: StoredWeights, source: str, part: Inherited, pieces: Iterable[StatePiece]) -> None:

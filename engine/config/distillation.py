@@ -29,7 +29,7 @@ class TeacherConfig:
     weight: float = 1.0
     """Of what is learnt from him, before weights are divided by their sum."""
 
-    dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    dtype: Literal["fp32", "bf16", "fp16", "fp8"] | None = None
     """As distillation.teacher_dtype."""
 
     image_size: int | tuple[int, int] | None = None
@@ -52,8 +52,9 @@ class DistillationConfig:
     teacher: str | None = None
     """A checkpoint of any layout (its newest step), or a file or folder that tools.convert reads."""
 
-    teacher_dtype: Literal["fp32", "bf16", "fp16"] | None = None
-    """What the teacher is kept and computed in; null: precision.dtype (of fp8: bf16)."""
+    teacher_dtype: Literal["fp32", "bf16", "fp16", "fp8"] | None = None
+    """What the teacher is kept and computed in; fp8: the linears of its blocks multiply in 8 bits, the rest is bf16;
+    null: precision.dtype (of fp8: bf16)."""
 
     teacher_image_size: int | tuple[int, int] | None = None
     """Rows and columns of the images that it is shown; null: those of its checkpoint."""

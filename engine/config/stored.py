@@ -72,7 +72,7 @@ def meta_of(
         teacher=weights,
         model=_as_json(asdict(teacher.model)),
         features=features,
-        shown=_as_json(asdict(teacher.pixels)) | {"dtype": str(teacher.dtype).removeprefix("torch.")},
+        shown=_as_json(asdict(teacher.pixels)) | {"dtype": teacher.format},
         classes=classes,
         kept=classes if kept is None else kept,
         temperature=None if kept in (None, classes) else config.distillation.temperature,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate
@@ -111,7 +112,10 @@ def _teacher(name: str, given: TeacherConfig, config: Config, student: ModelConf
                 f"or one for each of {channels} channels" + (", above 0" if what == "std" else "")
             )
     pixels = Pixels.between((data.mean, data.std), (mean, std), model.sizes.image, channels)
-    return Teacher(name=name, model=model, pixels=pixels, dtype=DTYPES[given.dtype or config.precision.dtype])
+    return Teacher(
+        name=name, model=model, pixels=pixels, dtype=DTYPES[given.dtype or config.precision.dtype],
+        fp8=given.dtype == "fp8",
+    )  # fmt: skip
 
 
 def _check(path: str, teacher: ModelConfig, student: ModelConfig) -> None:
@@ -206,6 +210,12 @@ def check_teachers(teachers: Teachers, shape: GridShape) -> None:
             check_parallel(teacher.model, shape.tensor, shape.context)
         except ValueError as error:
             raise ConfigError(f"of the {teacher.name} {str(error).replace('model.', '')}") from error
+
+
+def formats_of_teachers(config: Config) -> Iterator[tuple[str, str]]:
+    """(path, format) of each teacher that is computed in one of his own."""
+    if config.objective == "distillation" and config.distillation.asks_teachers:
+        yield from ((of.path, of.dtype) for of in computed(config).values() if of.dtype is not None)
 
 
 def found_of(given: TeacherConfig) -> Found:

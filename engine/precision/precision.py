@@ -22,6 +22,7 @@ def precision_of(config: PrecisionConfig, layers: Sequence[LayerSpec]) -> Precis
     is fp32 always.
     """
     apart = {layer.tower.name: layer.tower.dtype for layer in layers if layer.tower and layer.tower.dtype}
+    fp8_rows = frozenset(of.name for of in layers if of.tower is not None and of.tower.fp8 and of.kind == "blocks")
     layers = [layer for layer in layers if layer.tower is None or layer.tower.name not in apart]
     towers = dict.fromkeys(layer.tower for layer in layers)
     by_tower = [[layer.name for layer in layers if layer.kind == "blocks" and layer.tower == t] for t in towers]
@@ -40,6 +41,7 @@ def precision_of(config: PrecisionConfig, layers: Sequence[LayerSpec]) -> Precis
         norms_in_fp32="norms" in config.high_layers,
         fp8=frozenset(set(blocks) - edge if fp8 else ()),
         apart=tuple(apart.items()),
+        fp8_rows=fp8_rows,
     )
 
 
@@ -53,14 +55,19 @@ def check_kernels(kernels: Kernels, device: torch.device) -> None:
 
 def check_precision(config: PrecisionConfig, device: torch.device) -> None:
     """Raise ConfigError where the device cannot compute in this format."""
-    wanted = config.dtype
-    if wanted == "fp8":
-        if problem := fp8_obstacle(device):
-            raise ConfigError(f"precision.dtype is fp8: {problem}")
+    check_format("precision.dtype", config.dtype, device)
+    if config.dtype == "fp8":
         try:
             choose_backend(config.fp8_backend, device)
         except ValueError as error:
             raise ConfigError(f"precision.{error}") from error
+
+
+def check_format(key: str, wanted: str, device: torch.device) -> None:
+    """The same of a format that a key asks for; of fp8 by our own products."""
+    if wanted == "fp8":
+        if problem := fp8_obstacle(device):
+            raise ConfigError(f"{key} is fp8: {problem}")
         return
     if device.type != "cuda" or wanted == "fp32":
         return
@@ -68,6 +75,6 @@ def check_precision(config: PrecisionConfig, device: torch.device) -> None:
     if capability < _SINCE[wanted]:
         able = [name for name, since in _SINCE.items() if capability >= since]
         raise ConfigError(
-            f"precision.dtype is {wanted}, which {torch.cuda.get_device_name(device)} (compute capability "
+            f"{key} is {wanted}, which {torch.cuda.get_device_name(device)} (compute capability "
             f"{capability[0]}.{capability[1]}) does not have: use {' or '.join([*able, 'fp32'])}"
         )

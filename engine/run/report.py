@@ -15,6 +15,7 @@ from engine.run.recomputed import recompute_lines
 from model import ModelConfig, Tower
 from model.kernels import Kernels
 from parallel import comm
+from parallel.fp8 import fp8_means
 from parallel.pipeline.actions import peak_activations, recomputed_ahead
 from parallel.sharding.units import Unit
 
@@ -167,6 +168,11 @@ def _precision_lines(a: Assembly) -> Iterator[str]:
     if a.fp8 is not None:
         blocks = sum(layer.kind == "blocks" and not layer.is_frozen for layer in a.layers)
         yield f"  fp8: {a.fp8.describe()}; {len(kept.fp8)} of {blocks} blocks"
+    if kept.fp8_rows:
+        yield (
+            f"  fp8 of teachers: {len(kept.fp8_rows)} block(s), e4m3, a scale for each token and output feature; "
+            f"native, {fp8_means(a.device)} on {a.device}"
+        )
 
 
 def _optimizer_line(a: Assembly) -> str:

@@ -9,6 +9,7 @@ from parallel.fp8.linear import Fp8Products, enable_fp8
 from parallel.fp8.matmul import fp8_means, fp8_obstacle, matmul
 from parallel.fp8.quantise import Quantised, quantise
 from parallel.fp8.recipe import ROLES, Fp8Recipe, Role
+from parallel.fp8.rows import RowProducts, enable_row_products, quantise_rows, row_products
 from parallel.fp8.state import Fp8Registry, Fp8State
 
 __all__ = [
@@ -22,10 +23,14 @@ __all__ = [
     "NativeBackend",
     "Quantised",
     "Role",
+    "RowProducts",
     "choose_backend",
     "enable_fp8",
+    "enable_row_products",
     "fp8_means",
     "fp8_obstacle",
     "matmul",
     "quantise",
+    "quantise_rows",
+    "row_products",
 ]

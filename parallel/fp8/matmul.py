@@ -48,7 +48,7 @@ def matmul(
 
     Args:
         a: [M, K] row-major, 8-bit. b: [K, N] column-major, 8-bit; K and N multiples of 16; not both e5m2.
-        factor_a, factor_b: inverse scales, fp32 [1].
+        factor_a, factor_b: inverse scales, fp32 [1]; or [M, 1] and [1, N], of rows and columns, then on a GPU to bf16.
         out_dtype: fp32, bf16 or fp16 (on a CPU also fp64).
         fast: whether Hopper may sum up with fewer bits, as is usual in forward passes. No effect on a CPU.
 
@@ -56,6 +56,7 @@ def matmul(
         [M, N].
     """
     _check(a, b, factor_a, factor_b)
+    assert factor_a.dim() == 1 or out_dtype == torch.bfloat16 or a.device.type == "cpu", out_dtype
     if a.device.type == "cpu":
         return emulated_matmul(a, b, factor_a, factor_b, out_dtype)
     return torch._scaled_mm(a, b, factor_a, factor_b, out_dtype=out_dtype, use_fast_accum=fast)
@@ -73,5 +74,6 @@ def _check(a: Tensor, b: Tensor, factor_a: Tensor, factor_b: Tensor) -> None:
     assert a.stride(1) == 1 and a.stride(0) % ALIGN == 0, f"the first operand must be row-major: {a.stride()}"
     assert b.stride(0) == 1 and b.stride(1) % ALIGN == 0, f"the second operand must be column-major: {b.stride()}"
     assert a.shape[1] % ALIGN == 0 and b.shape[1] % ALIGN == 0, f"K and N must be multiples of 16: {b.shape}"
-    for factor in (factor_a, factor_b):
-        assert factor.dtype == torch.float32 and factor.numel() == 1, (factor.dtype, factor.shape)
+    shapes = tuple(factor_a.shape), tuple(factor_b.shape)
+    assert factor_a.dtype == factor_b.dtype == torch.float32, (factor_a.dtype, factor_b.dtype)
+    assert shapes in (((1,), (1,)), ((a.shape[0], 1), (1, b.shape[1]))), shapes

@@ -22,6 +22,7 @@ from engine.config.stored import meta_of
 from engine.config.teachers import found_of
 from engine.device import describe, memory_share, prepare_cpu, set_matmul
 from engine.errors import EXIT_DONE, ConfigError
+from engine.precision.precision import check_format
 from engine.run.agreement import check_agreement, facts_of
 from engine.run.device import device_of
 from engine.run.launch import run_rank
@@ -50,6 +51,7 @@ def main(argv: Sequence[str], world: World) -> int:
     request = request_of(argv, world)
     config, out = request.config, request.options.out
     device = device_of(config, world)
+    check_format(f"the dtype of the teacher {request.given.path}", request.given.dtype or "fp32", device)
     classes = request.run.model.sizes.classes
     images, found = images_of(request.run, world, classes), found_of(request.given)
     order = class_order(str(found.path), found.labels, images.train.class_names, classes)

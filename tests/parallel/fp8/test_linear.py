@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from parallel import comm
 from parallel.comm import single_axis
-from parallel.fp8 import Fp8Products, Fp8Recipe, Fp8Registry, NativeBackend, enable_fp8
+from parallel.fp8 import Fp8Products, Fp8Recipe, Fp8Registry, NativeBackend, RowProducts, enable_fp8, quantise_rows
 from parallel.grid import GridShape, make_grid
 from parallel.process_group import World
 from parallel.tensor import (
@@ -222,12 +222,26 @@ def _run(tp: TensorParallel, scaling: str) -> Trace:
     return trace
 
 
+def _rows(tp: TensorParallel) -> Trace:
+    """What every rank has after gathering of products with a scale for each row: the same bits whatever the layout."""
+    (x, w, bias, _), index, size, split = _tensors(), tp.axis.index, tp.size, tp.splits_rows
+    parts, columns = w.chunk(size)[index], [t.chunk(size, dim=-1)[index].contiguous() for t in (x, w, bias)]
+    y = RowProducts(1).column(slice_rows(x, tp), parts, columns[2], tp, x if split else None)
+    z = RowProducts(0).row(*columns[:2], bias, tp, split)
+    whole = comm.all_gather_rows(z, tp.axis)[:ROWS] if split else z
+    return {
+        ("column", 0, "y"): torch.cat(comm.gather_objects(y, tp.axis), dim=-1), ("row", 0, "y"): whole,
+        ("row", 0, "scales"): quantise_rows(columns[0], tp.axis).factor,
+    }  # fmt: skip
+
+
 def _layouts(world: World) -> dict[tuple[str, bool], Trace]:
     axis = make_grid(GridShape(tensor=world.size), world).tensor
-    return {
-        (scaling, sequence): _run(TensorParallel(axis=axis, sequence_parallel=sequence), scaling)
-        for scaling, sequence in product(("delayed", "current"), (True, False))
-    }
+    found = {}
+    for scaling, sequence in product(("delayed", "current", "rows"), (True, False)):
+        tp = TensorParallel(axis=axis, sequence_parallel=sequence)
+        found[scaling, sequence] = _rows(tp) if scaling == "rows" else _run(tp, scaling)
+    return found
 
 
 def test_two_tensor_ranks_equal_one() -> None:
