@@ -69,7 +69,8 @@ class Head(nn.Module):
     pooled features are what comes out.
 
     Args:
-        beside: whether the pooled features come out beside the logits, too, those of two class tokens as their mean.
+        beside: whether the pooled features come out beside the logits, if there are any, those of two class tokens as
+            their mean.
     """
 
     def __init__(self, build: Build, *, beside: bool = False) -> None:
@@ -95,7 +96,9 @@ class Head(nn.Module):
         features = outputs
         if self.fc is not None:
             outputs = [fc(y) for fc, y in zip((self.fc, self.fc_distill), outputs, strict=False) if fc is not None]
-        return torch.cat([_mean_of(outputs), _mean_of(features)], 1) if self.beside else _mean_of(outputs)
+        if self.beside and self.fc is not None:
+            return torch.cat([_mean_of(outputs), _mean_of(features)], 1)
+        return _mean_of(outputs)
 
     def _pooled(self, x: Tensor, batch: MicroBatch) -> list[Tensor]:
         """One vector per image [B, D], or that of each of two class tokens."""

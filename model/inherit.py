@@ -71,13 +71,18 @@ def inherit(
         kind, _, rest = name.partition(".")
         number, _, part = rest.partition(".")
         source = f"blocks.{chosen[int(number)]}.{part}" if kind == "blocks" else name
-        if teacher.num_classes != student.num_classes and name.startswith(_CLASSES):
+        if teacher.num_classes != student.num_classes and is_classifier(name):
             continue
         if source not in there:
             raise ValueError(f"the teacher has no {source}, which the student's {name} would start from")
         sides = _side_by_side(name, layout, student)
         found[name] = Inherited(source, _indices(name, there[source], layout, sides))
     return found
+
+
+def is_classifier(name: str) -> bool:
+    """Whether a tensor of a model is of its classes."""
+    return name.startswith(_CLASSES)
 
 
 def in_order(parts: Mapping[str, Inherited], classes: Sequence[int]) -> dict[str, Inherited]:

@@ -40,10 +40,10 @@ def class_orders(config: Config, names: Sequence[str] | None) -> dict[str, Class
     """
     if config.objective != "distillation":
         return {}
-    classes = config.model.sizes.classes
+    classes, found = config.model.sizes.classes, {name: found_of(of) for name, of in computed(config).items()}
     return {
-        name: class_order(str(found_of(of).path), found_of(of).labels, names, classes)
-        for name, of in computed(config).items()
+        name: class_order(str(of.path), of.labels, names, classes) if of.classifies(classes) else ClassOrder()
+        for name, of in found.items()
     }
 
 

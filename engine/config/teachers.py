@@ -41,7 +41,8 @@ class Found:
 
     Attributes:
         path: of the weights: of several steps the folder of the newest. which: of them. labels: names of its classes,
-            if they are known. fingerprint: of the weights, wherever they lie.
+            if they are known. embeds: whether these are no classes but features of an embedding, as of an image tower.
+            fingerprint: of the weights, wherever they lie.
     """
 
     path: Path
@@ -49,7 +50,12 @@ class Found:
     model: ModelConfig
     preprocessing: Preprocessing | None
     labels: tuple[str, ...]
+    embeds: bool
     fingerprint: str
+
+    def classifies(self, classes: int) -> bool:
+        """Whether its logits are of so many classes."""
+        return not self.embeds and self.model.sizes.classes == classes
 
 
 def teachers_of(config: Config, student: ModelConfig | None = None) -> tuple[Teacher, ...]:
@@ -96,11 +102,14 @@ def computed(config: Config) -> dict[str, TeacherConfig]:
 def _teacher(name: str, given: TeacherConfig, config: Config, student: ModelConfig) -> Teacher:
     found = found_of(given)
     size = found.model.image_size if given.image_size is None else given.image_size
+    _check(given.path, found, config, student)
+    model = found.model
+    if not found.classifies(student.sizes.classes):  # what he makes of his own is nobody's target
+        model = replace(model, num_classes=0, classifier_bias=None, head_bias=None)
     try:
-        model = replace(found.model, image_size=size, drop_path=0.0).resolve()
+        model = replace(model, image_size=size, drop_path=0.0).resolve()
     except ValueError as error:
         raise ConfigError(f"the teacher {given.path} cannot be shown images of {size}: {error}") from error
-    _check(given.path, model, student)
     data, own = config.data, found.preprocessing
     mean = given.mean or (own.mean if own is not None else data.mean)
     std = given.std or (own.std if own is not None else data.std)
@@ -118,13 +127,16 @@ def _teacher(name: str, given: TeacherConfig, config: Config, student: ModelConf
     )  # fmt: skip
 
 
-def _check(path: str, teacher: ModelConfig, student: ModelConfig) -> None:
-    """Raise ConfigError where logits or images are not of one shape."""
-    own, there = student.sizes, teacher.sizes
-    if own.classes != there.classes:
+def _check(path: str, found: Found, config: Config, student: ModelConfig) -> None:
+    """Raise ConfigError where logits that are compared, or images, are not of one shape."""
+    own, there = student.sizes, found.model.sizes
+    if config.distillation.response_weight and not found.classifies(own.classes):
+        has = f"{there.classes} features of an embedding" if found.embeds else f"{there.classes} classes"
+        cure = "" if found.embeds or not there.classes else f"set model.num_classes to {there.classes}, "
         raise ConfigError(
-            f"the teacher {path} has {there.classes} classes and the student {own.classes}, so their logits cannot be "
-            f"matched: set model.num_classes to {there.classes}, or take a teacher of the student's classes"
+            f"the teacher {path} has {has} and the student {own.classes} classes, so their logits cannot be matched: "
+            f"{cure}take a teacher of the student's classes, or set distillation.response_weight to 0 and match "
+            "embeddings, features or relations, which need no classes"
         )
     if own.channels != there.channels:
         raise ConfigError(
@@ -234,7 +246,8 @@ def found_at(path: str, which: Which = "weights") -> Found:
     try:
         with open_weights(Path(path), only_model=True, which=which) as weights:
             d = weights.description
-            return Found(weights.path, which, d.model, d.preprocessing, d.labels, fingerprint_of(weights, which))
+            fingerprint = fingerprint_of(weights, which)
+            return Found(weights.path, which, d.model, d.preprocessing, d.labels, d.embeds, fingerprint)
     except (OSError, ValueError) as error:
         raise ConfigError(f"distillation.teacher: {error}") from error
 

@@ -38,7 +38,8 @@ class Distillation(AdditiveObjective):
     Attributes:
         config: the keys of the objective. labels: the ordinary loss. layers: of student and teachers.
         outputs: of each teacher, those that are read from the disk; None: his layers are among ours; empty: nothing is
-            asked of any. targets: as of Objective.
+            asked of any. classified: whether any is asked, and all tell the student's classes.
+        targets: as of Objective.
     """
 
     counted = ("loss", "right", "teacher_right", "images")
@@ -47,6 +48,7 @@ class Distillation(AdditiveObjective):
     labels: Supervised
     layers: tuple[LayerSpec, ...]
     outputs: tuple[StoredOutputs | None, ...]
+    classified: bool
     targets: tuple[str, ...]
     at_depth = (FEATURES, *RELATIONS, EMBEDDINGS)
 
@@ -59,6 +61,7 @@ class Distillation(AdditiveObjective):
         return cls(
             config=keys, labels=Supervised.of(config), layers=layers, targets=tuple(keys.weights),
             outputs=stored_of(config) if keys.asks_teachers else (),
+            classified=keys.asks_teachers and all(of.model.num_classes for of in teachers),
         )  # fmt: skip
 
     def stored(self, batch: Batch, *, training: bool) -> tuple[Mapping[str, Tensor], ...]:
@@ -85,17 +88,17 @@ class Distillation(AdditiveObjective):
         """As AdditiveObjective; of several teachers the right ones, by their shares."""
         own, *theirs = self._logits(outputs, grid)
         classes, taught = self.labels.classes, torch.zeros((), dtype=torch.float64, device=own.device)
-        shares = self.config.shares if self.outputs else ()
-        for share, answer in zip(shares, self._answers(theirs, batch, grid), strict=True):
-            taught += share * ((top(answer, classes, grid.tensor) == batch.labels) * batch.weights).sum().double()
+        if self.classified:
+            for share, answer in zip(self.config.shares, self._answers(theirs, batch, grid), strict=True):
+                taught += share * ((top(answer, classes, grid.tensor) == batch.labels) * batch.weights).sum().double()
         loss = self._whole(self.losses(outputs, batch, grid), outputs).sum().double()
         right = self.labels.right(own, batch, grid).double()
         return torch.stack([loss, right, taught, batch.weights.sum().double()])
 
     def figures(self, totals: Sequence[float]) -> dict[str, float]:
-        """As AdditiveObjective: the mean loss, and how often the student is right, and teachers who are asked."""
+        """As AdditiveObjective: the mean loss, and how often the student is right, and teachers who know classes."""
         loss, right, taught, images = totals
-        accuracy = {"accuracy": right / images} | ({"teacher_accuracy": taught / images} if self.outputs else {})
+        accuracy = {"accuracy": right / images} | ({"teacher_accuracy": taught / images} if self.classified else {})
         return {"loss": loss / images, **accuracy, "images": int(images)}
 
     def describe(self) -> str:
@@ -117,7 +120,9 @@ class Distillation(AdditiveObjective):
 
     def pooled(self, outputs: Outputs, grid: Grid) -> Outputs:
         """What stands beside the logits: [B, D], and of each teacher [B, E]."""
-        return tuple([x[:, self._held(grid) :] for x in outputs])
+        heads = [layer for layer in self.layers if layer.kind == "head"][::-1]  # whose outputs are handed on so
+        widths = [of.output[1] - (of.tower.config.sizes.classes if of.tower else self.labels.classes) for of in heads]
+        return tuple([x[:, x.shape[1] - width :] for x, width in zip(outputs, widths, strict=True)])
 
     def _logits(self, outputs: Outputs, grid: Grid) -> Outputs:
         """Without what stands beside them: [B, C/T] each."""

@@ -20,7 +20,7 @@ from model import Teacher, build_layers
 from model.formats.api import open_weights
 from model.formats.base import ConversionError
 from model.formats.weights import StoredWeights
-from model.inherit import in_order
+from model.inherit import in_order, is_classifier
 from parallel.checkpoint import place
 from parallel.checkpoint.manifest import FILE, CheckpointError, read_manifest
 
@@ -87,7 +87,10 @@ def load_teacher(a: Assembly, teacher: Teacher, given: TeacherConfig, order: Seq
     try:
         with closing(weights):
             plan = plan_load(weights, teacher.model, build_layers(teacher.model), a.config.data)
-            if lacking := [f.describe() for f in plan.fits if f.how in ("new", "left out")]:
+            lacks = [f for f in plan.fits if f.how in ("new", "left out")]
+            if not teacher.model.num_classes:  # nobody asks for his classes
+                lacks = [f for f in lacks if not is_classifier(f.name)]
+            if lacking := [f.describe() for f in lacks]:
                 raise ConversionError(f"it cannot be shown images of this size: {'; '.join(lacking[:3])}")
             chosen = None if order is None else in_order(plan.parts, order)
             load_weights(a, weights, plan, f"{teacher.name}.", chosen)

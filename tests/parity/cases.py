@@ -110,7 +110,7 @@ PAIRS: dict[str, tuple[ModelConfig, TextConfig, ContrastiveConfig]] = {
     ),
 }  # fmt: skip
 # A student and its teachers: of other depths, widths and heads, other kinds of blocks, more patches, other pixels; one
-# whose outputs are stored.
+# whose outputs are stored, one of other classes.
 _TEACHER = replace(
     _SMALL, width=40, depth=5, num_heads=5, mlp_dim=56, block="sequential", qk_norm=True, registers=2, pool="map",
 )  # fmt: skip
@@ -145,7 +145,8 @@ TAUGHT: dict[str, tuple[ModelConfig, tuple[TeacherConfig, ...], DistillationConf
         ),
     ),
     "matched_to_two": (
-        MODELS["pyramid"], (teacher(_TEACHER, weight=3.0), teacher(_PYRAMID, image_size=(14, 16))),
+        MODELS["pyramid"],
+        (teacher(replace(_TEACHER, num_classes=7), weight=3.0), teacher(_PYRAMID, image_size=(14, 16))),
         DistillationConfig(
             label_weight=0.0, response_weight=0.0, features_weight=3.0, features="cosine", pairs="even:3",
             relations_weight=20.0, relations=("gram", "values"), relation_heads=2, embeddings_weight=1.5,

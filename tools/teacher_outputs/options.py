@@ -66,7 +66,12 @@ def request_of(argv: Sequence[str], world: World) -> Request:
     if is_outputs(given.path):
         raise ConfigError(f"the teacher {given.path} is stored outputs already: give a checkpoint or another --teacher")
     teacher = teachers_of(run)[sum(not is_outputs(of.path) for of in known[: options.teacher])]
-    if options.top_k is not None and options.top_k > (classes := teacher.model.sizes.classes):
+    if (classes := teacher.model.sizes.classes) != (own := run.model.sizes.classes):
+        raise ConfigError(
+            f"the teacher {given.path} does not tell the {own} classes of the student, and outputs are of logits: take "
+            "another teacher, or this one beside the student"
+        )
+    if options.top_k is not None and options.top_k > classes:
         raise ConfigError(f"--top-k is {options.top_k}, and the teacher has {classes} classes: leave it out for all")
     return Request(options, run, _on_these_ranks(run, rest, teacher, world), given, teacher)
 

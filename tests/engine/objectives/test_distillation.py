@@ -36,7 +36,7 @@ from engine.run.step import Stepper
 from engine.run.teachers import load_teachers
 from engine.run.trainer import pretrain
 from engine.step_time import StepModel
-from model import ModelConfig, VisionTransformer, build_layers, makers
+from model import ImageText, ModelConfig, TextConfig, VisionTransformer, build_layers, makers
 from model.inherit import inherit
 from model.matching import token_loss
 from parallel.checkpoint.read import Reader
@@ -174,7 +174,8 @@ def test_gradients_are_those_of_plain_pytorch(model: str) -> None:
         pixels = pixels if pixels.shape[2:] == size else F.interpolate(pixels, size, mode="bicubic", antialias=True)
         with torch.no_grad(), rows_of(theirs) as his, attended(theirs) as heeded, pooled(theirs) as known:
             logits = theirs.double()(pixels.double())
-        loss = loss + keys.response_weight * share * response(own, logits, keys)
+        if keys.response_weight:
+            loss = loss + keys.response_weight * share * response(own, logits, keys)
         pairs = pairs_of(keys, plain.sizes.depth, theirs.sizes.depth) if keys.features_weight else ()
         for kind in set(BETWEEN_IMAGES) & keys.relation_weights.keys():
             loss = loss + keys.relation_weights[kind] * share * between(kind, embedded[0], known[0])
@@ -438,6 +439,36 @@ def test_targets_add_up_to_the_loss_in_every_format(tmp_path: Path, teacher: Pat
         assert losses[dtype] == pytest.approx(losses["fp32"], rel=0.05)
     assert norms["fp16"] == pytest.approx(norms["fp32"], rel=0.02)  # of a loss that arises scaled
     assert VisionTransformer.from_pretrained(tmp_path / "fp32").config.width == 16  # without what it learnt through
+
+
+def test_a_teacher_of_other_classes_or_none_teaches_what_needs_none(tmp_path: Path) -> None:
+    """An image tower of two, or alone, whose projection has as many features as there are classes; a classifier."""
+    image = ModelConfig(**MODEL | {"width": 24, "depth": 5, "num_classes": None})
+    text = TextConfig(width=16, depth=1, num_heads=2, context_length=8)
+    ImageText(image, text, embedding=10).save_pretrained(tmp_path / "both")
+    tower = VisionTransformer.from_pretrained(tmp_path / "both")
+    tower.save_pretrained(tmp_path / "tower")
+    seven = VisionTransformer(replace(image, num_classes=7))
+    with torch.no_grad():
+        for name, parameter in seven.named_parameters():
+            if not name.startswith("head.fc."):
+                parameter.copy_(tower.get_parameter(name))
+    seven.save_pretrained(tmp_path / "seven")
+    keys = DistillationConfig(
+        response_weight=0.0, features_weight=1.0, embeddings_weight=1.0, relations=("gram", "distances"),
+        relations_weight=1.0,
+    )  # fmt: skip
+    found = []
+    for name in ("both", "tower", "seven"):
+        own = replace(keys, teacher=str(tmp_path / name))
+        run(tmp_path / f"of_{name}", objective="distillation", distillation=own, log=LogConfig(tensorboard=False))
+        (line,), (end,) = (list(lines(tmp_path / f"of_{name}", event)) for event in ("train", "eval"))
+        assert "accuracy" in end and "teacher_accuracy" not in end
+        found.append({key: value for key, value in line.items() if "loss" in key} | {"norm": line["grad_norm"]})
+    assert found[0] == found[1] == found[2] and len(found[0]) == 8
+    for name, has in (("both", "10 features of an embedding"), ("seven", "7 classes")):
+        with pytest.raises(ConfigError, match=rf"{has} and the student 10 classes.*response_weight to 0 and match"):
+            taught(tmp_path / name, keys={"features_weight": 1.0})
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
