@@ -240,8 +240,6 @@ class Case:
             return {"model": image, "text": text, "contrastive": own, "objective": "contrastive"}
         if self.model in TAUGHT:
             student, teachers, keys = TAUGHT[self.model]
-            if self.precision == "fp8":  # in which these are, too
-                teachers = tuple(replace(of, dtype="fp8") for of in teachers)
             return {"model": student, "distillation": with_teachers(keys, teachers), "objective": "distillation"}
         return {"model": MODELS[self.model] if self.depth is None else replace(MODELS[self.model], depth=self.depth)}
 
