@@ -94,8 +94,12 @@ def enable_row_products(modules: Iterable[nn.Module], *, keep_weights: bool, ski
     """
     for name, layer in (pair for module in modules for pair in module.named_modules()):
         if isinstance(layer, ColumnParallelLinear | RowParallelLinear) and not skip(name):
-            rows, columns = map(aligned, layer.weight.shape)
-            layer.products = RowProducts(rows * columns + 4 * rows if keep_weights else 0)
+            layer.products = RowProducts(_bytes(layer.weight) if keep_weights else 0)  # sharded ones are empty here
+
+
+def _bytes(weight: Tensor) -> int:
+    rows, columns = map(aligned, weight.shape)
+    return rows * columns + 4 * rows
 
 
 def row_products(modules: Iterable[nn.Module]) -> Iterator[RowProducts]:
