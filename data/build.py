@@ -89,7 +89,7 @@ def _build(
             return image_folder(config.path, config.val_path, image_shape, config.fold, readers)
         case "image_text":
             return image_text(config, image_shape, class_prompts(config), readers)
-        case "webdataset":
+        case "webdataset" | "parquet":
             return webdataset(config, image_shape, class_prompts(config), readers)
         case "textures":
             return textures(image_shape, config.crops_per_class, seed)

@@ -14,21 +14,22 @@ _MOST_WORKERS, _MOST_IMAGES = 1024, 10_000_000
 _LARGEST_BLUR = 20  # a filter three times as far to either side
 _LARGEST_PIXEL = 1e6  # means and deviations are meant for pixels in 0..1
 
-_FILES = ("image_folder", "image_text", "webdataset")  # kinds
-_SAID = ("image_text", "webdataset")  # of which somebody has written something
+_SHARDS = ("webdataset", "parquet")  # kinds
+_SAID = ("image_text", *_SHARDS)  # of which somebody has written something
+_FILES = ("image_folder", *_SAID)
 
 # Options that have an effect for some kinds only.
 _ONLY_FOR = {
     "path": _FILES,
     "val_path": _FILES,
     "fold": ("digits", *_FILES),
-    "image_column": ("image_text",),
+    "image_column": ("image_text", "parquet"),
     "caption_column": _SAID,
     "label_column": _SAID,
-    "index_dir": ("webdataset",),
-    "shuffle_window": ("webdataset",),
-    "weights": ("webdataset",),
-    "templates": ("digits", "synthetic", "image_folder", "textures", "webdataset"),
+    "index_dir": _SHARDS,
+    "shuffle_window": _SHARDS,
+    "weights": _SHARDS,
+    "templates": ("digits", "synthetic", "image_folder", "textures", *_SHARDS),
     "size": ("synthetic",),
     "crops_per_class": ("textures",),
 }
@@ -42,39 +43,41 @@ class DataConfig:
         ValueError: for a value out of range, and for an option that would have no effect for the chosen kind.
     """
 
-    kind: Literal["digits", "synthetic", "image_folder", "textures", "image_text", "webdataset"] = "digits"
+    kind: Literal["digits", "synthetic", "image_folder", "textures", "image_text", "webdataset", "parquet"] = "digits"
     """Source of images: scikit-learn's handwritten digits, random numbers, a folder of PATH/CLASS/IMAGE files, crops
-    of the photographs in scikit-image, a table of images and captions, or tar files in the layout of webdataset."""
+    of the photographs in scikit-image, a table of images and captions, tar files in the layout of webdataset, or
+    parquet files in the layout of Hugging Face's datasets."""
 
     path: str | None = None
     """image_folder: folder with one sub-folder of images, at any depth, per class; image_text: CSV or TSV file whose
     first row names the columns, paths of images relative to it; webdataset: tar files, by bash's braces
-    (shards/train-{000000..000146}.tar) or wildcards, several sources parted by ::."""
+    (shards/train-{000000..000146}.tar) or wildcards, several sources parted by ::; parquet: likewise."""
 
     val_path: str | None = None
     """Held-out images, as in path, of the same classes; absent: a stratified fifth of path is held out."""
 
     image_column: str = "image"
-    """Column of the images' paths (image_text only); rows with the same image are captions of it."""
+    """Column of the images' paths (image_text; rows with the same image are captions of it), or of the images
+    (parquet: files' bytes, or a struct of bytes and path)."""
 
     caption_column: str = "caption"
-    """Column of the captions (image_text), or field of each sample's .json that has them (webdataset; caption: only
-    where there is no .txt)."""
+    """Column of the captions (image_text, parquet), or field of each sample's .json that has them (webdataset; caption:
+    only where there is no .txt)."""
 
     label_column: str | None = None
     """Column of the names of classes (image_text; absent: there are no classes), or field of each sample's .json that
-    has its class (webdataset; absent: its .cls)."""
+    has its class (webdataset; absent: its .cls); parquet: column of words or numbers, absent: `label`, if there is."""
 
     index_dir: str | None = None
-    """Folder for the indexes of tar files (webdataset only); absent: beside each."""
+    """Folder for the indexes of shards (webdataset, parquet); absent: beside each."""
 
     weights: tuple[float, ...] = ()
-    """In training, the shares of the sources that :: parts in path, such as [3, 1] (webdataset only); absent: as many
-    as each has."""
+    """In training, the shares of the sources that :: parts in path, such as [3, 1] (webdataset, parquet); absent: as
+    many as each has."""
 
     shuffle_window: int = 0
-    """Tar files of which samples are mixed at a time, their own order shuffled before (webdataset only), for file
-    systems that are slow at random places; 0: all."""
+    """Shards (tar files, or row groups of parquet) of which samples are mixed at a time, their own order shuffled
+    before, for file systems that are slow at random places; 0: all."""
 
     tokenizer: str = "bytes"
     """What makes tokens of texts, where the objective reads texts: bytes (of UTF-8), or the path of a vocabulary of
@@ -213,6 +216,7 @@ class DataConfig:
                 "image_folder": "the folder of PATH/CLASS/IMAGE",
                 "image_text": "the CSV or TSV file",
                 "webdataset": "the tar files, such as shards/train-{000000..000146}.tar",
+                "parquet": "the parquet files, such as data/train-{00000..00012}-of-00013.parquet",
             }[self.kind]
             raise ValueError(f"data.kind is {self.kind}, but data.path is not set: give {wanted}")
         if self.val_path is not None and not self.val_path:

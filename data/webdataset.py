@@ -1,14 +1,12 @@
-"""Images in tar files in the layout of webdataset, any of them read at once by an index beside each tar file."""
+"""Images in shards, tar files in the layout of webdataset or parquet, read at random places by an index beside each."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +22,10 @@ from data.held_out import Part
 from data.mixing import whole_shares
 from data.shards.catalogue import Catalogue, open_shards
 from data.shards.classes import Classes, classes_of
+from data.shards.formats import Format
+from data.shards.parquet import ParquetFormat
 from data.shards.store import Place, Store
+from data.shards.tar import TarFormat
 from data.sharing import once
 
 
@@ -40,7 +41,7 @@ class WebDataset(Dataset):
         self.store, self.part, self.classes, self.image_shape = store, part, classes, image_shape
         self.num_classes = 0 if classes is None else classes.count
         self.class_names = None if classes is None else classes.names
-        ends = store.catalogue.ends, store.catalogue.source_ends
+        ends = store.catalogue.group_ends, store.catalogue.source_ends
         self.shard_ends, self.source_ends = ends if part is None else map(part.before, ends)
 
     @property
@@ -48,7 +49,7 @@ class WebDataset(Dataset):
         return self.store.catalogue.describe()
 
     def __len__(self) -> int:
-        return int(self.shard_ends[-1]) if self.shard_ends is not None else 0
+        return len(self.store.catalogue) if self.part is None else len(self.part)
 
     @property
     def fingerprint(self) -> str:
@@ -80,55 +81,34 @@ class WebDataset(Dataset):
     def read(self, indices: NDArray[np.int64], crop: NDArray[np.float64] | None = None) -> Tensor:
         images = np.empty((len(indices), *self.image_shape), dtype=np.float32)
         for row, place in enumerate(self.places(indices)):
-            content = self.store.part(place, "image")
-            assert content is not None, "samples without an image are in no index"
-            box = CENTRE if crop is None else crop[row]
-            images[row] = decode(BytesIO(content), box, self.image_shape, partial(self.store.name, place))
+            content, box = BytesIO(self.store.image(place)), CENTRE if crop is None else crop[row]
+            images[row] = decode(content, box, self.image_shape, partial(self.store.name, place))
         return torch.from_numpy(images)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardCaptions(GivenCaptions):
-    """The captions of the samples of a set: their `.txt`, or a field of their `.json`, of one text or several.
-
-    Attributes:
-        field: of the `.json`. prefers_json: it is taken where a sample has both.
-    """
+    """The captions of the samples of a set, as its shards have them."""
 
     dataset: WebDataset
-    field: str
-    prefers_json: bool
 
     def every(self, index: int, label: int, look: Look) -> Sequence[str]:
         """As Captions. Raises UnreadableImageError for a sample of which nothing is said."""
         (place,) = self.dataset.places(np.array([index]))
-        found = self.of(place)
-        if not found:
+        store = self.dataset.store
+        if not (found := store.said(place)):
+            where = " nor ".join(store.form.texts_in.values())
             raise UnreadableImageError(
-                f"{self.dataset.store.name(place)} has neither a .txt nor a .json with a text in {self.field!r}: write "
-                "its shard anew without it, or see data.caption_column"
+                f"{store.name(place)} has no caption ({where}): write its shard anew without it, or see "
+                "data.caption_column"
             )
         return found
-
-    def of(self, place: Place) -> list[str]:
-        """What is said of a sample."""
-        store = self.dataset.store
-        text = store.part(place, "text")
-        if text is not None and not self.prefers_json:
-            return [text.decode(errors="replace").strip()]
-        try:
-            said: Any = json.loads(store.part(place, "json") or b"{}")
-            said = said.get(self.field, ())
-        except (ValueError, AttributeError):
-            said = ()
-        every = [said] if isinstance(said, str) else said if isinstance(said, list) else []
-        return [one.strip() for one in every if isinstance(one, str) and one.strip()]
 
     @property
     def fingerprint(self) -> bytes:
         """As Captions."""
         classes = b"" if self.classes is None else self.classes.fingerprint
-        return repr((self.dataset.fingerprint, self.field, self.prefers_json, classes)).encode()
+        return repr((self.dataset.fingerprint, *self.dataset.store.form.said_by, classes)).encode()
 
 
 def webdataset(
@@ -151,10 +131,11 @@ def webdataset(
                 "parted by ::: give one for each"
             )
         whole_shares(config.weights)  # raises
-    stores = [Store(_opened(config, config.path, "data.path", readers))]
+    form = _format(config)
+    stores = [_opened(config, form, config.path, "data.path", readers)]
     parts: list[Part | None] = [None, None]
     if config.val_path is not None:
-        stores.append(Store(_opened(config, config.val_path, "data.val_path", readers)))
+        stores.append(_opened(config, form, config.val_path, "data.val_path", readers))
     else:
         size = len(stores[0].catalogue)
         if size < FOLDS:
@@ -178,10 +159,16 @@ def webdataset(
     return train, held_out
 
 
-def _opened(config: DataConfig, path: str, key: str, readers: int) -> Catalogue:
+def _format(config: DataConfig) -> Format:
+    if config.kind == "parquet":
+        return ParquetFormat(image=config.image_column, caption=config.caption_column, label=config.label_column)
+    return TarFormat(label=config.label_column, caption=config.caption_column)
+
+
+def _opened(config: DataConfig, form: Format, path: str, key: str, readers: int) -> Store:
     folder = config.index_dir
-    what = f"{key}={Path(path).absolute()} {config.label_column} {folder}"
-    return once(Catalogue, partial(open_shards, path, key, label=config.label_column, folder=folder), what, readers)
+    what = f"{key}={Path(path).absolute()} {form} {folder}"
+    return form.store(once(Catalogue, partial(open_shards, path, key, form=form, folder=folder), what, readers))
 
 
 def _captions(dataset: WebDataset, config: DataConfig, prompts: tuple[str, ...]) -> ShardCaptions | None:
@@ -190,14 +177,10 @@ def _captions(dataset: WebDataset, config: DataConfig, prompts: tuple[str, ...])
     of_classes = None
     if dataset.class_names is not None:
         of_classes = TemplateCaptions(names=tuple(dataset.class_names), templates=prompts, class_prompts=prompts)
-    prefers_json = config.caption_column != DataConfig.caption_column
-    captions = ShardCaptions(
-        dataset=dataset, field=config.caption_column, prefers_json=prefers_json, classes=of_classes
-    )
-    if not captions.of(dataset.places(np.array([0]))[0]):
+    if not dataset.store.said(dataset.places(np.array([0]))[0]):
         return None
     if config.templates is not None:
         raise ValueError(
             f"data.templates has no effect with data.path={config.path}, whose samples have captions: leave it out"
         )
-    return captions
+    return ShardCaptions(dataset=dataset, classes=of_classes)

@@ -1,1 +1,1 @@
-"""Tar files of samples in the layout of webdataset, each with an index beside it, read at random places."""
+"""Files of many samples, tar or parquet, each with an index beside it, read at random places."""

@@ -11,6 +11,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from multiprocessing import get_context
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.listing import SUFFIXES
+from data.shards.formats import Format
 from data.shards.index import Head, copies, hash_of, make_index, note_copy, place, read_head
 from data.shards.members import ShardError
 from data.shards.names import expand
@@ -34,11 +36,12 @@ class Catalogue:
     """K shards of N samples in all, in the order of their names.
 
     Attributes:
-        given: what named them. tars: their files. indexes: those of their indexes.
+        given: what named them. files: their paths. indexes: those of their indexes.
         ends: [K] samples up to and with each. source_ends: the same of each of the sources.
-        hashes: uint64 [K], of each tar file's bytes.
+        group_ends: [G] samples up to and with each group that is read at once, as of formats.Content.
+        hashes: uint64 [K], of each file's bytes.
         words: what labels are, without repetition, in the order in which shards have them; none if they are numbers,
-            of which `largest` is the largest (-1: there are none).
+            of which `largest` is the largest (-1: there are none). names: of such numbers, where shards say them.
         numbers: int64, shard by shard, of each label of its records the place in `words`; -1 at last, so that there is
             always one to be mapped. number_ends: [K] where each shard's end.
         left_out: by reason. unlabelled: which shards have samples without a label, in words.
@@ -46,12 +49,14 @@ class Catalogue:
     """
 
     given: str
-    tars: tuple[str, ...]
+    files: tuple[str, ...]
     indexes: tuple[str, ...]
     ends: NDArray[np.int64]
     source_ends: NDArray[np.int64]
+    group_ends: NDArray[np.int64]
     hashes: NDArray[np.uint64]
     words: tuple[str, ...]
+    names: tuple[str, ...]
     numbers: NDArray[np.int64]
     number_ends: NDArray[np.int64]
     largest: int
@@ -70,14 +75,14 @@ class Catalogue:
         """E.g. `5000 images in 5 shards shards/{0..4}.tar; left out: 3 samples without an image; 5 indexed now`."""
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.left_out.items())) or "nothing"
         made = f"; {self.made} indexed now" if self.made else ""
-        return f"{len(self)} images in {len(self.tars)} shards {self.given}; left out: {reasons}{made}"
+        return f"{len(self)} images in {len(self.files)} shards {self.given}; left out: {reasons}{made}"
 
 
 def open_shards(
     path: str,
     key: str,
     *,
-    label: str | None,
+    form: Format,
     folder: str | None,
     workers: int | None = None,
     part: tuple[int, int] = (0, 1),
@@ -87,76 +92,74 @@ def open_shards(
     """The shards that `path` names, those without an index indexed now, by as many processes as there are cores.
 
     Args:
-        key: the option that gave the path. label, folder: as of index.make_index and index.place.
+        key: the option that gave the path. form, folder: as of index.make_index and index.place.
         part: (i, n): only shards i, i + n, ... of them. again: index all anew. told: called after each that is indexed.
 
     Raises:
         ValueError: for shards that are missing, cannot be read, or are no longer what was indexed, by name.
     """
-    if label is not None and (not label or "/" in label):
-        raise ValueError(f"data.label_column is {label!r}: give the name of a field of each sample's .json")
     given, of_sources = f"{key}={path}", [expand(source, key) for source in path.split("::")]
-    tars = [tar for of_source in of_sources for tar in of_source][part[0] :: part[1]]
+    files = [file for of_source in of_sources for file in of_source][part[0] :: part[1]]
     sources = np.repeat(np.arange(len(of_sources)), [len(of_source) for of_source in of_sources])[part[0] :: part[1]]
-    if len(set(tars)) < len(tars):
+    if len(set(files)) < len(files):
         raise ValueError(f"{given} names a shard in two sources: name each once, and see data.weights")
-    if not tars:
+    if not files:
         raise ValueError(f"{given} names too few shards for part {part[0]} of {part[1]}: start fewer")
-    indexes = [place(tar, folder, label) for tar in tars]
-    status = _status(tars, given)
-    heads: list[Head | None] = [None] * len(tars) if again else _each(read_head, indexes)
-    _check_sizes(tars, heads, status, given)
+    indexes = [place(file, folder, form) for file in files]
+    status = _status(files, given)
+    heads: list[Head | None] = [None] * len(files) if again else _each(read_head, indexes)
+    _check_sizes(files, heads, status, given)
     todo = [shard for shard, head in enumerate(heads) if head is None]
-    in_processes(partial(_index, label, again), [(tars[shard], indexes[shard]) for shard in todo], workers, told)
+    in_processes(partial(_index, form, again), [(files[shard], indexes[shard]) for shard in todo], workers, told)
     doubtful = [
-        (tar, index, head, at.st_mtime_ns)
-        for tar, index, head, at in zip(tars, indexes, heads, status, strict=True)
+        (file, index, head, at.st_mtime_ns)
+        for file, index, head, at in zip(files, indexes, heads, status, strict=True)
         if head is not None
-        and head.tar_mtime != at.st_mtime_ns
-        and (at.st_mtime_ns, head.tar_hash) not in copies(index)
+        and head.file_mtime != at.st_mtime_ns
+        and (at.st_mtime_ns, head.file_hash) not in copies(index)
     ]
     _check_content(doubtful, given, workers)
     for shard in todo:
         heads[shard] = read_head(indexes[shard])
-    return _catalogue(path, tars, sources, indexes, [head for head in heads if head is not None], len(todo))
+    return _catalogue(path, files, sources, indexes, [head for head in heads if head is not None], len(todo))
 
 
-def _status(tars: Sequence[str], given: str) -> list[os.stat_result]:
-    def look(tar: str) -> os.stat_result | None:
+def _status(files: Sequence[str], given: str) -> list[os.stat_result]:
+    def look(file: str) -> os.stat_result | None:
         try:
-            return os.stat(tar)  # noqa: PTH116
+            return os.stat(file)  # noqa: PTH116
         except OSError:
             return None
 
-    found = _each(look, tars)
-    if missing := [tar for tar, status in zip(tars, found, strict=True) if status is None]:
+    found = _each(look, files)
+    if missing := [file for file, status in zip(files, found, strict=True) if status is None]:
         raise ValueError(
-            f"{given}: {len(missing)} of {len(tars)} shards are missing or may not be looked at: {_some(missing)}: "
+            f"{given}: {len(missing)} of {len(files)} shards are missing or may not be looked at: {_some(missing)}: "
             "bring them back, or leave them out of the pattern"
         )
     return [status for status in found if status is not None]
 
 
 def _check_sizes(
-    tars: Sequence[str], heads: Sequence[Head | None], status: Sequence[os.stat_result], given: str
+    files: Sequence[str], heads: Sequence[Head | None], status: Sequence[os.stat_result], given: str
 ) -> None:
     wrong = [
-        f"{tar} ({at.st_size} bytes, {head.tar_size} when it was indexed)"
-        for tar, head, at in zip(tars, heads, status, strict=True)
-        if head is not None and head.tar_size != at.st_size
+        f"{file} ({at.st_size} bytes, {head.file_size} when it was indexed)"
+        for file, head, at in zip(files, heads, status, strict=True)
+        if head is not None and head.file_size != at.st_size
     ]
     _refuse_changed(wrong, given)
 
 
 def _check_content(doubtful: Sequence[tuple[str, str, Head, int]], given: str, workers: int | None) -> None:
     """Of shards of another time than when they were indexed: copies have the same bytes."""
-    hashes = in_processes(hash_of, [tar for tar, *_ in doubtful], workers)
+    hashes = in_processes(hash_of, [file for file, *_ in doubtful], workers)
     wrong = []
-    for (tar, index, head, mtime), found in zip(doubtful, hashes, strict=True):
-        if found == head.tar_hash:
+    for (file, index, head, mtime), found in zip(doubtful, hashes, strict=True):
+        if found == head.file_hash:
             note_copy(index, mtime, found)
         else:
-            wrong.append(f"{tar} (other bytes than when it was indexed)")
+            wrong.append(f"{file} (other bytes than when it was indexed)")
     _refuse_changed(wrong, given)
 
 
@@ -168,13 +171,13 @@ def _refuse_changed(wrong: Sequence[str], given: str) -> None:
         )
 
 
-def _index(label: str | None, again: bool, one: tuple[str, str]) -> None:
+def _index(form: Format, again: bool, one: tuple[str, str]) -> None:
     if again or read_head(one[1]) is None:  # another host may have made it meanwhile
-        make_index(*one, label)
+        make_index(*one, form)
 
 
 def _catalogue(
-    given: str, tars: list[str], sources: NDArray[np.int64], indexes: list[str], heads: list[Head], made: int
+    given: str, files: list[str], sources: NDArray[np.int64], indexes: list[str], heads: list[Head], made: int
 ) -> Catalogue:
     words, numbers, left_out = dict[str, int](), list[NDArray[np.int64]](), Counter[str]()
     known: dict[tuple[str, ...], NDArray[np.int64]] = {}  # most shards have the same words
@@ -187,26 +190,36 @@ def _catalogue(
     left_out["shards without an image"] = sum(not head.count for head in heads)
     if left_out["shards without an image"] == len(heads):
         raise ValueError(
-            f"{given} has no image ({' '.join(SUFFIXES)}): of {len(heads)} shards none has one, {tars[0]} the first"
+            f"{given} has no image ({' '.join(SUFFIXES)}): of {len(heads)} shards none has one, {files[0]} the first"
         )
     largest = max(head.largest for head in heads)
     if words and largest >= 0:
-        at = next(tar for tar, head in zip(tars, heads, strict=True) if head.largest >= 0)
+        at = next(file for file, head in zip(files, heads, strict=True) if head.largest >= 0)
         raise ValueError(
             f"{given}: the labels of {at} are all numbers, and those of other shards are names ({next(iter(words))}): "
             "write them alike"
         )
+    counts = np.array([head.count for head in heads], dtype=np.int64)
+    ends = np.cumsum(counts)
+    named = {head.names: file for file, head in zip(files, heads, strict=True) if head.count}
+    if len(named) > 1:
+        raise ValueError(f"{given}: classes of {' and of '.join(named.values())} have other names: write them alike")
     unlabelled = [
-        f"{tar} ({head.unlabelled} of {head.count})" for tar, head in zip(tars, heads, strict=True) if head.unlabelled
+        f"{file} ({head.unlabelled} of {head.count})"
+        for file, head in zip(files, heads, strict=True)
+        if head.unlabelled
     ]
     return Catalogue(
         given=given,
-        tars=tuple(tars),
+        files=tuple(files),
         indexes=tuple(indexes),
-        ends=(ends := np.cumsum([head.count for head in heads], dtype=np.int64)),
+        ends=ends,
         source_ends=np.array([0, *ends])[np.searchsorted(sources, np.unique(sources), side="right")],
-        hashes=np.array([head.tar_hash for head in heads], dtype=np.uint64),
+        group_ends=np.repeat(ends - counts, [len(head.groups) for head in heads])
+        + np.fromiter(chain.from_iterable(head.groups for head in heads), dtype=np.int64),
+        hashes=np.array([head.file_hash for head in heads], dtype=np.uint64),
         words=tuple(words),
+        names=next(iter(named)),
         numbers=np.concatenate([*numbers, np.array([-1])]),
         number_ends=np.cumsum([len(shard) for shard in numbers], dtype=np.int64),
         largest=largest,

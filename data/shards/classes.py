@@ -54,6 +54,12 @@ def classes_of(catalogues: Sequence[Catalogue]) -> list[Classes | None]:
             f"the labels of {catalogues[0].given} and of {catalogues[1].given} are numbers on one side and names on "
             "the other: write them alike"
         )
+    for catalogue in catalogues[1:]:
+        if catalogue.names and catalogues[0].names and catalogue.names != catalogues[0].names:
+            raise ValueError(
+                f"{catalogues[0].given} and {catalogue.given} name their classes otherwise: "
+                f"{_first_difference(catalogues[0].names, catalogue.names)}: write them alike"
+            )
     names = class_map(catalogues[0])
     return _named(catalogues, names) if labelled[0].words else _numbered(catalogues, names)
 
@@ -82,13 +88,20 @@ def _named(catalogues: Sequence[Catalogue], names: tuple[str, ...] | None) -> li
     ]
 
 
+def _first_difference(ours: Sequence[str], theirs: Sequence[str]) -> str:
+    at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+    a, b = (repr(names[at]) if at < len(names) else "none" for names in (ours, theirs))
+    return f"label {at} is {a} and {b}"
+
+
 def class_map(catalogue: Catalogue) -> tuple[str, ...] | None:
-    """The lines of classes.txt beside the first shard; None: there is none. Raises ValueError where it is no good."""
-    file = Path(catalogue.tars[0]).parent / CLASS_MAP
+    """The lines of classes.txt beside the first shard, or what the shards themselves say; None: neither says anything.
+    Raises ValueError where the file is no good."""
+    file = Path(catalogue.files[0]).parent / CLASS_MAP
     try:
         names = tuple(line.strip() for line in file.read_text(encoding="utf-8-sig").rstrip().splitlines())
     except FileNotFoundError:
-        return None
+        return catalogue.names or None
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} cannot be read ({error}): give the name of each class, one a line") from error
     if "" in names:

@@ -1,7 +1,7 @@
-"""The index of a tar file: where each sample's parts lie, and a checksum of all its bytes.
+"""The index of a shard: where each sample's parts lie, and a checksum of all its bytes.
 
-A file beside the tar file, little-endian: HEADER; a JSON text (the words that labels are, what was left out); zeros up
-to a multiple of 8; one RECORD for each sample, mapped into memory when it is needed; the keys, one after the other.
+A file beside the shard, little-endian: HEADER; a JSON text (the words that labels are, what was left out); zeros up to
+a multiple of 8; one RECORD for each sample, mapped into memory when it is needed; the keys, one after the other.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import json
 import os
 import socket
 import tempfile
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -22,31 +21,21 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from data.listing import SUFFIXES
-from data.shards.members import Sample, ShardError, samples
+from data.shards.formats import RECORD, Content, Format
+from data.shards.members import ShardError
 
 _VERSION = 1
 _MAGIC = b"VITSHARD"
 _CHUNK = 4 * 2**20
-_LARGEST = 2**32  # bytes of one part
 _COPIES, _MOST_COPIES = ".copies", 1024  # a file beside an index; lines of it
 
 HEADER = np.dtype(
     [
         ("magic", "S8"), ("version", "<u8"), ("count", "<u8"), ("keys", "<u8"), ("words", "<u8"),
-        ("tar_size", "<u8"), ("tar_mtime", "<i8"), ("tar_hash", "<u8"), ("body_hash", "<u8"),
+        ("file_size", "<u8"), ("file_mtime", "<i8"), ("file_hash", "<u8"), ("body_hash", "<u8"),
     ]
 )  # fmt: skip
-"""Of the tar file: bytes, nanoseconds, XXH3 of all of it. keys, words: bytes. body_hash: XXH3 of all that follows."""
-
-RECORD = np.dtype(
-    [
-        ("image", "<u8"), ("text", "<u8"), ("json", "<u8"),
-        ("image_size", "<u4"), ("text_size", "<u4"), ("json_size", "<u4"), ("label", "<i4"), ("key_end", "<u8"),
-    ]
-)  # fmt: skip
-"""Offsets of a sample's parts in the tar file, 0: none; their sizes; its label, -1: none. That is the number which is
-written there, or, unless all of the tar file are numbers, the place among the words, which are sorted."""
+"""Of the shard: bytes, nanoseconds, XXH3 of all of it. keys, words: bytes. body_hash: XXH3 of all that follows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,16 +44,19 @@ class Head:
 
     Attributes:
         largest: label, where they are numbers. unlabelled: samples without one. left_out: how much, by reason.
+        names: of labels that are numbers, if the shard says them. groups: as of Content.
     """
 
     count: int
-    tar_size: int
-    tar_mtime: int
-    tar_hash: int
+    file_size: int
+    file_mtime: int
+    file_hash: int
     words: tuple[str, ...]
     largest: int
     unlabelled: int
     left_out: dict[str, int]
+    names: tuple[str, ...]
+    groups: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,55 +65,51 @@ class Index:
 
     records: NDArray[np.void]
     keys: NDArray[np.uint8]
-    tar_hash: int
+    file_hash: int
     body_hash: int
 
     def key(self, row: int) -> str:
-        """A sample's name within its tar file."""
+        """A sample's name within its shard."""
         first = int(self.records["key_end"][row - 1]) if row else 0
         return self.keys[first : int(self.records["key_end"][row])].tobytes().decode(errors="surrogateescape")
 
 
-def place(tar: str, folder: str | None, label: str | None) -> str:
-    """Where the index of a tar file is: beside it, or in `folder`. That by a JSON's field `label` is another one."""
-    ending = ".index" if label is None else f".{label}.index"
+def place(file: str, folder: str | None, form: Format) -> str:
+    """Where the index of a shard is: beside it, or in `folder`."""
     if folder is None:
-        return tar + ending
-    digest = hashlib.sha256(os.fsencode(Path(tar).absolute())).hexdigest()[:16]
-    return os.path.expanduser(f"{folder}/{Path(tar).name}.{digest}{ending}")  # noqa: PTH111
+        return file + form.ending
+    digest = hashlib.sha256(os.fsencode(Path(file).absolute())).hexdigest()[:16]
+    return os.path.expanduser(f"{folder}/{Path(file).name}.{digest}{form.ending}")  # noqa: PTH111
 
 
-def make_index(tar: str, where: str, label: str | None) -> None:
-    """Read a tar file whole, once, and write its index, or nothing.
-
-    Args:
-        label: the field of each sample's `.json` that has its class; None: its `.cls`.
+def make_index(file: str, where: str, form: Format) -> None:
+    """Read a shard whole, once, and write its index, or nothing.
 
     Raises:
-        ShardError: the tar file is no good, or the index cannot be written.
+        ShardError: the shard is no good, or the index cannot be written.
     """
     folder = Path(where).parent
     with _writing(where):  # if it cannot be, that is found out before much is read
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    with _reading(tar), open(tar, "rb") as opened:  # noqa: PTH123
+    with _reading(file), open(file, "rb") as opened:  # noqa: PTH123
         status = os.fstat(opened.fileno())
-        content = _content(Path(tar), opened, label)
-        tar_hash, after = _hash(opened), os.fstat(opened.fileno())
+        content = form.content(Path(file), opened)
+        file_hash, after = _hash(opened), os.fstat(opened.fileno())
     if (status.st_size, status.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-        raise ShardError(f"{tar} has changed while it was indexed: start again once nobody writes to it")
+        raise ShardError(f"{file} has changed while it was indexed: start again once nobody writes to it")
     header = np.zeros(1, dtype=HEADER)
     header["magic"], header["version"] = _MAGIC, _VERSION
-    header["tar_size"], header["tar_mtime"], header["tar_hash"] = status.st_size, status.st_mtime_ns, tar_hash
-    _write(where, header, *content)
+    header["file_size"], header["file_mtime"], header["file_hash"] = status.st_size, status.st_mtime_ns, file_hash
+    _write(where, header, content)
 
 
-def note_copy(where: str, tar_mtime: int, tar_hash: int) -> None:
-    """A tar file of another time than when it was indexed has the same bytes: note that, where it can be, beside the
+def note_copy(where: str, file_mtime: int, file_hash: int) -> None:
+    """A shard of another time than when it was indexed has the same bytes: note that, where it can be, beside the
     index, which hosts may share that have copies of their own."""
     with suppress(OSError):
-        noted = [(tar_mtime, tar_hash), *copies(where)][:_MOST_COPIES]
+        noted = [(file_mtime, file_hash), *copies(where)][:_MOST_COPIES]
         write_whole(Path(where + _COPIES), "".join(f"{time} {known}\n" for time, known in noted).encode())
 
 
@@ -151,13 +139,15 @@ def read_head(where: str) -> Head | None:
         return None
     return Head(
         count=header["count"],
-        tar_size=header["tar_size"],
-        tar_mtime=header["tar_mtime"],
-        tar_hash=header["tar_hash"],
+        file_size=header["file_size"],
+        file_mtime=header["file_mtime"],
+        file_hash=header["file_hash"],
         words=tuple(said["words"]),
         largest=said["largest"],
         unlabelled=said["unlabelled"],
         left_out=said["left_out"],
+        names=tuple(said.get("names", ())),
+        groups=tuple(said.get("groups", (header["count"],))),
     )
 
 
@@ -174,22 +164,22 @@ def map_index(where: str, known: int | None = None) -> Index:
     if len(whole) != end or body_hash != header["body_hash"]:
         raise ShardError(f"{where} is damaged: remove it, and start again")
     return Index(
-        records=whole[records:keys].view(RECORD), keys=whole[keys:], tar_hash=header["tar_hash"], body_hash=body_hash
+        records=whole[records:keys].view(RECORD), keys=whole[keys:], file_hash=header["file_hash"], body_hash=body_hash
     )
 
 
-def hash_of(tar: str) -> int:
+def hash_of(file: str) -> int:
     """XXH3 of a file. Raises ShardError if it cannot be read."""
-    with _reading(tar), open(tar, "rb") as opened:  # noqa: PTH123
+    with _reading(file), open(file, "rb") as opened:  # noqa: PTH123
         return _hash(opened)
 
 
 @contextmanager
-def _reading(tar: str) -> Iterator[None]:
+def _reading(file: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ShardError(f"{tar} cannot be read ({error.strerror}): see its path and its permissions") from error
+        raise ShardError(f"{file} cannot be read ({error.strerror}): see its path and its permissions") from error
 
 
 @contextmanager
@@ -224,29 +214,6 @@ def _hash(opened: BinaryIO) -> int:
     return digest.intdigest()
 
 
-def _content(
-    tar: Path, opened: BinaryIO, label: str | None
-) -> tuple[NDArray[np.void], bytes, tuple[str, ...], dict[str, int]]:
-    """(records, keys, words, what was left out)."""
-    rows: list[tuple[int, ...]] = []
-    keys, labels, left_out = bytearray(), list[str | None](), Counter[str]()
-    for sample in samples(tar, opened):
-        images = [part for part in sample.parts if f".{part}" in SUFFIXES]
-        if not images:
-            left_out["samples without an image"] += 1
-            continue
-        left_out["further images of a sample"] += len(images) - 1
-        labels.append(_label(tar, opened, sample, label))
-        keys += sample.key.encode(errors="surrogateescape")
-        places = [sample.parts.get(part, (0, 0)) for part in (images[0], "txt", "json")]
-        if max(size for _, size in places) >= _LARGEST:
-            raise ShardError(f"{tar}: sample {sample.key} is larger than 4 GiB: leave it out")
-        rows.append((*(offset for offset, _ in places), *(size for _, size in places), -1, len(keys)))
-    records = np.array(rows, dtype=RECORD)
-    records["label"], words = _numbered(labels)
-    return records, bytes(keys), words, dict(+left_out)
-
-
 def _numbered(labels: Sequence[str | None]) -> tuple[list[int], tuple[str, ...]]:
     """(a number for each label, the words that these are places among; none if they are what is written)."""
     every = {label for label in labels if label is not None}
@@ -257,32 +224,22 @@ def _numbered(labels: Sequence[str | None]) -> tuple[list[int], tuple[str, ...]]
     return [-1 if label is None else places[label] for label in labels], words
 
 
-def _label(tar: Path, opened: BinaryIO, sample: Sample, field: str | None) -> str | None:
-    """What names the class: the text of `.cls`, or a field of `.json`."""
-    part = "cls" if field is None else "json"
-    if part not in sample.parts:
-        return None
-    offset, size = sample.parts[part]
-    found = os.pread(opened.fileno(), size, offset)  # headers are gone through meanwhile
-    try:
-        if field is None:
-            return found.decode().strip() or None
-        value = json.loads(found).get(field)
-    except (ValueError, AttributeError) as error:
-        raise ShardError(f"{tar}: {sample.key}.{part} cannot be read ({error}): write it anew") from error
-    return None if value is None else str(value).strip()
-
-
-def _write(
-    where: str, header: NDArray[np.void], records: NDArray[np.void], keys: bytes, words: tuple[str, ...],
-    left_out: dict[str, int],
-) -> None:  # fmt: skip
-    labels = records["label"]
-    largest, unlabelled = -1 if words else int(labels.max(initial=-1)), int(np.sum(labels < 0))
-    said = json.dumps({"words": words, "largest": largest, "unlabelled": unlabelled, "left_out": left_out}).encode()
-    header["count"], header["keys"], header["words"] = len(records), len(keys), len(said)
+def _write(where: str, header: NDArray[np.void], content: Content) -> None:
+    records = content.records.copy()
+    records["label"], words = _numbered(content.labels)
+    said = json.dumps(
+        {
+            "words": words,
+            "largest": -1 if words else int(records["label"].max(initial=-1)),
+            "unlabelled": int(np.sum(records["label"] < 0)),
+            "left_out": content.left_out,
+            "names": content.names,
+            "groups": content.group_ends,
+        }
+    ).encode()
+    header["count"], header["keys"], header["words"] = len(records), len(content.keys), len(said)
     padding = bytes(-(HEADER.itemsize + len(said)) % 8)
-    body = said + padding + records.tobytes() + keys
+    body = said + padding + records.tobytes() + content.keys
     header["body_hash"] = xxhash.xxh3_64_intdigest(body)
     with _writing(where):
         write_whole(Path(where), header.tobytes() + body)

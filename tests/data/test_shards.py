@@ -18,12 +18,13 @@ from data.shards.catalogue import open_shards
 from data.shards.index import hash_of, make_index, map_index
 from data.shards.members import ShardError
 from data.shards.names import expand
-from data.shards.store import Store
+from data.shards.tar import TarFormat, TarStore
 from tests.data.tars import picture, sample, shards, write_tar
 
 
-def opened(path: object, label: str | None = None, folder: str | None = None) -> Store:
-    return Store(open_shards(str(path), "data.path", label=label, folder=folder, workers=1))
+def opened(path: object, label: str | None = None, folder: str | None = None) -> TarStore:
+    form = TarFormat(label=label)
+    return form.store(open_shards(str(path), "data.path", form=form, folder=folder, workers=1))
 
 
 def test_patterns_are_expanded_as_by_a_shell(tmp_path: Path) -> None:
@@ -172,7 +173,7 @@ def test_hosts_that_share_indexes_look_at_their_copies_once(tmp_path: Path, monk
         opened(path, folder=str(tmp_path / "i"))
     assert len(hashed) == 2
     path.write_bytes(path.read_bytes().replace(b"part/", b"trap/"))  # other bytes at a time that is known
-    open_shards(str(path), "data.path", label=None, folder=str(tmp_path / "i"), workers=1, again=True)
+    open_shards(str(path), "data.path", form=TarFormat(), folder=str(tmp_path / "i"), workers=1, again=True)
     write_tar(path, [sample(0)])
     os.utime(path, ns=(2, 2))
     with pytest.raises(ValueError, match=r"x\.tar \(other bytes"):
@@ -187,11 +188,11 @@ def test_an_index_that_is_mapped_again_is_the_one_of_before(tmp_path: Path) -> N
     index = tmp_path / "01.tar.index"
     kept = index.read_bytes()
     write_tar(tmp_path / "01.tar", [sample(7), sample(8), sample(9)])
-    make_index(str(tmp_path / "01.tar"), str(index), None)
+    make_index(str(tmp_path / "01.tar"), str(index), TarFormat())
     with pytest.raises(UnreadableImageError, match=r"01\.tar\.index is damaged|was made anew, of other bytes"):
         store.part(place, "image")
     with pytest.raises(UnreadableImageError, match=r"was made anew, of other bytes, since this run began"):
-        Store(store.catalogue).index(1)
+        TarFormat().store(store.catalogue).index(1)
     index.write_bytes(kept[:-1])
     with pytest.raises(UnreadableImageError, match=r"01\.tar\.index is damaged"):
         store.part(place, "image")
@@ -202,7 +203,7 @@ def test_many_shards_need_few_open_files(tmp_path: Path) -> None:
     catalogue, limits = opened(shards(tmp_path, sizes=[1] * 100)).catalogue, resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 100, limits[1]))
     try:
-        store = Store(catalogue)
+        store = TarFormat().store(catalogue)
         for number, place in enumerate(store.places(np.arange(100))):
             assert store.part(place, "image") == picture(number)
     finally:
@@ -216,7 +217,7 @@ def test_indexes_may_lie_elsewhere_and_are_made_by_several_processes(tmp_path: P
         index.unlink()
     (tmp_path / "a").chmod(0o555)
     try:
-        found = open_shards(pattern, "data.path", label=None, folder=str(tmp_path / "b"), workers=2)
+        found = open_shards(pattern, "data.path", form=TarFormat(), folder=str(tmp_path / "b"), workers=2)
         if os.getuid():
             with pytest.raises(ShardError, match=r"cannot be written .*data\.index_dir"):
                 opened(pattern)

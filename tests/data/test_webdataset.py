@@ -125,7 +125,7 @@ def test_captions_are_texts_or_fields(tmp_path: Path) -> None:
     untold = write_tar(tmp_path / "y.tar", [*said[:3], sample(9)])
     captions = build(untold, TEXT, None, val_path=str(path))[0].captions
     assert captions is not None
-    with pytest.raises(ValueError, match=r"y\.tar, sample part/00009 has neither a \.txt nor a \.json"):
+    with pytest.raises(ValueError, match=r"y\.tar, sample part/00009 has no caption \(\.txt nor \.json\)"):
         captions.every(3, 0, Look())
     with pytest.raises(ValueError, match=r"data\.templates has no effect"):
         build(path, TEXT, None, val_path=str(path), templates=str(tmp_path / "templates.txt"))

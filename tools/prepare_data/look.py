@@ -11,23 +11,24 @@ from numpy.typing import NDArray
 
 from data.decode import CENTRE, decode
 from data.errors import UnreadableImageError
-from data.shards.catalogue import Catalogue, in_processes
+from data.shards.catalogue import in_processes
 from data.shards.index import hash_of
 from data.shards.store import Place, Store
 
 _SHOWN = 20  # classes
 
 
-def check(catalogue: Catalogue, workers: int | None) -> list[str]:
-    """What is wrong: tar files with other bytes than were indexed, and images that cannot be decoded."""
-    found = in_processes(partial(_faults, catalogue), range(len(catalogue.tars)), workers)
+def check(store: Store, workers: int | None) -> list[str]:
+    """What is wrong: shards with other bytes than were indexed, and images that cannot be decoded."""
+    catalogue = store.catalogue
+    found = in_processes(partial(_faults, store), range(len(catalogue.files)), workers)
     return [fault for of_shard in found for fault in of_shard]
 
 
-def _faults(catalogue: Catalogue, shard: int) -> list[str]:
-    faults, store = [], Store(catalogue)
-    if hash_of(catalogue.tars[shard]) != int(catalogue.hashes[shard]):
-        faults.append(f"{catalogue.tars[shard]} has other bytes than when it was indexed")
+def _faults(store: Store, shard: int) -> list[str]:
+    faults, catalogue = [], store.catalogue
+    if hash_of(catalogue.files[shard]) != int(catalogue.hashes[shard]):
+        faults.append(f"{catalogue.files[shard]} has other bytes than when it was indexed")
     try:
         store.index(shard)
     except UnreadableImageError as error:
@@ -35,27 +36,28 @@ def _faults(catalogue: Catalogue, shard: int) -> list[str]:
     for row in range(catalogue.size_of(shard)):
         place = Place(shard, row)
         try:
-            content = store.part(place, "image") or b""
-            decode(BytesIO(content), CENTRE, (3, 64, 64), partial(store.name, place))
+            decode(BytesIO(store.image(place)), CENTRE, (3, 64, 64), partial(store.name, place))
         except UnreadableImageError as error:
             faults.append(str(error))
     return faults
 
 
-def stats(catalogue: Catalogue) -> list[str]:
+def stats(store: Store) -> list[str]:
     """Counts and sizes, by the indexes alone."""
-    store, shards = Store(catalogue), range(len(catalogue.tars))
+    catalogue = store.catalogue
+    shards = range(len(catalogue.files))
     counts = np.array([catalogue.size_of(shard) for shard in shards])
     sizes = np.concatenate([store.index(shard).records["image_size"] for shard in shards]).astype(np.int64)
-    texts, jsons = (
-        sum(int(np.count_nonzero(store.index(shard).records[part])) for shard in shards) for part in ("text", "json")
-    )
+    texts = [
+        f"with {what} {sum(int(np.count_nonzero(store.index(shard).records[part])) for shard in shards)}"
+        for part, what in store.form.texts_in.items()
+    ]
     words = store.all_words()
     lines = [
         catalogue.describe(),
         f"images per shard {_spread(counts)}",
         f"bytes per image  {_spread(sizes)}, {sizes.sum() / 2**30:.3g} GiB in all",
-        f"with .txt {texts}, with .json {jsons}, with a label {int(np.sum(words >= 0))}",
+        ", ".join([*texts, f"with a label {int(np.sum(words >= 0))}"]),
     ]
     return lines + _of_classes(catalogue.words, words[words >= 0])
 

@@ -23,9 +23,10 @@ from data.shards.catalogue import in_processes
 from data.shards.classes import CLASS_MAP
 from data.shards.index import make_index, place, read_head, write_whole
 from data.shards.members import ShardError
+from data.shards.tar import TarFormat
 from tools.prepare_data.sources import Source, key_of
 
-_PLAN = "pack.json"
+_PLAN, _FORMAT = "pack.json", TarFormat()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,11 +100,11 @@ def _begin(folder: Path, plan: Plan, classes: tuple[str, ...]) -> None:
 
 def _is_there(folder: Path, plan: Plan, shard: int) -> bool:
     tar = folder / plan.name(shard)
-    head = read_head(place(str(tar), None, None))
+    head = read_head(place(str(tar), None, _FORMAT))
     return (
         head is not None
         and tar.exists()
-        and head.tar_size == tar.stat().st_size
+        and head.file_size == tar.stat().st_size
         and head.count == len(plan.samples(shard))
     )
 
@@ -128,7 +129,7 @@ def _write(source: Source, folder: Path, plan: Plan, shard: int) -> None:
         raise ShardError(f"{tar} cannot be packed ({error}): see to that, and start again: it goes on") from error
     finally:
         part.unlink(missing_ok=True)
-    make_index(str(tar), place(str(tar), None, None), None)
+    make_index(str(tar), place(str(tar), None, _FORMAT), _FORMAT)
     if not _is_there(folder, plan, shard):
         raise ShardError(f"{tar} has not the {len(numbers)} samples that were written: start again")
 

@@ -16,7 +16,10 @@ from data.listing import SUFFIXES, Listing, scan
 from data.pairs import Columns, Pairs, read_pairs
 from data.shards.catalogue import open_shards
 from data.shards.classes import class_map
+from data.shards.formats import Format
+from data.shards.parquet import ParquetFormat
 from data.shards.store import Store
+from data.shards.tar import TarFormat
 
 _NAME = 60  # characters of a file's name that are kept in a key
 
@@ -97,7 +100,7 @@ class TableSource(Source):
 
 @dataclass(frozen=True)
 class ShardSource(Source):
-    """Tar files, to be cut otherwise or shuffled."""
+    """Shards, to be cut otherwise or shuffled."""
 
     store: Store
     classes: tuple[str, ...] = ()
@@ -113,19 +116,24 @@ class ShardSource(Source):
         """As Source."""
         store, words = self.store, self.store.catalogue.words
         (place,) = store.places(np.array([index]))
-        content = store.part(place, "image") or b""
+        content = store.image(place)
         parts = {_ending(content, store.name(place)): content}
         label = int(store.words([place])[0])
         if label >= 0:
             parts["cls"] = (words[label] if words else str(label)).encode()
-        for part, name in (("text", "txt"), ("json", "json")):
-            if (found := store.part(place, part)) is not None:
-                parts[name] = found
+        parts.update(store.texts(place))
         return store.index(place.shard).key(place.row).rpartition("/")[2], parts
 
 
-def source_of(path: str, columns: Columns, label: str | None) -> Source:
-    """What a path holds: a folder, a table by its suffix, else tar files.
+def format_of(path: str, columns: Columns) -> Format:
+    """What files a path of shards names, by its suffix."""
+    if Path(path).suffix.lower() == ".parquet":
+        return ParquetFormat(image=columns.image, caption=columns.caption, label=columns.label)
+    return TarFormat(label=columns.label, caption=columns.caption)
+
+
+def source_of(path: str, columns: Columns) -> Source:
+    """What a path holds: a folder, a table or parquet files by its suffix, else tar files.
 
     Raises:
         ValueError: nothing that can be read.
@@ -134,8 +142,9 @@ def source_of(path: str, columns: Columns, label: str | None) -> Source:
         return FolderSource(scan(path, "SRC"))
     if Path(path).suffix.lower() in (".csv", ".tsv", ".tab"):
         return TableSource(read_pairs(path, "SRC", columns, None))
-    catalogue = open_shards(path, "SRC", label=label, folder=None)
-    return ShardSource(Store(catalogue), class_map(catalogue) or ())
+    form = format_of(path, columns)
+    catalogue = open_shards(path, "SRC", form=form, folder=None)
+    return ShardSource(form.store(catalogue), class_map(catalogue) or ())
 
 
 def key_of(number: int, name: str) -> str:
