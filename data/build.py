@@ -6,6 +6,8 @@ from data.config import DataConfig
 from data.datasets import Dataset, digits, synthetic
 from data.image_folder import image_folder
 from data.image_text import image_text
+from data.joined import joined
+from data.mixing import whole_shares
 from data.normalise import Normalise
 from data.templates import captions_of, class_prompts
 from data.texts import TextShape, describe_texts, make_texts, tokenizer_of
@@ -36,6 +38,8 @@ def build_datasets(
         ValueError: for images that cannot be found, for more classes than the model has, for means and deviations of
             another number of channels, and for a tokenizer or templates that do not fit.
     """
+    if config.weights:
+        whole_shares(config.weights)  # raises
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     Normalise(config, channels)  # raises
     texts = None if text is None else make_texts(tokenizer_of(config), text)
@@ -79,6 +83,9 @@ def describe_datasets(kind: str, train: Dataset, held_out: Dataset, num_classes:
 def _build(
     config: DataConfig, image_shape: tuple[int, int, int], synthetic_classes: int, seed: int, readers: int
 ) -> tuple[Dataset, Dataset]:
+    if config.is_joined:
+        return joined(config, image_shape, readers)
+    config = config.without_kinds
     match config.kind:
         case "digits":
             return digits(image_shape, config.fold)

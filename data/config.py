@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, Literal
+
+from data.source_names import Source, is_joined, sources_of
 
 TextCleaning = Literal["none", "lower", "canonical"]
 FOLDS = 5
@@ -28,7 +30,7 @@ _ONLY_FOR = {
     "label_column": _SAID,
     "index_dir": _SHARDS,
     "shuffle_window": _SHARDS,
-    "weights": _SHARDS,
+    "weights": _FILES,
     "templates": ("digits", "synthetic", "image_folder", "textures", *_SHARDS),
     "size": ("synthetic",),
     "crops_per_class": ("textures",),
@@ -51,7 +53,8 @@ class DataConfig:
     path: str | None = None
     """image_folder: folder with one sub-folder of images, at any depth, per class; image_text: CSV or TSV file whose
     first row names the columns, paths of images relative to it; webdataset: tar files, by bash's braces
-    (shards/train-{000000..000146}.tar) or wildcards, several sources parted by ::; parquet: likewise."""
+    (shards/train-{000000..000146}.tar) or wildcards; parquet: likewise. Several sources are parted by ::, those of
+    another kind or with columns of their own begin with it: folder:PHOTOS::table(label=kind):PAIRS.tsv::tar:SHARDS."""
 
     val_path: str | None = None
     """Held-out images, as in path, of the same classes; absent: a stratified fifth of path is held out."""
@@ -72,8 +75,7 @@ class DataConfig:
     """Folder for the indexes of shards (webdataset, parquet); absent: beside each."""
 
     weights: tuple[float, ...] = ()
-    """In training, the shares of the sources that :: parts in path, such as [3, 1] (webdataset, parquet); absent: as
-    many as each has."""
+    """In training, the shares of the sources that :: parts in path, such as [3, 1]; absent: as many as each has."""
 
     shuffle_window: int = 0
     """Shards (tar files, or row groups of parquet) of which samples are mixed at a time, their own order shuffled
@@ -193,6 +195,37 @@ class DataConfig:
         """Whether augmentation cuts random crops."""
         return self.crop_min_area < 1
 
+    @property
+    def is_joined(self) -> bool:
+        """Whether images are of several sources that no one kind opens by itself."""
+        return any(is_joined(sources, self.kind, _SHARDS) for sources in self._sources().values())
+
+    @property
+    def without_kinds(self) -> DataConfig:
+        """The same, where all sources are of `kind`, and paths need not say so."""
+        plain: dict[str, Any] = {
+            name: "::".join(source.path for source in sources) for name, sources in self._sources().items()
+        }
+        return replace(self, **plain) if plain else self
+
+    def of_source(self, source: Source) -> DataConfig:
+        """What this says of one of its sources, by itself."""
+        others = {name: self._defaults()[name] for name, kinds in _ONLY_FOR.items() if source.kind not in kinds}
+        own: dict[str, Any] = {"kind": source.kind, "path": source.path, "val_path": None, "fold": 0, "weights": ()}
+        columns = {f"{name}_column": column for name, column in source.columns.items()}
+        return replace(self, **others | own | columns)
+
+    def _sources(self) -> dict[str, list[Source]]:
+        """Of path and val_path, if they are given."""
+        if self.kind not in _FILES:
+            return {}
+        given = {"path": self.path, "val_path": self.val_path}
+        return {name: sources_of(path, self.kind, f"data.{name}") for name, path in given.items() if path}
+
+    @classmethod
+    def _defaults(cls) -> dict[str, Any]:
+        return {field.name: field.default for field in fields(cls) if field.default is not MISSING}
+
     def _check(self, name: str, ok: bool, wanted: str) -> None:
         if not ok:
             raise ValueError(f"data.{name} is {getattr(self, name)!r}: it must be {wanted}")
@@ -203,10 +236,10 @@ class DataConfig:
         self._check(name, ok, f"one number from {least:g} to {most:g}, or one such per channel")
 
     def _check_kind(self) -> None:
-        defaults: dict[str, Any] = {f.name: f.default for f in fields(self) if f.default is not MISSING}
+        defaults, ours = self._defaults(), {source.kind for sources in self._sources().values() for source in sources}
         for name, kinds in _ONLY_FOR.items():
             value = getattr(self, name)
-            if self.kind not in kinds and value != defaults[name]:
+            if not (ours | {self.kind}) & set(kinds) and value != defaults[name]:
                 raise ValueError(
                     f"data.{name} is {value!r}, but has no effect with data.kind={self.kind}: remove it, or "
                     f"set data.kind to {' or '.join(kinds)}"
@@ -219,6 +252,13 @@ class DataConfig:
                 "parquet": "the parquet files, such as data/train-{00000..00012}-of-00013.parquet",
             }[self.kind]
             raise ValueError(f"data.kind is {self.kind}, but data.path is not set: give {wanted}")
+        if self.weights and (count := len(self._sources()["path"])) == 1:
+            raise ValueError("data.weights has no effect with one source: remove it, or give several in data.path")
+        if self.weights and len(self.weights) != count:
+            raise ValueError(
+                f"data.weights has {len(self.weights)} numbers, and data.path={self.path} {count} sources, parted by "
+                "::: give one for each"
+            )
         if self.val_path is not None and not self.val_path:
             raise ValueError("data.val_path is empty: give the held-out images, or remove it")
         if self.val_path is not None and self.fold != 0:

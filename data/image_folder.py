@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data.config import FOLDS
+from data.config import FOLDS, DataConfig
 from data.datasets import Dataset, fingerprint, stratified_split
 from data.decode import CENTRE, check_channels, decode
 from data.sharing import scan_once
@@ -74,6 +74,12 @@ class ImageFiles(Dataset):
     def _decode(self, index: int, crop: NDArray[np.float64]) -> NDArray[np.float32]:
         place = index if self.part is None else int(self.part[index])
         return decode(self.listing.file(place), crop, self.image_shape)
+
+
+def whole_folder(config: DataConfig, key: str, image_shape: tuple[int, int, int], readers: int) -> ImageFiles:
+    """All images of the folder `config.path`, as a source among others; `key` is the option that gave it."""
+    assert config.path is not None
+    return ImageFiles(scan_once(config.path, key, readers), image_shape)
 
 
 def image_folder(

@@ -16,6 +16,7 @@ from data.datasets import fingerprint, stratified_split
 from data.image_folder import ImageFiles
 from data.pairs import Columns, Pairs, read_pairs
 from data.sharing import once
+from data.templates import class_prompts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,13 @@ class ImageText(ImageFiles):
         self.captions = WrittenCaptions(pairs=pairs, part=part, classes=classes if pairs.classes else None)
 
 
+def whole_table(config: DataConfig, key: str, image_shape: tuple[int, int, int], readers: int) -> ImageText:
+    """All images of the table `config.path`, as a source among others; `key` is the option that gave it."""
+    assert config.path is not None
+    pairs = _read_once(config.path, key, _columns(config), None, readers)
+    return ImageText(pairs, image_shape, None, class_prompts(config))
+
+
 def image_text(
     config: DataConfig, image_shape: tuple[int, int, int], prompts: tuple[str, ...], readers: int = 1
 ) -> tuple[ImageText, ImageText]:
@@ -61,7 +69,7 @@ def image_text(
         ValueError: for tables that are missing, cannot be read, or lack columns or usable rows.
     """
     assert config.path is not None
-    columns = Columns(image=config.image_column, caption=config.caption_column, label=config.label_column)
+    columns = _columns(config)
     pairs = _read_once(config.path, "data.path", columns, None, readers)
     if config.val_path is not None:
         classes = pairs.classes if columns.label is not None else None
@@ -75,6 +83,10 @@ def image_text(
     labels = pairs.labels if pairs.classes else np.zeros_like(pairs.labels)
     train, part = stratified_split(labels, config.fold)
     return ImageText(pairs, image_shape, train, prompts), ImageText(pairs, image_shape, part, prompts)
+
+
+def _columns(config: DataConfig) -> Columns:
+    return Columns(image=config.image_column, caption=config.caption_column, label=config.label_column)
 
 
 def _read_once(path: str, key: str, columns: Columns, classes: Sequence[str] | None, readers: int) -> Pairs:

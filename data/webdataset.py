@@ -19,7 +19,6 @@ from data.datasets import Dataset, fingerprint
 from data.decode import CENTRE, check_channels, decode
 from data.errors import UnreadableImageError
 from data.held_out import Part
-from data.mixing import whole_shares
 from data.shards.catalogue import Catalogue, open_shards
 from data.shards.classes import Classes, classes_of
 from data.shards.formats import Format
@@ -27,6 +26,7 @@ from data.shards.parquet import ParquetFormat
 from data.shards.store import Place, Store
 from data.shards.tar import TarFormat
 from data.sharing import once
+from data.templates import class_prompts
 
 
 class WebDataset(Dataset):
@@ -111,6 +111,16 @@ class ShardCaptions(GivenCaptions):
         return repr((self.dataset.fingerprint, *self.dataset.store.form.said_by, classes)).encode()
 
 
+def whole_shards(config: DataConfig, key: str, image_shape: tuple[int, int, int], readers: int) -> WebDataset:
+    """All samples of the shards `config.path`, as a source among others; `key` is the option that gave it."""
+    assert config.path is not None
+    store = _opened(config, _format(config), config.path, key, readers)
+    (classes,) = classes_of([store.catalogue])
+    found = WebDataset(store, image_shape, None, classes)
+    found.captions = _captions(found, class_prompts(config))
+    return found
+
+
 def webdataset(
     config: DataConfig, image_shape: tuple[int, int, int], prompts: tuple[str, ...], readers: int = 1
 ) -> tuple[WebDataset, WebDataset]:
@@ -123,14 +133,6 @@ def webdataset(
         ValueError: for shards that are missing, cut short, changed, or cannot be read, and labels that do not fit.
     """
     assert config.path is not None
-    sources = config.path.count("::") + 1
-    if config.weights:
-        if len(config.weights) != sources:
-            raise ValueError(
-                f"data.weights has {len(config.weights)} numbers, and data.path={config.path} {sources} sources, "
-                "parted by ::: give one for each"
-            )
-        whole_shares(config.weights)  # raises
     form = _format(config)
     stores = [_opened(config, form, config.path, "data.path", readers)]
     parts: list[Part | None] = [None, None]
@@ -155,7 +157,11 @@ def webdataset(
             f"data.path={config.path}: a source has no sample to train on: leave it out of data.weights, too"
         )
     for dataset in (train, held_out):
-        dataset.captions = _captions(dataset, config, prompts)
+        dataset.captions = _captions(dataset, prompts)
+        if dataset.captions is not None and config.templates is not None:
+            raise ValueError(
+                f"data.templates has no effect with data.path={config.path}, whose samples have captions: leave it out"
+            )
     return train, held_out
 
 
@@ -171,16 +177,11 @@ def _opened(config: DataConfig, form: Format, path: str, key: str, readers: int)
     return form.store(once(Catalogue, partial(open_shards, path, key, form=form, folder=folder), what, readers))
 
 
-def _captions(dataset: WebDataset, config: DataConfig, prompts: tuple[str, ...]) -> ShardCaptions | None:
-    """None: of the first sample nothing is said, so the set is one of classes. Raises ValueError for templates that
-    nobody would use."""
+def _captions(dataset: WebDataset, prompts: tuple[str, ...]) -> ShardCaptions | None:
+    """None: of the first sample nothing is said, so the set is one of classes."""
     of_classes = None
     if dataset.class_names is not None:
         of_classes = TemplateCaptions(names=tuple(dataset.class_names), templates=prompts, class_prompts=prompts)
     if not dataset.store.said(dataset.places(np.array([0]))[0]):
         return None
-    if config.templates is not None:
-        raise ValueError(
-            f"data.templates has no effect with data.path={config.path}, whose samples have captions: leave it out"
-        )
     return ShardCaptions(dataset=dataset, classes=of_classes)
