@@ -7,6 +7,7 @@ from data.datasets import Dataset, digits, synthetic
 from data.image_folder import image_folder
 from data.image_text import image_text
 from data.joined import joined
+from data.jpeg import decoder_name
 from data.mixing import whole_shares
 from data.normalise import Normalise
 from data.templates import captions_of, class_prompts
@@ -72,6 +73,8 @@ def describe_datasets(kind: str, train: Dataset, held_out: Dataset, num_classes:
     """
     lines = [f"data: {kind}, {len(train)} training and {len(held_out)} held-out images"]
     lines += [f"  {source}" for source in dict.fromkeys((train.source, held_out.source)) if source is not None]
+    if train.crops_when_read:
+        lines.append(f"  JPEGs are decoded by {decoder_name()}")
     if num_classes is not None and num_classes > train.num_classes:
         lines.append(
             f"  warning: the model tells {num_classes} classes apart, but there are images of {train.num_classes}: "

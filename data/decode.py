@@ -1,27 +1,40 @@
-"""From an image file to pixels of a given shape, decoded by Pillow.
+"""From an image file to pixels of a given shape, decoded by Pillow, and JPEGs by what is quicker (data.jpeg).
 
-Images are shown as they were meant: turned as their EXIF orientation says; 16-bit grey by its full range; of several
-frames the first one.
+Images are shown as they were meant: turned as their EXIF orientation says; 16-bit grey by its full range; palettes and
+CMYK in their colours; of several frames the first one. Transparency is left out, as torchvision, timm and big_vision
+do. JPEGs are decoded at a half, quarter or eighth of their size where that still covers the crop.
 """
 
 from __future__ import annotations
 
+import errno
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
+from torch import Tensor
 
 from data.augment import crop_boxes
-from data.errors import UnreadableImageError
+from data.errors import BadSampleError, UnreadableImageError
+from data.jpeg import decoded
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 _ORIENTATION = 0x0112  # EXIF tag; 1: as stored, 5 to 8: width and height change places
 _DEEPEST = 65535
+Pixels = NDArray[np.uint8] | NDArray[np.float32]
+Box = tuple[float, float, float, float]  # left, top, right, bottom, as shares of width and height
+
+# None: a decoder refuses what is there. Others are of a disk, a network or a process that may do better the next time.
+_OF_SAMPLES = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 
 
 CENTRE = np.array([1.0, 1.0, 0.5, 0.5])
@@ -45,12 +58,14 @@ def decode(
     `name` tells what an open file is.
 
     Raises:
-        UnreadableImageError: whatever the reason.
+        UnreadableImageError: whatever the reason; BadSampleError where it is the file's.
     """
     from PIL import Image
 
-    with _readable(name or (lambda: str(file))), Image.open(file) as image:
-        return _cut(image, crop, image_shape)
+    with _readable(name or (lambda: str(file))):
+        content = Path(file).read_bytes() if isinstance(file, str) else file.read()
+        with Image.open(BytesIO(content)) as image:
+            return _cut(image, content, crop, image_shape)
 
 
 def whole(file: str | BinaryIO, mode: str, name: Callable[[], str] | None = None) -> tuple[Image, int]:
@@ -71,27 +86,64 @@ def _readable(name: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # decoders raise many types: OSError, SyntaxError, struct.error, ...
-        cause = " ".join(str(error).split()) or type(error).__name__
-        raise UnreadableImageError(f"{name()} cannot be decoded ({cause}): replace or remove this file") from error
+        is_unknown = type(error).__name__ == "UnidentifiedImageError"  # whose text is an address in memory
+        cause = "of no known format" if is_unknown else " ".join(str(error).split()) or type(error).__name__
+        message = f"{name()} cannot be decoded ({cause}): replace or remove this file"
+        is_of_sample = not isinstance(error, MemoryError) and getattr(error, "errno", None) in _OF_SAMPLES
+        raise (BadSampleError if is_of_sample else UnreadableImageError)(message) from error
 
 
-def _cut(image: Image, crop: NDArray[np.float64], image_shape: tuple[int, int, int]) -> NDArray[np.float32]:
-    from PIL.Image import Resampling
-
+def _cut(
+    image: Image, content: bytes, crop: NDArray[np.float64], image_shape: tuple[int, int, int]
+) -> NDArray[np.float32]:
     channels, height, width = image_shape
     mode = "L" if channels == 1 else "RGB"
     orientation = _orientation(image)
     turned = orientation >= 5
     full_width, full_height = image.size[::-1] if turned else image.size
-    left, top, box_width, box_height = crop_boxes(crop, full_height, full_width, width / height).tolist()
+    box = crop_boxes(crop, full_height, full_width, width / height).tolist()
     # JPEG decodes straight to a half, quarter or eighth of its size, where that is still large enough.
-    enough = math.ceil(full_width * width / box_width), math.ceil(full_height * height / box_height)
+    enough = math.ceil(full_width * width / box[2]), math.ceil(full_height * height / box[3])
     image.draft(mode, enough[::-1] if turned else enough)
-    pixels, white = _as_mode(_upright(image, orientation), mode)
-    x, y = pixels.width / full_width, pixels.height / full_height
-    right, bottom = min(left + box_width, full_width), min(top + box_height, full_height)  # rounding
-    scaled = pixels.resize((width, height), Resampling.BILINEAR, box=(left * x, top * y, right * x, bottom * y))
-    return channels_first(scaled, channels) / np.float32(white)
+    edges = box[0], box[1], min(box[0] + box[2], full_width), min(box[1] + box[3], full_height)  # rounding
+    shares = edges[0] / full_width, edges[1] / full_height, edges[2] / full_width, edges[3] / full_height
+    if np.array_equal(crop, CENTRE):
+        shown, white = _as_mode(_upright(image, orientation), mode)
+        return channels_first(_with_surroundings(shown, shares, (width, height)), channels) / np.float32(white)
+    pixels, white = _pixels(image, content, orientation, mode)
+    return _alone(pixels, shares, (height, width)).to(torch.float32).div_(white).expand(image_shape).numpy()
+
+
+def _pixels(image: Image, content: bytes, orientation: int, mode: str) -> tuple[Pixels, int]:
+    """([H, W] or [H, W, 3], upright: bytes, or floats where these would not hold them; the value of white)."""
+    from PIL import Image as pillow
+
+    found = decoded(image, content)
+    if found is not None and orientation == 1:
+        return found, 255
+    shown, white = _as_mode(_upright(image if found is None else pillow.fromarray(found), orientation), mode)
+    return np.array(shown), white
+
+
+def _with_surroundings(image: Image, shares: Box, size: tuple[int, int]) -> Image:
+    """What a box cuts out, as if all of the image had been scaled before: its edges blend with what is beside them. So
+    evaluation sees it elsewhere, too: the shorter side is scaled, then the centre cropped."""
+    from PIL.Image import Resampling
+
+    left, top, right, bottom = shares
+    box = left * image.width, top * image.height, right * image.width, bottom * image.height
+    return image.resize(size, Resampling.BILINEAR, box=box)
+
+
+def _alone(pixels: Pixels, shares: Box, size: tuple[int, int]) -> Tensor:
+    """The same of the box alone, [1 or C, H, W], in whole pixels, by torch, which takes a third of Pillow's time: as
+    torchvision cuts random crops."""
+    rows, columns = pixels.shape[:2]
+    left, top = min(round(shares[0] * columns), columns - 1), min(round(shares[1] * rows), rows - 1)
+    right, bottom = max(round(shares[2] * columns), left + 1), max(round(shares[3] * rows), top + 1)
+    part = torch.from_numpy(pixels[top:bottom, left:right])
+    part = part[None, None] if part.ndim == 2 else part.permute(2, 0, 1)[None]
+    return F.interpolate(part, size=size, mode="bilinear", antialias=True)[0].contiguous()
 
 
 def _orientation(image: Image) -> int:
@@ -125,6 +177,8 @@ def _as_mode(image: Image, mode: str) -> tuple[Image, int]:
     from PIL import Image as pillow
 
     if image.mode.startswith("I;16"):
+        return pillow.fromarray(np.asarray(image, dtype=np.float32)), _DEEPEST
+    if image.mode == "I" and image.format == "PPM":  # the one format whose 16 bits Pillow gives in 32
         return pillow.fromarray(np.asarray(image, dtype=np.float32)), _DEEPEST
     if image.mode in ("I", "F"):
         raise ValueError(f"pixels of 32 bits (Pillow's mode {image.mode}), of which nobody says what is white")

@@ -22,7 +22,7 @@ class Normalise:
         self._std = torch.tensor(config.std, dtype=torch.float32).reshape(-1, 1, 1)
 
     def __call__(self, images: Tensor) -> Tensor:
-        return (images - self._mean) / self._std
+        return (images - self._mean).div_(self._std)
 
     def undo(self, images: Tensor) -> Tensor:
         """Pixels again."""

@@ -134,6 +134,12 @@ def standardise(crop: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.clip((crop - mean) * scale + 0.5, 0, 1, dtype=np.float32)
 
 
+def photographs() -> list[Path]:
+    """The files, which come with scikit-image. Raises ValueError where it is missing."""
+    folder = installed_folder("skimage", "data", kind="textures", package="scikit-image")
+    return [folder / name for name in _PHOTOGRAPHS]
+
+
 def textures(image_shape: tuple[int, int, int], crops: int, seed: int) -> tuple[TextureCrops, TextureCrops]:
     """Of each photograph, `crops` random crops to train on, and 16 crops of its right quarter, on a raster, held out.
 
@@ -146,8 +152,8 @@ def textures(image_shape: tuple[int, int, int], crops: int, seed: int) -> tuple[
     channels, height, width = image_shape
     if channels not in (1, 3):
         raise ValueError(f"model.in_channels is {channels}: textures are read with 1 channel (grey) or 3 (RGB)")
-    folder = installed_folder("skimage", "data", kind="textures", package="scikit-image")
-    halves = [_split(folder / name, used, (height, width)) for name, used in _PHOTOGRAPHS.items()]
+    parts = zip(photographs(), _PHOTOGRAPHS.values(), strict=True)
+    halves = [_split(file, used, (height, width)) for file, used in parts]
     train, held_out = ([pair[side] for pair in halves] for side in (0, 1))
     _check_fits(held_out, (height, width))
     return (

@@ -94,3 +94,28 @@ def test_what_cannot_be_decoded_is_told_in_one_line(tmp_path: Path) -> None:
         pixels_of(tmp_path / "x.tif", (1, 8, 8))
     with pytest.raises(UnreadableImageError, match=r"No such file"):
         pixels_of(tmp_path / "gone.png", (1, 8, 8))
+
+
+def test_every_mode_has_its_colours(tmp_path: Path) -> None:
+    """Palettes, transparency, CMYK, two levels, grey with transparency: as an RGB image of the same colours."""
+    y, x = np.mgrid[0:32, 0:48]
+    colours = np.stack([8 * y, 5 * x, 128 + 0 * x], axis=-1).astype(np.uint8)
+    picture, alpha = Image.fromarray(colours), Image.fromarray((4 * x).astype(np.uint8))
+    shown = {
+        "rgba.png": Image.merge("RGBA", (*picture.split(), alpha)),
+        "la.png": Image.merge("LA", (picture.split()[0], alpha)),
+        "palette.png": picture.quantize(64),
+        "palette.gif": picture.quantize(64),
+        "cmyk.jpg": picture.convert("CMYK"),
+        "cmyk.tif": picture.convert("CMYK"),
+        "levels.png": picture.split()[0].point(lambda value: 255 * (value > 127)).convert("1"),
+    }
+    for name, image in shown.items():
+        image.save(tmp_path / name, **({"quality": 98, "subsampling": 0} if name.endswith("jpg") else {}))
+        expected = picture if name.startswith(("rgba", "cmyk")) else image.convert("RGB")
+        pixels = pixels_of(tmp_path / name, (3, 32, 48))
+        np.testing.assert_allclose(pixels, np.asarray(expected).transpose(2, 0, 1) / 255, atol=0.03, err_msg=name)
+    ramp = np.linspace(0, 65535, 32 * 48).astype(">u2")
+    (tmp_path / "deep.pgm").write_bytes(b"P5 48 32 65535\n" + ramp.tobytes())
+    found = pixels_of(tmp_path / "deep.pgm", (1, 32, 48))[0]
+    np.testing.assert_allclose(found, ramp.reshape(32, 48) / 65535, atol=1e-6)

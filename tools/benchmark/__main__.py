@@ -38,12 +38,13 @@ BENCHMARKS = {
     "faithful": "whether maps say what a model goes by: pointing game, insertion, deletion, on digits over textures",
     "seeing": "class-token rollout beyond the forward pass, against hooks on written-out attention in timm",
     "shards": "how soon sets of many shards are opened, and whether reading them keeps memory",
+    "decode": "images a second on a core, from JPEGs to training batches, against webdataset, grain and Pillow",
     "kernels": "each native kernel against torch, and against the memory limit",
 }
 
 _ALONE = {
     "precision", "textures", "reshard", "convert", "kernels", "sweep", "schedules", "pipeline", "recompute",
-    "predictions", "shards", "contrastive", "seeing", "faithful", "--against",
+    "predictions", "shards", "contrastive", "seeing", "faithful", "decode", "--against",
 }  # with ranks of their own, or none  # fmt: skip
 
 
