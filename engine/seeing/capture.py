@@ -21,6 +21,7 @@ from model.seeing.capture import PROBE, Attended, RowsTap, Wanted, joined
 from model.taps import Tap, tapped, tapping
 from parallel import comm
 from parallel.pipeline.execution import PipelineExecutor
+from parallel.pipeline.local_stage import Head
 
 
 @torch.no_grad()
@@ -38,7 +39,7 @@ def capture(assembly: Assembly, images: Tensor, wanted: Mapping[str, Wanted]) ->
         ValueError: the model has no such layers, or reads more than these images; on every rank, before they talk.
     """
     _check(assembly, wanted)
-    batches = _dealt(assembly, images)
+    batches = dealt(assembly, images)
     taps = {
         name: RowsTap(place, wanted[name])
         for stage in assembly.stages.values()
@@ -58,19 +59,20 @@ class Looking(Tap, Protocol):
 
 
 def look(
-    assembly: Assembly, forwards: PipelineExecutor, batches: Sequence[MicroBatch], taps: Mapping[str, Looking]
-) -> None:
-    """Run forwards with taps, by the names of this rank's layers. Collective.
+    assembly: Assembly, passes: PipelineExecutor, batches: Sequence[MicroBatch], taps: Mapping[str, Looking],
+    head: Head = lambda outputs, batch: outputs[0],
+) -> None:  # fmt: skip
+    """Run micro-batches with taps, by the names of this rank's layers. Collective.
 
     Args:
-        forwards: of so many micro-batches.
+        passes: of so many micro-batches. head: as of PipelineExecutor.run.
     """
     with ExitStack() as stack:
         for stage in assembly.stages.values():
             own = {name: taps[name] for name in tapped(stage) if name in taps}
             stack.enter_context(tapping(stage, own))
             stack.callback(stage.register_forward_pre_hook(partial(_tell, list(own.values()))).remove)
-        forwards.run(batches, lambda outputs, batch: outputs[0])
+        passes.run(batches, head)
 
 
 def _check(assembly: Assembly, wanted: Mapping[str, Wanted]) -> None:
@@ -90,11 +92,15 @@ def _tell(taps: list[Looking], _: nn.Module, given: tuple[Any, MicroBatch]) -> N
         tap.images = given[1].sample_ids
 
 
-def _dealt(assembly: Assembly, images: Tensor) -> list[MicroBatch]:
-    """This data rank's, filled up with black images of number -1, so that all have as many."""
+def dealt(assembly: Assembly, images: Tensor, multiple: int = 1) -> list[MicroBatch]:
+    """This data rank's, filled up with black images of negative numbers, so that all have as many.
+
+    Args:
+        multiple: of this number.
+    """
     data, micro = assembly.grid.data, assembly.config.train.micro_batch_size
     assert micro is not None
-    count = -(-len(images) // (micro * data.size))
+    count = -(-len(images) // (micro * data.size * multiple)) * multiple
     found = []
     for number in range(count):
         first = (number * data.size + data.index) * micro
@@ -105,7 +111,7 @@ def _dealt(assembly: Assembly, images: Tensor) -> list[MicroBatch]:
         batch = Batch(
             images=pixels if assembly.holds_images else None,
             labels=torch.zeros_like(ids),
-            sample_ids=torch.where(real, ids, -1),
+            sample_ids=torch.where(real, ids, -1 - ids),
             weights=real.float(),
         )
         found.append(assembly.to_device(batch, training=False))

@@ -35,17 +35,31 @@ class MeanMap:
 
     rows: Tensor
 
+    @property
+    def heads(self) -> int:
+        """As model.seeing.rollout.Mixing: their mean is one."""
+        return 1
+
+    @property
+    def own(self) -> slice:
+        """As Mixing."""
+        return slice(0, self.rows.shape[2])
+
     def back(self, r: Tensor) -> Tensor:
         """Rollout's step, r [B, S] (A + I) / 2."""
         return torch.baddbmm(r[:, None], r[:, None], self.rows, beta=0.5, alpha=0.5)[:, 0]
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
-        """As model.seeing.rollout.Mixing, of one head."""
+        """As Mixing."""
         yield slice(0, self.rows.shape[1]), self.rows[:, None]
 
     def gradients(self, part: slice) -> Tensor:
         """There are none: heads have theirs."""
         raise AssertionError("of a mean over heads")
+
+    def total(self, x: Tensor) -> Tensor:
+        """As Mixing."""
+        return x
 
 
 class Noting(nn.Module):

@@ -11,7 +11,8 @@ which is made, used and forgotten. With A the mean over heads of a layer's rows,
 - gradient rollout: r <- r N, N = I + E with its rows scaled to sum to 1.
 
 The probe of attention pooling is no token: its row of A or E is where r begins. Through a patch merge a merged patch's
-share is divided among its patches.
+share is divided among its patches. Where ranks share a layer (its heads, or its tokens), each adds up its part, and
+vectors of S numbers alone are summed over them.
 
 Legend: B images, S tokens, h heads, Q queries.
 """
@@ -33,13 +34,28 @@ METHODS: tuple[Method, ...] = ("rollout", "relevance", "gradient_rollout")
 
 
 class Mixing(Protocol):
-    """A layer's rows, in parts: model.seeing.rows.Seen, or Maps."""
+    """A layer's rows, in parts: model.seeing.rows.Seen, or Maps.
+
+    Attributes:
+        heads: how many the layer has, of which some may be on other ranks. own: the tokens whose columns are here.
+    """
+
+    @property
+    def heads(self) -> int:
+        """As above."""
+
+    @property
+    def own(self) -> slice:
+        """As above."""
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """Which queries, and their rows [B, h, some, S]."""
 
     def gradients(self, part: slice) -> Tensor:
         """Of what was differentiated by these rows [B, h, some, S]."""
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum over all ranks that have heads or columns of the layer; x itself where there are no others."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +69,16 @@ class Maps:
     rows: Tensor
     grad: Tensor | None = None
 
+    @property
+    def heads(self) -> int:
+        """As Mixing."""
+        return self.rows.shape[1]
+
+    @property
+    def own(self) -> slice:
+        """As Mixing."""
+        return slice(0, self.rows.shape[3])
+
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """As Mixing."""
         yield slice(0, self.rows.shape[2]), self.rows
@@ -61,6 +87,10 @@ class Maps:
         """As Mixing."""
         assert self.grad is not None
         return self.grad[:, :, part]
+
+    def total(self, x: Tensor) -> Tensor:
+        """As Mixing."""
+        return x
 
 
 @dataclass(frozen=True)
@@ -100,37 +130,46 @@ class Trace:
 
 def back_through(trace: Trace, method: Method) -> Tensor:
     """[B, S] of the first layer's tokens; of rollout it sums to 1."""
-    r = _start(trace, method)
+    if trace.probe is None:
+        assert trace.start is not None
+        r = trace.start
+    else:
+        r = from_probe(trace.probe, method, trace.probe.own.stop)
     for step in reversed(trace.steps):
         if isinstance(step, MeanMap):
             assert method == "rollout", "of means over heads"
             r = step.back(r)
         else:
-            r = step.back(r) if isinstance(step, Merging) else _through(r, step, method)
+            r = step.back(r) if isinstance(step, Merging) else through(r, step, method)
     return r
 
 
-def _start(trace: Trace, method: Method) -> Tensor:
-    if trace.probe is None:
-        assert trace.start is not None
-        return trace.start
-    ((part, rows),) = trace.probe.chunks()
-    r = _weighed(trace.probe, part, rows, method)[:, 0]
+def from_probe(probe: Mixing, method: Method, tokens: int) -> Tensor:
+    """Where r begins [B, S]: the probe's row. Collective over the ranks that share the layer, as `through` is.
+
+    Args:
+        tokens: S.
+    """
+    ((part, rows),) = probe.chunks()
+    own = _weighed(probe, part, rows, method)[:, 0]
+    r = own.new_zeros(len(own), tokens)
+    r[:, probe.own] = own
+    r = probe.total(r)
     return r / r.sum(1, keepdim=True).clamp(min=torch.finfo(r.dtype).tiny) if method == "gradient_rollout" else r
 
 
-def _through(r: Tensor, layer: Mixing, method: Method) -> Tensor:
+def through(r: Tensor, layer: Mixing, method: Method) -> Tensor:
     """r [B, S] by a layer's matrix."""
-    out = torch.zeros_like(r)
+    stays, moves = torch.empty_like(r), torch.zeros_like(r)
     for part, rows in layer.chunks():
-        weights, own = _weighed(layer, part, rows, method), r[:, part]
+        weights, share = _weighed(layer, part, rows, method), r[:, part]
         if method != "relevance":
-            own = own / (1 + weights.sum(-1))
-        out[:, part] += own  # what goes by the residual stream
-        out += torch.einsum("bq,bqs->bs", own, weights)
-    return out
+            share = share / (1 + layer.total(weights.sum(-1)))
+        stays[:, part] = share  # what goes by the residual stream
+        moves[:, layer.own] += torch.einsum("bq,bqs->bs", share, weights)
+    return stays + layer.total(moves)
 
 
 def _weighed(layer: Mixing, part: slice, rows: Tensor, method: Method) -> Tensor:
-    """A or E [B, some, S]."""
-    return rows.mean(1) if method == "rollout" else (rows * layer.gradients(part)).clamp(min=0).mean(1)
+    """This rank's part of A or E [B, some, S]."""
+    return (rows if method == "rollout" else (rows * layer.gradients(part)).clamp_(min=0)).sum(1) / layer.heads

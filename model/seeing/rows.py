@@ -133,11 +133,12 @@ class Sight:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a layer has attended with in one forward pass, on one rank of the context axis that has no other.
+    """What a layer has attended with in one forward pass, on one rank.
 
     Attributes:
-        sight: of the layer. q: [B, Q, h, K], of all tokens or of the probe. k, v: [B, S, h, K]. grad: [B, Q, h, K], of
-            whatever was differentiated by what the heads give, if anything was.
+        sight: of the layer. q: [B, c, h, K], of this rank's tokens, or [B, 1, h, K] of the probe. k, v: [B, c, h, K].
+        grad: as q, of whatever was differentiated by what the heads give, if anything was. tensor: the ranks that share
+            the heads, if there are others.
     """
 
     sight: Sight
@@ -145,18 +146,38 @@ class Seen:
     k: Tensor
     v: Tensor
     grad: Tensor | None = None
+    tensor: comm.Axis | None = None
+
+    @property
+    def heads(self) -> int:
+        """H, of all tensor ranks."""
+        return self.sight.site.here.heads
+
+    @property
+    def own(self) -> slice:
+        """This rank's tokens."""
+        own = self.sight.own
+        return slice(own.start, own.stop)
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Rows of all queries, some at a time: which, and [B, h, some, S]."""
-        for part in chunks_of(self.q.shape[1], self.k.shape[0] * self.k.shape[2] * self.sight.total):
-            yield part, self.sight.rows(self.q[:, part], self.k, torch.arange(part.start, part.stop))
+        """Rows of all queries, some at a time: which, and [B, h, some, c]. Collective over context ranks, and in as
+        many parts on all tensor ranks."""
+        queries = torch.arange(1 if self.sight.site.kind == "probe" else self.sight.total)
+        for part, q in gathered(self.sight, self.q, queries, self.heads):
+            yield part, self.sight.rows(q, self.k, queries[part])
 
     def gradients(self, part: slice) -> Tensor:
-        """d(what was differentiated) / d(rows) [B, h, some, S], each entry taken for a variable of its own: that of the
-        mixture by the value. Also where nothing is seen."""
+        """d(what was differentiated) / d(rows) [B, h, some, c], each entry taken for a variable of its own: that of the
+        mixture by the value. Also where nothing is seen. Collective over context ranks."""
         assert self.grad is not None
+        grad = _everywhere(self.sight, self.grad, torch.arange(part.start, part.stop))
         wide = torch.promote_types(self.v.dtype, torch.float32)
-        return torch.einsum("bqhk,bshk->bhqs", self.grad[:, part].to(wide), self.v.to(wide))
+        return torch.einsum("bqhk,bshk->bhqs", grad.to(wide), self.v.to(wide))
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum over context ranks and tensor ranks."""
+        x = comm.all_reduce(x, self.sight.site.tokens.context)
+        return x if self.tensor is None else comm.all_reduce(x, self.tensor)
 
 
 def chunks_of(queries: int, row: int) -> Iterator[slice]:
@@ -183,24 +204,32 @@ def rows_of(sight: Sight, q: Tensor, k: Tensor, queries: Tensor, heads: Tensor) 
     return out
 
 
-def gathered(sight: Sight, q: Tensor, queries: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def gathered(sight: Sight, q: Tensor, queries: Tensor, heads: int | None = None) -> Iterator[tuple[slice, Tensor]]:
     """Chosen queries, as many at a time as rows are computed of at once, on all context ranks. Collective over them.
 
     Args:
-        q: [B, c, h, K], this rank's; of the probe [B, 1, h, K]. queries: int64 [Q], of all tokens of the image.
+        q: [B, c, h, K], this rank's; of the probe [B, 1, h, K]. queries: int64 [Q], of all tokens of the image. heads:
+            by which their number goes (default: h).
 
     Yields:
         (which of the Q, those [B, some, h, K]).
     """
-    (b, _, h, _), own = q.shape, sight.own
-    for part in chunks_of(len(queries), b * h * sight.total):  # as many on all context ranks
-        if sight.site.kind == "probe":
-            yield part, q
-            continue
-        tokens = queries[part]
-        here = (tokens >= own.start) & (tokens < own.stop)
-        local = torch.where(here, tokens - own.start, 0).to(q.device)
-        yield part, comm.all_reduce(q[:, local] * here[:, None, None].to(q), sight.site.tokens.context)
+    b, _, h, _ = q.shape
+    for part in chunks_of(len(queries), b * (heads or h) * sight.total):  # as many on all context ranks
+        yield part, q if sight.site.kind == "probe" else _everywhere(sight, q, queries[part])
+
+
+def _everywhere(sight: Sight, x: Tensor, tokens: Tensor) -> Tensor:
+    """[B, c, h, K] of this rank's tokens -> those of chosen tokens [B, len(tokens), h, K], whosever they are; of the
+    probe the sum over context ranks, each of which has a part of its gradient."""
+    axis, own = sight.site.tokens.context, sight.own
+    if sight.site.kind == "probe":
+        return comm.all_reduce(x.clone(), axis)
+    if axis.size == 1:
+        return x[:, tokens.to(x.device)]
+    here = ((tokens >= own.start) & (tokens < own.stop)).to(x.device)
+    local = torch.where(here, tokens.to(x.device) - own.start, 0)
+    return comm.all_reduce(x[:, local] * here[:, None, None].to(x), axis)
 
 
 def _wide(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

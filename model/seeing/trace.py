@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from model.config import ModelConfig
 from model.heads import AttentionPool
@@ -40,18 +40,20 @@ class _Note:
         self.sight, self.q, self.k, self.v = Sight.of(self.layer), q.detach(), k.detach(), v.detach()
         return q, k, v
 
-    def listen(self) -> Any:
-        """A handle of the hook that notes what the heads give."""
-        if isinstance(self.layer, AttentionPool):
-            return self.layer.proj.register_forward_pre_hook(lambda _, given: self._take(given[0]))
-        return self.layer.register_forward_hook(lambda _, __, out: self._take(out))
-
-    def _take(self, out: Tensor) -> None:
+    def take(self, out: Tensor) -> None:
+        """What the heads give."""
         self.out = out
 
     def seen(self, grad: Tensor | None) -> Seen:
         """What there is to know."""
         return Seen(self.sight, self.q, self.k, self.v, None if grad is None else grad.reshape(self.q.shape))
+
+
+def listen(layer: Tapped, take: Callable[[Tensor], None]) -> RemovableHandle:
+    """Have `take` called with what the layer's heads give, [B, S, h, K] in whatever shape, until it is removed."""
+    if isinstance(layer, AttentionPool):
+        return layer.proj.register_forward_pre_hook(lambda _, given: take(given[0]))
+    return layer.register_forward_hook(lambda _, __, out: take(out))
 
 
 def trace(model: VisionTransformer | ImageText, images: Tensor, score: Score | None = None) -> tuple[Trace, Tensor]:
@@ -84,7 +86,7 @@ def traces(
         if explains:
             images = images.detach().requires_grad_()
             for note in notes.values():
-                stack.callback(note.listen().remove)
+                stack.callback(listen(note.layer, note.take).remove)
         outputs = run(images)
         given = [note.out for note in notes.values() if note.out is not None]
         for number, score in enumerate(scores):
@@ -140,14 +142,20 @@ def traced(config: ModelConfig, seen: Mapping[str, Seen | Maps | MeanMap]) -> Tr
 
 def _with_merges(config: ModelConfig, blocks: Sequence[Mixing]) -> list[Mixing | Merging]:
     """The blocks, and the patch merges between stages."""
-    sizes, steps, done = config.sizes, list[Mixing | Merging](), 0
-    for stage in sizes.stages:
-        if stage.index:
-            before = sizes.stages[stage.index - 1]
-            steps.append(Merging(sizes.prefix, before.rows, before.cols))
+    merges, steps, done = mergings(config), list[Mixing | Merging](), 0
+    for stage in config.sizes.stages:
+        if (name := f"merges.{stage.index - 1}") in merges:
+            steps.append(merges[name])
         steps += blocks[done : done + stage.depth]
         done += stage.depth
     return steps
+
+
+def mergings(config: ModelConfig) -> dict[str, Merging]:
+    """The layers that merge patches, by name."""
+    sizes = config.sizes
+    pairs = ((stage, sizes.stages[stage.index - 1]) for stage in sizes.stages if stage.merges)
+    return {f"merges.{of.index - 1}": Merging(sizes.prefix, before.rows, before.cols) for of, before in pairs}
 
 
 def pooled_tokens(config: ModelConfig, tokens: int | None = None) -> Tensor:
