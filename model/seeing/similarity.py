@@ -22,5 +22,10 @@ def likeness(model: ImageText, tokens: Tensor) -> list[Score]:
         tokens: of texts, int64 [n, S].
     """
     with torch.no_grad():
-        texts = F.normalize(model.tower(TEXT, MicroBatch.of(None, tokens)), dim=1)
+        return cosines(model.tower(TEXT, MicroBatch.of(None, tokens)))
+
+
+def cosines(texts: Tensor) -> list[Score]:
+    """The same of embeddings of texts [n, E], of whatever length."""
+    texts = F.normalize(texts, dim=1)
     return [lambda outputs, text=text: F.normalize(outputs, dim=1) @ text for text in texts]  # type: ignore[misc]

@@ -13,10 +13,12 @@ from torch import Tensor
 from engine.assemble import assemble, grid_of
 from engine.live_bytes import LiveBytes
 from engine.seeing.capture import capture
+from engine.seeing.explain import owed, pixel_gradients
 from model import ModelConfig, VisionTransformer
 from model.seeing import rows
-from model.seeing.capture import Attended, choose
-from model.seeing.summary import Summary
+from model.seeing.capture import choose
+from model.seeing.rollout import METHODS, back_through
+from model.seeing.trace import trace
 from parallel.process_group import World
 from tests.distributed import run_ranks
 from tests.engine.test_watch import same, watch_of
@@ -121,28 +123,47 @@ def asked(case: Case) -> dict[str, Any]:
     return {"heads": (2, 0), "queries": ASKED[case.model]}
 
 
-def over_ranks(world: World) -> list[tuple[dict[str, Attended] | None, dict[str, Summary] | None]]:
-    """Rows of some queries, and the summary of all."""
-    out = []
+def scored(outputs: Tensor, numbers: Tensor) -> Tensor:
+    """Of another class of each image; large, so that relevance is not small beside the residual stream's 1."""
+    return outputs.gather(1, (numbers * 3 % outputs.shape[1])[:, None])[:, 0] * 300
+
+
+def over_ranks(world: World) -> list[tuple[Any, ...]]:
+    """Rows of some queries, the summary of all, and what scores owe to tokens and pixels."""
+    out = list[tuple[Any, ...]]()
     for case in LAYOUTS:
         config = case.config()
         grid = grid_of(config, world, CPU)
         assembly = assemble(config, grid, CPU)
-        found = capture(assembly, images_of(config.model), choose(config.model, **asked(case)))
-        out.append((found, watch_of(assembly)()))
+        images = images_of(config.model)
+        found = capture(assembly, images, choose(config.model, **asked(case)))
+        seen = watch_of(assembly)()
+        explained = {of: owed(assembly, images, of, None if of == "rollout" else scored) for of in METHODS}
+        out.append((found, seen, explained, pixel_gradients(assembly, images, scored)))
         grid.close()
     return out
 
 
 def test_the_same_in_every_layout() -> None:
     results = run_ranks(4, over_ranks)
-    assert all(found == (None, None) for rank in results[1:] for found in rank)
-    for case, (found, seen) in zip(LAYOUTS, results[0], strict=True):
+    assert all(found[:2] == (None, None) for rank in results[1:] for found in rank)
+    for number, (case, (found, seen, explained, pixels)) in enumerate(zip(LAYOUTS, results[0], strict=True)):
         same(seen, watch_of(assemble(alone := case.one_process.config(), grid_of(alone, World(), CPU), CPU))())
         config = case.config()
         model = VisionTransformer(config.model, seed=config.train.seed).eval()
-        expected = model.capture(images_of(config.model), **asked(case))
+        images = images_of(config.model)
+        expected = model.capture(images, **asked(case))
         assert found.keys() == expected.keys()
         for name, one in expected.items():
             assert torch.allclose(found[name].rows, one.rows, rtol=1e-4, atol=1e-6), (case, name)
             assert found[name].wanted == one.wanted
+        numbers = torch.arange(len(images))
+        noted, outputs = trace(model, images, lambda y, numbers=numbers: scored(y, numbers))
+        for method in METHODS:
+            tokens, given = explained[method]
+            assert torch.allclose(given, outputs, rtol=1e-4, atol=1e-5), case
+            assert torch.allclose(tokens, back_through(noted, method), rtol=2e-3, atol=1e-6), (case, method)
+            assert all(torch.equal(rank[number][2][method][0], tokens) for rank in results), (case, method)
+        shown = images.clone().requires_grad_()
+        (expected_pixels,) = torch.autograd.grad(scored(model.logits(shown), numbers).sum(), shown)
+        assert torch.allclose(pixels, expected_pixels, rtol=1e-3, atol=1e-3), case

@@ -251,10 +251,22 @@ def test_integrated_gradients(found: bool, places: Path, tmp_path: Path, monkeyp
     assert np.allclose(arrays["missing"], missing, atol=1e-5)
 
 
-def test_many_ranks_have_methods_of_rows_alone() -> None:
+def test_what_many_ranks_refuse(places: Path, tmp_path: Path) -> None:
+    """Before they talk."""
     argv = ["--checkpoint", "x", "--images", "x", "--out", "x", "--method"]
-    with pytest.raises(ConfigError, match="chefer is for one process, and here are 2 ranks: take heads, mean, rollout"):
-        parse_options([*argv, "chefer"], World(size=2))
+    with pytest.raises(ConfigError, match="pca is for one process, and here are 2 ranks: take heads, mean, rollout"):
+        parse_options([*argv, "pca"], World(size=2))
+    text = ("--text", "dé", "--tokenizer", "bytes")
+    for words, model, method, more in (
+        ("classes 0 to 4", "model", "chefer", ("--target", "5")), ("no classes", "pair", "rise", ()),
+        ("5 features of an embedding", "tower", "occlusion", ()),
+        ("--text is for contrastive", "model", "chefer", text),
+        ("without a loss scale.*give --precision.dtype fp32", "model", "chefer", ("--precision.dtype", "fp16")),
+        ("does not say how texts", "pair", "chefer", text[:2]),
+    ):  # fmt: skip
+        given = ["--checkpoint", str(places / model), "--images", str(places / "images"), "--out", str(tmp_path), *more]
+        with pytest.raises(ConfigError, match=words):
+            command.main([*given, "--method", method], World(size=2, local_size=2))
     options, flags = parse_options([*argv, "rollout", "--parallel.tensor_parallel_size", "2"], World(size=2))
     assert flags == ["--parallel.tensor_parallel_size", "2"] and options.most == 32
 
@@ -264,22 +276,32 @@ LAYOUTS = {
     "heads": ["--parallel.tensor_parallel_size", "2", "--parallel.pipeline_parallel_size", "2"],
     "rollout": ["--parallel.context_parallel_size", "2", "--batch", "3"],
     "page": ["--parallel.tensor_parallel_size", "2", "--parallel.sequence_parallel", "true"],
-}
+    "chefer": ["--parallel.tensor_parallel_size", "2", "--parallel.pipeline_parallel_size", "2", "--target", "2"],
+    "integrated_gradients": ["--parallel.pipeline_parallel_size", "2", "--steps", "5"],
+    "rise": ["--parallel.tensor_parallel_size", "2", "--masks", "12"],
+    "gradient_rollout": [
+        "--parallel.tensor_parallel_size", "2", "--parallel.zero_stage", "3", "--text", "one", "--text", "two",
+        "--tokenizer", "bytes",
+    ],
+    "occlusion": ["--parallel.pipeline_parallel_size", "2", "--text", "one", "--tokenizer", "bytes"],
+}  # fmt: skip
+"""Of these, those with texts, and the first, are of two towers."""
 
 
 @pytest.mark.slow
 def test_files_of_many_ranks_are_those_of_one(places: Path, tmp_path: Path) -> None:
     jobs = {}
     for method, layout in LAYOUTS.items():
-        model = "pair" if method == "mean" else "model"  # the image tower of a contrastive model
-        assert run(places, tmp_path / "one", method, model=model) == 0
+        model = "pair" if method == "mean" or "--text" in layout else "model"
+        alone = [word for i, word in enumerate(layout) if not f"{layout[i - i % 2]}".startswith("--parallel.")]
+        assert run(places, tmp_path / "one", method, *alone, model=model) == 0
         argv = ["--checkpoint", str(places / model), "--images", str(places / "images"), "--method", method]
         jobs[method] = ("tools.visualize.__main__", 4, [*argv, "--out", str(tmp_path / "many"), *layout])
-    codes = run_jobs(tmp_path, jobs, timeout=200)
+    codes = run_jobs(tmp_path, jobs, timeout=300)
     assert codes == {method: [0] * 4 for method in LAYOUTS}, [(tmp_path / f"{m}.txt").read_text() for m in LAYOUTS]
     one, many = ({path.name: path for path in (tmp_path / name).iterdir()} for name in ("one", "many"))
     assert one.keys() == many.keys()
-    for name in ("mean.npz", "heads.npz", "rollout.npz"):
+    for name in (f"{method}.npz" for method in LAYOUTS if method != "page"):
         ours, theirs = np.load(one[name]), np.load(many[name])
         assert set(ours) == set(theirs)
         for key in set(ours) - {"images"}:

@@ -94,9 +94,14 @@ class Source:
         return self.weights.step if isinstance(self.weights, RunWeights) else None
 
 
-def sources_of(options: argparse.Namespace, flags: Sequence[str], world: World) -> dict[TowerName, Source]:
+def sources_of(
+    options: argparse.Namespace, flags: Sequence[str], world: World, *, backward: bool = False
+) -> dict[TowerName, Source]:
     """What is built and loaded for a task: of a contrastive model the towers that it needs, else one model of images.
     By the same code on every rank, before they talk.
+
+    Args:
+        backward: as of `source_of`.
 
     Raises:
         ConfigError: the checkpoint cannot be read or evaluated so.
@@ -114,7 +119,7 @@ def sources_of(options: argparse.Namespace, flags: Sequence[str], world: World) 
                 f"{what} is for contrastive models, and {weights.path} has no text tower here: if it is another "
                 "library's that has one, convert it (tools.convert --to vitruvius)"
             )
-        return {IMAGE: source_of(weights, flags, world, features=task in OF_FEATURES)}
+        return {IMAGE: source_of(weights, flags, world, features=task in OF_FEATURES, backward=backward)}
     folder, manifest = found
     if task == "supervised":
         raise ConfigError(f"{folder} has no classifier: take --task {' or '.join(OF_FEATURES)}, which need none")
@@ -130,13 +135,14 @@ def sources_of(options: argparse.Namespace, flags: Sequence[str], world: World) 
         trained = as_trained(config, manifest, folder)
     except ConversionError as error:
         raise ConfigError(f"--checkpoint: {error}") from error
-    tower_of = partial(_tower, folder, options.weights, config, trained, world, embedding=embedding)
+    tower_of = partial(_tower, folder, options.weights, config, trained, world, embedding=embedding, backward=backward)
     return {tower: tower_of(tower) for tower in wanted}
 
 
 def _tower(
-    folder: Path, which: Which, config: Config, trained: Config, world: World, tower: TowerName, *, embedding: bool
-) -> Source:
+    folder: Path, which: Which, config: Config, trained: Config, world: World, tower: TowerName, *,
+    embedding: bool, backward: bool,
+) -> Source:  # fmt: skip
     """One tower of a configuration, with the weights of the one that was trained."""
     try:
         layers = layers_of(config, tower, embedding=embedding)
@@ -145,7 +151,7 @@ def _tower(
             raise ConfigError(f"the {tower} tower has {len(layers)} layers, fewer than the {stages} stages: use fewer")
         model = model_of(config, layers)
         weights = TowerWeights(folder, which, tower, model_of(trained, layers_of(trained, tower, embedding=embedding)))
-        objective = _frozen(Forward(tuple(layers)))
+        objective = _frozen(Forward(tuple(layers)), backward=backward)
         plan = plan_load(weights, model, objective.layers, config.data)
     except ConversionError as error:
         raise ConfigError(f"--checkpoint: {error}") from error
@@ -164,17 +170,21 @@ def open_source(path: Path, which: Which, flags: Sequence[str]) -> StoredWeights
         raise ConfigError(f"--checkpoint: {error}") from error
 
 
-def source_of(weights: StoredWeights, flags: Sequence[str], world: World, *, features: bool) -> Source:
+def source_of(
+    weights: StoredWeights, flags: Sequence[str], world: World, *, features: bool, backward: bool = False
+) -> Source:
     """What is built and loaded. By the same code on every rank, before they talk.
 
     Args:
-        features: what the classifier would be given is wanted, not what it gives.
+        features: what the classifier would be given is wanted, not what it gives. backward: gradients are to pass
+            through all layers, as where the first is trained, to which they are sent.
 
     Raises:
         ConfigError: the model cannot be run so, or has not all weights.
     """
     config = _config(weights, flags, world, features=features)
-    objective = _frozen(Forward(tuple(build_layers(config.model))) if features else make_objective(config))
+    whole = Forward(tuple(build_layers(config.model))) if features else make_objective(config)
+    objective = _frozen(whole, backward=backward)
     try:
         plan = plan_load(weights, config.model, objective.layers, config.data)
         plan = replace(plan, changed=[found for found in plan.changed if found[0] != "model.num_classes"])
@@ -246,9 +256,10 @@ def values_of(flags: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _frozen(objective: Objective) -> Objective:
-    """The same with layers of which none is trained."""
-    layers = tuple(replace(spec, factory=partial(_freeze, spec.factory)) for spec in objective.layers)
+def _frozen(objective: Objective, *, backward: bool) -> Objective:
+    """The same with layers of which none is trained, or, for gradients to pass through the others, the first alone."""
+    first, rest = objective.layers[: int(backward)], objective.layers[int(backward) :]
+    layers = (*first, *(replace(spec, factory=partial(_freeze, spec.factory)) for spec in rest))
     frozen: Objective = replace(objective, layers=layers)  # type: ignore[type-var]
     return frozen
 

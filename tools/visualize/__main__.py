@@ -27,7 +27,7 @@ from parallel.process_group import World
 from tools.convert.images import prepared
 from tools.places import written_whole
 from tools.visualize.methods import PAGE, READS
-from tools.visualize.models import Alone, Looked, Spread, WithTexts
+from tools.visualize.models import Alone, Looked, WithTexts
 from tools.visualize.of_rows import check, of_heads
 from tools.visualize.options import BATCH, PROGRAM, asked_of, parse_options
 from tools.visualize.shown import Asked, Shown
@@ -59,6 +59,8 @@ def main(argv: Sequence[str], world: World) -> int:
 
 def _opened(options: argparse.Namespace, flags: Sequence[str], world: World) -> Looked:
     if world.size > 1:
+        from tools.visualize.spread import Spread  # which asks tools.evaluate, that imports more
+
         return Spread(options, flags, world)
     return WithTexts(options, world) if options.text else Alone(options, world)
 

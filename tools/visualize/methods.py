@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,56 +19,68 @@ from model.seeing.features import POSITIONAL, clusters, components, outliers
 from model.seeing.lens import patch_logits
 from model.seeing.perturb import Score, occlusion, rise
 from model.seeing.rollout import Method, back_through
+from model.seeing.trace import Score as OfOutputs
 from model.seeing.trace import map_of, mean_trace, trace
 from model.sizes import Sizes
-from tools.visualize.of_rows import OF_MEANS, OF_ROWS
+from tools.visualize.of_rows import OF_LAYERS, by_name, flow, rollout
+from tools.visualize.ranks import Ranks
 from tools.visualize.shown import Asked, Shown
 
 _WITHOUT_CLASSES = "take --method heads, mean, rollout, flow, pca or clusters (of two towers, or --text)"
 _TOKENS = 8192  # that RISE and occlusion run at once, unless the images alone have more
 
 
-def _back(name: Method, title: str) -> Callable[[VisionTransformer, Tensor, Asked], Shown]:
-    def found(model: VisionTransformer, images: Tensor, asked: Asked) -> Shown:
+Model = VisionTransformer | Ranks
+
+
+def _back(name: Method, title: str) -> Callable[[Model, Tensor, Asked], Shown]:
+    def found(model: Model, images: Tensor, asked: Asked) -> Shown:
         target = _chooser(model, asked)
-        noted, outputs = trace(model, images, lambda outputs: outputs.gather(1, target(outputs)[:, None])[:, 0])
-        tokens = back_through(noted, name)
+        tokens, outputs = _owed(model, images, name, lambda y: y.gather(1, target(y)[:, None])[:, 0])
         arrays = {"target": target(outputs), "tokens": tokens}
         return Shown(maps={(title, ""): map_of(model.config, tokens)}, arrays=arrays)
 
     return found
 
 
-def _chooser(model: VisionTransformer, asked: Asked) -> Callable[[Tensor], Tensor]:
-    """Of what the model gives [B, C], the class of each image that is explained [B].
+def _owed(model: Model, images: Tensor, name: Method, score: OfOutputs) -> tuple[Tensor, Tensor]:
+    """What the score owes to each token [B, S], and what the model gives [B, C]."""
+    if isinstance(model, Ranks):
+        return model.owed(images, name, score)
+    noted, outputs = trace(model, images, score)
+    return back_through(noted, name), outputs
 
-    Raises:
-        ConfigError: there is none.
-    """
-    classes = model.sizes.classes
+
+def check_target(classes: int, target: int | None, *, embeds: bool) -> None:
+    """Raise ConfigError where a model of so many classes, or features of an embedding, has not the one to explain."""
     if not classes:
         raise ConfigError(f"this model has no classes, and so no score to be explained: {_WITHOUT_CLASSES}")
-    if model.embeds:
+    if embeds:
         raise ConfigError(
             f"this model gives {classes} features of an embedding, of which none is a class to be explained: "
             f"{_WITHOUT_CLASSES}, or train a classifier on it (checkpoint.load)"
         )
+    if target is not None and not 0 <= target < classes:
+        raise ConfigError(f"--target {target}: there are classes 0 to {classes - 1}")
+
+
+def _chooser(model: Model, asked: Asked) -> Callable[[Tensor], Tensor]:
+    """Of what the model gives [B, C], the class of each image that is explained [B]. Raises as `check_target`."""
     given = asked.target
+    check_target(model.sizes.classes, given, embeds=model.embeds)
     if given is None:
         return lambda outputs: outputs.argmax(1)
-    if not 0 <= given < classes:
-        raise ConfigError(f"--target {given}: there are classes 0 to {classes - 1}")
     return lambda outputs: outputs.new_full((len(outputs),), given, dtype=torch.int64)
 
 
-def _targets(model: VisionTransformer, images: Tensor, asked: Asked) -> Tensor:
+def _targets(model: Model, images: Tensor, asked: Asked) -> Tensor:
     """The same, of images that are not run anyway."""
     choose = _chooser(model, asked)
     with torch.no_grad():
         return choose(model.logits(images))
 
 
-def _hidden(model: VisionTransformer, images: Tensor, asked: Asked, how: str) -> Shown:
+def _hidden(model: Model, images: Tensor, asked: Asked, how: str) -> Shown:
     target = _targets(model, images, asked)
 
     def score(shown: Tensor) -> Tensor:
@@ -84,23 +98,27 @@ def hidden(how: str, score: Score, sizes: Sizes, images: Tensor, asked: Asked) -
     return rise(score, images, masks=asked.masks, cells=cells, at_once=at_once)
 
 
-def integrated_gradients(model: VisionTransformer, images: Tensor, asked: Asked) -> Shown:
+def integrated_gradients(model: Model, images: Tensor, asked: Asked) -> Shown:
     """Gradients of a class's logit, summed on the way from the mean image, 0, to this one (Sundararajan et al. 2017):
     what each pixel has added to the difference of the two logits. By captum."""
-    target = _targets(model, images, asked)
+    target, way = _targets(model, images, asked), captum().IntegratedGradients(model.logits)
+    at_once = max(len(images), _TOKENS // model.sizes.tokens)
+    found, missing = way.attribute(
+        images, target=target, n_steps=asked.steps, internal_batch_size=at_once, return_convergence_delta=True
+    )
+    arrays = {"target": target, "attributions": found.detach(), "missing": missing.detach()}
+    return Shown(maps={("integrated gradients", ""): found.detach().sum(1)}, arrays=arrays)
+
+
+def captum() -> Any:
+    """The library's methods. Raises ConfigError where it is not installed."""
     try:
-        from captum.attr import IntegratedGradients
+        return import_module("captum.attr")
     except ImportError as error:
         raise ConfigError(
             "--method integrated_gradients is captum's, which is not installed: pip install captum (it takes the torch "
             "that is there), or take --method chefer or occlusion"
         ) from error
-    at_once = max(len(images), _TOKENS // model.sizes.tokens)
-    found, missing = IntegratedGradients(model.logits).attribute(
-        images, target=target, n_steps=asked.steps, internal_batch_size=at_once, return_convergence_delta=True
-    )
-    arrays = {"target": target, "attributions": found.detach(), "missing": missing.detach()}
-    return Shown(maps={("integrated gradients", ""): found.detach().sum(1)}, arrays=arrays)
 
 
 def _features(model: VisionTransformer, images: Tensor) -> Tensor:
@@ -151,28 +169,44 @@ def lens(model: VisionTransformer, images: Tensor, asked: Asked) -> Shown:
     return Shown(maps={("logit of patches", ""): maps}, arrays={"target": target, "logits": logits})
 
 
-def _of_rows(name: str) -> Callable[[VisionTransformer, Tensor, Asked], Shown]:
-    noted = mean_trace if name in OF_MEANS else trace
-    return lambda model, images, asked: OF_ROWS[name](model.config, noted(model, images)[0], asked)
+def _of_layers(name: str) -> Callable[[VisionTransformer, Tensor, Asked], Shown]:
+    return lambda model, images, asked: OF_LAYERS[name](model.config, by_name(trace(model, images)[0]), asked)
+
+
+def rolled_out(model: Model, images: Tensor, asked: Asked) -> Shown:
+    """Attention rollout."""
+    if isinstance(model, Ranks):
+        return rollout(model.config, model.owed(images, "rollout", None)[0])
+    return rollout(model.config, back_through(mean_trace(model, images)[0], "rollout"))
 
 
 BACK: dict[str, tuple[Method, str]] = {
     "gradient_rollout": ("gradient_rollout", "gradient rollout"), "chefer": ("relevance", "relevance"),
 }  # fmt: skip
 """Methods by gradients: as model.seeing.rollout calls them, and as maps are titled."""
-METHODS: dict[str, Callable[[VisionTransformer, Tensor, Asked], Shown]] = {
-    **{name: _of_rows(name) for name in ("heads", "mean", "rollout")},
+EVERYWHERE: dict[str, Callable[[Model, Tensor, Asked], Shown]] = {
+    "rollout": rolled_out,
     **{name: _back(*what) for name, what in BACK.items()},
-    "flow": _of_rows("flow"),
     "occlusion": lambda model, images, asked: _hidden(model, images, asked, "occlusion"),
     "rise": lambda model, images, asked: _hidden(model, images, asked, "rise"),
     "integrated_gradients": integrated_gradients,
+}
+"""Those that ask no more of a model than ranks can tell alike."""
+EXPLAIN = (*BACK, "occlusion", "rise", "integrated_gradients", "lens")
+"""Those of a score: of a class, or, but for the last two, of the likeness to a text."""
+BY_GRADIENTS = (*BACK, "integrated_gradients")
+METHODS: dict[str, Callable[[VisionTransformer, Tensor, Asked], Shown]] = {
+    **{name: _of_layers(name) for name in OF_LAYERS},
+    **EVERYWHERE,
+    "flow": lambda model, images, asked: flow(model.config, mean_trace(model, images)[0]),
     "pca": pca,
     "clusters": grouped,
     "lens": lens,
 }
 PAGE = "page"
 """No map, but a page of all (tools.visualize.page)."""
+OVER_RANKS = (*OF_LAYERS, *EVERYWHERE, "flow", PAGE)
+"""Those of a model that is spread over ranks, too."""
 READS: dict[str, tuple[str, ...]] = {
     PAGE: ("layers", "heads"),
     "heads": ("layers", "heads", "query", "batch"),

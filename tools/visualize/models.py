@@ -1,4 +1,4 @@
-"""The model that is looked at: in one process, or spread over ranks, of which the first one has what was found.
+"""The model that is looked at, in one process (tools.visualize.spread: over ranks).
 
 Legend: B images.
 """
@@ -6,30 +6,20 @@ Legend: B images.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
-from hashlib import blake2b
+from collections.abc import Mapping
 from typing import Protocol
 
 from torch import Tensor
 
-from engine.assemble import grid_of
-from engine.device import choose_device, memory_share, prepare_cpu, set_matmul
+from engine.device import choose_device, prepare_cpu
 from engine.errors import ConfigError
-from engine.run.agreement import check_agreement, code_version
-from engine.run.device import device_of
-from engine.seeing.capture import capture
 from model import ModelConfig, VisionTransformer
 from model.formats.base import Preprocessing
-from model.seeing.capture import Attended, Wanted, choose
-from model.seeing.trace import traced
-from parallel import comm, process_group
-from parallel.grid import world_axis
+from model.seeing.capture import Attended, Wanted
+from model.seeing.similarity import likeness
 from parallel.process_group import World
-from tools.evaluate.source import load, sources_of
-from tools.evaluate.towers import IMAGE
 from tools.visualize import texts
 from tools.visualize.methods import METHODS
-from tools.visualize.of_rows import OF_ROWS, Captured
 from tools.visualize.shown import Asked, Shown
 
 
@@ -94,7 +84,8 @@ class WithTexts:
         device = choose_device(options.device, world)
         prepare_cpu(world)
         model, tokens = texts.opened(options.checkpoint, options.weights, options.text, options.tokenizer)
-        self.model, self._tokens, self._said = model.to(device), tokens.to(device), options.text
+        self.model, self._device, self._said = model.to(device), device, options.text
+        self._scores = likeness(self.model, tokens.to(device))
         self.config, self.how = model.config, model.preprocessing or Preprocessing()
 
     def begin(self, images: Tensor) -> None:
@@ -102,7 +93,7 @@ class WithTexts:
 
     def shown(self, method: str, images: Tensor, asked: Asked) -> Shown:
         """As Looked: a map for each text."""
-        return texts.explained(method, self.model, images.to(self._tokens.device), asked, self._tokens, self._said)
+        return texts.explained(method, self.model, images.to(self._device), asked, self._scores, self._said)
 
     def rows(self, images: Tensor, wanted: Mapping[str, Wanted]) -> Mapping[str, Attended]:
         """As Looked."""
@@ -110,54 +101,3 @@ class WithTexts:
 
     def end(self) -> None:
         """As Looked."""
-
-
-class Spread:
-    """Over all ranks, as Looked, in the format of the checkpoint's run. Rows of all layers come to the first rank, for
-    as many images at once as are asked about at once."""
-
-    def __init__(self, options: argparse.Namespace, flags: Sequence[str], world: World) -> None:
-        self._world = world
-        self._words = repr({k: v for k, v in sorted(vars(options).items()) if k not in ("checkpoint", "images", "out")})
-        flags = [*flags, "--device", options.device, "--train.micro_batch_size", "1"]  # a rank's rows, image by image
-        features = {"task": "knn", "features": "pooled"}  # without a classifier; of two towers the image's
-        given = argparse.Namespace(checkpoint=options.checkpoint, weights=options.weights, **features)
-        self._source = sources_of(given, flags, world)[IMAGE]
-        self.how = self._source.weights.description.preprocessing or Preprocessing()
-        config = self._source.config
-        self.config = config.model
-        self._device = device_of(config, world)
-
-    def begin(self, images: Tensor) -> None:
-        """As Looked. Collective, as all that follows."""
-        config, world = self._source.config, self._world
-        prepare_cpu(world)
-        set_matmul(config.precision, self._device)
-        process_group.start(world, self._device, config.parallel.timeout)
-        facts = {
-            "version of this code": code_version(),
-            "options": self._words,
-            "configuration": repr((config.model, config.parallel, config.precision)),
-            "checkpoint": self._source.weights.identity,
-            "images": blake2b(images.numpy().tobytes(), digest_size=8).hexdigest(),
-        }
-        check_agreement(facts, world_axis(world))
-        self._grid = grid_of(config, world, self._device)
-        self._assembly = load(self._source, self._grid, self._device, memory_share(self._device, world))
-
-    def shown(self, method: str, images: Tensor, asked: Asked) -> Shown | None:
-        """As Looked."""
-        found = self.rows(images, choose(self.config))
-        if found is None:
-            return None
-        layers = {name: Captured(one.rows, wanted=one.wanted) for name, one in found.items()}
-        return OF_ROWS[method](self.config, traced(self.config, layers), asked)
-
-    def rows(self, images: Tensor, wanted: Mapping[str, Wanted]) -> Mapping[str, Attended] | None:
-        """As Looked."""
-        return capture(self._assembly, images, wanted)
-
-    def end(self) -> None:
-        """As Looked."""
-        comm.barrier(self._grid.world)  # a rank that has ended has its launcher end the others
-        process_group.stop()

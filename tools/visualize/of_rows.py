@@ -6,7 +6,7 @@ Legend: B images, S tokens, h heads, Q queries.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +17,7 @@ from model import ModelConfig
 from model.seeing.capture import PROBE, Wanted, attention_layers
 from model.seeing.flow import attention_flow
 from model.seeing.measures import distances, entropy
-from model.seeing.rollout import Maps, Merging, Mixing, Trace, back_through
+from model.seeing.rollout import Maps, Merging, Mixing, Trace
 from model.seeing.rows import Seen
 from model.seeing.trace import map_of, pooled_tokens
 from model.sizes import StageSizes
@@ -26,13 +26,17 @@ from tools.visualize.shown import Asked, Shown
 
 @dataclass(frozen=True)
 class Captured(Maps):
-    """Rows that were computed elsewhere, of all queries of a layer, or of the probe; some of its heads.
+    """Rows that were computed elsewhere, of all queries and heads of a layer, or of the probe.
 
     Attributes:
         wanted: which these are.
     """
 
     wanted: Wanted = field(kw_only=True)
+
+
+Rows = Mapping[str, Seen | Captured]
+"""Of layers by name, in order."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +80,10 @@ def check(method: str, config: ModelConfig, asked: Asked) -> None:
         raise ConfigError("--method flow is for models whose tokens are the same in all layers: take rollout")
 
 
-def heads(config: ModelConfig, noted: Trace, asked: Asked) -> Shown:
+def heads(config: ModelConfig, rows: Rows, asked: Asked) -> Shown:
     """What each head takes of each patch, and how spread and how far it looks."""
     shown, arrays = dict[tuple[str, str], Tensor](), dict[str, Tensor]()
-    for layer in _layers(noted, asked):
+    for layer in _layers(rows, asked):
         name, (row, spread, far) = layer.name, _row(layer, asked, config)
         arrays |= {f"{name}.entropy": spread, f"{name}.distance": far}
         for head in asked.heads or range(row.shape[1]):
@@ -98,20 +102,23 @@ def of_heads(shown: Shown) -> list[str]:
     return found
 
 
-def mean(config: ModelConfig, noted: Trace, asked: Asked) -> Shown:
+def mean(config: ModelConfig, rows: Rows, asked: Asked) -> Shown:
     """The mean over heads, layer by layer."""
-    rows = {of.name: _patches(_row(of, asked, config)[0].mean(1), of) for of in _layers(noted, asked)}
-    return Shown(maps={(name, "mean of heads"): row for name, row in rows.items()})
+    means = {of.name: _patches(_row(of, asked, config)[0].mean(1), of) for of in _layers(rows, asked)}
+    return Shown(maps={(name, "mean of heads"): row for name, row in means.items()})
 
 
-def _layers(noted: Trace, asked: Asked) -> list[_Layer]:
+def by_name(noted: Trace) -> Rows:
+    """The layers of a forward pass."""
+    blocks = [step for step in noted.steps if isinstance(step, Seen)]
+    probe = {PROBE: noted.probe} if isinstance(noted.probe, Seen) else {}
+    return {f"blocks.{number}": of for number, of in enumerate(blocks)} | probe
+
+
+def _layers(rows: Rows, asked: Asked) -> list[_Layer]:
     """Blocks that are asked for; the probe, too, where all are."""
-    blocks = [step for step in noted.steps if isinstance(step, Seen | Captured)]
-    numbers = range(len(blocks)) if asked.layers is None else asked.layers
-    found = [_Layer.of(f"blocks.{n}", blocks[n]) for n in numbers]
-    if isinstance(noted.probe, Seen | Captured) and asked.layers is None:
-        found.append(_Layer.of(PROBE, noted.probe))
-    return found
+    names = rows if asked.layers is None else [f"blocks.{n}" for n in asked.layers]
+    return [_Layer.of(name, rows[name]) for name in names]
 
 
 def _row(layer: _Layer, asked: Asked, config: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
@@ -143,13 +150,12 @@ def _patches(row: Tensor, layer: _Layer) -> Tensor:
     return row[:, layer.prefix :].unflatten(1, (layer.here.rows, layer.here.cols))
 
 
-def rollout(config: ModelConfig, noted: Trace, asked: Asked) -> Shown:
-    """Attention rollout."""
-    tokens = back_through(noted, "rollout")
+def rollout(config: ModelConfig, tokens: Tensor) -> Shown:
+    """Attention rollout, of the shares of tokens [B, S]."""
     return Shown(maps={("rollout", ""): map_of(config, tokens)}, arrays={"tokens": tokens})
 
 
-def flow(config: ModelConfig, noted: Trace, asked: Asked) -> Shown:
+def flow(config: ModelConfig, noted: Trace) -> Shown:
     """Attention flow."""
     maps = [_mean_map(step) for step in noted.steps if not isinstance(step, Merging)]
     start = noted.start if noted.probe is None else _mean_map(noted.probe)[:, 0]
@@ -163,12 +169,5 @@ def _mean_map(layer: Mixing) -> Tensor:
     return torch.cat([rows.mean(1) for _, rows in layer.chunks()], 1).cpu()
 
 
-OF_ROWS: dict[str, Callable[[ModelConfig, Trace, Asked], Shown]] = {
-    "heads": heads,
-    "mean": mean,
-    "rollout": rollout,
-    "flow": flow,
-}
-"""Those of rows of attention alone, wherever these come from."""
-OF_MEANS = ("rollout", "flow")
-"""Of these, those that read means over heads alone."""
+OF_LAYERS: dict[str, Callable[[ModelConfig, Rows, Asked], Shown]] = {"heads": heads, "mean": mean}
+"""Those that show layers by themselves, wherever their rows come from."""
