@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.errors import ConfigError
 from model import ModelConfig, VisionTransformer
 from model.config import StageConfig
 from model.seeing.capture import choose
@@ -20,7 +21,7 @@ from model.seeing.trace import pooled_tokens
 from tests.model.small import TINY
 from tests.tools.browser import Browser
 from tools.visualize import page, shades
-from tools.visualize.page import images_of, write_page
+from tools.visualize.page import write_page
 from tools.visualize.pictures import Scene
 
 CLASSED = replace(TINY, pool="cls", registers=1, in_channels=3, image_size=(8, 10))
@@ -218,14 +219,20 @@ def test_small_maps_of_the_sheet_are_those_of_their_heads(browser: Browser, tmp_
 def test_what_a_page_has_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = MODELS["classed"]
     wanted = choose(model.config)
-    one = 2 * 4 * 20 * 23
-    assert page.shares(wanted, 1) == one and images_of(wanted) == page.SHARES // one
-    monkeypatch.setattr(page, "SHARES", one - 1)
-    assert page.cells_of(wanted) == 2 and page.shares(wanted, 2) == 2 * 4 * 6 * 9
-    monkeypatch.setattr(page, "BYTES", 1_000)
+    one = page.most_bytes(wanted, 1)
+    assert 2 * 4 * 23 * (20 / 5 + 5) * 4 / 3 < one < 2 * 4 * 23 * (20 / 5 + 5) * 4 / 3 + 2 * 300
+    monkeypatch.setattr(page, "_BESIDE", page.BYTES - one + 1)
+    assert page.cells_of(wanted) == 2
     lines = written(model, tmp_path / "page.html")
-    assert "more than 0 MB" in lines[1] and "cells are of 2 x 2 patches" in lines[2]
-    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+    size = (tmp_path / "page.html").stat().st_size
+    assert "cells are of 2 x 2 patches" in lines[1] and [path.name for path in tmp_path.iterdir()] == ["page.html"]
+    for less, words in ((-3000, "2 images"), (1000, "the first 1 of 2 images: name fewer")):
+        monkeypatch.setattr(page, "BYTES", size + page._SLACK - less)
+        assert words in "".join(written(model, tmp_path / "page.html"))
+        assert (tmp_path / "page.html").stat().st_size <= page.BYTES, less
+    monkeypatch.setattr(page, "BYTES", 1_000)
+    with pytest.raises(ConfigError, match=r"of one image take 0\.0 MB in the fewest shades: name fewer --layers"):
+        written(model, tmp_path / "page.html")
     rows = model.capture(images_for(model))["blocks.1"].rows[:1]
     cells = page._in_cells(rows[..., 2:], (4, 5), 2, mean=False)
     assert torch.allclose(cells.sum(-1), rows[..., 2:].sum(-1))

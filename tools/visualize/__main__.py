@@ -100,20 +100,16 @@ def _watched(options: argparse.Namespace, looked: Looked, asked: Asked) -> list[
 
 def _page(options: argparse.Namespace, looked: Looked, asked: Asked, paths: Sequence[Path]) -> list[str]:
     """What there is room for, on one page; what is to be said."""
-    from tools.visualize.page import images_of, write_page
+    from tools.visualize.page import write_page
     from tools.visualize.pictures import names_of, scenes
 
     wanted = choose(looked.config, asked.layers, asked.heads)
-    shown = paths[: images_of(wanted)]
-    images = torch.stack([read(path, looked) for path in shown])
+    images = torch.stack([read(path, looked) for path in paths])
     looked.begin(images)
-    lines = write_page(
+    return write_page(
         options.out / f"{PAGE}.html", f"{options.checkpoint}: what it attends to", looked.config, wanted, looked.rows,
-        images, scenes(names_of(shown), images, looked.how, looked.config.sizes.patch),
+        images, scenes(names_of(paths), images, looked.how, looked.config.sizes.patch),
     )  # fmt: skip
-    if len(shown) < len(paths):
-        lines.append(f"the first {len(shown)} of {len(paths)} images: name fewer --layers or --heads for more")
-    return lines
 
 
 def _make(out: Path) -> None:

@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import BytesIO
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,18 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from engine.errors import ConfigError
 from model.config import ModelConfig
 from model.seeing.capture import PROBE, Attended, Wanted
 from model.seeing.trace import pooled_tokens
 from tools.places import written_whole
 from tools.visualize.pictures import Scene
-from tools.visualize.shades import Rows, errors, fitted
+from tools.visualize.shades import Rows, coded_bytes, errors, fitted
 
 BYTES = 8_000_000  # of a page
-SHARES = 28_000_000
-"""Of a page: in 3 shades, 1.6 bits each, they fit even where nothing can be compressed."""
+_BESIDE = 500_000  # of them for an image and what all pages have, by which cells are chosen
+_TAG = 200  # around the rows of a layer
+_SLACK = 2_000
 _PNG = 32_000  # bytes; of larger images WebP's eye is good enough
 _PALETTES = ("viridis", "cividis", "gray")  # whose lightness alone tells what is more
 
@@ -40,27 +43,28 @@ Capture = Callable[[Tensor, Mapping[str, Wanted]], Mapping[str, Attended] | None
 """Images [1, C, H, W], what is wanted -> rows; None on ranks that have none to write."""
 
 
-def images_of(wanted: Mapping[str, Wanted]) -> int:
-    """How many a page has room for."""
-    return max(1, SHARES // shares(wanted, cells_of(wanted)))
-
-
 def cells_of(wanted: Mapping[str, Wanted]) -> int:
     """The side of what the page shows as one, in patches of the first stage, so that an image has room: 1, 2, 4, ..."""
-    side = 1
-    while shares(wanted, side) > SHARES:
+    side, widest = 1, max(max(of.here.rows, of.here.cols) for of in wanted.values())
+    while most_bytes(wanted, side) > BYTES - _BESIDE and side < widest:
         side *= 2
     return side
 
 
-def shares(wanted: Mapping[str, Wanted], side: int) -> int:
-    """That a page holds of one image."""
+def most_bytes(wanted: Mapping[str, Wanted], side: int) -> int:
+    """That rows of one image can take on a page, in the fewest shades."""
     total = 0
     for of in wanted.values():
         cell = _cell(of, wanted, side)
         patches = -(-of.here.rows // cell) * -(-of.here.cols // cell)
-        total += len(of.heads) * patches * (1 if of.name == PROBE else 1 + of.prefix + patches)
+        rows = len(of.heads) * (1 if of.name == PROBE else 1 + of.prefix + patches)
+        total += base64_bytes(coded_bytes(rows, patches)) + _TAG
     return total
+
+
+def base64_bytes(count: int) -> int:
+    """Of so many bytes."""
+    return -(-count // 3) * 4
 
 
 def _cell(of: Wanted, wanted: Mapping[str, Wanted], side: int) -> int:
@@ -72,37 +76,39 @@ def write_page(
     path: Path, title: str, config: ModelConfig, wanted: Mapping[str, Wanted], capture: Capture, images: Tensor,
     scenes: Sequence[Scene],
 ) -> list[str]:  # fmt: skip
-    """Capture images one by one, and write the page.
+    """Capture images one by one, as many as there is room for, and write the page.
 
     Args:
-        config: resolved. wanted: of all queries. images: [B, C, H, W], of which `shares` leaves room.
+        config: resolved. wanted: of all queries. images: [B, C, H, W].
 
     Returns:
-        Lines to print.
+        Lines to print; none on ranks that have no rows.
 
     Raises:
-        ConfigError: the file cannot be written.
+        ConfigError: not one image has room (before any is captured), or the file cannot be written.
     """
     side = cells_of(wanted)
     layers = {name: _cell(of, wanted, side) for name, of in wanted.items()}
-    rows = list[Rows]()
-    for image in images.split(1):
-        if (found := capture(image, wanted)) is None:
-            continue
-        rows += [_rows(found[name], config, cell) for name, cell in layers.items()]
-    if not rows:
-        return []
     about: dict[str, Any] = {
         "title": title,
         "grid": [config.sizes.stages[0].rows, config.sizes.stages[0].cols],
         "patch": config.sizes.patch,
         "tokens": list(_prefix_names(config)),
         "layers": [_layer(of, layers[name], config) for name, of in wanted.items()],
-        "images": [_scene(scene) for scene in scenes],
         "palettes": {name: _palette(name) for name in _PALETTES},
     }
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    room = BYTES - len(template) - len(json.dumps(about)) - 200 * len(rows)
+    room = BYTES - len(template.encode()) - len(html.escape(title)) - len(json.dumps(about)) - _SLACK
+    about["images"] = _with_room([_scene(scene) for scene in scenes], room, most_bytes(wanted, side))
+    shown = images[: len(about["images"])]
+    rows = list[Rows]()
+    for image in shown.split(1):
+        if (found := capture(image, wanted)) is None:
+            continue
+        rows += [_rows(found[name], config, cell) for name, cell in layers.items()]
+    if not rows:
+        return []
+    room -= len(json.dumps(about["images"])) + _TAG * len(rows)
     shades, coded = fitted(rows, room * 3 // 4)
     mean, worst = errors(rows, shades)
     about |= {"shades": shades, "error": [round(mean, 5), round(worst, 5)]}
@@ -116,15 +122,28 @@ def write_page(
     with written_whole(path) as part:
         part.write_text(text, encoding="utf-8")
     size = len(text.encode())
+    assert size <= BYTES, (size, len(shown))
     lines = [
-        f"{path}: {size / 1e6:.2f} MB, {len(images)} images x {len(layers)} layers; {shades} shades, "
+        f"{path}: {size / 1e6:.2f} MB, {len(shown)} images x {len(layers)} layers; {shades} shades, "
         f"wrong by {mean:.1%} of a map's range on average, 99 % of shares by {worst:.1%} at most"
     ]
-    if size > BYTES:
-        lines.append(f"that is more than {BYTES / 1e6:.0f} MB: name fewer images (--most), --layers or --heads")
+    if len(shown) < len(images):
+        lines.append(f"the first {len(shown)} of {len(images)} images: name fewer --layers or --heads for more")
     if side > 1:
         lines.append(f"cells are of {side} x {side} patches, so that the page is small: name fewer --layers or --heads")
     return lines
+
+
+def _with_room(scenes: Sequence[dict[str, Any]], room: int, each: int) -> list[dict[str, Any]]:
+    """The first of the images, whose rows take `each` bytes at most."""
+    ends = accumulate(len(json.dumps(scene)) + 2 + each for scene in scenes)
+    found = [scene for scene, end in zip(scenes, ends, strict=True) if end <= room]
+    if not found:
+        raise ConfigError(
+            f"a page has {BYTES / 1e6:.0f} MB at most, and the rows of one image take {each / 1e6:.1f} MB in the "
+            "fewest shades: name fewer --layers or --heads"
+        )
+    return found
 
 
 def _rows(found: Attended, config: ModelConfig, cell: int) -> Rows:

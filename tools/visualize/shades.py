@@ -71,10 +71,21 @@ def _log(share: Tensor) -> Array:
 
 def _packed(codes: Array, shades: int) -> bytes:
     """As many to a byte as there is room for, the first the least digit."""
-    count = next(n for n in range(8, 0, -1) if shades**n <= 256)
+    count = _to_a_byte(shades)
     digits = np.zeros(-(-codes.size // count) * count, np.int16)
     digits[: codes.size] = codes.reshape(-1)
     return (digits.reshape(-1, count) @ shades ** np.arange(count)).astype(np.uint8).tobytes()
+
+
+def coded_bytes(rows: int, patches: int) -> int:
+    """That `Rows.coded` makes of so many rows at most, in the fewest shades, where nothing can be compressed."""
+    raw = 1 + 5 * rows + -(-rows * patches // _to_a_byte(SHADES[-1]))
+    return raw + raw // 1000 + 64  # zlib's own: 5 bytes for some thousands
+
+
+def _to_a_byte(shades: int) -> int:
+    """Codes that one holds."""
+    return next(n for n in range(8, 0, -1) if shades**n <= 256)
 
 
 def fitted(layers: Sequence[Rows], room: int) -> tuple[int, list[bytes]]:
