@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from model import ImageText, MicroBatch, ModelConfig, TextConfig, VisionTransformer
+from model.config import StageConfig
 from model.seeing import noted as noting
 from model.seeing.features import POSITIONAL, clusters, components, outliers
 from model.seeing.flow import attention_flow
@@ -129,6 +130,22 @@ def test_of_a_model_as_autograd_finds_it_on_a_plain_vit(name: str, monkeypatch: 
         model.sizes.stages[0].rows, model.sizes.stages[0].cols,
     )  # fmt: skip
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_stage_that_merges_nothing_keeps_its_tokens() -> None:
+    stages = StageConfig(depth=1, width=16, num_heads=4), StageConfig(depth=2, width=24, num_heads=4, merge=False)
+    pyramid = replace(TINY, pool="gap", width=None, depth=None, num_heads=None, mlp_dim=None, stages=stages)
+    model = VisionTransformer(pyramid).eval()
+    images, expected = images_of(pyramid), None
+    for one in model.capture(images).values():
+        if one.wanted.name != "head":
+            step = matrix(Maps(one.rows), "rollout")
+            expected = step if expected is None else step @ expected
+    assert expected is not None
+    noted, _ = trace(model, images)
+    assert noted.start is not None
+    found = back_through(noted, "rollout")
+    assert torch.allclose(found, torch.einsum("bs,bst->bt", noted.start, expected), rtol=1e-4)
 
 
 def test_of_a_model_in_training_mode_and_in_64_bits() -> None:

@@ -29,7 +29,8 @@ _ALPHA = 0.62  # of a map over its image
 _INCH = 2.2
 _SMALL = 1.25
 _LETTERS = 28  # of a title's line over a small picture
-_ACROSS = 6
+_LINE = 0.12  # inches that one takes
+_ACROSS = 12  # small pictures of a contact sheet
 _FINE = 128  # pixels that a map has along the shorter side, at least
 
 
@@ -113,18 +114,24 @@ def _sheet(shown: Shown, scene: Scene, number: int) -> Figure:
 
 
 def _contact(shown: Shown, of: Sequence[Scene]) -> Figure:
-    """The last map of every image beside it."""
-    across = min(_ACROSS, len(of))
+    """Every image, and beside it its last map, or all of them where these are to be compared."""
+    keys = list(shown.maps or shown.colors)[0 if shown.compared else -1 :]
+    each, several = 1 + len(keys), len(keys) > 1
+    across = min(max(1, _ACROSS // each), len(of))
     down = -(-len(of) // across)
-    figure = new_figure(2 * _SMALL * across + 0.2, (_SMALL + 0.2) * down + 0.3)
-    axes = figure.subplots(down, 2 * across, squeeze=False).reshape(-1)
+    titles = [textwrap.fill(key[1], _LETTERS) if several else "" for key in keys]
+    lines = max(title.count("\n") for title in titles)
+    figure = new_figure(each * _SMALL * across + 0.2, (_SMALL + 0.2 + _LINE * lines) * down + 0.3)
+    axes = figure.subplots(down, each * across, squeeze=False).reshape(-1)
     for place in axes:
         place.set_axis_off()
-    key = list(shown.maps or shown.colors)[-1]
     for number, scene in enumerate(of):
-        _image(axes[2 * number], scene, scene.name)
-        _over(axes[2 * number + 1], shown, scene, number, key, shown.smooth)
-    figure.suptitle(" ".join(filter(None, key)))
+        first, *others = axes[each * number :][:each]
+        _image(first, scene, scene.name)
+        for place, key, title in zip(others, keys, titles, strict=True):
+            _over(place, shown, scene, number, key, shown.smooth)
+            place.set_title(title, fontsize=6)
+    figure.suptitle(keys[-1][0] if several else " ".join(filter(None, keys[-1])))
     return figure
 
 

@@ -36,7 +36,7 @@ class Shown:
     Attributes:
         maps: [B, rows, cols] by names of a line and a column of a sheet. colors: [B, rows, cols, 3] in 0..1, likewise.
         arrays: anything else to be stored, by name. says: lines to print. smooth: whether there is anything between the
-            centres of patches; not of what has no order.
+            centres of patches; not of what has no order. compared: whether an image's maps are looked at together.
     """
 
     maps: dict[tuple[str, str], Tensor] = field(default_factory=dict)
@@ -44,3 +44,4 @@ class Shown:
     arrays: dict[str, Tensor] = field(default_factory=dict)
     says: list[str] = field(default_factory=list)
     smooth: bool = True
+    compared: bool = False

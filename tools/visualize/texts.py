@@ -103,7 +103,8 @@ def explained(
             for of in scores
         ]
     alike = torch.stack([score(outputs) for score in scores], 1)
-    return Shown(maps={(title, text): of for text, of in zip(said, maps, strict=True)}, arrays={"similarity": alike})
+    by_text = {(title, text): of for text, of in zip(said, maps, strict=True)}
+    return Shown(maps=by_text, arrays={"similarity": alike}, compared=True)
 
 
 def similarities(shown: Shown, names: Sequence[str], said: Sequence[str]) -> list[str]:
