@@ -112,7 +112,8 @@ class _Noted:
     images: Tensor | None = None
 
     def __init__(self, place: Tapped) -> None:
-        self.place, self._passes, self._sight = place, list[_Pass](), None
+        self.place, self._passes = place, list[_Pass]()
+        self._sight: Sight | None = None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As Tap."""
