@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from data.config import DataConfig
 from data.datasets import Dataset, digits, synthetic
+from data.few import few_of_each_class
 from data.image_folder import image_folder
 from data.image_text import image_text
 from data.joined import joined
@@ -31,13 +32,15 @@ def build_datasets(
     """The data sets to train on and to evaluate on, of images [channels, height, width].
 
     `image_size` is in pixels, (height, width) or both at once. `num_classes` is what the model can tell apart; None:
-    the model has no classes. `seed` decides synthetic images and the places of texture crops to train on: every
-    seed holds out the same real images. `readers` processes of this host build the same sets: what takes long, one of
-    them does. `text` is what the model's text tower reads; None: it has none, and no texts are made.
+    the model has no classes. `seed` decides synthetic images, the places of texture crops to train on, and which few
+    images or labels are kept: every seed holds out the same real images. `readers` processes of this host build the
+    same sets: what takes long, one of them does. `text` is what the model's text tower reads; None: it has none, and
+    no texts are made.
 
     Raises:
         ValueError: for images that cannot be found, for more classes than the model has, for means and deviations of
-            another number of channels, and for a tokenizer or templates that do not fit.
+            another number of channels, for a tokenizer or templates that do not fit, and for few images or labels of
+            each class that leave all as it is.
     """
     if config.weights:
         whole_shares(config.weights)  # raises
@@ -62,7 +65,7 @@ def build_datasets(
                 "make captions of, but the model reads texts: see data.caption_column"
             )
         part.captions, part.texts = part.captions or captions_of(part, config), texts
-    return train, held_out
+    return few_of_each_class(train, config, seed), held_out
 
 
 def describe_datasets(kind: str, train: Dataset, held_out: Dataset, num_classes: int | None) -> list[str]:
@@ -71,7 +74,8 @@ def describe_datasets(kind: str, train: Dataset, held_out: Dataset, num_classes:
     How much there is, what was left out, what is said of it, what the model is too large for. `num_classes` is as for
     build_datasets.
     """
-    lines = [f"data: {kind}, {len(train)} training and {len(held_out)} held-out images"]
+    known = "" if train.labelled is None else f" ({train.labelled} of them with labels)"
+    lines = [f"data: {kind}, {len(train)} training{known} and {len(held_out)} held-out images"]
     lines += [f"  {source}" for source in dict.fromkeys((train.source, held_out.source)) if source is not None]
     if train.crops_when_read:
         lines.append(f"  JPEGs are decoded by {decoder_name()}")

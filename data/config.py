@@ -113,6 +113,13 @@ class DataConfig:
     crops_per_class: int = 64
     """Training crops of each photograph (textures only)."""
 
+    images_per_class: int | None = None
+    """Training images of each class, drawn by train.seed, the others left out; absent: all."""
+
+    labels_per_class: int | None = None
+    """Training images of each class whose label is known, drawn by train.seed; the others stay, without a label, for
+    teachers to be shown (objective distillation). Absent: all. images_per_class as many are the same images."""
+
     mean: tuple[float, ...] = (0.5,)
     """Subtracted from pixels in 0..1: one number, or one per channel."""
 
@@ -166,6 +173,7 @@ class DataConfig:
         self._check("size", 1 <= self.size <= _MOST_IMAGES, f"from 1 to {_MOST_IMAGES}")
         self._check("shuffle_window", 0 <= self.shuffle_window <= _MOST_IMAGES, f"from 0 to {_MOST_IMAGES}")
         self._check("crops_per_class", 1 <= self.crops_per_class <= _MOST_IMAGES, f"from 1 to {_MOST_IMAGES}")
+        self._check_few()
         self._check_numbers("mean", -_LARGEST_PIXEL, _LARGEST_PIXEL)
         self._check_numbers("std", 1 / _LARGEST_PIXEL, _LARGEST_PIXEL)
         self._check("rotate", 0 <= self.rotate <= 180, "from 0 to 180 degrees")
@@ -229,6 +237,16 @@ class DataConfig:
     def _check(self, name: str, ok: bool, wanted: str) -> None:
         if not ok:
             raise ValueError(f"data.{name} is {getattr(self, name)!r}: it must be {wanted}")
+
+    def _check_few(self) -> None:
+        images, labels = self.images_per_class, self.labels_per_class
+        for name, count in (("images_per_class", images), ("labels_per_class", labels)):
+            self._check(name, count is None or 1 <= count <= _MOST_IMAGES, f"from 1 to {_MOST_IMAGES}")
+        if images is not None and labels is not None and labels >= images:
+            raise ValueError(
+                f"data.labels_per_class is {labels}, but data.images_per_class {images} leaves no more images, all of "
+                "which have labels then: leave labels_per_class out, or use fewer"
+            )
 
     def _check_numbers(self, name: str, least: float, most: float) -> None:
         values: tuple[float, ...] = getattr(self, name)

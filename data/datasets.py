@@ -46,6 +46,8 @@ class Dataset(Protocol):
     """Whether `read` cuts the crops, out of sources larger than image_shape; else they are left to augmentation."""
     class_names: Sequence[str] | None = None
     """The name of each label, where labels have names."""
+    labelled: int | None = None
+    """How many images have a label, where not all have; those of the others are data.few.UNKNOWN."""
     captions: Captions | None = None
     """What can be said of the images."""
     texts: Texts | None = None

@@ -29,6 +29,7 @@ class Purpose(IntEnum):
     NOISE = 8
     SHARDS = 9
     WINDOW = 10
+    FEW = 11
 
 
 class Variant(IntEnum):

@@ -38,7 +38,7 @@ class Batch:
     """A micro-batch of B images; with `data.views` 2, B / 2 images and then another view of each."""
 
     images: Tensor | None  # [B, C, H, W] float32, normalised; None where they are not needed
-    labels: Tensor  # [B] int64
+    labels: Tensor  # [B] int64; -1: not known
     sample_ids: Tensor  # [B] int64: the draw in training, the index in evaluation, -1 for padding; views: SECOND_VIEW
     weights: Tensor  # [B] float32: 1 for an image, 0 for padding
     texts: Tensor | None = None  # [B, S] int64: what is said of each image; None where that is not needed

@@ -19,7 +19,7 @@ class MicroBatch:
 
     Attributes:
         images: [B, C, H, W]; None on ranks that do not hold a layer that reads them.
-        labels: int64 [B].
+        labels: int64 [B]; -1: not known.
         sample_ids: int64 [B]; what drop-path is drawn from: the same image at the same place of the data order has the
             same id in every layout.
         weights: fp32 [B], 1 for an image, 0 for padding.

@@ -34,6 +34,7 @@ def check_objective(config: Config) -> None:
     """Raise ConfigError where a key of another objective is set, or the batch is none for this one."""
     texts = {**set_keys("text", config.text), **set_keys("data", config.data, _OF_TEXTS)}
     views = set_keys("data", config.data, ("views",))
+    _check_few(config)
     if config.objective != "distillation":
         keys = set_keys("distillation", config.distillation)
         _refuse(keys, "objective distillation", f"objective is {config.objective}")
@@ -55,6 +56,24 @@ def check_objective(config: Config) -> None:
         raise ConfigError(
             f"train.global_batch_size is {config.train.global_batch_size}: a pair is told from the others of its "
             "batch, so use 2 or more"
+        )
+
+
+def _check_few(config: Config) -> None:
+    """Raise ConfigError where few images or labels of each class are asked for in vain."""
+    keys = set_keys("data", config.data, ("images_per_class", "labels_per_class"))
+    if config.objective == "contrastive":
+        _refuse(keys, "objectives supervised and distillation", "objective is contrastive")
+    labels = config.data.labels_per_class
+    if labels is not None and config.objective == "supervised":
+        raise ConfigError(
+            f"data.labels_per_class is {labels}, but objective supervised learns from labels alone: use "
+            "data.images_per_class, which leaves images without a label out, or objective distillation"
+        )
+    if labels is not None and not config.distillation.label_weight:
+        raise ConfigError(
+            f"data.labels_per_class is {labels}, but distillation.label_weight is 0, so that no label is looked at: "
+            "leave it out, or give the labels a weight"
         )
 
 

@@ -135,7 +135,7 @@ class Distillation(AdditiveObjective):
         return stop - start
 
     def losses(self, outputs: Outputs, batch: MicroBatch, grid: Grid) -> dict[str, Tensor]:
-        """By target, with its weight, the loss of each image, 0 for padding: [B]."""
+        """By target, with its weight, the loss of each image: [B]; 0 for padding, of labels where none is known."""
         own, *theirs = self._logits(outputs, grid)
         keys, found = self.config, dict[str, Tensor]()
         if keys.response_weight:
@@ -146,7 +146,8 @@ class Distillation(AdditiveObjective):
             ]
             found["response"] = keys.response_weight * torch.stack(each).sum(0) * batch.weights
         if keys.label_weight:
-            found["labels"] = keys.label_weight * self.labels.losses((own,), batch, grid)
+            known = batch.labels >= 0
+            found["labels"] = keys.label_weight * self.labels.losses((own,), batch, grid) * known
         return found
 
     def _answers(self, theirs: Sequence[Tensor], batch: MicroBatch, grid: Grid) -> list[Answer]:

@@ -20,6 +20,8 @@ NOT_PIXELS = (float("nan"), float("inf"), -float("inf"), 1e39, -1e39)
         ({"kind": "synthetic", "size": 0}, r"data\.size is 0: it must be from 1"),
         ({"kind": "synthetic", "size": 2**63}, r"data\.size is 9223372036854775808"),
         ({"kind": "textures", "crops_per_class": 10**12}, r"data\.crops_per_class is 1000000000000"),
+        ({"labels_per_class": 0}, r"data\.labels_per_class is 0: it must be from 1"),
+        ({"images_per_class": 5, "labels_per_class": 5}, r"labels_per_class is 5, but data\.images_per_class 5 leaves"),
         ({"mean": ()}, r"data\.mean is \(\)"),
         *(({"mean": (0.5, bad)}, r"data\.mean is \(0\.5, .*one number from -1e\+06") for bad in NOT_PIXELS),
         *(({"std": (bad,)}, r"data\.std is .*one number from 1e-06") for bad in (*NOT_PIXELS, -0.5, 1e-45)),

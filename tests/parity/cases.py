@@ -156,6 +156,7 @@ TAUGHT: dict[str, tuple[ModelConfig, tuple[TeacherConfig, ...], DistillationConf
 }  # fmt: skip
 FAMILY = ("kinds", "pyramid", "heads")
 REPEATS = defaultdict(lambda: 1, pairs_images=4)  # rows of an image, which lie on several ranks and micro-batches
+FEW = defaultdict[str, int | None](lambda: None, taught=70)  # labels, of half of the images
 LOSSES = defaultdict(lambda: "softmax", mixed="sigmoid")
 KERNELS = defaultdict(lambda: "auto", sequential="reference", heads="reference")
 
@@ -252,7 +253,7 @@ class Case:
         """The resolved configuration of the case; keyword arguments override the `train` group."""
         config = Config(
             **self.groups,
-            data=DataConfig(rotate=10.0, shift=0.1, repeats=REPEATS[self.model]),
+            data=DataConfig(rotate=10.0, shift=0.1, repeats=REPEATS[self.model], labels_per_class=FEW[self.model]),
             parallel=ParallelConfig(
                 tensor_parallel_size=self.tensor,
                 sequence_parallel=self.sequence_parallel,

@@ -37,9 +37,9 @@ EVAL_IMAGES = 19  # which no number of ranks or micro-batches divides
 
 
 @cache
-def digits(model: ModelConfig, text: TextShape | None = None) -> tuple[Dataset, Dataset]:
-    """The training set, and a few held-out images, with captions where there is a text tower."""
-    config = Case("parallel").config().data
+def digits(model: ModelConfig, text: TextShape | None = None, labels: int | None = None) -> tuple[Dataset, Dataset]:
+    """The training set, and a few held-out images, with captions where there is a text tower; labels of each class."""
+    config = replace(Case("parallel").config().data, labels_per_class=labels)
     sizes = model.sizes
     train, held_out = build_datasets(config, image_size=sizes.image, channels=1, num_classes=10, seed=0, text=text)
     assert isinstance(held_out, ArrayDataset)
@@ -130,7 +130,7 @@ def climb(
     stepper = Stepper(assembly)
     if before_training is not None:
         before_training(stepper)
-    train_set, eval_set = digits(config.model, text_shape(config))
+    train_set, eval_set = digits(config.model, text_shape(config), config.data.labels_per_class)
     place: dict[str, Any] = {
         "config": config.data,
         "micro_batch_size": config.train.micro_batch_size,
@@ -202,7 +202,7 @@ def first_batches(config: Config) -> list[tuple[Tensor, Tensor]]:
     """(images, labels) of each whole global batch of a run with one data-parallel rank."""
     train = config.train
     stream = TrainStream(
-        digits(config.model)[0],
+        digits(config.model, labels=config.data.labels_per_class)[0],
         config=config.data,
         global_batch_size=train.global_batch_size,
         micro_batch_size=train.global_batch_size,

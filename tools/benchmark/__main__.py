@@ -36,6 +36,7 @@ BENCHMARKS = {
     "reshard": "a checkpoint cut for a layout: what that costs, and what loading gains",
     "convert": "weights converted between formats: rate against the disk's, and memory",
     "faithful": "whether maps say what a model goes by: pointing game, insertion, deletion, on digits over textures",
+    "retention": "what students keep of their teacher's accuracy: response, features, relations; few labels",
     "seeing": "class-token rollout beyond the forward pass, against hooks on written-out attention in timm",
     "shards": "how soon sets of many shards are opened, and whether reading them keeps memory",
     "decode": "images a second on a core, from JPEGs to training batches, against webdataset, grain and Pillow",
@@ -44,7 +45,7 @@ BENCHMARKS = {
 
 _ALONE = {
     "precision", "textures", "reshard", "convert", "kernels", "sweep", "schedules", "pipeline", "recompute",
-    "predictions", "shards", "contrastive", "seeing", "faithful", "decode", "--against",
+    "predictions", "shards", "contrastive", "seeing", "faithful", "retention", "decode", "--against",
 }  # with ranks of their own, or none  # fmt: skip
 
 

@@ -241,6 +241,8 @@ def _stored(saved: Mapping[str, Any], description: Description | None, flags: Ma
     if description is not None and (images := description.preprocessing) is not None:
         kept.setdefault("data", {"mean": list(images.mean), "std": list(images.std)})
     data = kept.get("data")
+    if data and data.get("labels_per_class") is not None:  # labels that the run was not told stay untold
+        kept["data"] = data = {**data, "images_per_class": data["labels_per_class"], "labels_per_class": None}
     if data and "data.kind" in flags and flags["data.kind"] != data.get("kind"):  # other images, seen alike
         kept["data"] = {name: data[name] for name in _KEPT_OF_DATA if name in data}
     return kept

@@ -82,7 +82,8 @@ def _on_these_ranks(run: Config, flags: Sequence[str], teacher: Teacher, world: 
     own, _ = parse([*of_ranks], PROGRAM)
     micro = own.train.micro_batch_size or _MICRO_BATCH
     config = Config(
-        model=teacher.model, data=run.data, parallel=own.parallel, train=replace(run.train, freeze=()),
+        model=teacher.model, data=replace(run.data, labels_per_class=None), parallel=own.parallel,
+        train=replace(run.train, freeze=()),
         precision=run.precision, recompute=RecomputeConfig(), kernels=run.kernels, device=own.device,
     )  # fmt: skip
     shape = config.grid_shape(world.size)

@@ -142,6 +142,11 @@ REFUSED = [
     (small(image_size=0), 1, ["model.image_size is 0", "at least 1"]),
     (small(drop_path=1.0), 1, ["model.drop_path is 1.0", "below 1"]),
     (small(registers=-1), 1, ["model.registers is -1", "0 or more"]),
+    (
+        small(data=DataConfig(labels_per_class=5)),
+        1,
+        ["data.labels_per_class is 5", "supervised", "data.images_per_class"],
+    ),
     (small(num_classes=0), 1, ["model.num_classes is 0", "no classifier", "supervised", "number of classes"]),
     (small(num_classes=1, num_heads=2, tensor=2), 2, ["model.num_classes 1", "tensor_parallel_size 2", "at most 1"]),
     (small(preset="vit_b61"), 1, ["model.preset 'vit_b61'", "unknown", "vit_b16"]),

@@ -67,6 +67,10 @@ REFUSED: dict[str, tuple[Callable[[], Config], str]] = {
         lambda: config_of(contrastive=ContrastiveConfig(temperature=0.001)),
         "contrastive.temperature 0.001 is a logit scale of 1000, above contrastive.max_logit_scale 100",
     ),
+    "few images": (
+        lambda: config_of(data=DataConfig(images_per_class=3)),
+        "data.images_per_class is 3, a key of objectives supervised and distillation, but objective is contrastive",
+    ),
     "one pair": (
         lambda: config_of(train=TrainConfig(steps=1, global_batch_size=1)),
         "train.global_batch_size is 1: a pair is told from the others of its batch, so use 2 or more",

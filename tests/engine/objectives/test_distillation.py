@@ -16,7 +16,8 @@ import yaml
 from torch import Tensor
 from torch.nn import functional as F
 
-from data import EvalStream, build_datasets
+from data import DataConfig, EvalStream, build_datasets
+from data.few import UNKNOWN
 from engine.assemble import assemble
 from engine.checkpoint.config import CheckpointConfig
 from engine.clusters import read_cluster
@@ -160,7 +161,8 @@ def test_gradients_are_those_of_plain_pytorch(model: str) -> None:
     keys, data = config.distillation, config.data
     with rows_of(plain) as mine, attended(plain) as minded, pooled(plain) as embedded:
         own = plain(images.double())
-    loss = keys.label_weight * F.cross_entropy(own, labels)
+    loss = keys.label_weight / len(own) * F.cross_entropy(own, labels, reduction="sum", ignore_index=UNKNOWN)
+    assert (UNKNOWN in labels) == (config.data.labels_per_class is not None)
     several = len(keys.all_teachers)
     for number, (of, share) in enumerate(zip(keys.all_teachers, keys.shares, strict=True)):
         of = computed(of)
@@ -530,6 +532,10 @@ def test_a_teacher_of_other_classes_or_none_teaches_what_needs_none(tmp_path: Pa
         ({"start_from": (0, 1)}, {}, r"start_from \[0, 1\], from .*: 2 blocks of the teacher are given for the .* 4"),
         ({"start_from": "even"}, {"block": "parallel"}, r"model\.block is parallel, .*or leave start_from out"),
         ({"start_from": "even"}, {"checkpoint": CheckpointConfig(load="x")}, r"is even and checkpoint\.load x: a stud"),
+        (
+            {"label_weight": 0.0}, {"data": DataConfig(labels_per_class=5)},
+            r"data\.labels_per_class is 5, but distillation\.label_weight is 0",
+        ),
         ({}, {"objective": "supervised"}, r"distillation\.teacher is .*a key of objective distillation"),
     ],
 )  # fmt: skip
