@@ -17,7 +17,7 @@ from tests.engine.small import flags
 from tests.tools.jobs import run_jobs
 from tools.evaluate.__main__ import main
 from tools.evaluate.options import parse_options
-from tools.evaluate.source import sources_of
+from tools.evaluate.source import _stored, sources_of
 
 TRAINING, EVALUATION = "pretrain_vit", "tools.evaluate.__main__"
 TRAIN = {
@@ -214,6 +214,13 @@ def test_a_flag_of_another_tower_is_refused(found: dict[str, Any], given: list[s
 def test_what_cannot_be_is_refused_by_name(found: dict[str, Any], given: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         main(["--checkpoint", str(found["folder"] / "run"), *given], World())
+
+
+def test_labels_that_a_student_was_not_told_are_not_told_later() -> None:
+    data = {"kind": "digits", "images_per_class": None, "labels_per_class": 3}
+    kept = _stored({"objective": "distillation", "distillation": {}, "data": data}, None, {})
+    assert "objective" not in kept and kept["data"] == data | {"images_per_class": 3, "labels_per_class": None}
+    assert _stored({"data": data | {"labels_per_class": None}}, None, {})["data"]["images_per_class"] is None
 
 
 def test_no_checkpoint_is_no_checkpoint(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ DRAWN = {"objective": "distillation", "data__rotate": "20", "train__steps": "3",
 PLAIN = {
     "objective": "distillation", "train__steps": "6", "train__global_batch_size": "16", "log__interval": "1",
     "distillation__embeddings_weight": "1", "distillation__relations": "distances",
-    "distillation__relations_weight": "2",
+    "distillation__relations_weight": "2", "data__labels_per_class": "1",
 }  # fmt: skip
 DRAWS, IMAGES, HELD_OUT, KEPT = 48, 32, 8, 3
 
@@ -134,7 +134,16 @@ def test_a_student_of_outputs_learns_what_it_learns_beside_its_teacher(made: Pat
         [json.loads(line) for line in (made / run / "metrics.jsonl").read_text().splitlines()]
         for run in ("online", "stored")
     ]
-    told = ("loss", "loss_response", "loss_embeddings", "loss_distances", "grad_norm", "accuracy", "teacher_accuracy")
+    told = (
+        "loss",
+        "loss_response",
+        "loss_embeddings",
+        "loss_distances",
+        "loss_labels",
+        "grad_norm",
+        "accuracy",
+        "teacher_accuracy",
+    )
     for name in told:
         online, stored = ([line[name] for line in of if name in line] for of in lines)
         assert online and stored == pytest.approx(online, rel=1e-5), name

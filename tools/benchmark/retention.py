@@ -9,8 +9,8 @@ a held-out fold of its own.
     OMP_NUM_THREADS=1 python -m tools.benchmark retention --seeds 0 1 2 3 4 --out runs/retention
 
 What is done is kept in the folder, so the same command goes on where it was stopped; --only-show prints what there is.
-Other options are those of pretrain_vit.py, for all students. Intervals are of 95 % (Student's t over seeds); differences
-are of the same seeds.
+Other options are those of pretrain_vit.py, for all students. Intervals are of 95 % (Student's t over seeds), and
+differences are of the same seeds.
 """
 
 from __future__ import annotations
