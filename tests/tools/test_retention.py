@@ -82,5 +82,5 @@ def test_each_is_trained_once(
     assert retention.main([*asked, "--seeds", "3", "--steps", "2", "--only-show"], World()) == 0
     assert capsys.readouterr().out == ""  # of other runs
     file.write_text("{}\n{}\n")
-    with pytest.raises(ConfigError, match=r"runs\.jsonl, line 1 is no run of this benchmark .*another --out"):
+    with pytest.raises(ConfigError, match=r"runs\.jsonl, line 1 is no run of this benchmark: give another --out"):
         Series(tmp_path)

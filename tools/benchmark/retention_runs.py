@@ -30,7 +30,11 @@ from parallel.process_group import World
 TEACHER, STUDENT = "configs/digits.yaml", "configs/digits_distillation.yaml"
 STUDENTS: dict[str, dict[str, Any]] = {"fifth": {}, "twentieth": {"width": 24, "mlp_dim": 112}}
 """Of about so much of the teacher's weights: keys of the model that are not the recipe's."""
-LABELS = {"all": {}, "few_labels": {"labels_per_class": 10}, "few_images": {"images_per_class": 10}}
+LABELS: dict[str, dict[str, Any]] = {
+    "all": {},
+    "few_labels": {"labels_per_class": 10},
+    "few_images": {"images_per_class": 10},
+}
 """What the student is told: keys of the data."""
 WAYS = {
     "scratch": (), "response": (), "features": ("features", "embeddings"), "relations": ("relations",),
