@@ -46,7 +46,7 @@ class WebDataset(Dataset):
 
     @property
     def source(self) -> str:
-        return self.store.catalogue.describe()
+        return self.store.catalogue.describe() + self.store.hint
 
     def __len__(self) -> int:
         return len(self.store.catalogue) if self.part is None else len(self.part)

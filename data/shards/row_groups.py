@@ -25,6 +25,11 @@ class ParquetStore(Store):
     """Reads images and captions. What is asked for of one row group comes from memory after the first time, so samples
     are best drawn of few of them at a time (data.shuffle_window)."""
 
+    @property
+    def hint(self) -> str:  # type: ignore[override]
+        """As Store."""
+        return f"; in {len(self.catalogue.group_ends)} row groups, each read whole: see data.shuffle_window"
+
     def __init__(self, catalogue: Catalogue, form: ParquetFormat) -> None:
         super().__init__(catalogue, form)
         self._open: Callable[[int], _Opened] = lru_cache(maxsize=min(_OPEN, allowed_files() // 16))(

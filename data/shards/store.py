@@ -31,8 +31,10 @@ class Store(ABC):
     """Samples of a catalogue's shards. A process opens those that it needs, a few at a time.
 
     Attributes:
-        form: the format of all shards.
+        form: the format of all shards. hint: what users should know of reading them, for the start-up report.
     """
+
+    hint = ""
 
     def __init__(self, catalogue: Catalogue, form: Format) -> None:
         self.catalogue, self.form = catalogue, form

@@ -72,7 +72,9 @@ def test_images_labels_and_captions_are_those_of_the_rows(tmp_path: Path) -> Non
     assert train.captions.prompts() is not None and "bee" in train.captions.prompts()[1][0]  # type: ignore[index]
     assert train.shard_ends is not None and train.shard_ends.tolist() == [3, 6, 7, 10, 12]  # row groups
     assert train.store.name(train.places(np.array([8]))[0]).endswith("a-1-of-2.parquet, sample 8.png")
-    assert "12 images in 2 shards" in train.source and "left out: nothing; 2 indexed now" in train.source
+    assert (
+        "12 images in 2 shards" in train.source and "left out: nothing; 2 indexed now; in 5 row groups" in train.source
+    )
     folds = [build(pattern, val_path=None, fold=fold)[1] for fold in range(5)]
     assert sorted(itertools.chain.from_iterable(map(greys, folds))) == list(range(12))
     assert train.fingerprint != build(f"{tmp_path}/a-{{1..0}}-of-2.parquet")[0].fingerprint
