@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import cycle, islice, product
 from pathlib import Path
@@ -15,6 +15,7 @@ from engine.config.contrastive import ContrastiveConfig
 from engine.config.distillation import DistillationConfig, TeacherConfig
 from model import ModelConfig, StageConfig, TextConfig
 from parallel.config import ParallelConfig
+from tests.parity.covering import covering
 from tests.parity.teachers import stored, teacher, with_teachers, write_outputs
 
 STEPS = 10
@@ -326,12 +327,14 @@ def recomputing(cases: Iterable[Case], every: int = 1) -> Iterator[Case]:
 
 
 def cases(ranks: int) -> list[Case]:
-    """Every layout of this many ranks, for every isotropic model (the mixed one on at most two ranks), those of
+    """Every grid of this many ranks, with all pairs of an isotropic model (the mixed one on at most two ranks),
+    sequence parallelism, numbers of micro-batches and schedules, those of
     _FAMILY_LAYOUTS for the attention kinds, pyramids and uneven heads, several stages per rank, frozen parts, and
     other embeddings and heads, two towers; some with one of the policies of recomputation.
     """
     several = (_STAGES, _FROZEN, _OUTER, _PAIRS, _TAUGHT)
-    plain = [*_isotropic(ranks), *_family(ranks), *(case for known in several for case in known.get(ranks, ()))]
+    isotropic = covering(all_isotropic(ranks), settings)
+    plain = [*isotropic, *_family(ranks), *(case for known in several for case in known.get(ranks, ()))]
     return list(recomputing(plain, every=3))  # bits are compared elsewhere
 
 
@@ -496,10 +499,20 @@ _OTHERS: dict[int, dict[int, tuple[str, ...]]] = {
 }
 
 
-def _isotropic(ranks: int) -> Iterator[Case]:
-    """On each grid all of models, sequence parallelism and numbers of micro-batches together; on those of eight ranks
-    all pairs of them (an orthogonal array of strength 2). From four ranks on the models share the schedules, taking
-    turns from grid to grid.
+def settings(case: Case) -> dict[str, Hashable]:
+    """The factors of an isotropic case, for `covering`."""
+    found: dict[str, Hashable] = {"grid": (case.tensor, case.pipeline, case.data)}
+    found |= {"model": case.model, "several": case.micro_batches > 1}
+    if case.tensor > 1:
+        found["sequence parallel"] = case.sequence_parallel
+    if case.pipeline > 1 and case.micro_batches > 1:
+        found["schedule"] = case.schedule
+    return found
+
+
+def all_isotropic(ranks: int) -> Iterator[Case]:
+    """On each grid all of models, sequence parallelism and numbers of micro-batches together. From four ranks on the
+    models share the schedules, taking turns from grid to grid.
     """
     powers = [1, 2, 4, 8]
     others = {size: cycle(names) for size, names in _OTHERS.get(ranks, {}).items()}
@@ -514,8 +527,6 @@ def _isotropic(ranks: int) -> Iterator[Case]:
         turn = pipeline > 1 and next(turns)
         for model, sequence_parallel, micro_batches in options:
             second = model != models[0]
-            if ranks == 8 and tensor > 1 and (second + sequence_parallel + (micro_batches > 1)) % 2:
-                continue
             case = Case(model, tensor, sequence_parallel, pipeline, data, 1, "1f1b", micro_batches, depth)
             if pipeline == 1 or micro_batches == 1:
                 yield case

@@ -20,8 +20,9 @@ from parallel.pipeline import SCHEDULES
 from parallel.process_group import World
 from tests.distributed import once, run_ranks
 from tests.parity import plain_vit
-from tests.parity.cases import MODELS, STEPS, Case, cases
+from tests.parity.cases import MODELS, STEPS, Case, all_isotropic, cases, settings
 from tests.parity.climb import EVAL_IMAGES, Climb, climb, climb_all, first_batches
+from tests.parity.covering import pairs
 from tests.parity.plain_shapes import plain_shape
 
 LOSS, NORM, TENSOR = 1e-5, 1e-4, 1e-4
@@ -78,6 +79,16 @@ def test_layout_equals_one_process(case: Case) -> None:
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_every_schedule_is_held_against_one_process(ranks: int) -> None:
     assert {c.schedule for c in cases(ranks) if c.pipeline > 1 and c.micro_batches > 1} >= SCHEDULES.keys()
+
+
+@pytest.mark.parametrize(("ranks", "grids"), [(1, 1), (2, 3), (4, 6), (8, 10)])
+def test_every_pair_of_settings_is_on_the_ladder(ranks: int, grids: int) -> None:
+    """Of grid, model, sequence parallelism, one or several micro-batches, and schedule."""
+    climbed = {replace(case, recompute="none") for case in cases(ranks)}
+    combinations = [settings(case) for case in all_isotropic(ranks)]
+    chosen = [settings(case) for case in all_isotropic(ranks) if case in climbed]
+    assert pairs(*chosen) == pairs(*combinations)
+    assert len({one["grid"] for one in chosen}) == grids and {one["several"] for one in chosen} == {False, True}
 
 
 @pytest.mark.parametrize("model", MODELS)
