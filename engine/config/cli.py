@@ -69,18 +69,19 @@ def parse(
     """
     parser = make_parser(program)
     files, flags = _split(argv)
+    # Without defaults, which Config has itself: the library looks for each key among all, again and again.
     given: Namespace | None = None
     if stored is not None:
-        given = _translated(lambda: parser.parse_object(dict(stored)), "stored: ")
+        given = _translated(lambda: parser.parse_object(dict(stored), defaults=False), "stored: ")
     for file in files:
         values = _keys_of(file)
-        given = _translated(lambda v=values, g=given: parser.parse_object(v, g), f"{file}: ")
+        given = _translated(lambda v=values, g=given: parser.parse_object(v, g, defaults=False), f"{file}: ")
         _displace(given, values.items())
     flag_values = list(_values_of(flags))
     _check_entries(flag_values)
-    given = _translated(lambda: parser.parse_args(flags, namespace=given))
+    given = _translated(lambda: parser.parse_args(flags, namespace=given, defaults=False))
     _displace(given, flag_values)
-    only_print = bool(given.pop("print_config"))
+    only_print = bool(given.pop("print_config", False))
     given.pop("config", None)
     _check_values(given)
     return _translated(lambda: Config(**vars(parser.instantiate(given)))), only_print
@@ -129,7 +130,7 @@ def _displace(given: Namespace, values: Iterable[tuple[str, Any]]) -> None:
     """How long to train is said by one of two keys: the one in this file, or in the flags, displaces an earlier
     file's other one."""
     new = {key for name, value in values for key, _ in _below(name, value)}
-    told = [key for key in _LENGTHS if key in new and given[key] is not None]
+    told = [key for key in _LENGTHS if key in new and given.get(key) is not None]
     if len(told) == 1:
         given[_LENGTHS[told[0] == _LENGTHS[0]]] = None
 
@@ -137,10 +138,10 @@ def _displace(given: Namespace, values: Iterable[tuple[str, Any]]) -> None:
 def _check_values(given: Namespace) -> None:
     """What the parser lets pass: null for any key."""
     for name in groups():
-        if not isinstance(given[name], Namespace):
+        if name in given and not isinstance(given[name], Namespace):
             raise ConfigError(_not_a_group(name, given[name]))
     for key in key_types():
-        if given[key] is None and not allows_null(key):
+        if key in given and given[key] is None and not allows_null(key):
             raise ConfigError(f"{key} is null: it must be {wanted(key)}")
 
 
