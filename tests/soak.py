@@ -30,6 +30,9 @@ import tensorboard.summary.writer.record_writer  # noqa: F401
 import torch.utils.tensorboard.summary  # noqa: F401
 
 import pretrain_vit
+from engine.config.cli import parse
+from engine.frozen import frozen_of
+from engine.objectives import make_objective
 from engine.run.launch import run_rank
 from tests.distributed import free_port
 from tests.engine.run.test_resume import assert_equal
@@ -162,6 +165,8 @@ def soak(folder: Path, layout: str, zero: int, kills: int, seed: int, async_save
     }  # fmt: skip
     argv = flags(**{key.replace(".", "__"): str(value).lower() for key, value in keys.items()})
     ranks = pipeline * data * tensor
+    config = parse(argv)[0].resolve(ranks)
+    frozen_of(config, make_objective(config).layers)  # imports what each rank would by itself
     undisturbed, disturbed = Run(folder / "undisturbed", ranks, argv), Run(folder / "disturbed", ranks, argv)
     began = time.monotonic()
     undisturbed.start()

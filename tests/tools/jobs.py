@@ -1,41 +1,33 @@
-"""Programs run on ranks, one job after the other: one process imports torch, and its children are the ranks."""
+"""Programs run on ranks, one job after the other: ranks are forked from one process, itself from one that is warm."""
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
+import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import NamedTuple
 
-from tests.distributed import free_port
+import torch
+
+from engine.run.launch import run_rank
+from tests.distributed import _CONTEXT, free_port
 
 ROOT = Path(__file__).parents[2]
-_SCRIPT = """
-import json, os, sys
-from importlib import import_module
-from engine.run.launch import run_rank
 
-jobs, codes = json.loads(sys.argv[1]), {}
-mains = {program: import_module(program).main for _, program, *_ in jobs}
-for name, program, size, argv, port, told in jobs:
-    ranks = []
-    for rank in range(size):
-        if pid := os.fork():
-            ranks.append(pid)
-            continue
-        file = os.open(told, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-        os.dup2(file, 1)
-        os.dup2(file, 2)
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        code = run_rank(mains[program], argv, "prog")
-        sys.stdout.flush()
-        os._exit(code)
-    codes[name] = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks]
-print(json.dumps(codes))
-"""
+
+class _Job(NamedTuple):
+    """name. program: a module with `main`. size: ranks. port: for their store. told: the file for what they say."""
+
+    name: str
+    program: str
+    size: int
+    argv: Sequence[str]
+    port: int
+    told: Path
 
 
 def run_jobs(folder: Path, jobs: Mapping[str, tuple[str, int, list[str]]], *, timeout: float) -> dict[str, list[int]]:
@@ -44,15 +36,46 @@ def run_jobs(folder: Path, jobs: Mapping[str, tuple[str, int, list[str]]], *, ti
     Args:
         jobs: by name, (program: a module with `main`, ranks, arguments). timeout: of all of them, in seconds.
     """
-    listed = [(name, *job, free_port(), str(folder / f"{name}.txt")) for name, job in jobs.items()]
-    done = subprocess.run(
-        [sys.executable, "-c", _SCRIPT, json.dumps(listed)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
-    assert done.returncode == 0, done.stderr
-    codes: dict[str, list[int]] = json.loads(done.stdout.splitlines()[-1])
+    listed = [_Job(name, *job, free_port(), folder / f"{name}.txt") for name, job in jobs.items()]
+    ours, theirs = _CONTEXT.Pipe(duplex=False)
+    process = _CONTEXT.Process(target=_all, args=(listed, theirs))
+    process.start()
+    theirs.close()
+    try:
+        assert ours.poll(timeout), f"the jobs did not end in {timeout} s"
+        codes: dict[str, list[int]] = ours.recv()
+    finally:
+        assert process.pid is not None
+        if process.is_alive():
+            os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+        ours.close()
     return codes
+
+
+def _all(jobs: list[_Job], pipe: Connection) -> None:
+    """Of the process whose children the ranks are."""
+    os.setsid()
+    os.chdir(ROOT)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    mains = {job.program: import_module(job.program).main for job in jobs}
+    pipe.send({job.name: _ranks(job, mains[job.program]) for job in jobs})
+
+
+def _ranks(job: _Job, main: Callable[..., object]) -> list[int]:
+    ranks = []
+    for rank in range(job.size):
+        if pid := os.fork():
+            ranks.append(pid)
+            continue
+        file = os.open(job.told, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job.size), LOCAL_WORLD_SIZE=str(job.size))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(job.port))
+        sys.argv[:] = ["prog", *job.argv]
+        code = run_rank(main, job.argv, "prog")
+        sys.stdout.flush()
+        os._exit(code)
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks]
