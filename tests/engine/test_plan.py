@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from tests.distributed import run_ranks
 from tests.engine.precision.test_scaled import batches_of
 from tests.engine.small import flags, small
 from tests.model.kernels.kernel_cases import needs_cpu_module
+from tests.parity.covering import covering
 from tools import plan
 
 CPU = torch.device("cpu")
@@ -80,11 +82,15 @@ def without_detours(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "_cpu_flags", lambda: frozenset({"avx512_bf16", "amx_bf16"}))
 
 
+WAYS = covering(
+    product(MODELS, ("fp32", "bf16"), ("native", "reference")),
+    lambda way: dict(zip(("model", "dtype", "kernels"), way, strict=True)),
+)
+
+
 @needs_cpu_module
 @pytest.mark.usefixtures("without_detours")
-@pytest.mark.parametrize("kernels", ["native", "reference"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "dtype", "kernels"), WAYS)
 def test_a_step_holds_what_was_planned(model: str, dtype: str, kernels: Any) -> None:
     check_a_step(replace(config_of(MODELS[model], dtype), kernels=kernels))
 

@@ -1,7 +1,7 @@
 """Fewer cases of many factors: all pairs of settings instead of all combinations (covering arrays of strength 2).
 
-Faults that take three settings to show are rare (Kuhn, Wallace, Gallo, "Software Fault Interactions and Implications for
-Software Testing", 2004), and of n settings of k factors all pairs fit into some n^2 cases, all combinations are n^k.
+Faults that take three settings to show are rare (Kuhn, Wallace, Gallo, "Software Fault Interactions and Implications
+for Software Testing", 2004); all pairs of k factors of n settings fit into some n^2 cases, all combinations are n^k.
 """
 
 from __future__ import annotations

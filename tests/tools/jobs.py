@@ -72,7 +72,8 @@ def _ranks(job: _Job, main: Callable[..., object]) -> list[int]:
         file = os.open(job.told, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         os.dup2(file, 1)
         os.dup2(file, 2)
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job.size), LOCAL_WORLD_SIZE=str(job.size))
+        own, size = str(rank), str(job.size)
+        os.environ.update(RANK=own, LOCAL_RANK=own, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(job.port))
         sys.argv[:] = ["prog", *job.argv]
         code = run_rank(main, job.argv, "prog")
