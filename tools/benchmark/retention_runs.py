@@ -28,7 +28,13 @@ from parallel.config import ParallelConfig
 from parallel.process_group import World
 
 TEACHER, STUDENT = "configs/digits.yaml", "configs/digits_distillation.yaml"
-STUDENTS: dict[str, dict[str, Any]] = {"fifth": {}, "twentieth": {"width": 24, "mlp_dim": 112}}
+_LONGER = ("--train.steps", "1200")  # of the teacher
+_KEYS = (
+    "--train.global_batch_size=64", "--distillation.features_weight=1", "--distillation.relations=gram",
+    "--distillation.relations_weight=10",
+)  # fmt: skip
+"""Of all students: what the recipe leaves out."""
+STUDENTS: dict[str, dict[str, Any]] = {"fifth": {"mlp_dim": 240}, "twentieth": {"width": 24, "mlp_dim": 112}}
 """Of about so much of the teacher's weights: keys of the model that are not the recipe's."""
 LABELS: dict[str, dict[str, Any]] = {
     "all": {},
@@ -81,8 +87,8 @@ class Series:
 
     def __init__(self, out: Path, *, steps: int | None = None, flags: Sequence[str] = ()) -> None:
         self.out, self._steps = out, steps
-        self._teacher, _ = parse(["--config", TEACHER])
-        self._student, _ = parse(["--config", STUDENT, *flags])
+        self._teacher, _ = parse(["--config", TEACHER, *_LONGER])
+        self._student, _ = parse(["--config", STUDENT, *_KEYS, *flags])
         out.mkdir(parents=True, exist_ok=True)
         self._done = {(of.run, of.config): of for of in _read(out / _FILE)}
 
