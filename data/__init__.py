@@ -4,22 +4,28 @@ from data.build import build_datasets, describe_datasets
 from data.chosen import chosen_batches, pixels_of, spread
 from data.config import DataConfig
 from data.datasets import Dataset
-from data.errors import UnreadableImageError
+from data.errors import BadSampleError, TooManyBadError, UnreadableImageError
 from data.loader import Batch, EvalStream, StepBatches, TrainStream
 from data.mixing import order_of
+from data.reading import BadSample
+from data.relay import Relay
 from data.texts import Texts, TextShape, captions_fingerprint, prompts
 from data.tokenizers import Tokenizer
 from data.workers import WorkerLostError
 
 __all__ = [
+    "BadSample",
+    "BadSampleError",
     "Batch",
     "DataConfig",
     "Dataset",
     "EvalStream",
+    "Relay",
     "StepBatches",
     "TextShape",
     "Texts",
     "Tokenizer",
+    "TooManyBadError",
     "TrainStream",
     "UnreadableImageError",
     "WorkerLostError",

@@ -14,7 +14,7 @@ from torch import Tensor
 from data.config import DataConfig
 from data.datasets import Dataset
 from data.loader import Batch, batch_of
-from data.making import Maker
+from data.mending import Mender
 from data.normalise import Normalise
 from data.reading import Content
 
@@ -35,15 +35,16 @@ def chosen_batches(
     with_images: bool = True,
     with_texts: bool = True,
 ) -> list[Batch]:
-    """Each as EvalStream gives it, dealt and padded likewise, but ids are places in `indices`."""
-    maker = Maker(dataset, config, with_images=with_images, with_texts=with_texts)
+    """Each as EvalStream gives it, dealt and padded likewise, but ids are places in `indices`; a bad image
+    is black."""
+    mender = Mender(dataset, config, with_images=with_images, with_texts=with_texts, decides=with_images or with_texts)
     found = []
     for n in range(-(-len(indices) // (micro_batch_size * data_size))):
         first = (n * data_size + data_rank) * micro_batch_size
         own = np.array(indices[first : first + micro_batch_size], dtype=np.int64)
         missing = micro_batch_size - len(own)
-        parts = [maker.held_out(own[i : i + 1], 0) for i in range(len(own))]  # what is drawn goes by the first index
-        parts += [maker.held_out(own[:0], missing)] if missing else []
+        parts = [mender.held_out(own[i : i + 1], 0) for i in range(len(own))]  # what is drawn goes by the first index
+        parts += [mender.held_out(own[:0], missing)] if missing else []
         ids = torch.arange(first, first + len(own))
         found.append(batch_of(dataset, _joined(parts, config.views), own, ids, missing, config.views))
     return found

@@ -29,6 +29,7 @@ _ONLY_FOR = {
     "caption_column": _SAID,
     "label_column": _SAID,
     "index_dir": _SHARDS,
+    "max_bad_share": _FILES,
     "shuffle_window": _SHARDS,
     "weights": _FILES,
     "templates": ("digits", "synthetic", "image_folder", "textures", *_SHARDS),
@@ -101,6 +102,10 @@ class DataConfig:
     """File of the templates of zero-shot classification, one a line, such as `a photo of a {class}`; absent: those
     that suit the kind."""
 
+    max_bad_share: float = 0.01
+    """Largest share of the files' samples that may be bad: missing, damaged, without caption or label. In training
+    others are drawn in their place, in evaluation they are left out; bad_samples.jsonl names them. 0: none may be."""
+
     workers: int = 0
     """Processes that decode and augment ahead of training; 0: in the training process."""
 
@@ -168,6 +173,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         self._check_kind()
+        self._check("max_bad_share", 0 <= self.max_bad_share <= 1, "a share of all samples, from 0 to 1, such as 0.01")
         self._check("workers", 0 <= self.workers <= _MOST_WORKERS, f"from 0 to {_MOST_WORKERS}")
         self._check("fold", 0 <= self.fold < FOLDS, f"from 0 to {FOLDS - 1}")
         self._check("size", 1 <= self.size <= _MOST_IMAGES, f"from 1 to {_MOST_IMAGES}")
@@ -187,6 +193,11 @@ class DataConfig:
         self._check("views", self.views in (1, 2), "1, or 2 for objectives that compare views of an image")
         self._check("repeats", 1 <= self.repeats <= _MOST_IMAGES, f"from 1 to {_MOST_IMAGES}")
         self._check("crop_min_area", 1e-4 <= self.crop_min_area <= 1, "from 0.0001 to 1 (1 switches cropping off)")
+
+    @property
+    def reads_files(self) -> bool:
+        """Whether samples are files of the user's, of which some may be bad."""
+        return self.kind in _FILES
 
     @property
     def warps(self) -> bool:

@@ -30,6 +30,7 @@ class Purpose(IntEnum):
     SHARDS = 9
     WINDOW = 10
     FEW = 11
+    SUBSTITUTE = 12
 
 
 class Variant(IntEnum):

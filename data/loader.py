@@ -20,9 +20,10 @@ from torch import Tensor
 
 from data.config import DataConfig
 from data.datasets import Dataset
-from data.making import Maker
+from data.mending import LEFT_OUT, Mender
 from data.mixing import sample_order
-from data.reading import Content, Source, in_workers
+from data.reading import BadSample, Content, Source, in_workers
+from data.relay import Agreement, Relay
 
 # What workers hold ready beyond what each is at work on: enough for a schedule that takes micro-batches in bursts.
 # Every one is an open file, and memory of the host in which few files may be open and little may be shared.
@@ -51,12 +52,15 @@ class TrainStream:
     A global batch is G consecutive draws (see data.sampling). They are dealt to the data ranks in contiguous pieces,
     and these are cut into micro-batches. An image's pixels and its text depend on (seed, draw) alone. Pipeline stages
     that need no images or no texts say so, and none are made; there are texts only if the set has a tokenizer. Step s
-    begins with draw s G + `offset`: not 0 where the first steps of a run had another G.
+    begins with draw s G + `offset`: not 0 where the first steps of a run had another G. Other samples stand in for bad
+    ones (data.mending), the same on all ranks that share micro-batches if these have a `relay`.
 
     Attributes:
         waited: seconds in all that the caller has waited for micro-batches; without workers, the time to read them.
         texts_cut: how many texts of the micro-batches that were asked for were longer than the text tower reads, each
             counted once a step.
+        bad: samples that others stand in for, of the micro-batches that were asked for, each once a step, on ranks that
+            find them.
 
     Raises:
         ValueError: if the global batch cannot be cut so, or the normalisation does not suit the number of channels.
@@ -75,22 +79,26 @@ class TrainStream:
         with_images: bool = True,
         with_texts: bool = True,
         offset: int = 0,
+        relay: Relay | None = None,
     ) -> None:
         assert 0 <= data_rank < data_size
         _check_batch_sizes(global_batch_size, micro_batch_size, data_size)
         if seed < 0:
             raise ValueError(f"the seed is {seed}: it must be 0 or more")
-        self.waited, self.texts_cut = 0.0, 0
+        self.waited, self.texts_cut, self.bad = 0.0, 0, list[BadSample]()
         self._dataset = dataset
         self._config = config
         self._global_batch_size = global_batch_size
         self._micro_batch_size = micro_batch_size
         self._rank_batch_size = global_batch_size // data_size
         self._data_rank = data_rank
-        self._seed = seed
         self._offset = offset
         self._order = sample_order(dataset, seed, config)
-        self._maker = Maker(dataset, config, with_images=with_images, with_texts=with_texts)
+        self._agreement = Agreement(relay)
+        decides = with_images if relay is None else relay.decides
+        self._mender = Mender(
+            dataset, config, with_images=with_images, with_texts=with_texts, decides=decides, seed=seed
+        )
 
     def steps(self, start: int) -> Iterator[StepBatches]:
         """This rank's micro-batches of step `start`, of the step after it, and so on without end.
@@ -104,7 +112,7 @@ class TrainStream:
 
     def _source(self, start: int) -> Source:
         """What this rank needs from step `start` on."""
-        if not self._maker.needs_any:
+        if not self._mender.needs_any:
             return Source(lambda draw: Content(), None)
         ready = min(self._rank_batch_size // self._micro_batch_size, _READY_BATCHES, _READY_BYTES // self._batch_bytes)
         loader = in_workers(self._read, self._draws(start), self._config.workers, ready)
@@ -123,20 +131,30 @@ class TrainStream:
     def _first_draw(self, step: int) -> int:
         return self._offset + step * self._global_batch_size + self._data_rank * self._rank_batch_size
 
-    def _batch(self, first_draw: int, source: Source, *, again: bool) -> Batch:
-        """The micro-batch that begins with a draw. Counts its time, and its texts unless it is read again."""
+    def _batch(self, first_draw: int, number: int, source: Source, *, again: bool) -> Batch:
+        """The micro-batch that begins with a draw. Counts its time, and what is in it unless it is read again."""
         asked = time.perf_counter()
         draws = np.arange(first_draw, first_draw + self._micro_batch_size)
-        indices = self._order.indices(draws)
-        content = source.take(first_draw)
+        content, drawn = source.take(first_draw), self._order.indices(draws)
+        own = drawn if content.indices is None else content.indices
+        indices = self._agreement.of(first_draw, number, own, drawn)
+        if self._mender.needs_any and (content.indices is None or not np.array_equal(indices, content.indices)):
+            content = self._mender.training_of(indices, first_draw)
         batch = batch_of(self._dataset, content, indices, torch.from_numpy(draws), 0, self._config.views)
-        self.texts_cut += 0 if again else content.texts_cut
+        if not again:
+            self.texts_cut += content.texts_cut
+            self.bad += content.bad
         self.waited += time.perf_counter() - asked
         return batch
 
+    def _begin(self, first_draw: int, source: Source) -> None:
+        """What is asked for now is of the step that begins so."""
+        source.forget_before(first_draw)
+        self._agreement.begin(first_draw)
+
     def _read(self, first_draw: int) -> Content:
         indices = self._order.indices(np.arange(first_draw, first_draw + self._micro_batch_size))
-        return self._maker.training(indices, self._seed, first_draw)
+        return self._mender.training(indices, first_draw)
 
 
 class StepBatches(Sequence[Batch]):
@@ -158,8 +176,9 @@ class StepBatches(Sequence[Batch]):
         draw = self._draws[m]
         if self._last is None or self._last[0] != draw:
             self._last = None  # the memory of one, not of two
-            self._source.forget_before(self._draws.start)
-            self._last = draw, self._stream._batch(draw, self._source, again=draw in self._asked)
+            self._stream._begin(self._draws.start, self._source)
+            number = self._draws.index(draw)
+            self._last = draw, self._stream._batch(draw, number, self._source, again=draw in self._asked)
             self._asked.add(draw)
         return self._last[1]
 
@@ -169,13 +188,14 @@ class EvalStream:
 
     All ranks see the same number of batches of the same size; what is missing at the end is padded with black images of
     weight 0, label 0, id -1 and an empty text. An image's text is the first of its captions, or the one that says most.
-    Of two views the first is the image itself, the second is augmented, the same way in every run.
+    Of two views the first is the image itself, the second is augmented, the same way in every run. Bad samples end the
+    pass or, with `leaves_out`, are padding in their place: an image that is not there counts for nothing.
 
     Args:
-        span: numbers of the images; None: all.
+        span: numbers of the images; None: all. relay: as of TrainStream.
 
     Attributes:
-        texts_cut: as of TrainStream.
+        texts_cut: as of TrainStream. bad: samples that were left out, in each pass, on ranks that find them.
     """
 
     def __init__(
@@ -189,16 +209,22 @@ class EvalStream:
         with_images: bool = True,
         with_texts: bool = True,
         span: range | None = None,
+        leaves_out: bool = False,
+        relay: Relay | None = None,
     ) -> None:
         assert 0 <= data_rank < data_size
-        self.texts_cut = 0
+        self.texts_cut, self.bad = 0, list[BadSample]()
         self._dataset = dataset
         self._span = range(len(dataset)) if span is None else span
         self._config = config
         self._micro_batch_size = micro_batch_size
         self._data_rank = data_rank
         self._data_size = data_size
-        self._maker = Maker(dataset, config, with_images=with_images, with_texts=with_texts)
+        self._relay = relay
+        decides = with_images if relay is None else relay.decides
+        self._mender = Mender(
+            dataset, config, with_images=with_images, with_texts=with_texts, decides=decides, mends=leaves_out
+        )
 
     def __len__(self) -> int:
         """Batches per data rank."""
@@ -208,8 +234,10 @@ class EvalStream:
         first = self._span.start + self._data_rank * self._micro_batch_size
         stride = self._data_size * self._micro_batch_size
         firsts = range(first, first + len(self) * stride, stride)
-        workers = self._config.workers if self._maker.needs_any else 0
+        workers = self._config.workers if self._mender.needs_any else 0
         loader = in_workers(self._read, firsts, workers, ready=0)
+        if self._relay is not None:
+            self._relay.begin()
         for first in firsts:
             yield self._batch(first, next(loader) if loader else self._read(first))
 
@@ -217,27 +245,36 @@ class EvalStream:
         return np.arange(first_index, min(first_index + self._micro_batch_size, self._span.stop))
 
     def _read(self, first_index: int) -> Content:
+        if not self._mender.needs_any:
+            return Content()
         indices = self._indices(first_index)
-        return self._maker.held_out(indices, self._micro_batch_size - len(indices))
+        return self._mender.held_out(indices, self._micro_batch_size - len(indices))
 
     def _batch(self, first_index: int, content: Content) -> Batch:
         indices = self._indices(first_index)
         missing = self._micro_batch_size - len(indices)
+        kept = indices if content.indices is None else content.indices
+        if self._relay is not None:
+            kept = self._relay.pass_on(0, kept)
+        if self._mender.needs_any and (content.indices is None or not np.array_equal(kept, content.indices)):
+            content = self._mender.held_out_of(indices, kept, missing)
         self.texts_cut += content.texts_cut
-        return batch_of(self._dataset, content, indices, torch.from_numpy(indices), missing, self._config.views)
+        self.bad += content.bad
+        return batch_of(self._dataset, content, kept, torch.from_numpy(indices), missing, self._config.views)
 
 
 def batch_of(
     dataset: Dataset, content: Content, indices: NDArray[np.int64], ids: Tensor, missing: int, views: int
 ) -> Batch:
-    """A micro-batch of one or two views of the images at `indices`, with padding where images are missing."""
-    labels = torch.from_numpy(dataset.labels_of(indices))
-    all_ids = [F.pad(ids + view * SECOND_VIEW, (0, missing), value=-1) for view in range(views)]
+    """A micro-batch of one or two views of the images at `indices`, padded where images are missing or LEFT_OUT."""
+    there = torch.from_numpy(indices != LEFT_OUT)
+    labels = torch.from_numpy(dataset.labels_of(np.where(indices == LEFT_OUT, 0, indices)))
+    all_ids = [F.pad(torch.where(there, ids + view * SECOND_VIEW, -1), (0, missing), value=-1) for view in range(views)]
     return Batch(
         images=content.images,
-        labels=F.pad(labels, (0, missing)).repeat(views),
+        labels=F.pad(torch.where(there, labels, 0), (0, missing)).repeat(views),
         sample_ids=torch.cat(all_ids),
-        weights=F.pad(torch.ones(len(labels), dtype=torch.float32), (0, missing)).repeat(views),
+        weights=F.pad(there.to(torch.float32), (0, missing)).repeat(views),
         texts=None if content.texts is None else torch.from_numpy(content.texts),
         indices=F.pad(torch.from_numpy(indices), (0, missing), value=-1).repeat(views),
     )

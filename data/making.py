@@ -5,6 +5,7 @@ Shapes: B samples, V views of each (1 or 2), C channels, H x W pixels, S tokens 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -51,11 +52,13 @@ class Maker:
                 )
         return self._content(images, said)
 
-    def held_out(self, indices: NDArray[np.int64], missing: int) -> Content:
-        """Of the images at `indices`, which follow each other, and `missing` black ones, of which nothing is said.
+    def held_out(self, indices: NDArray[np.int64], missing: int, are_there: NDArray[np.bool_] | None = None) -> Content:
+        """Of the images at `indices`, which follow each other, and `missing` black ones, of which nothing is said; the
+        same in place of those that are not there (None: all are).
 
         The first view is the image itself, unless held-out images are to be varied.
         """
+        are_there = np.ones(len(indices), dtype=np.bool_) if are_there is None else are_there
         images, said = [], []
         for view in range(self._config.views):
             augmentation, looks = None, [Look()] * len(indices)
@@ -63,21 +66,34 @@ class Maker:
                 variant = Variant.HELD_OUT_OTHER_VIEW if view else Variant.HELD_OUT
                 augmentation = draw_augmentation(self._config, _HELD_OUT_SEED, int(indices[0]), len(indices), variant)
                 looks = augmentation.looks()
-            images.append(self._images(indices, augmentation, missing))
+            images.append(self._images(indices, augmentation, missing, are_there))
             if self.makes_texts:
-                said += self._said(indices, looks, None) + [""] * missing
+                own = list(itertools.compress(looks, are_there))
+                texts = iter(self._said(indices[are_there], own, None))
+                said += [next(texts) if is_there else "" for is_there in are_there] + [""] * missing
         return self._content(images, said)
 
-    def _images(self, indices: NDArray[np.int64], augmentation: Augmentation | None, missing: int = 0) -> Tensor | None:
+    def _images(
+        self,
+        indices: NDArray[np.int64],
+        augmentation: Augmentation | None,
+        missing: int = 0,
+        are_there: NDArray[np.bool_] | None = None,
+    ) -> Tensor | None:
         """[B, C, H, W], normalised."""
         if not self._with_images:
             return None
         dataset, config = self._dataset, self._config
-        if augmentation is None:
-            images = dataset.read(indices)
+        crop_when_read = augmentation is not None and config.crops and dataset.crops_when_read
+        crop = augmentation.crop if augmentation is not None and crop_when_read else None
+        if are_there is None or are_there.all():
+            images = dataset.read(indices, crop)
         else:
-            crop_when_read = config.crops and dataset.crops_when_read
-            images = dataset.read(indices, augmentation.crop if crop_when_read else None)
+            images = torch.zeros(len(indices), *dataset.image_shape)
+            images[torch.from_numpy(are_there)] = dataset.read(
+                indices[are_there], None if crop is None else crop[are_there]
+            )
+        if augmentation is not None:
             images = augment(images, augmentation, config, crop=config.crops and not crop_when_read)
         return self._normalise(F.pad(images, (0, 0, 0, 0, 0, 0, 0, missing)) if missing else images)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,20 @@ from data.errors import UnreadableImageError
 from data.workers import begin_worker, read_ahead
 
 
+class BadSample(NamedTuple):
+    """A sample that cannot be used.
+
+    Attributes:
+        place: its draw in training, its number in evaluation. sample: its number in the set. cause: in one line.
+        instead: the number of the sample in its place; None: it was left out.
+    """
+
+    place: int
+    sample: int
+    cause: str
+    instead: int | None
+
+
 @dataclass(frozen=True)
 class Content:
     """Images and texts of a micro-batch; None where they are not needed.
@@ -25,11 +39,15 @@ class Content:
     Attributes:
         images: [B, C, H, W], normalised. texts: int64 [B, S]; an array, since it takes less to send from a worker.
         texts_cut: how many of the texts were too long.
+        indices: [B] the samples that it is of, -1 for those left out; None: nothing was made.
+        bad: those that it would have been of.
     """
 
     images: Tensor | None = None
     texts: NDArray[np.int64] | None = None
     texts_cut: int = 0
+    indices: NDArray[np.int64] | None = None
+    bad: tuple[BadSample, ...] = ()
 
 
 Read = Callable[[int], Content]

@@ -6,6 +6,7 @@ Shapes: n texts, S tokens of each.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,7 @@ from data.captions import Look
 from data.clip_tokens import ClipTokenizer
 from data.config import DataConfig, TextCleaning
 from data.datasets import Dataset, fingerprint
+from data.errors import BadSampleError
 from data.sentencepiece_tokens import SentencePieceTokenizer, model_file
 from data.tokenizers import ByteTokenizer, Tokenizer
 
@@ -122,7 +124,12 @@ def describe_texts(dataset: Dataset) -> list[str]:
     tokenizer, length = dataset.texts.tokenizer, dataset.texts.length
     first = np.arange(min(len(dataset), _LOOKED_AT))
     labels = dataset.labels_of(first).tolist()
-    said = [dataset.captions.every(i, label, Look())[0] for i, label in enumerate(labels)]
+    said = []
+    for i, label in enumerate(labels):
+        with suppress(BadSampleError):
+            said.append(dataset.captions.every(i, label, Look())[0])
+    if not said:
+        return []
     needed = [len(tokens) + tokenizer.added for tokens in tokenizer.tokens(said)]
     lines = [f"  texts: {length} tokens ({tokenizer.name}), such as {said[0][:100]!r}"]
     if cut := sum(tokens > length for tokens in needed):

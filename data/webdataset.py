@@ -17,7 +17,7 @@ from data.captions import GivenCaptions, Look, TemplateCaptions
 from data.config import FOLDS, DataConfig
 from data.datasets import Dataset, fingerprint
 from data.decode import CENTRE, check_channels, decode
-from data.errors import UnreadableImageError
+from data.errors import BadSampleError
 from data.held_out import Part
 from data.shards.catalogue import Catalogue, open_shards
 from data.shards.classes import Classes, classes_of
@@ -93,12 +93,12 @@ class ShardCaptions(GivenCaptions):
     dataset: WebDataset
 
     def every(self, index: int, label: int, look: Look) -> Sequence[str]:
-        """As Captions. Raises UnreadableImageError for a sample of which nothing is said."""
+        """As Captions. Raises BadSampleError for a sample of which nothing is said."""
         (place,) = self.dataset.places(np.array([index]))
         store = self.dataset.store
         if not (found := store.said(place)):
             where = " nor ".join(store.form.texts_in.values())
-            raise UnreadableImageError(
+            raise BadSampleError(
                 f"{store.name(place)} has no caption ({where}): write its shard anew without it, or see "
                 "data.caption_column"
             )

@@ -39,13 +39,17 @@ class Rows:
 
     @staticmethod
     def dealt(values: Tensor, numbers: Tensor, axis: Axis) -> Rows:
-        """Of rows that lie on any ranks in any order, each sample once. Collective.
+        """Of rows that lie on any ranks in any order, each sample once, in the order of their numbers. Collective.
 
         Args:
             values: those of this rank, [m, D]. numbers: of their samples, int64 [m].
         """
         size = axis.size
         total = int(comm.all_reduce(numbers.new_tensor([len(numbers)]), axis))
+        end = numbers.new_tensor([int(numbers.max()) + 1 if len(numbers) else 0])
+        if int(comm.all_reduce(end, axis, "max")) > total:
+            every = np.sort(np.concatenate(comm.gather_objects(numbers.cpu().numpy(), axis)))  # some were left out
+            numbers = torch.from_numpy(np.searchsorted(every, numbers.cpu().numpy())).to(numbers.device)
         at = owners(numbers.cpu().numpy(), total, size)
         send = np.bincount(at, minlength=size)
         receive = comm.all_gather_rows(torch.from_numpy(send).to(values.device)[None], axis)[:, axis.index].tolist()

@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from data import UnreadableImageError
+from data import BadSampleError, TooManyBadError, UnreadableImageError
 from engine.errors import (
     EXIT_DIVERGED,
     EXIT_DONE,
@@ -68,7 +68,7 @@ def run_rank(
         code = error.code if isinstance(error.code, int) else EXIT_FAULT
         process_group.leave_word(code, world, told=False)
         return code
-    except ConfigError as error:
+    except (ConfigError, BadSampleError, TooManyBadError) as error:
         return _leave(EXIT_USAGE, world, f"{program}: error: {error}")
     except (CheckpointError, DriftError, OutputError, UnreadableImageError) as error:
         return _leave(EXIT_FAULT, world, f"{program}: {error}")

@@ -18,6 +18,7 @@ from engine.device import peak_memory_bytes, peak_tflops, synchronise
 from engine.errors import DivergedError
 from engine.optimizers.schedules import factor
 from engine.run.attention import AttentionLog
+from engine.run.bad_samples import BadSamples
 from engine.run.finite import check_finite
 from engine.run.metrics import MetricsWriter
 from engine.run.predicted import Comparison
@@ -26,6 +27,7 @@ from engine.run.progress import Progress
 from engine.run.prompts import prompt_batches
 from engine.run.recomputed import recomputed_lines
 from engine.run.replicas import check_before_saving, check_when_due
+from engine.run.sample_relay import sample_relay
 from engine.run.saving import Saving
 from engine.run.step import Stepper, StepResult
 from engine.run.stopping import StopRequests
@@ -98,15 +100,25 @@ class Loop:
             "with_images": a.holds_images,
             "with_texts": a.holds_texts,
         }
-        batch, done = a.config.train.global_batch_size, self.progress
+        batch, done, relay = a.config.train.global_batch_size, self.progress, sample_relay(a)
         self.train_stream = TrainStream(
             train_set,
             global_batch_size=batch,
             seed=a.config.train.seed,
             offset=done.samples - done.step * batch,
+            relay=relay,
             **place,
         )
-        self.eval_stream = EvalStream(eval_set, **place)
+        self.eval_stream = EvalStream(eval_set, leaves_out=True, relay=relay, **place)
+        self._bad = BadSamples(
+            a,
+            self.train_stream,
+            self.eval_stream,
+            decides=a.holds_images if relay is None else relay.decides,
+            sizes=(len(train_set), len(eval_set)),
+            progress=done,
+            writer=writer,
+        )
         self._prompts = prompt_batches(eval_set, **place)
         self.images_per_epoch = len(train_set) * a.config.data.repeats
         self._has_texts = train_set.texts is not None
@@ -162,6 +174,7 @@ class Loop:
         if self.saving is not None:
             with where.during(phase="saving the last checkpoint"):
                 self.saving.finish()
+        self._bad.close()
         return self._reason()
 
     def replay(self, last: int) -> Iterator[tuple[int, float, StepResult]]:
@@ -206,8 +219,9 @@ class Loop:
         check_when_due(self.stepper.assembly, step)
         if self.writer is not None:
             self.writer.advance(result.loss)
-        wants_stop, *votes = result.votes
+        wants_stop, bad, *votes = result.votes
         self._is_wanted = wants_stop > 0
+        self._bad.after_step(step, bad)
         if self.saving is not None:
             self.saving.after_step(step, Votes(*votes))
         return lr, result
@@ -240,9 +254,10 @@ class Loop:
                 self.writer.say(line)
 
     def _votes(self) -> Sequence[float]:
-        """This rank's: whether to stop, and of saving."""
+        """This rank's: whether to stop, bad samples, and of saving."""
         return (
             0.0 if self.requests is None else self.requests.vote(),
+            self._bad.vote(),
             *(() if self.saving is None else self.saving.votes()),
         )
 
@@ -308,7 +323,7 @@ class Loop:
             "data_time": waited,
             "bubble": statistics.fmean(interval.bubbles) if interval.bubbles else None,
             "bubble_predicted": self.bubble_predicted,
-        } | self._texts_cut()
+        } | {**self._texts_cut(), **self._bad.counted()}
         for name in a.objective.targets:
             if found := [targets[name] for targets in self.progress.interval_targets if name in targets]:
                 values[f"loss_{name}"] = statistics.fmean(found)
@@ -339,6 +354,7 @@ class Loop:
         if self.stepper.assembly.average is not None:
             averaged = self.stepper.evaluate_average(chain(self.eval_stream, self._prompts))
             values |= {f"ema_{name}": value for name, value in averaged.items() if name != "images"}
+        self._bad.after_evaluation(step)
         values |= {"epoch": self.progress.samples / self.images_per_epoch}
         if self.writer is not None:
             self.writer.evaluation(step, values | {"eval_time": time.perf_counter() - began})

@@ -18,6 +18,8 @@ class Progress:
         skipped: steps that changed nothing. bad_in_a_row: of the last steps, how many no smaller loss scale would cure.
         interval_losses: of the steps since the last line of metrics that were not skipped. interval_targets: of the
             same, the loss of each target.
+        mended: samples that others stood in for, of all draws. mended_in_epoch: of those of the epoch (from 0) that is
+            `mended_epoch`.
         train_seconds: of wall time in all attempts, evaluation and saving included.
     """
 
@@ -27,6 +29,9 @@ class Progress:
     bad_in_a_row: int = 0
     interval_losses: list[float] = field(default_factory=list)
     interval_targets: list[dict[str, float]] = field(default_factory=list)
+    mended: int = 0
+    mended_in_epoch: int = 0
+    mended_epoch: int = 0
     train_seconds: float = 0.0
 
     def begin_interval(self) -> None:

@@ -27,7 +27,8 @@ from parallel import comm
 from parallel.comm import Axis
 
 # What a run writes and the next one must not mix with its own; pictures of the run are by its user.
-_FILES = ("config.yaml", "classes.json", "metrics.jsonl", EVENTS)
+BAD_SAMPLES = "bad_samples.jsonl"
+_FILES = ("config.yaml", "classes.json", "metrics.jsonl", BAD_SAMPLES, EVENTS)
 ATTENTION = "attention"
 WRITTEN = (*_FILES, ATTENTION, "profile", "hang", "plot.png", "timeline.png", "checkpoints/step-*")
 _PROBE_BYTES = 65536  # a full disk may still have room for a name, or for a few bytes beside it
@@ -105,6 +106,8 @@ class RunDir:
                     (self.path / name).unlink()
                 except OSError as error:
                     raise OutputError(f"{self.path / name} cannot be removed: {error.strerror}") from error
+        if _is_file(bad := self.path / BAD_SAMPLES):
+            rewind(bad, whole_lines, step)
         if _is_file(metrics := self.path / "metrics.jsonl"):
             kept, more = rewind(metrics, whole_lines, step)
             lost = f"; {more} bytes of later steps, which were lost, are cut off" if more else ""

@@ -16,6 +16,7 @@ from data import Batch, Dataset, EvalStream, TrainStream
 from engine.assemble import Assembly
 from engine.errors import ConfigError
 from engine.evaluation.extract import Extractor
+from engine.run.sample_relay import sample_relay
 from engine.teacher_outputs.meta import Meta, Part
 from engine.teacher_outputs.shards import Rows
 from model import MicroBatch
@@ -36,6 +37,7 @@ class Teaching:
         self._assembly, self._meta, self._seed = assembly, meta, seed
         self._sets: dict[Part, Dataset] = {"training": sets[0], "held_out": sets[1]}
         self._kept = meta.classes if meta.keeps_all else 2 * meta.kept + 1
+        self._relay = sample_relay(assembly)
         self._extractor = Extractor(assembly, self._columns, self._kept + meta.features)
 
     def rows(self, part: Part, span: range) -> Rows:
@@ -69,12 +71,13 @@ class Teaching:
             yield from EvalStream(
                 dataset, config=a.config.data, micro_batch_size=micro, data_rank=data.index, data_size=data.size,
                 with_images=a.holds_images, with_texts=False, span=span,
+                leaves_out=True, relay=self._relay,
             )  # fmt: skip
             return
         stream = TrainStream(
             dataset, config=a.config.data, global_batch_size=micro * data.size, micro_batch_size=micro,
             data_rank=data.index, data_size=data.size, seed=self._seed, with_images=a.holds_images, with_texts=False,
-            offset=span.start,
+            offset=span.start, relay=self._relay,
         )  # fmt: skip
         yield from islice(chain.from_iterable(stream.steps(0)), -(-len(span) // (micro * data.size)))
 

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 import pretrain_vit
+from data import DataConfig, build_datasets
 from engine.run.launch import run_rank
 from tests.data.tars import shards
 from tests.engine.small import flags
@@ -29,7 +30,12 @@ def photos(tmp_path: Path) -> Path:
 
 
 def run(photos: Path, **changes: str) -> int:
-    given = flags(run_dir=str(photos.parent / "run"), data__kind="image_folder", data__path=str(photos), **changes)
+    given = {"run_dir": str(photos.parent / "run"), "data__kind": "image_folder", "data__path": str(photos)} | changes
+    return launched(given)
+
+
+def launched(changes: dict[str, str]) -> int:
+    given = flags(**changes)
     size = given.index("--data.size")
     return run_rank(pretrain_vit.main, given[:size] + given[size + 2 :], "pretrain_vit.py")
 
@@ -46,12 +52,41 @@ def test_classes_and_counts_are_told_and_stored(photos: Path, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
-def test_a_damaged_image_ends_in_one_line(photos: Path, workers: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_images_alone_end_in_one_line(photos: Path, workers: str, capsys: pytest.CaptureFixture[str]) -> None:
     for file in photos.glob("*/*.png"):
         file.write_bytes(file.read_bytes()[:60])
-    assert run(photos, data__workers=workers) == 1
+    assert run(photos, data__workers=workers) == 2
     errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == 1 and errors[0].startswith(f"pretrain_vit.py: {photos}") and "cannot be decoded" in errors[0]
+    assert len(errors) == 1 and errors[0].startswith("pretrain_vit.py: error: draw 0: sample ")
+    assert f"others that were drawn in its place, the last: {photos}" in errors[0] and "cannot be decoded" in errors[0]
+
+
+def test_bad_images_are_named_up_to_the_share_that_may_be(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of 14 images to train on and 4 held out one each may be bad; two are too many, and with a share of 0 one is."""
+    listed = build_datasets(
+        DataConfig(kind="image_folder", path=str(photos)), image_size=8, channels=1, num_classes=None, seed=0
+    )
+    files = [[dataset.listing.file(i) for i in dataset.part] for dataset in listed]  # type: ignore[attr-defined]
+    (photos.parent / files[0][3]).write_bytes(b"no image")
+    (photos.parent / files[1][2]).write_bytes(b"\x89PNG")
+    assert run(photos, train__steps="4") == 0
+    shown = capsys.readouterr().out
+    lines = [json.loads(line) for line in (photos.parent / "run" / "bad_samples.jsonl").read_text().splitlines()]
+    train = [line for line in lines if line["event"] == "train"]
+    assert [line["sample"] for line in train] == [3] * len(train) and 2 <= len(train) <= 3  # 32 draws of 14 images
+    assert all(line["instead"] != 3 and files[0][3] in line["cause"] for line in train)
+    assert [(line["event"], line["sample"]) for line in lines if line not in train] == [("eval", 2)]
+    metrics = [json.loads(line) for line in (photos.parent / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["bad_samples"] for line in metrics if line["event"] == "train"][-1] == len(train)
+    assert [line["images"] for line in metrics if line["event"] == "eval"] == [3]
+    assert "1 bad samples drawn anew, such as" in shown and "1 bad samples left out, such as" in shown
+    assert run(photos, data__max_bad_share="0", run_dir=str(photos.parent / "strict")) == 2
+    assert f"error: {files[0][3]} cannot be decoded" in capsys.readouterr().err
+    (photos.parent / files[0][5]).write_bytes(b"no image")
+    assert run(photos, train__steps="4", run_dir=str(photos.parent / "more")) == 2
+    error = capsys.readouterr().err
+    assert "2 of 14 training samples are bad so far, the last: " in error and "max_bad_share 0.01 allows 1: " in error
+    assert len((photos.parent / "more" / "bad_samples.jsonl").read_text().splitlines()) >= 2
 
 
 def test_a_folder_that_cannot_be_read_is_a_wrong_configuration(
@@ -75,9 +110,7 @@ def test_a_run_on_shards_goes_on_in_its_order_or_not_at_all(tmp_path: Path, caps
     given |= {"train__steps": "4", "checkpoint__save_interval": "2"}
 
     def attempt(**changes: str) -> int:
-        argv = flags(**given | changes)
-        size = argv.index("--data.size")
-        return run_rank(pretrain_vit.main, argv[:size] + argv[size + 2 :], "pretrain_vit.py")
+        return launched(given | changes)
 
     assert attempt(train__stop_step="2") == 3
     assert "21 images in 3 shards" in (shown := capsys.readouterr().out) and "3 indexed now" in shown

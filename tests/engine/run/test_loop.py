@@ -110,7 +110,7 @@ def test_skipped_steps_and_evaluations_have_no_part_in_the_means(monkeypatch: py
 
     def train_step(*_: object) -> StepResult:
         clock[0] += 1.0
-        return replace(results.pop(0), votes=(0.0,))
+        return replace(results.pop(0), votes=(0.0, 0.0))
 
     def evaluate(_: object) -> dict[str, float]:
         clock[0] += 100.0
