@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -23,6 +22,7 @@ from parallel import process_group
 from parallel.failures import PeerLostError
 from parallel.process_group import World
 from tests.distributed import free_port
+from tests.engine.run.forked import long_run, running, steps_told
 from tests.engine.small import flags
 
 ROOT = Path(__file__).parents[3]
@@ -265,16 +265,31 @@ def test_a_config_error_is_told_once(tmp_path: Path) -> None:
     )
 
 
+FOURTH = """
+import multiprocessing, os, pathlib, signal, time, torch
+from engine.run.step import Stepper
+
+def step(self, *args, step=Stepper.train_step):
+    if rank == 1 and self.assembly.optimizer.steps == 3:
+        pathlib.Path(folder, "when").write_text(str(time.time()))
+        {what}
+    return step(self, *args)
+
+Stepper.train_step = step
+"""
+
+
 @pytest.mark.slow
 def test_weights_that_drift_apart_end_the_run(tmp_path: Path) -> None:
     flip = "next(iter(self.assembly.parameters().values())).data.view(-1)[:1].view(dtype=torch.int32).bitwise_xor_(1)"
-    script = planted(tmp_path, f"import torch; {flip}")
-    argv = flags(run_dir=str(tmp_path / "run"), train__steps="100000", train__check_interval="6", log__interval="1")
-    ended = two_ranks("tools.launch", script, argv)
-    assert ended.code == 1
-    assert re.fullmatch(r"pretrain_vit.py: step 6: weights of embed.weight differ between rank 0 and .*\n", ended.error)
-    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [1, 2, 3, 4, 5]
+    argv = long_run(tmp_path / "run", train__check_interval="6")
+    with running(tmp_path, 2, argv, planted=FOURTH.format(what=flip)) as run:
+        assert run.codes() == [1, 1], run.said()
+    told = re.findall(r"^prog: .*", run.said(), re.MULTILINE)
+    assert [line.partition(" and ")[0] for line in told] == [
+        "prog: step 6: weights of embed.weight differ between rank 0"
+    ], run.said()
+    assert steps_told(tmp_path / "run") == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.slow
@@ -289,11 +304,13 @@ def test_a_rank_that_raises_ends_all(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_data_worker_that_is_killed_is_not_taken_for_a_rank(tmp_path: Path) -> None:
-    script = planted(tmp_path, "os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)")
-    ended = two_ranks("tools.launch", script, flags(run_dir=str(tmp_path), train__steps="100000", data__workers="1"))
-    assert ended.code == 1 and seconds_since(tmp_path) < 20
-    told = r".*: rank 1 of 2 failed:[\s\S]*: a data worker, process \d+, was killed by signal 9 \(Killed\): .*\n"
-    assert re.fullmatch(told, ended.error), ended.error
+    kill = "os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)"
+    argv = long_run(tmp_path / "run", data__workers="1")
+    with running(tmp_path, 2, argv, planted=FOURTH.format(what=kill)) as run:
+        assert run.codes() == [1, 1], run.said()
+        assert seconds_since(tmp_path) < 20
+    told = r"prog: rank 1 of 2 failed:\n[\s\S]*: a data worker, process \d+, was killed by signal 9 \(Killed\): .*\n"
+    assert re.search(told, run.said()) and run.said().count("prog: ") == 1, run.said()
 
 
 @pytest.mark.slow
