@@ -185,14 +185,14 @@ def _back(assembly: Assembly, seen: Mapping[str, Seen], method: Method, images: 
     model replica."""
     a = assembly
     config = a.build.of(a.layers[-1]).config
-    merges, tokens = mergings(config), config.sizes.tokens_of(config.sizes.last.index)
+    merges = mergings(config)
     r = pooled_tokens(config).to(a.device).repeat(images, 1)
     for stage, rank in reversed(list(enumerate(a.placement.ranks))):
         for name in (a.layers[place].name for place in reversed(a.placement.layers[stage])):
             if name in merges:
                 r = merges[name].back(r)  # also where it is not yet known, for its shape
             elif name == PROBE and name in seen:
-                r = from_probe(seen[name], method, tokens)
+                r = from_probe(seen[name], method)
             elif name in seen:
                 r = through(r, seen[name], method)
         r = comm.broadcast(r.contiguous(), a.grid.pipeline, rank)

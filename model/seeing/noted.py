@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from model.attention import Attention, FullAttention
+from model.seeing.rows import Block
 from model.taps import Tapped
 
 _BYTES = 16 * 2**20  # of all heads' rows at once, some of which stay in the caches
@@ -41,19 +42,19 @@ class MeanMap:
         return 1
 
     @property
-    def own(self) -> slice:
+    def tokens(self) -> int:
         """As Mixing."""
-        return slice(0, self.rows.shape[2])
+        return self.rows.shape[2]
 
     def back(self, r: Tensor) -> Tensor:
         """Rollout's step, r [B, S] (A + I) / 2."""
         return torch.baddbmm(r[:, None], r[:, None], self.rows, beta=0.5, alpha=0.5)[:, 0]
 
-    def chunks(self) -> Iterator[tuple[slice, Tensor]]:
+    def blocks(self) -> Iterator[tuple[Block, Tensor]]:
         """As Mixing."""
-        yield slice(0, self.rows.shape[1]), self.rows[:, None]
+        yield Block.whole(self.rows), self.rows[:, None]
 
-    def gradients(self, part: slice) -> Tensor:
+    def gradients(self, block: Block) -> Tensor:
         """There are none: heads have theirs."""
         raise AssertionError("of a mean over heads")
 

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model.seeing.noted import MeanMap
+from model.seeing.rows import Block
 
 Method = Literal["rollout", "relevance", "gradient_rollout"]
 METHODS: tuple[Method, ...] = ("rollout", "relevance", "gradient_rollout")
@@ -37,7 +38,7 @@ class Mixing(Protocol):
     """A layer's rows, in parts: model.seeing.rows.Seen, or Maps.
 
     Attributes:
-        heads: how many the layer has, of which some may be on other ranks. own: the tokens whose columns are here.
+        heads: how many the layer has, of which some may be on other ranks. tokens: S.
     """
 
     @property
@@ -45,14 +46,14 @@ class Mixing(Protocol):
         """As above."""
 
     @property
-    def own(self) -> slice:
+    def tokens(self) -> int:
         """As above."""
 
-    def chunks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Which queries, and their rows [B, h, some, S]."""
+    def blocks(self) -> Iterator[tuple[Block, Tensor]]:
+        """Which queries and tokens, and their rows [B, h, queries, keys]; each query in one block."""
 
-    def gradients(self, part: slice) -> Tensor:
-        """Of what was differentiated by these rows [B, h, some, S]."""
+    def gradients(self, block: Block) -> Tensor:
+        """Of what was differentiated by these rows [B, h, queries, keys]."""
 
     def total(self, x: Tensor) -> Tensor:
         """The sum over all ranks that have heads or columns of the layer; x itself where there are no others."""
@@ -75,18 +76,18 @@ class Maps:
         return self.rows.shape[1]
 
     @property
-    def own(self) -> slice:
+    def tokens(self) -> int:
         """As Mixing."""
-        return slice(0, self.rows.shape[3])
+        return self.rows.shape[3]
 
-    def chunks(self) -> Iterator[tuple[slice, Tensor]]:
+    def blocks(self) -> Iterator[tuple[Block, Tensor]]:
         """As Mixing."""
-        yield slice(0, self.rows.shape[2]), self.rows
+        yield Block.whole(self.rows), self.rows
 
-    def gradients(self, part: slice) -> Tensor:
+    def gradients(self, block: Block) -> Tensor:
         """As Mixing."""
         assert self.grad is not None
-        return self.grad[:, :, part]
+        return self.grad
 
     def total(self, x: Tensor) -> Tensor:
         """As Mixing."""
@@ -134,7 +135,7 @@ def back_through(trace: Trace, method: Method) -> Tensor:
         assert trace.start is not None
         r = trace.start
     else:
-        r = from_probe(trace.probe, method, trace.probe.own.stop)
+        r = from_probe(trace.probe, method)
     for step in reversed(trace.steps):
         if isinstance(step, MeanMap):
             assert method == "rollout", "of means over heads"
@@ -144,16 +145,12 @@ def back_through(trace: Trace, method: Method) -> Tensor:
     return r
 
 
-def from_probe(probe: Mixing, method: Method, tokens: int) -> Tensor:
-    """Where r begins [B, S]: the probe's row. Collective over the ranks that share the layer, as `through` is.
-
-    Args:
-        tokens: S.
-    """
-    ((part, rows),) = probe.chunks()
-    own = _weighed(probe, part, rows, method)[:, 0]
-    r = own.new_zeros(len(own), tokens)
-    r[:, probe.own] = own
+def from_probe(probe: Mixing, method: Method) -> Tensor:
+    """Where r begins [B, S]: the probe's row. Collective over the ranks that share the layer, as `through` is."""
+    ((block, rows),) = probe.blocks()
+    own = _weighed(probe, block, rows, method)[:, 0]
+    r = own.new_zeros(len(own), probe.tokens)
+    r[:, block.keys] = own
     r = probe.total(r)
     return r / r.sum(1, keepdim=True).clamp(min=torch.finfo(r.dtype).tiny) if method == "gradient_rollout" else r
 
@@ -161,15 +158,15 @@ def from_probe(probe: Mixing, method: Method, tokens: int) -> Tensor:
 def through(r: Tensor, layer: Mixing, method: Method) -> Tensor:
     """r [B, S] by a layer's matrix."""
     stays, moves = torch.empty_like(r), torch.zeros_like(r)
-    for part, rows in layer.chunks():
-        weights, share = _weighed(layer, part, rows, method), r[:, part]
+    for block, rows in layer.blocks():
+        weights, share = _weighed(layer, block, rows, method), r[:, block.queries]
         if method != "relevance":
             share = share / (1 + layer.total(weights.sum(-1)))
-        stays[:, part] = share  # what goes by the residual stream
-        moves[:, layer.own] += torch.einsum("bq,bqs->bs", share, weights)
+        stays[:, block.queries] = share  # what goes by the residual stream
+        moves[:, block.keys] += torch.einsum("bq,bqs->bs", share, weights)
     return stays + layer.total(moves)
 
 
-def _weighed(layer: Mixing, part: slice, rows: Tensor, method: Method) -> Tensor:
-    """This rank's part of A or E [B, some, S]."""
-    return (rows if method == "rollout" else (rows * layer.gradients(part)).clamp_(min=0)).sum(1) / layer.heads
+def _weighed(layer: Mixing, block: Block, rows: Tensor, method: Method) -> Tensor:
+    """This rank's part of A or E [B, queries, keys]."""
+    return (rows if method == "rollout" else (rows * layer.gradients(block)).clamp_(min=0)).sum(1) / layer.heads

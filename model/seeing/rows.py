@@ -2,7 +2,9 @@
 
 Fused kernels give no maps, and maps of all tokens are too large to keep; rows of chosen queries are not. All kinds of
 attention are of one form here: a row over all tokens of the image, zero where the kind sees nothing. That of linear
-attention is implied: what its sums, multiplied out, weight the values with (its convolution apart).
+attention is implied: what its sums, multiplied out, weight the values with (its convolution apart). Who goes through
+all rows of a layer is given them in blocks of some queries and the tokens that these may see: of windows and grids
+those of a few groups.
 
 Legend: B images, S tokens of an image, c of them on this rank, h heads on this rank, K head dim, Q queries.
 """
@@ -12,9 +14,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from model.attention import DENOMINATOR, Attention, GroupedAttention
 from model.groups import groups_of
@@ -24,6 +28,7 @@ from parallel import comm
 
 CHUNK_BYTES = 32 * 2**20
 """Of rows that are computed at once; a few times this is taken beside what is asked for."""
+_BLOCK = 256  # queries of small groups that are taken together
 _POWER = 3  # of the focused feature map
 
 
@@ -71,14 +76,17 @@ class Sight:
         t = self.site.tokens
         return range(0 if t.own_prefix else t.prefix + t.first * t.cols, t.prefix + t.stop * t.cols)
 
-    def rows(self, q: Tensor, k: Tensor, queries: Tensor, heads: Tensor | slice = slice(None)) -> Tensor:
+    def rows(
+        self, q: Tensor, k: Tensor, queries: Tensor, heads: Tensor | slice = slice(None), keys: Tensor | None = None
+    ) -> Tensor:
         """What each query takes of this rank's tokens.
 
         Collective over context ranks, whose shares of a row add up to 1 (of linear attention, nearly).
 
         Args:
             q: [B, Q, h, K], the queries, the same on all context ranks. k: [B, c, h, K]. queries: int64 [Q], which
-                tokens they are. heads: which of the table's the h are.
+                tokens they are. heads: which of the table's the h are. keys: int64 [c], which tokens those are, all of
+                this rank's that the queries see among them (default: all of this rank's).
 
         Returns:
             [B, h, Q, c], fp32, or fp64 of fp64.
@@ -88,13 +96,15 @@ class Sight:
             a, b = (feature(x, self.site.feature_map, _POWER) for x in (q, k))
             weights = a @ b.transpose(-2, -1)
             return weights / (comm.all_reduce(weights.sum(-1, keepdim=True), self.site.tokens.context) + DENOMINATOR)
-        return self.shares(self.logits(q, k, queries, heads))
+        return self.shares(self.logits(q, k, queries, heads, keys))
 
-    def logits(self, q: Tensor, k: Tensor, queries: Tensor, heads: Tensor | slice = slice(None)) -> Tensor:
+    def logits(
+        self, q: Tensor, k: Tensor, queries: Tensor, heads: Tensor | slice = slice(None), keys: Tensor | None = None
+    ) -> Tensor:
         """What the softmax of `rows` is of, -inf where nothing is seen; not of linear attention. As of `rows`."""
         q, k = _wide(q, k)
         scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)
-        keys = torch.tensor(self.own)
+        keys = torch.tensor(self.own) if keys is None else keys
         if self.table is not None:
             scores += self._bias(self.table[heads].to(scores.dtype).cpu(), queries, keys).to(scores.device)
         if (sees := self._sees(queries, keys)) is not None:
@@ -106,7 +116,8 @@ class Sight:
         axis = self.site.tokens.context
         if axis.size == 1:
             return logits.softmax(-1)
-        weights = (logits - comm.all_reduce(logits.amax(-1, keepdim=True), axis, "max")).exp_()
+        top = F.pad(logits, (0, 1), value=-math.inf).amax(-1, keepdim=True)  # also of no tokens
+        weights = (logits - comm.all_reduce(top, axis, "max")).exp_()
         return weights / comm.all_reduce(weights.sum(-1, keepdim=True), axis)
 
     def _sees(self, queries: Tensor, keys: Tensor) -> Tensor | None:
@@ -129,6 +140,28 @@ class Sight:
             entry += (apart.clamp(1 - side, side - 1) + side - 1) * width
         patches = (queries >= prefix)[:, None] & (keys >= prefix)
         return torch.where(patches, table[:, entry], 0)
+
+
+class Block(NamedTuple):
+    """Rows of some queries, over all of this rank's tokens that they may see.
+
+    Attributes:
+        queries, keys: int64, numbers of tokens. places: of the keys among this rank's tokens.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    places: Tensor
+
+    def of(self, x: Tensor) -> Tensor:
+        """Of this rank's tokens [B, c, ...], the keys."""
+        return x if len(self.places) == x.shape[1] else x[:, self.places]
+
+    @staticmethod
+    def whole(rows: Tensor) -> Block:
+        """Of all rows [..., Q, S] at once."""
+        queries, keys = (torch.arange(count) for count in rows.shape[-2:])
+        return Block(queries, keys, keys)
 
 
 @dataclass(frozen=True)
@@ -154,30 +187,52 @@ class Seen:
         return self.sight.site.here.heads
 
     @property
-    def own(self) -> slice:
-        """This rank's tokens."""
-        own = self.sight.own
-        return slice(own.start, own.stop)
+    def tokens(self) -> int:
+        """S."""
+        return self.sight.total
 
-    def chunks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Rows of all queries, some at a time: which, and [B, h, some, c]. Collective over context ranks, and in as
-        many parts on all tensor ranks."""
-        queries = torch.arange(1 if self.sight.site.kind == "probe" else self.sight.total)
-        for part, q in gathered(self.sight, self.q, queries, self.heads):
-            yield part, self.sight.rows(q, self.k, queries[part])
+    def blocks(self) -> Iterator[tuple[Block, Tensor]]:
+        """All rows, some at a time: which, and [B, h, queries, keys]. Collective over context ranks, and as many on all
+        tensor ranks."""
+        for block in blocks_of(self.sight, self.k.shape[0] * self.heads):
+            q = everywhere(self.sight, self.q, block.queries)
+            yield block, self.sight.rows(q, block.of(self.k), block.queries, keys=block.keys)
 
-    def gradients(self, part: slice) -> Tensor:
-        """d(what was differentiated) / d(rows) [B, h, some, c], each entry taken for a variable of its own: that of the
-        mixture by the value. Also where nothing is seen. Collective over context ranks."""
+    def gradients(self, block: Block) -> Tensor:
+        """d(what was differentiated) / d(rows) [B, h, queries, keys], each entry taken for a variable of its own: that
+        of the mixture by the value. Also where nothing is seen. Collective over context ranks."""
         assert self.grad is not None
-        grad = _everywhere(self.sight, self.grad, torch.arange(part.start, part.stop))
+        grad = everywhere(self.sight, self.grad, block.queries, is_part=True)
         wide = torch.promote_types(self.v.dtype, torch.float32)
-        return torch.einsum("bqhk,bshk->bhqs", grad.to(wide), self.v.to(wide))
+        return torch.einsum("bqhk,bshk->bhqs", grad.to(wide), block.of(self.v).to(wide))
 
     def total(self, x: Tensor) -> Tensor:
         """The sum over context ranks and tensor ranks."""
         x = comm.all_reduce(x, self.sight.site.tokens.context)
         return x if self.tensor is None else comm.all_reduce(x, self.tensor)
+
+
+def blocks_of(sight: Sight, each: int) -> Iterator[Block]:
+    """All rows of a layer, some at a time: as many on all ranks that share it.
+
+    Args:
+        each: rows of a query, B * H.
+    """
+    own = torch.tensor(sight.own)
+    here = torch.arange(len(own))
+    if sight.groups is None:
+        count = 1 if sight.site.kind == "probe" else sight.total
+        yield from (Block(torch.arange(count)[part], own, here) for part in chunks_of(count, each * sight.total))
+        return
+    prefix, sees_prefix = sight.site.tokens.prefix, sight.site.kind == "global_tokens"
+    yield from (Block(torch.arange(prefix)[part], own, here) for part in chunks_of(prefix, each * sight.total))
+    numbers, counts = sight.groups[prefix:].unique(return_counts=True)
+    side = max(int(counts.max()), _BLOCK)
+    for some in numbers.split(max(1, side // int(counts.max()))):
+        queries = torch.isin(sight.groups, some).nonzero()[:, 0]
+        places = (torch.isin(sight.groups[own], some) | ((own < prefix) & sees_prefix)).nonzero()[:, 0]
+        for part in chunks_of(len(queries), each * (len(queries) + prefix)):
+            yield Block(queries[part], own[places], places)
 
 
 def chunks_of(queries: int, row: int) -> Iterator[slice]:
@@ -199,32 +254,22 @@ def rows_of(sight: Sight, q: Tensor, k: Tensor, queries: Tensor, heads: Tensor) 
     q, k = (x.detach()[:, :, heads.to(x.device)] for x in (q, k))
     b, c, h, _ = k.shape
     out = torch.empty(b, h, len(queries), c, dtype=torch.promote_types(q.dtype, torch.float32))
-    for part, chosen in gathered(sight, q, queries):
-        out[:, :, part] = sight.rows(chosen, k, queries[part], heads).cpu()
+    for part in chunks_of(len(queries), b * h * sight.total):  # as many on all context ranks
+        some = everywhere(sight, q, queries[part])
+        out[:, :, part] = sight.rows(some, k, queries[part], heads).cpu()
     return out
 
 
-def gathered(sight: Sight, q: Tensor, queries: Tensor, heads: int | None = None) -> Iterator[tuple[slice, Tensor]]:
-    """Chosen queries, as many at a time as rows are computed of at once, on all context ranks. Collective over them.
+def everywhere(sight: Sight, x: Tensor, tokens: Tensor, *, is_part: bool = False) -> Tensor:
+    """[B, c, h, K] of this rank's tokens -> those of chosen tokens [B, len(tokens), h, K], whosever they are, on all
+    context ranks. Collective over them.
 
     Args:
-        q: [B, c, h, K], this rank's; of the probe [B, 1, h, K]. queries: int64 [Q], of all tokens of the image. heads:
-            by which their number goes (default: h).
-
-    Yields:
-        (which of the Q, those [B, some, h, K]).
+        x: of the probe [B, 1, h, K]. is_part: of the probe, whether each context rank has a part of it, a gradient's.
     """
-    b, _, h, _ = q.shape
-    for part in chunks_of(len(queries), b * (heads or h) * sight.total):  # as many on all context ranks
-        yield part, q if sight.site.kind == "probe" else _everywhere(sight, q, queries[part])
-
-
-def _everywhere(sight: Sight, x: Tensor, tokens: Tensor) -> Tensor:
-    """[B, c, h, K] of this rank's tokens -> those of chosen tokens [B, len(tokens), h, K], whosever they are; of the
-    probe the sum over context ranks, each of which has a part of its gradient."""
     axis, own = sight.site.tokens.context, sight.own
     if sight.site.kind == "probe":
-        return comm.all_reduce(x.clone(), axis)
+        return comm.all_reduce(x.clone(), axis) if is_part else x
     if axis.size == 1:
         return x[:, tokens.to(x.device)]
     here = ((tokens >= own.start) & (tokens < own.stop)).to(x.device)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from model.seeing.measures import entropy
-from model.seeing.rows import Sight, gathered
+from model.seeing.rows import Sight, blocks_of, everywhere
 from model.sizes import StageSizes
 from model.taps import Tapped
 
@@ -73,22 +73,25 @@ class SummaryTap:
 
     def _summary(self, images: Tensor, q: Tensor, k: Tensor) -> SummaryPiece:
         sight, site = Sight.of(self._layer), self._layer.site
-        queries, heads = torch.arange(len(self._pooled)), torch.arange(q.shape[2])
-        row, spread = torch.zeros((), device=q.device), torch.zeros((), device=q.device)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        row = q.new_zeros(q.shape[0], q.shape[2], len(sight.own), dtype=wide)
+        spread = q.new_zeros(q.shape[0], q.shape[2], dtype=wide)
         tops = list[Tensor]()
-        for part, chosen in gathered(sight, q, queries):
+        for block in blocks_of(sight, q.shape[0] * q.shape[2]):
+            chosen, keys = everywhere(sight, q, block.queries), block.of(k)
             if site.kind == "linear":
-                rows = sight.rows(chosen, k, queries[part], heads)
+                rows = sight.rows(chosen, keys, block.queries)
             else:
-                logits = sight.logits(chosen, k, queries[part], heads)
-                tops.append(logits.amax((2, 3)))
+                logits = sight.logits(chosen, keys, block.queries, keys=block.keys)
+                if logits.numel():
+                    tops.append(logits.amax((2, 3)))
                 rows = sight.shares(logits)
-            row = row + torch.einsum("q,bhqs->bhs", self._pooled[part].to(rows), rows)
-            spread = spread + entropy(rows) * (part.stop - part.start)
+            row[:, :, block.places] += torch.einsum("q,bhqs->bhs", self._pooled[block.queries].to(rows), rows)
+            spread += entropy(rows) * len(block.queries)
         top = torch.stack(tops).amax(0).cpu() if tops else None
         return SummaryPiece(
             name=self._name, images=images, heads=site.heads, first=sight.own.start, here=site.here,
-            prefix=site.tokens.prefix, row=row.cpu(), entropy=(spread / len(queries)).cpu(), top=top,
+            prefix=site.tokens.prefix, row=row.cpu(), entropy=(spread / len(self._pooled)).cpu(), top=top,
         )  # fmt: skip
 
 

@@ -207,9 +207,12 @@ def test_measures_by_hand() -> None:
     rows[0, 0, 2, 0] = 1.0  # the prefix token alone, and so at no distance
     rows[0, 1] = 0.2
     assert torch.allclose(entropy(rows), torch.tensor([[0.0, 1.609438]]))
-    far, counted = distances(rows, torch.tensor([0, 1, 2]), (2, 2), 1)
+    far, counted = distances(rows, torch.tensor([0, 1, 2]), torch.arange(5), (2, 2), 1)
     assert torch.allclose(far, torch.tensor([[1.0, 2 * (1 + 1 + 2**0.5) / 4]])) and counted.tolist() == [[1, 2]]
-    assert all((x == 0).all() for x in distances(rows[:, :, :1, 1:], torch.tensor([-1]), (2, 2), 0))
+    some = torch.tensor([2, 3, 4])  # of a window: the first head's queries take nothing of others
+    assert torch.equal(distances(rows[:, :1, :2, some], torch.tensor([0, 1]), some, (2, 2), 1)[0], far[:, :1])
+    none = distances(rows[:, :, :1, 1:], torch.tensor([-1]), torch.arange(4), (2, 2), 0)
+    assert all((x == 0).all() for x in none)
 
 
 def test_hiding_parts_finds_what_a_score_is_made_of() -> None:

@@ -126,12 +126,15 @@ def _row(layer: _Layer, asked: Asked, config: ModelConfig) -> tuple[Tensor, Tens
     none, over all queries [B, h]."""
     probe = layer.name == PROBE
     weights = torch.ones(1) if probe else _query(layer, asked, config)
+    grid = layer.here.rows, layer.here.cols
     row, spread, far, patches = (torch.zeros(()) for _ in range(4))
-    for part, rows in layer.rows.chunks():
-        row = row + torch.einsum("q,bhqs->bhs", weights[part].to(rows), rows)
-        tokens = torch.tensor([-1]) if probe else torch.arange(part.start, part.stop)
-        apart, counted = distances(rows, tokens, (layer.here.rows, layer.here.cols), layer.prefix)
-        far, patches, spread = far + apart, patches + counted, spread + entropy(rows) * len(tokens)
+    for block, rows in layer.rows.blocks():
+        part = rows.new_zeros(*rows.shape[:2], layer.total)
+        part[:, :, block.keys] = torch.einsum("q,bhqs->bhs", weights[block.queries].to(rows), rows)
+        queries = torch.tensor([-1]) if probe else block.queries
+        apart, counted = distances(rows, queries, block.keys, grid, layer.prefix)
+        row, far, patches = row + part, far + apart, patches + counted
+        spread = spread + entropy(rows) * len(queries)
     return row, spread / len(weights), far / patches
 
 
@@ -166,7 +169,12 @@ def flow(config: ModelConfig, noted: Trace) -> Shown:
 
 def _mean_map(layer: Mixing) -> Tensor:
     """[B, Q, S], meaned over heads."""
-    return torch.cat([rows.mean(1) for _, rows in layer.chunks()], 1).cpu()
+    blocks = list(layer.blocks())
+    queries = sum(len(block.queries) for block, _ in blocks)
+    found = blocks[0][1].new_zeros(len(blocks[0][1]), queries, layer.tokens, device="cpu")
+    for block, rows in blocks:
+        found[:, block.queries[:, None], block.keys] = rows.mean(1).cpu()
+    return found
 
 
 OF_LAYERS: dict[str, Callable[[ModelConfig, Rows, Asked], Shown]] = {"heads": heads, "mean": mean}
