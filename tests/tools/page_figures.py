@@ -19,7 +19,7 @@ from model import ModelConfig, VisionTransformer
 from model.seeing.capture import Attended, Wanted, choose
 from tests.tools.browser import Browser
 from tools.convert.images import photographs
-from tools.visualize.page import write_page
+from tools.visualize.page import Page, write_page
 from tools.visualize.pictures import Scene
 
 CONFIG = ModelConfig(
@@ -57,7 +57,7 @@ def main(folder: Path, only: Sequence[str]) -> None:
     cases = {"random-1": lambda: random(1.0), "random-3": lambda: random(3.0), "looking": lambda: looking(4.0)}
     for name, capture in ((name, cases[name]()) for name in only or cases):
         path, began = folder / f"{name}.html", time.perf_counter()
-        lines = write_page(path, name, CONFIG, choose(CONFIG), capture, image, [scene])
+        lines = write_page(path, Page.of(name, CONFIG, choose(CONFIG), [scene]), capture, image)
         print(f"{lines[0]}; written in {time.perf_counter() - began:.1f} s", flush=True)
         with Browser(folder) as browser:
             began = time.perf_counter()

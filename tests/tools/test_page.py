@@ -21,7 +21,7 @@ from model.seeing.trace import pooled_tokens
 from tests.model.small import TINY
 from tests.tools.browser import Browser
 from tools.visualize import page, shades
-from tools.visualize.page import write_page
+from tools.visualize.page import Page, write_page
 from tools.visualize.pictures import Scene
 
 CLASSED = replace(TINY, pool="cls", registers=1, in_channels=3, image_size=(8, 10))
@@ -57,9 +57,8 @@ def written(model: VisionTransformer, path: Path, **asked: Any) -> list[str]:
     images, wanted = images_for(model), choose(model.config, **asked)
     pixels = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
     scenes = [Scene(f"image <!--<script>{i}", x, model.sizes.patch) for i, x in enumerate(pixels)]
-    return write_page(
-        path, "a & b </script>", model.config, wanted, lambda image, _: model.capture(image, **asked), images, scenes
-    )
+    planned = Page.of("a & b </script>", model.config, wanted, scenes)
+    return write_page(path, planned, lambda image, _: model.capture(image, **asked), images)
 
 
 def expected(model: VisionTransformer, image: int, name: str) -> Tensor:

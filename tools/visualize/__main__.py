@@ -100,16 +100,15 @@ def _watched(options: argparse.Namespace, looked: Looked, asked: Asked) -> list[
 
 def _page(options: argparse.Namespace, looked: Looked, asked: Asked, paths: Sequence[Path]) -> list[str]:
     """What there is room for, on one page; what is to be said."""
-    from tools.visualize.page import write_page
+    from tools.visualize.page import Page, write_page
     from tools.visualize.pictures import names_of, scenes
 
     wanted = choose(looked.config, asked.layers, asked.heads)
     images = torch.stack([read(path, looked) for path in paths])
+    of = scenes(names_of(paths), images, looked.how, looked.config.sizes.patch)
+    page = Page.of(f"{options.checkpoint}: what it attends to", looked.config, wanted, of)
     looked.begin(images)
-    return write_page(
-        options.out / f"{PAGE}.html", f"{options.checkpoint}: what it attends to", looked.config, wanted, looked.rows,
-        images, scenes(names_of(paths), images, looked.how, looked.config.sizes.patch),
-    )  # fmt: skip
+    return write_page(options.out / f"{PAGE}.html", page, looked.rows, images)
 
 
 def _make(out: Path) -> None:

@@ -13,6 +13,7 @@ import html
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from io import BytesIO
 from itertools import accumulate
 from pathlib import Path
@@ -72,71 +73,96 @@ def _cell(of: Wanted, wanted: Mapping[str, Wanted], side: int) -> int:
     return max(1, side * min(one.here.stride for one in wanted.values()) // of.here.stride)
 
 
-def write_page(
-    path: Path, title: str, config: ModelConfig, wanted: Mapping[str, Wanted], capture: Capture, images: Tensor,
-    scenes: Sequence[Scene],
-) -> list[str]:  # fmt: skip
-    """Capture images one by one, as many as there is room for, and write the page.
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """What is known of a page before there are rows.
 
-    Args:
-        config: resolved. wanted: of all queries. images: [B, C, H, W].
+    Attributes:
+        config: resolved. wanted: of all queries. cells: of each layer, the side of what is shown as one, in its own
+            patches. about: what the page is told; its images are those that have room. room: bytes for their rows.
+    """
+
+    config: ModelConfig
+    wanted: Mapping[str, Wanted]
+    cells: Mapping[str, int]
+    about: Mapping[str, Any]
+    room: int
+
+    @property
+    def images(self) -> int:
+        """How many it has."""
+        return len(self.about["images"])
+
+    @staticmethod
+    def of(title: str, config: ModelConfig, wanted: Mapping[str, Wanted], scenes: Sequence[Scene]) -> Page:
+        """With as many of the images as have room. Raises ConfigError where not one has."""
+        side = cells_of(wanted)
+        cells = {name: _cell(of, wanted, side) for name, of in wanted.items()}
+        about: dict[str, Any] = {
+            "title": title,
+            "grid": [config.sizes.stages[0].rows, config.sizes.stages[0].cols],
+            "patch": config.sizes.patch,
+            "tokens": list(_prefix_names(config)),
+            "layers": [_layer(of, cells[name], config) for name, of in wanted.items()],
+            "palettes": {name: _palette(name) for name in _PALETTES},
+        }
+        room = BYTES - len(_template().encode()) - len(html.escape(title)) - len(_json(about)) - _SLACK
+        about["images"] = _with_room([_scene(scene) for scene in scenes], room, most_bytes(wanted, side))
+        room -= len(_json(about["images"])) + _TAG * len(cells) * len(about["images"])
+        return Page(config=config, wanted=wanted, cells=cells, about=about, room=room)
+
+
+def write_page(path: Path, page: Page, capture: Capture, images: Tensor) -> list[str]:
+    """Capture images [B, C, H, W] one by one, as many as the page has, and write it.
 
     Returns:
         Lines to print; none on ranks that have no rows.
 
     Raises:
-        ConfigError: not one image has room (before any is captured), or the file cannot be written.
+        ConfigError: the file cannot be written.
     """
-    side = cells_of(wanted)
-    layers = {name: _cell(of, wanted, side) for name, of in wanted.items()}
-    about: dict[str, Any] = {
-        "title": title,
-        "grid": [config.sizes.stages[0].rows, config.sizes.stages[0].cols],
-        "patch": config.sizes.patch,
-        "tokens": list(_prefix_names(config)),
-        "layers": [_layer(of, layers[name], config) for name, of in wanted.items()],
-        "palettes": {name: _palette(name) for name in _PALETTES},
-    }
-    template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    room = BYTES - len(template.encode()) - len(html.escape(title)) - len(json.dumps(about)) - _SLACK
-    about["images"] = _with_room([_scene(scene) for scene in scenes], room, most_bytes(wanted, side))
-    shown = images[: len(about["images"])]
-    rows = list[Rows]()
-    for image in shown.split(1):
-        if (found := capture(image, wanted)) is None:
-            continue
-        rows += [_rows(found[name], config, cell) for name, cell in layers.items()]
+    rows, layers = list[Rows](), len(page.cells)
+    for image in images[: page.images].split(1):
+        if (found := capture(image, page.wanted)) is not None:
+            rows += [_rows(found[name], page.config, cell) for name, cell in page.cells.items()]
     if not rows:
         return []
-    room -= len(json.dumps(about["images"])) + _TAG * len(rows)
-    shades, coded = fitted(rows, room * 3 // 4)
+    shades, coded = fitted(rows, page.room * 3 // 4)
     mean, worst = errors(rows, shades)
-    about |= {"shades": shades, "error": [round(mean, 5), round(worst, 5)]}
+    about = _json({**page.about, "shades": shades, "error": [round(mean, 5), round(worst, 5)]})
     blobs = (
-        f'<script type="text/plain" id="rows-{i // len(layers)}-{i % len(layers)}">'
-        f"{base64.b64encode(blob).decode()}</script>"
+        f'<script type="text/plain" id="rows-{i // layers}-{i % layers}">{base64.b64encode(blob).decode()}</script>'
         for i, blob in enumerate(coded)
     )
-    parts = {"TITLE": html.escape(title), "ABOUT": json.dumps(about).replace("<", "\\u003c"), "ROWS": "\n".join(blobs)}
-    text = re.sub("@(TITLE|ABOUT|ROWS)@", lambda found: parts[found[1]], template)
+    parts = {"TITLE": html.escape(page.about["title"]), "ABOUT": about, "ROWS": "\n".join(blobs)}
+    text = re.sub("@(TITLE|ABOUT|ROWS)@", lambda found: parts[found[1]], _template())
+    size = len(text.encode())
+    assert size <= BYTES, (size, page.images)
     with written_whole(path) as part:
         part.write_text(text, encoding="utf-8")
-    size = len(text.encode())
-    assert size <= BYTES, (size, len(shown))
     lines = [
-        f"{path}: {size / 1e6:.2f} MB, {len(shown)} images x {len(layers)} layers; {shades} shades, "
+        f"{path}: {size / 1e6:.2f} MB, {page.images} images x {layers} layers; {shades} shades, "
         f"wrong by {mean:.1%} of a map's range on average, 99 % of shares by {worst:.1%} at most"
     ]
-    if len(shown) < len(images):
-        lines.append(f"the first {len(shown)} of {len(images)} images: name fewer --layers or --heads for more")
-    if side > 1:
+    if page.images < len(images):
+        lines.append(f"the first {page.images} of {len(images)} images: name fewer --layers or --heads for more")
+    if (side := max(page.cells.values())) > 1:
         lines.append(f"cells are of {side} x {side} patches, so that the page is small: name fewer --layers or --heads")
     return lines
 
 
+def _template() -> str:
+    return Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+
+
+def _json(value: Any) -> str:
+    """To stand in a script of the page."""
+    return json.dumps(value).replace("<", "\\u003c")
+
+
 def _with_room(scenes: Sequence[dict[str, Any]], room: int, each: int) -> list[dict[str, Any]]:
     """The first of the images, whose rows take `each` bytes at most."""
-    ends = accumulate(len(json.dumps(scene)) + 2 + each for scene in scenes)
+    ends = accumulate(len(_json(scene)) + 2 + each for scene in scenes)
     found = [scene for scene, end in zip(scenes, ends, strict=True) if end <= room]
     if not found:
         raise ConfigError(
