@@ -134,7 +134,8 @@ def pca(model: VisionTransformer, images: Tensor, asked: Asked) -> Shown:
     strange = outliers(flat)
     found = components(torch.where(strange[..., None], flat[~strange].mean(0), flat))
     low, high = found.values.flatten(0, 1).quantile(0.01, 0), found.values.flatten(0, 1).quantile(0.99, 0)
-    colors = ((found.values - low) / (high - low)).clamp(0, 1).unflatten(1, grid)
+    span = (high - low).clamp(min=torch.finfo(low.dtype).tiny)  # of patches that are all alike
+    colors = ((found.values - low) / span).clamp(0, 1).unflatten(1, grid)
     says = [
         f"component {i}: {share:.1%} of the variance"
         + (f", {place:.0%} of it by the place alone" if not math.isnan(place) else "")
