@@ -23,7 +23,7 @@ from tests.tools.jobs import run_jobs
 from tools.convert.images import prepared
 from tools.visualize import __main__ as command
 from tools.visualize import methods, models
-from tools.visualize.methods import METHODS, READS
+from tools.visualize.methods import EXPLAIN, METHODS, READS
 from tools.visualize.of_rows import of_heads
 from tools.visualize.options import parse_options
 from tools.visualize.pictures import Scene, enlarged, names_of
@@ -80,6 +80,9 @@ def test_every_method(method: str, places: Path, tmp_path: Path, capsys: pytest.
     assert all(np.isfinite(arrays[name]).all() for name in arrays if name != "images")
     said = capsys.readouterr().out
     assert ("entropy" in said) == (method == "heads") and ("variance" in said) == (method == "pca")
+    assert ("explained: class" in said) == (method in EXPLAIN) == ("target" in arrays)
+    if method in EXPLAIN:
+        assert f" {arrays['target'][2]} of two\n" in said
     if method == "heads":
         assert arrays["blocks.1/head 3"].shape == (3, 4, 4) and arrays["blocks.0.entropy"].shape == (3, 4)
     if method == "rollout":  # patches, and the register

@@ -26,7 +26,7 @@ from model.seeing.capture import choose
 from parallel.process_group import World
 from tools.convert.images import prepared
 from tools.places import written_whole
-from tools.visualize.methods import PAGE, READS
+from tools.visualize.methods import PAGE, READS, explained
 from tools.visualize.models import Alone, Looked, WithTexts
 from tools.visualize.of_rows import check, of_heads
 from tools.visualize.options import BATCH, PROGRAM, asked_of, parse_options
@@ -86,7 +86,7 @@ def _pictures(options: argparse.Namespace, looked: Looked, asked: Asked, paths: 
     return [
         *shown.says,
         *of_heads(shown),
-        *(similarities(shown, names, options.text) if options.text else []),
+        *(similarities(shown, names, options.text) if options.text else explained(shown, names)),
         f"{len(images)} images in {seconds:.2f} s, {seconds / len(images) * 1000:.1f} ms each, without drawing",
         f"{options.out}: {len(written)} pictures, {options.method}.npz",
     ]

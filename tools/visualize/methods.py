@@ -6,7 +6,7 @@ Legend: B images, S tokens, h heads, C classes, D features.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -119,6 +119,14 @@ def captum() -> Any:
             "--method integrated_gradients is captum's, which is not installed: pip install captum (it takes the torch "
             "that is there), or take --method chefer or occlusion"
         ) from error
+
+
+def explained(shown: Shown, names: Sequence[str]) -> list[str]:
+    """A line: which class of each image is explained, if one is."""
+    if "target" not in shown.arrays:
+        return []
+    targets = zip(names, shown.arrays["target"].tolist(), strict=True)
+    return ["explained: class " + ", ".join(f"{target} of {name}" for name, target in targets)]
 
 
 def _features(model: VisionTransformer, images: Tensor) -> Tensor:
