@@ -286,10 +286,9 @@ LAYOUTS = {
         "--parallel.tensor_parallel_size", "2", "--parallel.zero_stage", "3", "--text", "one", "--text", "two",
         "--tokenizer", "bytes",
     ],
-    "occlusion": ["--parallel.pipeline_parallel_size", "2", "--text", "one", "--tokenizer", "bytes"],
 }  # fmt: skip
 """Of these, those with texts, and the first, are of two towers."""
-FEW = ("integrated_gradients", "rise", "occlusion")  # on two ranks
+FEW = ("integrated_gradients", "rise")  # on two ranks
 
 
 @pytest.mark.slow
