@@ -20,15 +20,17 @@ from torch import Tensor
 
 from data.captions import Look
 from data.config import DataConfig
-from data.keyed import Purpose, Variant, keyed_uniforms
+from data.keyed import Purpose, Variant, keyed_generator, keyed_uniforms
 from data.photometry import Photometry, apply_photometry
+from data.rand_augment import RandAugment, draw_operations, rand_augment
 
 _CROP_STRETCH = 4 / 3  # a random crop is up to this much wider or higher than the result (Szegedy et al., 2014)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """What is done to each image of a micro-batch: crop, flip, zoom, shear, rotate, shift, photometry, in order."""
+    """What is done to each image of a micro-batch: crop, flip, zoom, shear, rotate, shift, RandAugment, photometry, in
+    order."""
 
     rotation: NDArray[np.float64]  # [B] radians, counter-clockwise
     shift: NDArray[np.float64]  # [B, 2] right and down, as fractions of width and height
@@ -54,6 +56,8 @@ def draw_augmentation(
     # other lengths and strides, and pixels must not depend on `count`.
     u = np.ascontiguousarray(uniforms.T, dtype=np.float64)
     signed = 2 * u - 1
+    colours = keyed_uniforms(seed, Purpose.COLOUR, first_draw, count, width=3, variant=variant)
+    c = np.ascontiguousarray(colours.T, dtype=np.float64)
     return Augmentation(
         rotation=np.radians(config.rotate * signed[0]),
         shift=config.shift * signed[1:3].T,
@@ -64,6 +68,9 @@ def draw_augmentation(
         photometry=Photometry(
             brightness=(1 + config.brightness) ** signed[10],
             contrast=(1 + config.contrast) ** signed[11],
+            saturation=(1 + config.saturation) ** (2 * c[0] - 1),
+            hue=config.hue * (2 * c[1] - 1),
+            grey=c[2] < config.grey,
             blur=config.blur * u[12],
             noise=config.noise * u[13],
             key=(seed, variant, first_draw),
@@ -91,7 +98,18 @@ def augment(images: Tensor, augmentation: Augmentation, config: DataConfig, *, c
     elif config.flip:  # mirroring alone needs no resampling
         mirror = torch.from_numpy(augmentation.mirror)[:, None, None, None]
         images = torch.where(mirror, images.flip(-1), images)
+    if config.rand_augment:
+        images = _rand_augmented(images, augmentation, config)
     return apply_photometry(images, augmentation.photometry, config) if config.recolours else images
+
+
+def _rand_augmented(images: Tensor, a: Augmentation, config: DataConfig) -> Tensor:
+    spec, (seed, variant, first_draw) = RandAugment.of(config.rand_augment or ""), a.photometry.key
+    made = np.empty(images.shape, dtype=np.float32)
+    for row, image in enumerate(images.numpy()):
+        random = keyed_generator(seed, Purpose.RAND_AUGMENT, first_draw + row, variant)
+        made[row] = rand_augment(image, draw_operations(spec, random), config.mean, increasing=spec.increasing)
+    return torch.from_numpy(made)
 
 
 def sampling_matrices(a: Augmentation, height: int, width: int, *, crop: bool) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from data.augmentation_checks import check_channels
 from data.config import DataConfig
 from data.datasets import Dataset, digits, synthetic
 from data.few import few_of_each_class
@@ -11,6 +12,7 @@ from data.joined import joined
 from data.jpeg import decoder_name
 from data.mixing import whole_shares
 from data.normalise import Normalise
+from data.showing import showing_of
 from data.templates import captions_of, class_prompts
 from data.texts import TextShape, describe_texts, make_texts, tokenizer_of
 from data.textures import textures
@@ -46,6 +48,7 @@ def build_datasets(
         whole_shares(config.weights)  # raises
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     Normalise(config, channels)  # raises
+    check_channels(config, channels)
     texts = None if text is None else make_texts(tokenizer_of(config), text)
     train, held_out = _build(config, (channels, height, width), num_classes or _SYNTHETIC_CLASSES, seed, readers)
     if num_classes is not None and not train.num_classes:
@@ -65,6 +68,12 @@ def build_datasets(
                 "make captions of, but the model reads texts: see data.caption_column"
             )
         part.captions, part.texts = part.captions or captions_of(part, config), texts
+        if texts is not None and part.captions.tell_looks and config.rand_augment:
+            raise ValueError(
+                f"data.rand_augment is {config.rand_augment!r}, which turns and brightens images, and captions of "
+                "templates that tell it would not know: leave it out, or see data.templates"
+            )
+        part.show(showing_of(config))
     return few_of_each_class(train, config, seed), held_out
 
 

@@ -76,6 +76,11 @@ class Captions(Protocol):
         """All captions of an image, if somebody has written them; else the one that says most."""
         ...
 
+    @property
+    def tell_looks(self) -> bool:
+        """Whether they say what augmentation has made of an image."""
+        return False
+
     def prompts(self) -> list[list[str]] | None:
         """Of each class, what could be said of any image of it; None where there are no classes."""
         ...
@@ -106,6 +111,11 @@ class TemplateCaptions(Captions):
     def every(self, index: int, label: int, look: Look) -> Sequence[str]:
         """As Captions."""
         return (_fill(self.templates[-1], self.names[label], look.words()),)
+
+    @property
+    def tell_looks(self) -> bool:
+        """As Captions."""
+        return any(f"{{{word}}}" in template for template in self.templates for word in ATTRIBUTES)
 
     def prompts(self) -> list[list[str]]:
         """As Captions."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, Literal
 
+from data.augmentation_checks import check_augmentation
 from data.source_names import Source, is_joined, sources_of
 
 TextCleaning = Literal["none", "lower", "canonical"]
@@ -13,7 +14,6 @@ FOLDS = 5
 
 # Far beyond what is of use, and short of what no machine holds.
 _MOST_WORKERS, _MOST_IMAGES = 1024, 10_000_000
-_LARGEST_BLUR = 20  # a filter three times as far to either side
 _LARGEST_PIXEL = 1e6  # means and deviations are meant for pixels in 0..1
 
 _SHARDS = ("webdataset", "parquet")  # kinds
@@ -35,6 +35,8 @@ _ONLY_FOR = {
     "templates": ("digits", "synthetic", "image_folder", "textures", *_SHARDS),
     "size": ("synthetic",),
     "crops_per_class": ("textures",),
+    "eval_transform": _FILES,
+    "crop_pct": _FILES,
 }
 
 
@@ -131,6 +133,14 @@ class DataConfig:
     std: tuple[float, ...] = (0.5,)
     """Divides the pixels after the mean is subtracted: one number, or one per channel."""
 
+    eval_transform: Literal["centre", "timm", "big_vision", "big_vision_resize"] = "centre"
+    """How image files are brought to the model's size, random crops apart: the largest centred box; as timm does (the
+    shorter side to size / crop_pct, bicubic, then the centre); as big_vision's resize_small and central_crop; or as its
+    resize, without a crop. See docs/data.md."""
+
+    crop_pct: float | None = None
+    """With timm and big_vision, the part of the shorter side that is seen; absent: 0.875."""
+
     rotate: float = 0.0
     """Augmentation: largest rotation to either side, in degrees."""
 
@@ -155,11 +165,42 @@ class DataConfig:
     contrast: float = 0.0
     """Augmentation: largest relative change of the distance of pixels from their mean."""
 
+    saturation: float = 0.0
+    """Augmentation: largest relative change of the distance of colours from the grey that is as bright."""
+
+    hue: float = 0.0
+    """Augmentation: largest turn of hues to either side, as a fraction of the whole circle, to 0.5."""
+
+    grey: float = 0.0
+    """Augmentation: share of images that lose their colours."""
+
     blur: float = 0.0
     """Augmentation: largest standard deviation of a Gaussian blur, in pixels."""
 
     noise: float = 0.0
     """Augmentation: largest standard deviation of Gaussian noise, for pixels in 0..1."""
+
+    rand_augment: str | None = None
+    """Augmentation: RandAugment, as timm writes and defines it: rand-m9-n2-mstd0.5-inc1; 3-Augment: rand-n1-p1-t3a."""
+
+    erase: float = 0.0
+    """Augmentation: share of images of which a random rectangle, of 2 to 33 % of the area, is erased."""
+
+    erase_fill: Literal["pixel", "rand", "const"] = "pixel"
+    """What is there then: noise, for each pixel or one colour for all, or the mean, in timm's words."""
+
+    mixup: float = 0.0
+    """Augmentation: Mixup, images are mixed with others in shares of the beta distribution of this alpha, such as 0.8;
+    their labels in the same shares. 0: off."""
+
+    cutmix: float = 0.0
+    """Augmentation: CutMix, a rectangle of an image is another's, of an area that is drawn likewise. 0: off."""
+
+    mix_probability: float = 1.0
+    """Share of images that are mixed, where mixup or cutmix are set."""
+
+    cutmix_switch: float = 0.5
+    """Share of these by CutMix, where both are set."""
 
     views: int = 1
     """2: each image comes twice, augmented independently, for objectives that compare views of an image."""
@@ -182,17 +223,9 @@ class DataConfig:
         self._check_few()
         self._check_numbers("mean", -_LARGEST_PIXEL, _LARGEST_PIXEL)
         self._check_numbers("std", 1 / _LARGEST_PIXEL, _LARGEST_PIXEL)
-        self._check("rotate", 0 <= self.rotate <= 180, "from 0 to 180 degrees")
-        self._check("shift", 0 <= self.shift <= 1, "a fraction of the image, from 0 to 1")
-        self._check("scale", 0 <= self.scale <= 100, "a relative zoom from 0 to 100, such as 0.1")
-        self._check("shear", 0 <= self.shear < 90, "from 0 to below 90 degrees")
-        self._check("brightness", 0 <= self.brightness <= 100, "a relative change from 0 to 100, such as 0.2")
-        self._check("contrast", 0 <= self.contrast <= 100, "a relative change from 0 to 100, such as 0.2")
-        self._check("blur", 0 <= self.blur <= _LARGEST_BLUR, f"from 0 to {_LARGEST_BLUR} pixels")
-        self._check("noise", 0 <= self.noise <= 1, "a standard deviation from 0 to 1, where pixels are in 0..1")
+        check_augmentation(self)
         self._check("views", self.views in (1, 2), "1, or 2 for objectives that compare views of an image")
         self._check("repeats", 1 <= self.repeats <= _MOST_IMAGES, f"from 1 to {_MOST_IMAGES}")
-        self._check("crop_min_area", 1e-4 <= self.crop_min_area <= 1, "from 0.0001 to 1 (1 switches cropping off)")
 
     @property
     def reads_files(self) -> bool:
@@ -207,12 +240,23 @@ class DataConfig:
     @property
     def recolours(self) -> bool:
         """Whether augmentation changes pixels where they are."""
-        return any((self.brightness, self.contrast, self.blur, self.noise))
+        return any((self.brightness, self.contrast, self.saturation, self.hue, self.grey, self.blur, self.noise))
 
     @property
     def crops(self) -> bool:
         """Whether augmentation cuts random crops."""
         return self.crop_min_area < 1
+
+    @property
+    def varies(self) -> bool:
+        """Whether augmentation does anything."""
+        changes = (self.warps, self.recolours, self.crops, self.flip, self.rand_augment, self.erase, self.mixes)
+        return any(changes)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed with others, and their labels."""
+        return self.mixup > 0 or self.cutmix > 0
 
     @property
     def is_joined(self) -> bool:

@@ -25,6 +25,7 @@ from data.config import FOLDS
 from data.keyed import Purpose, keyed_permutation, keyed_uniforms
 
 if TYPE_CHECKING:
+    from data.showing import Showing
     from data.texts import Texts
 
 
@@ -53,6 +54,9 @@ class Dataset(Protocol):
     texts: Texts | None = None
     """How that becomes tokens; None: nobody reads texts."""
 
+    showing: Showing | None = None
+    """How image files are shown in evaluation; None: the largest centred box."""
+
     shard_ends: NDArray[np.int64] | None = None
     """[K] How many images there are up to and with each shard, where the set lies in shards."""
     source_ends: NDArray[np.int64] | None = None
@@ -69,6 +73,10 @@ class Dataset(Protocol):
     def fingerprint(self) -> str:
         """Of what sample i is, the same wherever the set is the same: for ranks to see that theirs is."""
         return fingerprint(repr(self.image_shape).encode(), self.labels.tobytes())
+
+    def show(self, showing: Showing | None) -> None:
+        """Show image files so in evaluation."""
+        self.showing = showing
 
     def labels_of(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
         """The labels of some images: [B]. Large sets have them at hand one by one, and `labels` is made when asked."""

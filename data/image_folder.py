@@ -11,8 +11,9 @@ from torch import Tensor
 
 from data.config import FOLDS, DataConfig
 from data.datasets import Dataset, fingerprint, stratified_split
-from data.decode import CENTRE, check_channels, decode
+from data.decode import check_channels
 from data.sharing import scan_once
+from data.showing import read_file
 
 
 class FileList(Protocol):
@@ -32,8 +33,8 @@ class ImageFiles(Dataset):
     """The files of a list, or those at `part`, and their labels.
 
     A box is cut out of each image and scaled to image_shape with an antialiasing bilinear filter. For evaluation that
-    is the largest centred box (the same as resizing the shorter side, then cropping the centre), for training with
-    random crops a random one: crops see the file's full resolution.
+    is the largest centred box (or what `showing` says), for training with random crops a random one: crops see the
+    file's full resolution.
     """
 
     crops_when_read = True
@@ -63,17 +64,17 @@ class ImageFiles(Dataset):
         return fingerprint(self.listing.fingerprint.encode(), part)
 
     def load(self, index: int) -> tuple[NDArray[np.float32], int]:
-        return self._decode(index, CENTRE), int(self.labels[index])
+        return self._decode(index, None), int(self.labels[index])
 
     def read(self, indices: NDArray[np.int64], crop: NDArray[np.float64] | None = None) -> Tensor:
         images = np.empty((len(indices), *self.image_shape), dtype=np.float32)
         for row, index in enumerate(indices.tolist()):
-            images[row] = self._decode(index, CENTRE if crop is None else crop[row])
+            images[row] = self._decode(index, None if crop is None else crop[row])
         return torch.from_numpy(images)
 
-    def _decode(self, index: int, crop: NDArray[np.float64]) -> NDArray[np.float32]:
+    def _decode(self, index: int, crop: NDArray[np.float64] | None) -> NDArray[np.float32]:
         place = index if self.part is None else int(self.part[index])
-        return decode(self.listing.file(place), crop, self.image_shape)
+        return read_file(self.listing.file(place), crop, self.image_shape, self.showing)
 
 
 def whole_folder(config: DataConfig, key: str, image_shape: tuple[int, int, int], readers: int) -> ImageFiles:

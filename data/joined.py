@@ -21,6 +21,7 @@ from data.datasets import Dataset, fingerprint
 from data.held_out import Part
 from data.image_folder import whole_folder
 from data.image_text import whole_table
+from data.showing import Showing
 from data.source_names import sources_of
 from data.templates import captions_of, class_prompts, class_words
 from data.webdataset import whole_shards
@@ -101,6 +102,10 @@ class Joined(Dataset):
         ((number, _, own),) = self._by_source(np.array([index]))
         return number, int(own[0])
 
+    def show(self, showing: Showing | None) -> None:
+        for source in self.sources:
+            source.show(showing)
+
     def _by_source(self, indices: NDArray[np.int64]) -> list[tuple[int, NDArray[np.int64], NDArray[np.int64]]]:
         """(source, which of `indices` are its own, their indices in it) of each source that there is one of."""
         samples = indices if self.part is None else self.part.samples(indices)
@@ -133,6 +138,11 @@ class JoinedCaptions(Captions):
     def prompts(self) -> list[list[str]] | None:
         """As Captions."""
         return None if self.classes is None else self.classes.prompts()
+
+    @property
+    def tell_looks(self) -> bool:
+        """As Captions."""
+        return any(captions.tell_looks for captions in self.of_sources)
 
     def _label(self, number: int, own: int) -> int:
         """As the source has it."""

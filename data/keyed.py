@@ -31,6 +31,10 @@ class Purpose(IntEnum):
     WINDOW = 10
     FEW = 11
     SUBSTITUTE = 12
+    COLOUR = 13
+    RAND_AUGMENT = 14
+    ERASE = 15
+    BLEND = 16
 
 
 class Variant(IntEnum):
@@ -62,6 +66,11 @@ def keyed_permutation(seed: int, purpose: Purpose, epoch: int, size: int) -> NDA
 def keyed_words(seed: int, purpose: Purpose, epoch: int, count: int, window: int = 0) -> NDArray[np.uint64]:
     """`count` random words of 64 bits that depend on (seed, purpose, epoch, window) alone, the same with any NumPy."""
     return _philox(seed, purpose, counter=epoch << 128 | window << 64).random_raw(count)
+
+
+def keyed_generator(seed: int, purpose: Purpose, row: int, variant: Variant = Variant.TRAINING) -> np.random.Generator:
+    """Where as many numbers are drawn as it takes: a generator that depends on (seed, purpose, variant, row) alone."""
+    return _generator(seed, purpose + _VARIANT * variant, counter=row << 64)
 
 
 def _generator(seed: int, purpose: int, counter: int) -> np.random.Generator:

@@ -9,7 +9,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from data.blending import Blend, blend, draw_blend, partners, with_partners
 from data.config import DataConfig
 from data.datasets import Dataset
 from data.mending import LEFT_OUT, Mender
@@ -44,6 +45,8 @@ class Batch:
     weights: Tensor  # [B] float32: 1 for an image, 0 for padding
     texts: Tensor | None = None  # [B, S] int64: what is said of each image; None where that is not needed
     indices: Tensor | None = None  # [B] int64: the image of each row, by its number in the set, -1 for padding
+    other_labels: Tensor | None = None  # [B] int64: of the image that each is mixed with; None: none is
+    own_shares: Tensor | None = None  # [B] float32: of the image itself in that
 
 
 class TrainStream:
@@ -92,13 +95,14 @@ class TrainStream:
         self._micro_batch_size = micro_batch_size
         self._rank_batch_size = global_batch_size // data_size
         self._data_rank = data_rank
-        self._offset = offset
+        self._seed, self._offset = seed, offset
         self._order = sample_order(dataset, seed, config)
         self._agreement = Agreement(relay)
         decides = with_images if relay is None else relay.decides
         self._mender = Mender(
             dataset, config, with_images=with_images, with_texts=with_texts, decides=decides, seed=seed
         )
+        assert not (config.mixes and self._mender.makes_texts), "texts of mixed images are refused before"
 
     def steps(self, start: int) -> Iterator[StepBatches]:
         """This rank's micro-batches of step `start`, of the step after it, and so on without end.
@@ -134,16 +138,20 @@ class TrainStream:
     def _batch(self, first_draw: int, number: int, source: Source, *, again: bool) -> Batch:
         """The micro-batch that begins with a draw. Counts its time, and what is in it unless it is read again."""
         asked = time.perf_counter()
-        draws = np.arange(first_draw, first_draw + self._micro_batch_size)
-        content, drawn = source.take(first_draw), self._order.indices(draws)
-        own = drawn if content.indices is None else content.indices
-        indices = self._agreement.of(first_draw, number, own, drawn)
+        read, own, others = self._draws_of(first_draw)
+        content, drawn = source.take(first_draw), self._order.indices(read)
+        found = drawn if content.indices is None else content.indices
+        indices = self._agreement.of(first_draw, number, found, drawn)
         if self._mender.needs_any and (content.indices is None or not np.array_equal(indices, content.indices)):
-            content = self._mender.training_of(indices, first_draw)
-        batch = batch_of(self._dataset, content, indices, torch.from_numpy(draws), 0, self._config.views)
+            content = self._mixed(self._mender.training_of(indices, int(read[0])), first_draw)
+        draws = read[own]
+        batch = batch_of(self._dataset, content, indices[own], torch.from_numpy(draws), 0, self._config.views)
+        if self._config.mixes:
+            labels = torch.from_numpy(self._dataset.labels_of(indices[others]))
+            batch = replace(batch, other_labels=labels, own_shares=torch.from_numpy(self._blend(first_draw).shares))
         if not again:
             self.texts_cut += content.texts_cut
-            self.bad += content.bad
+            self.bad += [bad for bad in content.bad if bad.place in draws]  # those of partners are counted elsewhere
         self.waited += time.perf_counter() - asked
         return batch
 
@@ -153,8 +161,27 @@ class TrainStream:
         self._agreement.begin(first_draw)
 
     def _read(self, first_draw: int) -> Content:
-        indices = self._order.indices(np.arange(first_draw, first_draw + self._micro_batch_size))
-        return self._mender.training(indices, first_draw)
+        read, _, _ = self._draws_of(first_draw)
+        return self._mixed(self._mender.training(self._order.indices(read), int(read[0])), first_draw)
+
+    def _mixed(self, content: Content, first_draw: int) -> Content:
+        """What was made of the draws that are read, as what is made of the micro-batch."""
+        if not self._config.mixes or content.images is None:
+            return content
+        _, own, others = self._draws_of(first_draw)
+        return replace(content, images=blend(content.images, own, others, self._blend(first_draw)))
+
+    def _draws_of(self, first_draw: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Of the micro-batch that begins with a draw: (draws that are read for it, one after the other; where in these
+        its own are; where those are that they are mixed with, if they are)."""
+        count, repeats = self._micro_batch_size, self._config.repeats
+        own = np.arange(first_draw, first_draw + count)
+        read = with_partners(first_draw, count, repeats) if self._config.mixes else own
+        return read, own - read[0], partners(own, repeats) - read[0]
+
+    def _blend(self, first_draw: int) -> Blend:
+        _, height, width = self._dataset.image_shape
+        return draw_blend(self._config, self._seed, first_draw, self._micro_batch_size, height, width)
 
 
 class StepBatches(Sequence[Batch]):

@@ -18,6 +18,7 @@ from data.augment import Augmentation, augment, draw_augmentation
 from data.captions import CHOICES, Look
 from data.config import DataConfig
 from data.datasets import Dataset
+from data.erasing import erase
 from data.keyed import Purpose, Variant, keyed_uniforms
 from data.normalise import Normalise
 from data.reading import Content
@@ -95,7 +96,10 @@ class Maker:
             )
         if augmentation is not None:
             images = augment(images, augmentation, config, crop=config.crops and not crop_when_read)
-        return self._normalise(F.pad(images, (0, 0, 0, 0, 0, 0, 0, missing)) if missing else images)
+        images = self._normalise(F.pad(images, (0, 0, 0, 0, 0, 0, 0, missing)) if missing else images)
+        if augmentation is not None and config.erase:
+            erase(images[: len(indices)], config.erase, config.erase_fill, augmentation.photometry.key)
+        return images
 
     def _choices(
         self, seed: int, first_draw: int, count: int, variant: Variant

@@ -52,7 +52,7 @@ class Mender:
         self._decides, self._mends = decides, mends and config.max_bad_share > 0
         self._is_of_files = config.reads_files
         self._maker = Maker(dataset, config, with_images=with_images, with_texts=with_texts)
-        self.needs_any = self._maker.needs_any
+        self.needs_any, self.makes_texts = self._maker.needs_any, self._maker.makes_texts
 
     def training(self, indices: NDArray[np.int64], first_draw: int) -> Content:
         """Of the samples at `indices`, drawn one after the other from `first_draw` on, or of those in their place.

@@ -1,4 +1,5 @@
-"""Random changes of pixels where they are: brightness, contrast, blur, noise, as SimCLR has them (Chen et al., 2020).
+"""Random changes of pixels where they are: brightness, contrast, colours, blur, noise, as SimCLR has them (Chen et al.,
+2020).
 
 Elementwise, or by NumPy image by image: pixels must not depend on the micro-batch, nor on how many threads there are.
 What is done at all goes by the configuration, never by what was drawn. Shapes: B images, C channels, H x W pixels.
@@ -18,6 +19,7 @@ from torch import Tensor
 from data.config import DataConfig
 from data.keyed import Purpose, Variant, keyed_uniforms
 
+_LUMA = 0.299, 0.587, 0.114  # of red, green and blue: how bright they are (ITU-R BT.601)
 _REACH = 3  # standard deviations that a blur reaches to either side
 
 
@@ -26,12 +28,17 @@ class Photometry:
     """What is done to the pixels of each image of a micro-batch, in this order.
 
     Attributes:
-        brightness: [B], they are multiplied by it. contrast: [B], so is their distance from the image's mean. blur:
-            [B], standard deviation in pixels. noise: [B], standard deviation. key: seed, variant and first draw.
+        brightness: [B], they are multiplied by it. contrast: [B], so is their distance from the image's mean.
+        saturation: [B], so is their distance from the grey that is as bright. hue: [B], they are turned by it, of a
+            whole circle. grey: [B], whether they become that grey.
+        blur: [B], standard deviation in pixels. noise: [B], standard deviation. key: seed, variant and first draw.
     """
 
     brightness: NDArray[np.float64]
     contrast: NDArray[np.float64]
+    saturation: NDArray[np.float64]
+    hue: NDArray[np.float64]
+    grey: NDArray[np.bool_]
     blur: NDArray[np.float64]
     noise: NDArray[np.float64]
     key: tuple[int, Variant, int]
@@ -44,12 +51,34 @@ def apply_photometry(images: Tensor, p: Photometry, config: DataConfig) -> Tenso
     if config.contrast:
         means = _column(np.array([image.numpy().mean(dtype=np.float64) for image in images]))
         images = (images - means) * _column(p.contrast) + means
+    if config.saturation or config.grey:
+        factors = _column(np.where(p.grey, 0, p.saturation))
+        grey = sum(weight * images[:, n : n + 1] for n, weight in enumerate(_LUMA))
+        images = grey + (images - grey) * factors
+    if config.hue:
+        images = _turned(images, _column(6 * p.hue))
     if config.blur:
         weights = _filters(p.blur, math.ceil(_REACH * config.blur))
         images = _filtered(_filtered(images, weights, dim=-1), weights, dim=-2)
     if config.noise:
         images = images + _normal(p.key, images) * _column(p.noise)
     return images.clamp(0, 1)
+
+
+def _turned(images: Tensor, sixths: Tensor) -> Tensor:
+    """The [B, 3, H, W] images with their hues turned by [B, 1, 1, 1] sixths of the circle (Smith, 1978: HSV)."""
+    images = images.clamp(0, 1)
+    red, green, blue = images.split(1, 1)
+    value = images.amax(1, keepdim=True)
+    chroma = value - images.amin(1, keepdim=True)
+    span = torch.where(chroma > 0, chroma, 1.0)
+    hue = torch.where(
+        value == red, (green - blue) / span,
+        torch.where(value == green, (blue - red) / span + 2, (red - green) / span + 4),
+    )  # fmt: skip
+    places = hue + sixths + torch.tensor([5.0, 3.0, 1.0])[:, None, None]  # [B, 3, H, W]: of each channel on the circle
+    places = places - 6 * (places / 6).floor()
+    return value - chroma * torch.minimum(places, 4 - places).clamp(0, 1)
 
 
 def _column(values: NDArray[np.float64]) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from data.captions import GivenCaptions, Look, TemplateCaptions
 from data.config import FOLDS, DataConfig
 from data.datasets import Dataset, fingerprint
-from data.decode import CENTRE, check_channels, decode
+from data.decode import check_channels
 from data.errors import BadSampleError
 from data.held_out import Part
 from data.shards.catalogue import Catalogue, open_shards
@@ -26,6 +26,7 @@ from data.shards.parquet import ParquetFormat
 from data.shards.store import Place, Store
 from data.shards.tar import TarFormat
 from data.sharing import once
+from data.showing import read_file
 from data.templates import class_prompts
 
 
@@ -81,8 +82,8 @@ class WebDataset(Dataset):
     def read(self, indices: NDArray[np.int64], crop: NDArray[np.float64] | None = None) -> Tensor:
         images = np.empty((len(indices), *self.image_shape), dtype=np.float32)
         for row, place in enumerate(self.places(indices)):
-            content, box = BytesIO(self.store.image(place)), CENTRE if crop is None else crop[row]
-            images[row] = decode(content, box, self.image_shape, partial(self.store.name, place))
+            content, name = BytesIO(self.store.image(place)), partial(self.store.name, place)
+            images[row] = read_file(content, None if crop is None else crop[row], self.image_shape, self.showing, name)
         return torch.from_numpy(images)
 
 

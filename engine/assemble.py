@@ -226,18 +226,23 @@ class Assembly:
 
     def to_device(self, batch: Batch, *, training: bool) -> MicroBatch:
         """The data package's batch as the model's, on this rank's device."""
-        images = batch.images.to(self.device, non_blocking=True) if batch.images is not None else None
+
+        def moved(x: torch.Tensor | None) -> torch.Tensor | None:
+            return None if x is None else x.to(self.device, non_blocking=True)
+
         reads = self.holds_loss or any(self.objective.reads_outputs(self.placement.layers[n]) for n in self.stages)
         plans = self.device.type == "meta"  # of whose samples nothing is stored
         stored = self.objective.stored(batch, training=training) if reads and not plans else ()
         return MicroBatch(
-            images=images,
+            images=moved(batch.images),
             labels=batch.labels.to(self.device, non_blocking=True),
             sample_ids=batch.sample_ids.to(self.device, non_blocking=True),
             weights=batch.weights.to(self.device, non_blocking=True),
             training=training,
-            texts=batch.texts.to(self.device, non_blocking=True) if batch.texts is not None else None,
-            indices=batch.indices.to(self.device, non_blocking=True) if batch.indices is not None else None,
+            texts=moved(batch.texts),
+            indices=moved(batch.indices),
+            other_labels=moved(batch.other_labels),
+            own_shares=moved(batch.own_shares),
             teachers=tuple({k: x.to(self.device, non_blocking=True) for k, x in of.items()} for of in stored),
         )
 

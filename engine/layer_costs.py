@@ -184,7 +184,7 @@ def _essential(config: Config) -> Config:
         ),
         train=TrainConfig(
             steps=1, micro_batch_size=micro, global_batch_size=few_images(micro), loss=train.loss, freeze=train.freeze,
-            seed=train.seed,
+            seed=train.seed, label_smoothing=train.label_smoothing,
         ),
         precision=config.precision,
         recompute=config.recompute.keeping_all(),
@@ -219,4 +219,8 @@ def micro_batch(a: Assembly) -> Batch:
         length = next(layer.output[0] for layer in a.layers if layer.kind == "embed" and "texts" in layer.reads)
         texts = torch.zeros(size, length, dtype=torch.int64, device=META)
     zeros = torch.zeros(size, dtype=torch.int64, device=META)
-    return Batch(images=images, texts=texts, labels=zeros, sample_ids=zeros, weights=torch.ones(size, device=META))
+    ones, mixes = torch.ones(size, device=META), a.config.data.mixes
+    return Batch(
+        images=images, texts=texts, labels=zeros, sample_ids=zeros, weights=ones,
+        other_labels=zeros if mixes else None, own_shares=ones if mixes else None,
+    )  # fmt: skip

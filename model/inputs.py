@@ -27,6 +27,8 @@ class MicroBatch:
         keys: whether what comes out are keys that queries are compared with, which pass no predictor.
         texts: tokens, int64 [B, S], filled up at the right; None where there are none, or no layer reads them.
         indices: int64 [B], the same for rows of one image; None where that is not known.
+        other_labels: int64 [B], of the image that each is mixed with; None: none is. own_shares: fp32 [B], of the image
+            itself in that.
         differentiated: whether losses that arise within the layers are wanted: not in a pass for outputs alone.
         teachers: what teachers have made of these images before, of each by name, rows [B, ...]; on ranks that have
             the loss.
@@ -43,6 +45,8 @@ class MicroBatch:
     texts: Tensor | None = None
     keys: bool = False
     indices: Tensor | None = None
+    other_labels: Tensor | None = None
+    own_shares: Tensor | None = None
     differentiated: bool = True
     teachers: tuple[Mapping[str, Tensor], ...] = ()
     shares: Shares | None = None

@@ -57,6 +57,9 @@ class TrainConfig:
     loss: Literal["softmax", "sigmoid"] = "softmax"
     """Cross entropy over classes, or the sum of one binary cross entropy per class (ViT-22B)."""
 
+    label_smoothing: float = 0.0
+    """In training, what of each label all classes share evenly, such as 0.1."""
+
     max_bad_steps: int = 5
     """Steps in a row with a NaN or Inf loss or gradient, each skipped, after which the run ends with exit code 4."""
 
@@ -84,6 +87,10 @@ class TrainConfig:
                 raise ValueError(f"train.{name} is {value}: it must be positive")
             if value is not None and value > MAX_COUNT:
                 raise ValueError(f"train.{name} is {value}: it must be at most {MAX_COUNT}")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(
+                f"train.label_smoothing is {self.label_smoothing}: it must be from 0 to below 1, such as 0.1"
+            )
         if self.seed < 0:
             raise ValueError(f"train.seed is {self.seed}: it must be 0 or more")
         for name in ("eval_interval", "check_interval"):

@@ -44,10 +44,17 @@ def check_objective(config: Config) -> None:
         if config.objective == "distillation":
             config.distillation.check()
             _check_batch(config)
+            if config.train.label_smoothing and not config.distillation.label_weight:
+                raise ConfigError(
+                    f"train.label_smoothing is {config.train.label_smoothing}, but distillation.label_weight is 0, so "
+                    "that labels are no target: leave it out, or give them a weight"
+                )
         return
     classes = set_keys("model", config.model, ("num_classes", "head_bias"))
     classes = {key: value for key, value in classes.items() if value}
     _refuse(classes | set_keys("train", config.train, ("loss",)), "objective supervised", "objective is contrastive")
+    soft = set_keys("train", config.train, ("label_smoothing",)) | set_keys("data", config.data, ("mixup", "cutmix"))
+    _refuse(soft, "objectives supervised and distillation", "objective is contrastive")
     if config.contrastive.has_texts:
         _refuse(views, "contrastive.pairs views", "contrastive.pairs is image_text")
     else:

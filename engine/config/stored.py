@@ -33,7 +33,7 @@ _LOOKED_AT = 1024  # draws
 
 def key_of(data: DataConfig) -> Literal["draw", "image"]:
     """What a row is of: an image that is never augmented is the same in every draw."""
-    return "draw" if data.warps or data.recolours or data.crops or data.flip else "image"
+    return "draw" if data.varies else "image"
 
 
 def images_said(config: Config, student: ModelConfig) -> dict[str, Any]:

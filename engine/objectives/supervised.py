@@ -13,7 +13,7 @@ from engine.config import Config
 from engine.objectives.base import AdditiveObjective
 from model import LayerSpec, MicroBatch, build_layers
 from parallel.grid import Grid
-from parallel.tensor import LOSSES, top_class
+from parallel.tensor import LOSSES, Softening, top_class
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,12 +21,14 @@ class Supervised(AdditiveObjective):
     """The mean over images of softmax or sigmoid cross entropy (`train.loss`).
 
     Attributes:
-        loss: its name. classes: how many. global_batch_size: images per step. layers: of one ViT.
+        loss: its name. smoothing: of labels in training. classes: how many. global_batch_size: images per step. layers:
+            of one ViT.
     """
 
     counted = ("loss", "right", "images")
 
     loss: str
+    smoothing: float
     classes: int
     global_batch_size: int
     layers: tuple[LayerSpec, ...]
@@ -36,6 +38,7 @@ class Supervised(AdditiveObjective):
         """As Objective."""
         return cls(
             loss=config.train.loss,
+            smoothing=config.train.label_smoothing,
             classes=config.model.sizes.classes,
             global_batch_size=config.train.global_batch_size,
             layers=tuple(build_layers(config.model)),
@@ -57,7 +60,8 @@ class Supervised(AdditiveObjective):
 
     def losses(self, outputs: tuple[Tensor, ...], batch: MicroBatch, grid: Grid) -> Tensor:
         """Loss of each image, 0 for padding: [B]."""
-        return LOSSES[self.loss](outputs[0], batch.labels, self.classes, grid.tensor) * batch.weights
+        soft = Softening(batch.other_labels, batch.own_shares, self.smoothing if batch.training else 0.0)
+        return LOSSES[self.loss](outputs[0], batch.labels, self.classes, grid.tensor, soft) * batch.weights
 
     def right(self, logits: Tensor, batch: MicroBatch, grid: Grid) -> Tensor:
         """How many images these logits classify right: []."""

@@ -2,7 +2,7 @@
 
 from parallel.tensor.divergence import sigmoid_divergence, softened_divergence
 from parallel.tensor.linear import ColumnParallelLinear, RowParallelLinear, linear, xavier_uniform
-from parallel.tensor.loss import LOSSES, sigmoid_cross_entropy, softmax_cross_entropy, top_class
+from parallel.tensor.loss import LOSSES, Softening, sigmoid_cross_entropy, softmax_cross_entropy, top_class
 from parallel.tensor.norm import norm_over_ranks
 from parallel.tensor.rows import (
     TensorParallel,
@@ -22,6 +22,7 @@ __all__ = [
     "ColumnParallelLinear",
     "GradientSink",
     "RowParallelLinear",
+    "Softening",
     "TensorParallel",
     "VocabularyEmbedding",
     "attach_sink",

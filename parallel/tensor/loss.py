@@ -9,7 +9,7 @@ Legend: B images, C classes, T tensor-parallel size.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,24 +27,66 @@ def own_classes(labels: Tensor, classes: int, axis: Axis) -> tuple[Tensor, Tenso
     return (labels - start).clamp(0, stop - start - 1), mine
 
 
+class Softening(NamedTuple):
+    """What makes targets of labels soft: probabilities of classes, which add up to 1.
+
+    Attributes:
+        others: int64 [B], a second label of each image, where it is a mixture of two; None: none is.
+        shares: fp32 [B], of the first label in that; the rest is the second's.
+        smoothing: the part of each target that all classes share evenly (Szegedy et al., 2016).
+    """
+
+    others: Tensor | None = None
+    shares: Tensor | None = None
+    smoothing: float = 0.0
+
+
+HARD = Softening()
+
+
+class _Targets(NamedTuple):
+    """This rank's part. Attributes: places, weights: [B, K] of labels, 0 where those are not of our classes. even: of
+    all classes."""
+
+    places: Tensor
+    weights: Tensor
+    even: float
+
+    @staticmethod
+    def of(labels: Tensor, soft: Softening, classes: int, axis: Axis) -> _Targets:
+        if soft.others is None or soft.shares is None:
+            places, mine = own_classes(labels[:, None], classes, axis)
+            weights = mine.float()
+        else:
+            places, mine = own_classes(torch.stack([labels, soft.others], 1), classes, axis)
+            weights = mine * torch.stack([soft.shares, 1 - soft.shares], 1)
+        return _Targets(places, weights * (1 - soft.smoothing), soft.smoothing / classes)
+
+    def dot(self, logits: Tensor) -> Tensor:
+        """Logits, fp32 [B, C/T], times their targets, added up: [B]."""
+        found = (logits.gather(1, self.places) * self.weights).sum(1)
+        return found + self.even * logits.sum(1) if self.even else found
+
+
 class _SoftmaxCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, classes: int, axis: Axis) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, targets: _Targets, axis: Axis) -> Tensor:
         logits = logits.float()
-        index, mine = own_classes(labels, classes, axis)
         largest = comm.all_reduce(logits.amax(1), axis, "max")
-        exp = (logits - largest[:, None]).exp_()
-        target = (logits.gather(1, index[:, None])[:, 0] - largest) * mine
+        logits = logits - largest[:, None]
+        target = targets.dot(logits)
+        exp = logits.exp_()
         total, target = comm.all_reduce(torch.stack([exp.sum(1), target]), axis)
-        ctx.save_for_backward(exp.div_(total[:, None]), index, mine)
+        ctx.save_for_backward(exp.div_(total[:, None]), targets.places, targets.weights)
+        ctx.even = targets.even
         return total.log() - target
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        probabilities, index, mine = ctx.saved_tensors
-        grad = probabilities.clone()
-        grad.scatter_add_(1, index[:, None], -mine.to(grad.dtype)[:, None])
-        return grad * grads[0][:, None], None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        probabilities, places, weights = ctx.saved_tensors
+        grad = probabilities - ctx.even
+        grad.scatter_add_(1, places, -weights)
+        return grad * grads[0][:, None], None, None
 
 
 class _SumOver(torch.autograd.Function):
@@ -59,25 +101,24 @@ class _SumOver(torch.autograd.Function):
         return grads[0], None
 
 
-def softmax_cross_entropy(logits: Tensor, labels: Tensor, classes: int, axis: Axis) -> Tensor:
+def softmax_cross_entropy(logits: Tensor, labels: Tensor, classes: int, axis: Axis, soft: Softening = HARD) -> Tensor:
     """Cross entropy of each image, in nats.
 
     Args:
         logits: [B, C/T], this rank's classes. labels: int64 [B], of all C. classes: C. axis: the tensor axis.
+        soft: what more the targets are.
 
     Returns:
         fp32 [B], the same on every rank.
     """
-    loss: Tensor = _SoftmaxCrossEntropy.apply(logits, labels, classes, axis)
+    loss: Tensor = _SoftmaxCrossEntropy.apply(logits, _Targets.of(labels, soft, classes, axis), axis)
     return loss
 
 
-def sigmoid_cross_entropy(logits: Tensor, labels: Tensor, classes: int, axis: Axis) -> Tensor:
+def sigmoid_cross_entropy(logits: Tensor, labels: Tensor, classes: int, axis: Axis, soft: Softening = HARD) -> Tensor:
     """Sum over classes of the binary cross entropies of each image, in nats. Arguments as `softmax_cross_entropy`."""
     logits = logits.float()
-    index, mine = own_classes(labels, classes, axis)
-    target = logits.gather(1, index[:, None])[:, 0] * mine
-    local = F.softplus(logits).sum(1) - target
+    local = F.softplus(logits).sum(1) - _Targets.of(labels, soft, classes, axis).dot(logits)
     return sum_over(local, axis)
 
 

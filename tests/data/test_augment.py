@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import colorsys
 from dataclasses import fields, replace
 from typing import Any
 
@@ -21,12 +22,19 @@ EVERYTHING = DataConfig(
     crop_min_area=0.5,
     brightness=0.3,
     contrast=0.4,
+    saturation=0.5,
+    hue=0.2,
+    grey=0.3,
+    rand_augment="rand-m9-n3-p0.8-mstd0.5-inc1",
     blur=1.0,
     noise=0.1,
 )
 UNCHANGED = Photometry(
     brightness=np.ones(1),
     contrast=np.ones(1),
+    saturation=np.ones(1),
+    hue=np.zeros(1),
+    grey=np.zeros(1, dtype=bool),
     blur=np.zeros(1),
     noise=np.zeros(1),
     key=(0, Variant.TRAINING, 0),
@@ -154,6 +162,22 @@ def test_brightness_and_contrast(image: torch.Tensor) -> None:
     torch.testing.assert_close(changed, half.mean() + (half - half.mean()) / 4)
     assert apply_photometry(image, photometry(brightness=2), config).max() == 1
     torch.testing.assert_close(apply_photometry(image, UNCHANGED, config), image)
+
+
+def test_saturation_grey_and_hue() -> None:
+    image = torch.rand(1, 3, 6, 7, generator=torch.Generator().manual_seed(1))
+    image[..., 0], image[:, 1, 0], image[:, 2, 1] = 0.25, image[:, 0, 0], image[:, 1, 1]  # grey; ties of two
+    luma = (image * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True).expand_as(image)
+    colours = DataConfig(saturation=1, hue=0.5)
+    duller = apply_photometry(image, photometry(saturation=0.5), DataConfig(saturation=1))
+    torch.testing.assert_close(duller, (image + luma) / 2)
+    greyed = apply_photometry(image, replace(UNCHANGED, grey=np.ones(1, dtype=bool)), DataConfig(grey=0.5))
+    torch.testing.assert_close(greyed, luma)
+    for turn in (0.0, 0.13, 0.5, -0.37):
+        turned = apply_photometry(image, photometry(hue=turn), colours)
+        for ours, pixel in zip(turned[0].flatten(1).T.tolist(), image[0].flatten(1).T.tolist(), strict=True):
+            hue, saturation, value = colorsys.rgb_to_hsv(*pixel)
+            assert ours == pytest.approx(colorsys.hsv_to_rgb((hue + turn) % 1, saturation, value), abs=1e-5)
 
 
 @pytest.mark.parametrize("deviation", [0.0, 0.5, 2.0])

@@ -6,7 +6,7 @@ from typing import Any
 import docstring_parser
 import pytest
 
-from data import DataConfig
+from data import DataConfig, build_datasets
 
 NOT_PIXELS = (float("nan"), float("inf"), -float("inf"), 1e39, -1e39)
 
@@ -38,6 +38,14 @@ NOT_PIXELS = (float("nan"), float("inf"), -float("inf"), 1e39, -1e39)
         ({"blur": 21.0}, r"data\.blur is 21\.0: it must be from 0 to 20 pixels"),
         ({"noise": 1.5}, r"data\.noise is 1\.5"),
         ({"views": 3}, r"data\.views is 3: it must be 1, or 2 for"),
+        ({"hue": 0.6}, r"data\.hue is 0\.6: it must be a fraction of the circle, from 0 to 0\.5"),
+        ({"rand_augment": "rand-x9"}, r"data\.rand_augment is 'rand-x9': write it as timm does"),
+        ({"erase_fill": "const"}, r"data\.erase_fill is const, but data\.erase is 0"),
+        ({"mixup": 1e-9}, r"data\.mixup is 1e-09: it must be 0 \(off\), or an alpha from 0\.001"),
+        ({"mix_probability": 0.5}, r"data\.mix_probability is 0\.5, but neither data\.mixup nor data\.cutmix is set"),
+        ({"cutmix": 1.0, "cutmix_switch": 0.3}, r"data\.cutmix_switch is 0\.3, but .* are not both set"),
+        ({"mixup": 0.8, "labels_per_class": 9}, r"data\.labels_per_class is 9 and data\.mixup 0\.8, .* has no label"),
+        ({"mixup": 0.8, "views": 2}, r"data\.views is 2 and data\.mixup 0\.8, data\.cutmix 0\.0: views of mixed"),
         ({"shear": 90.0}, r"data\.shear is 90\.0"),
         ({"crop_min_area": 0.0}, r"data\.crop_min_area is 0\.0.* .1 switches cropping off"),
         (
@@ -54,6 +62,18 @@ NOT_PIXELS = (float("nan"), float("inf"), -float("inf"), 1e39, -1e39)
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DataConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "channels", "message"),
+    [
+        ({"saturation": 0.4}, 1, r"data\.saturation is 0\.4, but images have 1 channels"),
+        ({"rand_augment": "rand-m9"}, 4, r"data\.rand_augment is 'rand-m9', but images have 4 channels"),
+    ],
+)
+def test_augmentation_that_images_do_not_have_is_refused(options: dict[str, Any], channels: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_datasets(DataConfig(kind="synthetic", **options), image_size=8, channels=channels, num_classes=10, seed=0)
 
 
 def test_every_field_has_a_line_of_help() -> None:

@@ -199,3 +199,23 @@ def test_a_fault_of_the_disk_is_no_fault_of_the_sample() -> None:
         with pytest.raises(UnreadableImageError) as caught:
             decode(file, CENTRE, (1, 8, 8))
         assert isinstance(caught.value, BadSampleError) is not isinstance(file, Broken)
+
+
+def test_stand_ins_are_mixed_alike() -> None:
+    """By Mixup and CutMix, micro-batches that part pairs, too: labels are those of what stands in."""
+    config = config_of(mixup=0.5, cutmix=1.0)
+
+    def joined(batches: list[Batch]) -> dict[str, Tensor]:
+        names = ("images", "labels", "other_labels", "own_shares", "indices")
+        return {name: torch.cat([vars(batch)[name] for batch in batches]) for name in names}
+
+    batches, bad = training(4, config, with_texts=False)
+    expected = joined(batches)
+    pairs = expected["labels"].unflatten(0, (-1, 2))
+    assert len(bad) > 4 and torch.equal(expected["other_labels"], pairs.flip(1).flatten())
+    assert torch.equal(expected["labels"], expected["indices"] % 3)
+    for data_size, micro in ((1, 3), (4, 1)):
+        found, others = training(4, config, with_texts=False, data_size=data_size, micro_batch_size=micro)
+        assert others == bad
+        for name, x in joined(found).items():
+            assert torch.equal(x, expected[name]), (name, data_size, micro)

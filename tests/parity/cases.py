@@ -158,6 +158,13 @@ TAUGHT: dict[str, tuple[ModelConfig, tuple[TeacherConfig, ...], DistillationConf
 FAMILY = ("kinds", "pyramid", "heads")
 REPEATS = defaultdict(lambda: 1, pairs_images=4)  # rows of an image, which lie on several ranks and micro-batches
 FEW = defaultdict[str, int | None](lambda: None, taught=70)  # labels, of half of the images
+# images that are mixed with each other, of targets that are soft, under either loss
+_SOFT = {"mixup": 0.8, "cutmix": 1.0, "mix_probability": 0.9}
+AUGMENTED: dict[str, dict[str, Any]] = defaultdict(
+    dict, mixed=_SOFT, taught_by_two=_SOFT,
+    beside=_SOFT | {"erase": 0.4, "rand_augment": "rand-m7-n1-p0.7-mstd0.5-inc1"},
+)  # fmt: skip
+SMOOTHING = defaultdict(float, mixed=0.05, beside=0.1, taught=0.1)
 LOSSES = defaultdict(lambda: "softmax", mixed="sigmoid")
 KERNELS = defaultdict(lambda: "auto", sequential="reference", heads="reference")
 
@@ -254,7 +261,13 @@ class Case:
         """The resolved configuration of the case; keyword arguments override the `train` group."""
         config = Config(
             **self.groups,
-            data=DataConfig(rotate=10.0, shift=0.1, repeats=REPEATS[self.model], labels_per_class=FEW[self.model]),
+            data=DataConfig(
+                rotate=10.0,
+                shift=0.1,
+                repeats=REPEATS[self.model],
+                labels_per_class=FEW[self.model],
+                **AUGMENTED[self.model],
+            ),
             parallel=ParallelConfig(
                 tensor_parallel_size=self.tensor,
                 sequence_parallel=self.sequence_parallel,
@@ -277,6 +290,7 @@ class Case:
                 micro_batch_size=self.batch // self.data // self.micro_batches,
                 steps=STEPS,
                 loss=LOSSES[self.model],  # type: ignore[arg-type]
+                label_smoothing=SMOOTHING[self.model],
                 freeze=self.freeze,
                 **train,
             ),
@@ -382,7 +396,8 @@ _FROZEN = {
 }  # fmt: skip
 
 
-# Two class tokens and no bias in embedding and head; class token and mean side by side.
+# Two class tokens and no bias in embedding and head; class token and mean side by side, with micro-batches that part
+# images from those that they are mixed with.
 _OUTER = {
     2: [
         Case("distilled", tensor=2, sequence_parallel=True, micro_batches=2),
@@ -390,7 +405,7 @@ _OUTER = {
         Case("distilled", pipeline=2, micro_batches=2, freeze=("embed", "head.fc"), schedule="interleaved"),
         Case("beside", tensor=2, micro_batches=2),
         Case("beside", context=2, zero=1),
-        Case("beside", data=2, micro_batches=2, zero=3),
+        Case("beside", data=2, batch=12, micro_batches=2, zero=3),
     ],
     4: [
         Case("distilled", tensor=2, pipeline=2, micro_batches=4),

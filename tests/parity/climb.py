@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from data import Dataset, EvalStream, TextShape, TrainStream, build_datasets
+from data import Batch, Dataset, EvalStream, TextShape, TrainStream, build_datasets
 from data.datasets import ArrayDataset
 from engine.assemble import Assembly, assemble, grid_of
 from engine.config import Config
@@ -199,7 +200,7 @@ def close(grid: Grid) -> None:
 
 
 def first_batches(config: Config) -> list[tuple[Tensor, Tensor]]:
-    """(images, labels) of each whole global batch of a run with one data-parallel rank."""
+    """(images, targets [B, classes]) of each whole global batch of a run with one data-parallel rank."""
     train = config.train
     stream = TrainStream(
         digits(config.model, labels=config.data.labels_per_class)[0],
@@ -211,7 +212,18 @@ def first_batches(config: Config) -> list[tuple[Tensor, Tensor]]:
         seed=train.seed,
     )
     batches = [step[0] for step in islice(stream.steps(0), STEPS)]
-    return [(b.images, b.labels) for b in batches if b.images is not None]
+    return [(b.images, targets(b, config)) for b in batches if b.images is not None]
+
+
+def targets(batch: Batch, config: Config) -> Tensor:
+    """Probabilities of classes, [B, classes]; of images without a label 0."""
+    known = (batch.labels >= 0)[:, None]
+    hot = F.one_hot(batch.labels.clamp(min=0), config.model.sizes.classes).float() * known
+    if batch.other_labels is not None and batch.own_shares is not None:
+        shares = batch.own_shares[:, None]
+        hot = shares * hot + (1 - shares) * F.one_hot(batch.other_labels, config.model.sizes.classes)
+    smoothing = config.train.label_smoothing
+    return (1 - smoothing) * hot + known * smoothing / config.model.sizes.classes
 
 
 def climb_all(

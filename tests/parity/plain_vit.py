@@ -373,11 +373,10 @@ def pool(w: Weights, x: Tensor, shape: Shape, prefix: int) -> list[Tensor]:
     return [x[:, i] for i in range(len(w["embed.cls"]))]
 
 
-def loss_of(scores: Tensor, labels: Tensor, loss: str) -> Tensor:
-    """Mean over images."""
+def loss_of(scores: Tensor, targets: Tensor, loss: str) -> Tensor:
+    """Mean over images; targets [B, classes]."""
     if loss == "softmax":
-        return F.cross_entropy(scores, labels)
-    targets = F.one_hot(labels, scores.shape[1]).to(scores.dtype)
+        return F.cross_entropy(scores, targets)
     return F.binary_cross_entropy_with_logits(scores, targets, reduction="none").sum(1).mean()
 
 
@@ -395,7 +394,7 @@ def train(
     """Train `weights` in place; (losses, gradient norms, gradients of the first step before clipping).
 
     Args:
-        batches: (images, labels) of each step. rates: learning rate of each step. decays: weight decay by name.
+        batches: (images, targets) of each step. rates: learning rate of each step. decays: weight decay by name.
     """
     for value in weights.values():
         value.requires_grad_(True)

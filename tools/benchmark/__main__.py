@@ -40,19 +40,21 @@ BENCHMARKS = {
     "seeing": "class-token rollout beyond the forward pass, against hooks on written-out attention in timm",
     "shards": "how soon sets of many shards are opened, and whether reading them keeps memory",
     "decode": "images a second on a core, from JPEGs to training batches, against webdataset, grain and Pillow",
+    "augmentations": "what each augmentation, and each way to show held-out images, takes per image",
     "kernels": "each native kernel against torch, and against the memory limit",
 }
 
 _ALONE = {
     "precision", "textures", "reshard", "convert", "kernels", "sweep", "schedules", "pipeline", "recompute",
-    "predictions", "shards", "contrastive", "seeing", "faithful", "retention", "decode", "--against",
+    "predictions", "shards", "contrastive", "seeing", "faithful", "retention", "decode",
+    "augmentations", "--against",
 }  # with ranks of their own, or none  # fmt: skip
 
 
 def main(argv: Sequence[str], world: World) -> int | None:
     """Hand over to the benchmark named first; returns its exit code."""
     if not argv or argv[0] not in BENCHMARKS:
-        lines = [f"  {name:11} {what}" for name, what in BENCHMARKS.items()]
+        lines = [f"  {name:13} {what}" for name, what in BENCHMARKS.items()]
         print("\n".join(["usage: python -m tools.benchmark NAME [options]", *lines]), file=sys.stderr)
         return EXIT_USAGE
     code: int | None = importlib.import_module(f"tools.benchmark.{argv[0]}").main(argv[1:], world)

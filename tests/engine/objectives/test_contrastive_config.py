@@ -31,6 +31,10 @@ REFUSED: dict[str, tuple[Callable[[], Config], str]] = {
         lambda: config_of(train=TrainConfig(steps=1, global_batch_size=8, loss="sigmoid")),
         "train.loss is sigmoid, a key of objective supervised",
     ),
+    "mixed images": (
+        lambda: config_of(data=DataConfig(cutmix=1.0)),
+        "data.cutmix is 1.0, a key of objectives supervised and distillation, but objective is contrastive: leave it",
+    ),
     "views of pairs": (lambda: config_of(data=DataConfig(views=2)), "data.views is 2, a key of contrastive.pairs vie"),
     "texts beside views": (lambda: config_of(contrastive=VIEWS), "text.width is 16, a key of contrastive.pairs image"),
     "a text tower that is none": (lambda: config_of(text=TextConfig()), "text.width is not set: give it, or a text."),

@@ -12,7 +12,7 @@ from parallel.comm import Axis, single_axis
 from parallel.grid import GridShape, make_grid
 from parallel.layout import split_range
 from parallel.process_group import World
-from parallel.tensor import LOSSES, top_class
+from parallel.tensor import LOSSES, Softening, top_class
 from tests.distributed import run_ranks
 
 
@@ -68,6 +68,34 @@ def _check_losses(axis: Axis, classes: int) -> None:
         assert found.tolist() == np.argmax(logits.numpy(), 1).tolist(), name  # numpy's is the first of equals
 
 
+def _check_softened(axis: Axis, classes: int) -> None:
+    """Mixtures of two labels, smoothed: torch's losses of probabilities."""
+    logits, images = _cases(classes)["usual"], torch.arange(classes + 3)
+    labels, others = images % classes, (images * 2 + 1) % classes
+    shares = torch.linspace(0, 1, len(images))
+    for soft in (Softening(smoothing=0.2), Softening(others, shares), Softening(others, shares, 0.1)):
+        hot = F.one_hot(labels, classes).double()
+        if soft.others is not None:
+            hot = shares.double()[:, None] * hot + (1 - shares.double())[:, None] * F.one_hot(others, classes)
+        targets = (1 - soft.smoothing) * hot + soft.smoothing / classes
+        for kind, loss in LOSSES.items():
+            whole = logits.double().requires_grad_()
+            expected = (
+                F.cross_entropy(whole, targets, reduction="none")
+                if kind == "softmax"
+                else F.binary_cross_entropy_with_logits(whole, targets, reduction="none").sum(1)
+            )
+            expected.sum().backward()
+            local = _own(logits, axis).requires_grad_()
+            ours = loss(local, labels, classes, axis, soft)
+            ours.sum().backward()
+            assert local.grad is not None and whole.grad is not None
+            torch.testing.assert_close(ours.double(), expected, rtol=2e-6, atol=2e-6, msg=_naming(kind, soft))
+            torch.testing.assert_close(
+                local.grad.double(), _own(whole.grad, axis), rtol=1e-5, atol=1e-6, msg=_naming(kind, soft)
+            )
+
+
 def _check_ties(axis: Axis) -> None:
     """The largest logit twice, at every pair of classes: on one rank, and on two."""
     classes = 9
@@ -108,6 +136,7 @@ def _check_all(world: World) -> None:
     axis = make_grid(GridShape(tensor=world.size), world).tensor
     for classes in (world.size, 7, 10):  # one class on each rank, and uneven numbers
         _check_losses(axis, classes)
+        _check_softened(axis, classes)
     _check_ties(axis)
     _check_low_precision(axis)
     _check_traffic(axis)
@@ -121,6 +150,7 @@ def test_sharded_losses(ranks: int) -> None:
 def test_on_one_rank() -> None:
     axis = single_axis("tensor")
     _check_losses(axis, 7)
+    _check_softened(axis, 7)
     _check_ties(axis)
     _check_low_precision(axis)
     assert not axis.meter.calls
