@@ -11,10 +11,10 @@ from parallel.pipeline.boundary import TensorSpec
 
 def layer_of(name: str) -> str:
     """The layer of a parameter: `blocks.3` of `blocks.3.attn.qkv.weight`, `text.head` of `text.head.fc.bias`,
-    `teacher.0.blocks.3` of one of several teachers."""
+    `teacher.0.blocks.3` of one of several teachers, `teacher.image.blocks.3` of one with towers."""
     parts = name.split(".")
     start = int(parts[0] in (*TOWERS, TEACHER))
-    start += parts[0] == TEACHER and parts[1].isdigit()
+    start += parts[0] == TEACHER and (parts[1].isdigit() or parts[1] in TOWERS)
     return ".".join(parts[: start + (2 if parts[start + 1 :] and parts[start + 1].isdigit() else 1)])
 
 

@@ -269,7 +269,10 @@ def _loss_times(objective: Objective, timing: Timing, grid: Grid, cluster: Clust
     build, last = timing.build, timing.layers[-1]
     shape, dtype = last.boundary(timing.batch_size, build), build.precision.of_layer(last.name)
     taught = [shape] * len(last.rides)  # teachers' logits
-    forms = [shape, shape, (), ()] if last.joins else [shape, *taught]  # embeddings of both sides, scale, bias; logits
+    forms: list[tuple[int, ...]] = [shape, *taught]  # logits
+    if last.joins:  # embeddings of both sides, scale, bias, what a teacher makes of both
+        above = makers(timing.layers, len(timing.layers) - 1)[2:]
+        forms = [shape, shape, (), (), *(of.boundary(timing.batch_size, build) for of in above)]
     outputs = tuple(torch.empty(form, dtype=dtype, device=META).requires_grad_() for form in forms)
     size = timing.batch_size * last.per_sample
     zeros, ones = torch.zeros(size, dtype=torch.int64, device=META), torch.ones(size, device=META)

@@ -11,6 +11,7 @@ from model.presets import PRESETS
 from model.stage import Stage
 from model.stored import StoredTeacher
 from model.targets import Shares
+from model.taught_towers import TowersTeacher, build_taught_towers
 from model.teachers import MATCH, TEACHER, Matching, Pixels, Teacher, build_student, build_teacher, student_layers
 from model.text import TEXT_PRESETS, TextConfig
 from model.towers import TOWERS, build_towers, check_towers
@@ -40,9 +41,11 @@ __all__ = [
     "Teacher",
     "TextConfig",
     "Tower",
+    "TowersTeacher",
     "VisionTransformer",
     "build_layers",
     "build_student",
+    "build_taught_towers",
     "build_teacher",
     "build_towers",
     "check_parallel",

@@ -106,19 +106,21 @@ def _towers(
 
 
 def image_tower(
-    image: ModelConfig, embedding: int, projection: Projection, *, projection_bias: bool = False, views: int = 1
-) -> list[LayerSpec]:
-    """`image.embed` to `image.head`, not measured. Arguments as of `build_towers`; views: of each sample."""
+    image: ModelConfig, embedding: int, projection: Projection, *, projection_bias: bool = False, views: int = 1,
+    name: str = IMAGE,
+) -> list[LayerSpec]:  # fmt: skip
+    """`image.embed` to `image.head`, not measured. Arguments as of `build_towers`; views: of each sample. name: of the
+    tower."""
     config = projected(image, embedding, projection, projection_bias=projection_bias)
     _check_width(pooled_features(Build(config=config)), embedding, projection, "contrastive.projection", "image")
     head = partial(ProjectedHead, outputs=embedding) if projection == "mlp" else Head
     layers = [
         LayerSpec(name="embed", factory=Embedding, reads=("images",)),
-        *block_layers(config, f"{IMAGE}."),
+        *block_layers(config, f"{name}."),
         LayerSpec(name="head", factory=head, stage=config.sizes.last.index, gives=head_gives(config)),
     ]
-    tower = Tower(name=IMAGE, config=config)
-    return [replace(spec, name=_under(IMAGE, spec.name), tower=tower, per_sample=views) for spec in layers]
+    tower = Tower(name=name, config=config)
+    return [replace(spec, name=_under(name, spec.name), tower=tower, per_sample=views) for spec in layers]
 
 
 def projected(
@@ -131,9 +133,10 @@ def projected(
 
 
 def text_tower(
-    text: TextConfig, embedding: int, projection: Projection, *, rides: tuple[str, ...] = ()
+    text: TextConfig, embedding: int, projection: Projection, *, rides: tuple[str, ...] = (), name: str = TEXT
 ) -> list[LayerSpec]:
-    """`text.embed` to `text.head`, not measured. Arguments as of `build_towers`; rides: as of LayerSpec."""
+    """`text.embed` to `text.head`, not measured. Arguments as of `build_towers`; rides: as of LayerSpec. name: of the
+    tower."""
     projection = text.projection or projection
     config = text.model(embedding, projection)
     _check_width(config.sizes.last.width, embedding, projection, "text.projection", "text")
@@ -147,11 +150,11 @@ def text_tower(
             name="embed", factory=partial(TextEmbedding, vocabulary=text.vocabulary_size), reads=("texts",),
             begins=bool(rides),
         ),
-        *block_layers(config, f"{TEXT}."),
+        *block_layers(config, f"{name}."),
         LayerSpec(name="head", factory=head, gives=head_gives(config), reads=reads),
     ]  # fmt: skip
-    tower = Tower(name=TEXT, config=config, shares_tokens=False)
-    return [replace(spec, name=_under(TEXT, spec.name), tower=tower, rides=rides) for spec in layers]
+    tower = Tower(name=name, config=config, shares_tokens=False)
+    return [replace(spec, name=_under(name, spec.name), tower=tower, rides=rides) for spec in layers]
 
 
 def _under(tower: str, name: str) -> str:
@@ -173,6 +176,8 @@ def check_towers(layers: Sequence[LayerSpec], tensor_size: int, context_size: in
             check_parallel(tower.config, tensor_size, context_size if tower.shares_tokens else 1)
         except ValueError as error:
             own = str(error).replace("model.num_classes", "contrastive.embedding")
+            if tower.frozen:
+                raise ValueError(f"of the {tower.name} tower {own.replace('model.', '')}") from error
             raise ValueError(own.replace("model.", "text.") if tower.name == TEXT else own) from error
     for spec in layers:
         given = getattr(spec.factory, "keywords", {})

@@ -7,6 +7,7 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING, NamedTuple
 
 from engine.config.teachers import computed, found_of, named
+from engine.config.tower_teachers import towers_at
 from engine.errors import ConfigError
 from engine.teacher_outputs.meta import is_outputs
 from engine.teacher_outputs.shards import stored_at
@@ -50,6 +51,8 @@ def class_orders(config: Config, names: Sequence[str] | None) -> dict[str, Class
 def fingerprints(config: Config, names: Sequence[str] | None) -> tuple[str, ...]:
     """Of each teacher, if there are any: of stored outputs, or of weights and the order of their classes. Arguments and
     errors as of `class_orders`."""
+    if config.objective == "contrastive" and (path := config.contrastive.teacher) is not None:
+        return (towers_at(path, config.contrastive.teacher_load_weights).fingerprint,)
     if config.objective != "distillation":
         return ()
     orders = class_orders(config, names)

@@ -14,6 +14,10 @@ _MOST_SCALE = 100.0
 _BIAS = -10.0
 
 
+TAUGHT_BY = ("teacher_dtype", "teacher_load_weights", "affinity_weight")
+"""Keys of how a teacher is run and weighted."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ContrastiveConfig:
     """What is made alike: images and their texts, or two views of one image. A key left null takes its usual value."""
@@ -67,6 +71,20 @@ class ContrastiveConfig:
     predictor: int = 0
     """Hidden features of an MLP that turns queries into guesses of keys (MoCo v3); needs momentum. 0: none."""
 
+    teacher: str | None = None
+    """Two towers whose alikeness of images and texts the student's is to be like, beside the loss (affinity mimicking;
+    Wu et al. 2023, TinyCLIP): a checkpoint of this objective, or what tools.convert reads as both towers."""
+
+    teacher_dtype: Literal["fp32", "bf16", "fp16", "fp8"] | None = None
+    """As distillation.teacher_dtype."""
+
+    teacher_load_weights: Literal["weights", "average"] = "weights"
+    """As distillation.teacher_load_weights."""
+
+    affinity_weight: float = 1.0
+    """Of what the student's and the teacher's distributions over the batch differ by (KL divergence, each at its own
+    temperature), the mean of both directions; the loss itself has weight 1. Needs a teacher."""
+
     def __post_init__(self) -> None:
         for name, least in (("embedding", 1), ("predictor", 0), ("queue", 0), ("max_logit_scale", 0.0)):
             value = getattr(self, name)
@@ -78,6 +96,11 @@ class ContrastiveConfig:
             raise ValueError(
                 f"contrastive.projection_bias is true, but contrastive.projection is {self.projection}: leave it out, "
                 "or use linear"
+            )
+        if self.affinity_weight <= 0:
+            raise ValueError(
+                f"contrastive.affinity_weight is {self.affinity_weight}: it must be above 0; without it a teacher does "
+                "nothing, so leave contrastive.teacher out"
             )
         if self.momentum is not None and not 0 <= self.momentum < 1:
             raise ValueError(f"contrastive.momentum is {self.momentum}: it must be from 0 to below 1")
@@ -125,6 +148,11 @@ class ContrastiveConfig:
                     f"contrastive.{name} is {value}, but no moving average makes keys: set contrastive.momentum, such "
                     "as 0.99"
                 )
+        for name in ("teacher", *TAUGHT_BY):
+            value, usual_value = getattr(self, name), getattr(type(self), name)
+            if value != usual_value and (views or (name != "teacher" and self.teacher is None)):
+                needs = "pairs image_text, and there are views" if views else "a contrastive.teacher, and there is none"
+                raise ConfigError(f"contrastive.{name} is {value}, but it is for {needs}: leave it out")
         scale = self.max_logit_scale
         usual = _VIEWS_TEMPERATURE if views else _TEMPERATURES[self.loss]
         resolved = replace(

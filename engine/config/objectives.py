@@ -13,8 +13,20 @@ from engine.config.inheritance import inheritance_of
 from engine.config.pipeline import Pipeline
 from engine.config.stored import check_stored
 from engine.config.teachers import at_steps, check_maps, check_teachers, matching_of, taught_by
+from engine.config.tower_teachers import tower_teacher_of, with_step
 from engine.errors import ConfigError
-from model import LayerSpec, ModelConfig, TextConfig, build_student, build_towers, check_parallel, check_towers
+from model import (
+    LayerSpec,
+    ModelConfig,
+    TextConfig,
+    TowersTeacher,
+    build_student,
+    build_taught_towers,
+    build_towers,
+    check_parallel,
+    check_towers,
+    student_layers,
+)
 from parallel.grid import GridShape
 from parallel.pipeline import Schedule
 from parallel.pipeline.actions import ActionKind
@@ -218,18 +230,21 @@ def _towers(config: Config, shape: GridShape) -> Built:
     keys = config.contrastive.resolve()
     model = replace(config.model, num_classes=0).resolve()
     text = config.text.resolve() if keys.has_texts else config.text
-    layers = towers(model, text, keys)
+    config = with_step(replace(config, contrastive=keys))
+    keys, teacher = config.contrastive, tower_teacher_of(config, model, text)
+    layers = towers(model, text, keys, teacher)
     check_towers(layers, shape.tensor, shape.context)
     if 0 < keys.queue < shape.data:
         raise ValueError(
             f"contrastive.queue is {keys.queue}, fewer keys than the {shape.data} data-parallel ranks that share them: "
             f"use {shape.data} or more"
         )
-    blocks, merges = _count(layers, "blocks"), _count(layers, "merges")
+    own = student_layers(layers)
+    blocks, merges = _count(own, "blocks"), _count(own, "merges")
     inner = (
         _inner("embeddings", blocks, merges, "heads") if keys.has_texts else _inner("embedding", blocks, merges, "head")
     )
-    what = f"{'both towers' if keys.has_texts else 'the tower'} ({inner}, pair)"
+    what = f"{'both towers' if keys.has_texts else 'the tower'} ({inner}, pair){' and their teacher' * bool(teacher)}"
     data = config.data if keys.has_texts else replace(config.data, views=2)
     return Built({"model": model, "text": text, "contrastive": keys, "data": data}, len(layers), blocks, what)
 
@@ -239,14 +254,17 @@ def _inner(first: str, blocks: int, merges: int, last: str) -> str:
     return f"{first}, {blocks} blocks, {of_merges}{last}"
 
 
-def towers(model: ModelConfig, text: TextConfig, keys: ContrastiveConfig) -> list[LayerSpec]:
-    """The layers of objective contrastive, of resolved groups: of both towers, or of one, and the pair.
+def towers(
+    model: ModelConfig, text: TextConfig, keys: ContrastiveConfig, teacher: TowersTeacher | None = None
+) -> list[LayerSpec]:
+    """The layers of objective contrastive, of resolved groups: of both towers, or of one, and the pair; before them
+    those of a teacher.
 
     Raises:
         ValueError: towers that cannot be projected to one embedding.
     """
     assert keys.temperature is not None and keys.learn_temperature is not None
-    return build_towers(
+    layers = build_towers(
         model,
         text if keys.has_texts else None,
         embedding=keys.embedding,
@@ -258,6 +276,7 @@ def towers(model: ModelConfig, text: TextConfig, keys: ContrastiveConfig) -> lis
         bias=keys.bias,
         predictor=keys.predictor,
     )
+    return layers if teacher is None else build_taught_towers(layers, model, text, teacher)
 
 
 def check_labels(config: Config, classes: int) -> None:

@@ -226,6 +226,9 @@ def check_teachers(teachers: Teachers, shape: GridShape) -> None:
 
 def formats_of_teachers(config: Config) -> Iterator[tuple[str, str]]:
     """(path, format) of each teacher that is computed in one of his own."""
+    keys = config.contrastive
+    if config.objective == "contrastive" and keys.teacher is not None and keys.teacher_dtype is not None:
+        yield keys.teacher, keys.teacher_dtype
     if config.objective == "distillation" and config.distillation.asks_teachers:
         yield from ((of.path, of.dtype) for of in computed(config).values() if of.dtype is not None)
 
@@ -261,10 +264,11 @@ def fingerprint_of(weights: StoredWeights, which: Which) -> str:
 def at_steps(keys: DistillationConfig) -> DistillationConfig:
     """The keys, with the folder of the step that is read where a teacher is a folder of several: a run that goes on
     has the same teacher then, whatever his own run has saved meanwhile."""
-    return keys.at([_at_step(of.path) for of in keys.all_teachers])
+    return keys.at([at_step(of.path) for of in keys.all_teachers])
 
 
-def _at_step(path: str) -> str:
+def at_step(path: str) -> str:
+    """The folder of the newest step of one of several; else the path."""
     try:
         return str(newest(Path(path)))
     except CheckpointError:

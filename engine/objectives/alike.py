@@ -50,7 +50,7 @@ class Alike(Evaluation):
 
     def look(self, outputs: Outputs, batch: MicroBatch) -> Tensor:
         """As Evaluation."""
-        left, right, self._scale, self._bias = outputs
+        left, right, self._scale, self._bias, *_ = outputs
         count = len(left)
         labels, ids = batch.labels[:count], batch.sample_ids[:count]
         same = labels if self._by_label else ids if batch.texts is None else text_numbers(batch.texts)

@@ -15,6 +15,7 @@ from torch import Tensor
 from engine.config import Config
 from engine.config.contrastive import ContrastiveConfig
 from engine.config.objectives import towers
+from engine.config.tower_teachers import tower_teacher_of
 from engine.objectives.alike import Alike
 from engine.objectives.base import Evaluation, JointLoss, JointObjective, Keys, Outputs
 from model import LayerSpec, MicroBatch
@@ -23,6 +24,7 @@ from parallel.comm import Axis
 from parallel.contrastive import (
     Gradients,
     KeyQueue,
+    affinity,
     info_nce,
     nt_xent,
     queued,
@@ -40,20 +42,25 @@ class Contrastive(JointObjective):
     """The loss of `contrastive.loss`.
 
     Attributes:
-        config: the keys of the objective. layers: of both towers. passes: as of JointObjective.
+        config: the keys of the objective. layers: of both towers, and of a teacher. passes, targets: as of
+            JointObjective.
     """
 
     config: ContrastiveConfig
     layers: tuple[LayerSpec, ...]
     passes: int
     momentum: float | None
+    targets: tuple[str, ...]
 
     @classmethod
     def of(cls, config: Config) -> Self:
         """As Objective."""
         keys = config.contrastive
-        layers = tuple(towers(config.model, config.text, keys))
-        return cls(config=keys, layers=layers, passes=1 if keys.passes == 1 else 2, momentum=keys.momentum)
+        teacher = tower_teacher_of(config)
+        return cls(
+            config=keys, layers=tuple(towers(config.model, config.text, keys, teacher)), momentum=keys.momentum,
+            passes=1 if keys.passes == 1 else 2, targets=() if teacher is None else ("pairs", "affinity"),
+        )  # fmt: skip
 
     def reads_texts(self, layers: range) -> bool:
         """As Objective: the last layer's stage does, too, since equal texts are partners in evaluation."""
@@ -63,7 +70,7 @@ class Contrastive(JointObjective):
         self, outputs: Sequence[Outputs], batches: Sequence[MicroBatch], grid: Grid, keys: Keys | None = None
     ) -> JointLoss:
         """As JointObjective."""
-        lefts, rights, (scale, *_), (bias, *_) = zip(*outputs, strict=True)
+        lefts, rights, (scale, *_), (bias, *_), *taught = zip(*outputs, strict=True)
         left, right = torch.cat(lefts), torch.cat(rights)
         if keys is None:
             labels = torch.cat([self._kin(batch)[: len(side)] for batch, side in zip(batches, lefts, strict=True)])
@@ -72,18 +79,31 @@ class Contrastive(JointObjective):
             first, second = (torch.cat([made[side] for made in keys.outputs]) for side in (0, 1))
             ways = [self._of_keys(*pair, keys.queue, scale, grid.data) for pair in ((left, second), (right, first))]
             found = both(*ways)
+        parts = dict[str, Tensor]()
+        if taught:
+            asked = self._affinity(left, right, scale, torch.cat(taught[0]), grid.data)
+            parts, found = {"pairs": found.loss, "affinity": asked.loss}, together(found, asked)
         counts = [len(left) for left in lefts]
         assert found.left is not None and found.right is not None
         # Of the scale the same on all data ranks, not each its own share: at its bound the sign decides (model.pair).
         of_scale = comm.all_reduce(found.scale.clone(), grid.data) / grid.data.size
         nothing = torch.zeros_like(scale)
         of_bias = nothing if found.bias is None else found.bias
-        parts = zip(found.left.split(counts), found.right.split(counts), strict=True)
+        sides = zip(found.left.split(counts), found.right.split(counts), outputs, strict=True)
         gradients = [
-            (left, right, *((of_scale, of_bias) if m == 0 else (nothing, nothing)))
-            for m, (left, right) in enumerate(parts)
+            (left, right, *((of_scale, of_bias) if m == 0 else (nothing, nothing)), *map(torch.zeros_like, given[4:]))
+            for m, (left, right, given) in enumerate(sides)
         ]
-        return JointLoss(found.loss, gradients)
+        return JointLoss(found.loss, gradients, parts)
+
+    def _affinity(self, left: Tensor, right: Tensor, scale: Tensor, taught: Tensor, axis: Axis) -> Gradients:
+        """What a teacher asks of the pairs, whose embeddings are beside each other, with its weight."""
+        one, other = taught.chunk(2, dim=1)
+        found, weight = affinity(left, right, scale, (one, other), axis), self.config.affinity_weight
+        assert found.left is not None and found.right is not None
+        return Gradients(
+            loss=found.loss * weight, left=found.left * weight, right=found.right * weight, scale=found.scale * weight
+        )
 
     def _kin(self, batch: MicroBatch) -> Tensor:
         """What true partners have the same of, where there may be several."""
@@ -130,9 +150,10 @@ class Contrastive(JointObjective):
         bound = f", of an inverse of at most {keys.max_logit_scale:g}" if keys.max_logit_scale else ""
         bias = "" if keys.bias is None else f", bias from {keys.bias:g}"
         how = "two passes, forwards twice" if self.passes == 2 else "one pass, all forwards first"
+        taught = f"; affinity x {keys.affinity_weight:g}, taught by {keys.teacher}" if keys.teacher else ""
         return (
             f"contrastive: {keys.loss} of {what} in {keys.embedding} features, over the whole batch, true partners by "
-            f"{keys.positives}; temperature {keys.temperature:g} {learned}{bound}{bias}; {how}"
+            f"{keys.positives}; temperature {keys.temperature:g} {learned}{bound}{bias}{taught}; {how}"
         )
 
     def bytes_held(self, samples: int) -> int:
@@ -141,12 +162,24 @@ class Contrastive(JointObjective):
         width, views = self.config.embedding, not self.config.has_texts
         tiles = 3 * 4 * ROWS**2 if self.config.loss == "supcon" else 0
         held = (8 if views else 6) * samples * 4 * width
+        if self.targets:  # the teacher's rows and zeros in the place of their gradients, the two models' side by side
+            theirs = next(of.output[1] for of in self.layers if of.kind == "pair" and of.is_frozen)
+            held += 4 * samples * (3 * theirs + 2 * width + 36) + 7 * 4 * ROWS**2
         return held + tiles + working_bytes(2 * samples if views else samples, width, 2)
 
     def evaluation(self, grid: Grid, device: torch.device) -> Evaluation:
         """As Objective."""
         sides = ("image", "text") if self.config.has_texts else ("view_1", "view_2")
         return Alike(self.pair_loss, grid, device, by_label=self.config.positives == "label", sides=sides)
+
+
+def together(one: Gradients, other: Gradients) -> Gradients:
+    """The sum of two losses of the same pairs, of which the second has no bias."""
+    assert one.left is not None and one.right is not None and other.left is not None and other.right is not None
+    return Gradients(
+        loss=one.loss + other.loss, left=one.left + other.left, right=one.right + other.right,
+        scale=one.scale + other.scale, bias=one.bias,
+    )  # fmt: skip
 
 
 def both(first: Gradients, second: Gradients) -> Gradients:

@@ -25,7 +25,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 # What each host may have in a place of its own: images, texts and weights themselves are compared, and rank 0 writes.
 _OWN = (
     "data.path", "data.val_path", "data.templates", "data.prompts", "data.tokenizer", "data.workers", "run_dir",
-    "data.index_dir", "distillation.teacher",
+    "data.index_dir", "distillation.teacher", "contrastive.teacher",
 )  # fmt: skip
 _PACKAGES = ("parallel", "model", "data", "engine")
 
@@ -46,7 +46,7 @@ def facts_of(config: Config, device: torch.device, train_set: Dataset, eval_set:
         "list of held-out images": f"{len(eval_set)} of {eval_set.fingerprint}",
         "texts of training images": captions_fingerprint(train_set),
         "texts of held-out images": captions_fingerprint(eval_set),
-        "weights of distillation.teacher": ", ".join(fingerprints(config, train_set.class_names)) or "none",
+        "weights of teachers": ", ".join(fingerprints(config, train_set.class_names)) or "none",
         "type of the device": device.type,
         "native kernels": "not wanted" if config.kernels == "reference" else _found(native.module_for(device)),
     }

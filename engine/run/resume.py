@@ -270,7 +270,7 @@ def _check_state(a: Assembly, reader: Reader, teachers: Sequence[str]) -> list[s
         )
     if (taught := list(reader.manifest.about.get(TEACHERS, ()))) != list(teachers):
         raise ConfigError(
-            f"{reader.folder} was taught by weights {taught}, and distillation.teacher has {list(teachers)}: give the "
+            f"{reader.folder} was taught by weights {taught}, and this run's teachers have {list(teachers)}: give the "
             "teacher of then, of a run the folder of that step, with names of classes as they were, or checkpoint.load "
             "to start a new run from its weights"
         )

@@ -22,6 +22,7 @@ from engine.config.keys import key_types, value_of
 from engine.config.objectives import check_labels, check_repeats, text_shape
 from engine.config.stored import check_rows
 from engine.config.teachers import found_at
+from engine.config.tower_teachers import towers_at
 from engine.device import memory_share, prepare_cpu, set_matmul
 from engine.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
 from engine.frozen import frozen_of
@@ -98,6 +99,7 @@ def pretrain(config: Config, world: World) -> int:
     began, given = time.monotonic(), config
     found_at.cache_clear()  # teachers of an earlier run of this process may have been trained further
     stored_at.cache_clear()
+    towers_at.cache_clear()
     config, world, notes = fit(with_teachers_of_then(config), world)
     config = config.resolve(world.size)
     if world.rank >= world.size:

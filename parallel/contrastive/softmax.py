@@ -66,6 +66,13 @@ def info_nce(
     )
 
 
+def pair_sums(left: Tensor, right: Tensor, ring: Ring, tiles: Tiles) -> tuple[Tensor, Tensor]:
+    """Of this rank's rows and columns of logits what `LogSums` says, [n, 2] each, whatever the logits' size."""
+    sums = _first_sweep(left, right, ring, tiles, bounded=False, columns=True)
+    assert sums.columns is not None
+    return sums.rows, sums.columns
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Sums:
     """Of this rank's rows and columns (None where not asked for) what `LogSums` says, [n, 2] each, and the logits of

@@ -37,6 +37,8 @@ def _passes(*freeze: str, layers: list[LayerSpec] = LAYERS) -> tuple[int, ...]:
 def test_whose_a_parameter_is() -> None:
     assert layer_of("blocks.3.attn.qkv.weight") == "blocks.3"
     assert layer_of("head.fc.bias") == "head"
+    for teacher in ("teacher.image.blocks.3", "teacher.text.head", "teacher.pair", "teacher.1.blocks.0"):
+        assert layer_of(f"{teacher}.norm1.weight") == teacher
     for layer in LAYERS:
         for name, _ in layer.factory(Build(config=IMAGE).of(layer)).named_parameters():
             assert layer_of(f"{layer.name}.{name}") == layer.name

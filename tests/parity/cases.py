@@ -16,7 +16,7 @@ from engine.config.distillation import DistillationConfig, TeacherConfig
 from model import ModelConfig, StageConfig, TextConfig
 from parallel.config import ParallelConfig
 from tests.parity.covering import covering
-from tests.parity.teachers import stored, teacher, with_teachers, write_outputs
+from tests.parity.teachers import stored, teacher, towers, with_teachers, with_towers, write_outputs
 
 STEPS = 10
 GLOBAL_BATCH = 16
@@ -96,6 +96,16 @@ PAIRS: dict[str, tuple[ModelConfig, TextConfig, ContrastiveConfig]] = {
     "pairs_images": (
         _IMAGE, replace(_TEXT, attention="full", pool="last", norm="rmsnorm"),
         ContrastiveConfig(embedding=18, loss="supcon", positives="image", temperature=0.01),
+    ),
+    # beside two towers of other depths, widths, kinds of blocks, pixels and another embedding
+    "pairs_taught": (
+        _IMAGE, _TEXT,
+        ContrastiveConfig(
+            embedding=18, affinity_weight=3.0, teacher=towers(
+                replace(_IMAGE, image_size=10, width=40, depth=3, num_heads=5, mlp_dim=56, pool="cls"),
+                replace(_TEXT, width=24, depth=1, drop_path=0.0, norm="rmsnorm", attention="full"), 22,
+            ),
+        ),
     ),
     "views": (
         replace(_IMAGE, pool="gap", block="parallel"), TextConfig(),
@@ -245,7 +255,7 @@ class Case:
         """Of the configuration: those that say what is trained."""
         if self.model in PAIRS:
             image, text, contrastive = PAIRS[self.model]
-            own = replace(contrastive, passes=self.passes)
+            own = with_towers(replace(contrastive, passes=self.passes))
             return {"model": image, "text": text, "contrastive": own, "objective": "contrastive"}
         if self.model in TAUGHT:
             student, teachers, keys = TAUGHT[self.model]
@@ -421,6 +431,7 @@ _PAIRS = {
         Case("pairs", micro_batches=2, passes=1),
         Case("pairs_sigmoid", micro_batches=4),
         Case("pairs_images", batch=12, micro_batches=6),
+        Case("pairs_taught", micro_batches=4),
         Case("views", micro_batches=4),
         Case("moco", micro_batches=4),
         Case("moco_queue", micro_batches=2),
@@ -434,6 +445,8 @@ _PAIRS = {
         Case("pairs_sigmoid", data=2, passes=1, micro_batches=4),
         Case("pairs_sigmoid", pipeline=2, micro_batches=4, schedule="zb_v", freeze=("image",)),
         Case("pairs_images", data=2, batch=12, micro_batches=3, zero=2),
+        Case("pairs_taught", data=2, micro_batches=2, zero=3),
+        Case("pairs_taught", pipeline=2, micro_batches=4, schedule="interleaved", policy="ready"),
         Case("views", pipeline=2, micro_batches=4, schedule="v_half"),
         Case("moco", data=2, micro_batches=2, zero=3),
         Case("moco", tensor=2, micro_batches=2),
@@ -446,6 +459,8 @@ _PAIRS = {
         Case("pairs_sigmoid", tensor=2, sequence_parallel=True, pipeline=2, micro_batches=4, policy="ready"),
         Case("pairs_supcon", tensor=2, sequence_parallel=True, data=2, micro_batches=2, zero=3),
         Case("pairs_images", data=2, context=2, batch=12, micro_batches=3),
+        Case("pairs_taught", tensor=2, sequence_parallel=True, context=2, micro_batches=2),
+        Case("pairs_taught", pipeline=4, micro_batches=4, schedule="gpipe", cut=(4, 5, 4, 5)),
         Case("views", tensor=2, data=2, micro_batches=2, zero=1),
         Case("moco", pipeline=2, data=2, micro_batches=2, schedule="gpipe", zero=1),
         Case("moco_queue", pipeline=2, context=2, micro_batches=4),

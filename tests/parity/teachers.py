@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from hashlib import blake2b
@@ -22,18 +22,20 @@ from torch import Tensor
 
 from data import Batch, Dataset, EvalStream, TrainStream
 from engine.config import Config
+from engine.config.contrastive import ContrastiveConfig
 from engine.config.distillation import DistillationConfig, TeacherConfig
 from engine.config.stored import meta_of
 from engine.config.teachers import teachers_of
 from engine.run.agreement import code_version
 from engine.teacher_outputs.shards import begin, ranges, write_rows
-from model import ModelConfig, VisionTransformer
+from model import ImageText, ModelConfig, TextConfig, VisionTransformer
 from model.formats.base import ConversionError
 from tests.engine.objectives.plain_relations import pooled
 
 _PATIENCE = 30.0  # seconds
 _MODELS: dict[str, ModelConfig] = {}
 _STORED: dict[str, TeacherConfig] = {}
+_TOWERS: dict[str, tuple[ModelConfig, TextConfig, int]] = {}
 
 
 def teacher(model: ModelConfig, **keys: Any) -> TeacherConfig:
@@ -42,6 +44,25 @@ def teacher(model: ModelConfig, **keys: Any) -> TeacherConfig:
     path = str(Path(tempfile.gettempdir()) / f"vitruvius-teachers-{os.getuid()}" / name)
     _MODELS[path] = model
     return TeacherConfig(path=path, **keys)
+
+
+def towers(image: ModelConfig, text: TextConfig, embedding: int) -> str:
+    """The path of two towers; their checkpoint is there once `with_towers` has seen it."""
+    name = blake2b(repr((image, text, embedding)).encode(), digest_size=8).hexdigest()
+    path = str(Path(tempfile.gettempdir()) / f"vitruvius-teachers-{os.getuid()}" / name)
+    _TOWERS[path] = image, text, embedding
+    return path
+
+
+def with_towers(keys: ContrastiveConfig) -> ContrastiveConfig:
+    """The keys, with a teacher, if there is one, whose checkpoint is there."""
+    if keys.teacher is not None:
+        _write_once(Path(keys.teacher), lambda: _pair(*_TOWERS[str(keys.teacher)]))
+    return keys
+
+
+def _pair(image: ModelConfig, text: TextConfig, embedding: int) -> ImageText:
+    return ImageText(image, text, embedding=embedding, temperature=0.05, seed=7)
 
 
 def stored(of: TeacherConfig) -> TeacherConfig:
@@ -102,16 +123,22 @@ def _write(folder: Path, config: Config, sets: tuple[Dataset, Dataset], draws: i
 def with_teachers(keys: DistillationConfig, teachers: tuple[TeacherConfig, ...]) -> DistillationConfig:
     """The keys, with teachers whose checkpoints are there."""
     for path in (Path(computed(of).path) for of in teachers):
-        if not path.exists():
-            try:
-                _made(_MODELS[str(path)]).save_pretrained(path)
-            except (ValueError, ConversionError):  # another process was quicker
-                until = time.monotonic() + _PATIENCE
-                while not path.exists():
-                    if time.monotonic() > until:
-                        raise
-                    time.sleep(0.05)
+        _write_once(path, lambda path=path: _made(_MODELS[str(path)]))  # type: ignore[misc]
     return replace(keys, teachers=teachers) if len(teachers) > 1 else _of_one(keys, teachers[0])
+
+
+def _write_once(path: Path, make: Callable[[], VisionTransformer | ImageText]) -> None:
+    """A checkpoint, by whichever process is first."""
+    if path.exists():
+        return
+    try:
+        make().save_pretrained(path)
+    except (ValueError, ConversionError):  # another process was quicker
+        until = time.monotonic() + _PATIENCE
+        while not path.exists():
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.05)
 
 
 def _of_one(keys: DistillationConfig, of: TeacherConfig) -> DistillationConfig:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,29 +14,32 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from data import Batch, TrainStream
+from data import Batch, DataConfig, TrainStream
 from engine.assemble import Assembly, assemble
 from engine.checkpoint.config import CheckpointConfig
 from engine.checkpoint.saver import Saver
 from engine.checkpoint.states import restore, state_pieces
-from engine.config import RecomputeConfig, TrainConfig, plain
+from engine.config import LogConfig, RecomputeConfig, TrainConfig, plain
 from engine.config.contrastive import ContrastiveConfig
 from engine.config.objectives import text_shape
+from engine.errors import ConfigError
 from engine.objectives import make_objective
 from engine.objectives.contrastive import Contrastive
 from engine.passes import most_of_one_pass, settle_passes
 from engine.plan import peaks, plan_memory
 from engine.run.load import report_lines, source_of
 from engine.run.step import Stepper
-from model import ImageText, MicroBatch, TextConfig
+from engine.run.trainer import pretrain
+from model import ImageText, MicroBatch, ModelConfig, TextConfig, VisionTransformer
 from parallel.checkpoint.read import Reader
 from parallel.grid import GridShape, make_grid
 from parallel.process_group import World
 from tests.distributed import run_ranks
 from tests.engine.objectives.pairs import TEXT, config_of
-from tests.engine.small import small
+from tests.engine.small import MODEL, small
 from tests.parity.cases import Case
 from tests.parity.climb import climb, digits
+from tools.evaluate.source import _stored
 
 CPU = torch.device("cpu")
 
@@ -52,7 +57,14 @@ def siglip(left: Tensor, right: Tensor, scale: Tensor, bias: Tensor, labels: Ten
     return -F.logsigmoid(signs * (scale * left @ right.T + bias)).sum() / len(left)
 
 
-LOSSES = {"pairs": clip, "pairs_sigmoid": siglip}
+LOSSES = {"pairs": clip, "pairs_sigmoid": siglip, "pairs_taught": clip}
+
+
+def mimicking(ours: Tensor, theirs: Tensor) -> Tensor:
+    """Of logits."""
+    ways = (ours, theirs), (ours.T, theirs.T)
+    each = (F.kl_div(a.log_softmax(1), b.log_softmax(1), log_target=True, reduction="batchmean") for a, b in ways)
+    return sum(each, start=torch.zeros((), dtype=ours.dtype)) / 2
 
 
 @pytest.mark.parametrize("model", LOSSES)
@@ -80,7 +92,14 @@ def test_gradients_are_those_of_the_whole_batch(model: str) -> None:
         micro_batch_size=train.global_batch_size, data_rank=0, data_size=1, seed=train.seed,
     )  # fmt: skip
     batch = next(islice(stream.steps(0), 1))[0]
-    loss = LOSSES[model](*plain(batch.images.double(), batch.texts), batch.labels)
+    left, right, *numbers = plain(batch.images.double(), batch.texts)
+    loss = LOSSES[model](left, right, *numbers, batch.labels)
+    if keys.teacher is not None:
+        teacher = ImageText.from_pretrained(keys.teacher, kernels="reference").double()
+        shown = F.interpolate(batch.images, (10, 10), mode="bicubic", antialias=True)
+        with torch.no_grad():
+            a, b, scale, _ = teacher(shown.double(), batch.texts)
+        loss = loss + keys.affinity_weight * mimicking(numbers[0] * left @ right.T, scale * a @ b.T)
     loss.backward()
     assert found.losses[0] == pytest.approx(loss.item(), rel=1e-5)
     assert found.first_grads.keys() == dict(plain.named_parameters()).keys()
@@ -218,6 +237,59 @@ def test_a_run_starts_from_both_towers_or_from_one(tmp_path: Path) -> None:
     assert {name.partition(".")[0] for name in source.plan.of("new")} == {"text", "pair"}
     why = list(report_lines(source))[1]
     assert "without the text tower" in why and "no open_clip_config.json beside it" in why and "--towers" not in why
+
+
+def test_a_student_of_two_towers_goes_on_with_the_same_teacher_alone(tmp_path: Path) -> None:
+    image = ModelConfig(**MODEL | {"num_classes": None, "width": 24, "depth": 2, "image_size": 12})
+    for seed, name in enumerate(("teacher", "other")):
+        ImageText(image, replace(TEXT, width=24), embedding=10, seed=seed).save_pretrained(tmp_path / name)
+    ImageText(image, replace(TEXT, context_length=9), embedding=10).save_pretrained(tmp_path / "long")
+    VisionTransformer(ModelConfig(**MODEL)).save_pretrained(tmp_path / "alone")
+
+    def run(name: str, steps: int, **keys: Any) -> None:
+        contrastive = ContrastiveConfig(embedding=12, teacher=str(tmp_path / name), affinity_weight=2.0, **keys)
+        config = small(
+            objective="contrastive", text=TEXT, num_classes=None, data=DataConfig(), contrastive=contrastive,
+            train=TrainConfig(steps=steps, global_batch_size=8, micro_batch_size=4), run_dir=str(tmp_path / "run"),
+            checkpoint=CheckpointConfig(save_interval=1), log=LogConfig(tensorboard=False, interval=1),
+        )  # fmt: skip
+        assert pretrain(config, World()) == 0
+
+    run("teacher", 1, teacher_dtype="fp8")
+    run("teacher", 2, teacher_dtype="fp8")
+    told = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    trained = [line for line in told if line["event"] == "train"]
+    assert [line["step"] for line in trained] == [1, 2]
+    for line in trained:
+        assert line["loss_pairs"] + line["loss_affinity"] == pytest.approx(line["loss"], rel=1e-6)
+        assert line["loss_affinity"] > 0
+    with Reader(tmp_path / "run" / "checkpoints" / "step-00000002") as reader:
+        saved = reader.manifest.config
+        assert not [name for name in reader.manifest.tensors if "teacher" in name]
+    assert ImageText.from_pretrained(tmp_path / "run")(torch.zeros(2, 1, 8, 8), torch.zeros(2, 8).long())[0].shape == (
+        2,
+        12,
+    )
+    kept = _stored(saved, None, {})["contrastive"]  # what evaluates it needs no teacher
+    assert "embedding" in kept and not {"teacher", "teacher_dtype", "affinity_weight"} & kept.keys()
+    for name, message in (
+        ("other", r"was taught by weights .*give the teacher of then"),
+        ("long", r"long has text\.context_length 9 and the student 8, and both read the same tokens: set"),
+        (
+            "alone",
+            r"alone has no text tower: take a checkpoint of objective contrastive with texts, or use objective d",
+        ),
+        ("none", r"contrastive\.teacher: .*none"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            run(name, 3)
+    for keys in ({"affinity_weight": 3.0}, {"teacher_dtype": "bf16"}):
+        with pytest.raises(ConfigError, match=r"it is for a contrastive\.teacher, and there is none: leave it out"):
+            config_of(contrastive=ContrastiveConfig(**keys))
+    with pytest.raises(ConfigError, match=r"it is for pairs image_text, and there are views: leave it out"):
+        config_of(text=TextConfig(), contrastive=ContrastiveConfig(pairs="views", teacher=str(tmp_path / "teacher")))
+    with pytest.raises(ValueError, match=r"affinity_weight is 0\.0: it must be above 0"):
+        ContrastiveConfig(affinity_weight=0.0)
 
 
 def test_what_has_no_effect_is_told_of_the_blocks_of_both_towers() -> None:

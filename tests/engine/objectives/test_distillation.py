@@ -211,6 +211,18 @@ def test_gradients_are_those_of_plain_pytorch(model: str) -> None:
         assert (ours.first_grads[name] - expected).norm() <= 1e-4 * expected.norm(), name
 
 
+def test_a_teacher_in_fp8_hangs_on_no_micro_batch() -> None:
+    """Each token has its own scale: with one for a micro-batch, losses would differ by a hundredth. And it rounds."""
+    found = []
+    for micro_batches, dtype in ((1, "fp8"), (4, "fp8"), (4, "bf16")):
+        config = Case("taught", micro_batches=micro_batches).config()
+        keys = replace(config.distillation, teacher_dtype=dtype)
+        found.append(climb(World(), replace(config, distillation=keys).resolve(1), steps=2).targets)
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+    for eight, half in zip(found[1][:3], found[2][:3], strict=True):  # of the first step, but for labels
+        assert 1e-6 < abs(eight / half - 1) < 0.1
+
+
 def test_features_by_smooth_l1() -> None:
     own, theirs = (2 * torch.randn(2, 3, 4, 8, generator=torch.Generator().manual_seed(0))).unbind()
     expected = features(own, theirs, DistillationConfig(features="smooth_l1"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from engine.config import Config, PrecisionConfig, RecomputeConfig, TrainConfig
 from engine.layer_costs import micro_batch
 from engine.objectives.base import Evaluation, JointLoss, JointObjective
 from engine.plan import META, plan_memory
-from model import LayerSpec, ModelConfig, TextConfig, build_towers
+from model import LayerSpec, ModelConfig, Pixels, TextConfig, TowersTeacher, build_taught_towers, build_towers
 from parallel.config import ParallelConfig
 from parallel.grid import Grid, planned_grid
 from tests.engine.recompute.meta_pass import bytes_of_a_pass
@@ -26,19 +26,26 @@ IMAGE = ModelConfig(
 TEXT = TextConfig(
     width=24, depth=3, num_heads=4, context_length=7, vocabulary_size=50, end_token=9, drop_path=0.2
 ).resolve()
+TEACHER = TowersTeacher(
+    image=replace(IMAGE, width=40, depth=2, image_size=10).resolve(), text=replace(TEXT, width=32, depth=2),
+    embedding=48, projection="linear", projection_bias=False, max_logit_scale=100.0, dtype=torch.bfloat16, fp8=True,
+    pixels=Pixels(scale=(1.0,), shift=(0.0,), size=(10, 10)),
+)  # fmt: skip
 MICRO_BATCHES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Towers(JointObjective):
-    """Layers without a loss: 11, the image's head in place 4, the pair in place 10."""
+    """Layers without a loss: 11, the image's head in place 4, the pair in place 10; before them 10 of a teacher."""
 
     layers: tuple[LayerSpec, ...]
     passes: int = 1
+    taught: ClassVar[bool] = False
 
     @classmethod
     def of(cls, config: Config) -> Self:
-        return cls(layers=tuple(build_towers(config.model, TEXT, embedding=64, bias=-10.0)))
+        layers = build_towers(config.model, TEXT, embedding=64, bias=-10.0)
+        return cls(layers=tuple(build_taught_towers(layers, config.model, TEXT, TEACHER) if cls.taught else layers))
 
     def reads_images(self, layers: range) -> bool:
         return any("images" in self.layers[place].reads for place in layers)
@@ -72,12 +79,15 @@ CASES: list[dict[str, Any]] = [
     {"pipeline": 2, "tensor": 2, "sequence_parallel": True, "sets": "qk_norm+gather", "precision": "bf16"},
     {"pipeline": 2, "context": 2},
     {"data": 2, "zero": 3, "sets": "input"},
+    {"pipeline": 2, "taught": True, "precision": "bf16", "cut": (7, 13)},
+    {"data": 2, "zero": 3, "taught": True, "sets": "input"},
 ]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_costs_of_layers_add_up_to_a_pass_of_the_rank(case: dict[str, Any]) -> None:
+def test_costs_of_layers_add_up_to_a_pass_of_the_rank(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """But for what the losses are, as in test_costs."""
+    monkeypatch.setattr(_Towers, "taught", case.get("taught", False))
     sizes = {axis: case.get(axis, 1) for axis in ("pipeline", "data", "context", "tensor")}
     parallel = ParallelConfig(
         **{f"{axis}_parallel_size": size for axis, size in sizes.items() if axis != "data"},
@@ -103,7 +113,8 @@ def test_costs_of_layers_add_up_to_a_pass_of_the_rank(case: dict[str, Any]) -> N
     )
     for rank in range(ranks):
         assembly = assemble(config, planned_grid(shape, rank), META, device_memory=0.0)
-        counted, left = bytes_of_a_pass(assembly)
+        kept = sum(products.weight_bytes for products in assembly.row_products)  # which are states
+        counted, left = (count - kept for count in bytes_of_a_pass(assembly))
         planned = plan_memory(config, shape, rank, 0.0).activations
         batch = assembly.to_device(micro_batch(assembly), training=True)
         planned -= sum(x.nbytes for x in (batch.images, batch.texts) if x is not None)

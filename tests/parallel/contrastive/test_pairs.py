@@ -15,6 +15,7 @@ from parallel import comm
 from parallel.comm import Axis, single_axis
 from parallel.contrastive import (
     Gradients,
+    affinity,
     info_nce,
     momentum,
     nt_xent,
@@ -106,6 +107,25 @@ def own_queue(axis: Axis, like: Tensor) -> Tensor:
     return QUEUE[start[axis.index] : start[axis.index + 1], : like.shape[-1]].to(like.dtype)
 
 
+def teachers(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """A teacher's rows of four features, the left ones times his scale, functions of the student's alone."""
+    one, other = (
+        F.normalize(x.detach() @ made[: x.shape[-1]].to(x.dtype), dim=-1)
+        for x, made in zip((left, right), (embeddings(LARGE, 5, 4), embeddings(LARGE, 6, 4)), strict=True)
+    )
+    return 9 * one, other
+
+
+def mimicking(left: Tensor, right: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    ours, (a, b) = scale * left @ right.t(), teachers(left, right)
+    theirs = a @ b.t()
+    each = (
+        F.kl_div(x.log_softmax(1), y.log_softmax(1), log_target=True, reduction="batchmean")
+        for x, y in ((ours, theirs), (ours.t(), theirs.t()))
+    )
+    return sum(each, start=0 * bias) / 2
+
+
 QUEUE = embeddings(13, 3)
 # what each is held against, and itself: (left, right, scale, bias, labels, axis) -> loss
 LOSSES: dict[str, tuple[Oracle, Callable[..., Gradients]]] = {
@@ -118,6 +138,10 @@ LOSSES: dict[str, tuple[Oracle, Callable[..., Gradients]]] = {
     "nt_xent": (
         views("out", torch.arange),
         lambda a, b, scale, bias, labels, axis, **more: nt_xent(a, b, scale, axis, **more),
+    ),
+    "affinity": (
+        mimicking,
+        lambda a, b, scale, bias, labels, axis, **more: affinity(a, b, scale, teachers(a, b), axis, **more),
     ),
     "momentum": (moco_v3, lambda a, b, scale, bias, labels, axis, **more: momentum(a, b, scale, axis, **more)),
     "queued": (
@@ -253,10 +277,12 @@ def test_memory_is_that_of_embeddings_and_two_blocks_however_many_ranks_there_ar
             gradients = side
         if name.startswith(("supervised", "views", "nt_xent")):  # what belongs together
             more += 3 * tile
+        if name.startswith("affinity"):  # both models' rows go round as one; what both directions ask of a block
+            more += side + 36 * ROWS * 4 + 7 * tile
         beside, beside_alone = (working_bytes(rows, LARGE, ranks, block=BLOCK) for ranks in (3, 1))
         assert rows * LARGE * 4 + gradients / 2 < most <= gradients + more + beside, name
         # of notes on rows (a label, the two parts of a sum, a number of partners), some are here and some on their way
-        assert abs(most - few[name]) <= 20 * rows, name
+        assert abs(most - few[name]) <= (40 if name.startswith("affinity") else 20) * rows, name
         assert alone[name] <= gradients + more + beside_alone, name
 
 
