@@ -76,6 +76,8 @@ def test_each_is_trained_once(
 
     monkeypatch.setattr(retention_runs, "pretrain", pretrain)
     assert retention.main([*asked, "--seeds", "3", "4"], World()) == 3 and trained == [4]
+    same = ["--seeds", "3", "--labels", "few_images", "--ways", "scratch"]  # as with few labels
+    assert retention.main([*asked, *same], World()) == 0 and trained == [4]
     capsys.readouterr()
     assert retention.main([*asked, "--seeds", "3", "4", "--only-show"], World()) == 0
     assert capsys.readouterr().out == first

@@ -90,7 +90,7 @@ class Series:
         self._teacher, _ = parse(["--config", TEACHER, *_LONGER])
         self._student, _ = parse(["--config", STUDENT, *_KEYS, *flags])
         out.mkdir(parents=True, exist_ok=True)
-        self._done = {(of.run, of.config): of for of in _read(out / _FILE)}
+        self._done = {of.config: of for of in _read(out / _FILE)}
 
     def config_of(self, run: Run) -> Config:
         """What a run trains."""
@@ -112,8 +112,8 @@ class Series:
         )
 
     def done(self, run: Run) -> Done | None:
-        """What came of it, if it has ended, and its configuration is still this one."""
-        return self._done.get((run, self._hash(run)))
+        """What came of it, if it has ended, or of another that trained the same: of what its configuration is now."""
+        return self._done.get(self._hash(run))
 
     def train(self, run: Run, world: World) -> int:
         """Train it to its end. Returns the exit code of pretrain_vit.py."""
@@ -131,7 +131,7 @@ class Series:
         seconds = time.process_time() - began
         done = Done(run=run, config=self._hash(run), accuracy=last["accuracy"], loss=last["loss"], seconds=seconds)
         _append(self.out / _FILE, done)
-        self._done[run, done.config] = done
+        self._done[done.config] = done
         return code
 
     def _folder(self, run: Run) -> Path:
