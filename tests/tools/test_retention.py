@@ -61,12 +61,13 @@ def test_what_each_student_is_to_match(tmp_path: Path) -> None:
 def test_each_is_trained_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = ["--out", str(tmp_path), "--students", "twentieth", "--labels", "few_labels", "--ways", "scratch", "all"]
+    here = tmp_path / "here"
+    asked = ["--out", str(here), "--students", "twentieth", "--labels", "few_labels", "--ways", "scratch", "all"]
     asked += ["--steps", "3", "--json", str(tmp_path / "rows.json")]
     assert retention.main([*asked, "--seeds", "3"], World()) == 0
     first = capsys.readouterr().out
     assert "| twentieth | few_labels | scratch | 1 |" in first and first.count("\n") == 5
-    file = tmp_path / "runs.jsonl"
+    file = here / "runs.jsonl"
     file.write_bytes(file.read_bytes() + b'{"run": {"seed')  # cut off by the end of another attempt
     trained = list[int]()
 
@@ -83,6 +84,9 @@ def test_each_is_trained_once(
     assert capsys.readouterr().out == first
     assert retention.main([*asked, "--seeds", "3", "--steps", "2", "--only-show"], World()) == 0
     assert capsys.readouterr().out == ""  # of other runs
+    moved = here.rename(tmp_path / "moved")
+    assert retention.main([*asked[2:-2], "--out", str(moved), "--seeds", "3"], World()) == 0 and trained == [4]
+    file = moved / "runs.jsonl"
     file.write_text("{}\n{}\n")
     with pytest.raises(ConfigError, match=r"runs\.jsonl, line 1 is no run of this benchmark: give another --out"):
-        Series(tmp_path)
+        Series(moved)

@@ -22,6 +22,7 @@ from data.config import FOLDS
 from engine.config import Config
 from engine.config.cli import parse
 from engine.config.distillation import DistillationConfig
+from engine.config.keys import key_types, value_of
 from engine.errors import ConfigError, OutputError
 from engine.run.trainer import pretrain
 from parallel.config import ParallelConfig
@@ -139,7 +140,12 @@ class Series:
         return self.out / f"teacher-{run.seed}-{self._hash(run)}"
 
     def _hash(self, run: Run) -> str:
-        return blake2b(self.config_of(run).to_yaml().encode(), digest_size=6).hexdigest()
+        """Of keys that say something, so that later versions, which have others, know it; wherever the folder is."""
+        config, usual = self.config_of(run), Config()
+        said = {key: value for key in key_types() if (value := value_of(config, key)) != value_of(usual, key)}
+        if (teacher := config.distillation.teacher) is not None:
+            said["distillation.teacher"] = Path(teacher).name
+        return blake2b(repr(said).encode(), digest_size=6).hexdigest()
 
 
 def runs_of(seeds: Sequence[int], students: Sequence[str], labels: Sequence[str], ways: Sequence[str]) -> Iterator[Run]:
