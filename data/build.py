@@ -12,6 +12,7 @@ from data.joined import joined
 from data.jpeg import decoder_name
 from data.mixing import whole_shares
 from data.normalise import Normalise
+from data.resolution import Resolution
 from data.showing import showing_of
 from data.templates import captions_of, class_prompts
 from data.texts import TextShape, describe_texts, make_texts, tokenizer_of
@@ -30,6 +31,7 @@ def build_datasets(
     seed: int,
     readers: int = 1,
     text: TextShape | None = None,
+    patch_size: int | None = None,
 ) -> tuple[Dataset, Dataset]:
     """The data sets to train on and to evaluate on, of images [channels, height, width].
 
@@ -38,6 +40,7 @@ def build_datasets(
     images or labels are kept: every seed holds out the same real images. `readers` processes of this host build the
     same sets: what takes long, one of them does. `text` is what the model's text tower reads; None: it has none, and
     no texts are made.
+    `patch_size` is the model's: images of several sizes are of whole patches; None: here all have one size.
 
     Raises:
         ValueError: for images that cannot be found, for more classes than the model has, for means and deviations of
@@ -50,6 +53,7 @@ def build_datasets(
     Normalise(config, channels)  # raises
     check_channels(config, channels)
     texts = None if text is None else make_texts(tokenizer_of(config), text)
+    resolution = Resolution.of(config, height, width, patch_size)
     train, held_out = _build(config, (channels, height, width), num_classes or _SYNTHETIC_CLASSES, seed, readers)
     if num_classes is not None and not train.num_classes:
         raise ValueError(
@@ -68,6 +72,12 @@ def build_datasets(
                 "make captions of, but the model reads texts: see data.caption_column"
             )
         part.captions, part.texts = part.captions or captions_of(part, config), texts
+        if resolution is not None and not part.tells_sides:
+            raise ValueError(
+                f"data.variable_resolution is {config.variable_resolution}, but data.kind={config.kind} does not tell "
+                "how large its images are: set it to 0, or use a folder or tar files (image_folder, webdataset)"
+            )
+        part.resolution = resolution
         if texts is not None and part.captions.tell_looks and config.rand_augment:
             raise ValueError(
                 f"data.rand_augment is {config.rand_augment!r}, which turns and brightens images, and captions of "
@@ -93,6 +103,7 @@ def describe_datasets(kind: str, train: Dataset, held_out: Dataset, num_classes:
             f"  warning: the model tells {num_classes} classes apart, but there are images of {train.num_classes}: "
             f"model.num_classes {train.num_classes} would do"
         )
+    lines += [train.resolution.describe()] if train.resolution is not None else []
     return lines + describe_texts(held_out)
 
 

@@ -141,6 +141,11 @@ class DataConfig:
     crop_pct: float | None = None
     """With timm and big_vision, the part of the shorter side that is seen; absent: 0.875."""
 
+    variable_resolution: float = 0.0
+    """Images keep their aspect ratio, and in training the number of an image's patches is drawn anew each time, evenly
+    up to this much (0.5: half) below and above that of a model.image_size image, which most of a held-out image has;
+    0: all images have the size model.image_size."""
+
     rotate: float = 0.0
     """Augmentation: largest rotation to either side, in degrees."""
 
@@ -223,6 +228,9 @@ class DataConfig:
         self._check_few()
         self._check_numbers("mean", -_LARGEST_PIXEL, _LARGEST_PIXEL)
         self._check_numbers("std", 1 / _LARGEST_PIXEL, _LARGEST_PIXEL)
+        self._check(
+            "variable_resolution", 0 <= self.variable_resolution < 1, "a part of an image's patches, from 0 to below 1"
+        )
         check_augmentation(self)
         self._check("views", self.views in (1, 2), "1, or 2 for objectives that compare views of an image")
         self._check("repeats", 1 <= self.repeats <= _MOST_IMAGES, f"from 1 to {_MOST_IMAGES}")

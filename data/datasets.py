@@ -23,6 +23,7 @@ from torch import Tensor
 from data.captions import Captions
 from data.config import FOLDS
 from data.keyed import Purpose, keyed_permutation, keyed_uniforms
+from data.resolution import Resolution, cut
 
 if TYPE_CHECKING:
     from data.showing import Showing
@@ -53,6 +54,10 @@ class Dataset(Protocol):
     """What can be said of the images."""
     texts: Texts | None = None
     """How that becomes tokens; None: nobody reads texts."""
+    resolution: Resolution | None = None
+    """How images of several sizes become patches; None: all have image_shape."""
+    tells_sides: bool = False
+    """Whether `sides` and `read_sized` are of the images as they are stored."""
 
     showing: Showing | None = None
     """How image files are shown in evaluation; None: the largest centred box."""
@@ -90,11 +95,21 @@ class Dataset(Protocol):
         """The images [B, C, H, W] at `indices`; `crop` is [B, 4] (see augment.crop_boxes), None: as for evaluation."""
         ...
 
+    def sides(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Rows and columns of pixels of some images as they are stored [B, 2], without decoding them; here those of a
+        set that has one size."""
+        return np.tile(np.array(self.image_shape[1:]), (len(indices), 1))
+
+    def read_sized(self, index: int, crop: NDArray[np.float64], shape: tuple[int, int, int]) -> NDArray[np.float32]:
+        """The box that `crop` [4] (see augment.crop_boxes) cuts out of an image, scaled to `shape`: [C, H, W]."""
+        return cut(self.load(index)[0], crop, shape)
+
 
 class ArrayDataset(Dataset):
     """Images that are held in memory as one tensor [N, C, H, W]."""
 
     crops_when_read = False
+    tells_sides = True
 
     def __init__(self, images: Tensor, labels: NDArray[np.int64], num_classes: int) -> None:
         self.images = images

@@ -68,6 +68,19 @@ def decode(
             return _cut(image, content, crop, image_shape)
 
 
+def sides(file: str | BinaryIO, name: Callable[[], str] | None = None) -> tuple[int, int]:
+    """Rows and columns of pixels of an image as it was meant, by its header (of a PNG, by all of it).
+
+    Raises:
+        UnreadableImageError: as decode.
+    """
+    from PIL import Image
+
+    with _readable(name or (lambda: str(file))), Image.open(file) as image:
+        width, height = image.size
+        return (width, height) if _orientation(image) >= 5 else (height, width)
+
+
 def whole(file: str | BinaryIO, mode: str, name: Callable[[], str] | None = None) -> tuple[Image, int]:
     """All of an image as it was meant: (it in Pillow's `mode`, `L` or `RGB`, or in grey floats where 8 bits would not
     hold it; the value of white).

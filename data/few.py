@@ -29,6 +29,7 @@ class Few(Dataset):
         self.whole, self.labels, self._images = whole, labels, images
         self.num_classes, self.image_shape, self.class_names = whole.num_classes, whole.image_shape, whole.class_names
         self.crops_when_read = whole.crops_when_read
+        self.tells_sides, self.resolution = whole.tells_sides, whole.resolution
         known = int((labels != UNKNOWN).sum())
         self.labelled = known if known < len(labels) else None
         if whole.shard_ends is not None:
@@ -53,6 +54,12 @@ class Few(Dataset):
 
     def read(self, indices: NDArray[np.int64], crop: NDArray[np.float64] | None = None) -> Tensor:
         return self.whole.read(self._images[indices], crop)
+
+    def sides(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        return self.whole.sides(self._images[indices])
+
+    def read_sized(self, index: int, crop: NDArray[np.float64], shape: tuple[int, int, int]) -> NDArray[np.float32]:
+        return self.whole.read_sized(int(self._images[index]), crop, shape)
 
     def _before(self, ends: NDArray[np.int64]) -> NDArray[np.int64]:
         """How many of these images are among the first so many of the whole set: [K] -> [K]."""

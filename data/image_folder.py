@@ -11,7 +11,7 @@ from torch import Tensor
 
 from data.config import FOLDS, DataConfig
 from data.datasets import Dataset, fingerprint, stratified_split
-from data.decode import check_channels
+from data.decode import check_channels, decode, sides
 from data.sharing import scan_once
 from data.showing import read_file
 
@@ -38,6 +38,7 @@ class ImageFiles(Dataset):
     """
 
     crops_when_read = True
+    tells_sides = True
 
     def __init__(
         self, listing: FileList, image_shape: tuple[int, int, int], part: NDArray[np.int64] | None = None
@@ -72,9 +73,17 @@ class ImageFiles(Dataset):
             images[row] = self._decode(index, None if crop is None else crop[row])
         return torch.from_numpy(images)
 
+    def sides(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.array([sides(self._file(index)) for index in indices.tolist()], dtype=np.int64).reshape(-1, 2)
+
+    def read_sized(self, index: int, crop: NDArray[np.float64], shape: tuple[int, int, int]) -> NDArray[np.float32]:
+        return decode(self._file(index), crop, shape)
+
     def _decode(self, index: int, crop: NDArray[np.float64] | None) -> NDArray[np.float32]:
-        place = index if self.part is None else int(self.part[index])
-        return read_file(self.listing.file(place), crop, self.image_shape, self.showing)
+        return read_file(self._file(index), crop, self.image_shape, self.showing)
+
+    def _file(self, index: int) -> str:
+        return self.listing.file(index if self.part is None else int(self.part[index]))
 
 
 def whole_folder(config: DataConfig, key: str, image_shape: tuple[int, int, int], readers: int) -> ImageFiles:

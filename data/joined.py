@@ -45,6 +45,7 @@ class Joined(Dataset):
     """Samples of sources end to end, or those of `part`."""
 
     crops_when_read = True
+    tells_sides = True
 
     def __init__(self, sources: Sequence[Dataset], classes: JoinedClasses, part: Part | None) -> None:
         self.sources, self.classes, self.part = tuple(sources), classes, part
@@ -96,6 +97,16 @@ class Joined(Dataset):
         for number, rows, own in self._by_source(indices):
             images[torch.from_numpy(rows)] = self.sources[number].read(own, None if crop is None else crop[rows])
         return images
+
+    def sides(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        found = np.empty((len(indices), 2), dtype=np.int64)
+        for number, rows, own in self._by_source(indices):
+            found[rows] = self.sources[number].sides(own)
+        return found
+
+    def read_sized(self, index: int, crop: NDArray[np.float64], shape: tuple[int, int, int]) -> NDArray[np.float32]:
+        number, own = self.place(index)
+        return self.sources[number].read_sized(own, crop, shape)
 
     def place(self, index: int) -> tuple[int, int]:
         """(source, index in it) of a sample."""

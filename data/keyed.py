@@ -35,6 +35,7 @@ class Purpose(IntEnum):
     RAND_AUGMENT = 14
     ERASE = 15
     BLEND = 16
+    RESOLUTION = 17
 
 
 class Variant(IntEnum):

@@ -25,6 +25,7 @@ from data.mending import LEFT_OUT, Mender
 from data.mixing import sample_order
 from data.reading import BadSample, Content, Source, in_workers
 from data.relay import Agreement, Relay
+from data.resolution import Map, check_pairs
 
 # What workers hold ready beyond what each is at work on: enough for a schedule that takes micro-batches in bursts.
 # Every one is an open file, and memory of the host in which few files may be open and little may be shared.
@@ -47,6 +48,7 @@ class Batch:
     indices: Tensor | None = None  # [B] int64: the image of each row, by its number in the set, -1 for padding
     other_labels: Tensor | None = None  # [B] int64: of the image that each is mixed with; None: none is
     own_shares: Tensor | None = None  # [B] float32: of the image itself in that
+    maps: tuple[Map, ...] | None = None  # rows and columns of patches; images are then these, packed (data.resolution)
 
 
 class TrainStream:
@@ -86,6 +88,8 @@ class TrainStream:
     ) -> None:
         assert 0 <= data_rank < data_size
         _check_batch_sizes(global_batch_size, micro_batch_size, data_size)
+        if dataset.resolution is not None:
+            check_pairs(micro_batch_size)
         if seed < 0:
             raise ValueError(f"the seed is {seed}: it must be 0 or more")
         self.waited, self.texts_cut, self.bad = 0.0, 0, list[BadSample]()
@@ -304,6 +308,7 @@ def batch_of(
         weights=F.pad(there.to(torch.float32), (0, missing)).repeat(views),
         texts=None if content.texts is None else torch.from_numpy(content.texts),
         indices=F.pad(torch.from_numpy(indices), (0, missing), value=-1).repeat(views),
+        maps=content.maps,
     )
 
 

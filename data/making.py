@@ -21,14 +21,14 @@ from data.datasets import Dataset
 from data.erasing import erase
 from data.keyed import Purpose, Variant, keyed_uniforms
 from data.normalise import Normalise
+from data.packed import HELD_OUT_SEED, PackedMaker
 from data.reading import Content
 
 _TRAINING = (Variant.TRAINING, Variant.TRAINING_OTHER_VIEW)
-_HELD_OUT_SEED = 0  # every run sees the same
 
 
 class Maker:
-    """Makes what is needed of micro-batches.
+    """Makes what is needed of micro-batches; of images of several sizes their patches and maps (data.packed).
 
     Attributes:
         needs_any: whether anything is. makes_texts: whether they are; there are texts if the set has a tokenizer.
@@ -38,11 +38,14 @@ class Maker:
         self._dataset, self._config = dataset, config
         self._with_images = with_images
         self.makes_texts = with_texts and dataset.texts is not None
-        self.needs_any = with_images or self.makes_texts
+        self._packed = None if dataset.resolution is None else PackedMaker(dataset, config, with_images=with_images)
+        self.needs_any = with_images or self.makes_texts or self._packed is not None
         self._normalise = Normalise(config, channels=dataset.image_shape[0])
 
     def training(self, indices: NDArray[np.int64], seed: int, first_draw: int) -> Content:
         """Of images at `indices`, which are drawn one after the other from `first_draw` on."""
+        if self._packed is not None:
+            return self._packed.training(indices, seed, first_draw)
         images, said = [], []
         for variant in _TRAINING[: self._config.views]:
             augmentation = draw_augmentation(self._config, seed, first_draw, len(indices), variant)
@@ -59,13 +62,15 @@ class Maker:
 
         The first view is the image itself, unless held-out images are to be varied.
         """
+        if self._packed is not None:
+            return self._packed.held_out(indices, missing, are_there)
         are_there = np.ones(len(indices), dtype=np.bool_) if are_there is None else are_there
         images, said = [], []
         for view in range(self._config.views):
             augmentation, looks = None, [Look()] * len(indices)
             if (view or self._config.vary_held_out) and len(indices):
                 variant = Variant.HELD_OUT_OTHER_VIEW if view else Variant.HELD_OUT
-                augmentation = draw_augmentation(self._config, _HELD_OUT_SEED, int(indices[0]), len(indices), variant)
+                augmentation = draw_augmentation(self._config, HELD_OUT_SEED, int(indices[0]), len(indices), variant)
                 looks = augmentation.looks()
             images.append(self._images(indices, augmentation, missing, are_there))
             if self.makes_texts:

@@ -41,6 +41,8 @@ class Content:
         texts_cut: how many of the texts were too long.
         indices: [B] the samples that it is of, -1 for those left out; None: nothing was made.
         bad: those that it would have been of.
+        maps: rows and columns of patches of each image, where images have several sizes; images are then their
+            patches (data.resolution).
     """
 
     images: Tensor | None = None
@@ -48,6 +50,7 @@ class Content:
     texts_cut: int = 0
     indices: NDArray[np.int64] | None = None
     bad: tuple[BadSample, ...] = ()
+    maps: tuple[tuple[int, int], ...] | None = None
 
 
 Read = Callable[[int], Content]

@@ -86,6 +86,7 @@ class TextureCrops(Dataset):
     """Crops at given places: crop i is cut from region i mod K, `places[i]` pixels [down, across] from its corner."""
 
     crops_when_read = False
+    tells_sides = True
 
     def __init__(self, regions: list[Region], places: NDArray[np.int64], image_shape: tuple[int, int, int]) -> None:
         self.regions = regions

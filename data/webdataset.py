@@ -16,7 +16,7 @@ from torch import Tensor
 from data.captions import GivenCaptions, Look, TemplateCaptions
 from data.config import FOLDS, DataConfig
 from data.datasets import Dataset, fingerprint
-from data.decode import check_channels
+from data.decode import check_channels, decode, sides
 from data.errors import BadSampleError
 from data.held_out import Part
 from data.shards.catalogue import Catalogue, open_shards
@@ -34,6 +34,7 @@ class WebDataset(Dataset):
     """The samples of a catalogue, or those of `part`; crops and scales them as an image folder's."""
 
     crops_when_read = True
+    tells_sides = True
 
     def __init__(
         self, store: Store, image_shape: tuple[int, int, int], part: Part | None, classes: Classes | None
@@ -85,6 +86,15 @@ class WebDataset(Dataset):
             content, name = BytesIO(self.store.image(place)), partial(self.store.name, place)
             images[row] = read_file(content, None if crop is None else crop[row], self.image_shape, self.showing, name)
         return torch.from_numpy(images)
+
+    def sides(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        places = self.places(indices)
+        found = [sides(BytesIO(self.store.image(place)), partial(self.store.name, place)) for place in places]
+        return np.array(found, dtype=np.int64).reshape(-1, 2)
+
+    def read_sized(self, index: int, crop: NDArray[np.float64], shape: tuple[int, int, int]) -> NDArray[np.float32]:
+        (place,) = self.places(np.array([index]))
+        return decode(BytesIO(self.store.image(place)), crop, shape, partial(self.store.name, place))
 
 
 @dataclass(frozen=True, kw_only=True)

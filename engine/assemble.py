@@ -29,7 +29,7 @@ from engine.recompute import Recompute, SaveSet
 from engine.recompute.ahead import Ahead, flops_again, recompute_schedule
 from engine.recompute.assignment import assignment
 from engine.recompute.timing import LayerTimes
-from model import Build, LayerSpec, MicroBatch, Precision, Stage, makers
+from model import Build, LayerSpec, MicroBatch, Packing, Precision, Stage, makers
 from model.kernels import Kernels
 from model.matching import Match, MatchPooled
 from model.regions import Keep
@@ -243,8 +243,14 @@ class Assembly:
             indices=moved(batch.indices),
             other_labels=moved(batch.other_labels),
             own_shares=moved(batch.own_shares),
+            packing=None if batch.maps is None else self._packing(batch.maps),
             teachers=tuple({k: x.to(self.device, non_blocking=True) for k, x in of.items()} for of in stored),
         )
+
+    def _packing(self, maps: Sequence[tuple[int, int]]) -> Packing:
+        """Of images of several sizes, in the room of as many of the model's size."""
+        sizes = self.config.model.sizes
+        return Packing(tuple(maps), sizes.prefix, len(maps) * sizes.tokens, self.device)
 
 
 def cut_into_stages(

@@ -6,6 +6,7 @@ from model.image_text import ImageText
 from model.inputs import MicroBatch
 from model.layers import LayerSpec, build_layers, makers, ride_of, training_flops
 from model.matching import EMBEDDINGS, FEATURES, RELATIONS
+from model.packing import Packing
 from model.precision import Precision
 from model.presets import PRESETS
 from model.stage import Stage
@@ -32,6 +33,7 @@ __all__ = [
     "Matching",
     "MicroBatch",
     "ModelConfig",
+    "Packing",
     "Pixels",
     "Precision",
     "Shares",

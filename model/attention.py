@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import lru_cache, partial
 from typing import Protocol
 
 import torch
@@ -23,6 +24,7 @@ from torch.nn import functional as F
 from model.build import Build
 from model.groups import GroupPlan, groups_of
 from model.kernels.reference import depthwise_conv
+from model.packing import Packing
 from model.qk_norm import QkNorm, qk_norm
 from model.regions import Regions
 from model.relative import relative_bias, relative_table
@@ -30,10 +32,12 @@ from model.sizes import Tokens
 from model.tables import WithTables
 from model.taps import Site, Tapped
 from parallel import comm
+from parallel.comm import single_axis
 from parallel.context import attend_everywhere, heads_to_tokens, share_first, sum_over, tokens_to_heads
 from parallel.layout import Init, ParameterInfo, TensorLayout, make_parameter
 from parallel.tensor.biased import biased_attention
 from parallel.tensor.products import attention
+from parallel.tensor.segments import segment_attention
 
 DENOMINATOR = 1e-6  # added to that of linear attention
 
@@ -191,11 +195,31 @@ def rotary_table(tokens: Tokens, head_dim: int, base: float) -> tuple[Tensor, Te
     return angles.cos().float(), angles.sin().float()
 
 
+@lru_cache(maxsize=256)
+def _rotary_table_of(rows: int, cols: int, prefix: int, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
+    """That of an image of so many patches, whole."""
+    whole = Tokens(rows=rows, cols=cols, prefix=prefix, rows_of_ranks=((0, rows),), context=single_axis("context"))
+    with torch.inference_mode(False):  # they are kept, and may be trained with later
+        return rotary_table(whole, head_dim, base)
+
+
+def packed_rotary_table(packing: Packing, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [R, K] of images of several sizes, each over its own map; 0 for filling."""
+    each = [_rotary_table_of(*sides, packing.prefix, head_dim, base) for sides in packing.maps]
+    cos, sin = (F.pad(torch.cat(tables), (0, 0, 0, packing.filling)) for tables in zip(*each, strict=True))
+    return cos.to(packing.device), sin.to(packing.device)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """[B, S, h, K] by the table [S, K]."""
     first, second = x.chunk(2, -1)
     turned = torch.cat([-second, first], -1)
     return (x * cos[:, None] + turned * sin[:, None]).to(x.dtype)
+
+
+def _mix_packed(packing: Packing, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Full attention within each image: [1, R, h, K] each -> [R, h, K]."""
+    return segment_attention(q[0], k[0], v[0], packing.lengths, packing.lengths)
 
 
 class Attention(WithTables, Tapped):
@@ -213,30 +237,36 @@ class Attention(WithTables, Tapped):
         self.mixer: Mixer = MIXERS[kind](build, kind)
         self.rotates = build.config.position == "rope_2d"
         if self.rotates:
-            cos, sin = rotary_table(build.tokens, self.head_dim, build.config.rope_base or 100.0)
+            self.base = build.config.rope_base or 100.0
+            cos, sin = rotary_table(build.tokens, self.head_dim, self.base)
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
         self.normalise = QkNorm(build)
         self.q_norm, self.k_norm = (qk_norm(build) if build.config.qk_norm else None for _ in range(2))
 
-    def forward(self, qkv: Tensor) -> Tensor:
+    def forward(self, qkv: Tensor, packing: Packing | None = None) -> Tensor:
         """[R, 3 * h * K], this rank's heads of q, then of k, then of v -> [R, h * K]."""
-        q, k, v = self.regions("qk_norm", self._heads, qkv)
+        q, k, v = self.regions("qk_norm", self._heads, qkv, packing)
         if self.tap is not None:
             q, k, v = self.regions("tap", self.tap, q, k, v)
-        return self.regions("attention", self._mix, q, k, v)
+        return self.regions("attention", self._mix, q, k, v, packing)
 
-    def _mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing | None) -> Tensor:
         """[B, S, h, K] each -> [R, h * K]."""
-        return self.mixer(q, k, v).reshape(-1, self.heads * self.head_dim)
+        mixer: Mixer = self.mixer if packing is None else partial(_mix_packed, packing)
+        return mixer(q, k, v).reshape(-1, self.heads * self.head_dim)
 
-    def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[R, 3 * h * K] -> q, k, v [B, S, h, K], normalised and rotated."""
+    def _heads(self, qkv: Tensor, packing: Packing | None) -> tuple[Tensor, Tensor, Tensor]:
+        """[R, 3 * h * K] -> q, k, v [B, S, h, K], normalised and rotated; packed, [1, R, h, K]."""
         parts: Iterable[Tensor] = qkv.unflatten(1, (3, -1)).unbind(1)
         if self.q_norm is not None and self.k_norm is not None:
             parts = self.normalise(qkv, self.q_norm, self.k_norm)
-        q, k, v = (part.reshape(-1, self.tokens, self.heads, self.head_dim) for part in parts)
+        tokens = self.tokens if packing is None else packing.rows
+        q, k, v = (part.reshape(-1, tokens, self.heads, self.head_dim) for part in parts)
         if self.rotates:
-            cos, sin = self.cos.to(q.device), self.sin.to(q.device)
+            if packing is None:
+                cos, sin = self.cos.to(q.device), self.sin.to(q.device)
+            else:
+                cos, sin = packing.once(packed_rotary_table, self.head_dim, self.base)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         return q, k, v

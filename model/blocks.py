@@ -18,6 +18,7 @@ from model.attention import Attention
 from model.build import Build
 from model.inputs import MicroBatch
 from model.norm import Norm
+from model.packing import Packing
 from model.regions import Regions
 from parallel import random
 from parallel.layout import Init, ParameterInfo, TensorLayout, make_parameter
@@ -47,7 +48,9 @@ class DropPath(nn.Module):
             return None
         kept = random.uniform(self.stream, batch.sample_ids) >= self.rate
         scale = kept.to(dtype) / (1 - self.rate)
-        return slice_rows(scale.repeat_interleave(self.tokens), self.tp)[:, None]
+        packing = batch.packing
+        rows = scale.repeat_interleave(self.tokens) if packing is None else packing.spread(scale)
+        return slice_rows(rows, self.tp)[:, None]
 
 
 def layer_scale(build: Build) -> nn.Parameter | None:
@@ -136,12 +139,11 @@ class SelfAttention(nn.Module):
         self.core = Attention(build, kind, regions)
         self.proj = RowParallelLinear((width,), width, tp=tp, units=(head,))
 
-    def forward(self, x: Tensor, rows: int) -> Tensor:
+    def forward(self, x: Tensor, rows: int, packing: Packing | None = None) -> Tensor:
         """[R, D] (or row parts) -> the same shape."""
         run = self.regions
-        return run(
-            "output", self.proj, self.core(run("projection", self.qkv, x, run("gather", self.qkv.gather, x, rows)))
-        )
+        qkv = run("projection", self.qkv, x, run("gather", self.qkv.gather, x, rows))
+        return run("output", self.proj, self.core(qkv, packing))
 
 
 class SequentialBlock(nn.Module):
@@ -166,8 +168,8 @@ class SequentialBlock(nn.Module):
 
     def forward(self, x: Tensor, batch: MicroBatch) -> Tensor:
         """[R, D] (or this rank's rows) -> the same shape."""
-        rows, attn, mlp = batch.size * self.tokens, self.attn.regions, self.mlp.regions
-        branch = self.attn(attn("norm", self.norm1, x), rows)
+        rows, attn, mlp = batch.rows(self.tokens), self.attn.regions, self.mlp.regions
+        branch = self.attn(attn("norm", self.norm1, x), rows, batch.packing)
         branch = attn("residual", self._first, branch, self.drop1(batch, branch.dtype))
         y, x = mlp("norm", self.norm2.add, branch, x)
         branch = self.mlp(y, rows)
@@ -209,10 +211,10 @@ class ParallelBlock(nn.Module):
         """[R, D] (or this rank's rows) -> the same shape."""
         run = self.regions
         y = run("norm", self.norm, x)
-        y = run("projection", self.in_proj, y, run("gather", self.in_proj.gather, y, batch.size * self.tokens))
+        y = run("projection", self.in_proj, y, run("gather", self.in_proj.gather, y, batch.rows(self.tokens)))
         qkv, hidden = y.split(self.split, 1)
         qkv, hidden = run("qkv", _itself, qkv), run("fc1", _itself, hidden)
-        y = run("activation", self.activation, hidden, self.fc1_bias, self.core(qkv))
+        y = run("activation", self.activation, hidden, self.fc1_bias, self.core(qkv, batch.packing))
         del qkv, hidden  # what is not kept goes before the next product
         y = run("output", self.out_proj, y)
         return run("residual", self._join, y, x, self.drop(batch, y.dtype))

@@ -212,3 +212,14 @@ def _unused_in_stages(
             yield f"stages[{i}].window_size", stage.window_size, f"none of its layers is {_WINDOWS}: {_CURE}"
         if here.grid not in {grid, config.grid_size, here.window} | elsewhere:
             yield f"stages[{i}].grid_size", stage.grid_size, f"none of its layers is grid: {_CURE}"
+
+
+def check_packed(config: ModelConfig) -> None:
+    """Raise ValueError where a resolved model does not take images of several sizes in one micro-batch."""
+    if config.stages is not None:
+        raise ValueError("model.stages is set: images of several sizes are for models without a pyramid")
+    others = sorted({kind for stage in config.sizes.stages for kind in stage.kinds} - {"full"})
+    if others:
+        raise ValueError(
+            f"model.attention has {', '.join(others)}: of images of several sizes it is full, within each image"
+        )

@@ -18,6 +18,8 @@ from torch.nn import functional as F
 from model.build import Build
 from model.inputs import MicroBatch
 from model.norm import Norm
+from model.packing import Packing
+from model.positions import lines, maps_of, waves
 from model.tables import WithTables
 from parallel.layout import Init, ParameterInfo, TensorLayout, make_parameter
 from parallel.tensor import linear, slice_rows
@@ -42,10 +44,7 @@ def sincos_table(rows: int, cols: int, width: int) -> Tensor:
     """Fixed 2D positions [rows * cols, D]: sines and cosines of x and y at D/4 frequencies (Chen et al. 2021,
     MoCo v3).
     """
-    omega = 10_000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    by_row, by_col = (torch.arange(side, dtype=torch.float64)[:, None] * omega for side in (rows, cols))
-    y, x = by_row.repeat_interleave(cols, 0), by_col.repeat(rows, 1)
-    return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], 1).float()
+    return torch.cat([waves(cols, width).repeat(rows, 1), waves(rows, width).repeat_interleave(cols, 0)], 1).float()
 
 
 def add_in_turn(x: Tensor, table: Tensor, first: int) -> Tensor:
@@ -70,6 +69,7 @@ class Embedding(WithTables):
         self.patch, self.position, self.images = sizes.patch, build.config.position, (sizes.channels, *sizes.image)
         partial = build.tp.splits_rows
         width, rows, cols = build.here.width, build.here.rows, build.here.cols
+        self.grid = rows, cols
 
         def table(*shape: int, std: float = _TABLE_STD, decay: str = "none") -> nn.Parameter:
             init = Init(kind="normal", scales=(std,)) if std else Init(kind="constant", scales=(0.0,))
@@ -95,6 +95,8 @@ class Embedding(WithTables):
     def forward(self, x: Tensor | None, batch: MicroBatch) -> Tensor:
         """Images of the micro-batch -> [R, D], or this rank's rows of it."""
         assert batch.images is not None
+        if batch.packing is not None:
+            return self._packed(batch.images, batch.packing)
         if batch.images.shape[1:] != self.images:
             given, wanted = (" x ".join(map(str, shape)) for shape in (batch.images.shape[1:], self.images))
             raise ValueError(
@@ -135,3 +137,43 @@ class Embedding(WithTables):
         else:  # none, or rope_2d: queries and keys are rotated in each block
             pos = self.weight.new_zeros(t.patches, len(self.weight))
         return torch.cat([*prefix, pos if self.bias is None else pos + self.bias])
+
+    def _packed(self, patches: Tensor, packing: Packing) -> Tensor:
+        """Patches of images of several sizes [packing.patches, C * P * P] -> [R, D], or this rank's rows of it."""
+        local = slice_rows(packing.with_prefix(patches), self.tp)
+        y = linear(local.to(self.weight.dtype), self.weight, None)
+        y = y + self._packed_table(packing, len(y)).to(y.dtype)
+        return y if self.norm is None else self.norm(y)
+
+    def _packed_table(self, packing: Packing, count: int) -> Tensor:
+        """What depends on the place alone, of this rank's rows: [R, D], at least in fp32, in which gradients of places
+        that many images have are added up. Filling gets zeros."""
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        token, row, col = (_rows_from(x, self.tp.row_range(packing.rows)[0], count) for x in packing.places)
+        prefix = [x.to(wide) for x in (self.cls, self.registers, self.global_tokens) if x is not None]
+        nothing = self.weight.new_zeros(1, len(self.weight), dtype=wide)
+        bias = nothing[0] if self.bias is None else self.bias.to(wide)
+        by_col: Tensor | None = None
+        if self.position == "learned_1d":
+            pos = maps_of(self.pos[self.class_rows :].to(wide), self.grid, packing.maps)
+            if self.class_rows:
+                prefix[0] = prefix[0] + self.pos[: self.class_rows].to(wide)
+        elif self.position == "learned_2d":
+            rows, cols = zip(*packing.maps, strict=True)
+            pos, by_col = lines(self.pos_row.to(wide), rows), lines(self.pos_col.to(wide), cols)
+        elif self.position == "sincos_2d":
+            width, sides = len(self.weight), zip(*packing.maps, strict=True)
+            pos, by_col = (torch.cat([waves(side, width) for side in each]).to(nothing) for each in sides)
+            pos, by_col = F.pad(pos, (width // 2, 0)), F.pad(by_col, (0, width // 2))
+        else:  # none, or rope_2d
+            pos, row = nothing, row.clamp(max=1)
+        if self.position != "learned_1d":
+            token = torch.where(row > 0, packing.prefix + row, token)
+        y = F.embedding(token, torch.cat([nothing, *prefix, pos + bias]))
+        return y if by_col is None else y + F.embedding(col, torch.cat([nothing, by_col]))
+
+
+def _rows_from(x: Tensor, first: int, count: int) -> Tensor:
+    """`count` of the rows of x [R], from `first` on; behind the last, zeros."""
+    own = x[first : first + count]
+    return F.pad(own, (0, count - len(own)))

@@ -15,11 +15,13 @@ from model.blocks import Mlp
 from model.build import Build
 from model.inputs import MicroBatch
 from model.norm import Norm
+from model.packing import Packing
 from model.taps import Site, Tapped
 from parallel.context import attend_everywhere, share_first, sum_over
 from parallel.layout import Init, ParameterInfo, TensorLayout, make_parameter
 from parallel.tensor import ColumnParallelLinear, RowParallelLinear, gather_rows
 from parallel.tensor.products import attention
+from parallel.tensor.segments import segment_attention
 
 _STD = 0.02
 
@@ -49,7 +51,10 @@ class AttentionPool(Tapped):
         """
         b = batch.size
         q = self.q(self.probe).view(1, self.heads, 1, self.head_dim).expand(b, -1, -1, -1)
-        packed = self.kv(x, self.kv.gather(x, b * self.tokens.count)).view(b, -1, 2, self.heads, self.head_dim)
+        packed = self.kv(x, self.kv.gather(x, batch.rows(self.tokens.count)))
+        if batch.packing is not None:
+            return self._of_own(q[:, :, 0], packed, batch.packing)
+        packed = packed.view(b, -1, 2, self.heads, self.head_dim)
         k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)  # [B, h, S, K] each
         if self.tap is not None:
             q, k, v = (x.transpose(1, 2) for x in self.tap(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)))
@@ -58,8 +63,17 @@ class AttentionPool(Tapped):
         else:
             assert self.tokens.context.size == 1
             out = attention(q, k, v, mask[:, None, None])
-        y = self.proj(out.reshape(b, -1))
-        return y + self.mlp(self.norm(y), b)
+        return self._joined(out.reshape(b, -1))
+
+    def _of_own(self, q: Tensor, packed: Tensor, packing: Packing) -> Tensor:
+        """Each image's probe [B, h, K] to its own rows of keys and values [R, 2 * h * K] -> [B, D]."""
+        k, v = packed.unflatten(1, (2, self.heads, self.head_dim)).unbind(1)
+        return self._joined(segment_attention(q, k, v, (1,) * len(q), packing.lengths).flatten(1))
+
+    def _joined(self, heads: Tensor) -> Tensor:
+        """What the heads give [B, h * K] -> [B, D]."""
+        y = self.proj(heads)
+        return y + self.mlp(self.norm(y), y.shape[0])
 
 
 class Head(nn.Module):
@@ -104,19 +118,28 @@ class Head(nn.Module):
         """One vector per image [B, D], or that of each of two class tokens."""
         if self.pool is not None:
             return [self.pool(x, batch)]
-        t = self.tokens
-        tokens = gather_rows(x, self.tp, batch.size * t.count).unflatten(0, (batch.size, t.count))
+        rows = gather_rows(x, self.tp, batch.rows(self.tokens.count))
         if self.kind == "gap":
-            return [self._mean(tokens)]
-        count = self.class_tokens
-        own = list(share_first(tokens, min(count, t.own_prefix), count, t.context).unbind(1))
-        return own if self.kind == "cls" else [torch.cat([own[0], self._mean(tokens)], 1)]
+            return [self._mean(rows, batch)]
+        own = self._class_tokens(rows, batch)
+        return own if self.kind == "cls" else [torch.cat([own[0], self._mean(rows, batch)], 1)]
 
-    def _mean(self, tokens: Tensor) -> Tensor:
-        """Of the patches: prefix tokens have no part in it. [B, S, D] -> [B, D]."""
-        t = self.tokens
-        patches = tokens[:, t.own_prefix :].sum(1, dtype=torch.promote_types(tokens.dtype, torch.float32))
-        return (sum_over(patches, t.context) / (t.rows * t.cols)).to(tokens.dtype)
+    def _class_tokens(self, rows: Tensor, batch: MicroBatch) -> list[Tensor]:
+        """[R, D] -> [B, D] of each."""
+        t, count = self.tokens, self.class_tokens
+        if batch.packing is not None:
+            return [rows[batch.packing.firsts + n] for n in range(count)]
+        tokens = rows.unflatten(0, (batch.size, t.count))
+        return list(share_first(tokens, min(count, t.own_prefix), count, t.context).unbind(1))
+
+    def _mean(self, rows: Tensor, batch: MicroBatch) -> Tensor:
+        """Of the patches: prefix tokens have no part in it. [R, D] -> [B, D]."""
+        t, wide = self.tokens, torch.promote_types(rows.dtype, torch.float32)
+        if (packing := batch.packing) is not None:
+            each = (own[packing.prefix :] for own in packing.split(rows))
+            return torch.stack([own.sum(0, dtype=wide) / len(own) for own in each]).to(rows.dtype)
+        patches = rows.unflatten(0, (batch.size, t.count))[:, t.own_prefix :].sum(1, dtype=wide)
+        return (sum_over(patches, t.context) / (t.rows * t.cols)).to(rows.dtype)
 
 
 def _mean_of(each: list[Tensor]) -> Tensor:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from model.packing import Packing
+
 if TYPE_CHECKING:
     from model.targets import Shares
 
@@ -18,7 +20,8 @@ class MicroBatch:
     """One micro-batch of B images, or of B images and their texts.
 
     Attributes:
-        images: [B, C, H, W]; None on ranks that do not hold a layer that reads them.
+        images: [B, C, H, W], or, packed, their patches [packing.patches, C * P * P]; None on ranks that do not hold a
+            layer that reads them.
         labels: int64 [B]; -1: not known.
         sample_ids: int64 [B]; what drop-path is drawn from: the same image at the same place of the data order has the
             same id in every layout.
@@ -33,6 +36,7 @@ class MicroBatch:
         teachers: what teachers have made of these images before, of each by name, rows [B, ...]; on ranks that have
             the loss.
         shares: where parts of the loss that arise within the layers are noted; None: nowhere.
+        packing: whose the rows of tokens are, where images have several sizes; None: all have the model's.
 
     Of two views of each sample, B is twice the number of samples: first views, then second ones.
     """
@@ -50,11 +54,16 @@ class MicroBatch:
     differentiated: bool = True
     teachers: tuple[Mapping[str, Tensor], ...] = ()
     shares: Shares | None = None
+    packing: Packing | None = None
 
     @property
     def size(self) -> int:
         """B."""
         return self.labels.shape[0]
+
+    def rows(self, tokens: int) -> int:
+        """Of tokens in all, where each image of the model's size has so many."""
+        return self.size * tokens if self.packing is None else self.packing.rows
 
     @staticmethod
     def of_images(images: Tensor, *, training: bool = False) -> MicroBatch:

@@ -12,13 +12,16 @@ from torch import Tensor
 from torch.func import functional_call
 
 from model.build import Build
+from model.checks import check_packed
 from model.config import ModelConfig
+from model.embed import unfold
 from model.formats.api import open_weights
 from model.formats.base import Description
 from model.formats.weights import Which
 from model.inputs import MicroBatch
 from model.kernels import Backend, Kernels
 from model.layers import build_layers
+from model.packing import Packing
 from model.pretrained import Pretrained
 from model.resize import resize_weights
 from model.seeing.capture import Attended, Numbers, Queries, RowsTap, choose, joined
@@ -127,6 +130,27 @@ class VisionTransformer(Pretrained, Layers):
             x = self._run(spec.name, geometry, x, batch)
         assert x is not None
         return x
+
+    def packed(self, images: Sequence[Tensor]) -> Tensor:
+        """Images of several sizes in one pass, each at its own and none seeing another, with positions interpolated.
+
+        Args:
+            images: [C, H, W] of each. Sides that do not fill a patch are filled up with zeros.
+
+        Returns:
+            Logits, or pooled features, of each: [B, classes]. As of a model with `dynamic_image_size`, one by one.
+
+        Raises:
+            ValueError: the model is a pyramid, or its attention is not full.
+        """
+        check_packed(self.config)
+        patch, prefix = self.sizes.patch, self.sizes.prefix
+        patches = torch.cat([unfold(image[None], patch)[0] for image in images])
+        maps = tuple((-(-image.shape[1] // patch), -(-image.shape[2] // patch)) for image in images)
+        packing = Packing(maps, prefix, len(patches) + prefix * len(maps), patches.device)
+        batch = MicroBatch.of_images(patches.new_zeros(len(maps), 0), training=self.training)
+        y: Tensor = self(replace(batch, images=patches, packing=packing))
+        return y
 
     def logits(self, images: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, classes], or pooled features: calls the model."""

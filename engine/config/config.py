@@ -18,6 +18,7 @@ from engine.config.distillation import DistillationConfig
 from engine.config.limits import check_values
 from engine.config.objectives import blocks_of, check_objective, passes_of, resolve_model
 from engine.config.pipeline import Pipeline
+from engine.config.resolution import check_resolution
 from engine.errors import ConfigError
 from engine.optimizers.config import OptimizerConfig, ScheduleConfig
 from engine.precision.config import PrecisionConfig
@@ -225,6 +226,7 @@ class Config:
             group = getattr(resolved, self.objective)
             passes = passes_of(self.objective, group.passes, pipeline, resolved.num_micro_batches(shape))
             resolved = replace(resolved, **{self.objective: replace(group, passes=passes)})
+        check_resolution(resolved, shape)
         return resolved
 
     @property

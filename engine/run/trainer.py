@@ -314,6 +314,7 @@ def _datasets(config: Config, world: World) -> tuple[Dataset, Dataset]:
             seed=config.train.seed,
             readers=world.local_size,
             text=text_shape(config),
+            patch_size=sizes.patch,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error

@@ -73,6 +73,12 @@ MODELS = {
         norm_after_pool=True, gelu="quick",
     ),
 }  # fmt: skip
+# Images of several sizes in each micro-batch: 8 to 24 patches in training, as many as 16 on average.
+PACKED = {
+    "packed": replace(_SMALL, block="parallel", qk_norm=True, pool="map", registers=1),
+    "packed_turned": replace(_SMALL, block="sequential", position="rope_2d", pool="cls_gap", pre_norm=True),
+    "packed_line": replace(_SMALL, block="sequential", position="learned_1d", pool="cls"),
+}
 # Two towers: pairs of digits and captions, which are cut at 20 bytes. Nine layers, which no number of stages divides;
 # an embedding that four tensor ranks share unevenly. Ten classes, so that most images have several true partners. And
 # two views of each image.
@@ -248,7 +254,7 @@ class Case:
             return (image.depth or 0) + (text.depth or 0)
         if self.model in TAUGHT:
             return TAUGHT[self.model][0].resolve().sizes.depth
-        return self.depth or MODELS[self.model].resolve().sizes.depth
+        return self.depth or (MODELS | PACKED)[self.model].resolve().sizes.depth
 
     @property
     def groups(self) -> dict[str, Any]:
@@ -260,7 +266,8 @@ class Case:
         if self.model in TAUGHT:
             student, teachers, keys = TAUGHT[self.model]
             return {"model": student, "distillation": with_teachers(keys, teachers), "objective": "distillation"}
-        return {"model": MODELS[self.model] if self.depth is None else replace(MODELS[self.model], depth=self.depth)}
+        model = (MODELS | PACKED)[self.model]
+        return {"model": model if self.depth is None else replace(model, depth=self.depth)}
 
     @property
     def by_1f1b(self) -> Case:
@@ -277,6 +284,7 @@ class Case:
                 repeats=REPEATS[self.model],
                 labels_per_class=FEW[self.model],
                 **AUGMENTED[self.model],
+                variable_resolution=0.5 if self.model in PACKED else 0.0,
             ),
             parallel=ParallelConfig(
                 tensor_parallel_size=self.tensor,
@@ -356,7 +364,7 @@ def cases(ranks: int) -> list[Case]:
     _FAMILY_LAYOUTS for the attention kinds, pyramids and uneven heads, several stages per rank, frozen parts, and
     other embeddings and heads, two towers; some with one of the policies of recomputation.
     """
-    several = (_STAGES, _FROZEN, _OUTER, _PAIRS, _TAUGHT)
+    several = (_STAGES, _FROZEN, _OUTER, _PACKED, _PAIRS, _TAUGHT)
     isotropic = covering(all_isotropic(ranks), settings)
     plain = [*isotropic, *_family(ranks), *(case for known in several for case in known.get(ranks, ()))]
     return list(recomputing(plain, every=3))  # bits are compared elsewhere
@@ -420,6 +428,23 @@ _OUTER = {
     4: [
         Case("distilled", tensor=2, pipeline=2, micro_batches=4),
         Case("beside", tensor=2, sequence_parallel=True, context=2, micro_batches=2, zero=1),
+    ],
+}
+
+
+_PACKED = {
+    1: [Case("packed", micro_batches=4)],
+    2: [
+        Case("packed", tensor=2, sequence_parallel=True, micro_batches=2),
+        Case("packed", pipeline=2, micro_batches=4, schedule="zb_v"),
+        Case("packed_turned", data=2, micro_batches=2, zero=3),
+        Case("packed_turned", tensor=2, micro_batches=2),
+        Case("packed_line", tensor=2, sequence_parallel=True, zero=1),
+        Case("packed_line", pipeline=2, micro_batches=4, schedule="interleaved", policy="ready"),
+    ],
+    4: [
+        Case("packed_turned", tensor=2, sequence_parallel=True, pipeline=2, micro_batches=4),
+        Case("packed", pipeline=2, data=2, micro_batches=4, schedule="zb_h1", zero=2),
     ],
 }
 

@@ -38,14 +38,19 @@ EVAL_IMAGES = 19  # which no number of ranks or micro-batches divides
 
 
 @cache
-def digits(model: ModelConfig, text: TextShape | None = None, labels: int | None = None) -> tuple[Dataset, Dataset]:
+def digits(
+    model: ModelConfig, text: TextShape | None = None, labels: int | None = None, variable_resolution: float = 0.0
+) -> tuple[Dataset, Dataset]:
     """The training set, and a few held-out images, with captions where there is a text tower; labels of each class."""
-    config = replace(Case("parallel").config().data, labels_per_class=labels)
+    usual = Case("parallel").config().data
+    config = replace(usual, labels_per_class=labels, variable_resolution=variable_resolution)
     sizes = model.sizes
-    train, held_out = build_datasets(config, image_size=sizes.image, channels=1, num_classes=10, seed=0, text=text)
+    train, held_out = build_datasets(
+        config, image_size=sizes.image, channels=1, num_classes=10, seed=0, text=text, patch_size=sizes.patch
+    )
     assert isinstance(held_out, ArrayDataset)
     few = ArrayDataset(held_out.images[:EVAL_IMAGES], held_out.labels[:EVAL_IMAGES], 10)
-    few.captions, few.texts = held_out.captions, held_out.texts
+    few.captions, few.texts, few.resolution = held_out.captions, held_out.texts, held_out.resolution
     return train, few
 
 
@@ -131,7 +136,8 @@ def climb(
     stepper = Stepper(assembly)
     if before_training is not None:
         before_training(stepper)
-    train_set, eval_set = digits(config.model, text_shape(config), config.data.labels_per_class)
+    data = config.data
+    train_set, eval_set = digits(config.model, text_shape(config), data.labels_per_class, data.variable_resolution)
     place: dict[str, Any] = {
         "config": config.data,
         "micro_batch_size": config.train.micro_batch_size,

@@ -81,6 +81,7 @@ def stream_of(a: Assembly) -> TrainStream:
         num_classes=sizes.classes or None,
         seed=train.seed,
         text=text_shape(a.config),
+        patch_size=sizes.patch,
     )
     return TrainStream(
         images,

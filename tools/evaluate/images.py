@@ -75,6 +75,7 @@ def images_of(config: Config, world: World, classes: int | None, *, texts: bool 
                 seed=config.train.seed,
                 readers=world.local_size,
                 text=text_shape(config) if texts else None,
+                patch_size=sizes.patch,
             )
         )
     except ValueError as error:

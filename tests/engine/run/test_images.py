@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import pretrain_vit
 from data import DataConfig, build_datasets
 from engine.run.launch import run_rank
+from model import VisionTransformer
 from tests.data.tars import shards
 from tests.engine.small import flags
 
@@ -49,6 +51,19 @@ def test_classes_and_counts_are_told_and_stored(photos: Path, capsys: pytest.Cap
     assert f"18 images of 3 classes in {photos}; left out: 1 hidden, 1 no regular files\n" in shown
     assert "warning: the model tells 10 classes apart, but there are images of 3: model.num_classes 3 would do" in shown
     assert json.loads((photos.parent / "run" / "classes.json").read_text()) == ["ant", "bee", "çat"]
+
+
+def test_images_keep_their_aspect_ratio(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Through the whole run: its report, a worker, evaluation, and a checkpoint that an ordinary model takes."""
+    changes = {"data__variable_resolution": "0.5", "model__image_size": "16", "data__workers": "1", "train__steps": "2"}
+    assert run(photos, **changes) == 0
+    said = "each image at its own aspect ratio, 8 to 24 patches of 4 pixels in training, up to 16 in evaluation"
+    assert said in capsys.readouterr().out
+    lines = [json.loads(line) for line in (photos.parent / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["images"] for line in lines if line["event"] == "eval"] == [4]
+    VisionTransformer.from_pretrained(photos.parent / "run" / "checkpoints").packed([torch.zeros(1, 12, 16)])
+    assert run(photos, **changes, run_dir=str(photos.parent / "other"), log__attention_interval="1") == 2
+    assert "data.variable_resolution is 0.5, and log.attention_interval 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
