@@ -250,7 +250,7 @@ def test_a_student_of_two_towers_goes_on_with_the_same_teacher_alone(tmp_path: P
         contrastive = ContrastiveConfig(embedding=12, teacher=str(tmp_path / name), affinity_weight=2.0, **keys)
         config = small(
             objective="contrastive", text=TEXT, num_classes=None, data=DataConfig(), contrastive=contrastive,
-            train=TrainConfig(steps=steps, global_batch_size=8, micro_batch_size=4), run_dir=str(tmp_path / "run"),
+            train=TrainConfig(steps=steps, global_batch_size=64, micro_batch_size=32), run_dir=str(tmp_path / "run"),
             checkpoint=CheckpointConfig(save_interval=1), log=LogConfig(tensorboard=False, interval=1),
         )  # fmt: skip
         assert pretrain(config, World()) == 0
