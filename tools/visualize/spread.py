@@ -50,6 +50,7 @@ class Spread:
         method = options.method
         keeps = method in (*BACK, "rollout") or method not in EVERYWHERE  # rows, or queries and keys
         flags = [*flags, "--device", options.device, "--train.micro_batch_size", str(1 if keeps else _AT_ONCE)]
+        flags += ["--data.variable_resolution", "0"]  # images are shown in the model's own size
         self._sources = _opened(options, flags, world)
         source = self._sources[IMAGE]
         self.how = source.weights.description.preprocessing or Preprocessing()
