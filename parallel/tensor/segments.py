@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 from parallel.tensor.products import attends_through_fp32, attention
 
@@ -35,6 +34,8 @@ def segment_attention(q: Tensor, k: Tensor, v: Tensor, queries: Sequence[int], k
     used, seen = sum(queries), sum(keys)
     own = q[:used], k[:seen], v[:seen]
     if q.dtype in (torch.float16, torch.bfloat16):
+        from torch.nn.attention.varlen import varlen_attn  # imports a compiler, which takes seconds
+
         of, to = (torch.tensor([0, *accumulate(rows)], dtype=torch.int32, device=q.device) for rows in (queries, keys))
         out: Any = varlen_attn(*own, of, to, max(queries), max(keys))
     else:
