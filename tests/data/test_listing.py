@@ -117,8 +117,9 @@ def test_the_report_tells_counts_and_a_model_with_too_many_classes(folder: Path)
     lines = describe_datasets("image_folder", train, held_out, 1000)
     assert lines[0] == f"data: image_folder, {len(train)} training and {len(held_out)} held-out images"
     assert lines[1] == f"  18 images of 3 classes in {folder}; left out: 1 not named as images"
-    assert "1000 classes" in lines[2] and "images of 3" in lines[2] and len(lines) == 3
-    assert len(describe_datasets("image_folder", train, held_out, 3)) == 2
+    assert lines[2].startswith("  JPEGs are decoded by ")
+    assert "1000 classes" in lines[3] and "images of 3" in lines[3] and len(lines) == 4
+    assert len(describe_datasets("image_folder", train, held_out, 3)) == 3
     assert train.class_names == ("ant", "bee", "cat")
 
 

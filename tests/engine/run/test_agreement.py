@@ -40,7 +40,7 @@ def started(world: World, folder: str) -> dict[str, str]:
     """How each of STARTS ends."""
     ended = {}
     for name, (given, _) in STARTS.items():
-        argv = flags(**{"run_dir": f"{folder}/run", "parallel__timeout": "60"} | (given if world.rank else {}))
+        argv = flags(**{"run_dir": f"{folder}/run {name}", "parallel__timeout": "60"} | (given if world.rank else {}))
         if name in ("path", "files"):
             argv = ["--data.kind", "image_folder", "--data.path", "one", *argv]  # of two flags the latter wins
             for unwanted in ("--data.kind", "--data.size"):
