@@ -106,7 +106,8 @@ def evenly(length: int, count: int) -> Tensor:
 
 
 def _check_kind(teacher: ModelConfig, student: ModelConfig) -> None:
-    for key in (field.name for field in fields(ModelConfig) if field.name not in _MAY_DIFFER):
+    may_differ = {*_MAY_DIFFER, *["classifier_bias"] * (teacher.num_classes != student.num_classes)}
+    for key in (field.name for field in fields(ModelConfig) if field.name not in may_differ):
         theirs, own = getattr(teacher, key), getattr(student, key)
         if theirs != own:
             raise ValueError(

@@ -65,7 +65,8 @@ def inheritance_of(config: Config, student: ModelConfig | None = None) -> Inheri
     found = found_of(keys.all_teachers[0])
     blocks = cast('tuple[int, ...] | Literal["first", "even"]', keys.start_from)
     try:
-        model = replace(found.model, image_size=student.image_size, patch_size=student.patch_size).resolve()
+        model = found.of_classes(student.sizes.classes)
+        model = replace(model, image_size=student.image_size, patch_size=student.patch_size).resolve()
         chosen = tuple(chosen_blocks(model, student, blocks))
         return Inheritance(found, model, student, chosen, inherit(model, student, blocks))
     except ValueError as error:

@@ -57,6 +57,12 @@ class Found:
         """Whether its logits are of so many classes."""
         return not self.embeds and self.model.sizes.classes == classes
 
+    def of_classes(self, classes: int) -> ModelConfig:
+        """The model, without a classifier that is of others: what that makes is nobody's target, and nobody's start."""
+        if self.classifies(classes):
+            return self.model
+        return replace(self.model, num_classes=0, classifier_bias=None, head_bias=None)
+
 
 def teachers_of(config: Config, student: ModelConfig | None = None) -> tuple[Teacher, ...]:
     """Those of a configuration whose objective is distillation, but for such as are stored outputs.
@@ -103,11 +109,8 @@ def _teacher(name: str, given: TeacherConfig, config: Config, student: ModelConf
     found = found_of(given)
     size = found.model.image_size if given.image_size is None else given.image_size
     _check(given.path, found, config, student)
-    model = found.model
-    if not found.classifies(student.sizes.classes):  # what he makes of his own is nobody's target
-        model = replace(model, num_classes=0, classifier_bias=None, head_bias=None)
     try:
-        model = replace(model, image_size=size, drop_path=0.0).resolve()
+        model = replace(found.of_classes(student.sizes.classes), image_size=size, drop_path=0.0).resolve()
     except ValueError as error:
         raise ConfigError(f"the teacher {given.path} cannot be shown images of {size}: {error}") from error
     data, own = config.data, found.preprocessing
