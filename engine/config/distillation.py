@@ -277,6 +277,14 @@ class DistillationConfig:
                 f"{' and '.join(of.path for of in self.all_teachers)}: give another target a weight, use objective "
                 "supervised, or one teacher whose weights the student starts from (start_from)"
             )
+        for teacher in () if self.asks_teachers else self.all_teachers:
+            for name in (name for name in SHOWN_BY if name != "load_weights"):
+                if (value := getattr(teacher, name)) != getattr(TeacherConfig, name):
+                    raise ConfigError(
+                        f"the teacher {teacher.path} has {name} {value}, but he is shown no image, as nothing but his "
+                        "weights is asked of him (distillation.start_from): leave it out, or give another target than "
+                        "labels a weight"
+                    )
         cut = {"queries", "keys", "values"} & self.relation_weights.keys()
         if self.relation_heads is not None and not cut:
             raise ConfigError(

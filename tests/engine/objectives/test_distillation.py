@@ -500,6 +500,10 @@ def test_a_teacher_of_other_classes_or_none_teaches_what_needs_none(tmp_path: Pa
         ({"teacher_image_size": -2}, {}, r"cannot be shown images of -2"),
         ({"response_weight": 0.0, "label_weight": 0.0}, {}, r"all 0: nothing is learnt"),
         ({"response_weight": 0.0}, {}, r"is 1\.0 and all other .* nothing is asked of .*, use objective sup"),
+        (
+            {"response_weight": 0.0, "start_from": "even", "teacher_dtype": "fp8"}, {},
+            r"has dtype fp8, but he is shown no image, as nothing but his weights is asked of him",
+        ),
         ({"response_weight": 0.0, "temperature": 3.0}, {}, r"temperature is 3\.0, but .*response_weight is 0"),
         ({"response": "hard", "temperature": 3.0}, {}, r"temperature is 3\.0, but .*response hard looks at"),
         ({"response_weight": 0.0, "response": "sigmoid"}, {}, r"response is sigmoid, but .*response_weight is 0"),
