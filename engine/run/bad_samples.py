@@ -79,7 +79,7 @@ class BadSamples:
             self._check(-(-p.mended_in_epoch // repeats), size, "training", one)
 
     def after_evaluation(self, step: int) -> None:
-        """Of both passes, if there were two. Collective. Raises TooManyBadError on every rank."""
+        """Of a pass over all held-out samples. Collective. Raises TooManyBadError on every rank."""
         if not self.are_possible:
             return
         own = torch.tensor([float(len(self._held_out.bad))], device=comm.device_of(self._grid.world))
@@ -133,7 +133,7 @@ class BadSamples:
             self._writer.say(f" step {step}: {len(found)} bad samples {what}, such as: {found[0].cause}{more}")
 
     def _check(self, count: int, size: int, which: str, last: BadSample) -> None:
-        allowed = ceil(self._data.max_bad_share * size)
+        allowed = min(ceil(self._data.max_bad_share * size), size - 1)
         if count > allowed:
             raise TooManyBadError(
                 f"{count} of {size} {which} samples are bad so far, the last: {last.cause}. data.max_bad_share "

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from data import Dataset, EvalStream, StepBatches, TrainStream
+from data import Batch, Dataset, EvalStream, StepBatches, TrainStream
 from engine.checkpoint.saver import Votes
 from engine.device import peak_memory_bytes, peak_tflops, synchronise
 from engine.errors import DivergedError
@@ -346,15 +346,21 @@ class Loop:
         """Mean since the last line of metrics, up to the step of this result."""
         return statistics.fmean(self.progress.interval_losses or [result.loss])
 
+    def _held_out(self, step: int) -> Iterator[Batch]:
+        """What is evaluated; too many bad samples end the run before there are figures of the rest, or of none."""
+        yield from self.eval_stream
+        self._bad.after_evaluation(step)
+        yield from self._prompts
+
     def _evaluate(self, step: int) -> Mapping[str, float]:
         synchronise(self.stepper.assembly.device)
         began = time.perf_counter()
-        result = self.stepper.evaluate(chain(self.eval_stream, self._prompts))
+        result = self.stepper.evaluate(self._held_out(step))
         values = dict(result)
         if self.stepper.assembly.average is not None:
             averaged = self.stepper.evaluate_average(chain(self.eval_stream, self._prompts))
             values |= {f"ema_{name}": value for name, value in averaged.items() if name != "images"}
-        self._bad.after_evaluation(step)
+            self.eval_stream.bad.clear()  # of which the pass before has told
         values |= {"epoch": self.progress.samples / self.images_per_epoch}
         if self.writer is not None:
             self.writer.evaluation(step, values | {"eval_time": time.perf_counter() - began})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,16 @@ def test_bad_images_are_named_up_to_the_share_that_may_be(photos: Path, capsys: 
     error = capsys.readouterr().err
     assert "2 of 14 training samples are bad so far, the last: " in error and "max_bad_share 0.01 allows 1: " in error
     assert len((photos.parent / "more" / "bad_samples.jsonl").read_text().splitlines()) >= 2
+
+
+def test_held_out_images_that_are_all_bad_end_in_one_line(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever the share that may be: there are no figures of none."""
+    held_out = shutil.copytree(photos, photos.parent / "held_out")
+    for file in held_out.glob("*/*.png"):
+        file.write_bytes(b"no image")
+    assert run(photos, data__val_path=str(held_out), data__max_bad_share="1") == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1 and "error: 18 of 18 held-out samples are bad so far, the last: " in errors[0], errors
 
 
 def test_a_folder_that_cannot_be_read_is_a_wrong_configuration(
