@@ -40,6 +40,11 @@ _ONLY_FOR = {
 }
 
 
+def is_of(kind: str, name: str) -> bool:
+    """Whether an option may have an effect for a kind of data."""
+    return kind in _ONLY_FOR.get(name, (kind,))
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where images come from, how they are normalised, and how they are augmented (by default, not at all).

@@ -216,6 +216,14 @@ def test_what_cannot_be_is_refused_by_name(found: dict[str, Any], given: list[st
         main(["--checkpoint", str(found["folder"] / "run"), *given], World())
 
 
+def test_images_of_other_files_are_shown_as_the_run_s() -> None:
+    how = {"mean": [0.4], "eval_transform": "timm", "crop_pct": 0.9}
+    data = {"kind": "webdataset", "path": "x.tar", "flip": True} | how
+    for kind, kept in (("image_folder", how), ("digits", {"mean": [0.4]})):
+        assert _stored({"data": data}, None, {"data.kind": kind})["data"] == kept
+    assert _stored({"data": data}, None, {"data.path": "y.tar"})["data"] == data
+
+
 def test_labels_that_a_student_was_not_told_are_not_told_later() -> None:
     data = {"kind": "digits", "images_per_class": None, "labels_per_class": 3}
     kept = _stored({"objective": "distillation", "distillation": {}, "data": data}, None, {})

@@ -18,6 +18,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from data.config import is_of
 from engine.assemble import Assembly, assemble
 from engine.checkpoint.load import LoadPlan, contrastive_folder, load_weights, plan_load
 from engine.config import Config, plain
@@ -49,7 +50,9 @@ from tools.evaluate.towers import (
 # Of a run, what says nothing of its model and images, or of the ranks that run it here.
 _DROPPED = ("parallel", "recompute", "optimizer", "schedule", "checkpoint", "log", "run_dir", "device")
 _KEPT_OF_TRAIN = ("seed", "loss", "micro_batch_size")
-_KEPT_OF_DATA = ("mean", "std", "workers", "views", "tokenizer", "text_cleaning", "text_padding")
+_KEPT_OF_DATA = (
+    "mean", "std", "eval_transform", "crop_pct", "workers", "views", "tokenizer", "text_cleaning", "text_padding",
+)  # fmt: skip
 _MICRO_BATCH = 64  # of what no run of ours has saved
 _HEADS = ("head.fc.", "head.fc_distill.", "head.project.")
 _SHOWN = 4
@@ -245,8 +248,8 @@ def _stored(saved: Mapping[str, Any], description: Description | None, flags: Ma
     data = kept.get("data")
     if data and data.get("labels_per_class") is not None:  # labels that the run was not told stay untold
         kept["data"] = data = {**data, "images_per_class": data["labels_per_class"], "labels_per_class": None}
-    if data and "data.kind" in flags and flags["data.kind"] != data.get("kind"):  # other images, seen alike
-        kept["data"] = {name: data[name] for name in _KEPT_OF_DATA if name in data}
+    if data and (kind := flags.get("data.kind", data.get("kind"))) != data.get("kind"):  # other images, seen alike
+        kept["data"] = {name: data[name] for name in _KEPT_OF_DATA if name in data and is_of(str(kind), name)}
     return kept
 
 
