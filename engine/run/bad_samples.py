@@ -130,7 +130,8 @@ class BadSamples:
             self._told += 1
             what = "drawn anew" if event == "train" else "left out"
             more = f"; later ones are told in {path} alone" if self._told == _TOLD else ""
-            self._writer.say(f" step {step}: {len(found)} bad samples {what}, such as: {found[0].cause}{more}")
+            count = f"{len(found)} bad sample{'s' * (len(found) > 1)}"
+            self._writer.say(f" step {step}: {count} {what}, such as: {found[0].cause}{more}")
 
     def _check(self, count: int, size: int, which: str, last: BadSample) -> None:
         allowed = min(ceil(self._data.max_bad_share * size), size - 1)

@@ -95,7 +95,7 @@ def test_bad_images_are_named_up_to_the_share_that_may_be(photos: Path, capsys: 
     metrics = [json.loads(line) for line in (photos.parent / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["bad_samples"] for line in metrics if line["event"] == "train"][-1] == len(train)
     assert [line["images"] for line in metrics if line["event"] == "eval"] == [3]
-    assert "1 bad samples drawn anew, such as" in shown and "1 bad samples left out, such as" in shown
+    assert "1 bad sample drawn anew, such as" in shown and "1 bad sample left out, such as" in shown
     assert run(photos, data__max_bad_share="0", run_dir=str(photos.parent / "strict")) == 2
     assert f"error: {files[0][3]} cannot be decoded" in capsys.readouterr().err
     (photos.parent / files[0][5]).write_bytes(b"no image")
