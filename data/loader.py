@@ -143,9 +143,9 @@ class TrainStream:
         """The micro-batch that begins with a draw. Counts its time, and what is in it unless it is read again."""
         asked = time.perf_counter()
         read, own, others = self._draws_of(first_draw)
-        content, drawn = source.take(first_draw), self._order.indices(read)
-        found = drawn if content.indices is None else content.indices
-        indices = self._agreement.of(first_draw, number, found, drawn)
+        content = source.take(first_draw)
+        found = self._order.indices(read) if content.indices is None else content.indices
+        indices = self._agreement.of(first_draw, number, found)
         if self._mender.needs_any and (content.indices is None or not np.array_equal(indices, content.indices)):
             content = self._mixed(self._mender.training_of(indices, int(read[0])), first_draw)
         draws = read[own]

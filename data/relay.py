@@ -35,26 +35,22 @@ class Agreement:
     def __init__(self, relay: Relay | None) -> None:
         self._relay, self._first = relay, 0
         self._told = dict[int, NDArray[np.int64]]()
-        self._mended = set[int]()
 
     def begin(self, first: int) -> None:
-        """A step begins with draw `first`. Of earlier ones only those are kept that are not as they were drawn."""
+        """A step begins with draw `first`: nothing is kept of the others."""
         if self._relay is not None and first != self._first:
             self._relay.begin()
             self._first = first
-            self._told = {mended: self._told[mended] for mended in self._mended}
+            self._told.clear()
 
-    def of(self, draw: int, number: int, own: NDArray[np.int64], drawn: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The samples of the micro-batch that begins with `draw`.
+    def of(self, draw: int, number: int, own: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The samples of the micro-batch of this step that begins with `draw`.
 
         Args:
-            number: of it in its step. own: what this rank has found. drawn: what they are if none is bad.
+            number: of it in its step. own: what this rank has found.
         """
         if self._relay is None:
             return own
-        if draw in self._told or draw < self._first:
-            return self._told.get(draw, drawn)
-        self._told[draw] = told = self._relay.pass_on(number, own)
-        if not np.array_equal(told, drawn):
-            self._mended.add(draw)
-        return told
+        if draw not in self._told:
+            self._told[draw] = self._relay.pass_on(number, own)
+        return self._told[draw]

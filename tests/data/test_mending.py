@@ -161,6 +161,16 @@ def test_ranks_that_decode_nothing_are_told() -> None:
             assert (texts_of[:, 1] - first[m].labels).unique().numel() == 1  # a, b, c
 
 
+def test_what_earlier_steps_were_of_is_forgotten() -> None:
+    """Else a rank would keep every micro-batch that ever had a bad sample, and look at all of them at each step."""
+    relay = Wire(defaultdict(deque), True)
+    place: dict[str, Any] = {"global_batch_size": 12, "micro_batch_size": 4, "data_rank": 0, "data_size": 1}
+    stream = TrainStream(Damaged(), config=config_of(), seed=5, relay=relay, **place)
+    for step in itertools.islice(stream.steps(0), 8):
+        assert len(list(step)) == 3
+    assert len(stream.bad) > 4 and len(stream._agreement._told) == 3
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_leaves_bad_samples_out(workers: int) -> None:
     wire = defaultdict[int, deque[NDArray[np.int64]]](deque)
