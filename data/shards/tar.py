@@ -114,7 +114,7 @@ class TarStore(Store):
         """As Store."""
         text = self.part(place, "text")
         if text is not None and self._tar_format.caption == CAPTION:
-            return [text.decode(errors="replace").strip()]
+            return [text.decode(errors="replace").strip()] * bool(text.strip())
         try:
             said: Any = json.loads(self.part(place, "json") or b"{}")
             said = said.get(self._tar_format.caption, ())

@@ -122,11 +122,12 @@ def test_captions_are_texts_or_fields(tmp_path: Path) -> None:
         return found
 
     assert every(4) == ["text 4"] and every(4, caption_column="many") == ["one 4", "two 4"]
-    untold = write_tar(tmp_path / "y.tar", [*said[:3], sample(9)])
+    untold = write_tar(tmp_path / "y.tar", [*said[:3], sample(8, txt=" \n"), sample(9)])
     captions = build(untold, TEXT, None, val_path=str(path))[0].captions
     assert captions is not None
-    with pytest.raises(ValueError, match=r"y\.tar, sample part/00009 has no caption \(\.txt nor \.json\)"):
-        captions.every(3, 0, Look())
+    for index, number in ((3, 8), (4, 9)):
+        with pytest.raises(ValueError, match=rf"y\.tar, sample part/0000{number} has no caption \(\.txt nor \.json\)"):
+            captions.every(index, 0, Look())
     with pytest.raises(ValueError, match=r"data\.templates has no effect"):
         build(path, TEXT, None, val_path=str(path), templates=str(tmp_path / "templates.txt"))
     with pytest.raises(ValueError, match=r"x\.tar: nothing is said of the first image, and there are no classes"):
