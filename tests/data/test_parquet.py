@@ -185,6 +185,10 @@ def test_the_tool_indexes_checks_counts_and_packs(tmp_path: Path, capsys: pytest
     assert packed.class_names == NAMES and torch.equal(packed.read(np.arange(9)), ours.read(np.arange(9)))
     assert packed.labels.tolist() == ours.labels.tolist()
     assert packed.captions is not None and packed.captions.every(0, 0, Look())[1] == "so it is"
+    other = hugging_face(tmp_path / "o.parquet", range(3), negative=pa.array([picture(255 - n) for n in range(3)]))
+    assert main(["pack", str(other), str(tmp_path / "one"), "--workers", "1"]) == 0
+    with pytest.raises(ValueError, match=r"one holds shards that were packed otherwise \(source "):
+        main(["pack", str(other), str(tmp_path / "one"), "--workers", "1", "--image-column", "negative"])
     bad = hugging_face(tmp_path / "bad.parquet", range(3), image=pa.array([picture(0), b"no image", picture(2)]))
     assert main(["check", str(bad), "--workers", "1"]) == 1
     assert "bad.parquet, sample row 1 cannot be decoded" in capsys.readouterr().out

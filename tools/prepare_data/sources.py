@@ -110,7 +110,8 @@ class ShardSource(Source):
 
     @property
     def fingerprint(self) -> str:
-        return self.store.catalogue.hashes.tobytes().hex()
+        """As Source: of other columns of the same files other samples are packed."""
+        return self.store.catalogue.hashes.tobytes().hex() + self.store.form.ending.removesuffix(".index")
 
     def sample(self, index: int) -> tuple[str, Mapping[str, bytes]]:
         """As Source."""
