@@ -272,6 +272,11 @@ class DataConfig:
         return self.mixup > 0 or self.cutmix > 0
 
     @property
+    def images_together(self) -> int:
+        """Of how many images a micro-batch has a multiple: those of several sizes share their room in pairs."""
+        return 2 if self.variable_resolution else 1
+
+    @property
     def is_joined(self) -> bool:
         """Whether images are of several sources that no one kind opens by itself."""
         return any(is_joined(sources, self.kind, _SHARDS) for sources in self._sources().values())

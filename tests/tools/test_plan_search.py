@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from data import DataConfig
 from engine.clusters import Cluster, read_cluster
 from engine.config import Config, PrecisionConfig, RecomputeConfig, TrainConfig
 from engine.config.cli import parse
@@ -216,6 +217,21 @@ def test_the_layouts_of_two_towers_are_those_that_both_can_be_split_into() -> No
     queued, _ = parse(["--config", str(ROOT / "configs/digits_simclr.yaml"), *keys])
     space = Space(config=queued, ranks=16, only={"pipeline": 1})
     assert {d for key in space.families() for _, d in space.shapes(key)} == {4, 8}, "sixteen would not have a key each"
+
+
+def test_images_of_several_sizes_are_planned_in_pairs() -> None:
+    """And on no context ranks, as a run has them."""
+    config = replace(SMALL, data=DataConfig(kind="synthetic", variable_resolution=0.5))
+    space = Space(config=config, ranks=4, only={"pipeline": 1})
+    layouts = every(space)
+    assert {layout.micro_batch for layout in layouts} == {2, 4, 8} and {layout.context for layout in layouts} == {1}
+    for layout in layouts:
+        layout.configured(config).resolve(4)
+    few = replace(config, train=replace(config.train, global_batch_size=4))
+    assert {layout.data for layout in every(replace(space, config=few))} == {2}, "four would have an image each"
+    only = {"pipeline": 1, "tensor": 1, "micro_batch": 2, "zero": 0}
+    space, evaluator = Space(config=config, ranks=2, only=only), Evaluator(config, of_gigabytes(80.0), 2)
+    assert [found.layout.data for found in Search(space, evaluator).best(5).best] == [2]
 
 
 def test_of_a_joint_loss_all_micro_batches_are_planned() -> None:

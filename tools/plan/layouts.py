@@ -196,7 +196,8 @@ class Space:
 
     def pipelines(self, key: Key) -> list[tuple[int, int]]:
         """As `shapes`, where the batch can be dealt to the data ranks."""
-        return [(p, d) for p, d in self.shapes(key) if not self.config.train.global_batch_size % d]
+        together = self.config.data.images_together
+        return [(p, d) for p, d in self.shapes(key) if not self.config.train.global_batch_size % (d * together)]
 
     def shapes(self, key: Key) -> list[tuple[int, int]]:
         """(pipeline ranks, data ranks) with a key, where all ranks have layers."""
@@ -207,7 +208,8 @@ class Space:
 
     def micro_batches(self, key: Key, data: int) -> list[int]:
         """Sizes that divide a data rank's images, up to so many rows of products."""
-        sizes = divisors(self.config.train.global_batch_size // data)
+        together = self.config.data.images_together
+        sizes = [n for n in divisors(self.config.train.global_batch_size // data) if not n % together]
         most = max(1, ROWS * key.context // max(layer.output[0] for layer in self._layers))
         return [n for n in self._of("micro_batch", sizes) if n in sizes and (n <= most or "micro_batch" in self.only)]
 
@@ -233,9 +235,12 @@ class Space:
 
     @cached_property
     def _layers(self) -> tuple[LayerSpec, ...]:
-        return make_objective(Layout().configured(self.config).resolve(1)).layers
+        least = Layout(micro_batch=self.config.data.images_together)
+        return make_objective(least.configured(self.config).resolve(1)).layers
 
     def _splits(self, tensor: int, context: int, data: int = 1) -> bool:
+        if context > 1 and self.config.data.variable_resolution:
+            return False
         try:
             resolve_model(self.config, GridShape(tensor=tensor, context=context, data=data))
         except ValueError:

@@ -120,9 +120,10 @@ class Prices:
         return self._models[where]
 
     def _alone(self, key: Key, micro_batch: int) -> tuple[Layout, Config]:
-        """On as few ranks as can be, for as few images."""
+        """On as few ranks as can be, for as few images, which count as images of the model's size."""
         layout = Layout(tensor=key.tensor, sequence=key.sequence, context=key.context, micro_batch=micro_batch)
-        config = replace(self.config, train=replace(self.config.train, global_batch_size=few_images(micro_batch)))
+        train = replace(self.config.train, global_batch_size=few_images(micro_batch))
+        config = replace(self.config, train=train, data=replace(self.config.data, variable_resolution=0.0))
         return layout, layout.configured(config).resolve(key.tensor * key.context)
 
     def _resolved(self, layout: Layout) -> Config:
