@@ -29,13 +29,15 @@ def fit(config: Config, world: World) -> tuple[Config, World, list[str]]:
     pipeline = Pipeline.of(p, p.pipeline_parallel_size)
     fixed = pipeline.micro_batches
     pieces = fixed or (1 if given else pipeline.pieces)
-    fits = [n for n in range(world.size // replica, 0, -1) if batch % (n * pieces) == 0]
+    together = config.data.images_together
+    fits = [n for n in range(world.size // replica, 0, -1) if batch % (n * pieces * together) == 0]
     if not fits:
         return config, world, []
     data, notes = fits[0], []
     per_rank = batch // data
     if given:
-        micro = per_rank // fixed if fixed else max(n for n in divisors(per_rank) if n <= given)
+        sizes = [n for n in divisors(per_rank) if n <= given and not n % together]
+        micro = per_rank // fixed if fixed else max(sizes, default=given)
         config = replace(config, train=replace(config.train, micro_batch_size=micro))
         if micro != given:
             notes.append(f"elastic: train.micro_batch_size {micro}, not {given}, for {data} data-parallel ranks")

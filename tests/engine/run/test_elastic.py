@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from data import DataConfig
 from engine.config import TrainConfig
 from engine.run.elastic import fit
 from parallel.config import ParallelConfig
@@ -47,6 +48,17 @@ def test_what_fits(
     fitted.resolve(world.size)
     first_of_last_host = ranks - 2
     assert world.local_size == max(0, min(2, used - first_of_last_host))
+
+
+def test_images_that_share_their_room_stay_in_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several sizes, they cannot be parted: of 24 images 8 ranks would have 3 each, so 6 ranks have 4."""
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    data = DataConfig(kind="synthetic", size=32, variable_resolution=0.5)
+    for micro, expected in ((6, 4), (2, 2), (None, 4)):
+        train = TrainConfig(steps=1, global_batch_size=24, micro_batch_size=micro)
+        config = small(data=data, train=train, parallel=ParallelConfig(elastic=True))
+        fitted, world, _ = fit(config, World(size=8, local_size=8))
+        assert (world.size, fitted.resolve(world.size).train.micro_batch_size) == (6, expected)
 
 
 @pytest.mark.slow
