@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -54,9 +55,10 @@ class Supervised(AdditiveObjective):
         return torch.stack([self.losses(outputs, batch, grid).sum(), right, batch.weights.sum()]).double()
 
     def figures(self, totals: Sequence[float]) -> dict[str, float]:
-        """As AdditiveObjective: the mean loss and accuracy."""
+        """As AdditiveObjective: the mean loss and accuracy; NaN where all images were left out."""
         loss, right, images = totals
-        return {"loss": loss / images, "accuracy": right / images, "images": int(images)}
+        count = images or math.nan
+        return {"loss": loss / count, "accuracy": right / count, "images": int(images)}
 
     def losses(self, outputs: tuple[Tensor, ...], batch: MicroBatch, grid: Grid) -> Tensor:
         """Loss of each image, 0 for padding: [B]."""
