@@ -291,10 +291,15 @@ class DataConfig:
 
     def of_source(self, source: Source) -> DataConfig:
         """What this says of one of its sources, by itself."""
-        others = {name: self._defaults()[name] for name, kinds in _ONLY_FOR.items() if source.kind not in kinds}
+        others = self.without_effect(source.kind)
         own: dict[str, Any] = {"kind": source.kind, "path": source.path, "val_path": None, "fold": 0, "weights": ()}
         columns = {f"{name}_column": column for name, column in source.columns.items()}
         return replace(self, **others | own | columns)
+
+    @classmethod
+    def without_effect(cls, kind: str) -> dict[str, Any]:
+        """Keys that have none with a kind, and their defaults."""
+        return {name: cls._defaults()[name] for name, kinds in _ONLY_FOR.items() if kind not in kinds}
 
     def _sources(self) -> dict[str, list[Source]]:
         """Of path and val_path, if they are given."""

@@ -7,7 +7,6 @@ samples; what is made of them there is made by engine.evaluation, as it is of a 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -82,8 +81,6 @@ class Alike(Evaluation):
         axis = self._grid.data
         left, right, about = (torch.cat(parts) for parts in zip(*self._pairs, strict=True))
         lefts, rights, abouts = (Rows.dealt(x, about[:, 0], axis) for x in (left, right, about))
-        if not lefts.total:  # all were left out
-            return torch.tensor([math.nan, float(self._scale), math.nan, math.nan, 0, -1], dtype=torch.float64)
         ids, labels, same = abouts.gather(np.arange(abouts.total)).unbind(1)
         own = (labels if self._by_label else ids)[lefts.span.start : lefts.span.stop]
         loss = self._loss(lefts.values, rights.values, self._scale, self._bias, own, axis).loss

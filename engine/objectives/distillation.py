@@ -7,7 +7,6 @@ compared. What a teacher has made of the images before is read from the disk.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
@@ -97,12 +96,10 @@ class Distillation(AdditiveObjective):
         return torch.stack([loss, right, taught, batch.weights.sum().double()])
 
     def figures(self, totals: Sequence[float]) -> dict[str, float]:
-        """As AdditiveObjective: the mean loss, and how often the student is right, and teachers who know classes; NaN
-        where all images were left out."""
+        """As AdditiveObjective: the mean loss, and how often the student is right, and teachers who know classes."""
         loss, right, taught, images = totals
-        count = images or math.nan
-        accuracy = {"accuracy": right / count} | ({"teacher_accuracy": taught / count} if self.classified else {})
-        return {"loss": loss / count, **accuracy, "images": int(images)}
+        accuracy = {"accuracy": right / images} | ({"teacher_accuracy": taught / images} if self.classified else {})
+        return {"loss": loss / images, **accuracy, "images": int(images)}
 
     def describe(self) -> str:
         """As Objective."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -55,10 +54,9 @@ class Supervised(AdditiveObjective):
         return torch.stack([self.losses(outputs, batch, grid).sum(), right, batch.weights.sum()]).double()
 
     def figures(self, totals: Sequence[float]) -> dict[str, float]:
-        """As AdditiveObjective: the mean loss and accuracy; NaN where all images were left out."""
+        """As AdditiveObjective: the mean loss and accuracy."""
         loss, right, images = totals
-        count = images or math.nan
-        return {"loss": loss / count, "accuracy": right / count, "images": int(images)}
+        return {"loss": loss / images, "accuracy": right / images, "images": int(images)}
 
     def losses(self, outputs: tuple[Tensor, ...], batch: MicroBatch, grid: Grid) -> Tensor:
         """Loss of each image, 0 for padding: [B]."""

@@ -26,7 +26,7 @@ from tools.plan.bounds import Misfit
 from tools.plan.evaluate import Evaluator, Prediction
 from tools.plan.layouts import Key, Layout, Space, read_layout
 from tools.plan.search import Search
-from tools.plan.written import run_config
+from tools.plan.written import ANY_DATA, run_config
 
 ROOT = Path(__file__).parents[2]
 H100 = read_cluster(str(ROOT / "configs" / "clusters" / "h100_64.yaml"))
@@ -217,6 +217,17 @@ def test_the_layouts_of_two_towers_are_those_that_both_can_be_split_into() -> No
     queued, _ = parse(["--config", str(ROOT / "configs/digits_simclr.yaml"), *keys])
     space = Space(config=queued, ranks=16, only={"pipeline": 1})
     assert {d for key in space.families() for _, d in space.shapes(key)} == {4, 8}, "sixteen would not have a key each"
+
+
+def test_data_need_not_be_there_whatever_is_said_of_them(tmp_path: Path) -> None:
+    """As the config.yaml of a run says it."""
+    given = DataConfig(
+        kind="webdataset", path="a::b", val_path="c", weights=(1.0, 2.0), shuffle_window=4, label_column="kind",
+        max_bad_share=0.05, eval_transform="timm", crop_pct=0.9, mixup=0.8, index_dir="d",
+    )  # fmt: skip
+    (tmp_path / "config.yaml").write_text(replace(SMALL, data=given).to_yaml())
+    config, _ = parse([*ANY_DATA, "--config", str(tmp_path / "config.yaml")], "tools.plan")
+    assert config.data == DataConfig(kind="synthetic", mixup=0.8)
 
 
 def test_images_of_several_sizes_are_planned_in_pairs() -> None:

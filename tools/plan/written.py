@@ -10,6 +10,7 @@ from pathlib import Path
 
 import yaml
 
+from data import DataConfig
 from engine.config import Config
 from engine.config.cli import parse
 from engine.errors import ConfigError
@@ -17,7 +18,13 @@ from engine.passes import is_open
 from tools.plan import words
 from tools.plan.evaluate import Prediction
 
-ANY_DATA = ["--data.kind", "synthetic", "--data.path", "null"]
+# Flags by which data need not be there, whatever files say of them.
+ANY_DATA = ["--data.kind", "synthetic"]
+ANY_DATA += [
+    part
+    for name, value in DataConfig.without_effect("synthetic").items()
+    for part in (f"--data.{name}", value if isinstance(value, str) else json.dumps(value))
+]
 
 
 def show_json(found: Sequence[Prediction], file: str) -> None:
