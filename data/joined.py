@@ -24,7 +24,7 @@ from data.image_text import whole_table
 from data.showing import Showing
 from data.source_names import sources_of
 from data.templates import captions_of, class_prompts, class_words
-from data.webdataset import whole_shards
+from data.webdataset import WebDataset, whole_shards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +202,11 @@ def _opened(config: DataConfig, path: str, key: str, image_shape: tuple[int, int
     sources = sources_of(path, config.kind, key)
     if twice := [source.path for source in sources if sources.count(source) > 1]:
         raise ValueError(f"{key}={path} names {twice[0]} in two sources: name each once, and see data.weights")
-    return [openers[source.kind](config.of_source(source), key, image_shape, readers) for source in sources]
+    found = [openers[source.kind](config.of_source(source), key, image_shape, readers) for source in sources]
+    shards = [one for one in found if isinstance(one, WebDataset)]
+    for one in shards:
+        one.store.share(len(shards))
+    return found
 
 
 def _classes(sources: Sequence[Dataset], trained: JoinedClasses | None, path: str) -> JoinedClasses:

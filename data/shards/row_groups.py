@@ -31,11 +31,15 @@ class ParquetStore(Store):
         return f"; in {len(self.catalogue.group_ends)} row groups, each read whole: see data.shuffle_window"
 
     def __init__(self, catalogue: Catalogue, form: ParquetFormat) -> None:
+        self._parquet_format = form
         super().__init__(catalogue, form)
-        self._open: Callable[[int], _Opened] = lru_cache(maxsize=min(_OPEN, allowed_files() // 16))(
-            lambda shard: _Opened(self.file(shard), form)
-        )
         self._kept = OrderedDict[tuple[int, int, str], Any]()  # columns, that was used last at last
+
+    def share(self, stores: int) -> None:
+        """As Store."""
+        super().share(stores)
+        most, form = max(1, min(_OPEN, allowed_files() // 16) // stores), self._parquet_format
+        self._open: Callable[[int], _Opened] = lru_cache(maxsize=most)(lambda shard: _Opened(self.file(shard), form))
 
     def image(self, place: Place) -> bytes:
         """As Store."""

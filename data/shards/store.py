@@ -38,9 +38,14 @@ class Store(ABC):
 
     def __init__(self, catalogue: Catalogue, form: Format) -> None:
         self.catalogue, self.form = catalogue, form
-        self.index: Callable[[int], Index] = lru_cache(maxsize=min(_MAPPED, allowed_files() // 8))(self._map)
-        """That of a shard."""
         self._checked = dict[int, int]()  # body_hash of indexes that were mapped before
+        self.share(1)
+
+    def share(self, stores: int) -> None:
+        """Of the files that a process may have open, keep no more than one of so many stores may."""
+        most = max(1, min(_MAPPED, allowed_files() // 8) // stores)
+        self.index: Callable[[int], Index] = lru_cache(maxsize=most)(self._map)
+        """That of a shard."""
 
     @abstractmethod
     def image(self, place: Place) -> bytes:

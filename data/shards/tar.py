@@ -100,9 +100,12 @@ class TarStore(Store):
     def __init__(self, catalogue: Catalogue, form: TarFormat) -> None:
         super().__init__(catalogue, form)
         self._tar_format = form
-        self._open: Callable[[int], _Opened] = lru_cache(maxsize=min(_OPEN_TARS, allowed_files() // 16))(
-            lambda shard: _Opened(self.file(shard))
-        )
+
+    def share(self, stores: int) -> None:
+        """As Store."""
+        super().share(stores)
+        most = max(1, min(_OPEN_TARS, allowed_files() // 16) // stores)
+        self._open: Callable[[int], _Opened] = lru_cache(maxsize=most)(lambda shard: _Opened(self.file(shard)))
 
     def image(self, place: Place) -> bytes:
         """As Store."""

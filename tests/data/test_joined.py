@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,22 @@ def test_shares_and_windows_are_of_sources_of_any_kind(sources: dict[str, str]) 
         build(folders, 2, kind="image_folder")
     with pytest.raises(ValueError, match=r"data\.weights has 3 numbers, and data\.path=.* 2 sources"):
         build(path, weights=(1.0, 1.0, 1.0))
+
+
+def test_sources_share_what_files_may_be_open(
+    tmp_path: Path, sources: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 64 files each store alone would keep 8 indexes and 4 shards; of 7 stores each keeps one of both."""
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (64, 64))
+    tars = [tmp_path / f"{number}.tar" for number in range(24)]
+    for number, tar in enumerate(tars):
+        write_tar(tar, [sample(number, cls="dog")])
+    paths = [f"tar:{tmp_path}/{{{first}..{first + 3}}}.tar" for first in range(0, 24, 4)]
+    path = "::".join([*paths, sources["folder"], sources["parquet"]])
+    train, _ = build(path, 4, val_path=sources["folder"])
+    assert greys(train)[:24] == list(range(24)) and set(train.labels.tolist()) == {0, 1, 2, 3}
+    opened = [str(descriptor.resolve()) for descriptor in Path("/proc/self/fd").iterdir()]
+    assert len([name for name in opened if name.startswith(str(tmp_path))]) <= 2 * 7
 
 
 def test_how_sources_are_named(sources: dict[str, str]) -> None:
