@@ -186,6 +186,7 @@ def test_the_tool_indexes_checks_counts_and_packs(tmp_path: Path, capsys: pytest
     assert packed.labels.tolist() == ours.labels.tolist()
     assert packed.captions is not None and packed.captions.every(0, 0, Look())[1] == "so it is"
     other = hugging_face(tmp_path / "o.parquet", range(3), negative=pa.array([picture(255 - n) for n in range(3)]))
+    assert build(other)[0].fingerprint != build(other, image_column="negative")[0].fingerprint
     assert main(["pack", str(other), str(tmp_path / "one"), "--workers", "1"]) == 0
     with pytest.raises(ValueError, match=r"one holds shards that were packed otherwise \(source "):
         main(["pack", str(other), str(tmp_path / "one"), "--workers", "1", "--image-column", "negative"])
