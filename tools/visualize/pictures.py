@@ -22,7 +22,7 @@ from engine.seeing.sheet import RANGE, grey_or_rgb, side_of
 from model.formats.base import Preprocessing
 from tools.convert.images import statistics
 from tools.figures import new_figure, save, style
-from tools.visualize.methods import Shown
+from tools.visualize.shown import Shown
 
 _CONTACT = "contact"  # of the sheet of all images
 _ALPHA = 0.62  # of a map over its image
