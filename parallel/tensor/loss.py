@@ -60,7 +60,9 @@ class _Targets(NamedTuple):
         else:
             places, mine = own_classes(torch.stack([labels, soft.others], 1), classes, axis)
             weights = mine * torch.stack([soft.shares, 1 - soft.shares], 1)
-        return _Targets(places, weights * (1 - soft.smoothing), soft.smoothing / classes)
+        if soft.smoothing:
+            weights = weights * (1 - soft.smoothing)
+        return _Targets(places, weights, soft.smoothing / classes)
 
     def dot(self, logits: Tensor) -> Tensor:
         """Logits, fp32 [B, C/T], times their targets, added up: [B]."""
