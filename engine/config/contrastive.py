@@ -6,16 +6,13 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from engine.errors import ConfigError
+from model.formats.pairs import TAUGHT_BY
 from model.projection import Projection
 
 _TEMPERATURES = {"infonce": 0.07, "sigmoid": 0.1, "supcon": 0.07}
 _VIEWS_TEMPERATURE = 0.1
 _MOST_SCALE = 100.0
 _BIAS = -10.0
-
-
-TAUGHT_BY = ("teacher_dtype", "teacher_load_weights", "affinity_weight")
-"""Keys of how a teacher is run and weighted."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,8 +21,11 @@ from model.towers import PAIR, build_towers, projected
 
 SCALE, BIAS = f"{PAIR}.logit_scale", f"{PAIR}.logit_bias"
 ALONE = "--towers image, or VisionTransformer.from_pretrained, takes the image tower alone"
+TAUGHT_BY = ("teacher_dtype", "teacher_load_weights", "affinity_weight")
+"""Keys of objective contrastive of how a teacher is run and weighted."""
+OF_THE_RUN = ("passes", "teacher", *TAUGHT_BY)
+"""Those that are a run's own: a model has them no longer."""
 _KEYS = ("loss", "embedding", "projection", "projection_bias", "temperature", "max_logit_scale", "bias")
-_OF_THE_RUN = ("passes", "teacher", "teacher_dtype", "teacher_load_weights", "affinity_weight")  # not of the model
 _MOST_SCALE = 100.0  # to which CLIP, and a run of loss infonce, hold the scale
 _ROUNDING = 1 + 1e-6
 
@@ -151,5 +154,5 @@ def pairing_of(config: Mapping[str, Any], tuples: Callable[[Mapping[str, Any]], 
     if strange := sorted(set(config["text"]) - {f.name for f in fields(TextConfig)}):
         raise ValueError(f"text.{strange[0]} is no key of this version")
     keys = {key: found[key] for key in _KEYS if key in found}
-    others = {key: value for key, value in found.items() if key not in (*_KEYS, *_OF_THE_RUN)}
+    others = {key: value for key, value in found.items() if key not in (*_KEYS, *OF_THE_RUN)}
     return Pairing(text=TextConfig(**tuples(config["text"])).resolve(), **keys, others=others)

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.config.contrastive import TAUGHT_BY
 from engine.errors import ConfigError
 from model import ImageText, ModelConfig, TextConfig, VisionTransformer
 from model.formats.api import open_weights, save_weights
 from model.formats.base import Preprocessing
+from model.formats.pairs import TAUGHT_BY
 from parallel.checkpoint.manifest import read_manifest
 from parallel.checkpoint.place import newest
 from parallel.checkpoint.read import Reader

@@ -23,7 +23,6 @@ from engine.assemble import Assembly, assemble
 from engine.checkpoint.load import LoadPlan, contrastive_folder, load_weights, plan_load
 from engine.config import Config, plain
 from engine.config.cli import parse
-from engine.config.contrastive import TAUGHT_BY
 from engine.errors import ConfigError
 from engine.objectives import Objective, make_objective
 from engine.objectives.base import Evaluation
@@ -31,6 +30,7 @@ from model import Build, LayerSpec, MicroBatch, build_layers
 from model.formats.api import open_weights
 from model.formats.base import ConversionError, Description
 from model.formats.checkpoint import CheckpointWeights, RunWeights
+from model.formats.pairs import OF_THE_RUN
 from model.formats.weights import StoredWeights, Which
 from parallel.checkpoint.manifest import CheckpointError
 from parallel.checkpoint.read import Reader
@@ -235,8 +235,7 @@ def _stored(saved: Mapping[str, Any], description: Description | None, flags: Ma
     """Keys of the configuration that flags win over."""
     kept = {name: value for name, value in saved.items() if name not in _DROPPED}
     if "contrastive" in kept:
-        dropped = ("passes", "teacher", *TAUGHT_BY)
-        kept["contrastive"] = {name: value for name, value in kept["contrastive"].items() if name not in dropped}
+        kept["contrastive"] = {name: value for name, value in kept["contrastive"].items() if name not in OF_THE_RUN}
     if kept.pop("distillation", None) is not None and kept.get("objective") == "distillation":
         del kept["objective"]  # a student is a model like others
     if description is not None and "model" not in kept:
