@@ -27,10 +27,13 @@ def amax_of(x: Tensor) -> Tensor:
     """Largest absolute value, fp32 [1]; infinity where x has a NaN or an infinity, 0 where x is empty."""
     if x.numel() == 0:
         return torch.zeros(1, device=x.device)
-    low, high = torch.aminmax(x.detach())  # one pass; NaN goes through
-    amax = torch.maximum(-low, high).float().view(1)
+    return largest(*torch.aminmax(x.detach())).view(1)  # one pass; NaN goes through
+
+
+def largest(low: Tensor, high: Tensor) -> Tensor:
+    """Absolute value of numbers from `low` to `high`, fp32; infinity where these are NaN or infinite."""
     # A number, not NaN: maxima over ranks and steps are then what one expects of them.
-    return amax.nan_to_num(nan=float("inf"), posinf=float("inf"))
+    return torch.maximum(-low, high).float().nan_to_num(nan=float("inf"), posinf=float("inf"))
 
 
 def dequantisation_factor(scale: Tensor, amax: Tensor) -> Tensor:
@@ -43,7 +46,8 @@ class Quantised:
     """An 8-bit matrix: x is about values * factor.
 
     Attributes:
-        values: [aligned(R), aligned(C)], row-major, e4m3 or e5m2. factor: fp32 [1].
+        values: [aligned(R), aligned(C)], row-major, e4m3 or e5m2. factor: fp32 [1]; of a scale for each row
+            [aligned(R), 1].
         shape: (R, C), without the padding.
     """
 
@@ -78,11 +82,11 @@ def quantise(x: Tensor, scale: Tensor, dtype: torch.dtype, amax: Tensor | None =
     """Cast clamp(x * scale) to 8 bits.
 
     Args:
-        x: [R, C]. scale: fp32 [1]. dtype: torch.float8_e4m3fn or torch.float8_e5m2. amax: that of x (or of the tensor
-            that x is a part of), if it is known already.
+        x: [R, C]. scale: fp32 [1], or of each row [R, 1] (then with amax). dtype: torch.float8_e4m3fn or
+            torch.float8_e5m2. amax: that of x (or of the tensor that x is a part of), if it is known already.
 
     Returns:
-        The 8-bit matrix, and amax: fp32 [1], infinity where x has a NaN or an infinity.
+        The 8-bit matrix, and amax: fp32 of the shape of scale, infinity where x has a NaN or an infinity.
     """
     rows, columns = x.shape
     amax = amax_of(x) if amax is None else amax

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from parallel import comm
 from parallel.comm import Axis
 from parallel.fp8.matmul import matmul
-from parallel.fp8.quantise import Quantised, aligned, quantise
+from parallel.fp8.quantise import Quantised, aligned, largest, quantise
 from parallel.fp8.recipe import Fp8Recipe
 from parallel.tensor.linear import ColumnParallelLinear, RowParallelLinear
 from parallel.tensor.rows import TensorParallel, sum_start
@@ -36,8 +36,7 @@ def quantise_rows(x: Tensor, split: Axis | None) -> Quantised:
     Args:
         split: ranks that hold other columns of the same rows; None: there are all. Collective over it.
     """
-    low, high = torch.aminmax(x.detach(), dim=1, keepdim=True)
-    amax = torch.maximum(-low, high).float().nan_to_num(nan=float("inf"), posinf=float("inf"))
+    amax = largest(*torch.aminmax(x.detach(), dim=1, keepdim=True))
     if split is not None:
         amax = comm.all_reduce(amax, split, "max")
     scale = _RECIPE.scale(amax, torch.finfo(_FORMAT).max, torch.ones_like(amax))
