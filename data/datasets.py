@@ -89,7 +89,8 @@ class Dataset(Protocol):
 
     def load(self, index: int) -> tuple[NDArray[np.float32], int]:
         """One image [C, H, W], as evaluation sees it, and its label."""
-        ...
+        one = np.array([index])
+        return self.read(one)[0].numpy(), int(self.labels_of(one)[0])
 
     def read(self, indices: NDArray[np.int64], crop: NDArray[np.float64] | None = None) -> Tensor:
         """The images [B, C, H, W] at `indices`; `crop` is [B, 4] (see augment.crop_boxes), None: as for evaluation."""
@@ -119,9 +120,6 @@ class ArrayDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.labels)
-
-    def load(self, index: int) -> tuple[NDArray[np.float32], int]:
-        return self.images[index].numpy(), int(self.labels[index])
 
     def read(self, indices: NDArray[np.int64], crop: NDArray[np.float64] | None = None) -> Tensor:
         assert crop is None, "crops of images in memory are part of the augmentation's one resampling"

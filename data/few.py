@@ -49,9 +49,6 @@ class Few(Dataset):
     def fingerprint(self) -> str:
         return fingerprint(self.whole.fingerprint.encode(), self._images.tobytes(), self.labels.tobytes())
 
-    def load(self, index: int) -> tuple[NDArray[np.float32], int]:
-        return self.whole.load(int(self._images[index]))[0], int(self.labels[index])
-
     def read(self, indices: NDArray[np.int64], crop: NDArray[np.float64] | None = None) -> Tensor:
         return self.whole.read(self._images[indices], crop)
 

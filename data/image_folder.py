@@ -64,13 +64,11 @@ class ImageFiles(Dataset):
         part = b"" if self.part is None else self.part.tobytes()
         return fingerprint(self.listing.fingerprint.encode(), part)
 
-    def load(self, index: int) -> tuple[NDArray[np.float32], int]:
-        return self._decode(index, None), int(self.labels[index])
-
     def read(self, indices: NDArray[np.int64], crop: NDArray[np.float64] | None = None) -> Tensor:
         images = np.empty((len(indices), *self.image_shape), dtype=np.float32)
         for row, index in enumerate(indices.tolist()):
-            images[row] = self._decode(index, None if crop is None else crop[row])
+            own = None if crop is None else crop[row]
+            images[row] = read_file(self._file(index), own, self.image_shape, self.showing)
         return torch.from_numpy(images)
 
     def sides(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -78,9 +76,6 @@ class ImageFiles(Dataset):
 
     def read_sized(self, index: int, crop: NDArray[np.float64], shape: tuple[int, int, int]) -> NDArray[np.float32]:
         return decode(self._file(index), crop, shape)
-
-    def _decode(self, index: int, crop: NDArray[np.float64] | None) -> NDArray[np.float32]:
-        return read_file(self._file(index), crop, self.image_shape, self.showing)
 
     def _file(self, index: int) -> str:
         return self.listing.file(index if self.part is None else int(self.part[index]))

@@ -88,10 +88,6 @@ class Joined(Dataset):
             labels[rows] = of_source if self.classes.numbers is None else self.classes.numbers[number][of_source]
         return labels
 
-    def load(self, index: int) -> tuple[NDArray[np.float32], int]:
-        one = np.array([index])
-        return self.read(one)[0].numpy(), int(self.labels_of(one)[0])
-
     def read(self, indices: NDArray[np.int64], crop: NDArray[np.float64] | None = None) -> Tensor:
         images = torch.empty(len(indices), *self.image_shape)
         for number, rows, own in self._by_source(indices):

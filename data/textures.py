@@ -99,9 +99,6 @@ class TextureCrops(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def load(self, index: int) -> tuple[NDArray[np.float32], int]:
-        return self._cut(index), int(self.labels[index])
-
     def read(self, indices: NDArray[np.int64], crop: NDArray[np.float64] | None = None) -> Tensor:
         assert crop is None, "random crops of these crops are part of the augmentation's one resampling"
         images = np.empty((len(indices), *self.image_shape), dtype=np.float32)

@@ -79,10 +79,6 @@ class WebDataset(Dataset):
         """Where samples of this set are."""
         return self.store.places(indices if self.part is None else self.part.samples(indices))
 
-    def load(self, index: int) -> tuple[NDArray[np.float32], int]:
-        one = np.array([index])
-        return self.read(one)[0].numpy(), int(self.labels_of(one)[0])
-
     def read(self, indices: NDArray[np.int64], crop: NDArray[np.float64] | None = None) -> Tensor:
         images = np.empty((len(indices), *self.image_shape), dtype=np.float32)
         for row, place in enumerate(self.places(indices)):
