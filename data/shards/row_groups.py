@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Callable
 from contextlib import ExitStack
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -15,9 +13,8 @@ from data.errors import UnreadableImageError
 from data.shards.catalogue import Catalogue
 from data.shards.members import ShardError
 from data.shards.parquet import ParquetFormat, image_bytes, opened_parquet, texts_of
-from data.shards.store import Place, Store, allowed_files
+from data.shards.store import Place, Store, few_open
 
-_OPEN = 64  # files of each process, at most
 _KEPT = 256 * 2**20  # bytes of columns of each process, at most, or else one
 
 
@@ -25,21 +22,21 @@ class ParquetStore(Store):
     """Reads images and captions. What is asked for of one row group comes from memory after the first time, so samples
     are best drawn of few of them at a time (data.shuffle_window)."""
 
+    form: ParquetFormat
+
     @property
     def hint(self) -> str:  # type: ignore[override]
         """As Store."""
         return f"; in {len(self.catalogue.group_ends)} row groups, each read whole: see data.shuffle_window"
 
     def __init__(self, catalogue: Catalogue, form: ParquetFormat) -> None:
-        self._parquet_format = form
         super().__init__(catalogue, form)
         self._kept = OrderedDict[tuple[int, int, str], Any]()  # columns, that was used last at last
 
     def share(self, stores: int) -> None:
         """As Store."""
         super().share(stores)
-        most, form = max(1, min(_OPEN, allowed_files() // 16) // stores), self._parquet_format
-        self._open: Callable[[int], _Opened] = lru_cache(maxsize=most)(lambda shard: _Opened(self.file(shard), form))
+        self._open = few_open(lambda shard: _Opened(self.file(shard), self.form), stores)
 
     def image(self, place: Place) -> bytes:
         """As Store."""

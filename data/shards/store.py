@@ -6,7 +6,7 @@ import resource
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,8 @@ from data.shards.index import Index, map_index
 from data.shards.members import ShardError
 
 _MAPPED = 1024  # indexes of each process, at most; a map keeps its file open
+_OPEN = 64  # shards of each process, at most
+Opened = TypeVar("Opened")
 
 
 class Place(NamedTuple):
@@ -43,7 +45,7 @@ class Store(ABC):
 
     def share(self, stores: int) -> None:
         """Of the files that a process may have open, keep no more than one of so many stores may."""
-        most = max(1, min(_MAPPED, allowed_files() // 8) // stores)
+        most = max(1, min(_MAPPED, _allowed_files() // 8) // stores)
         self.index: Callable[[int], Index] = lru_cache(maxsize=most)(self._map)
         """That of a shard."""
 
@@ -102,7 +104,13 @@ class Store(ABC):
         return found
 
 
-def allowed_files() -> int:
+def few_open(open_shard: Callable[[int], Opened], stores: int) -> Callable[[int], Opened]:
+    """`open_shard`, which keeps those that were used last, no more than one of so many stores may have open."""
+    most = max(1, min(_OPEN, _allowed_files() // 16) // stores)
+    return lru_cache(maxsize=most)(open_shard)
+
+
+def _allowed_files() -> int:
     """How many a process may have open: 1024 where nobody has said otherwise."""
     allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return 2**20 if allowed == resource.RLIM_INFINITY else allowed

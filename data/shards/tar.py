@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
@@ -18,12 +17,11 @@ from data.listing import SUFFIXES
 from data.shards.catalogue import Catalogue
 from data.shards.formats import RECORD, Content, Format
 from data.shards.members import Sample, ShardError, samples
-from data.shards.store import Place, Store, allowed_files
+from data.shards.store import Place, Store, few_open
 
 CAPTION = "caption"
 """The field of a `.json` that is read where there is no `.txt`."""
 
-_OPEN_TARS = 64  # of each process, at most
 _LARGEST = 2**32  # bytes of one part
 
 
@@ -97,15 +95,12 @@ def _label(tar: Path, opened: BinaryIO, sample: Sample, field: str | None) -> st
 class TarStore(Store):
     """Reads parts of samples out of tar files."""
 
-    def __init__(self, catalogue: Catalogue, form: TarFormat) -> None:
-        super().__init__(catalogue, form)
-        self._tar_format = form
+    form: TarFormat
 
     def share(self, stores: int) -> None:
         """As Store."""
         super().share(stores)
-        most = max(1, min(_OPEN_TARS, allowed_files() // 16) // stores)
-        self._open: Callable[[int], _Opened] = lru_cache(maxsize=most)(lambda shard: _Opened(self.file(shard)))
+        self._open = few_open(lambda shard: _Opened(self.file(shard)), stores)
 
     def image(self, place: Place) -> bytes:
         """As Store."""
@@ -116,11 +111,11 @@ class TarStore(Store):
     def said(self, place: Place) -> list[str]:
         """As Store."""
         text = self.part(place, "text")
-        if text is not None and self._tar_format.caption == CAPTION:
+        if text is not None and self.form.caption == CAPTION:
             return [text.decode(errors="replace").strip()] * bool(text.strip())
         try:
             said: Any = json.loads(self.part(place, "json") or b"{}")
-            said = said.get(self._tar_format.caption, ())
+            said = said.get(self.form.caption, ())
         except (ValueError, AttributeError):
             said = ()
         every = [said] if isinstance(said, str) else said if isinstance(said, list) else []
