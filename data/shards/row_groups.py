@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import OrderedDict
 from contextlib import ExitStack
 from typing import Any
@@ -14,6 +13,7 @@ from data.shards.catalogue import Catalogue
 from data.shards.members import ShardError
 from data.shards.parquet import ParquetFormat, image_bytes, opened_parquet, texts_of
 from data.shards.store import Place, Store, few_open
+from data.shards.tar import captions_as_parts
 
 _KEPT = 256 * 2**20  # bytes of columns of each process, at most, or else one
 
@@ -49,11 +49,8 @@ class ParquetStore(Store):
         return texts_of(self._cell(place, "caption"))
 
     def texts(self, place: Place) -> dict[str, bytes]:
-        """As Store: one caption is a text, several are a list in a `.json`."""
-        said = self.said(place)
-        if len(said) == 1:
-            return {"txt": said[0].encode()}
-        return {"json": json.dumps({"caption": said}).encode()} if said else {}
+        """As Store."""
+        return captions_as_parts(self.said(place))
 
     def _cell(self, place: Place, what: str) -> Any:
         """Of a sample's row; None: nothing is there."""

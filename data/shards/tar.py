@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
@@ -90,6 +90,13 @@ def _label(tar: Path, opened: BinaryIO, sample: Sample, field: str | None) -> st
     except (ValueError, AttributeError) as error:
         raise ShardError(f"{tar}: {sample.key}.{part} cannot be read ({error}): write it anew") from error
     return None if value is None else str(value).strip()
+
+
+def captions_as_parts(said: Sequence[str]) -> dict[str, bytes]:
+    """Captions as parts of a sample, by their extensions: one is a text, several are a list in a `.json`."""
+    if len(said) == 1:
+        return {"txt": said[0].encode()}
+    return {"json": json.dumps({CAPTION: said}).encode()} if said else {}
 
 
 class TarStore(Store):

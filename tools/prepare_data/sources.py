@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
@@ -19,7 +18,7 @@ from data.shards.classes import class_map
 from data.shards.formats import Format
 from data.shards.parquet import ParquetFormat
 from data.shards.store import Store
-from data.shards.tar import TarFormat
+from data.shards.tar import TarFormat, captions_as_parts
 
 _NAME = 60  # characters of a file's name that are kept in a key
 
@@ -83,18 +82,14 @@ class TableSource(Source):
         return self.pairs.fingerprint + self.pairs.captions_fingerprint
 
     def sample(self, index: int) -> tuple[str, Mapping[str, bytes]]:
-        """As Source: one caption is a text, several are a list in a `.json`."""
+        """As Source."""
         file = Path(self.pairs.file(index))
         content = file.read_bytes()
         suffix = file.suffix.lower()
         parts = {suffix[1:] if suffix in SUFFIXES else _ending(content, str(file)): content}
         if self.classes:
             parts["cls"] = b"%d" % self.pairs.labels[index]
-        said = [self.pairs.caption(number) for number in self.pairs.captions_of(index)]
-        if len(said) == 1:
-            parts["txt"] = said[0].encode()
-        else:
-            parts["json"] = json.dumps({"caption": said}).encode()
+        parts.update(captions_as_parts([self.pairs.caption(number) for number in self.pairs.captions_of(index)]))
         return file.stem, parts
 
 
