@@ -246,6 +246,11 @@ class DataConfig:
         return self.kind in _FILES
 
     @property
+    def mends(self) -> bool:
+        """Whether samples may be bad without an end of the run."""
+        return self.reads_files and self.max_bad_share > 0
+
+    @property
     def warps(self) -> bool:
         """Whether augmentation turns, shifts, zooms or shears."""
         return any((self.rotate, self.shift, self.scale, self.shear))

@@ -49,7 +49,7 @@ class Mender:
         mends: bool = True,
     ) -> None:
         self._dataset, self._repeats, self._seed = dataset, config.repeats, seed
-        self._decides, self._mends = decides, mends and config.max_bad_share > 0
+        self._decides, self._mends = decides, mends and config.mends
         self._is_of_files = config.reads_files
         self._maker = Maker(dataset, config, with_images=with_images, with_texts=with_texts)
         self.needs_any, self.makes_texts = self._maker.needs_any, self._maker.makes_texts

@@ -50,11 +50,6 @@ class BadSamples:
         self._journal: Journal | None = None
         self._told = 0
 
-    @property
-    def are_possible(self) -> bool:
-        """Whether samples may be bad without an end of the run."""
-        return self._data.reads_files and self._data.max_bad_share > 0
-
     def vote(self) -> float:
         """How many this rank has found in a step."""
         return float(len(self._train.bad))
@@ -80,7 +75,7 @@ class BadSamples:
 
     def after_evaluation(self, step: int) -> None:
         """Of a pass over all held-out samples. Collective. Raises TooManyBadError on every rank."""
-        if not self.are_possible:
+        if not self._data.mends:
             return
         own = torch.tensor([float(len(self._held_out.bad))], device=comm.device_of(self._grid.world))
         if comm.all_reduce(own, self._grid.world).item():
@@ -91,7 +86,7 @@ class BadSamples:
 
     def counted(self) -> Mapping[str, int]:
         """For a line of metrics; nothing where there can be none."""
-        return {"bad_samples": self._progress.mended} if self.are_possible else {}
+        return {"bad_samples": self._progress.mended} if self._data.mends else {}
 
     def close(self) -> None:
         """Nothing more is written."""

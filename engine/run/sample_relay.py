@@ -15,7 +15,7 @@ from parallel.messages import Exchange, exchange_start, open_on_host
 def sample_relay(assembly: Assembly) -> Relay | None:
     """That of this rank's pipeline; None: nobody has to be told. Collective along the pipeline axis."""
     a = assembly
-    if a.grid.pipeline.size == 1 or not (a.config.data.reads_files and a.config.data.max_bad_share):
+    if a.grid.pipeline.size == 1 or not a.config.data.mends:
         return None
     return _PipelineRelay(open_on_host(a.grid.pipeline), a.placement.ranks[0])
 
