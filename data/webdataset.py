@@ -55,12 +55,11 @@ class WebDataset(Dataset):
 
     @property
     def fingerprint(self) -> str:
-        """Of all bytes of all shards, their order, where sources end, what labels mean, and which samples are taken; of
-        parquet, too, from which columns."""
-        catalogue, form = self.store.catalogue, self.store.form
+        """Of all bytes of all shards, their order, where sources end, what labels mean, which samples are taken, and
+        what else the format says."""
+        catalogue, taken_by = self.store.catalogue, self.store.form.taken_by
         sources = [catalogue.source_ends.tobytes()] if len(catalogue.source_ends) > 1 else []
-        if isinstance(form, ParquetFormat) and (columns := (form.image, form.label)) != ("image", None):
-            sources.append(repr(columns).encode(errors="surrogateescape"))
+        sources += [repr(taken_by).encode(errors="surrogateescape")] if taken_by else []
         names = repr((catalogue.words, self.num_classes, self.class_names, self.part)).encode(errors="surrogateescape")
         return fingerprint(catalogue.hashes.tobytes(), catalogue.ends.tobytes(), names, *sources)
 

@@ -63,6 +63,11 @@ class Format(Protocol):
         """Options on which captions depend."""
         ...
 
+    @property
+    def taken_by(self) -> tuple[object, ...]:
+        """Options on which it depends what of the bytes images and labels are; none, where these are the usual ones."""
+        return ()
+
     def content(self, file: Path, opened: BinaryIO) -> Content:
         """Of a file. Raises ShardError for one that is no good."""
         ...

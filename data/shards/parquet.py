@@ -92,6 +92,12 @@ class ParquetFormat(Format):
         """As Format."""
         return (self.caption,)
 
+    @property
+    def taken_by(self) -> tuple[object, ...]:
+        """As Format."""
+        names = (self.image, self.label)
+        return () if names == ("image", None) else names
+
     def content(self, file: Path, opened: BinaryIO) -> Content:
         """As Format."""
         rows: list[tuple[int, ...]] = []
