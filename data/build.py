@@ -10,7 +10,7 @@ from data.image_folder import image_folder
 from data.image_text import image_text
 from data.joined import joined
 from data.jpeg import decoder_name
-from data.mixing import whole_shares
+from data.mixing import has_empty_source, whole_shares
 from data.normalise import Normalise
 from data.resolution import Resolution
 from data.showing import showing_of
@@ -43,9 +43,9 @@ def build_datasets(
     `patch_size` is the model's: images of several sizes are of whole patches; None: here all have one size.
 
     Raises:
-        ValueError: for images that cannot be found, for more classes than the model has, for means and deviations of
-            another number of channels, for a tokenizer or templates that do not fit, and for few images or labels of
-            each class that leave all as it is.
+        ValueError: for images that cannot be found, for a source that has a share and no image to train on, for more
+            classes than the model has, for means and deviations of another number of channels, for a tokenizer or
+            templates that do not fit, and for few images or labels of each class that leave all as it is.
     """
     if config.weights:
         whole_shares(config.weights)  # raises
@@ -55,6 +55,10 @@ def build_datasets(
     texts = None if text is None else make_texts(tokenizer_of(config), text)
     resolution = Resolution.of(config, height, width, patch_size)
     train, held_out = _build(config, (channels, height, width), num_classes or _SYNTHETIC_CLASSES, seed, readers)
+    if config.weights and has_empty_source(train):
+        raise ValueError(
+            f"data.path={config.path}: a source has no sample to train on: leave it out of data.weights, too"
+        )
     if num_classes is not None and not train.num_classes:
         raise ValueError(
             f"data.kind={config.kind} has no classes, but the objective needs some: name the column, or "

@@ -13,6 +13,7 @@ from torch import Tensor
 from data.config import DataConfig
 from data.datasets import Dataset, fingerprint
 from data.keyed import Purpose, keyed_permutation
+from data.mixing import has_empty_source
 
 UNKNOWN = -1
 """The label of an image whose label is not known."""
@@ -82,7 +83,7 @@ def few_of_each_class(dataset: Dataset, config: DataConfig, seed: int) -> Datase
     images = np.flatnonzero(places < (config.images_per_class or most))
     known = places[images] < (config.labels_per_class or most)
     few = Few(dataset, images, np.where(known, labels[images], UNKNOWN))
-    if config.weights and few.source_ends is not None and not np.diff(few.source_ends, prepend=0).all():
+    if config.weights and has_empty_source(few):
         raise ValueError(
             f"data.images_per_class is {config.images_per_class}, which leaves a source of data.path without an image "
             "to train on: use more, or leave the source and its share of data.weights out"

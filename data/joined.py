@@ -180,11 +180,6 @@ def joined(config: DataConfig, image_shape: tuple[int, int, int], readers: int =
         held_out = _opened(config, config.val_path, "data.val_path", image_shape, readers)
         classes = _classes(train, None, config.path)
         sets = [Joined(train, classes, None), Joined(held_out, _classes(held_out, classes, config.val_path), None)]
-    ends = sets[0].source_ends
-    if config.weights and ends is not None and not np.diff(ends, prepend=0).all():
-        raise ValueError(
-            f"data.path={config.path}: a source has no sample to train on: leave it out of data.weights, too"
-        )
     for one in sets:
         one.captions = _captions(one, config)
     return sets[0], sets[1]

@@ -43,6 +43,12 @@ def sample_order(dataset: Dataset, seed: int, config: DataConfig) -> Order:
     return MixedOrder(orders, whole_shares(config.weights), config.repeats)
 
 
+def has_empty_source(dataset: Dataset) -> bool:
+    """Whether a set has several sources, and no sample of one of them."""
+    ends = dataset.source_ends
+    return ends is not None and not np.diff(ends, prepend=0).all()
+
+
 def order_of(config: DataConfig) -> str:
     """Names the rule by which draws become samples: a run that goes on with another would see some samples twice in an
     epoch, and others not at all."""

@@ -160,11 +160,6 @@ def webdataset(
         WebDataset(store, image_shape, part, of_store)
         for store, part, of_store in zip(stores * (2 // len(stores)), parts, classes * (2 // len(stores)), strict=True)
     )
-    ends = train.source_ends
-    if config.weights and ends is not None and not np.diff(ends, prepend=0).all():
-        raise ValueError(
-            f"data.path={config.path}: a source has no sample to train on: leave it out of data.weights, too"
-        )
     for dataset in (train, held_out):
         dataset.captions = _captions(dataset, prompts)
         if dataset.captions is not None and config.templates is not None:
