@@ -30,6 +30,7 @@ from engine.config.cli import parse
 from engine.device import prepare_cpu, set_matmul
 from engine.errors import EXIT_DONE, EXIT_FAULT, ConfigError
 from engine.run.agreement import check_agreement, facts_of
+from engine.run.changed import changed_images, changed_keys
 from engine.run.launch import run_rank
 from engine.run.progress import Progress
 from engine.run.rerun import (
@@ -47,7 +48,6 @@ from engine.run.rerun import (
     run_again,
     stored,
 )
-from engine.run.resume import changed_images, changed_keys
 from engine.run.saving import facts_for_manifests
 from engine.run.trainer import Inputs, inputs_of
 from parallel import comm, process_group

@@ -23,10 +23,11 @@ from engine.config import Config, plain
 from engine.config.classes import fingerprints
 from engine.errors import ConfigError
 from engine.run.agreement import named_ranks
+from engine.run.changed import SAMPLE_ORDER, TEACHERS
 from engine.run.finite import check_finite
 from engine.run.metrics import MetricsWriter
 from engine.run.provenance import commit, launcher, machine, version
-from engine.run.resume import SAMPLE_ORDER, TEACHERS, check_resume, checkpoint_dir
+from engine.run.resume import check_resume, checkpoint_dir
 from engine.run.run_dir import RunDir, prepare_folder, set_aside
 from parallel import comm
 from parallel.checkpoint import place

@@ -31,8 +31,8 @@ from engine.config import (
     plain,
 )
 from engine.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, DivergedError, OutputError
+from engine.run.changed import changed_keys
 from engine.run.loop import Loop
-from engine.run.resume import changed_keys
 from engine.run.saving import Saving
 from engine.run.trainer import pretrain
 from parallel.checkpoint.read import Reader
