@@ -1,11 +1,12 @@
 """Where samples come from: data sets, their order, augmentation, and micro-batches. Knows nothing of models."""
 
+from data.batch import Batch
 from data.build import build_datasets, describe_datasets
 from data.chosen import chosen_batches, pixels_of, spread
 from data.config import DataConfig
 from data.datasets import Dataset
 from data.errors import BadSampleError, TooManyBadError, UnreadableImageError
-from data.loader import Batch, EvalStream, StepBatches, TrainStream
+from data.loader import EvalStream, StepBatches, TrainStream
 from data.mixing import order_of
 from data.reading import BadSample
 from data.relay import Relay

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.batch import Batch, batch_of
 from data.config import DataConfig
 from data.datasets import Dataset
-from data.loader import Batch, batch_of
 from data.mending import Mender
 from data.normalise import Normalise
 from data.reading import Content

@@ -9,46 +9,26 @@ import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
 
+from data.batch import Batch, batch_of
 from data.blending import Blend, blend, draw_blend, partners, with_partners
 from data.config import DataConfig
 from data.datasets import Dataset
-from data.mending import LEFT_OUT, Mender
+from data.mending import Mender
 from data.mixing import sample_order
 from data.reading import BadSample, Content, Source, in_workers
 from data.relay import Agreement, Relay
-from data.resolution import Map, check_pairs
+from data.resolution import check_pairs
 
 # What workers hold ready beyond what each is at work on: enough for a schedule that takes micro-batches in bursts.
 # Every one is an open file, and memory of the host in which few files may be open and little may be shared.
 _READY_BATCHES, _READY_BYTES = 64, 64 * 2**20
-
-
-SECOND_VIEW = 2**40
-"""Added to the id of a sample, which is far below, for its second view."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A micro-batch of B images; with `data.views` 2, B / 2 images and then another view of each."""
-
-    images: Tensor | None  # [B, C, H, W] float32, normalised; None where they are not needed
-    labels: Tensor  # [B] int64; -1: not known
-    sample_ids: Tensor  # [B] int64: the draw in training, the index in evaluation, -1 for padding; views: SECOND_VIEW
-    weights: Tensor  # [B] float32: 1 for an image, 0 for padding
-    texts: Tensor | None = None  # [B, S] int64: what is said of each image; None where that is not needed
-    indices: Tensor | None = None  # [B] int64: the image of each row, by its number in the set, -1 for padding
-    other_labels: Tensor | None = None  # [B] int64: of the image that each is mixed with; None: none is
-    own_shares: Tensor | None = None  # [B] float32: of the image itself in that
-    maps: tuple[Map, ...] | None = None  # rows and columns of patches; images are then these, packed (data.resolution)
 
 
 class TrainStream:
@@ -292,24 +272,6 @@ class EvalStream:
         self.texts_cut += content.texts_cut
         self.bad += content.bad
         return batch_of(self._dataset, content, kept, torch.from_numpy(indices), missing, self._config.views)
-
-
-def batch_of(
-    dataset: Dataset, content: Content, indices: NDArray[np.int64], ids: Tensor, missing: int, views: int
-) -> Batch:
-    """A micro-batch of one or two views of the images at `indices`, padded where images are missing or LEFT_OUT."""
-    there = torch.from_numpy(indices != LEFT_OUT)
-    labels = torch.from_numpy(dataset.labels_of(np.where(indices == LEFT_OUT, 0, indices)))
-    all_ids = [F.pad(torch.where(there, ids + view * SECOND_VIEW, -1), (0, missing), value=-1) for view in range(views)]
-    return Batch(
-        images=content.images,
-        labels=F.pad(torch.where(there, labels, 0), (0, missing)).repeat(views),
-        sample_ids=torch.cat(all_ids),
-        weights=F.pad(there.to(torch.float32), (0, missing)).repeat(views),
-        texts=None if content.texts is None else torch.from_numpy(content.texts),
-        indices=F.pad(torch.from_numpy(indices), (0, missing), value=-1).repeat(views),
-        maps=content.maps,
-    )
 
 
 def _check_batch_sizes(global_batch_size: int, micro_batch_size: int, data_size: int) -> None:

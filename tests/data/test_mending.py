@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data import BadSampleError, Batch, DataConfig, EvalStream, TextShape, TooManyBadError, TrainStream
+from data.batch import SECOND_VIEW
 from data.captions import TemplateCaptions
 from data.datasets import ArrayDataset
 from data.decode import CENTRE, decode
 from data.errors import UnreadableImageError
-from data.loader import SECOND_VIEW
 from data.mending import TRIES
 from data.texts import make_texts
 from data.tokenizers import ByteTokenizer

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data import Batch, DataConfig, Dataset, EvalStream, TrainStream
-from data.loader import SECOND_VIEW
+from data.batch import SECOND_VIEW
 
 Datasets = tuple[Dataset, Dataset]
 ONE = DataConfig(rotate=15, crop_min_area=0.5, brightness=0.2, noise=0.05)
