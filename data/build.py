@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from data.augmentation_checks import check_channels
 from data.config import DataConfig
+from data.config_checks import check_channels
 from data.datasets import Dataset, digits, synthetic
 from data.few import few_of_each_class
 from data.image_folder import image_folder

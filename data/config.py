@@ -5,16 +5,10 @@ from __future__ import annotations
 from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, Literal
 
-from data.augmentation_checks import check_augmentation
+from data.config_checks import check_values
 from data.source_names import Source, is_joined, sources_of
 
 TextCleaning = Literal["none", "lower", "canonical"]
-FOLDS = 5
-"""Sets without a held-out part of their own are dealt into this many stratified folds, and one of them is held out."""
-
-# Far beyond what is of use, and short of what no machine holds.
-_MOST_WORKERS, _MOST_IMAGES = 1024, 10_000_000
-_LARGEST_PIXEL = 1e6  # means and deviations are meant for pixels in 0..1
 
 _SHARDS = ("webdataset", "parquet")  # kinds
 _SAID = ("image_text", *_SHARDS)  # of which somebody has written something
@@ -224,21 +218,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         self._check_kind()
-        self._check("max_bad_share", 0 <= self.max_bad_share <= 1, "a share of all samples, from 0 to 1, such as 0.01")
-        self._check("workers", 0 <= self.workers <= _MOST_WORKERS, f"from 0 to {_MOST_WORKERS}")
-        self._check("fold", 0 <= self.fold < FOLDS, f"from 0 to {FOLDS - 1}")
-        self._check("size", 1 <= self.size <= _MOST_IMAGES, f"from 1 to {_MOST_IMAGES}")
-        self._check("shuffle_window", 0 <= self.shuffle_window <= _MOST_IMAGES, f"from 0 to {_MOST_IMAGES}")
-        self._check("crops_per_class", 1 <= self.crops_per_class <= _MOST_IMAGES, f"from 1 to {_MOST_IMAGES}")
-        self._check_few()
-        self._check_numbers("mean", -_LARGEST_PIXEL, _LARGEST_PIXEL)
-        self._check_numbers("std", 1 / _LARGEST_PIXEL, _LARGEST_PIXEL)
-        self._check(
-            "variable_resolution", 0 <= self.variable_resolution < 1, "a part of an image's patches, from 0 to below 1"
-        )
-        check_augmentation(self)
-        self._check("views", self.views in (1, 2), "1, or 2 for objectives that compare views of an image")
-        self._check("repeats", 1 <= self.repeats <= _MOST_IMAGES, f"from 1 to {_MOST_IMAGES}")
+        check_values(self)
 
     @property
     def reads_files(self) -> bool:
@@ -316,25 +296,6 @@ class DataConfig:
     @classmethod
     def _defaults(cls) -> dict[str, Any]:
         return {field.name: field.default for field in fields(cls) if field.default is not MISSING}
-
-    def _check(self, name: str, ok: bool, wanted: str) -> None:
-        if not ok:
-            raise ValueError(f"data.{name} is {getattr(self, name)!r}: it must be {wanted}")
-
-    def _check_few(self) -> None:
-        images, labels = self.images_per_class, self.labels_per_class
-        for name, count in (("images_per_class", images), ("labels_per_class", labels)):
-            self._check(name, count is None or 1 <= count <= _MOST_IMAGES, f"from 1 to {_MOST_IMAGES}")
-        if images is not None and labels is not None and labels >= images:
-            raise ValueError(
-                f"data.labels_per_class is {labels}, but data.images_per_class {images} leaves no more images, all of "
-                "which have labels then: leave labels_per_class out, or use fewer"
-            )
-
-    def _check_numbers(self, name: str, least: float, most: float) -> None:
-        values: tuple[float, ...] = getattr(self, name)
-        ok = len(values) > 0 and all(least <= value <= most for value in values)  # NaN is not
-        self._check(name, ok, f"one number from {least:g} to {most:g}, or one such per channel")
 
     def _check_kind(self) -> None:
         defaults, ours = self._defaults(), {source.kind for sources in self._sources().values() for source in sources}

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data.captions import Captions
-from data.config import FOLDS
+from data.held_out import FOLDS
 from data.keyed import Purpose, keyed_permutation, keyed_uniforms
 from data.resolution import Resolution, cut
 

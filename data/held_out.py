@@ -12,9 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from data.config import FOLDS
 from data.keyed import Purpose, keyed_words
 from data.permutation import hashed
+
+FOLDS = 5
+"""Sets without a held-out part of their own are dealt into this many stratified folds, and one of them is held out."""
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data.config import FOLDS, DataConfig
+from data.config import DataConfig
 from data.datasets import Dataset, fingerprint, stratified_split
 from data.decode import check_channels, decode, sides
+from data.held_out import FOLDS
 from data.sharing import scan_once
 from data.showing import read_file
 

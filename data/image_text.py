@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.captions import GivenCaptions, Look, TemplateCaptions
-from data.config import FOLDS, DataConfig
+from data.config import DataConfig
 from data.datasets import fingerprint, stratified_split
+from data.held_out import FOLDS
 from data.image_folder import ImageFiles
 from data.pairs import Columns, Pairs, read_pairs
 from data.sharing import once

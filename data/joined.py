@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data.captions import Captions, Look, TemplateCaptions
-from data.config import FOLDS, DataConfig
+from data.config import DataConfig
 from data.datasets import Dataset, fingerprint
-from data.held_out import Part
+from data.held_out import FOLDS, Part
 from data.image_folder import whole_folder
 from data.image_text import whole_table
 from data.showing import Showing

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data.captions import GivenCaptions, Look, TemplateCaptions
-from data.config import FOLDS, DataConfig
+from data.config import DataConfig
 from data.datasets import Dataset, fingerprint
 from data.decode import check_channels, decode, sides
 from data.errors import BadSampleError
-from data.held_out import Part
+from data.held_out import FOLDS, Part
 from data.shards.catalogue import Catalogue, open_shards
 from data.shards.classes import Classes, classes_of
 from data.shards.formats import Format

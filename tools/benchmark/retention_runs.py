@@ -18,7 +18,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from data.config import FOLDS
+from data.held_out import FOLDS
 from engine.config import Config
 from engine.config.cli import parse
 from engine.config.distillation import DistillationConfig

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from data import Dataset, build_datasets
-from data.config import FOLDS
 from data.datasets import stratified_split
+from data.held_out import FOLDS
 from engine.config import Config
 from engine.config.objectives import text_shape
 from engine.errors import ConfigError

@@ -1,22 +1,38 @@
-"""What values of augmentation keys, and of those of evaluation's images, cannot be."""
+"""What values of the configuration's keys cannot be, by themselves and beside each other."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from data.held_out import FOLDS
 from data.rand_augment import RandAugment
 
 if TYPE_CHECKING:
     from data.config import DataConfig
 
+# Far beyond what is of use, and short of what no machine holds.
+_MOST_WORKERS, _MOST_IMAGES = 1024, 10_000_000
+_LARGEST_PIXEL = 1e6  # means and deviations are meant for pixels in 0..1
 _LARGEST_BLUR = 20  # a filter three times as far to either side
 _COLOURS = ("saturation", "hue", "grey")
 
 
-def check_augmentation(config: DataConfig) -> None:
+def check_values(config: DataConfig) -> None:
     """Raise ValueError for a value out of range, and for an option that would have no effect beside the others."""
-    c = config
+    c, some, least_std = config, f"from 1 to {_MOST_IMAGES}", 1 / _LARGEST_PIXEL
     ranges = {
+        "max_bad_share": (0 <= c.max_bad_share <= 1, "a share of all samples, from 0 to 1, such as 0.01"),
+        "workers": (0 <= c.workers <= _MOST_WORKERS, f"from 0 to {_MOST_WORKERS}"),
+        "fold": (0 <= c.fold < FOLDS, f"from 0 to {FOLDS - 1}"),
+        "shuffle_window": (0 <= c.shuffle_window <= _MOST_IMAGES, f"from 0 to {_MOST_IMAGES}"),
+        "size": (1 <= c.size <= _MOST_IMAGES, some),
+        "crops_per_class": (1 <= c.crops_per_class <= _MOST_IMAGES, some),
+        "repeats": (1 <= c.repeats <= _MOST_IMAGES, some),
+        "images_per_class": (c.images_per_class is None or 1 <= c.images_per_class <= _MOST_IMAGES, some),
+        "labels_per_class": (c.labels_per_class is None or 1 <= c.labels_per_class <= _MOST_IMAGES, some),
+        "mean": (_are_numbers(c.mean, -_LARGEST_PIXEL), _numbers(-_LARGEST_PIXEL)),
+        "std": (_are_numbers(c.std, least_std), _numbers(least_std)),
+        "variable_resolution": (0 <= c.variable_resolution < 1, "a part of an image's patches, from 0 to below 1"),
         "rotate": (0 <= c.rotate <= 180, "from 0 to 180 degrees"),
         "shift": (0 <= c.shift <= 1, "a fraction of the image, from 0 to 1"),
         "scale": (0 <= c.scale <= 100, "a relative zoom from 0 to 100, such as 0.1"),
@@ -35,6 +51,7 @@ def check_augmentation(config: DataConfig) -> None:
         "mix_probability": (0 < c.mix_probability <= 1, "a share of images, above 0 and up to 1"),
         "cutmix_switch": (0 < c.cutmix_switch < 1, "a share of images, between 0 and 1"),
         "crop_pct": (c.crop_pct is None or 0.1 <= c.crop_pct <= 1, "a part of a side, from 0.1 to 1"),
+        "views": (c.views in (1, 2), "1, or 2 for objectives that compare views of an image"),
     }
     for name, (ok, wanted) in ranges.items():
         if not ok:
@@ -44,7 +61,22 @@ def check_augmentation(config: DataConfig) -> None:
     _check_effects(c)
 
 
+def _are_numbers(values: tuple[float, ...], least: float) -> bool:
+    """One or several, in range; NaN is not."""
+    return len(values) > 0 and all(least <= value <= _LARGEST_PIXEL for value in values)
+
+
+def _numbers(least: float) -> str:
+    return f"one number from {least:g} to {_LARGEST_PIXEL:g}, or one such per channel"
+
+
 def _check_effects(c: DataConfig) -> None:
+    images, labels = c.images_per_class, c.labels_per_class
+    if images is not None and labels is not None and labels >= images:
+        raise ValueError(
+            f"data.labels_per_class is {labels}, but data.images_per_class {images} leaves no more images, all of "
+            "which have labels then: leave labels_per_class out, or use fewer"
+        )
     if c.crop_pct is not None and c.eval_transform not in ("timm", "big_vision"):
         raise ValueError(
             f"data.crop_pct is {c.crop_pct}, but data.eval_transform {c.eval_transform} has none: leave it out, or use "
