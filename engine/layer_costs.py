@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from data import Batch
-from engine.assemble import Assembly, assemble
+from engine.assemble import assemble
+from engine.assembly import Assembly
 from engine.config import Config, TrainConfig
 from engine.config.objectives import few_images
 from engine.recompute.ahead import Ahead

@@ -11,7 +11,7 @@ from math import inf
 
 import torch
 
-from engine.assemble import Assembly
+from engine.assembly import Assembly
 from engine.config import Config
 from engine.errors import ConfigError
 from engine.layer_list import layer_of

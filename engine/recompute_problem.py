@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cache
 
-from engine.assemble import Assembly
+from engine.assembly import Assembly
 from engine.config import Config
 from engine.errors import ConfigError
 from engine.layer_costs import LayerCosts

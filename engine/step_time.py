@@ -191,7 +191,7 @@ class StepModel:
 
     @property
     def training_flops(self) -> int:
-        """As of `engine.assemble.Assembly`."""
+        """As of `engine.assembly.Assembly`."""
         return sum(layer.flops * n for layer, n in zip(self.layers, self.frozen.passes, strict=True))
 
     def _policy(self, schedule: Schedule) -> Policy:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from data import DataConfig
-from engine.assemble import Assembly
+from engine.assembly import Assembly
 from engine.checkpoint.config import CheckpointConfig
 from engine.checkpoint.fit import Fit, Geometry, fit, is_another_model, resized
 from engine.checkpoint.states import targets, weight_pieces

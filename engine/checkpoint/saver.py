@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from engine.assemble import Assembly
+from engine.assembly import Assembly
 from engine.checkpoint import folder as folders
 from engine.checkpoint.config import CheckpointConfig
 from engine.checkpoint.snapshot import Snapshot

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from engine.assemble import Assembly
+from engine.assembly import Assembly
 from parallel.checkpoint.manifest import shapes_apart
 from parallel.checkpoint.read import Reader, Target
 from parallel.comm import Axis

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from data import Batch
-from engine.assemble import Assembly
+from engine.assembly import Assembly
 from engine.errors import ConfigError
 from engine.evaluation.rows import Indices, Rows, owners
 from model import MicroBatch

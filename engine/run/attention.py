@@ -17,7 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from data import Dataset, chosen_batches, pixels_of, spread
-from engine.assemble import Assembly
+from engine.assembly import Assembly
 from engine.config import Config
 from engine.device import synchronise
 from engine.errors import ConfigError

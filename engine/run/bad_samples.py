@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from data import BadSample, EvalStream, TooManyBadError, TrainStream
-from engine.assemble import Assembly
+from engine.assembly import Assembly
 from engine.errors import DriftError
 from engine.run.journal import Journal
 from engine.run.metrics import MetricsWriter

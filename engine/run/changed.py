@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from data import order_of
-from engine.assemble import Assembly
+from engine.assembly import Assembly
 from engine.checkpoint.states import Difference, differences, shapes_of
 from engine.config import Config, plain
 from engine.config.keys import default_of, key_types

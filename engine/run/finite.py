@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from engine.assemble import Assembly
+from engine.assembly import Assembly
 from engine.checkpoint.states import state_pieces
 from engine.errors import DivergedError
 from engine.layer_list import layer_of

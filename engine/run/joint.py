@@ -24,7 +24,7 @@ from typing import Any, Literal, Protocol
 from torch import Tensor
 
 from data import Batch
-from engine.assemble import Assembly
+from engine.assembly import Assembly
 from engine.objectives.base import JointLoss, JointObjective, Keys, Outputs, inject
 from model import MicroBatch, Shares
 from parallel.pipeline.execution import PipelineExecutor

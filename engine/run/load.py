@@ -8,7 +8,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby, takewhile
 
-from engine.assemble import Assembly
+from engine.assembly import Assembly
 from engine.checkpoint.fit import Fit
 from engine.checkpoint.load import LoadPlan, load_weights, open_to_load, plan_load
 from engine.config import Config

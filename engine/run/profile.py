@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from engine.assemble import Assembly
+from engine.assembly import Assembly
 from engine.errors import OutputError
 from engine.run.timeline import NAME, merge, part_of, ranks_shown, room_of, write_part
 from parallel import comm

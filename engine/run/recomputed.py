@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import get_args
 
-from engine.assemble import Assembly
+from engine.assembly import Assembly
 from engine.recompute.save_sets import SaveSet
 from model.regions import Region
 from parallel import comm

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from engine.assemble import Assembly
+from engine.assembly import Assembly
 from engine.checkpoint.states import state_pieces
 from engine.errors import DriftError
 from engine.layer_list import layer_of

@@ -8,7 +8,7 @@ from itertools import groupby
 
 import torch
 
-from engine.assemble import Assembly
+from engine.assembly import Assembly
 from engine.device import describe
 from engine.plan import states
 from engine.run.recomputed import recompute_lines

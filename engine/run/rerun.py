@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from engine.assemble import Assembly
+from engine.assembly import Assembly
 from engine.checkpoint.examine import Differences
 from engine.checkpoint.states import state_pieces
 from engine.config import Config

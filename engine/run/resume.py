@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.assemble import Assembly
+from engine.assembly import Assembly
 from engine.checkpoint.states import restore
 from engine.config import Config
 from engine.errors import ConfigError

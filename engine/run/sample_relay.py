@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from data import Relay
-from engine.assemble import Assembly
+from engine.assembly import Assembly
 from parallel.comm import Axis
 from parallel.messages import Exchange, exchange_start, open_on_host
 

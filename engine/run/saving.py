@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from data import Dataset, captions_fingerprint, order_of
-from engine.assemble import Assembly
+from engine.assembly import Assembly
 from engine.checkpoint import folder as folders
 from engine.checkpoint.saver import Saver, SaveReport, Votes
 from engine.checkpoint.states import state_pieces

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from data import Batch
-from engine.assemble import Assembly
+from engine.assembly import Assembly
 from engine.objectives.base import JointObjective
 from engine.run.bubble import BubbleMeter
 from engine.run.diagnose import Watch, first_culprit, watch

@@ -7,7 +7,7 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-from engine.assemble import Assembly
+from engine.assembly import Assembly
 from engine.checkpoint.load import load_weights, plan_load
 from engine.config import Config
 from engine.config.classes import class_orders

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 
 from data import Dataset, build_datasets, describe_datasets
-from engine.assemble import Assembly, assemble, grid_of
+from engine.assemble import assemble, grid_of
+from engine.assembly import Assembly
 from engine.config import MAX_COUNT, Config
 from engine.config.classes import class_orders
 from engine.config.keys import key_types, value_of

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from data import Batch
-from engine.assemble import Assembly
+from engine.assembly import Assembly
 from model import MicroBatch
 from model.seeing.capture import PROBE, Attended, RowsTap, Wanted, joined
 from model.taps import Tap, tapped, tapping

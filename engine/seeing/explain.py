@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.assemble import Assembly
+from engine.assembly import Assembly
 from engine.seeing.capture import dealt, look
 from model import MicroBatch
 from model.seeing.capture import PROBE

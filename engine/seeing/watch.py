@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from data import Batch
-from engine.assemble import Assembly
+from engine.assembly import Assembly
 from engine.seeing.capture import look
 from model import LayerSpec
 from model.heads import AttentionPool

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from data import DataConfig
-from engine.assemble import Assembly, assemble
+from engine.assemble import assemble
+from engine.assembly import Assembly
 from engine.config import Config, RecomputeConfig
 from engine.plan import plan_memory
 from engine.recompute.save_sets import save_set

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from data import Batch
-from engine.assemble import Assembly, assemble, grid_of
+from engine.assemble import assemble, grid_of
+from engine.assembly import Assembly
 from engine.config import RecomputeConfig, TrainConfig
 from engine.plan import LiveBytes, plan_memory, states
 from engine.run.recomputed import recompute_lines, recomputed_lines

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from data import chosen_batches
-from engine.assemble import Assembly
+from engine.assembly import Assembly
 from engine.config.objectives import text_shape
 from engine.run.step import Stepper
 from engine.seeing.watch import Watch

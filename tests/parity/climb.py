@@ -16,7 +16,8 @@ from torch import Tensor
 
 from data import Batch, Dataset, EvalStream, TextShape, TrainStream, build_datasets
 from data.datasets import ArrayDataset
-from engine.assemble import Assembly, assemble, grid_of
+from engine.assemble import assemble, grid_of
+from engine.assembly import Assembly
 from engine.config import Config
 from engine.config.objectives import text_shape
 from engine.optimizers.schedules import factor

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.assemble import Assembly, assemble, grid_of
+from engine.assemble import assemble, grid_of
+from engine.assembly import Assembly
 from engine.checkpoint.states import held_pieces
 from parallel.process_group import World
 from tests.engine.small import small

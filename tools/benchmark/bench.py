@@ -12,7 +12,8 @@ from itertools import islice
 import torch
 
 from data import Batch, DataConfig, TrainStream, build_datasets
-from engine.assemble import Assembly, assemble, grid_of
+from engine.assemble import assemble, grid_of
+from engine.assembly import Assembly
 from engine.config import Config
 from engine.config.cli import parse
 from engine.config.objectives import text_shape

@@ -34,7 +34,7 @@ from typing import NamedTuple
 
 import torch
 
-from engine.assemble import Assembly
+from engine.assembly import Assembly
 from engine.checkpoint.config import CheckpointConfig
 from engine.checkpoint.saver import Saver, SaveReport, Votes
 from engine.checkpoint.states import held_pieces

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch.distributed.checkpoint as dcp
 
-from engine.assemble import Assembly
+from engine.assembly import Assembly
 from engine.checkpoint.config import CheckpointConfig
 from engine.checkpoint.saver import Saver
 from engine.checkpoint.states import held_pieces, restore

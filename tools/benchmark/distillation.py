@@ -25,7 +25,8 @@ from pathlib import Path
 
 import yaml
 
-from engine.assemble import Assembly, assemble
+from engine.assemble import assemble
+from engine.assembly import Assembly
 from engine.config import Config
 from engine.config.distillation import DistillationConfig
 from engine.config.teachers import teachers_of

@@ -40,7 +40,8 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from data import Batch
-from engine.assemble import Assembly, assemble
+from engine.assemble import assemble
+from engine.assembly import Assembly
 from engine.device import set_matmul
 from engine.errors import ConfigError
 from engine.run.step import Stepper

@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.assemble import Assembly, assemble
+from engine.assemble import assemble
+from engine.assembly import Assembly
 from engine.checkpoint import folder as folders
 from engine.checkpoint.states import held_pieces, state_pieces
 from engine.config import Config

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from data.config import is_of
-from engine.assemble import Assembly, assemble
+from engine.assemble import assemble
+from engine.assembly import Assembly
 from engine.checkpoint.load import LoadPlan, contrastive_folder, load_weights, plan_load
 from engine.config import Config, plain
 from engine.config.cli import parse

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from data import Dataset, EvalStream
-from engine.assemble import Assembly
+from engine.assembly import Assembly
 from engine.errors import ConfigError
 from engine.evaluation import clusters, fewshot, knn, probe, retrieval, sgd, zero_shot
 from engine.evaluation.extract import Extractor

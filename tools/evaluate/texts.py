@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data import Batch, DataConfig, Dataset, EvalStream, prompts
 from data.captions import Look
-from engine.assemble import Assembly
+from engine.assembly import Assembly
 from engine.errors import ConfigError
 
 _AT_ONCE = 1024

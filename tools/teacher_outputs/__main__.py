@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from engine.assemble import Assembly, assemble, grid_of
+from engine.assemble import assemble, grid_of
+from engine.assembly import Assembly
 from engine.config.classes import ClassOrder, class_order
 from engine.config.stored import meta_of
 from engine.config.teachers import found_of

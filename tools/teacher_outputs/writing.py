@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from data import Batch, Dataset, EvalStream, TrainStream
-from engine.assemble import Assembly
+from engine.assembly import Assembly
 from engine.errors import ConfigError
 from engine.evaluation.extract import Extractor
 from engine.run.sample_relay import sample_relay

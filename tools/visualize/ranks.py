@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.assemble import Assembly
+from engine.assembly import Assembly
 from engine.seeing.explain import outputs_of, owed, pixel_gradients
 from model import ModelConfig
 from model.seeing.rollout import Method

@@ -12,7 +12,8 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
-from engine.assemble import Assembly, grid_of
+from engine.assemble import grid_of
+from engine.assembly import Assembly
 from engine.checkpoint.load import contrastive_folder
 from engine.device import memory_share, prepare_cpu, set_matmul
 from engine.errors import ConfigError

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from engine.assemble import Assembly, assemble, grid_of
+from engine.assemble import assemble, grid_of
+from engine.assembly import Assembly
 from engine.checkpoint.config import CheckpointConfig
 from engine.checkpoint.fit import Geometry, fit, resized
 from engine.checkpoint.load import logical_shapes, open_to_load, plan_load

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.assemble import Assembly
+from engine.assembly import Assembly
 from engine.checkpoint import saver as saver_module
 from engine.checkpoint.config import CheckpointConfig
 from engine.checkpoint.saver import Saver, SaveReport, Votes

@@ -15,7 +15,8 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from data import Batch, DataConfig, TrainStream
-from engine.assemble import Assembly, assemble
+from engine.assemble import assemble
+from engine.assembly import Assembly
 from engine.checkpoint.config import CheckpointConfig
 from engine.checkpoint.saver import Saver
 from engine.checkpoint.states import restore, state_pieces

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from engine.assemble import Assembly, assemble
+from engine.assemble import assemble
+from engine.assembly import Assembly
 from engine.config import Config, OptimizerConfig, PrecisionConfig, TrainConfig
 from engine.errors import ConfigError
 from engine.precision.precision import check_precision

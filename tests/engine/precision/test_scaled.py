@@ -19,7 +19,8 @@ from torch import Tensor
 import pretrain_vit
 from data import Batch
 from data.datasets import SyntheticDataset
-from engine.assemble import Assembly, assemble
+from engine.assemble import assemble
+from engine.assembly import Assembly
 from engine.config import Config, OptimizerConfig, PrecisionConfig, TrainConfig
 from engine.errors import EXIT_DIVERGED, EXIT_DONE
 from engine.run.launch import run_rank

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from engine.assemble import Assembly
+from engine.assembly import Assembly
 from engine.layer_costs import micro_batch
 from engine.live_bytes import LiveBytes
 from parallel.pipeline.boundary import Specs, routes_between_ranks

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.assemble import Assembly, assemble, grid_of
+from engine.assemble import assemble, grid_of
+from engine.assembly import Assembly
 from engine.checkpoint.states import state_pieces
 from engine.config import OptimizerConfig, PrecisionConfig, TrainConfig
 from engine.errors import DriftError
