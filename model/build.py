@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
@@ -16,9 +16,6 @@ from model.sizes import Sizes, StageSizes, Tokens
 from parallel.comm import Axis, single_axis
 from parallel.layout import split_range
 from parallel.tensor import TensorParallel, no_tensor_parallel
-
-if TYPE_CHECKING:
-    from model.layers import LayerSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +35,16 @@ class Tower:
     frozen: bool = False
     dtype: torch.dtype | None = None
     fp8: bool = False
+
+
+class Placed(Protocol):
+    """A layer of the list, by where it stands: a stage of the pyramid, and a tower, where there are several."""
+
+    @property
+    def stage(self) -> int: ...
+
+    @property
+    def tower(self) -> Tower | None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,12 +72,12 @@ class Build:
         """The same for a layer of another stage."""
         return self if stage == self.stage else replace(self, stage=stage)
 
-    def of(self, spec: LayerSpec) -> Build:
-        """The same for a layer of the list: of its stage and, where there are several, of its tower."""
-        if spec.tower is None:
-            return self.at(spec.stage)
-        context = self.context if spec.tower.shares_tokens else single_axis("context")
-        return replace(self, config=spec.tower.config, context=context, stage=spec.stage)
+    def of(self, layer: Placed) -> Build:
+        """The same for a layer: of its stage and, where there are several, of its tower."""
+        if layer.tower is None:
+            return self.at(layer.stage)
+        context = self.context if layer.tower.shares_tokens else single_axis("context")
+        return replace(self, config=layer.tower.config, context=context, stage=layer.stage)
 
     @cached_property
     def sizes(self) -> Sizes:

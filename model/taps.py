@@ -10,19 +10,16 @@ Legend: B images, S tokens that this rank holds, h heads that it holds, K head d
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from torch import Tensor, nn
 
 from model.build import Build
 from model.sizes import StageSizes, Tokens
 from parallel.layout import split_range
-
-if TYPE_CHECKING:
-    from model.stage import Layers
 
 
 class Tap(Protocol):
@@ -62,6 +59,14 @@ class Site:
         return Site(kind=kind, here=build.here, tokens=build.tokens, heads=heads, feature_map=feature_map)
 
 
+class NamedLayers(Protocol):
+    """A stage or a model."""
+
+    @property
+    def layers(self) -> Sequence[tuple[str, nn.Module]]:
+        """Names and modules, in forward order."""
+
+
 class Tapped(nn.Module):
     """An attention layer. Without a tap it costs a comparison."""
 
@@ -69,7 +74,7 @@ class Tapped(nn.Module):
     tap: Tap | None = None
 
 
-def tapped(layers: Layers) -> dict[str, Tapped]:
+def tapped(layers: NamedLayers) -> dict[str, Tapped]:
     """The attention layers of a stage or a model, in order, by the name of their layer: `blocks.3`, `head`."""
     return {name: part for name, layer in layers.layers for part in layer.modules() if isinstance(part, Tapped)}
 
@@ -86,7 +91,7 @@ def tapped_by(place: Tapped, tap: Tap) -> Iterator[None]:
 
 
 @contextmanager
-def tapping(layers: Layers, taps: Mapping[str, Tap]) -> Iterator[None]:
+def tapping(layers: NamedLayers, taps: Mapping[str, Tap]) -> Iterator[None]:
     """Within, the layers of these names have these taps.
 
     For longer, `tapped(layers)[name].tap = tap` does.
