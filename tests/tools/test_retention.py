@@ -8,9 +8,10 @@ import pytest
 
 from engine.config.distillation import DistillationConfig
 from engine.errors import ConfigError
+from model import build_layers
 from parallel.process_group import World
 from tools.benchmark import retention, retention_runs
-from tools.benchmark.retention_runs import LABELS, STUDENTS, WAYS, Run, Series, runs_of
+from tools.benchmark.retention_runs import LABELS, STUDENTS, SUBJECTS, WAYS, Run, Series, runs_of
 
 
 def test_means_intervals_and_differences_of_the_same_seeds() -> None:
@@ -56,6 +57,16 @@ def test_what_each_student_is_to_match(tmp_path: Path) -> None:
             config.distillation.check()
             assert config.data.labels_per_class == (10 if run.labels == "few_labels" else None)
             assert config.data.images_per_class == (10 if run.labels == "few_images" else None)
+
+
+def test_students_have_their_share_of_the_teachers_weights(tmp_path: Path) -> None:
+    shares = {"fifth": 0.2, "twentieth": 0.05}
+    for subject in SUBJECTS:
+        series = Series(tmp_path, on=subject)
+        models = {name: series.config_of(Run(seed=0, student=name)).model.resolve() for name in ("teacher", *STUDENTS)}
+        counts = {name: sum(spec.parameters for spec in build_layers(model)) for name, model in models.items()}
+        for student, share in shares.items():
+            assert counts[student] / counts["teacher"] == pytest.approx(share, rel=0.05), (subject, counts)
 
 
 def test_each_is_trained_once(

@@ -1,12 +1,12 @@
-r"""`python -m tools.benchmark retention`: what students keep of their teacher's accuracy, on handwritten digits.
+r"""`python -m tools.benchmark retention`: what students keep of their teacher's accuracy, on digits or textures.
 
-A teacher (configs/digits.yaml), then students of a fifth and a twentieth of its weights
-(configs/digits_distillation.yaml), each from scratch, or with the teacher's response, also his features, also his
-relations, or all three. Students are told: all labels; few_labels, of 10 images of each class, all others being shown
-to the teacher alone; few_images, there being no images but these 10 of each class. Over seeds, each with a teacher and
-a held-out fold of its own.
+A teacher (configs/digits.yaml, configs/textures_teacher.yaml), then students of a fifth and a twentieth of its weights
+(configs/digits_distillation.yaml, configs/textures_distillation.yaml), each from scratch, or with the teacher's
+response, also his features, also his relations, or all three. Students are told: all labels; few_labels, of 10 images
+of each class, all others being shown to the teacher alone; few_images, there being no images but these 10 of each
+class. Over seeds, each with a teacher of its own and, of digits, a held-out fold of its own.
 
-    OMP_NUM_THREADS=1 python -m tools.benchmark retention --seeds 0 1 2 3 4 --out runs/retention
+    OMP_NUM_THREADS=1 python -m tools.benchmark retention --on digits --seeds 0 1 2 3 4 --out runs/retention
 
 What is done is kept in the folder, so the same command goes on where it was stopped; --only-show prints what there is.
 Other options are those of pretrain_vit.py, for all students. Intervals are of 95 % (Student's t over seeds), and
@@ -27,7 +27,7 @@ from pathlib import Path
 from engine.errors import EXIT_DONE
 from parallel.pipeline.costs import Limit
 from parallel.process_group import World
-from tools.benchmark.retention_runs import LABELS, STUDENTS, WAYS, Run, Series, runs_of
+from tools.benchmark.retention_runs import LABELS, STUDENTS, SUBJECTS, WAYS, Run, Series, runs_of
 from tools.benchmark.table import Row, show_markdown
 from tools.options import COUNT, Parser, add_json, number
 
@@ -38,7 +38,7 @@ _BASES = ("scratch", "response")  # that other ways are compared with
 def main(argv: Sequence[str], world: World) -> int:
     """Train what is not done, and print a row for the teacher and each kind of student. Returns the exit code."""
     options, flags = _options(argv)
-    series = Series(options.out, steps=options.steps, flags=flags)
+    series = Series(options.out, on=options.on, steps=options.steps, flags=flags)
     runs = list(runs_of(options.seeds, options.students, options.labels, options.ways))
     for count, run in enumerate(runs, 1):
         if options.only_show or series.done(run) is not None:
@@ -111,6 +111,7 @@ def _options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("runs/retention"), help="folder (default runs/retention)")
+    parser.add_argument("--on", choices=list(SUBJECTS), default="digits", help="images (default digits)")
     parser.add_argument("--seeds", type=number(Limit(0, 2**31, True)), nargs="+", default=[0, 1, 2, 3, 4])
     for name, known in (("students", STUDENTS), ("labels", LABELS), ("ways", WAYS)):
         parser.add_argument(f"--{name}", choices=list(known), nargs="+", default=list(known))

@@ -1,7 +1,8 @@
 """The runs of `tools.benchmark retention`: what each trains, one after the other in this process, and which are done.
 
-Of a seed comes its teacher, then his students. Seed s begins from other weights and another order, and holds out fold
-s mod 5, so that five seeds that follow each other hold out every image once.
+Of a seed comes its teacher, then his students. Seed s begins from other weights and another order. Of digits it holds
+out fold s mod 5, so that five seeds that follow each other hold out every image once; of textures it has training crops
+of its own, and all seeds are tested on the same.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from data.config import is_of
 from data.held_out import FOLDS
 from engine.config import Config
 from engine.config.cli import parse
@@ -28,15 +30,34 @@ from engine.run.trainer import pretrain
 from parallel.config import ParallelConfig
 from parallel.process_group import World
 
-TEACHER, STUDENT = "configs/digits.yaml", "configs/digits_distillation.yaml"
-_LONGER = ("--train.steps", "1200")  # of the teacher
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What a series is trained on. Attributes: teacher, student: recipes. longer: of the teacher, keys that are not the
+    recipe's. students: of about so much of the teacher's weights, likewise, of the model."""
+
+    teacher: str
+    student: str
+    longer: tuple[str, ...] = ()
+    students: dict[str, dict[str, Any]]
+
+
+SUBJECTS = {
+    "digits": Subject(
+        teacher="configs/digits.yaml", student="configs/digits_distillation.yaml", longer=("--train.steps", "1200"),
+        students={"fifth": {"mlp_dim": 240}, "twentieth": {"width": 24, "mlp_dim": 112}},
+    ),
+    "textures": Subject(
+        teacher="configs/textures_teacher.yaml", student="configs/textures_distillation.yaml",
+        students={"fifth": {}, "twentieth": {"width": 24, "mlp_dim": 88}},
+    ),
+}  # fmt: skip
+STUDENTS = ("fifth", "twentieth")
 _KEYS = (
     "--train.global_batch_size=64", "--distillation.features_weight=1", "--distillation.relations=gram",
     "--distillation.relations_weight=10",
 )  # fmt: skip
 """Of all students: what the recipe leaves out."""
-STUDENTS: dict[str, dict[str, Any]] = {"fifth": {"mlp_dim": 240}, "twentieth": {"width": 24, "mlp_dim": 112}}
-"""Of about so much of the teacher's weights: keys of the model that are not the recipe's."""
 LABELS: dict[str, dict[str, Any]] = {
     "all": {},
     "few_labels": {"labels_per_class": 10},
@@ -79,17 +100,17 @@ class Series:
     """Runs whose results are kept in a folder, so that each is trained once.
 
     Args:
-        out: the folder; made if missing. steps: of every run; None: as the recipes have it. flags: of
-            pretrain_vit.py, for all students.
+        out: the folder; made if missing. on: of SUBJECTS. steps: of every run; None: as the recipes have it. flags:
+            of pretrain_vit.py, for all students.
 
     Raises:
         ConfigError: flags that are none.
     """
 
-    def __init__(self, out: Path, *, steps: int | None = None, flags: Sequence[str] = ()) -> None:
-        self.out, self._steps = out, steps
-        self._teacher, _ = parse(["--config", TEACHER, *_LONGER])
-        self._student, _ = parse(["--config", STUDENT, *_KEYS, *flags])
+    def __init__(self, out: Path, *, on: str = "digits", steps: int | None = None, flags: Sequence[str] = ()) -> None:
+        self.out, self._steps, self._subject = out, steps, SUBJECTS[on]
+        self._teacher, _ = parse(["--config", self._subject.teacher, *self._subject.longer])
+        self._student, _ = parse(["--config", self._subject.student, *_KEYS, *flags])
         out.mkdir(parents=True, exist_ok=True)
         self._done = {of.config: of for of in _read(out / _FILE)}
 
@@ -98,13 +119,14 @@ class Series:
         if run.student == "teacher":
             config = self._teacher
         else:
-            config = _student(self._student, run, str(self._folder(Run(seed=run.seed))))
+            sized = replace(self._student, model=replace(self._student.model, **self._subject.students[run.student]))
+            config = _student(sized, run, str(self._folder(Run(seed=run.seed))))
         steps = self._steps or config.train.steps
         assert steps is not None
         warmup = min(config.schedule.warmup_steps, steps // 2)
         return replace(
             config,
-            data=replace(config.data, fold=run.seed % FOLDS),
+            data=replace(config.data, fold=run.seed % FOLDS if is_of(config.data.kind, "fold") else 0),
             train=replace(config.train, seed=run.seed, steps=steps, eval_interval=0, micro_batch_size=None),
             schedule=replace(config.schedule, warmup_steps=warmup),
             parallel=ParallelConfig(),
@@ -168,13 +190,12 @@ def _student(recipe: Config, run: Run, teacher: str) -> Config:
     if not keys.relates_images:
         keys = replace(keys, passes="auto")
     known = LABELS[run.labels]
-    config = replace(recipe, model=replace(recipe.model, **STUDENTS[run.student]))
     if run.way == "scratch":  # an image without a label teaches nothing then
         count = max(known.values(), default=None)
         return replace(
-            config, objective="supervised", distillation=usual, data=replace(recipe.data, images_per_class=count)
+            recipe, objective="supervised", distillation=usual, data=replace(recipe.data, images_per_class=count)
         )
-    return replace(config, distillation=replace(keys, teacher=teacher), data=replace(recipe.data, **known))
+    return replace(recipe, distillation=replace(keys, teacher=teacher), data=replace(recipe.data, **known))
 
 
 def _read(file: Path) -> Iterator[Done]:
