@@ -94,10 +94,12 @@ def test_numbers_as_people_write_them(tmp_path: Path) -> None:
 def test_the_shipped_recipes_are_valid(tmp_path: Path) -> None:
     recipes = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
     assert recipes
-    teacher, _ = parse(["--config", str(recipes[0].with_name("digits.yaml"))])
-    VisionTransformer(teacher.model).save_pretrained(tmp_path / "teacher")
+    for images, name in (("digits", "digits.yaml"), ("textures", "textures_teacher.yaml")):
+        teacher, _ = parse(["--config", str(recipes[0].with_name(name))])
+        VisionTransformer(teacher.model).save_pretrained(tmp_path / images)
     for recipe in recipes:
-        given, teaches = recipe.read_text(), ["--distillation.teacher", str(tmp_path / "teacher")]
+        given, images = recipe.read_text(), recipe.stem.partition("_")[0]
+        teaches = ["--distillation.teacher", str(tmp_path / images)]
         folder = ["--data.path", "photos"] if "image_folder" in given else []
         config, _ = parse(["--config", str(recipe), *folder, *(teaches if "objective: distillation" in given else [])])
         p = config.parallel
