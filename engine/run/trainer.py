@@ -24,6 +24,7 @@ from engine.config.objectives import check_labels, check_repeats, text_shape
 from engine.config.stored import check_rows
 from engine.config.teachers import found_at
 from engine.config.tower_teachers import towers_at
+from engine.config.without_effect import without_effect
 from engine.device import memory_share, prepare_cpu, set_matmul
 from engine.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
 from engine.frozen import frozen_of
@@ -135,7 +136,7 @@ def pretrain(config: Config, world: World) -> int:
         writer = _begin(run, config, inputs.steps, grid.shape, config.to_yaml(given), resumed_at=resumed.step)
         if (names := inputs.train_set.class_names) is not None:  # of each label, in their order
             run.write_classes(f"{json.dumps(list(names), indent=0)}\n", writer.say)
-        unused = config.without_effect(grid.shape, inputs.device.type, inputs.steps)
+        unused = without_effect(config, grid.shape, inputs.device.type, inputs.steps)
         for line in report + notes + [f"no effect: {what}" for what in unused]:
             writer.say(line)
     with StopRequests(config.train, world.rank, began) as requests:

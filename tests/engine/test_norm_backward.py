@@ -11,6 +11,7 @@ from torch import Tensor
 
 from engine.assemble import assemble
 from engine.config import Config, RecomputeConfig, TrainConfig
+from engine.config.without_effect import without_effect
 from engine.errors import ConfigError
 from engine.layer_costs import LayerCosts
 from engine.norm_backward import check_norm_kernels, check_norm_weights
@@ -107,5 +108,5 @@ def test_where_it_saves_nothing_is_told() -> None:
         (dropped, GridShape(), 1),
         (small(recompute=OUTPUT), GridShape(), 0),
     ):
-        lines = config.resolve(shape.world_size).without_effect(shape, "cpu", 1)
+        lines = without_effect(config.resolve(shape.world_size), shape, "cpu", 1)
         assert sum(line.startswith("recompute.norm_backward output: saves nothing: ") for line in lines) == told

@@ -14,6 +14,7 @@ from data import DataConfig
 from engine.config import Config, LogConfig, OptimizerConfig, PrecisionConfig, ScheduleConfig, TrainConfig
 from engine.config.cli import parse
 from engine.config.limits import divisors
+from engine.config.without_effect import without_effect
 from engine.errors import ConfigError
 from engine.optimizers.schedules import check_schedule
 from engine.run.trainer import total_steps
@@ -318,7 +319,7 @@ def test_keys_that_do_nothing_in_this_run_are_told() -> None:
     config = small(parallel=alone, precision=PrecisionConfig(cpu_matmul="mkl")).resolve(1)
 
     def told(device: str) -> list[str]:
-        return [line.split()[0] for line in config.without_effect(config.grid_shape(1), device, 10)]
+        return [line.split()[0] for line in without_effect(config, config.grid_shape(1), device, 10)]
 
     keys = ("layers_per_stage", "schedule", "virtual_stages", "sequence_parallel", "zero_stage", "gather_memory")
     parallel = [f"parallel.{key}" for key in keys]
@@ -326,5 +327,5 @@ def test_keys_that_do_nothing_in_this_run_are_told() -> None:
     assert told("cuda") == [*parallel, "precision.cpu_matmul", "parallel.shared_memory"]
     shared = replace(alone, layers_per_stage=(1,) * 6, tensor_parallel_size=2, pipeline_parallel_size=2)
     eight = replace(config, parallel=shared, train=TrainConfig(steps=1, global_batch_size=8)).resolve(8)
-    assert eight.without_effect(eight.grid_shape(8), "cpu", 10) == []
-    assert small().resolve(1).without_effect(small().grid_shape(1), "cpu", 1) == []
+    assert without_effect(eight, eight.grid_shape(8), "cpu", 10) == []
+    assert without_effect(small().resolve(1), small().grid_shape(1), "cpu", 1) == []

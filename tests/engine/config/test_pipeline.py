@@ -11,6 +11,7 @@ import torch
 from data import build_datasets
 from engine.config import Config, TrainConfig
 from engine.config.cli import parse
+from engine.config.without_effect import without_effect
 from engine.errors import ConfigError
 from engine.run.agreement import facts_of
 from engine.run.elastic import fit
@@ -77,12 +78,12 @@ def test_one_rank_has_nothing_to_schedule(written: str) -> None:
     for name in ("interleaved", "zb_v", "gpipe", written):
         config = config_of(name, ranks=1, micro=4)
         assert schedule_of(config, 1) == schedule_of(config_of("1f1b", ranks=1, micro=4), 1)
-        assert [line.split(":")[0] for line in config.resolve(1).without_effect(config.grid_shape(1), "cpu", 1)] == [
+        assert [line.split(":")[0] for line in without_effect(config.resolve(1), config.grid_shape(1), "cpu", 1)] == [
             f"parallel.schedule {name}"
         ]
     for key, value in (("virtual_stages", 2), ("schedule_policy", "ready")):
         config = replace(config, parallel=replace(config.parallel, schedule="zb_v", **{key: value}))
-        told = config.resolve(1).without_effect(config.grid_shape(1), "cpu", 1)
+        told = without_effect(config.resolve(1), config.grid_shape(1), "cpu", 1)
         assert any(f"parallel.{key} {value}" in line for line in told)
 
 

@@ -23,6 +23,7 @@ from engine.checkpoint.states import restore, state_pieces
 from engine.config import LogConfig, RecomputeConfig, TrainConfig, plain
 from engine.config.contrastive import ContrastiveConfig
 from engine.config.objectives import text_shape
+from engine.config.without_effect import without_effect
 from engine.errors import ConfigError
 from engine.objectives import make_objective
 from engine.objectives.contrastive import Contrastive
@@ -296,7 +297,7 @@ def test_a_student_of_two_towers_goes_on_with_the_same_teacher_alone(tmp_path: P
 def test_what_has_no_effect_is_told_of_the_blocks_of_both_towers() -> None:
     blocks = sum(".blocks." in layer.name for layer in Contrastive.of(config_of()).layers)
     config = config_of(recompute=RecomputeConfig(policy=f"all * {blocks}", ahead="never"))
-    assert "recompute.ahead never: nothing is dropped" in config.without_effect(GridShape(), "cpu", 1)
+    assert "recompute.ahead never: nothing is dropped" in without_effect(config, GridShape(), "cpu", 1)
 
 
 def test_the_last_stage_has_the_texts_to_tell_equal_ones() -> None:

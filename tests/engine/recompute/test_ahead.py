@@ -14,6 +14,7 @@ import torch
 
 from engine.assemble import assemble, grid_of
 from engine.config import RecomputeConfig
+from engine.config.without_effect import without_effect
 from engine.errors import ConfigError
 from engine.plan import META, plan_memory
 from engine.recompute.ahead import flops_again
@@ -166,7 +167,7 @@ def test_the_key(tmp_path: Path) -> None:
     for ranks, policy, why in ((2, "none", "nothing is dropped"), (1, "full", "there is one pipeline rank")):
         layout = ParallelConfig(pipeline_parallel_size=ranks)
         config = small(parallel=layout, recompute=RecomputeConfig(policy=policy, ahead="never")).resolve(ranks)
-        told = config.without_effect(config.grid_shape(ranks), "cpu", 1)
+        told = without_effect(config, config.grid_shape(ranks), "cpu", 1)
         assert [line for line in told if line.startswith(f"recompute.ahead never: {why}")], told
 
 

@@ -12,6 +12,7 @@ import pytest
 from engine.assemble import assemble
 from engine.config import Config, RecomputeConfig, TrainConfig
 from engine.config.cli import parse
+from engine.config.without_effect import without_effect
 from engine.errors import ConfigError
 from engine.frozen import frozen_of
 from engine.objectives import make_objective
@@ -144,7 +145,7 @@ def test_offloading_without_anybody_who_chooses_is_refused_and_on_a_cpu_it_is_to
         RecomputeConfig(policy="full", offload="auto")
     for recompute in (RecomputeConfig(policy="auto", offload="auto"), RecomputeConfig(policy="all * 3, qkv+offload")):
         for device, told in (("cpu", 1), ("cuda", 0)):
-            lines = small(recompute=recompute).resolve(1).without_effect(GridShape(), device, 1)
+            lines = without_effect(small(recompute=recompute).resolve(1), GridShape(), device, 1)
             assert sum("host memory is the device's own" in line for line in lines) == told
 
 
@@ -167,7 +168,7 @@ def test_gathering_again_where_nothing_is_gathered_is_told() -> None:
         ),
         (keeping("norm"), GridShape(), True),
     ):
-        lines = config.resolve(shape.world_size).without_effect(shape, "cpu", 1)
+        lines = without_effect(config.resolve(shape.world_size), shape, "cpu", 1)
         assert any(line.startswith(told) for line in lines) != has_effect
 
 

@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from engine.checkpoint.config import CheckpointConfig
 from engine.config import Config, LogConfig, TrainConfig
+from engine.config.without_effect import without_effect
 from engine.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
 from engine.run.trainer import pretrain
 from engine.seeing.sheet import sheet
@@ -86,7 +87,7 @@ def test_refusals_and_what_is_told(
     with pytest.raises(ValueError, match="attention_interval is -1"):
         LogConfig(attention_interval=-1)
     config = config_of(tmp_path, every=0, images=9).resolve(1)
-    idle = config.without_effect(GridShape(pipeline=1, data=1, context=1, tensor=1), "cpu", 5)
+    idle = without_effect(config, GridShape(pipeline=1, data=1, context=1, tensor=1), "cpu", 5)
     assert "log.attention_images 9: log.attention_interval is 0" in idle
 
     def full(path: Path, data: bytes) -> int:

@@ -15,6 +15,7 @@ import yaml
 
 from engine.config import Config, plain
 from engine.config.keys import default_of, fits, key_types, nearest, value_of, wanted
+from engine.config.without_effect import without_effect
 from engine.errors import ConfigError
 from engine.yaml_file import read_value
 from tools.benchmark.bench import read_config
@@ -188,7 +189,7 @@ def _checked(entry: dict[str, Any], flags: Sequence[str], place: Place) -> Layou
         config = read_config([*flags, *own])
         layout = replace(layout, config=config)
         resolved, shape = config.resolve(ranks), config.grid_shape(ranks)
-        idle = resolved.without_effect(shape, place.device_type, steps=1)
+        idle = without_effect(resolved, shape, place.device_type, steps=1)
         identity = _identity(resolved, idle, ranks, threads)
         return replace(layout, shape="x".join(map(str, shape.sizes)), idle=tuple(idle), identity=identity)
     except ConfigError as error:
