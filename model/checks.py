@@ -59,9 +59,12 @@ def check_numbers(config: ModelConfig) -> None:
     owners: list[tuple[str, ModelConfig | StageConfig]] = [("model.", config)]
     if config.stages is not None:
         owners = [(f"model.stages[{i}].", stage) for i, stage in enumerate(config.stages)]
+    stages = config.stages or ()
+    projection = stages[-1] if len(stages) > 1 and not stages[-1].merge else None
     for prefix, owner in owners:
-        for name, limits in _STAGE_LIMITS.items():
-            _check_range(prefix + name, getattr(owner, name), limits)
+        for name, (least, most) in _STAGE_LIMITS.items():
+            least = 0 if name == "depth" and owner is projection else least
+            _check_range(prefix + name, getattr(owner, name), (least, most))
     if (depth := sum(owner.depth or 0 for _, owner in owners)) > MOST_LAYERS:
         raise ValueError(f"model.stages have {depth} blocks: they must be at most {MOST_LAYERS}")
     assert config.patch_size is not None
@@ -119,7 +122,7 @@ def _check_stage(config: ModelConfig, stage: StageSizes, prefix: str) -> None:
         )
     if config.position == "sincos_2d" and stage.index == 0 and stage.width % 4:
         raise ValueError(f"{prefix}width {stage.width} must be a multiple of 4 for model.position sincos_2d")
-    if config.position == "rope_2d" and stage.head_dim % 4:
+    if config.position == "rope_2d" and stage.depth and stage.head_dim % 4:
         raise ValueError(
             f"{prefix}width {stage.width} over {stage.heads} heads gives {stage.head_dim} features each: "
             "model.position rope_2d needs a multiple of 4"
@@ -200,13 +203,15 @@ def _unused_in_stages(
     """The same where the stages of a pyramid were given."""
     if not given.stages:
         return
-    if all(stage.attention is not None for stage in given.stages):
+    if all(stage.attention is not None for stage in given.stages if stage.depth):
         yield "attention", given.attention, f"every entry of model.stages names its own: {_CURE}"
     if not given.stages[0].merge:
         yield "stages[0].merge", False, "no stage lies before it: leave it out"
     of_preset = dict(enumerate(usual.get("stages") or ()))
     for i, (stage, here) in enumerate(zip(given.stages, sizes.stages, strict=True)):
         window, grid = _sides(here)
+        if not stage.depth:
+            yield f"stages[{i}].attention", stage.attention, f"it has no blocks: {_CURE}"
         elsewhere = {config.window_size, of_preset.get(i, {}).get("window_size")}
         if here.window not in {window, grid} | elsewhere:
             yield f"stages[{i}].window_size", stage.window_size, f"none of its layers is {_WINDOWS}: {_CURE}"

@@ -48,7 +48,7 @@ class StageConfig:
     """One stage of a pyramid."""
 
     depth: int
-    """Number of blocks."""
+    """Number of blocks; 0, of a last stage with merge false: its tokens are projected to its width for the head."""
 
     width: int
     """Features of a token."""

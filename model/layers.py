@@ -212,7 +212,8 @@ def measured(layers: Sequence[LayerSpec], build: Build, batch: MicroBatch) -> li
     flow: tuple[Tensor, ...] = ()
     out = []
     for spec in layers:
-        made_by, args = getattr(spec.factory, "func", spec.factory), getattr(spec.factory, "args", ())[2:]
+        made_by, args = getattr(spec.factory, "func", spec.factory), getattr(spec.factory, "args", ())[1:]
+        args = tuple(arg for arg in args if not isinstance(arg, float))  # rates of drop-path cost nothing
         kind = (made_by, args, spec.stage, spec.tower)
         x, rides = spec.parted(flow)
         if kind not in known:

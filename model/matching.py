@@ -56,6 +56,11 @@ class Weights(NamedTuple):
     embeddings: float = 0.0
 
     @property
+    def of_rows(self) -> Weights:
+        """Of what is compared of a block's rows alone."""
+        return Weights(features=self.features, gram=self.gram)
+
+    @property
     def beside(self) -> str:
         """What of an attention layer is compared: some of `qkv`."""
         wanted = {letter for kind, letters in RELATIONS.items() if getattr(self, kind) for letter in letters}
@@ -69,6 +74,8 @@ class Target:
     Attributes:
         loss: of features. heads: that queries, keys and values are cut into anew; None: as many as the student's.
         standard: whether what is asked for is what the teacher gives on one scale (parallel.distillation.Moments).
+        beside: what the teacher's block gives beside its rows. projected: whether the student's rows are his width's
+            already, by a projection of the student's own.
         hands_on: whether what stands beside the student's rows goes on, for another teacher.
     """
 
@@ -77,6 +84,8 @@ class Target:
     loss: FeatureLoss
     heads: int | None = None
     standard: bool = False
+    beside: str = ""
+    projected: bool = False
     hands_on: bool = False
 
     def build(self, student: Build) -> Build:
@@ -109,13 +118,13 @@ class Match(nn.Module):
         there = target.build(build)
         self.tp, self.tokens, self.weights, self.target = build.tp, build.tokens, weights, target
         self.theirs = there.tokens
-        self.own_beside, self.their_beside = (Beside.of(of, weights.beside) for of in (build, there))
+        self.own_beside, self.their_beside = Beside.of(build, weights.beside), Beside.of(there, target.beside)
         self.heads, self.their_heads = build.here.heads, there.here.heads
         classes = {of.sizes.class_tokens for of in (build, there)}
         self.classes = classes.pop() if len(classes) == 1 else 0
         width, wide = build.here.width, there.here.width
         self.moments = Moments(wide) if weights.features and target.standard else None
-        lifts = weights.features and (width != wide or self.moments is not None)
+        lifts = weights.features and (width != wide or (self.moments is not None and not target.projected))
         self.lift = _lift(build, width, wide, partial=build.tp.splits_rows) if lifts else None
 
     def forward(self, x: Tensor, batch: MicroBatch, seen: tuple[Tensor]) -> Tensor:

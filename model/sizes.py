@@ -85,6 +85,11 @@ class Sizes:
         return self.stages[-1]
 
     @property
+    def projection(self) -> str | None:
+        """The layer that projects tokens for the head alone, if the last stage has no blocks."""
+        return None if self.last.depth else f"merges.{self.last.index - 1}"
+
+    @property
     def patch_features(self) -> int:
         """Numbers in a patch."""
         return self.channels * self.patch**2

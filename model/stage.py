@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from model.build import Build
@@ -27,7 +28,7 @@ class Layers(nn.Module):
     def __init__(self, specs: Sequence[LayerSpec], build: Build) -> None:
         super().__init__()
         self.specs, self.precision, self.config = tuple(specs), build.precision, build.config
-        self.sizes = build.sizes
+        self.sizes, self._build = build.sizes, build
         for spec in specs:
             put_under(self, spec.name, spec.factory(build.of(spec)))
 
@@ -62,6 +63,11 @@ class Stage(Layers):
         self, spec: LayerSpec, layer: nn.Module, rows: Tensor | None, rides: tuple[Tensor, ...], batch: MicroBatch
     ) -> tuple[Tensor, ...]:
         """The same, of rows and rides."""
-        x = None if rows is None else rows.to(self.precision.of_layer(spec.name))
+        dtype = self.precision.of_layer(spec.name)
+        if spec.tower is not None and spec.tower.rests and not batch.training:
+            shape = spec.boundary(batch.size // spec.per_sample, self._build)
+            y = torch.zeros(shape, dtype=dtype, device=batch.labels.device)
+            return (y,) if spec.joins else (y, *rides)
+        x = None if rows is None else rows.to(dtype)
         y = layer(*spec.arguments(x, batch, rides))
         return y if spec.joins else (y, *rides)

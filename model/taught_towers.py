@@ -111,11 +111,11 @@ def _teaching(teacher: TowersTeacher) -> list[LayerSpec]:
     )  # fmt: skip
     meet = LayerSpec(
         name=f"{TEACHER}.{PAIR}", factory=pair, gives="vectors", rides=rides, joins=True,
-        tower=Tower(name=f"{TEACHER}.{PAIR}", config=teacher.image, frozen=True),
+        tower=Tower(name=f"{TEACHER}.{PAIR}", config=teacher.image, frozen=True, rests=True),
     )  # fmt: skip
 
     def frozen(spec: LayerSpec) -> LayerSpec:
         assert spec.tower is not None
-        return replace(spec, tower=replace(spec.tower, frozen=True, dtype=teacher.dtype, fp8=teacher.fp8))
+        return replace(spec, tower=replace(spec.tower, frozen=True, rests=True, dtype=teacher.dtype, fp8=teacher.fp8))
 
     return [*map(frozen, [*image, *text]), meet]

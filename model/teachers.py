@@ -133,7 +133,9 @@ def _measured(
     student: ModelConfig, teachers: tuple[Teacher | StoredTeacher, ...], matching: Matching | None
 ) -> tuple[LayerSpec, ...]:
     """Once in a process."""
-    own, models = build_layers(student), [_teaching(teacher) for teacher in teachers]
+    # evaluation asks what all say of the student's classes, or nobody
+    rests = not all(teacher.model.num_classes for teacher in teachers)
+    own, models = build_layers(student), [_teaching(teacher, rests=rests) for teacher in teachers]
     pairs = matching.pairs if matching is not None else [()] * len(teachers)
     if matching is not None:
         own = _beside(own, {i for of in pairs for i, _ in of}, matching)
@@ -144,9 +146,11 @@ def _measured(
         for t, of, matched in zip(teachers, models, pairs, strict=True)
     ]
     streams.append([])
+    projection = student.sizes.projection
     for at, spec in _by_depth(own, {}):
+        at = min(at, Fraction(1)) if spec.name == projection else at  # while there are rows that it is matched with
         streams[-1].append((at, spec))
-        for match, target in _matches(spec, models, matching):
+        for match, target in _matches(spec, models, matching, student):
             targets[match.name] = target
             streams[-1].append((at, match))
     layers = [
@@ -192,7 +196,7 @@ def build_teacher(teacher: Teacher, images: tuple[int, int], *, pooled: bool = F
     return measured([*layers, _pooling(head) if pooled else head], Build(config=teacher.model), batch)
 
 
-def _teaching(teacher: Teacher | StoredTeacher) -> list[LayerSpec]:
+def _teaching(teacher: Teacher | StoredTeacher, *, rests: bool = False) -> list[LayerSpec]:
     name, model = teacher.name, teacher.model
     if isinstance(teacher, StoredTeacher):
         factory = partial(StoredHead, number=teacher.number)
@@ -203,7 +207,7 @@ def _teaching(teacher: Teacher | StoredTeacher) -> list[LayerSpec]:
                 beside=POOLED, reads=("outputs",), tower=tower,
             )
         ]  # fmt: skip
-    tower = Tower(name=name, config=model, frozen=True, dtype=teacher.dtype, fp8=teacher.fp8)
+    tower = Tower(name=name, config=model, frozen=True, rests=rests, dtype=teacher.dtype, fp8=teacher.fp8)
     embed = partial(TeacherEmbedding, pixels=teacher.pixels)
     layers = [
         LayerSpec(name=f"{name}.embed", factory=embed, reads=("images",)),
@@ -214,30 +218,45 @@ def _teaching(teacher: Teacher | StoredTeacher) -> list[LayerSpec]:
 
 
 def _matches(
-    layer: LayerSpec, teachers: Sequence[Sequence[LayerSpec]], matching: Matching | None
+    layer: LayerSpec, teachers: Sequence[Sequence[LayerSpec]], matching: Matching | None, student: ModelConfig
 ) -> Iterator[tuple[LayerSpec, str]]:
     """Layers that match a layer of the student, each with the name of what it is matched with."""
     if matching is None:
         return
-    at_depth, pooled = matching.weights._replace(embeddings=0.0), Weights(embeddings=matching.weights.embeddings)
     for teacher, (layers, pairs, share) in enumerate(zip(teachers, matching.pairs, matching.shares, strict=True)):
-        names = [*((f"blocks.{i}", f"blocks.{j}") for i, j in pairs), *[("head", "head")] * any(pooled)]
-        for place, (own, other) in enumerate(names):
-            if own == layer.name:
+        for place, (own, other, asked) in enumerate(_matched(pairs, matching.weights, student)):
+            if own == layer.name and any(asked):
                 there = next(of for of in layers if of.name.endswith(f".{other}"))
                 assert there.tower is not None
                 name, is_head = f"{MATCH}.{place * len(teachers) + teacher}", own == "head"
-                part = share if is_head else share / len(pairs)
-                weights = Weights(*(weight * part for weight in (pooled if is_head else at_depth)))
+                weights = Weights(*(weight * share for weight in asked))
                 later = (f"blocks.{i}" for other in matching.pairs[teacher + 1 :] for i, _ in other)
                 target = Target(
                     teacher=there.tower, stage=there.stage, loss=matching.loss, heads=matching.heads,
-                    hands_on=own in later, standard=(EMBEDDINGS if is_head else FEATURES) in matching.standard,
+                    standard=(EMBEDDINGS if is_head else FEATURES) in matching.standard, beside=there.beside,
+                    projected=layer.name == student.sizes.projection, hands_on=own in later,
                 )  # fmt: skip
                 factory = partial(MatchPooled if is_head else Match, name, weights, target)
                 beside = layer.beside if is_head or target.hands_on else ""
                 spec = LayerSpec(name=name, factory=factory, stage=layer.stage, gives=layer.gives, beside=beside)
                 yield spec, there.name
+
+
+def _matched(
+    pairs: Sequence[tuple[int, int]], weights: Weights, student: ModelConfig
+) -> Iterator[tuple[str, str, Weights]]:
+    """A layer of the student, one of a teacher, and by what they are matched. What is compared of the rows of the last
+    block is compared behind the projection that stands between it and the head, if there is one."""
+    sizes, own = student.sizes, weights._replace(embeddings=0.0)
+    each = Weights(*(weight / len(pairs) for weight in own)) if pairs else own
+    for i, j in pairs:
+        projects = sizes.projection is not None and i == sizes.depth - 1
+        yield f"blocks.{i}", f"blocks.{j}", each._replace(features=0.0, gram=0.0) if projects else each
+    if weights.embeddings:
+        yield "head", "head", Weights(embeddings=weights.embeddings)
+    for i, j in pairs[-1:]:
+        if sizes.projection is not None and i == sizes.depth - 1:
+            yield sizes.projection, f"blocks.{j}", each.of_rows
 
 
 def taking_turns(streams: Sequence[Sequence[tuple[Fraction, LayerSpec]]]) -> list[LayerSpec]:
@@ -260,7 +279,7 @@ def taking_turns(streams: Sequence[Sequence[tuple[Fraction, LayerSpec]]]) -> lis
 
 def _by_depth(layers: Sequence[LayerSpec], bends: Mapping[Fraction, Fraction]) -> Iterator[tuple[Fraction, LayerSpec]]:
     """Each layer of a model after the share of its blocks that are done with it; a head is last. A patch merge goes
-    with the block behind it.
+    with the block behind it, a projection for the head with that.
 
     Args:
         bends: where such shares are to come to stand instead, the others in proportion between them.
@@ -271,9 +290,12 @@ def _by_depth(layers: Sequence[LayerSpec], bends: Mapping[Fraction, Fraction]) -
     for layer in layers:
         done += layer.kind == "blocks"
         at = Fraction(done + (layer.kind == "merges"), max(1, total))
+        if layer.kind == "head" or at > 1:
+            yield Fraction(2), layer
+            continue
         low, high = max(x for x in known if x <= at), min(x for x in known if x >= at)
         inner = known[low] if low == high else known[low] + (known[high] - known[low]) * (at - low) / (high - low)
-        yield Fraction(2) if layer.kind == "head" else inner, layer
+        yield inner, layer
 
 
 def student_layers(layers: Sequence[LayerSpec]) -> list[LayerSpec]:

@@ -107,6 +107,10 @@ class DistillationConfig:
     relation_heads: int | None = None
     """That queries, keys and values of both models are cut into anew; null: as many as the student's heads."""
 
+    lift: Literal["drop", "keep"] = "drop"
+    """What becomes of the projection of the student's last block to the teacher's width: it goes with the match, or is
+    a part of the student, behind which its head has that width."""
+
     pairs: tuple[tuple[int, int], ...] | str | None = None
     """Blocks to be matched: even:N, which are evenly spread, or a list of [student's, teacher's], from 0, rising in
     both; null: even:4, or as many as there are."""

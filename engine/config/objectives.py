@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from data import TextShape
 from engine.config.contrastive import ContrastiveConfig
 from engine.config.inheritance import inheritance_of
+from engine.config.lifting import with_projection
 from engine.config.pipeline import Pipeline
 from engine.config.stored import check_stored
 from engine.config.teachers import at_steps, check_maps, check_teachers, matching_of, taught_by
@@ -191,7 +192,7 @@ def resolve_model(config: Config, shape: GridShape) -> Built:
     """
     if config.objective == "contrastive":
         return _towers(config, shape)
-    model = config.model.resolve()
+    model = with_projection(config, config.model.resolve())
     check_parallel(model, shape.tensor, shape.context)
     if not model.num_classes:
         raise ValueError(

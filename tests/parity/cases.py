@@ -162,7 +162,10 @@ TAUGHT: dict[str, tuple[ModelConfig, tuple[TeacherConfig, ...], DistillationConf
         ),
     ),
     "matched_to_two": (
-        MODELS["pyramid"],
+        replace(
+            MODELS["pyramid"],  # and a projection for its head
+            stages=(*(MODELS["pyramid"].stages or ()), StageConfig(depth=0, width=40, num_heads=5, merge=False)),
+        ),
         (teacher(replace(_TEACHER, num_classes=7), weight=3.0), teacher(_PYRAMID, image_size=(14, 16))),
         DistillationConfig(
             label_weight=0.0, response_weight=0.0, features_weight=3.0, features="cosine", pairs="even:3",

@@ -38,6 +38,7 @@ from parallel.grid import GridShape, make_grid
 from parallel.process_group import World
 from tests.distributed import run_ranks
 from tests.engine.objectives.pairs import TEXT, config_of
+from tests.engine.objectives.resting import resting
 from tests.engine.small import MODEL, small
 from tests.parity.cases import Case
 from tests.parity.climb import climb, digits
@@ -82,6 +83,7 @@ def test_gradients_are_those_of_the_whole_batch(model: str) -> None:
     weights: dict[str, Tensor] = {}
 
     def take(stepper: Stepper) -> None:
+        assert resting(stepper) == (keys.teacher is not None)
         weights.update({name: p.detach().clone() for name, p in stepper.assembly.parameters().items()})
 
     found = climb(World(), config, before_training=take, steps=1)

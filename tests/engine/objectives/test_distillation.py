@@ -44,6 +44,7 @@ from parallel.config import ParallelConfig
 from parallel.grid import GridShape, make_grid, planned_grid
 from parallel.process_group import World
 from tests.engine.objectives.plain_relations import attended, between, divergence, pooled, tokens
+from tests.engine.objectives.resting import resting
 from tests.engine.recompute.meta_pass import bytes_of_a_pass
 from tests.engine.small import MODEL, flags, small
 from tests.parity.cases import TAUGHT, Case
@@ -73,7 +74,8 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def rows_of(model: VisionTransformer) -> Iterator[dict[int, Tensor]]:
-    """What each block gives out for patches, [B, P, D], once the model has run."""
+    """What each block gives out for patches, [B, P, D], once the model has run; and, as that of one more, what a
+    projection for the head does."""
     found, depth, prefix = dict[int, Tensor](), model.sizes.depth, model.sizes.prefix
 
     def keep(block: int) -> Any:
@@ -82,7 +84,8 @@ def rows_of(model: VisionTransformer) -> Iterator[dict[int, Tensor]]:
 
         return after
 
-    hooks = [model.get_submodule(f"blocks.{i}").register_forward_hook(keep(i)) for i in range(depth)]
+    names = [*(f"blocks.{i}" for i in range(depth)), *filter(None, [model.sizes.projection])]
+    hooks = [model.get_submodule(name).register_forward_hook(keep(i)) for i, name in enumerate(names)]
     yield found
     for hook in hooks:
         hook.remove()
@@ -145,6 +148,7 @@ def test_gradients_are_those_of_plain_pytorch(model: str) -> None:
     scales, trained = dict[str, Tensor](), dict(plain.named_parameters())
 
     def take(stepper: Stepper) -> None:
+        assert resting(stepper) == (model == "matched_to_two")  # one teacher knows other classes
         held = stepper.assembly.parameters()
         for name in [name for name in held if name.startswith("match.")]:
             trained[name] = torch.nn.Parameter(held[name].detach().double())
@@ -187,19 +191,22 @@ def test_gradients_are_those_of_plain_pytorch(model: str) -> None:
             a = a if lift is None else a @ lift.T
             loss = loss + keys.embeddings_weight * share * (1 - F.cosine_similarity(a, b)).mean()
         for place, (i, j) in enumerate(pairs):
-            lift = trained.get(f"match.{place * several + number}.lift")
-            a, b = mine[i] if lift is None else mine[i] @ lift.T, his[j]
+            behind = i == plain.sizes.depth - 1 and plain.sizes.projection is not None
+            rows = mine[i + behind]
+            match = f"match.{(len(pairs) + bool(keys.embeddings_weight) if behind else place) * several + number}"
+            lift = trained.get(f"{match}.lift")
+            a, b = rows if lift is None else rows @ lift.T, his[j]
             if (here := map_of(plain, i)) != (other := map_of(theirs, j)):
                 b = b.transpose(1, 2).unflatten(2, other)
                 b = F.interpolate(b, here, mode="bilinear", antialias=True).flatten(2).transpose(1, 2)
-            asked = scaled(b, scales.get(f"match.{place * several + number}"))
+            asked = scaled(b, scales.get(match))
             loss = loss + keys.features_weight * share / len(pairs) * features(a, asked, keys)
             classes = plain.sizes.class_tokens * (plain.sizes.class_tokens == theirs.sizes.class_tokens)
             both = [tuple(tokens(x, plain, classes, (here, here)) for x in minded[i])]
             both.append(tuple(tokens(x, theirs, classes, (other, here)) for x in heeded[j]))
             for kind, weight in keys.at_depth.items():
                 if kind == "gram":
-                    each = (cosines(mine[i]) - cosines(b)).square().mean()
+                    each = (cosines(rows) - cosines(b)).square().mean()
                 else:
                     each = divergence(kind, both[0], both[1], keys.relation_heads or 0)
                 loss = loss + weight * share / len(pairs) * each
