@@ -115,7 +115,7 @@ class LayerCosts:
         reads = spec.reads_rides or layer == len(a.layers) - 1  # with which the loss is counted
         carries = rows is not None and rows[2]
         # of what matches a layer: the block behind keeps what its norm is given, another match nothing of it
-        shares = spec.kind == MATCH and not (spec.beside or a.build.norm_from_output)
+        shares = spec.kind == MATCH and spec.gives == "rows" and not (spec.beside or a.build.norm_from_output)
         return Place(given=rows and rows[:2], carries=carries, rides=rides, reads=reads, ridden=ridden, shares=shares)
 
     def _kind_of(self, layer: int) -> object:

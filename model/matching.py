@@ -93,7 +93,7 @@ class Target:
         return replace(student, config=self.teacher.config, stage=self.stage)
 
 
-def _lift(build: Build, width: int, wide: int, *, partial: bool) -> nn.Parameter:
+def lifting(build: Build, width: int, wide: int, *, partial: bool) -> nn.Parameter:
     """A matrix that makes the teacher's features of the student's (Romero et al. 2015, FitNets)."""
     layout, init = TensorLayout(shape=(wide, width)), Init(kind="normal", scales=(1 / math.sqrt(width),))
     return make_parameter(ParameterInfo(layout=layout, init=init, decay="body", partial_over_tensor=partial))
@@ -125,7 +125,7 @@ class Match(nn.Module):
         width, wide = build.here.width, there.here.width
         self.moments = Moments(wide) if weights.features and target.standard else None
         lifts = weights.features and (width != wide or (self.moments is not None and not target.projected))
-        self.lift = _lift(build, width, wide, partial=build.tp.splits_rows) if lifts else None
+        self.lift = lifting(build, width, wide, partial=build.tp.splits_rows) if lifts else None
 
     def forward(self, x: Tensor, batch: MicroBatch, seen: tuple[Tensor]) -> Tensor:
         """The student's rows [R, D] (with others beside them), and the teacher's -> the same rows."""
@@ -211,7 +211,7 @@ class MatchPooled(nn.Module):
         self.weight, self.tp, self.context = weights.embeddings, build.tp, build.context
         self.width, self.wide = (pooled_features(of) for of in (build, target.build(build)))
         lifts = self.width != self.wide
-        self.lift = _lift(build, self.width, self.wide, partial=False) if lifts else None
+        self.lift = lifting(build, self.width, self.wide, partial=False) if lifts else None
         self.moments = Moments(self.wide) if target.standard else None
 
     def forward(self, x: Tensor, batch: MicroBatch, seen: tuple[Tensor]) -> Tensor:

@@ -80,7 +80,11 @@ class ContrastiveConfig:
 
     affinity_weight: float = 1.0
     """Of what the student's and the teacher's distributions over the batch differ by (KL divergence, each at its own
-    temperature), the mean of both directions; the loss itself has weight 1. Needs a teacher."""
+    temperature), the mean of both directions; the loss itself has weight 1. Needs a teacher. 0: it is no target."""
+
+    embeddings_weight: float = 0.0
+    """Of 1 less the cosine of a tower's embedding and the teacher's, the mean of both towers, the student's projected
+    to the teacher's width where that differs (Yang et al. 2024, CLIP-KD). Needs a teacher. 0: it is no target."""
 
     def __post_init__(self) -> None:
         for name, least in (("embedding", 1), ("predictor", 0), ("queue", 0), ("max_logit_scale", 0.0)):
@@ -94,11 +98,9 @@ class ContrastiveConfig:
                 f"contrastive.projection_bias is true, but contrastive.projection is {self.projection}: leave it out, "
                 "or use linear"
             )
-        if self.affinity_weight <= 0:
-            raise ValueError(
-                f"contrastive.affinity_weight is {self.affinity_weight}: it must be above 0; without it a teacher does "
-                "nothing, so leave contrastive.teacher out"
-            )
+        for name in ("affinity_weight", "embeddings_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"contrastive.{name} is {getattr(self, name)}: it must be 0 or more")
         if self.momentum is not None and not 0 <= self.momentum < 1:
             raise ValueError(f"contrastive.momentum is {self.momentum}: it must be from 0 to below 1")
 
@@ -150,6 +152,11 @@ class ContrastiveConfig:
             if value != usual_value and (views or (name != "teacher" and self.teacher is None)):
                 needs = "pairs image_text, and there are views" if views else "a contrastive.teacher, and there is none"
                 raise ConfigError(f"contrastive.{name} is {value}, but it is for {needs}: leave it out")
+        if self.teacher is not None and not (self.affinity_weight or self.embeddings_weight):
+            raise ConfigError(
+                "contrastive.affinity_weight and embeddings_weight are 0, so nothing is to be as contrastive.teacher "
+                f"{self.teacher} has it: give one of them a weight, or leave the teacher out"
+            )
         scale = self.max_logit_scale
         usual = _VIEWS_TEMPERATURE if views else _TEMPERATURES[self.loss]
         resolved = replace(

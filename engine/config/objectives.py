@@ -277,7 +277,7 @@ def towers(
         bias=keys.bias,
         predictor=keys.predictor,
     )
-    return layers if teacher is None else build_taught_towers(layers, model, text, teacher)
+    return layers if teacher is None else build_taught_towers(layers, model, text, teacher, keys.embeddings_weight)
 
 
 def check_labels(config: Config, classes: int) -> None:

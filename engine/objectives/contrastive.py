@@ -18,7 +18,7 @@ from engine.config.objectives import towers
 from engine.config.tower_teachers import tower_teacher_of
 from engine.objectives.alike import Alike
 from engine.objectives.base import Evaluation, JointLoss, JointObjective, Keys, Outputs
-from model import LayerSpec, MicroBatch
+from model import EMBEDDINGS, LayerSpec, MicroBatch
 from parallel import comm
 from parallel.comm import Axis
 from parallel.contrastive import (
@@ -42,7 +42,7 @@ class Contrastive(JointObjective):
     """The loss of `contrastive.loss`.
 
     Attributes:
-        config: the keys of the objective. layers: of both towers, and of a teacher. passes, targets: as of
+        config: the keys of the objective. layers: of both towers, and of a teacher. passes, targets, at_depth: as of
             JointObjective.
     """
 
@@ -51,6 +51,7 @@ class Contrastive(JointObjective):
     passes: int
     momentum: float | None
     targets: tuple[str, ...]
+    at_depth = (EMBEDDINGS,)
 
     @classmethod
     def of(cls, config: Config) -> Self:
@@ -59,7 +60,7 @@ class Contrastive(JointObjective):
         teacher = tower_teacher_of(config)
         return cls(
             config=keys, layers=tuple(towers(config.model, config.text, keys, teacher)), momentum=keys.momentum,
-            passes=1 if keys.passes == 1 else 2, targets=() if teacher is None else ("pairs", "affinity"),
+            passes=1 if keys.passes == 1 else 2, targets=() if teacher is None else _targets(keys),
         )  # fmt: skip
 
     def reads_texts(self, layers: range) -> bool:
@@ -81,8 +82,10 @@ class Contrastive(JointObjective):
             found = both(*ways)
         parts = dict[str, Tensor]()
         if taught:
+            parts = {"pairs": found.loss}
+        if "affinity" in self.targets:
             asked = self._affinity(left, right, scale, torch.cat(taught[0]), grid.data)
-            parts, found = {"pairs": found.loss, "affinity": asked.loss}, together(found, asked)
+            parts, found = parts | {"affinity": asked.loss}, together(found, asked)
         counts = [len(left) for left in lefts]
         assert found.left is not None and found.right is not None
         # Of the scale the same on all data ranks, not each its own share: at its bound the sign decides (model.pair).
@@ -150,7 +153,9 @@ class Contrastive(JointObjective):
         bound = f", of an inverse of at most {keys.max_logit_scale:g}" if keys.max_logit_scale else ""
         bias = "" if keys.bias is None else f", bias from {keys.bias:g}"
         how = "two passes, forwards twice" if self.passes == 2 else "one pass, all forwards first"
-        taught = f"; affinity x {keys.affinity_weight:g}, taught by {keys.teacher}" if keys.teacher else ""
+        asked = {"affinity": keys.affinity_weight, EMBEDDINGS: keys.embeddings_weight}
+        each = ", ".join(f"{name} x {weight:g}" for name, weight in asked.items() if weight)
+        taught = f"; {each}, taught by {keys.teacher}" if keys.teacher else ""
         return (
             f"contrastive: {keys.loss} of {what} in {keys.embedding} features, over the whole batch, true partners by "
             f"{keys.positives}; temperature {keys.temperature:g} {learned}{bound}{bias}{taught}; {how}"
@@ -171,6 +176,12 @@ class Contrastive(JointObjective):
         """As Objective."""
         sides = ("image", "text") if self.config.has_texts else ("view_1", "view_2")
         return Alike(self.pair_loss, grid, device, by_label=self.config.positives == "label", sides=sides)
+
+
+def _targets(keys: ContrastiveConfig) -> tuple[str, ...]:
+    """With a teacher."""
+    asked = {"affinity": keys.affinity_weight, EMBEDDINGS: keys.embeddings_weight}
+    return ("pairs", *(name for name, weight in asked.items() if weight))
 
 
 def together(one: Gradients, other: Gradients) -> Gradients:

@@ -21,7 +21,7 @@ from model.towers import PAIR, build_towers, projected
 
 SCALE, BIAS = f"{PAIR}.logit_scale", f"{PAIR}.logit_bias"
 ALONE = "--towers image, or VisionTransformer.from_pretrained, takes the image tower alone"
-TAUGHT_BY = ("teacher_dtype", "teacher_load_weights", "affinity_weight")
+TAUGHT_BY = ("teacher_dtype", "teacher_load_weights", "affinity_weight", "embeddings_weight")
 """Keys of objective contrastive of how a teacher is run and weighted."""
 OF_THE_RUN = ("passes", "teacher", *TAUGHT_BY)
 """Those that are a run's own: a model has them no longer."""

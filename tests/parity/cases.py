@@ -107,7 +107,7 @@ PAIRS: dict[str, tuple[ModelConfig, TextConfig, ContrastiveConfig]] = {
     "pairs_taught": (
         _IMAGE, _TEXT,
         ContrastiveConfig(
-            embedding=18, affinity_weight=3.0, teacher=towers(
+            embedding=18, affinity_weight=3.0, embeddings_weight=2.0, teacher=towers(
                 replace(_IMAGE, image_size=10, width=40, depth=3, num_heads=5, mlp_dim=56, pool="cls"),
                 replace(_TEXT, width=24, depth=1, drop_path=0.0, norm="rmsnorm", attention="full"), 22,
             ),
@@ -488,7 +488,7 @@ _PAIRS = {
         Case("pairs_supcon", tensor=2, sequence_parallel=True, data=2, micro_batches=2, zero=3),
         Case("pairs_images", data=2, context=2, batch=12, micro_batches=3),
         Case("pairs_taught", tensor=2, sequence_parallel=True, context=2, micro_batches=2),
-        Case("pairs_taught", pipeline=4, micro_batches=4, schedule="gpipe", cut=(4, 5, 4, 5)),
+        Case("pairs_taught", pipeline=4, micro_batches=4, schedule="gpipe", cut=(4, 5, 5, 6)),
         Case("views", tensor=2, data=2, micro_batches=2, zero=1),
         Case("moco", pipeline=2, data=2, micro_batches=2, schedule="gpipe", zero=1),
         Case("moco_queue", pipeline=2, context=2, micro_batches=4),

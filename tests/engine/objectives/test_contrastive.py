@@ -96,6 +96,7 @@ def test_gradients_are_those_of_the_whole_batch(model: str) -> None:
         micro_batch_size=train.global_batch_size, data_rank=0, data_size=1, seed=train.seed,
     )  # fmt: skip
     batch = next(islice(stream.steps(0), 1))[0]
+    trained = dict(plain.named_parameters())
     left, right, *numbers = plain(batch.images.double(), batch.texts)
     loss = LOSSES[model](left, right, *numbers, batch.labels)
     if keys.teacher is not None:
@@ -104,10 +105,14 @@ def test_gradients_are_those_of_the_whole_batch(model: str) -> None:
         with torch.no_grad():
             a, b, scale, _ = teacher(shown.double(), batch.texts)
         loss = loss + keys.affinity_weight * mimicking(numbers[0] * left @ right.T, scale * a @ b.T)
+        for side, (own, theirs) in enumerate(((left, a), (right, b))):
+            lift = trained[f"match.{side}.lift"] = torch.nn.Parameter(weights[f"match.{side}.lift"].double())
+            near = F.cosine_similarity(own @ lift.T, theirs).mean()
+            loss = loss + keys.embeddings_weight / 2 * (1 - near)
     loss.backward()
     assert found.losses[0] == pytest.approx(loss.item(), rel=1e-5)
-    assert found.first_grads.keys() == dict(plain.named_parameters()).keys()
-    for name, parameter in plain.named_parameters():
+    assert found.first_grads.keys() == trained.keys()
+    for name, parameter in trained.items():
         ours, theirs = found.first_grads[name].double(), parameter.grad.view(found.first_grads[name].shape)
         assert (ours - theirs).norm() <= 2e-4 * theirs.norm() + 1e-7, name
 
@@ -251,7 +256,7 @@ def test_a_student_of_two_towers_goes_on_with_the_same_teacher_alone(tmp_path: P
     VisionTransformer(ModelConfig(**MODEL)).save_pretrained(tmp_path / "alone")
 
     def run(name: str, steps: int, **keys: Any) -> None:
-        contrastive = ContrastiveConfig(embedding=12, teacher=str(tmp_path / name), affinity_weight=2.0, **keys)
+        contrastive = ContrastiveConfig(embedding=12, teacher=str(tmp_path / name), embeddings_weight=2.0, **keys)
         config = small(
             objective="contrastive", text=TEXT, num_classes=None, data=DataConfig(), contrastive=contrastive,
             train=TrainConfig(steps=steps, global_batch_size=64, micro_batch_size=32), run_dir=str(tmp_path / "run"),
@@ -265,8 +270,8 @@ def test_a_student_of_two_towers_goes_on_with_the_same_teacher_alone(tmp_path: P
     trained = [line for line in told if line["event"] == "train"]
     assert [line["step"] for line in trained] == [1, 2]
     for line in trained:
-        assert line["loss_pairs"] + line["loss_affinity"] == pytest.approx(line["loss"], rel=1e-6)
-        assert line["loss_affinity"] > 0
+        targets = [line[f"loss_{name}"] for name in ("pairs", "affinity", "embeddings")]
+        assert sum(targets) == pytest.approx(line["loss"], rel=1e-6) and min(targets) > 0
     with Reader(tmp_path / "run" / "checkpoints" / "step-00000002") as reader:
         saved = reader.manifest.config
         assert not [name for name in reader.manifest.tensors if "teacher" in name]
@@ -275,7 +280,7 @@ def test_a_student_of_two_towers_goes_on_with_the_same_teacher_alone(tmp_path: P
         12,
     )
     kept = _stored(saved, None, {})["contrastive"]  # what evaluates it needs no teacher
-    assert "embedding" in kept and not {"teacher", "teacher_dtype", "affinity_weight"} & kept.keys()
+    assert "embedding" in kept and not {"teacher", "teacher_dtype", "embeddings_weight"} & kept.keys()
     for name, message in (
         ("other", r"was taught by weights .*give the teacher of then"),
         ("long", r"long has text\.context_length 9 and the student 8, and both read the same tokens: set"),
@@ -287,13 +292,15 @@ def test_a_student_of_two_towers_goes_on_with_the_same_teacher_alone(tmp_path: P
     ):
         with pytest.raises(ConfigError, match=message):
             run(name, 3)
-    for keys in ({"affinity_weight": 3.0}, {"teacher_dtype": "bf16"}):
+    for keys in ({"affinity_weight": 3.0}, {"embeddings_weight": 1.0}, {"teacher_dtype": "bf16"}):
         with pytest.raises(ConfigError, match=r"it is for a contrastive\.teacher, and there is none: leave it out"):
             config_of(contrastive=ContrastiveConfig(**keys))
     with pytest.raises(ConfigError, match=r"it is for pairs image_text, and there are views: leave it out"):
         config_of(text=TextConfig(), contrastive=ContrastiveConfig(pairs="views", teacher=str(tmp_path / "teacher")))
-    with pytest.raises(ValueError, match=r"affinity_weight is 0\.0: it must be above 0"):
-        ContrastiveConfig(affinity_weight=0.0)
+    with pytest.raises(ValueError, match=r"embeddings_weight is -1\.0: it must be 0 or more"):
+        ContrastiveConfig(embeddings_weight=-1.0)
+    with pytest.raises(ConfigError, match=r"affinity_weight and embeddings_weight are 0, so nothing is to be as"):
+        ContrastiveConfig(affinity_weight=0.0, teacher="x").resolve()
 
 
 def test_what_has_no_effect_is_told_of_the_blocks_of_both_towers() -> None:

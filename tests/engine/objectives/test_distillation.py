@@ -36,7 +36,7 @@ from engine.run.step import Stepper
 from engine.run.teachers import load_teachers
 from engine.run.trainer import pretrain
 from engine.step_time import StepModel
-from model import ImageText, ModelConfig, TextConfig, VisionTransformer, build_layers, makers
+from model import ImageText, ModelConfig, StageConfig, TextConfig, VisionTransformer, build_layers, makers
 from model.inherit import inherit
 from model.matching import token_loss
 from parallel.checkpoint.read import Reader
@@ -258,6 +258,17 @@ def test_layers_take_turns(teacher: Path) -> None:
     place = names.index("match.0")
     assert names[place - 1] == "blocks.3" and layers[place].rides == ("teacher.blocks.1",)
 
+    # and a projection, which is kept, behind the student's last block
+    kept = taught(teacher, keys={"features_weight": 1.0, "lift": "keep"})
+    assert kept.model.stages is not None and kept.model.stages[1:] == (
+        StageConfig(depth=0, width=48, num_heads=4, mlp_dim=192, window_size=7, grid_size=7, merge=False),
+    )
+    assert kept.resolve(1) == kept
+    layers = make_objective(kept).layers
+    names = [layer.name for layer in layers]
+    assert names[-5:] == ["blocks.3", "merges.0", "match.4", "teacher.head", "head"]
+    assert layers[-3].parameters == 0 < layers[names.index("match.2")].parameters
+
 
 def test_a_student_starts_from_chosen_parts_of_its_teacher(tmp_path: Path) -> None:
     """As if the whole teacher had been resized to the student's images and patches."""
@@ -440,7 +451,7 @@ def test_targets_add_up_to_the_loss_in_every_format(tmp_path: Path, teacher: Pat
     keys = DistillationConfig(
         teacher=str(teacher), features_weight=2.0, features="smooth_l1", teacher_dtype="bf16", relations_weight=5.0,
         relations=("gram", "queries", "keys:3", "values", "maps", "distances", "angles:2"), embeddings_weight=0.5,
-        standardise=("features", "embeddings", "logits"),
+        standardise=("features", "embeddings", "logits"), lift="keep",
     )  # fmt: skip
     losses, norms = {}, {}
     for dtype in ("fp32", "bf16", "fp16", "fp8"):
@@ -458,7 +469,8 @@ def test_targets_add_up_to_the_loss_in_every_format(tmp_path: Path, teacher: Pat
     for dtype in ("bf16", "fp16", "fp8"):
         assert losses[dtype] == pytest.approx(losses["fp32"], rel=0.05)
     assert norms["fp16"] == pytest.approx(norms["fp32"], rel=0.02)  # of a loss that arises scaled
-    assert VisionTransformer.from_pretrained(tmp_path / "fp32").config.width == 16  # without what it learnt through
+    student = VisionTransformer.from_pretrained(tmp_path / "fp32")  # without what it learnt through, but for the last
+    assert [(stage.width, stage.depth) for stage in student.sizes.stages] == [(16, 4), (48, 0)]
 
 
 def test_a_teacher_of_other_classes_or_none_teaches_what_needs_none(tmp_path: Path) -> None:
@@ -516,6 +528,16 @@ def test_a_teacher_of_other_classes_or_none_teaches_what_needs_none(tmp_path: Pa
         ({"response_weight": 0.0, "response": "sigmoid"}, {}, r"response is sigmoid, but .*response_weight is 0"),
         ({"temperature": 0.0}, {}, r"distillation\.temperature is 0\.0: it must be above 0"),
         ({"label_weight": -1.0}, {}, r"distillation\.label_weight is -1\.0: it must be 0 or more"),
+        ({"lift": "keep"}, {}, r"lift is keep, but features_weight, .* of gram are 0, so nothing is compared behind"),
+        ({"features_weight": 1.0, "lift": "keep"}, {"width": 48}, r"lift is keep, but .* is 48 wide, as the teacher's"),
+        (
+            {"features_weight": 1.0, "lift": "keep", "start_from": "even"}, {},
+            r"lift is keep and start_from even: a student that starts .*leave start_from out, or leave lift out",
+        ),
+        (
+            {"features_weight": 1.0, "lift": "keep", "pairs": ((0, 1), (2, 3))}, {},
+            r"pairs has no pair with the student's last block, 3, so nothing is compared behind",
+        ),
         ({"features_weight": 1.0, "pairs": "even:5"}, {}, r"pairs is even:5: give even:1 to even:4, as"),
         ({"features_weight": 1.0, "pairs": ((0, 7),)}, {}, r"has \[0, 7\], but the teacher has no block 7.*0 to 6"),
         ({"features_weight": 1.0, "pairs": ((4, 0),)}, {}, r"has \[4, 0\], but the student has no block 4.*0 to 3"),
