@@ -63,7 +63,6 @@ class VisionTransformer(Pretrained, Layers):
         config = config.resolve()
         build = Build(config=config, seed=seed or 0, kernels=Kernels(kernels))
         super().__init__(build_layers(config), build)
-        self._build = build
         self.dynamic_image_size = dynamic_image_size
         self._description = Description(model=config)
         self._other_sizes: dict[tuple[object, ...], Layers] = {}
