@@ -25,9 +25,9 @@ class Tower:
     Attributes:
         name: the prefix of its layers' names. config: resolved. shares_tokens: whether context ranks share the tokens
             of a sample; else each of them computes all of it. frozen: whether none of it is trained, as of a teacher.
-            rests: whether nothing of it is asked in evaluation: its layers are not run then, and give zeros. dtype: that
-            all of it is kept and computed in; None: by the run's precision. fp8: whether the matrix products of its
-            blocks are in 8 bits, if it is frozen.
+            rests: whether nothing of it is asked in evaluation: its layers are not run then, and give zeros. dtype:
+            that all of it is kept and computed in; None: by the run's precision. fp8: whether the matrix products of
+            its blocks are in 8 bits, if it is frozen.
     """
 
     name: str
