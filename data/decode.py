@@ -24,6 +24,7 @@ from torch import Tensor
 from data.augment import crop_boxes
 from data.errors import BadSampleError, UnreadableImageError
 from data.jpeg import decoded
+from data.work import reading_bytes
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -63,7 +64,8 @@ def decode(
     from PIL import Image
 
     with _readable(name or (lambda: str(file))):
-        content = Path(file).read_bytes() if isinstance(file, str) else file.read()
+        with reading_bytes():
+            content = Path(file).read_bytes() if isinstance(file, str) else file.read()
         with Image.open(BytesIO(content)) as image:
             return _cut(image, content, crop, image_shape)
 

@@ -22,9 +22,10 @@ from data.config import DataConfig
 from data.datasets import Dataset
 from data.mending import Mender
 from data.mixing import sample_order
-from data.reading import BadSample, Content, Source, in_workers
+from data.reading import BadSample, Content, Source, in_workers, timed_read
 from data.relay import Agreement, Relay
 from data.resolution import check_pairs
+from data.work import NO_WORK
 
 # What workers hold ready beyond what each is at work on: enough for a schedule that takes micro-batches in bursts.
 # Every one is an open file, and memory of the host in which few files may be open and little may be shared.
@@ -42,6 +43,7 @@ class TrainStream:
 
     Attributes:
         waited: seconds in all that the caller has waited for micro-batches; without workers, the time to read them.
+        work: what making them was in all, in workers or here.
         texts_cut: how many texts of the micro-batches that were asked for were longer than the text tower reads, each
             counted once a step.
         bad: samples that others stand in for, of the micro-batches that were asked for, each once a step, on ranks that
@@ -65,6 +67,7 @@ class TrainStream:
         with_texts: bool = True,
         offset: int = 0,
         relay: Relay | None = None,
+        pins: bool = False,
     ) -> None:
         assert 0 <= data_rank < data_size
         _check_batch_sizes(global_batch_size, micro_batch_size, data_size)
@@ -72,14 +75,14 @@ class TrainStream:
             check_pairs(micro_batch_size)
         if seed < 0:
             raise ValueError(f"the seed is {seed}: it must be 0 or more")
-        self.waited, self.texts_cut, self.bad = 0.0, 0, list[BadSample]()
+        self.waited, self.work, self.texts_cut, self.bad = 0.0, NO_WORK, 0, list[BadSample]()
         self._dataset = dataset
         self._config = config
         self._global_batch_size = global_batch_size
         self._micro_batch_size = micro_batch_size
         self._rank_batch_size = global_batch_size // data_size
         self._data_rank = data_rank
-        self._seed, self._offset = seed, offset
+        self._seed, self._offset, self._pins = seed, offset, pins
         self._order = sample_order(dataset, seed, config)
         self._agreement = Agreement(relay)
         decides = with_images if relay is None else relay.decides
@@ -103,8 +106,9 @@ class TrainStream:
         if not self._mender.needs_any:
             return Source(lambda draw: Content(), None)
         ready = min(self._rank_batch_size // self._micro_batch_size, _READY_BATCHES, _READY_BYTES // self._batch_bytes)
-        loader = in_workers(self._read, self._draws(start), self._config.workers, ready)
-        return Source(self._read, None if loader is None else zip(self._draws(start), loader, strict=False))
+        read = timed_read(self._read)
+        loader = in_workers(read, self._draws(start), self._config.workers, ready, pins=self._pins)
+        return Source(read, None if loader is None else zip(self._draws(start), loader, strict=False))
 
     @property
     def _batch_bytes(self) -> int:
@@ -124,6 +128,7 @@ class TrainStream:
         asked = time.perf_counter()
         read, own, others = self._draws_of(first_draw)
         content = source.take(first_draw)
+        self.work += content.work
         found = self._order.indices(read) if content.indices is None else content.indices
         indices = self._agreement.of(first_draw, number, found)
         if self._mender.needs_any and (content.indices is None or not np.array_equal(indices, content.indices)):
@@ -203,7 +208,7 @@ class EvalStream:
     pass or, with `leaves_out`, are padding in their place: an image that is not there counts for nothing.
 
     Args:
-        span: numbers of the images; None: all. relay: as of TrainStream.
+        span: numbers of the images; None: all. relay, pins: as of TrainStream.
 
     Attributes:
         texts_cut: as of TrainStream. bad: samples that were left out, in each pass, on ranks that find them.
@@ -222,6 +227,7 @@ class EvalStream:
         span: range | None = None,
         leaves_out: bool = False,
         relay: Relay | None = None,
+        pins: bool = False,
     ) -> None:
         assert 0 <= data_rank < data_size
         self.texts_cut, self.bad = 0, list[BadSample]()
@@ -231,7 +237,7 @@ class EvalStream:
         self._micro_batch_size = micro_batch_size
         self._data_rank = data_rank
         self._data_size = data_size
-        self._relay = relay
+        self._relay, self._pins = relay, pins
         decides = with_images if relay is None else relay.decides
         self._mender = Mender(
             dataset, config, with_images=with_images, with_texts=with_texts, decides=decides, mends=leaves_out
@@ -246,7 +252,7 @@ class EvalStream:
         stride = self._data_size * self._micro_batch_size
         firsts = range(first, first + len(self) * stride, stride)
         workers = self._config.workers if self._mender.needs_any else 0
-        loader = in_workers(self._read, firsts, workers, ready=0)
+        loader = in_workers(self._read, firsts, workers, ready=0, pins=self._pins)
         if self._relay is not None:
             self._relay.begin()
         for first in firsts:

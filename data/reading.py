@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from data.errors import UnreadableImageError
+from data.work import NO_WORK, Work, timed
 from data.workers import begin_worker, read_ahead
 
 
@@ -43,6 +44,7 @@ class Content:
         bad: those that it would have been of.
         maps: rows and columns of patches of each image, where images have several sizes; images are then their
             patches (data.resolution).
+        work: that it was.
     """
 
     images: Tensor | None = None
@@ -51,10 +53,25 @@ class Content:
     indices: NDArray[np.int64] | None = None
     bad: tuple[BadSample, ...] = ()
     maps: tuple[tuple[int, int], ...] | None = None
+    work: Work = NO_WORK
+
+    def pin_memory(self) -> Content:
+        """The same with images in pinned memory: what torch's loader calls."""
+        return self if self.images is None else replace(self, images=self.images.pin_memory())
 
 
 Read = Callable[[int], Content]
 """Makes a micro-batch's content, by its first draw or index."""
+
+
+def timed_read(read: Read) -> Read:
+    """The same, with the work that it was."""
+
+    def timing(key: int) -> Content:
+        content, work = timed(lambda: read(key))
+        return replace(content, work=work)
+
+    return timing
 
 
 class Source:
@@ -107,11 +124,14 @@ class _Items(TorchDataset["Content | UnreadableImageError"]):
             return error.with_traceback(None)
 
 
-def in_workers(read: Read, keys: Iterable[int], workers: int, ready: int) -> Iterator[Content] | None:
+def in_workers(
+    read: Read, keys: Iterable[int], workers: int, ready: int, *, pins: bool = False
+) -> Iterator[Content] | None:
     """read(key) for each key, in their order, ahead of time in worker processes; None if there are to be none.
 
     At least two micro-batches per worker are read ahead of what is asked for, and at least `ready` of them in all.
-    Images come from there as memory that is shared, one open file per micro-batch, texts through a pipe.
+    Images come from there as memory that is shared, one open file per micro-batch, texts through a pipe. With `pins` a
+    thread copies images into pinned memory, which a GPU reads by itself.
     """
     if workers == 0:
         return None
@@ -123,6 +143,7 @@ def in_workers(read: Read, keys: Iterable[int], workers: int, ready: int) -> Ite
         collate_fn=_as_it_is,
         multiprocessing_context="fork",  # else, from Python 3.14 on, a server's children, which do not end with us
         prefetch_factor=max(2, math.ceil(ready / workers)),
+        pin_memory=pins,
         worker_init_fn=begin_worker,
         generator=torch.Generator(),  # its own, so that workers leave the global random state alone
     )

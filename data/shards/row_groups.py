@@ -14,6 +14,7 @@ from data.shards.members import ShardError
 from data.shards.parquet import ParquetFormat, image_bytes, opened_parquet, texts_of
 from data.shards.store import Place, Store, few_open
 from data.shards.tar import captions_as_parts
+from data.work import reading_bytes
 
 _KEPT = 256 * 2**20  # bytes of columns of each process, at most, or else one
 
@@ -98,7 +99,8 @@ class _Opened:
         if leaf is None:
             return None
         try:
-            found = self._parquet.read_row_group(group, columns=[leaf], use_threads=False).column(0)
+            with reading_bytes():
+                found = self._parquet.read_row_group(group, columns=[leaf], use_threads=False).column(0)
         except (ArrowException, OSError) as error:
             raise ShardError(f"{self._file} is damaged or was cut short ({error})") from error
         return image_bytes(found, columns) if what == "image" else found

@@ -18,6 +18,7 @@ from data.shards.catalogue import Catalogue
 from data.shards.formats import RECORD, Content, Format
 from data.shards.members import Sample, ShardError, samples
 from data.shards.store import Place, Store, few_open
+from data.work import reading_bytes
 
 CAPTION = "caption"
 """The field of a `.json` that is read where there is no `.txt`."""
@@ -144,7 +145,8 @@ class TarStore(Store):
         if not offset:
             return None
         try:
-            found = os.pread(self._open(place.shard).descriptor, size, offset)
+            with reading_bytes():
+                found = os.pread(self._open(place.shard).descriptor, size, offset)
         except OSError as error:
             raise UnreadableImageError(f"{self.name(place)} cannot be read ({error.strerror})") from error
         if len(found) < size:

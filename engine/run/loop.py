@@ -19,6 +19,7 @@ from engine.errors import DivergedError
 from engine.optimizers.schedules import factor
 from engine.run.attention import AttentionLog
 from engine.run.bad_samples import BadSamples
+from engine.run.data_wait import Figures, Hints, Supply
 from engine.run.finite import check_finite
 from engine.run.metrics import MetricsWriter
 from engine.run.predicted import Comparison
@@ -101,15 +102,17 @@ class Loop:
             "with_texts": a.holds_texts,
         }
         batch, done, relay = a.config.train.global_batch_size, self.progress, sample_relay(a)
+        ways: dict[str, Any] = {"relay": relay, "pins": a.device.type == "cuda"}
         self.train_stream = TrainStream(
             train_set,
             global_batch_size=batch,
             seed=a.config.train.seed,
             offset=done.samples - done.step * batch,
-            relay=relay,
+            **ways,
             **place,
         )
-        self.eval_stream = EvalStream(eval_set, leaves_out=True, relay=relay, **place)
+        self._supply, self._hints = Supply(self.train_stream, a.grid.local_size), Hints(a.config.data.workers)
+        self.eval_stream = EvalStream(eval_set, leaves_out=True, **ways, **place)
         self._bad = BadSamples(
             a,
             self.train_stream,
@@ -141,7 +144,9 @@ class Loop:
             where.begin(step)
             before = time.perf_counter()
             lr, result = self._train(step, batches)
-            self._compare(time.perf_counter() - before)
+            took = time.perf_counter() - before
+            self._compare(took)
+            self._supply.after_step(took)
             interval.steps += 1
             interval.paused, self._recording_seconds = interval.paused + self._recording_seconds, 0.0
             interval.bubbles += [] if result.bubble is None else [result.bubble]
@@ -300,9 +305,11 @@ class Loop:
         a, batch = self.stepper.assembly, self.config.train.global_batch_size
         synchronise(a.device)
         step_time = interval.seconds / interval.steps
-        own = [float(peak_memory_bytes(a.device)), (self.train_stream.waited - interval.waited_before) / interval.steps]
-        most = comm.all_reduce(torch.tensor(own, dtype=torch.float64, device=a.device), a.grid.world, "max")
-        memory, waited = most.tolist()
+        late = self.stepper.transfer.late() / interval.steps
+        waited = (self.train_stream.waited - interval.waited_before) / interval.steps + late
+        own = [[float(peak_memory_bytes(a.device)), waited, *self._supply.figures(late)]]
+        of_ranks = comm.all_gather_rows(torch.tensor(own, dtype=torch.float64, device=a.device), a.grid.world).tolist()
+        memory, waited = (max(each) for each in list(zip(*of_ranks, strict=True))[:2])
         images_per_second = batch / step_time
         tflops = self.flops_per_image * images_per_second / a.grid.shape.world_size / 1e12
         peak = peak_tflops(a.device, self.config.precision.dtype)
@@ -321,6 +328,7 @@ class Loop:
             "peak_memory": int(memory),
             "epoch": self.progress.samples / self.images_per_epoch,
             "data_time": waited,
+            "data_wait": 1e3 * waited,
             "bubble": statistics.fmean(interval.bubbles) if interval.bubbles else None,
             "bubble_predicted": self.bubble_predicted,
         } | {**self._texts_cut(), **self._bad.counted()}
@@ -329,6 +337,8 @@ class Loop:
                 values[f"loss_{name}"] = statistics.fmean(found)
         if self.writer is not None:
             self.writer.train(step, values)
+            if (hint := self._hints.of([Figures(*of_rank[2:]) for of_rank in of_ranks])) is not None:
+                self.writer.say(hint)
 
     def _texts_cut(self) -> dict[str, int]:
         """How many texts were too long, in this attempt; nothing where there are none.
@@ -361,6 +371,7 @@ class Loop:
             averaged = self.stepper.evaluate_average(chain(self.eval_stream, self._prompts))
             values |= {f"ema_{name}": value for name, value in averaged.items() if name != "images"}
             self.eval_stream.bad.clear()  # of which the pass before has told
+        self.stepper.transfer.late()  # is no step's
         values |= {"epoch": self.progress.samples / self.images_per_epoch}
         if self.writer is not None:
             self.writer.evaluation(step, values | {"eval_time": time.perf_counter() - began})

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from engine.errors import OutputError
 from engine.run.board import Board
+from engine.run.data_wait import STARVED
 from engine.run.journal import Journal
 
 COLUMNS = 110  # of a line where the console is no terminal, which has a width of its own
@@ -99,9 +100,10 @@ class MetricsWriter:
             "scale": f"scale {v['loss_scale']:g}" if v["loss_scale"] != 1 else "",
             "norm": f"norm {v['grad_norm']:.3f}",
             "bubble": f"bubble {100 * v['bubble']:4.1f} %" if v.get("bubble") is not None else "",
+            "data": f"data wait {v['data_wait']:.1f} ms" if _is_starved(v) else "",
             "skipped": f"skipped {v['skipped_steps']}" if v["skipped_steps"] else "",
         }
-        self.say(fitting(parts, ("samples", "bubble", "speed", "clock", "time", "scale")))
+        self.say(fitting(parts, ("samples", "bubble", "speed", "clock", "time", "scale", "data")))
 
     def evaluation(self, step: int, values: Mapping[str, Any]) -> None:
         """An evaluation line."""
@@ -154,6 +156,11 @@ def fitting(parts: Mapping[str, str], dispensable: Sequence[str]) -> str:
         shown.pop(name, None)
         clock = "" if name == "clock" else clock
     return line()
+
+
+def _is_starved(values: Mapping[str, Any]) -> bool:
+    """Whether a training line tells of waiting for data that matters."""
+    return bool(values.get("data_wait", 0.0) > 1e3 * STARVED * values["step_time"])
 
 
 def _columns() -> int:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from engine.objectives.base import JointObjective
 from engine.run.bubble import BubbleMeter
 from engine.run.diagnose import Watch, first_culprit, watch
 from engine.run.joint import HeldBatches, JointStep, Pass, Told
+from engine.run.transfer import Transfer, transfer_to
 from model import MicroBatch, Shares
 from parallel import comm
 from parallel.distillation import end_step
@@ -67,8 +68,10 @@ class _OnDevice(Sequence[MicroBatch]):
     images, what the others need is kept, and no image is read again.
     """
 
-    def __init__(self, assembly: Assembly, batches: Sequence[Batch], shares: Shares | None = None) -> None:
-        self._assembly, self._batches, self._shares = assembly, batches, shares
+    def __init__(
+        self, assembly: Assembly, transfer: Transfer, batches: Sequence[Batch], shares: Shares | None = None
+    ) -> None:
+        self._assembly, self._transfer, self._batches, self._shares = assembly, transfer, batches, shares
         self._moved: tuple[int, MicroBatch] | None = None
         self._without_images: dict[int, MicroBatch] = {}
         self._keeps = len(assembly.stages) > 1 and not assembly.later_stages_read_images
@@ -83,7 +86,8 @@ class _OnDevice(Sequence[MicroBatch]):
 
     def _move(self, m: int) -> MicroBatch:
         with self._assembly.grid.meter.where.during(f"reading images of micro-batch {m}"):
-            moved = replace(self._assembly.to_device(self._batches[m], training=True), shares=self._shares)
+            moved = self._transfer.move(self._batches[m], partial(self._assembly.to_device, training=True))
+            moved = replace(moved, shares=self._shares)
         if self._keeps:
             self._without_images[m] = replace(moved, images=None)
         return moved
@@ -94,12 +98,13 @@ class Stepper:
 
     Attributes:
         before_change: called before anything of the state is changed. meter: of the bubble; it has the recorder.
+        transfer: moves micro-batches to the device.
     """
 
     def __init__(self, assembly: Assembly) -> None:
         self.assembly = assembly
         self.before_change: Callable[[], None] = lambda: None
-        self.meter = BubbleMeter(assembly.grid, assembly.device)
+        self.meter, self.transfer = BubbleMeter(assembly.grid, assembly.device), transfer_to(assembly.device)
         self._train = assembly.executor(assembly.schedule)
         joint = assembly.objective
         self._joint = JointStep(assembly, joint, self._train) if isinstance(joint, JointObjective) else None
@@ -160,14 +165,14 @@ class Stepper:
         scale = self._scale / a.config.train.global_batch_size
         self._shares = Shares(scale=scale) if a.objective.targets else None
         if self._joint is None:
-            here = _OnDevice(a, batches, self._shares)
+            here = _OnDevice(a, self.transfer, batches, self._shares)
             if watching is None:
                 return self._train.run(here, self._loss_share)
             return self._train.run(watching.batches(here), watching.loss(self._loss_share))
         held = HeldBatches(batches) if self._joint.reads_twice else batches
 
         def fresh(of: Pass) -> Sequence[MicroBatch]:
-            here: Sequence[MicroBatch] = _OnDevice(a, held, self._shares if of == "gradients" else None)
+            here: Sequence[MicroBatch] = _OnDevice(a, self.transfer, held, self._shares if of == "gradients" else None)
             here = here if of == "gradients" else Told(here, of)
             return here if watching is None else watching.batches(here)
 
@@ -210,7 +215,7 @@ class Stepper:
         evaluation = a.objective.evaluation(a.grid, a.device)
         stream, where = iter(batches), a.grid.meter.where
         while group := list(where.each(islice(stream, 4 * a.grid.pipeline.size), "reading images")):  # bounded memory
-            micro_batches = [a.to_device(batch, training=False) for batch in group]
+            micro_batches = [self.transfer.move(batch, partial(a.to_device, training=False)) for batch in group]
             evaluation.add(self._eval(len(group)).run(micro_batches, evaluation.look))
         figures = evaluation.figures(holds_loss=a.holds_loss)
         self.meter.met()

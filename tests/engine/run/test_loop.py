@@ -38,7 +38,7 @@ from tests.engine.small import flags, small
 TRAIN_KEYS = [
     *("event", "step", "samples", "loss", "lr", "grad_norm", "loss_scale", "skipped_steps", "step_time"),
     *("images_per_second", "tokens_per_second", "tflops_per_device", "mfu", "peak_memory"),
-    *("epoch", "data_time", "bubble", "bubble_predicted", "wall_time"),
+    *("epoch", "data_time", "data_wait", "bubble", "bubble_predicted", "wall_time"),
 ]
 
 
@@ -140,7 +140,10 @@ def test_time_spent_waiting_for_images_is_told_per_step() -> None:
     images = Slow(size=32, **place)
     Loop(stepper(), images, SyntheticDataset(size=8, **place), steps=12, writer=writer).run()
     lines = [call.args[1] for call in writer.train.call_args_list]
-    assert len(lines) == 2 and all(0.02 <= line["data_time"] <= line["step_time"] for line in lines)
+    assert len(lines) == 2 and all(
+        0.02 <= line["data_time"] <= line["step_time"] and line["data_wait"] == 1e3 * line["data_time"]
+        for line in lines
+    )
 
 
 def test_texts_that_are_too_long_are_counted() -> None:
