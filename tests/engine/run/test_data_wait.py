@@ -16,9 +16,9 @@ from data.datasets import Dataset
 from data.work import Work, reading_bytes, timed
 from engine.run.data_wait import Figures, Hints, Supply
 
-DECODES = Figures(step=0.5, waited=0.3, making=0.75, reading=0.05, cores=15)
+DECODES = Figures(step=0.5, waited=0.3, making=0.7, reading=0.05, cores=15)
 FILES = Figures(step=0.5, waited=0.3, making=0.1, reading=0.9, cores=3)
-FEW_CORES = Figures(step=0.5, waited=0.4, making=1.6, cores=3)
+FEW_CORES = Figures(step=0.5, waited=0.3, making=1.5, cores=3)
 COPIES = Figures(step=0.5, waited=0.01, transferred=0.2, making=0.1, cores=3)
 FED = Figures(step=0.5, waited=0.02, making=3.0, cores=3)
 TOLD_BY_OTHERS = Figures(step=0.5, waited=0.4, cores=3)  # a later stage, which makes nothing
@@ -28,13 +28,13 @@ TOLD_BY_OTHERS = Figures(step=0.5, waited=0.4, cores=3)  # a later stage, which 
     ("ranks", "workers", "told"),
     [
         ([FED, TOLD_BY_OTHERS], 2, None),
-        ([FED, DECODES, DECODES, FED], 2, r"60 % of a step .*\(ranks 1, 2\); .* decode, 750 ms a step of 2 workers "
-         r"\(read 50\): data.workers 4 would keep up"),  # 0.8 s of work in 0.2 s
+        ([FED, DECODES, DECODES, FED], 2, r"60 % of a step .*\(ranks 1, 2\); .* decode, 700 ms a step of 2 workers "
+         r"\(read 50\): data.workers 4 would keep up"),  # 0.75 s of work in 0.2 s
         ([DECODES], 0, r"\(rank 0\); .* of the training process .*: data.workers 4 would"),
         ([DECODES], 6, r"data.workers 6 should be enough, so it is cores that others use"),
         ([FILES], 2, r"is read, 900 ms .*data.workers 5 would keep up"),  # who waits for files needs no core of his own
-        ([FEW_CORES], 1, r"16 workers would keep up, this rank's 3 cores feed 3: set data.workers 3; cheaper augm"),
-        ([FEW_CORES], 3, r"16 workers would keep up, more than this rank's 3 cores feed: cheaper augmentation"),
+        ([FEW_CORES], 1, r"8 workers would keep up, this rank's 3 cores feed 3: set data.workers 3; cheaper augm"),
+        ([FEW_CORES], 3, r"8 workers would keep up, more than this rank's 3 cores feed: cheaper augmentation"),
         ([COPIES, FED], 2, r"42 % .* transfer, .* late by 200 ms a step: workers would not help"),
     ],
 )  # fmt: skip
@@ -45,7 +45,7 @@ def test_what_starves_is_named_with_its_cure(ranks: list[Figures], workers: int,
 
 def test_a_hint_is_told_again_only_if_it_changes() -> None:
     hints = Hints(1)
-    assert hints.of([DECODES]) is not None and hints.of([DECODES._replace(making=0.8)]) is None
+    assert hints.of([DECODES]) is not None and hints.of([DECODES._replace(making=0.75)]) is None
     assert hints.of([FED]) is None and hints.of([DECODES]) is None
     assert hints.of([DECODES._replace(making=2.0)]) is not None and hints.of([FILES]) is not None
 
