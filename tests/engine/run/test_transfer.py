@@ -13,6 +13,7 @@ import torch
 from data import Batch, DataConfig, EvalStream
 from data.datasets import SyntheticDataset
 from engine.assemble import assemble
+from engine.assembly import Assembly
 from engine.run.transfer import AHEAD, InPlace, SideStream, transfer_to
 from model import MicroBatch
 from parallel.grid import make_grid
@@ -25,9 +26,15 @@ def batches(count: int) -> list[Batch]:
     return [*EvalStream(images, config=DataConfig(), micro_batch_size=8, data_rank=0, data_size=1)]
 
 
+def assembly_on(device: torch.device) -> Assembly:
+    config = small().resolve(1)
+    return assemble(config, make_grid(config.grid_shape(1), World(), device), device)
+
+
 def moved(batch: Batch) -> MicroBatch:
     """In the memory where it is."""
-    return MicroBatch(batch.images, batch.labels, batch.sample_ids, batch.weights, teachers=({"rows": batch.weights},))
+    own = {name: getattr(batch, name) for name in ("images", "labels", "sample_ids", "weights")}
+    return MicroBatch(**own, teachers=({"rows": batch.weights},))
 
 
 class Recorded:
@@ -86,7 +93,7 @@ def test_copies_are_ordered_by_events_and_the_host_stays_near(monkeypatch: pytes
 def test_on_a_cpu_nothing_is_done() -> None:
     transfer, (batch,) = transfer_to(torch.device("cpu")), batches(1)
     assert isinstance(transfer, InPlace) and transfer.late() == 0.0
-    assembly = assemble(small(), make_grid(small().grid_shape(1), World()), torch.device("cpu"))
+    assembly = assembly_on(torch.device("cpu"))
     assert transfer.move(batch, partial(assembly.to_device, training=True)).images is batch.images
 
 
@@ -95,7 +102,7 @@ def test_a_micro_batch_arrives_while_the_gpu_computes() -> None:
     """And what it is of is not overwritten by the copies after it, before it was read."""
     device = torch.device("cuda")
     side, sums, own = SideStream(device), list[torch.Tensor](), batches(6)
-    assembly = assemble(small(), make_grid(small().grid_shape(1), World()), device)
+    assembly = assembly_on(device)
     for batch in own[:AHEAD]:
         torch.cuda._sleep(200_000_000)  # a tenth of a second, in cycles
         arrived = side.move(batch, partial(assembly.to_device, training=True))
