@@ -14,9 +14,12 @@ from engine.assemble import assemble, grid_of
 from engine.live_bytes import LiveBytes
 from engine.seeing.capture import capture
 from engine.seeing.explain import owed, pixel_gradients
+from engine.seeing.patches import features_of, lens_of
 from model import ModelConfig, VisionTransformer
+from model.heads import Head
 from model.seeing import rows
 from model.seeing.capture import choose
+from model.seeing.lens import patch_logits
 from model.seeing.rollout import METHODS, back_through
 from model.seeing.trace import trace
 from parallel.process_group import World
@@ -128,8 +131,12 @@ def scored(outputs: Tensor, numbers: Tensor) -> Tensor:
     return outputs.gather(1, (numbers * 3 % outputs.shape[1])[:, None])[:, 0] * 300
 
 
+def has_lens(config: ModelConfig) -> bool:
+    return config.pool in ("gap", "map")
+
+
 def over_ranks(world: World) -> list[tuple[Any, ...]]:
-    """Rows of some queries, the summary of all, and what scores owe to tokens and pixels."""
+    """Rows of some queries, the summary of all, what scores owe to tokens and pixels, and what patches are."""
     out = list[tuple[Any, ...]]()
     for case in LAYOUTS:
         config = case.config()
@@ -139,15 +146,16 @@ def over_ranks(world: World) -> list[tuple[Any, ...]]:
         found = capture(assembly, images, choose(config.model, **asked(case)))
         seen = watch_of(assembly)()
         explained = {of: owed(assembly, images, of, None if of == "rollout" else scored) for of in METHODS}
-        out.append((found, seen, explained, pixel_gradients(assembly, images, scored)))
+        patches = features_of(assembly, images), lens_of(assembly, images) if has_lens(config.model) else None
+        out.append((found, seen, explained, pixel_gradients(assembly, images, scored), patches))
         grid.close()
     return out
 
 
 def test_the_same_in_every_layout() -> None:
     results = run_ranks(4, over_ranks)
-    assert all(found[:2] == (None, None) for rank in results[1:] for found in rank)
-    for number, (case, (found, seen, explained, pixels)) in enumerate(zip(LAYOUTS, results[0], strict=True)):
+    assert all((*found[:2], *found[4]) == (None,) * 4 for rank in results[1:] for found in rank)
+    for number, (case, (found, seen, explained, pixels, patches)) in enumerate(zip(LAYOUTS, results[0], strict=True)):
         same(seen, watch_of(assemble(alone := case.one_process.config(), grid_of(alone, World(), CPU), CPU))())
         config = case.config()
         model = VisionTransformer(config.model, seed=config.train.seed).eval()
@@ -167,3 +175,8 @@ def test_the_same_in_every_layout() -> None:
         shown = images.clone().requires_grad_()
         (expected_pixels,) = torch.autograd.grad(scored(model.logits(shown), numbers).sum(), shown)
         assert torch.allclose(pixels, expected_pixels, rtol=1e-3, atol=1e-3), case
+        features, head = model.features(images)[-1][0].permute(0, 2, 3, 1), model.get_submodule("head")
+        assert isinstance(head, Head) and torch.allclose(patches[0], features, rtol=1e-3, atol=1e-5), case
+        if has_lens(config.model):
+            said = patch_logits(head, features.flatten(0, 2)).unflatten(0, features.shape[:3])
+            assert torch.allclose(patches[1], said, rtol=1e-3, atol=1e-5), case

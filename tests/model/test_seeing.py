@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import ImageText, MicroBatch, ModelConfig, TextConfig, VisionTransformer
+from model import ImageText, MicroBatch, TextConfig, VisionTransformer
 from model.config import StageConfig
 from model.seeing import noted as noting
 from model.seeing.features import POSITIONAL, clusters, components, outliers
 from model.seeing.flow import attention_flow
-from model.seeing.lens import patch_logits
+from model.seeing.lens import check_lens, patch_logits
 from model.seeing.measures import distances, entropy
 from model.seeing.noted import MeanMap
 from model.seeing.perturb import occlusion, rise
@@ -268,8 +268,8 @@ def test_features() -> None:
 def test_the_lens_is_the_head_on_one_patch(pool: Any) -> None:
     model = VisionTransformer(replace(TINY, pool=pool, registers=1)).eval()
     rows = torch.randn(2, 16, 16)
-    found = patch_logits(model, rows)
     head: Any = model.get_submodule("head")
+    found = patch_logits(head, rows.flatten(0, 1)).unflatten(0, (2, 16))
     with torch.no_grad():
         if pool == "gap":  # each patch's share of the mean: the classifier is linear
             whole = torch.cat([torch.zeros(2, 1, 16), rows], 1)
@@ -281,4 +281,4 @@ def test_the_lens_is_the_head_on_one_patch(pool: Any) -> None:
             expected = head.fc(head.pool(x, MicroBatch.of_images(torch.zeros(2, 1)), mask))
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-6)
     with pytest.raises(ValueError, match="pool cls"):
-        patch_logits(VisionTransformer(ModelConfig(**{**TINY.__dict__, "pool": "cls"})), rows)
+        check_lens(replace(TINY, pool="cls"))

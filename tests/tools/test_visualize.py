@@ -45,6 +45,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pair.save_pretrained(folder / "pair")
     model._description = replace(model._description, embeds=True)
     model.save_pretrained(folder / "tower")
+    VisionTransformer(replace(TINY, pool="cls", in_channels=3)).save_pretrained(folder / "cls")
     (folder / "images/sub").mkdir(parents=True)
     for i, name in enumerate(NAMES):
         pixels = (np.arange(20 * 12 * 3).reshape(20, 12, 3) * (7 + i) % 256).astype(np.uint8)
@@ -257,15 +258,14 @@ def test_integrated_gradients(found: bool, places: Path, tmp_path: Path, monkeyp
 def test_what_many_ranks_refuse(places: Path, tmp_path: Path) -> None:
     """Before they talk."""
     argv = ["--checkpoint", "x", "--images", "x", "--out", "x", "--method"]
-    with pytest.raises(ConfigError, match="pca is for one process, and here are 2 ranks: take heads, mean, rollout"):
-        parse_options([*argv, "pca"], World(size=2))
     text = ("--text", "dé", "--tokenizer", "bytes")
     for words, model, method, more in (
         ("classes 0 to 4", "model", "chefer", ("--target", "5")), ("no classes", "pair", "rise", ()),
         ("5 features of an embedding", "tower", "occlusion", ()),
         ("--text is for contrastive", "model", "chefer", text),
         ("without a loss scale.*give --precision.dtype fp32", "model", "chefer", ("--precision.dtype", "fp16")),
-        ("does not say how texts", "pair", "chefer", text[:2]),
+        ("does not say how texts", "pair", "chefer", text[:2]), ("lens needs.* pool cls and 5", "cls", "lens", ()),
+        ("48 patches", "model", "clusters", ("--clusters", "49")),
     ):  # fmt: skip
         given = ["--checkpoint", str(places / model), "--images", str(places / "images"), "--out", str(tmp_path), *more]
         with pytest.raises(ConfigError, match=words):
@@ -282,20 +282,22 @@ LAYOUTS = {
     "chefer": ["--parallel.tensor_parallel_size", "2", "--parallel.pipeline_parallel_size", "2", "--target", "2"],
     "integrated_gradients": ["--parallel.pipeline_parallel_size", "2", "--steps", "5"],
     "rise": ["--parallel.tensor_parallel_size", "2", "--masks", "12"],
+    "lens": ["--parallel.context_parallel_size", "2", "--batch", "2"],
+    "pca": [],
     "gradient_rollout": [
         "--parallel.tensor_parallel_size", "2", "--parallel.zero_stage", "3", "--text", "one", "--text", "two",
         "--tokenizer", "bytes",
     ],
 }  # fmt: skip
-"""Of these, those with texts, and the first, are of two towers."""
-FEW = ("integrated_gradients", "rise")  # on two ranks
+"""Of these, those with texts, and `mean` and `pca`, are of two towers."""
+FEW = ("integrated_gradients", "rise", "lens", "pca")  # on two ranks
 
 
 @pytest.mark.slow
 def test_files_of_many_ranks_are_those_of_one(places: Path, tmp_path: Path) -> None:
     jobs = {}
     for method, layout in LAYOUTS.items():
-        model = "pair" if method == "mean" or "--text" in layout else "model"
+        model = "pair" if method in ("mean", "pca") or "--text" in layout else "model"
         alone = [word for i, word in enumerate(layout) if not f"{layout[i - i % 2]}".startswith("--parallel.")]
         assert run(places, tmp_path / "one", method, *alone, model=model) == 0
         argv = ["--checkpoint", str(places / model), "--images", str(places / "images"), "--method", method]

@@ -44,7 +44,7 @@ def main(argv: Sequence[str], world: World) -> int:
     paths = [] if options.watch else images_in(options.images, options.most, options.out)
     looked = _opened(options, flags, world)
     asked = asked_of(options)
-    check(options.method, looked.config, asked)
+    check(options.method, looked.config, asked, images=len(paths))
     if world.rank == 0:
         _make(options.out)
     if options.watch:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from engine.errors import ConfigError
 from model import VisionTransformer
+from model.heads import Head
 from model.seeing.features import POSITIONAL, clusters, components, outliers
 from model.seeing.lens import patch_logits
 from model.seeing.perturb import Score, occlusion, rise
@@ -129,15 +130,23 @@ def explained(shown: Shown, names: Sequence[str]) -> list[str]:
     return ["explained: class " + ", ".join(f"{target} of {name}" for name, target in targets)]
 
 
-def _features(model: VisionTransformer, images: Tensor) -> Tensor:
-    """Of the last stage's patches, after the last block [B, rows, cols, D]."""
+def _of_features(show: Callable[[Tensor, Asked], Shown]) -> Callable[[Model, Tensor, Asked], Shown | None]:
+    """Methods of the last stage's patches of all images, after the last block [B, rows, cols, D]."""
+
+    def found(model: Model, images: Tensor, asked: Asked) -> Shown | None:
+        features = model.patches(images) if isinstance(model, Ranks) else _patches(model, images)
+        return None if features is None else show(features, asked)
+
+    return found
+
+
+def _patches(model: VisionTransformer, images: Tensor) -> Tensor:
     with torch.no_grad():
         return model.features(images)[-1][0].permute(0, 2, 3, 1)
 
 
-def pca(model: VisionTransformer, images: Tensor, asked: Asked) -> Shown:
+def pca(features: Tensor, asked: Asked) -> Shown:
     """Three principal components of patches as red, green and blue; what is artefact is told."""
-    features = _features(model, images)
     grid, flat = features.shape[1:3], features.flatten(1, 2)
     strange = outliers(flat)
     found = components(torch.where(strange[..., None], flat[~strange].mean(0), flat))
@@ -155,11 +164,8 @@ def pca(model: VisionTransformer, images: Tensor, asked: Asked) -> Shown:
     return Shown(colors={("components", ""): colors}, arrays=arrays, says=says)
 
 
-def grouped(model: VisionTransformer, images: Tensor, asked: Asked) -> Shown:
+def grouped(features: Tensor, asked: Asked) -> Shown:
     """Clusters of patches, over all images."""
-    features = _features(model, images)
-    if asked.clusters > features[..., 0].numel():
-        raise ConfigError(f"--clusters {asked.clusters}: there are {features[..., 0].numel()} patches")
     labels = clusters(features.flatten(1, 2), asked.clusters).unflatten(1, features.shape[1:3])
     import matplotlib
 
@@ -167,15 +173,21 @@ def grouped(model: VisionTransformer, images: Tensor, asked: Asked) -> Shown:
     return Shown(colors={("clusters", ""): table[labels].float()}, arrays={"clusters": labels}, smooth=False)
 
 
-def lens(model: VisionTransformer, images: Tensor, asked: Asked) -> Shown:
+def lens(model: Model, images: Tensor, asked: Asked) -> Shown | None:
     """What the head says of each patch alone, of the class that is explained."""
-    target, features = _targets(model, images, asked), _features(model, images)
-    try:
-        logits = patch_logits(model, features.flatten(1, 2)).unflatten(1, features.shape[1:3])
-    except ValueError as error:
-        raise ConfigError(f"--method lens: {error}") from error
-    maps = logits.gather(3, target[:, None, None, None].expand(-1, *logits.shape[1:3], 1))[..., 0]
-    return Shown(maps={("logit of patches", ""): maps}, arrays={"target": target, "logits": logits})
+    target = _targets(model, images, asked)
+    logits = model.lens(images) if isinstance(model, Ranks) else _lens(model, images)
+    if logits is None:
+        return None
+    of = target.to(logits.device)[:, None, None, None].expand(-1, *logits.shape[1:3], 1)
+    maps = {("logit of patches", ""): logits.gather(3, of)[..., 0]}
+    return Shown(maps=maps, arrays={"target": target, "logits": logits})
+
+
+def _lens(model: VisionTransformer, images: Tensor) -> Tensor:
+    head, rows = model.get_submodule("head"), _patches(model, images)
+    assert isinstance(head, Head)
+    return patch_logits(head, rows.flatten(0, 2)).unflatten(0, rows.shape[:3])
 
 
 def _of_layers(name: str) -> Callable[[VisionTransformer, Tensor, Asked], Shown]:
@@ -193,29 +205,27 @@ BACK: dict[str, tuple[Method, str]] = {
     "gradient_rollout": ("gradient_rollout", "gradient rollout"), "chefer": ("relevance", "relevance"),
 }  # fmt: skip
 """Methods by gradients: as model.seeing.rollout calls them, and as maps are titled."""
-EVERYWHERE: dict[str, Callable[[Model, Tensor, Asked], Shown]] = {
+EVERYWHERE: dict[str, Callable[[Model, Tensor, Asked], Shown | None]] = {
     "rollout": rolled_out,
     **{name: _back(*what) for name, what in BACK.items()},
     "occlusion": lambda model, images, asked: _hidden(model, images, asked, "occlusion"),
     "rise": lambda model, images, asked: _hidden(model, images, asked, "rise"),
     "integrated_gradients": integrated_gradients,
+    "pca": _of_features(pca),
+    "clusters": _of_features(grouped),
+    "lens": lens,
 }
-"""Those that ask no more of a model than ranks can tell alike."""
+"""Those that ask all ranks of a model alike; of some only the first rank has what was found."""
 EXPLAIN = (*BACK, "occlusion", "rise", "integrated_gradients", "lens")
 """Those of a score: of a class, or, but for the last two, of the likeness to a text."""
 BY_GRADIENTS = (*BACK, "integrated_gradients")
-METHODS: dict[str, Callable[[VisionTransformer, Tensor, Asked], Shown]] = {
+METHODS: dict[str, Callable[[VisionTransformer, Tensor, Asked], Shown | None]] = {
     **{name: _of_layers(name) for name in OF_LAYERS},
     **EVERYWHERE,
     "flow": lambda model, images, asked: flow(model.config, mean_trace(model, images)[0]),
-    "pca": pca,
-    "clusters": grouped,
-    "lens": lens,
 }
 PAGE = "page"
 """No map, but a page of all (tools.visualize.page)."""
-OVER_RANKS = (*OF_LAYERS, *EVERYWHERE, "flow", PAGE)
-"""Those of a model that is spread over ranks, too."""
 READS: dict[str, tuple[str, ...]] = {
     PAGE: ("layers", "heads"),
     "heads": ("layers", "heads", "query", "batch"),

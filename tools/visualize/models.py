@@ -63,7 +63,7 @@ class Alone:
     def begin(self, images: Tensor) -> None:
         """As Looked."""
 
-    def shown(self, method: str, images: Tensor, asked: Asked) -> Shown:
+    def shown(self, method: str, images: Tensor, asked: Asked) -> Shown | None:
         """As Looked."""
         return METHODS[method](self.model, images.to(self.device), asked)
 

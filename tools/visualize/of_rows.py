@@ -16,6 +16,7 @@ from engine.errors import ConfigError
 from model import ModelConfig
 from model.seeing.capture import PROBE, Wanted, attention_layers
 from model.seeing.flow import attention_flow
+from model.seeing.lens import check_lens
 from model.seeing.measures import distances, entropy
 from model.seeing.rollout import Maps, Merging, Mixing, Trace
 from model.seeing.rows import Seen
@@ -65,9 +66,9 @@ class _Layer:
         return _Layer(name, rows.sight.site.here, rows.sight.site.tokens.prefix, rows)
 
 
-def check(method: str, config: ModelConfig, asked: Asked) -> None:
-    """Raise ConfigError where a resolved model has not what these methods are asked for, before any pass."""
-    sizes, first = config.sizes, config.sizes.stages[0]
+def check(method: str, config: ModelConfig, asked: Asked, images: int) -> None:
+    """Raise ConfigError where a resolved model, or so many images, have not what is asked for, before any pass."""
+    sizes, first, last = config.sizes, config.sizes.stages[0], config.sizes.last
     if wrong := [n for n in asked.layers or () if not 0 <= n < sizes.depth]:
         raise ConfigError(f"--layers {wrong[0]}: there are blocks 0 to {sizes.depth - 1}")
     known = attention_layers(config)
@@ -78,6 +79,13 @@ def check(method: str, config: ModelConfig, asked: Asked) -> None:
         raise ConfigError(f"--query {asked.query}: there are {first.rows} rows and {first.cols} columns of patches")
     if method == "flow" and len(sizes.stages) > 1:
         raise ConfigError("--method flow is for models whose tokens are the same in all layers: take rollout")
+    if method == "clusters" and asked.clusters > (patches := images * last.rows * last.cols):
+        raise ConfigError(f"--clusters {asked.clusters}: there are {patches} patches")
+    if method == "lens":
+        try:
+            check_lens(config)
+        except ValueError as error:
+            raise ConfigError(f"--method lens: {error}") from error
 
 
 def heads(config: ModelConfig, rows: Rows, asked: Asked) -> Shown:

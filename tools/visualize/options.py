@@ -9,7 +9,7 @@ from pathlib import Path
 from engine.errors import ConfigError
 from parallel.process_group import World
 from tools.options import COUNT, Parser, add_weights, number
-from tools.visualize.methods import METHODS, OVER_RANKS, READS
+from tools.visualize.methods import METHODS, READS
 from tools.visualize.shown import Asked
 from tools.visualize.texts import METHODS as OF_TEXTS
 
@@ -55,10 +55,6 @@ def parse_options(argv: Sequence[str], world: World) -> tuple[argparse.Namespace
             raise ConfigError(f"{flag} is of a model over several ranks: start them with tools.launch, or leave it out")
     if flags and not flags[0].startswith("--"):
         raise ConfigError(f"{flags[0]} is no option: see --help")
-    if world.size > 1 and method not in OVER_RANKS:
-        raise ConfigError(
-            f"--method {method} is for one process, and here are {world.size} ranks: take {', '.join(OVER_RANKS)}"
-        )
     if options.watch is None:
         options.most = options.most or _MOST
     else:
@@ -89,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         description=_ABOUT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        epilog=f"Of {', '.join(OVER_RANKS)} the model may be spread over ranks (tools.launch, torchrun, srun), "
+        epilog="The model may be spread over ranks (tools.launch, torchrun, srun), "
         "by keys of the configuration: --parallel.tensor_parallel_size, ..., --precision.dtype, --kernels.",
     )
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="PATH", help="a run, a step, or a model")

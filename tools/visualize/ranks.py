@@ -1,6 +1,6 @@
 """A model that is spread over ranks, as methods see it that ask for its outputs and their gradients.
 
-All ranks ask alike, and have the same answers.
+All ranks ask alike, and have the same answers; of patches the first alone has them.
 
 Legend: N images, C outputs.
 """
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from engine.assembly import Assembly
 from engine.seeing.explain import outputs_of, owed, pixel_gradients
+from engine.seeing.patches import features_of, lens_of
 from model import ModelConfig
 from model.seeing.rollout import Method
 from model.sizes import Sizes
@@ -46,6 +47,14 @@ class Ranks:
     def owed(self, images: Tensor, method: Method, score: Callable[[Tensor], Tensor] | None) -> tuple[Tensor, Tensor]:
         """As engine.seeing.explain.owed, of a score of outputs alone."""
         return owed(self.assembly, images, method, None if score is None else lambda outputs, _: score(outputs))
+
+    def patches(self, images: Tensor) -> Tensor | None:
+        """As engine.seeing.patches.features_of."""
+        return features_of(self.assembly, images)
+
+    def lens(self, images: Tensor) -> Tensor | None:
+        """As engine.seeing.patches.lens_of."""
+        return lens_of(self.assembly, images)
 
 
 class _Logits(torch.autograd.Function):

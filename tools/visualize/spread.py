@@ -105,10 +105,11 @@ class Spread:
         """As Looked."""
         if method in EVERYWHERE:
             here = images.to(self._device)
-            if self._said:
-                found = texts.explained(method, self._ranks, here, asked, self._scores, self._said)
-            else:
-                found = EVERYWHERE[method](self._ranks, here, asked)
+            found = (
+                texts.explained(method, self._ranks, here, asked, self._scores, self._said)
+                if self._said
+                else EVERYWHERE[method](self._ranks, here, asked)
+            )
             return found if self._world.rank == 0 else None
         every = self.rows(images, choose(self.config, asked.layers))
         if every is None:
