@@ -281,4 +281,4 @@ def test_the_lens_is_the_head_on_one_patch(pool: Any) -> None:
             expected = head.fc(head.pool(x, MicroBatch.of_images(torch.zeros(2, 1)), mask))
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-6)
     with pytest.raises(ValueError, match="pool cls"):
-        check_lens(replace(TINY, pool="cls"))
+        check_lens(replace(TINY, pool="cls").resolve())
