@@ -203,12 +203,11 @@ def test_heads_that_take_nothing_of_patches_and_half_of_a_class_token() -> None:
     assert torch.allclose(found, (rows[:, 0] + rows[:, 1:].mean(1)) / 2, atol=1e-6)
 
 
-def test_components_are_those_of_ordinary_patches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_components_are_those_of_ordinary_patches() -> None:
     torch.manual_seed(0)
     features = torch.nn.functional.normalize(torch.randn(2, 4, 4, 8), dim=-1) * (10 + torch.rand(2, 4, 4, 1))
     features[1, 2, 3] *= 1000
-    monkeypatch.setattr(methods, "_features", lambda model, images: features)
-    found = methods.pca(None, features, Asked())  # type: ignore[arg-type]
+    found = methods.pca(features, Asked())
     strange = found.arrays["outliers"]
     assert strange.nonzero().tolist() == [[1, 2, 3]] and found.arrays["components"][strange].abs().max() < 1e-4
     others = features[~strange] - features[~strange].mean(0)
