@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 from parallel.comm import Axis, single_axis
 from parallel.layout import split_range
@@ -78,6 +79,11 @@ class Sizes:
     def depth(self) -> int:
         """Blocks of all stages."""
         return sum(stage.depth for stage in self.stages)
+
+    def stage_of(self, block: int) -> int:
+        """That a block is in."""
+        ends = accumulate(stage.depth for stage in self.stages)
+        return next(number for number, end in enumerate(ends) if block < end)
 
     @property
     def last(self) -> StageSizes:

@@ -13,7 +13,7 @@ from fractions import Fraction
 from functools import cache, partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.beside import POOLED, attending
@@ -24,9 +24,9 @@ from model.heads import Head
 from model.inputs import MicroBatch
 from model.layers import LayerSpec, block_layers, build_layers, head_gives, measured
 from model.matching import EMBEDDINGS, FEATURES, MATCH, FeatureLoss, Match, MatchPooled, Target, Weights
-from model.stored import StoredHead, StoredTeacher
+from model.stored import StoredBlock, StoredHead, StoredTeacher
 
-TEACHER = "teacher"
+TEACHER, KEEP = "teacher", "keep"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +117,17 @@ class Matching:
     pooled: bool = False
 
 
+class Kept(nn.Module):
+    """What a block has given, once more: it rides to where the last layer gives out all that rides past it."""
+
+    def __init__(self, build: Build) -> None:
+        super().__init__()
+
+    def forward(self, x: None, batch: MicroBatch, seen: tuple[Tensor]) -> Tensor:
+        """[R, D], or this rank's rows."""
+        return seen[0]
+
+
 def build_student(
     student: ModelConfig, teachers: Sequence[Teacher | StoredTeacher], matching: Matching | None = None
 ) -> list[LayerSpec]:
@@ -142,12 +153,12 @@ def _measured(
         models = [_beside(of, {j for _, j in matched}, matching) for of, matched in zip(models, pairs, strict=True)]
     depth, targets = student.sizes.depth, dict[str, str]()
     streams = [
-        list(_by_depth(of, {Fraction(j + 1, t.model.sizes.depth): Fraction(i + 1, depth) for i, j in matched}))
-        for t, of, matched in zip(teachers, models, pairs, strict=True)
+        list(_by_depth(of, {Fraction(j + 1, deep): Fraction(i + 1, depth) for i, j in matched}, deep))
+        for deep, of, matched in zip((t.model.sizes.depth for t in teachers), models, pairs, strict=True)
     ]
     streams.append([])
     projection = student.sizes.projection
-    for at, spec in _by_depth(own, {}):
+    for at, spec in _by_depth(own, {}, depth):
         at = min(at, Fraction(1)) if spec.name == projection else at  # while there are rows that it is matched with
         streams[-1].append((at, spec))
         for match, target in _matches(spec, models, matching, student):
@@ -168,7 +179,7 @@ def _beside(layers: Sequence[LayerSpec], blocks: Set[int], matching: Matching) -
     for spec in layers:
         if matching.pooled and spec.kind == "head":
             spec = spec if spec.beside else _pooling(spec)
-        elif what and spec.kind == "blocks" and int(spec.name.rpartition(".")[2]) in blocks:
+        elif what and spec.kind == "blocks" and _number_of(spec) in blocks:
             assert isinstance(spec.factory, partial)
             name, rate, kind = spec.factory.args
             factory = partial(attending, name, rate, kind, spec.factory.func, what)
@@ -184,28 +195,49 @@ def _pooling(head: LayerSpec) -> LayerSpec:
     return replace(head, factory=partial(Head, beside=True), beside=POOLED)
 
 
-def build_teacher(teacher: Teacher, images: tuple[int, int], *, pooled: bool = False) -> list[LayerSpec]:
+def build_teacher(
+    teacher: Teacher, images: tuple[int, int], *, pooled: bool = False, blocks: Sequence[int] = ()
+) -> list[LayerSpec]:
     """The layers of a teacher by himself, measured.
 
     Args:
         images: rows and columns of those that he is shown, as they are before. pooled: whether pooled features come out
-            beside the logits.
+            beside the logits. blocks: whose rows come out behind those, in the order of the last layer's rides, of
+            which `teacher.keep.3` is of block 3.
     """
     batch = MicroBatch.of_images(torch.empty(1, teacher.model.sizes.channels, *images, device="meta"))
     *layers, head = _teaching(teacher)
-    return measured([*layers, _pooling(head) if pooled else head], Build(config=teacher.model), batch)
+    depth, layers = teacher.model.sizes.depth, [*layers, _pooling(head) if pooled else head]
+    named, streams = {spec.name: spec for spec in layers}, [list(_by_depth(layers, {}, depth))]
+    for number in blocks:
+        block = named[f"{teacher.name}.blocks.{number}"]
+        kept = LayerSpec(name=f"{teacher.name}.{KEEP}.{number}", factory=Kept, stage=block.stage, tower=block.tower)
+        streams.append([(Fraction(number + 1, depth), kept)])
+    found = [
+        replace(spec, sees=spec.rides.index(f"{teacher.name}.blocks.{_number_of(spec)}")) if spec.kind == KEEP else spec
+        for spec in taking_turns(streams)
+    ]
+    return measured(found, Build(config=teacher.model), batch)
 
 
 def _teaching(teacher: Teacher | StoredTeacher, *, rests: bool = False) -> list[LayerSpec]:
     name, model = teacher.name, teacher.model
     if isinstance(teacher, StoredTeacher):
-        factory = partial(StoredHead, number=teacher.number)
+        block, head = partial(StoredBlock, number=teacher.number), partial(StoredHead, number=teacher.number)
         tower = Tower(name=name, config=model, frozen=True, dtype=torch.float32)
-        return [
+        blocks = [
             LayerSpec(
-                name=f"{name}.head", factory=factory, stage=model.sizes.last.index, gives=head_gives(model),
-                beside=POOLED, reads=("outputs",), tower=tower,
+                name=f"{name}.blocks.{n}", factory=partial(block, f"blocks.{n}"), stage=model.sizes.stage_of(n),
+                reads=("outputs",), tower=tower,
             )
+            for n in teacher.blocks
+        ]  # fmt: skip
+        return [
+            *blocks,
+            LayerSpec(
+                name=f"{name}.head", factory=head, stage=model.sizes.last.index, gives=head_gives(model),
+                beside=POOLED, reads=("outputs",), tower=tower,
+            ),
         ]  # fmt: skip
     tower = Tower(name=name, config=model, frozen=True, rests=rests, dtype=teacher.dtype, fp8=teacher.fp8)
     embed = partial(TeacherEmbedding, pixels=teacher.pixels)
@@ -277,25 +309,32 @@ def taking_turns(streams: Sequence[Sequence[tuple[Fraction, LayerSpec]]]) -> lis
     return found
 
 
-def _by_depth(layers: Sequence[LayerSpec], bends: Mapping[Fraction, Fraction]) -> Iterator[tuple[Fraction, LayerSpec]]:
+def _by_depth(
+    layers: Sequence[LayerSpec], bends: Mapping[Fraction, Fraction], depth: int
+) -> Iterator[tuple[Fraction, LayerSpec]]:
     """Each layer of a model after the share of its blocks that are done with it; a head is last. A patch merge goes
     with the block behind it, a projection for the head with that.
 
     Args:
-        bends: where such shares are to come to stand instead, the others in proportion between them.
+        bends: where such shares are to come to stand instead, the others in proportion between them. depth: of the
+            model, of which not all blocks may be there.
     """
-    total, done = sum(layer.kind == "blocks" for layer in layers), 0
+    done = 0
     end = Fraction(3, 2) if 1 in bends.values() and 1 not in bends else Fraction(1)  # behind what the bend put there
     known = {Fraction(0): Fraction(0), Fraction(1): end} | dict(bends)
     for layer in layers:
-        done += layer.kind == "blocks"
-        at = Fraction(done + (layer.kind == "merges"), max(1, total))
+        done = _number_of(layer) + 1 if layer.kind == "blocks" else done
+        at = Fraction(done + (layer.kind == "merges"), depth)
         if layer.kind == "head" or at > 1:
             yield Fraction(2), layer
             continue
         low, high = max(x for x in known if x <= at), min(x for x in known if x >= at)
         inner = known[low] if low == high else known[low] + (known[high] - known[low]) * (at - low) / (high - low)
         yield inner, layer
+
+
+def _number_of(block: LayerSpec) -> int:
+    return int(block.name.rpartition(".")[2])
 
 
 def student_layers(layers: Sequence[LayerSpec]) -> list[LayerSpec]:

@@ -171,6 +171,11 @@ class DistillationConfig:
         return {kind: weight for kind, weight in self.relation_weights.items() if kind in RELATIONS}
 
     @property
+    def compares_rows(self) -> bool:
+        """Whether features of patches are compared in matched blocks."""
+        return bool(self.features_weight) or "gram" in self.at_depth
+
+    @property
     def relates_images(self) -> bool:
         """Whether there are relations of whole images."""
         return self.at_depth != self.relation_weights

@@ -43,8 +43,6 @@ def with_projection(config: Config, student: ModelConfig) -> ModelConfig:
         )
     teachers = taught_by(config, student)
     _check_compared(keys, teachers, student)
-    if not teachers:  # but outputs on the disk, beside which comparing blocks is refused
-        return student
     width, heads = _one_width(teachers, student)
     if student.sizes.projection is not None:
         return student
@@ -58,13 +56,13 @@ def with_projection(config: Config, student: ModelConfig) -> ModelConfig:
 
 def _check_compared(keys: DistillationConfig, teachers: Teachers, student: ModelConfig) -> None:
     """Raise ConfigError where nothing is compared behind the projection."""
-    depth, of_rows = student.sizes.depth, bool(keys.features_weight) or "gram" in keys.at_depth
-    if not (of_rows or keys.embeddings_weight):
+    depth = student.sizes.depth
+    if not (keys.compares_rows or keys.embeddings_weight):
         raise ConfigError(
             "distillation.lift is keep, but features_weight, embeddings_weight and relations_weight of gram are 0, so "
             f"nothing is compared behind a projection: give one of them a weight, {_CURE}"
         )
-    ends = [pairs_of(keys, depth, of.model.sizes.depth)[-1][0] for of in teachers if of_rows]
+    ends = [pairs_of(keys, depth, of.model.sizes.depth)[-1][0] for of in teachers if keys.compares_rows]
     if ends and not keys.embeddings_weight and depth - 1 not in ends:
         raise ConfigError(
             f"distillation.lift is keep, but distillation.pairs has no pair with the student's last block, {depth - 1},"

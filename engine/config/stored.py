@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,11 +12,13 @@ import numpy as np
 from data import DataConfig, Dataset
 from data.datasets import fingerprint
 from data.mixing import sample_order
-from engine.config.distillation import SHOWN_BY, TeacherConfig
+from engine.config.distillation import SHOWN_BY, DistillationConfig, TeacherConfig
+from engine.config.pairs import pairs_of
 from engine.errors import ConfigError
 from engine.teacher_outputs.meta import Meta, is_outputs
 from engine.teacher_outputs.shards import StoredOutputs, stored_at
 from model import ModelConfig, Teacher
+from model.formats.checkpoint import model_of
 
 if TYPE_CHECKING:
     from engine.config.config import Config
@@ -59,15 +61,17 @@ def sets_said(config: Config, train: Dataset, held_out: Dataset) -> dict[str, st
 
 def meta_of(
     config: Config, teacher: Teacher, weights: str, sets: tuple[Dataset, Dataset], *, kept: int | None, rows: int,
-    features: int, number_format: Literal["fp32", "fp16"], rows_per_file: int,
+    features: int, number_format: Literal["fp32", "fp16"], rows_per_file: int, blocks: Sequence[int] = (),
 ) -> Meta:  # fmt: skip
     """Of outputs of a teacher for the run that a resolved configuration is.
 
     Args:
         weights: their fingerprint, and that of the order of their classes. sets: training, and held out. kept: classes;
-            None: all. rows: of the training part, where it is of draws. features: pooled ones that are kept.
+            None: all. rows: of the training part, where it is of draws. features: pooled ones that are kept. blocks:
+            whose features of patches are kept.
     """
-    classes = teacher.model.sizes.classes
+    sizes = teacher.model.sizes
+    classes, stages = sizes.classes, {f"blocks.{n}": sizes.stages[sizes.stage_of(n)] for n in blocks}
     return Meta(
         teacher=weights,
         model=_as_json(asdict(teacher.model)),
@@ -83,6 +87,7 @@ def meta_of(
         held_out_rows=len(sets[1]),
         rows=rows if key_of(config.data) == "draw" else len(sets[0]),
         rows_per_file=rows_per_file,
+        blocks={name: [stage.rows * stage.cols, stage.width] for name, stage in stages.items()},
     )
 
 
@@ -110,6 +115,7 @@ def check_stored(config: Config, student: ModelConfig) -> None:
     for place, (given, of) in enumerate(zip(config.distillation.all_teachers, stored_of(config), strict=True)):
         if of is not None:
             _check_asked(config, given, of.meta, is_first=place == 0)
+            _check_blocks(config.distillation, given.path, of.meta, student)
             _check_same(given.path, of.meta, student, images_said(config, student))
 
 
@@ -122,7 +128,7 @@ def _check_asked(config: Config, given: TeacherConfig, meta: Meta, *, is_first: 
                 f"the teacher {path} is stored outputs, so its {name} {value} comes too late: leave it out, or give it "
                 "to tools.teacher_outputs"
             )
-    asked = {"features_weight": keys.features_weight, "relations": [*keys.at_depth]}
+    asked: dict[str, object] = {"relations": [kind for kind in keys.at_depth if kind != "gram"]}
     asked |= {"start_from": keys.start_from} if is_first else {}  # which means the first
     for name, value in asked.items():
         if value:
@@ -151,6 +157,20 @@ def _check_asked(config: Config, given: TeacherConfig, meta: Meta, *, is_first: 
         raise ConfigError(
             f"distillation.temperature is {keys.temperature}, but {path} has the mass of all but the likeliest "
             f"{meta.kept} classes at temperature {meta.temperature}: use that, or write outputs at this one"
+        )
+
+
+def _check_blocks(keys: DistillationConfig, path: str, meta: Meta, student: ModelConfig) -> None:
+    """That blocks whose features are compared are stored."""
+    if not keys.compares_rows:
+        return
+    pairs = pairs_of(keys, student.sizes.depth, model_of(meta.model).sizes.depth)
+    wanted, there = [block for _, block in pairs], [int(name.partition(".")[2]) for name in meta.blocks]
+    if missing := [block for block in wanted if block not in there]:
+        raise ConfigError(
+            f"distillation compares features of the teacher's blocks {wanted} (features_weight, relations gram; pairs), "
+            f"and {path} has {f'those of {there}' if there else 'none of any'}, not of {missing}: write them "
+            f"(tools.teacher_outputs --blocks {' '.join(map(str, wanted))}, in another folder), or give other pairs"
         )
 
 

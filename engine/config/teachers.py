@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import accumulate
 from math import gcd
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -78,17 +77,20 @@ def teachers_of(config: Config, student: ModelConfig | None = None) -> tuple[Tea
 
 
 def taught_by(config: Config, student: ModelConfig | None = None) -> Teachers:
-    """All that have layers in the student's list: stored ones where pooled features are compared, none where nothing is
-    asked of them. Arguments and errors as of `teachers_of`."""
-    if not config.distillation.asks_teachers:
+    """All that have layers in the student's list: stored ones where features are compared, none where nothing is asked
+    of them. Arguments and errors as of `teachers_of`."""
+    keys, depth = config.distillation, (student or config.model).sizes.depth
+    if not keys.asks_teachers:
         return ()
     beside, found = {of.name: of for of in teachers_of(config, student)}, list[Teacher | StoredTeacher]()
     number = 0
     for name, of in named(config).items():
         if name in beside:
             found.append(beside[name])
-        elif config.distillation.pools:
-            found.append(StoredTeacher(name=name, model=model_of(stored_at(of.path).meta.model), number=number))
+        elif keys.pools or keys.compares_rows:
+            model = model_of(stored_at(of.path).meta.model)
+            blocks = [j for _, j in pairs_of(keys, depth, model.sizes.depth)] if keys.compares_rows else []
+            found.append(StoredTeacher(name=name, model=model, number=number, blocks=tuple(blocks)))
         number += name not in beside
     return tuple(found)
 
@@ -171,7 +173,7 @@ def _check_heads(
 ) -> None:
     """Raise ConfigError where a pair of blocks has no relations of the same form."""
     both = list(zip((student, teacher.model.sizes), pair, strict=True))
-    own, theirs = (of.stages[_stage_of(of, block)] for of, block in both)
+    own, theirs = (of.stages[of.stage_of(block)] for of, block in both)
     named = f"distillation.pairs {list(pair)}: the student's block"
     if weights.maps and own.heads != theirs.heads:
         raise ConfigError(
@@ -201,7 +203,7 @@ def check_maps(student: ModelConfig, teachers: Teachers, matching: Matching, con
     for teacher, pairs in zip(teachers, matching.pairs, strict=True):
         for pair in pairs:
             own, theirs = (
-                replace(Tokens.of(sizes, _stage_of(sizes, block), axis), prefix=0)
+                replace(Tokens.of(sizes, sizes.stage_of(block), axis), prefix=0)
                 for sizes, block in zip((student.sizes, teacher.model.sizes), pair, strict=True)
             )
             if own != theirs:
@@ -211,11 +213,6 @@ def check_maps(student: ModelConfig, teachers: Teachers, matching: Matching, con
                     "parts: use context_parallel_size 1, a teacher_image_size that makes both maps alike, or other "
                     "pairs"
                 )
-
-
-def _stage_of(sizes: Sizes, block: int) -> int:
-    ends = accumulate(stage.depth for stage in sizes.stages)
-    return next(number for number, end in enumerate(ends) if block < end)
 
 
 def check_teachers(teachers: Teachers, shape: GridShape) -> None:

@@ -157,7 +157,7 @@ class Distillation(AdditiveObjective):
             if of is None:
                 answers.append(next(computed))
                 continue
-            if self.config.pools:
+            if self.config.pools or self.config.compares_rows:
                 next(computed)  # of a head that has features alone
             answers.append(stored_answer(next(read, of.blank(batch.labels)), of.meta, grid.tensor))
         return answers

@@ -69,7 +69,7 @@ def _model_lines(a: Assembly) -> Iterator[str]:
     stored = {layer.tower.name for layer in a.layers if layer.tower and "outputs" in layer.reads}
     for tower in dict.fromkeys(layer.tower for layer in a.layers if not layer.joins):
         if tower is not None and tower.name in stored:
-            yield f"{tower.name}: no layers but pooled features, which are read from the disk"
+            yield f"{tower.name}: no layers but features, which are read from the disk"
         else:
             yield from _tower_lines(a.config.model if tower is None else tower.config, tower)
     parameters, of = sum(layer.parameters for layer in a.layers), "pair" if a.layers[-1].joins else "image"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +29,8 @@ class Meta:
             resolved. shown: how the images were given to it, and its number format.
         classes: of its logits. kept: the likeliest so many of each image; classes: all, in their order.
         temperature: at which the mass of all classes that are not kept was added up; None: all are kept.
-        features: pooled ones that are kept, too; 0: none. number_format: of logits and features.
+        features: pooled ones that are kept, too; 0: none. blocks: whose features of patches are, too, as `blocks.3`:
+            how many patches and features. number_format: of logits and features.
         key: what rows are of: draws of the training stream, or, where images are not augmented, images by their
             numbers. images: keys of `data` and others that say what pixels are.
         sets: of each part of the data, how many images there are, and their fingerprint.
@@ -51,11 +52,14 @@ class Meta:
     held_out_rows: int
     rows: int
     rows_per_file: int
+    blocks: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
         """Of all but how many rows there are, and how they lie in files: a run may go on once more are written."""
         said = {key: value for key, value in asdict(self).items() if key not in _SAY_HOW_MUCH}
+        if not self.blocks:  # as before there were any
+            del said["blocks"]
         return f"outputs {checksum(json.dumps(said, sort_keys=True).encode())}"
 
     @property
@@ -66,10 +70,11 @@ class Meta:
     @property
     def row(self) -> np.dtype[Any]:
         """Of a row: `logits` [k]; where not all are kept `ids` of their classes [k], and `rest`, the logarithm of the
-        sum of exp(logit / temperature) over all others; `features`, where any are kept."""
+        sum of exp(logit / temperature) over all others; `features`, where any are kept, and those of blocks [P, D]."""
         real = {"fp32": "<f4", "fp16": "<f2"}[self.number_format]
         form: list[tuple[Any, ...]] = [] if self.keeps_all else [("ids", "<i4", (self.kept,)), ("rest", "<f4")]
         form += [("logits", real, (self.kept,)), *[("features", real, (self.features,))] * (self.features > 0)]
+        form += [(name, real, tuple(shape)) for name, shape in self.blocks.items()]
         return np.dtype(form)
 
     def rows_of(self, part: Part) -> int:

@@ -40,6 +40,7 @@ PLAIN = {
     "objective": "distillation", "train__steps": "6", "train__global_batch_size": "16", "log__interval": "1",
     "distillation__embeddings_weight": "1", "distillation__relations": "distances",
     "distillation__relations_weight": "2", "data__labels_per_class": "1",
+    "distillation__features_weight": "3", "distillation__pairs": "[[1, 0], [3, 2]]",
 }  # fmt: skip
 DRAWS, IMAGES, HELD_OUT, KEPT = 48, 32, 8, 3
 
@@ -66,7 +67,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "two data ranks": (TOOL, 2, [*drawn(), "--train.steps", "1", *two]),
         "a longer run, in another layout": (TOOL, 4, [*drawn(), *split, "--train.micro_batch_size", "4", *two]),
         "few": (TOOL, 1, [*drawn(), *few, "--top-k", str(KEPT), "--number-format", "fp16"]),
-        "images": (TOOL, 1, [*plain(), *images, "--features"]),
+        "images": (TOOL, 1, [*plain(), *images, "--features", "--blocks", "2", "0"]),
         "online": (TRAINING, 1, plain(run_dir=str(folder / "online"))),
         "stored": (TRAINING, 2, [*stored, *split[:2]]),
     }
@@ -138,6 +139,7 @@ def test_a_student_of_outputs_learns_what_it_learns_beside_its_teacher(made: Pat
         "loss",
         "loss_response",
         "loss_embeddings",
+        "loss_features",
         "loss_distances",
         "loss_labels",
         "grad_norm",
@@ -212,7 +214,7 @@ def test_a_student_of_outputs_is_planned(opened: Path, folder: str, keys: dict[s
     config = config_of(**usual | keys, recompute__policy="selective", distillation__teacher=str(opened / folder))
     (peak,) = peaks(config.resolve(1), GridShape(), 1e9)
     shown = "\n".join(_model_lines(planned(config.resolve(1), GridShape(), 0, 1e9)))  # of the start-up report
-    assert ("teacher: no layers but pooled features, which" in shown) == (folder == "images")
+    assert ("teacher: no layers but features, which" in shown) == (folder == "images")
     assert "taught by" not in shown and "teacher tower" not in shown
     beside = config_of(**usual | keys, recompute__policy="selective", distillation__teacher=str(opened / "teacher"))
     assert 0 < peak < peaks(beside.resolve(1), GridShape(), 1e9)[0]
@@ -248,7 +250,9 @@ def test_damage_is_found(opened: Path) -> None:
         ("two", {"model__image_size": "12"}, r"of other images: the images' rows and columns is \[12, 12\], there \[8"),
         ("two", {"model__num_classes": "7"}, r"has outputs of 10 classes and the student 7: set model\.num_classes"),
         ("two", {"distillation__teacher_dtype": "bf16"}, r"is stored outputs, so its dtype bf16 comes too late"),
-        ("two", {"distillation__features_weight": "1"}, r"features_weight is 1\.0, but the teacher .* neither layers"),
+        ("two", {"distillation__features_weight": "1"}, r"blocks \[0, 1, 2\] .*, and .* has none of any, not of \[0, 1"),
+        ("images", {"distillation__pairs": "[[0, 1]]"}, r"blocks \[1\] .* has those of \[0, 2\], .* --blocks 1, in ano"),
+        ("images", {"distillation__relations": "values"}, r"relations is \['values'\], but the teacher .* neither layers"),
         ("two", {"distillation__start_from": "even"}, r"start_from is even, but the teacher .* is stored outputs"),
         ("two", {"distillation__embeddings_weight": "1"}, r"asks for pooled features .* has logits alone: write both"),
         ("few", {"distillation__response": "sigmoid"}, r"response is sigmoid, .* the likeliest 3 of 10 classes: write"),
@@ -277,6 +281,7 @@ def test_other_images_under_the_same_keys_are_refused(opened: Path) -> None:
         (["--objective", "supervised"], r"objective is supervised: give the configuration of a run with"),
         (["--top-k", "11"], r"--top-k is 11, and the teacher has 10 classes"),
         (["--teacher", "1"], r"--teacher is 1: give 0 to 0"),
+        (["--blocks", "1", "3"], r"--blocks has 3, and the teacher .* has blocks 0 to 2"),
         (["--distillation.teacher", "two"], r"the teacher .*two is stored outputs already: give a checkpoint or"),
     ],
 )  # fmt: skip

@@ -39,7 +39,7 @@ from parallel.grid import Grid, world_axis
 from parallel.process_group import World
 from tools.evaluate.images import Images, images_of
 from tools.evaluate.source import Forward
-from tools.teacher_outputs.options import PROGRAM, Request, request_of
+from tools.teacher_outputs.options import FILE_BYTES, PROGRAM, ROWS_PER_FILE, Request, request_of
 from tools.teacher_outputs.writing import Teaching
 
 
@@ -92,8 +92,10 @@ def _meta(request: Request, images: Images, order: ClassOrder) -> Meta:
     meta = meta_of(
         run, request.teacher, weights, (images.train, images.test),
         kept=options.top_k, features=features, rows=draws, number_format=options.number_format,
-        rows_per_file=options.rows_per_file,
+        rows_per_file=options.rows_per_file or ROWS_PER_FILE, blocks=options.blocks,
     )  # fmt: skip
+    if options.rows_per_file is None:
+        meta = replace(meta, rows_per_file=max(1, min(ROWS_PER_FILE, FILE_BYTES // meta.row.itemsize)))
     return _joined(meta, prepare_folder(options.out, "--out"))
 
 
@@ -114,7 +116,9 @@ def _joined(meta: Meta, out: Path) -> Meta:
 def _assembled(request: Request, order: ClassOrder, grid: Grid, device: torch.device, world: World) -> Assembly:
     """The teacher on this rank, his classes in the data's order. Collective."""
     config, teacher = request.config, request.teacher
-    layers = build_teacher(teacher, request.run.model.sizes.image, pooled=request.options.features)
+    layers = build_teacher(
+        teacher, request.run.model.sizes.image, pooled=request.options.features, blocks=request.options.blocks
+    )
     objective = Forward(tuple(layers))
     assembly = assemble(config, grid, device, objective, device_memory=memory_share(device, world))
     load_teacher(assembly, teacher, request.given, order.places)
@@ -156,6 +160,7 @@ def _write(request: Request, meta: Meta, images: Images, assembly: Assembly, loc
 def _introduction(request: Request, meta: Meta, grid: Grid, device: torch.device, files: int) -> str:
     kept = ("all" if meta.keeps_all else f"{meta.kept} of") + f" {meta.classes} classes"
     kept += f" and {meta.features} features" * (meta.features > 0)
+    kept += "".join(f", {name} of {patches} patches" for name, (patches, _) in meta.blocks.items())
     size = (meta.rows + meta.held_out_rows) * meta.row.itemsize / 1e6
     layout = " x ".join(f"{axis} {size}" for axis, size in grid.shape.__dict__.items())
     found = found_of(request.given)

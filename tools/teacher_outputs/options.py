@@ -21,7 +21,7 @@ from tools.evaluate.source import values_of
 from tools.options import COUNT, Parser, number
 
 PROGRAM = "tools.teacher_outputs"
-ROWS_PER_FILE = 8192
+ROWS_PER_FILE, FILE_BYTES = 8192, 2**28
 _MICRO_BATCH = 64
 _OF_RANKS = ("parallel.", "device", "train.micro_batch_size")  # flags that are of these ranks, not of the run
 
@@ -73,6 +73,11 @@ def request_of(argv: Sequence[str], world: World) -> Request:
         )
     if options.top_k is not None and options.top_k > classes:
         raise ConfigError(f"--top-k is {options.top_k}, and the teacher has {classes} classes: leave it out for all")
+    if strange := [n for n in options.blocks if not 0 <= n < teacher.model.sizes.depth]:
+        raise ConfigError(
+            f"--blocks has {strange[0]}, and the teacher {given.path} has blocks 0 to {teacher.model.sizes.depth - 1}"
+        )
+    options.blocks = sorted(set(options.blocks))
     return Request(options, run, _on_these_ranks(run, rest, teacher, world), given, teacher)
 
 
@@ -111,11 +116,16 @@ def make_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--features", action="store_true", help="keep the pooled features before the classifier, too")
     parser.add_argument(
+        "--blocks", type=int, nargs="+", default=[], metavar="N",
+        help="keep the features of the patches of these blocks, from 0, too (of features_weight and relations gram)",
+    )  # fmt: skip
+    parser.add_argument(
         "--number-format", choices=("fp32", "fp16"), default="fp32", help="of logits and features (default: fp32)"
     )
     parser.add_argument("--teacher", type=int, default=0, metavar="N", help="which of several, from 0 (default: 0)")
     parser.add_argument(
-        "--rows-per-file", type=number(COUNT), default=ROWS_PER_FILE,
-        help=f"of a new folder (default: {ROWS_PER_FILE}); what is written at once",
+        "--rows-per-file", type=number(COUNT),
+        help=f"of a new folder (default: {ROWS_PER_FILE}, of long rows as many as {FILE_BYTES >> 20} MiB have); what "
+        "is written at once",
     )  # fmt: skip
     return parser

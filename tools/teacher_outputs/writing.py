@@ -1,11 +1,13 @@
 """A teacher's outputs of the draws of a training stream, or of images, file by file, by ranks in any layout.
 
-Legend: B images of a micro-batch, C classes, k classes kept, N rows of a file.
+Legend: B images of a micro-batch, C classes, k classes kept, N rows of a file, P patches, D width.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain, islice
 
 import numpy as np
@@ -19,10 +21,10 @@ from engine.evaluation.extract import Extractor
 from engine.run.sample_relay import sample_relay
 from engine.teacher_outputs.meta import Meta, Part
 from engine.teacher_outputs.shards import Rows
-from model import MicroBatch
+from model import LayerSpec, MicroBatch
 from parallel import comm
-from parallel.distillation import likeliest
-from parallel.tensor import gather_features
+from parallel.distillation import likeliest, tokens_of_all
+from parallel.tensor import gather_features, gather_rows
 from parallel.tensor.loss import own_classes
 
 
@@ -38,7 +40,11 @@ class Teaching:
         self._sets: dict[Part, Dataset] = {"training": sets[0], "held_out": sets[1]}
         self._kept = meta.classes if meta.keeps_all else 2 * meta.kept + 1
         self._relay = sample_relay(assembly)
-        self._extractor = Extractor(assembly, self._columns, self._kept + meta.features)
+        each = [math.prod(shape) for shape in meta.blocks.values()]
+        self._widths = [self._kept, meta.features, *each]
+        self._extractor = Extractor(assembly, self._columns, sum(self._widths))
+        named = {spec.name: spec for spec in assembly.layers}
+        self._rides = [named[name] for name in assembly.layers[-1].rides]  # rows of blocks
 
     def rows(self, part: Part, span: range) -> Rows:
         """Rows of a part of the data, on every rank. Collective.
@@ -51,13 +57,16 @@ class Teaching:
         found = extracted.gather(np.arange(len(span))).numpy()
         rows, k = np.empty(len(span), self._meta.row), self._meta.kept
         with np.errstate(over="ignore"):
+            _, features, *blocks = np.split(found, np.cumsum(self._widths)[:-1], axis=1)
+            for name, values in zip(self._meta.blocks, blocks, strict=True):
+                rows[name] = values.reshape(len(values), *self._meta.blocks[name])
             if self._meta.features:
-                rows["features"] = found[:, self._kept :]
+                rows["features"] = features
             if self._meta.keeps_all:
                 rows["logits"] = found[:, :k]
             else:
                 rows["ids"], rows["logits"], rows["rest"] = found[:, :k], found[:, k : 2 * k], found[:, 2 * k]
-        for name in (name for name in ("logits", "features") if name in (rows.dtype.names or ())):
+        for name in (name for name in rows.dtype.names or () if name not in ("ids", "rest")):
             if not np.isfinite(rows[name]).all():
                 raise ConfigError(f"{name} of {what} overflow in {self._meta.number_format}: use --number-format fp32")
         return rows
@@ -82,15 +91,26 @@ class Teaching:
         yield from islice(chain.from_iterable(stream.steps(0)), -(-len(span) // (micro * data.size)))
 
     def _columns(self, outputs: tuple[Tensor, ...], batch: MicroBatch) -> Tensor:
-        """Logits [B, C/T], features beside them -> what is kept, side by side, fp32, alike on tensor and context
-        ranks."""
+        """Logits [B, C/T], features beside them, rows of blocks -> what is kept, side by side, fp32, alike on tensor
+        and context ranks."""
         given, meta, axis = outputs[0].float(), self._meta, self._assembly.grid.tensor
+        patches = {
+            spec.name.rpartition(".")[2]: self._patches(spec, rows, batch.size)
+            for spec, rows in zip(self._rides, outputs[1:], strict=True)
+        }
+        behind = [patches[name.rpartition(".")[2]] for name in meta.blocks]
         logits, features = given.split([given.shape[1] - meta.features, meta.features], 1)
         if meta.keeps_all:
-            return torch.cat([gather_features(logits.contiguous(), self._assembly.build.tp, meta.classes), features], 1)
+            return torch.cat([gather_features(logits.contiguous(), self._assembly.build.tp, meta.classes), features, *behind], 1)
         assert meta.temperature is not None
         kept = likeliest(logits, meta.kept, meta.classes, axis, meta.temperature)
         places, mine = own_classes(kept.ids, meta.classes, axis)
         exact = comm.all_reduce(torch.where(mine, logits.gather(1, places), 0), axis)
         rest = kept.rest + exact[:, 0] / meta.temperature - kept.values[:, 0]
-        return torch.cat([kept.ids.float(), exact, rest[:, None], features], 1)
+        return torch.cat([kept.ids.float(), exact, rest[:, None], features, *behind], 1)
+
+    def _patches(self, spec: LayerSpec, rows: Tensor, images: int) -> Tensor:
+        """Of a block's rows on this rank: [B, P * D], fp32."""
+        t = self._assembly.build.of(spec).tokens
+        own = gather_rows(rows.float(), self._assembly.build.tp, images * t.count).unflatten(0, (images, t.count))
+        return tokens_of_all(own[:, t.own_prefix :], replace(t, prefix=0).counts, t.context).flatten(1)
