@@ -150,7 +150,9 @@ TAUGHT: dict[str, tuple[ModelConfig, tuple[TeacherConfig, ...], DistillationConf
     ),
     "taught_by_two": (
         MODELS["pyramid"], (teacher(_TEACHER, weight=3.0), stored(teacher(_PYRAMID, image_size=(14, 16)))),
-        DistillationConfig(label_weight=0.0, response="sigmoid", embeddings_weight=2.0),
+        DistillationConfig(
+            label_weight=0.0, response="sigmoid", embeddings_weight=2.0, features_weight=2.0, pairs="even:2",
+        ),
     ),
     # at depth: wider rows, and a student that is a part of its teacher, with larger patches; another map of patches, of
     # a pyramid; losses of all kinds

@@ -24,13 +24,14 @@ from data import Batch, Dataset, EvalStream, TrainStream
 from engine.config import Config
 from engine.config.contrastive import ContrastiveConfig
 from engine.config.distillation import DistillationConfig, TeacherConfig
+from engine.config.pairs import pairs_of
 from engine.config.stored import meta_of
 from engine.config.teachers import teachers_of
 from engine.run.agreement import code_version
 from engine.teacher_outputs.shards import begin, ranges, write_rows
 from model import ImageText, ModelConfig, TextConfig, VisionTransformer
 from model.formats.base import ConversionError
-from tests.engine.objectives.plain_relations import pooled
+from tests.engine.objectives.plain_relations import pooled, rows_of
 
 _PATIENCE = 30.0  # seconds
 _MODELS: dict[str, ModelConfig] = {}
@@ -96,9 +97,11 @@ def write_outputs(config: Config, draws: int) -> None:
 def _write(folder: Path, config: Config, sets: tuple[Dataset, Dataset], draws: int) -> None:
     """Of a configuration of one teacher."""
     (teacher,), size = teachers_of(config), {"micro_batch_size": 20, "data_rank": 0, "data_size": 1}
+    keys, sizes = config.distillation, teacher.model.sizes
+    blocks = [j for _, j in pairs_of(keys, config.model.sizes.depth, sizes.depth)] if keys.compares_rows else []
     meta = meta_of(
-        config, teacher, "his", sets, kept=None, features=teacher.model.sizes.last.width, rows=draws,
-        number_format="fp32", rows_per_file=64,
+        config, teacher, "his", sets, kept=None, features=sizes.last.width, rows=draws, number_format="fp32",
+        rows_per_file=64, blocks=blocks,
     )  # fmt: skip
     begin(folder, meta)
     model, path = VisionTransformer(teacher.model), str(config.distillation.teacher)
@@ -109,14 +112,19 @@ def _write(folder: Path, config: Config, sets: tuple[Dataset, Dataset], draws: i
         "training": training, "held_out": EvalStream(sets[1], config=config.data, **size)
     }  # fmt: skip
     for part, batches in streams.items():
-        with pooled(model) as features:
-            logits = torch.cat(
-                [model(teacher.pixels.of(x)) for x in (batch.images for batch in batches) if x is not None]
-            )
-        known = torch.cat(features)
+        found: dict[str, list[Tensor]] = {name: [] for name in meta.row.names or ()}
+        for images in (batch.images for batch in batches):
+            assert images is not None
+            with pooled(model) as features, rows_of(model) as after:
+                found["logits"].append(model(teacher.pixels.of(images)))
+            found["features"] += features
+            for block in blocks:
+                found[f"blocks.{block}"].append(after[block])
+        whole = {name: torch.cat(parts) for name, parts in found.items()}
         for span in ranges(meta, part):
             rows = np.empty(len(span), meta.row)
-            rows["logits"], rows["features"] = logits[span.start : span.stop], known[span.start : span.stop]
+            for name, values in whole.items():
+                rows[name] = values[span.start : span.stop]
             write_rows(folder, part, span.start, rows)
 
 

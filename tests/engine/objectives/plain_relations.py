@@ -1,6 +1,6 @@
-"""Relations of queries, keys and values, and pooled features, in plain PyTorch, each as its paper has it.
+"""Relations of queries, keys and values, features of blocks, and pooled ones, in plain PyTorch, each as its paper has it.
 
-Legend: B images, S tokens, P patches, H heads, K head dim.
+Legend: B images, S tokens, P patches, D width, H heads, K head dim.
 """
 
 from __future__ import annotations
@@ -40,6 +40,25 @@ def attended(model: VisionTransformer) -> Iterator[Attended]:
     yield found
     for part in parts:
         part.tap = None
+
+
+@contextmanager
+def rows_of(model: VisionTransformer) -> Iterator[dict[int, Tensor]]:
+    """What each block gives out for patches, [B, P, D], once the model has run; and, as that of one more, what a
+    projection for the head does."""
+    found, depth, prefix = dict[int, Tensor](), model.sizes.depth, model.sizes.prefix
+
+    def keep(block: int) -> Any:
+        def after(_: Any, args: tuple[Any, ...], out: Tensor) -> None:
+            found[block] = out.unflatten(0, (args[1].size, -1))[:, prefix:]
+
+        return after
+
+    names = [*(f"blocks.{i}" for i in range(depth)), *filter(None, [model.sizes.projection])]
+    hooks = [model.get_submodule(name).register_forward_hook(keep(i)) for i, name in enumerate(names)]
+    yield found
+    for hook in hooks:
+        hook.remove()
 
 
 @contextmanager

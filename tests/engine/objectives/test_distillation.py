@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from shutil import rmtree
@@ -43,7 +42,7 @@ from parallel.checkpoint.read import Reader
 from parallel.config import ParallelConfig
 from parallel.grid import GridShape, make_grid, planned_grid
 from parallel.process_group import World
-from tests.engine.objectives.plain_relations import attended, between, divergence, pooled, tokens
+from tests.engine.objectives.plain_relations import attended, between, divergence, pooled, rows_of, tokens
 from tests.engine.objectives.resting import resting
 from tests.engine.recompute.meta_pass import bytes_of_a_pass
 from tests.engine.small import MODEL, flags, small
@@ -70,25 +69,6 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def rows_of(model: VisionTransformer) -> Iterator[dict[int, Tensor]]:
-    """What each block gives out for patches, [B, P, D], once the model has run; and, as that of one more, what a
-    projection for the head does."""
-    found, depth, prefix = dict[int, Tensor](), model.sizes.depth, model.sizes.prefix
-
-    def keep(block: int) -> Any:
-        def after(_: Any, args: tuple[Any, ...], out: Tensor) -> None:
-            found[block] = out.unflatten(0, (args[1].size, -1))[:, prefix:]
-
-        return after
-
-    names = [*(f"blocks.{i}" for i in range(depth)), *filter(None, [model.sizes.projection])]
-    hooks = [model.get_submodule(name).register_forward_hook(keep(i)) for i, name in enumerate(names)]
-    yield found
-    for hook in hooks:
-        hook.remove()
 
 
 def map_of(model: VisionTransformer, block: int) -> tuple[int, int]:
