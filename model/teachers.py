@@ -7,7 +7,7 @@ holds both. The student's layers have the names that they have without teachers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache, partial
@@ -25,6 +25,7 @@ from model.inputs import MicroBatch
 from model.layers import LayerSpec, block_layers, build_layers, head_gives, measured
 from model.matching import EMBEDDINGS, FEATURES, MATCH, FeatureLoss, Match, MatchPooled, Target, Weights
 from model.stored import StoredBlock, StoredHead, StoredTeacher
+from model.turns import by_depth, number_of, taking_turns
 
 TEACHER, KEEP = "teacher", "keep"
 
@@ -153,12 +154,12 @@ def _measured(
         models = [_beside(of, {j for _, j in matched}, matching) for of, matched in zip(models, pairs, strict=True)]
     depth, targets = student.sizes.depth, dict[str, str]()
     streams = [
-        list(_by_depth(of, {Fraction(j + 1, deep): Fraction(i + 1, depth) for i, j in matched}, deep))
+        list(by_depth(of, {Fraction(j + 1, deep): Fraction(i + 1, depth) for i, j in matched}, deep))
         for deep, of, matched in zip((t.model.sizes.depth for t in teachers), models, pairs, strict=True)
     ]
     streams.append([])
     projection = student.sizes.projection
-    for at, spec in _by_depth(own, {}, depth):
+    for at, spec in by_depth(own, {}, depth):
         at = min(at, Fraction(1)) if spec.name == projection else at  # while there are rows that it is matched with
         streams[-1].append((at, spec))
         for match, target in _matches(spec, models, matching, student):
@@ -179,7 +180,7 @@ def _beside(layers: Sequence[LayerSpec], blocks: Set[int], matching: Matching) -
     for spec in layers:
         if matching.pooled and spec.kind == "head":
             spec = spec if spec.beside else _pooling(spec)
-        elif what and spec.kind == "blocks" and _number_of(spec) in blocks:
+        elif what and spec.kind == "blocks" and number_of(spec) in blocks:
             assert isinstance(spec.factory, partial)
             name, rate, kind = spec.factory.args
             factory = partial(attending, name, rate, kind, spec.factory.func, what)
@@ -208,13 +209,13 @@ def build_teacher(
     batch = MicroBatch.of_images(torch.empty(1, teacher.model.sizes.channels, *images, device="meta"))
     *layers, head = _teaching(teacher)
     depth, layers = teacher.model.sizes.depth, [*layers, _pooling(head) if pooled else head]
-    named, streams = {spec.name: spec for spec in layers}, [list(_by_depth(layers, {}, depth))]
+    named, streams = {spec.name: spec for spec in layers}, [list(by_depth(layers, {}, depth))]
     for number in blocks:
         block = named[f"{teacher.name}.blocks.{number}"]
         kept = LayerSpec(name=f"{teacher.name}.{KEEP}.{number}", factory=Kept, stage=block.stage, tower=block.tower)
         streams.append([(Fraction(number + 1, depth), kept)])
     found = [
-        replace(spec, sees=spec.rides.index(f"{teacher.name}.blocks.{_number_of(spec)}")) if spec.kind == KEEP else spec
+        replace(spec, sees=spec.rides.index(f"{teacher.name}.blocks.{number_of(spec)}")) if spec.kind == KEEP else spec
         for spec in taking_turns(streams)
     ]
     return measured(found, Build(config=teacher.model), batch)
@@ -289,52 +290,6 @@ def _matched(
     for i, j in pairs[-1:]:
         if sizes.projection is not None and i == sizes.depth - 1:
             yield sizes.projection, f"blocks.{j}", each.of_rows
-
-
-def taking_turns(streams: Sequence[Sequence[tuple[Fraction, LayerSpec]]]) -> list[LayerSpec]:
-    """The layers of several models, each with its place in the depth, as one list; of equal places, the first model's
-    first.
-
-    What is handed on is the newest output first, then those of the other models, the newest first.
-    """
-    turns = [(depth, number, spec) for number, of in enumerate(streams) for depth, spec in of]
-    found, flow = list[LayerSpec](), list[tuple[int, str]]()
-    for _, number, spec in sorted(turns, key=lambda turn: turn[:2]):
-        takes = next((place for place, (of, _) in enumerate(flow) if of == number), None)
-        if takes is not None:
-            del flow[takes]
-        begins = takes is None and bool(flow)
-        found.append(replace(spec, begins=begins, takes=takes or 0, rides=tuple(name for _, name in flow)))
-        flow.insert(0, (number, spec.name))
-    return found
-
-
-def _by_depth(
-    layers: Sequence[LayerSpec], bends: Mapping[Fraction, Fraction], depth: int
-) -> Iterator[tuple[Fraction, LayerSpec]]:
-    """Each layer of a model after the share of its blocks that are done with it; a head is last. A patch merge goes
-    with the block behind it, a projection for the head with that.
-
-    Args:
-        bends: where such shares are to come to stand instead, the others in proportion between them. depth: of the
-            model, of which not all blocks may be there.
-    """
-    done = 0
-    end = Fraction(3, 2) if 1 in bends.values() and 1 not in bends else Fraction(1)  # behind what the bend put there
-    known = {Fraction(0): Fraction(0), Fraction(1): end} | dict(bends)
-    for layer in layers:
-        done = _number_of(layer) + 1 if layer.kind == "blocks" else done
-        at = Fraction(done + (layer.kind == "merges"), depth)
-        if layer.kind == "head" or at > 1:
-            yield Fraction(2), layer
-            continue
-        low, high = max(x for x in known if x <= at), min(x for x in known if x >= at)
-        inner = known[low] if low == high else known[low] + (known[high] - known[low]) * (at - low) / (high - low)
-        yield inner, layer
-
-
-def _number_of(block: LayerSpec) -> int:
-    return int(block.name.rpartition(".")[2])
 
 
 def student_layers(layers: Sequence[LayerSpec]) -> list[LayerSpec]:
