@@ -36,6 +36,7 @@ def test_what_each_student_is_to_match(tmp_path: Path) -> None:
     series = Series(tmp_path, flags=[
         "--distillation.features_weight", "1", "--distillation.relations", "queries, distances",
         "--distillation.relations_weight", "2", "--distillation.pairs", "even:1", "--distillation.relation_heads", "4",
+        "--distillation.lift", "keep",
     ])  # fmt: skip
     found = {
         run: series.config_of(run)
@@ -47,6 +48,8 @@ def test_what_each_student_is_to_match(tmp_path: Path) -> None:
     assert targets["features"] == {"response", "features", "labels"}
     assert targets["relations"] == {"response", "queries", "distances", "labels"}
     assert targets["response"] == {"response", "labels"}
+    kept = {run.way for run, config in found.items() if config.distillation.lift == "keep"}
+    assert kept == {"features", "all"}  # but for Gram matrices, relations have no projection
     for run, config in found.items():
         assert (config.train.seed, config.data.fold) == (7, 2)
         if run.way == "scratch":

@@ -187,6 +187,8 @@ def _student(recipe: Config, run: Run, teacher: str) -> Config:
         keys = replace(keys, standardise=tuple(x for x in keys.standardise if x != target), **off)
     if not (keys.features_weight or keys.at_depth):
         keys = replace(keys, pairs=None)
+    if not (keys.compares_rows or keys.embeddings_weight):
+        keys = replace(keys, lift="drop")
     if not keys.relates_images:
         keys = replace(keys, passes="auto")
     known = LABELS[run.labels]
