@@ -54,8 +54,8 @@ class StoredBlock(nn.Module):
 
 
 class StoredHead(nn.Module):
-    """Pooled features, if they are stored, where a teacher's head has them, behind zeros in the place of its logits, which a loss reads from
-    the micro-batch itself.
+    """Pooled features, if they are stored, where a teacher's head has them, behind zeros in the place of its logits,
+    which a loss reads from the micro-batch itself.
 
     Args:
         number: as of StoredTeacher.

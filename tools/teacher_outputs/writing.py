@@ -101,7 +101,8 @@ class Teaching:
         behind = [patches[name.rpartition(".")[2]] for name in meta.blocks]
         logits, features = given.split([given.shape[1] - meta.features, meta.features], 1)
         if meta.keeps_all:
-            return torch.cat([gather_features(logits.contiguous(), self._assembly.build.tp, meta.classes), features, *behind], 1)
+            whole = gather_features(logits.contiguous(), self._assembly.build.tp, meta.classes)
+            return torch.cat([whole, features, *behind], 1)
         assert meta.temperature is not None
         kept = likeliest(logits, meta.kept, meta.classes, axis, meta.temperature)
         places, mine = own_classes(kept.ids, meta.classes, axis)

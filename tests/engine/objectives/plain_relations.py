@@ -1,4 +1,4 @@
-"""Relations of queries, keys and values, features of blocks, and pooled ones, in plain PyTorch, each as its paper has it.
+"""Relations of queries, keys and values, features of blocks, pooled ones: in plain PyTorch, each as its paper has it.
 
 Legend: B images, S tokens, P patches, D width, H heads, K head dim.
 """
