@@ -166,10 +166,10 @@ def _check_blocks(keys: DistillationConfig, path: str, meta: Meta, student: Mode
         return
     pairs = pairs_of(keys, student.sizes.depth, model_of(meta.model).sizes.depth)
     wanted, there = [block for _, block in pairs], [int(name.partition(".")[2]) for name in meta.blocks]
-    if missing := [block for block in wanted if block not in there]:
+    if not set(wanted) <= set(there):
         raise ConfigError(
             f"distillation compares features of the teacher's blocks {wanted} (features_weight, relations gram, pairs) "
-            f"and {path} has {f'those of {there}' if there else 'none of any'}, not of {missing}: write them "
+            f"and {path} has {f'those of {there} alone' if there else 'no features of blocks'}: write them "
             f"(tools.teacher_outputs --blocks {' '.join(map(str, wanted))}, in another folder), or give other pairs"
         )
 
