@@ -63,4 +63,4 @@ format: setup
 clean:
 	rm -rf build *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -not -path './$(VENV)*' -exec rm -rf {} +
-	find model -name '*.so' -delete
+	find model data -name '*.so' -delete

@@ -1,7 +1,8 @@
 """Builds the native kernels with CMake; everything else is in pyproject.toml.
 
-The CPU module is always built. The CUDA module is built where nvcc is found. No torch is needed to build either. The
-memory module is built where torch is installed (an isolated build has none), on Linux, for that version of it.
+The CPU module is always built. The CUDA module is built where nvcc is found, that of pixels on x86-64. No torch is
+needed to build them. The memory module is built where torch is installed (an isolated build has none), on Linux, for
+that version of it.
 
     VITRUVIUS_CUDA=0|1          never build the CUDA module | fail where it cannot be built (default: build it if nvcc
     is found)
@@ -12,6 +13,7 @@ memory module is built where torch is installed (an isolated build has none), on
 import importlib.metadata
 import importlib.util
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -70,6 +72,7 @@ class CMakeBuild(build_ext):
             "VITRUVIUS_OUTPUT_DIR": str(output),
             "VITRUVIUS_CPU": "ON" if module == "cpu" else "OFF",
             "VITRUVIUS_CUDA": "ON" if module == "cuda" else "OFF",
+            "VITRUVIUS_PIXELS": "ON" if module == "pixels" else "OFF",
             "VITRUVIUS_MEMORY": "ON" if module == "memory" else "OFF",
             "VITRUVIUS_SANITIZE": "ON" if os.environ.get("VITRUVIUS_SANITIZE") == "1" else "OFF",
         }
@@ -91,6 +94,8 @@ class CMakeBuild(build_ext):
 
 
 modules = [Extension("model.kernels._cpu", sources=[])]
+if platform.machine() in ("x86_64", "AMD64"):
+    modules.append(Extension("data._pixels", sources=[], optional=True))
 if torch_options():
     modules.append(Extension("model.kernels._memory", sources=[], optional=True))
 if nvcc():

@@ -81,14 +81,14 @@ def draw_augmentation(
 def crop_boxes(crop: NDArray[np.float64], height: int, width: int, aspect: float) -> NDArray[np.float64]:
     """The boxes (left, top, width, height), in pixels, that crops cut out of a source of height x width pixels.
 
-    `crop` is [..., 4]: area as a fraction of the largest box of that shape which fits, stretch (how much wider than
-    `aspect` the box is), and the position in the room that is left, across and down, in 0..1.
+    `crop` is [4] or [B, 4]: area as a fraction of the largest box of that shape which fits, stretch (how much wider
+    than `aspect` the box is), and the position in the room that is left, across and down, in 0..1.
     """
-    area, stretch, across, down = np.moveaxis(crop, -1, 0)
+    area, stretch, across, down = crop.T
     box_aspect = aspect * stretch
     box_width = np.sqrt(area) * np.minimum(width, height * box_aspect)
     box_height = np.minimum(box_width / box_aspect, height)
-    return np.stack([across * (width - box_width), down * (height - box_height), box_width, box_height], axis=-1)
+    return np.array([across * (width - box_width), down * (height - box_height), box_width, box_height]).T
 
 
 def augment(images: Tensor, augmentation: Augmentation, config: DataConfig, *, crop: bool) -> Tensor:
@@ -96,8 +96,8 @@ def augment(images: Tensor, augmentation: Augmentation, config: DataConfig, *, c
     if config.warps or crop:
         images = resample(images, sampling_matrices(augmentation, *images.shape[-2:], crop=crop))
     elif config.flip:  # mirroring alone needs no resampling
-        mirror = torch.from_numpy(augmentation.mirror)[:, None, None, None]
-        images = torch.where(mirror, images.flip(-1), images)
+        pairs = zip(images, augmentation.mirror.tolist(), strict=True)
+        images = torch.stack([image.flip(-1) if is_mirrored else image for image, is_mirrored in pairs])
     if config.rand_augment:
         images = _rand_augmented(images, augmentation, config)
     return apply_photometry(images, augmentation.photometry, config) if config.recolours else images

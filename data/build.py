@@ -13,6 +13,7 @@ from data.jpeg import decoder_name
 from data.mixing import has_empty_source, whole_shares
 from data.normalise import Normalise
 from data.resolution import Resolution
+from data.scaling import scaler_name
 from data.showing import showing_of
 from data.templates import captions_of, class_prompts
 from data.texts import TextShape, describe_texts, make_texts, tokenizer_of
@@ -101,7 +102,7 @@ def describe_datasets(kind: str, train: Dataset, held_out: Dataset, num_classes:
     lines = [f"data: {kind}, {len(train)} training{known} and {len(held_out)} held-out images"]
     lines += [f"  {source}" for source in dict.fromkeys((train.source, held_out.source)) if source is not None]
     if train.crops_when_read:
-        lines.append(f"  JPEGs are decoded by {decoder_name()}")
+        lines.append(f"  JPEGs are decoded by {decoder_name()}, crops scaled by {scaler_name()}")
     if num_classes is not None and num_classes > train.num_classes:
         lines.append(
             f"  warning: the model tells {num_classes} classes apart, but there are images of {train.num_classes}: "

@@ -24,6 +24,7 @@ from data.captions import Captions
 from data.held_out import FOLDS
 from data.keyed import Purpose, keyed_permutation, keyed_uniforms
 from data.resolution import Resolution, cut
+from data.scaling import Finish
 
 if TYPE_CHECKING:
     from data.showing import Showing
@@ -92,8 +93,11 @@ class Dataset(Protocol):
         one = np.array([index])
         return self.read(one)[0].numpy(), int(self.labels_of(one)[0])
 
-    def read(self, indices: NDArray[np.int64], crop: NDArray[np.float64] | None = None) -> Tensor:
-        """The images [B, C, H, W] at `indices`; `crop` is [B, 4] (see augment.crop_boxes), None: as for evaluation."""
+    def read(
+        self, indices: NDArray[np.int64], crop: NDArray[np.float64] | None = None, finish: Finish | None = None
+    ) -> Tensor:
+        """The images [B, C, H, W] at `indices`; `crop` is [B, 4] (see augment.crop_boxes), None: as for evaluation.
+        They are in 0..1, or finished, which sets are asked for that crop when they read."""
         ...
 
     def sides(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -121,8 +125,10 @@ class ArrayDataset(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def read(self, indices: NDArray[np.int64], crop: NDArray[np.float64] | None = None) -> Tensor:
-        assert crop is None, "crops of images in memory are part of the augmentation's one resampling"
+    def read(
+        self, indices: NDArray[np.int64], crop: NDArray[np.float64] | None = None, finish: Finish | None = None
+    ) -> Tensor:
+        assert crop is None and finish is None, "random crops of images in memory are part of the one resampling"
         return self.images[torch.from_numpy(indices)]
 
 

@@ -16,14 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
 
 from data.augment import crop_boxes
 from data.errors import BadSampleError, UnreadableImageError
 from data.jpeg import decoded
+from data.scaling import Edges, Finish, Pixels, scaled
 from data.work import reading_bytes
 
 if TYPE_CHECKING:
@@ -31,7 +29,6 @@ if TYPE_CHECKING:
 
 _ORIENTATION = 0x0112  # EXIF tag; 1: as stored, 5 to 8: width and height change places
 _DEEPEST = 65535
-Pixels = NDArray[np.uint8] | NDArray[np.float32]
 Box = tuple[float, float, float, float]  # left, top, right, bottom, as shares of width and height
 
 # None: a decoder refuses what is there. Others are of a disk, a network or a process that may do better the next time.
@@ -53,8 +50,9 @@ def decode(
     crop: NDArray[np.float64],
     image_shape: tuple[int, int, int],
     name: Callable[[], str] | None = None,
+    finish: Finish | None = None,
 ) -> NDArray[np.float32]:
-    """The box that `crop` [4] (see augment.crop_boxes) cuts out, scaled to image_shape: [C, H, W] in 0..1.
+    """The box that `crop` [4] (see augment.crop_boxes) cuts out, scaled to image_shape: [C, H, W] in 0..1, or finished.
 
     `name` tells what an open file is.
 
@@ -67,7 +65,7 @@ def decode(
         with reading_bytes():
             content = Path(file).read_bytes() if isinstance(file, str) else file.read()
         with Image.open(BytesIO(content)) as image:
-            return _cut(image, content, crop, image_shape)
+            return _cut(image, content, crop, image_shape, finish)
 
 
 def sides(file: str | BinaryIO, name: Callable[[], str] | None = None) -> tuple[int, int]:
@@ -109,7 +107,11 @@ def _readable(name: Callable[[], str]) -> Iterator[None]:
 
 
 def _cut(
-    image: Image, content: bytes, crop: NDArray[np.float64], image_shape: tuple[int, int, int]
+    image: Image,
+    content: bytes,
+    crop: NDArray[np.float64],
+    image_shape: tuple[int, int, int],
+    finish: Finish | None,
 ) -> NDArray[np.float32]:
     channels, height, width = image_shape
     mode = "L" if channels == 1 else "RGB"
@@ -124,9 +126,10 @@ def _cut(
     shares = edges[0] / full_width, edges[1] / full_height, edges[2] / full_width, edges[3] / full_height
     if np.array_equal(crop, CENTRE):
         shown, white = _as_mode(_upright(image, orientation), mode)
-        return channels_first(_with_surroundings(shown, shares, (width, height)), channels) / np.float32(white)
+        found = channels_first(_with_surroundings(shown, shares, (width, height)), channels) / np.float32(white)
+        return found if finish is None else finish(found)
     pixels, white = _pixels(image, content, orientation, mode)
-    return _alone(pixels, shares, (height, width)).to(torch.float32).div_(white).expand(image_shape).numpy()
+    return scaled(pixels, _edges(shares, *pixels.shape[:2]), image_shape, white, finish)
 
 
 def _pixels(image: Image, content: bytes, orientation: int, mode: str) -> tuple[Pixels, int]:
@@ -150,15 +153,10 @@ def _with_surroundings(image: Image, shares: Box, size: tuple[int, int]) -> Imag
     return image.resize(size, Resampling.BILINEAR, box=box)
 
 
-def _alone(pixels: Pixels, shares: Box, size: tuple[int, int]) -> Tensor:
-    """The same of the box alone, [1 or C, H, W], in whole pixels, by torch, which is quicker than Pillow: as
-    torchvision cuts random crops."""
-    rows, columns = pixels.shape[:2]
+def _edges(shares: Box, rows: int, columns: int) -> Edges:
+    """A box in whole pixels, one at least."""
     left, top = min(round(shares[0] * columns), columns - 1), min(round(shares[1] * rows), rows - 1)
-    right, bottom = max(round(shares[2] * columns), left + 1), max(round(shares[3] * rows), top + 1)
-    part = torch.from_numpy(pixels[top:bottom, left:right])
-    part = part[None, None] if part.ndim == 2 else part.permute(2, 0, 1)[None]
-    return F.interpolate(part, size=size, mode="bilinear", antialias=True)[0].contiguous()
+    return top, max(round(shares[3] * rows), top + 1), left, max(round(shares[2] * columns), left + 1)
 
 
 def _orientation(image: Image) -> int:

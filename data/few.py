@@ -14,6 +14,7 @@ from data.config import DataConfig
 from data.datasets import Dataset, fingerprint
 from data.keyed import Purpose, keyed_permutation
 from data.mixing import has_empty_source
+from data.scaling import Finish
 
 UNKNOWN = -1
 """The label of an image whose label is not known."""
@@ -50,8 +51,10 @@ class Few(Dataset):
     def fingerprint(self) -> str:
         return fingerprint(self.whole.fingerprint.encode(), self._images.tobytes(), self.labels.tobytes())
 
-    def read(self, indices: NDArray[np.int64], crop: NDArray[np.float64] | None = None) -> Tensor:
-        return self.whole.read(self._images[indices], crop)
+    def read(
+        self, indices: NDArray[np.int64], crop: NDArray[np.float64] | None = None, finish: Finish | None = None
+    ) -> Tensor:
+        return self.whole.read(self._images[indices], crop, finish)
 
     def sides(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
         return self.whole.sides(self._images[indices])

@@ -13,6 +13,7 @@ from data.config import DataConfig
 from data.datasets import Dataset, fingerprint, stratified_split
 from data.decode import check_channels, decode, sides
 from data.held_out import FOLDS
+from data.scaling import Finish
 from data.sharing import scan_once
 from data.showing import read_file
 
@@ -65,11 +66,13 @@ class ImageFiles(Dataset):
         part = b"" if self.part is None else self.part.tobytes()
         return fingerprint(self.listing.fingerprint.encode(), part)
 
-    def read(self, indices: NDArray[np.int64], crop: NDArray[np.float64] | None = None) -> Tensor:
+    def read(
+        self, indices: NDArray[np.int64], crop: NDArray[np.float64] | None = None, finish: Finish | None = None
+    ) -> Tensor:
         images = np.empty((len(indices), *self.image_shape), dtype=np.float32)
         for row, index in enumerate(indices.tolist()):
-            own = None if crop is None else crop[row]
-            images[row] = read_file(self._file(index), own, self.image_shape, self.showing)
+            own, done = None if crop is None else crop[row], None if finish is None else finish.of([row])
+            images[row] = read_file(self._file(index), own, self.image_shape, self.showing, finish=done)
         return torch.from_numpy(images)
 
     def sides(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:

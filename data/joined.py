@@ -21,6 +21,7 @@ from data.datasets import Dataset, fingerprint
 from data.held_out import FOLDS, Part
 from data.image_folder import whole_folder
 from data.image_text import whole_table
+from data.scaling import Finish
 from data.showing import Showing
 from data.source_names import sources_of
 from data.templates import captions_of, class_prompts, class_words
@@ -88,10 +89,13 @@ class Joined(Dataset):
             labels[rows] = of_source if self.classes.numbers is None else self.classes.numbers[number][of_source]
         return labels
 
-    def read(self, indices: NDArray[np.int64], crop: NDArray[np.float64] | None = None) -> Tensor:
+    def read(
+        self, indices: NDArray[np.int64], crop: NDArray[np.float64] | None = None, finish: Finish | None = None
+    ) -> Tensor:
         images = torch.empty(len(indices), *self.image_shape)
         for number, rows, own in self._by_source(indices):
-            images[torch.from_numpy(rows)] = self.sources[number].read(own, None if crop is None else crop[rows])
+            some, done = None if crop is None else crop[rows], None if finish is None else finish.of(rows)
+            images[torch.from_numpy(rows)] = self.sources[number].read(own, some, done)
         return images
 
     def sides(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:

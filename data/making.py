@@ -92,16 +92,24 @@ class Maker:
         dataset, config = self._dataset, self._config
         crop_when_read = augmentation is not None and config.crops and dataset.crops_when_read
         crop = augmentation.crop if augmentation is not None and crop_when_read else None
-        if are_there is None or are_there.all():
+        finish, all_are_there = None, are_there is None or bool(are_there.all())
+        # Where nothing comes between, mirroring and normalising take no passes over memory of their own.
+        changes = missing or config.warps or config.rand_augment or config.recolours
+        if augmentation is not None and crop_when_read and all_are_there and not changes:
+            finish = self._normalise.when_read(augmentation.mirror)
+        if finish is not None:
+            images = dataset.read(indices, crop, finish)
+        elif are_there is None or all_are_there:
             images = dataset.read(indices, crop)
         else:
             images = torch.zeros(len(indices), *dataset.image_shape)
             images[torch.from_numpy(are_there)] = dataset.read(
                 indices[are_there], None if crop is None else crop[are_there]
             )
-        if augmentation is not None:
+        if augmentation is not None and finish is None:
             images = augment(images, augmentation, config, crop=config.crops and not crop_when_read)
-        images = self._normalise(F.pad(images, (0, 0, 0, 0, 0, 0, 0, missing)) if missing else images)
+        if finish is None:
+            images = self._normalise(F.pad(images, (0, 0, 0, 0, 0, 0, 0, missing)) if missing else images)
         if augmentation is not None and config.erase:
             erase(images[: len(indices)], config.erase, config.erase_fill, augmentation.photometry.key)
         return images

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from data.config import DataConfig
 from data.decode import CENTRE, channels_first, decode, whole
+from data.scaling import Finish
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -64,11 +65,14 @@ def read_file(
     image_shape: tuple[int, int, int],
     showing: Showing | None,
     name: Callable[[], str] | None = None,
+    finish: Finish | None = None,
 ) -> Pixels:
-    """An image file [C, H, W] in 0..1: a crop of it, or (None) as evaluation sees it. Errors: those of decode."""
+    """An image file [C, H, W], finished, or in 0..1: a crop of it, or (None) as evaluation sees it. Errors: those of
+    decode."""
     if crop is None and showing is not None:
-        return showing.show(file, image_shape, name)
-    return decode(file, CENTRE if crop is None else crop, image_shape, name)
+        found = showing.show(file, image_shape, name)
+        return found if finish is None else finish(found)
+    return decode(file, CENTRE if crop is None else crop, image_shape, name, finish)
 
 
 def _timm(image: Image, height: int, width: int, crop_pct: float) -> Image:

@@ -23,6 +23,7 @@ from torch import Tensor
 from data.datasets import Dataset, installed_folder
 from data.errors import UnreadableImageError
 from data.keyed import Purpose, keyed_uniforms
+from data.scaling import Finish
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -99,8 +100,10 @@ class TextureCrops(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def read(self, indices: NDArray[np.int64], crop: NDArray[np.float64] | None = None) -> Tensor:
-        assert crop is None, "random crops of these crops are part of the augmentation's one resampling"
+    def read(
+        self, indices: NDArray[np.int64], crop: NDArray[np.float64] | None = None, finish: Finish | None = None
+    ) -> Tensor:
+        assert crop is None and finish is None, "random crops of crops are part of the one resampling"
         images = np.empty((len(indices), *self.image_shape), dtype=np.float32)
         for row, index in enumerate(indices):
             images[row] = self._cut(index)

@@ -19,6 +19,7 @@ from data.datasets import Dataset, fingerprint
 from data.decode import check_channels, decode, sides
 from data.errors import BadSampleError
 from data.held_out import FOLDS, Part
+from data.scaling import Finish
 from data.shards.catalogue import Catalogue, open_shards
 from data.shards.classes import Classes, classes_of
 from data.shards.formats import Format
@@ -78,11 +79,14 @@ class WebDataset(Dataset):
         """Where samples of this set are."""
         return self.store.places(indices if self.part is None else self.part.samples(indices))
 
-    def read(self, indices: NDArray[np.int64], crop: NDArray[np.float64] | None = None) -> Tensor:
+    def read(
+        self, indices: NDArray[np.int64], crop: NDArray[np.float64] | None = None, finish: Finish | None = None
+    ) -> Tensor:
         images = np.empty((len(indices), *self.image_shape), dtype=np.float32)
         for row, place in enumerate(self.places(indices)):
             content, name = BytesIO(self.store.image(place)), partial(self.store.name, place)
-            images[row] = read_file(content, None if crop is None else crop[row], self.image_shape, self.showing, name)
+            own, done = None if crop is None else crop[row], None if finish is None else finish.of([row])
+            images[row] = read_file(content, own, self.image_shape, self.showing, name, done)
         return torch.from_numpy(images)
 
     def sides(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:

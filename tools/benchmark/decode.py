@@ -12,12 +12,14 @@ Others' loaders are looked for in FOLDER, too:
 from __future__ import annotations
 
 import argparse
+import importlib
 import io
 import statistics
 import sys
 import tarfile
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -28,7 +30,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from data import DataConfig, TrainStream, build_datasets, jpeg
+from data import DataConfig, TrainStream, build_datasets, jpeg, scaling
 from data.decode import CENTRE, decode
 from data.textures import photographs
 from model.kernels import tune_allocator
@@ -76,10 +78,9 @@ def decoders(
 ) -> dict[str, Fn | None]:
     """Ways to decode all of them, and cut out the same: `box` in pixels."""
 
-    def ours(by_pillow: bool) -> None:
-        with patch.object(jpeg, "_decoder", (lambda: None) if by_pillow else jpeg._decoder):
-            for content in contents:
-                decode(BytesIO(content), crop, (3, _SIDE, _SIDE))
+    def ours() -> None:
+        for content in contents:
+            decode(BytesIO(content), crop, (3, _SIDE, _SIDE))
 
     def theirs() -> None:
         for content in contents:
@@ -87,9 +88,18 @@ def decoders(
 
     return {
         "Pillow": theirs,
-        "vitruvius, by Pillow": partial(ours, True),
-        f"vitruvius, by {jpeg.decoder_name()}": partial(ours, False),
+        "vitruvius, by Pillow and torch": partial(_without, ours, jpeg="_decoder", scaling="_native"),
+        f"vitruvius, by {jpeg.decoder_name()} and torch": partial(_without, ours, scaling="_native"),
+        f"vitruvius, by {jpeg.decoder_name()} and {scaling.scaler_name()}": ours,
     }
+
+
+def _without(run: Fn, **names: str) -> None:
+    """Run without what these functions of modules of `data` find."""
+    with ExitStack() as stack:
+        for module, name in names.items():
+            stack.enter_context(patch.object(importlib.import_module(f"data.{module}"), name, lambda: None))
+        run()
 
 
 def loaders(tar: Path, contents: Sequence[bytes]) -> dict[str, Fn | None]:
@@ -109,6 +119,7 @@ def loaders(tar: Path, contents: Sequence[bytes]) -> dict[str, Fn | None]:
     return {
         "webdataset + DataLoader + Pillow": decode_peers.webdataset(str(tar), _SIDE, _LEAST_AREA, _BATCH),
         "grain + Pillow": decode_peers.grain(contents, _SIDE, _LEAST_AREA, _BATCH),
+        "vitruvius, scaled by torch": partial(_without, ours, scaling="_native"),
         "vitruvius": ours,
     }
 
