@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from data.augment import crop_boxes
 from data.errors import BadSampleError, UnreadableImageError
-from data.jpeg import decoded
+from data.jpeg import decoded, decoded_part
 from data.scaling import Edges, Finish, Pixels, scaled
 from data.work import reading_bytes
 
@@ -128,6 +128,10 @@ def _cut(
         shown, white = _as_mode(_upright(image, orientation), mode)
         found = channels_first(_with_surroundings(shown, shares, (width, height)), channels) / np.float32(white)
         return found if finish is None else finish(found)
+    if orientation == 1:
+        part = decoded_part(image, content, _edges(shares, image.height, image.width))
+        if part is not None:
+            return scaled(part, (0, part.shape[0], 0, part.shape[1]), image_shape, 255, finish)
     pixels, white = _pixels(image, content, orientation, mode)
     return scaled(pixels, _edges(shares, *pixels.shape[:2]), image_shape, white, finish)
 

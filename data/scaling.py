@@ -44,7 +44,7 @@ class Finish:
 
 def scaler_name() -> str:
     """Who scales crops in this process, for the start-up report."""
-    return "torch (no native module)" if _native() is None else "the native module"
+    return "torch (no native module)" if native() is None else "the native module"
 
 
 def scaled(
@@ -54,13 +54,13 @@ def scaled(
 
     `white` is what becomes 1: of bytes 255.
     """
-    native, channels = _native(), 1 if pixels.ndim == 2 else pixels.shape[2]
-    if native is None or pixels.dtype != np.uint8 or channels != shape[0]:
+    module, channels = native(), 1 if pixels.ndim == 2 else pixels.shape[2]
+    if module is None or pixels.dtype != np.uint8 or channels != shape[0]:
         found = np.broadcast_to(_by_torch(pixels, edges, shape[1:], white), shape)
         return found if finish is None else finish(found)
     out = np.empty(shape, dtype=np.float32)
     how = finish or Finish(np.zeros(1, np.bool_), np.zeros(channels, np.float32), np.ones(channels, np.float32))
-    native.cut(pixels, *edges, bool(how.mirrored[0]), how.mean, how.std, out)
+    module.cut(pixels, *edges, bool(how.mirrored[0]), how.mean, how.std, out)
     return out
 
 
@@ -73,8 +73,8 @@ def _by_torch(pixels: Pixels, edges: Edges, size: tuple[int, int], white: int) -
 
 
 @cache
-def _native() -> ModuleType | None:
-    """None: it is not built, or not for this processor."""
+def native() -> ModuleType | None:
+    """The module; None: it is not built, or not for this processor."""
     try:
         found = importlib.import_module("data._pixels")
     except ImportError:

@@ -7,13 +7,18 @@
 #include <immintrin.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
+#include <string_view>
 #include <vector>
+
+#include "jpeg.h"
 
 namespace py = pybind11;
 
@@ -211,11 +216,32 @@ void cut(const Bytes& pixels, int64_t top, int64_t bottom, int64_t left, int64_t
   run(job);
 }
 
+// to: [bottom - top, room, C], where what is decoded of the rows lies from column `left` less the result on; -1: nothing was.
+int64_t jpeg_part(const std::array<uintptr_t, 9>& functions, const py::bytes& file, std::array<uint32_t, 2> size,
+                  std::array<uint32_t, 4> edges, Bytes& to) {
+  const auto [height, width] = size;
+  const auto [top, bottom, left, right] = edges;
+  if (top >= bottom || left >= right || bottom > height || right > width)
+    throw std::invalid_argument("the box is empty or not within the image");
+  if (to.ndim() != 3 || to.shape(0) != bottom - top || !to.size() || to.strides(2) != 1 || to.strides(1) != to.shape(2) ||
+      to.strides(0) != to.shape(1) * to.shape(2))
+    throw std::invalid_argument("to: not [bottom - top, room, C], dense");
+  jpeg::Library library;
+  static_assert(sizeof library == sizeof functions);
+  std::memcpy(&library, functions.data(), sizeof library);
+  const std::string_view content = file;
+  const jpeg::Part part{(const uint8_t*)content.data(), content.size(), width, height, top, bottom, left, right, int(to.shape(2)),
+                        to.mutable_data(), uint32_t(to.shape(1))};
+  const py::gil_scoped_release release;
+  return jpeg::decode(library, part);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_pixels, m) {
-  m.doc() = "Vitruvius: boxes of images, scaled";
+  m.doc() = "Vitruvius: boxes of images, decoded and scaled";
   m.def("runs", [] { return bool(__builtin_cpu_supports("avx2")); }, "Whether this processor can.");
   m.def("cut", &cut, py::arg("pixels").noconvert(), py::arg("top"), py::arg("bottom"), py::arg("left"), py::arg("right"),
         py::arg("mirrored"), py::arg("mean").noconvert(), py::arg("std").noconvert(), py::arg("out").noconvert());
+  m.def("jpeg_part", &jpeg_part, py::arg("functions"), py::arg("file"), py::arg("size"), py::arg("edges"), py::arg("to").noconvert());
 }

@@ -7,6 +7,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from data import jpeg
@@ -37,6 +38,55 @@ def test_its_pixels_are_pillows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == 96
 
 
+def test_parts_are_pillows() -> None:
+    """Boxes of photographs at every scale, of all samplings of colours, progressive, with restarts, grey."""
+    if jpeg._library() is None:
+        pytest.skip("the native module is not built, or Pillow has another libjpeg")
+    assert "in parts" in jpeg.decoder_name()
+    random, seen = np.random.default_rng(0), 0
+    kinds = product(("RGB", "L"), ("4:4:4", "4:2:2", "4:2:0", "4:1:1"), (False, True))
+    for number, (mode, sampling, progressive) in enumerate(kinds):
+        file = BytesIO()
+        with Image.open(photographs()[number % 12]) as photograph:
+            small = photograph.convert(mode).resize((313 + number, 211 + 2 * number))
+        restarts = number % 3
+        small.save(file, "JPEG", subsampling=sampling, progressive=progressive, restart_marker_rows=restarts)
+        for scale, wanted, _ in product((1, 2, 4, 8), ("RGB", "L"), range(3)):
+            with Image.open(file) as image:
+                image.draft(wanted, (image.width // scale, image.height // scale))
+                top, left = int(random.integers(image.height)), int(random.integers(image.width))
+                bottom, right = int(random.integers(top, image.height)) + 1, int(random.integers(left, image.width)) + 1
+                found = jpeg.decoded_part(image, file.getvalue(), (top, bottom, left, right))
+                assert found is not None and np.array_equal(found, np.asarray(image)[top:bottom, left:right])
+                seen += 1
+    assert seen == 384
+
+
+def test_damaged_files_are_the_same_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is wrong below a crop is no matter of it, and above it gives Pillow's pixels; a file cut short is bad."""
+    file = BytesIO()
+    with Image.open(photographs()[0]) as photograph:
+        photograph.convert("RGB").resize((320, 240)).save(file, "JPEG", quality=90)
+    good = file.getvalue()
+    middle = len(good) // 2
+    damaged = [good[:middle] + b"\xff\xd9" * 3 + good[middle + 6 :], good[:middle] + bytes(40) + good[middle + 40 :]]
+    crops = [np.array([0.1, 1.0, 0.2, down]) for down in (0.0, 1.0)]
+
+    def pixels() -> list[NDArray[np.float32]]:
+        return [decode(BytesIO(content), crop, (3, 40, 40)) for content in (good, *damaged) for crop in crops]
+
+    def cut_short() -> None:
+        for crop, end in product(crops, (b"", b"\xff")):
+            with pytest.raises(BadSampleError, match=r"(?i)truncated"):
+                decode(BytesIO(good[:middle] + end), crop, (3, 40, 40))
+
+    in_parts = pixels()
+    cut_short()
+    monkeypatch.setattr(jpeg, "_library", lambda: None)
+    assert all(np.array_equal(*pair) for pair in zip(in_parts, pixels(), strict=True))
+    cut_short()
+
+
 def test_what_it_does_not_take_is_pillows(monkeypatch: pytest.MonkeyPatch) -> None:
     file = BytesIO()
     Image.new("RGB", (40, 30), (200, 100, 50)).save(file, "JPEG")
@@ -45,6 +95,7 @@ def test_what_it_does_not_take_is_pillows(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(BadSampleError, match=r"(?i)truncated"):
         decode(BytesIO(whole[: len(whole) // 2 + 200]), CENTRE, (3, 8, 8))
     monkeypatch.setattr(jpeg, "_decoder", lambda: None)
+    monkeypatch.setattr(jpeg, "_library", lambda: None)
     by_both.append(decode(BytesIO(whole + b"more"), CENTRE, (3, 8, 8)))
     assert np.array_equal(*by_both) and "Pillow" in jpeg.decoder_name()
     assert not jpeg._agrees(lambda *_, **__: np.zeros((48, 80, 3), np.uint8), "RGB", 1)

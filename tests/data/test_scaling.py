@@ -19,7 +19,7 @@ from data.scaling import Finish, scaled
 
 @pytest.fixture
 def native() -> Any:
-    found = scaling._native()
+    found = scaling.native()
     if found is None:
         pytest.skip("the native module is not built, or not for this processor")
     assert "native" in scaling.scaler_name()
@@ -73,7 +73,7 @@ def test_files_are_the_same_without_it(native: Any, monkeypatch: pytest.MonkeyPa
         return decode(BytesIO(file.getvalue()), crop, (channels, 37, 41), finish=finish)
 
     with_it = [cut(channels) for channels in (1, 3)]
-    monkeypatch.setattr(scaling, "_native", lambda: None)
+    monkeypatch.setattr(scaling, "native", lambda: None)
     assert "torch" in scaling.scaler_name()
     for channels, found in zip((1, 3), with_it, strict=True):
         assert found.shape == (channels, 37, 41) and found.std() > 0.05 and np.array_equal(found, cut(channels))

@@ -12,7 +12,6 @@ Others' loaders are looked for in FOLDER, too:
 from __future__ import annotations
 
 import argparse
-import importlib
 import io
 import statistics
 import sys
@@ -30,7 +29,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from data import DataConfig, TrainStream, build_datasets, jpeg, scaling
+from data import DataConfig, TrainStream, build_datasets
 from data.decode import CENTRE, decode
 from data.textures import photographs
 from model.kernels import tune_allocator
@@ -88,17 +87,18 @@ def decoders(
 
     return {
         "Pillow": theirs,
-        "vitruvius, by Pillow and torch": partial(_without, ours, jpeg="_decoder", scaling="_native"),
-        f"vitruvius, by {jpeg.decoder_name()} and torch": partial(_without, ours, scaling="_native"),
-        f"vitruvius, by {jpeg.decoder_name()} and {scaling.scaler_name()}": ours,
+        "vitruvius, by Pillow": partial(_without, ours, "jpeg._decoder", "jpeg._library", "scaling.native"),
+        "vitruvius, by simplejpeg": partial(_without, ours, "jpeg._library", "scaling.native"),
+        "vitruvius, by simplejpeg, scaled by the module": partial(_without, ours, "jpeg._library"),
+        "vitruvius, in parts, scaled by the module": ours,
     }
 
 
-def _without(run: Fn, **names: str) -> None:
-    """Run without what these functions of modules of `data` find."""
+def _without(run: Fn, *finders: str) -> None:
+    """Run without what these functions of `data` find: a decoder, the native module."""
     with ExitStack() as stack:
-        for module, name in names.items():
-            stack.enter_context(patch.object(importlib.import_module(f"data.{module}"), name, lambda: None))
+        for name in finders:
+            stack.enter_context(patch(f"data.{name}", lambda: None))
         run()
 
 
@@ -119,7 +119,8 @@ def loaders(tar: Path, contents: Sequence[bytes]) -> dict[str, Fn | None]:
     return {
         "webdataset + DataLoader + Pillow": decode_peers.webdataset(str(tar), _SIDE, _LEAST_AREA, _BATCH),
         "grain + Pillow": decode_peers.grain(contents, _SIDE, _LEAST_AREA, _BATCH),
-        "vitruvius, scaled by torch": partial(_without, ours, scaling="_native"),
+        "vitruvius, by simplejpeg": partial(_without, ours, "jpeg._library", "scaling.native"),
+        "vitruvius, by simplejpeg, scaled by the module": partial(_without, ours, "jpeg._library"),
         "vitruvius": ours,
     }
 
