@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 
-from data import scaling
+from data import DataConfig, TrainStream, build_datasets, scaling
+from data.augment import augment, draw_augmentation
 from data.decode import decode
+from data.mixing import sample_order
+from data.normalise import Normalise
 from data.scaling import Finish, scaled
 
 
@@ -77,6 +81,19 @@ def test_files_are_the_same_without_it(native: Any, monkeypatch: pytest.MonkeyPa
     assert "torch" in scaling.scaler_name()
     for channels, found in zip((1, 3), with_it, strict=True):
         assert found.shape == (channels, 37, 41) and found.std() > 0.05 and np.array_equal(found, cut(channels))
+
+
+def test_a_run_finishes_crops_as_other_images_are_finished(folder: Path) -> None:
+    """With the module or without it: cropped, then mirrored, then normalised, of each the same ones."""
+    colours: dict[str, Any] = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.25)}
+    config = DataConfig(kind="image_folder", path=str(folder), crop_min_area=0.3, flip=True, **colours)
+    train, _ = build_datasets(config, image_size=12, channels=3, num_classes=3, seed=0)
+    sizes: dict[str, Any] = {"global_batch_size": 8, "micro_batch_size": 8, "data_rank": 0, "data_size": 1}
+    batch = next(TrainStream(train, config=config, seed=3, **sizes).steps(0))[0]
+    drawn, indices = draw_augmentation(config, 3, 0, 8), sample_order(train, 3, config).indices(np.arange(8))
+    assert 0 < drawn.mirror.sum() < 8
+    images = augment(train.read(indices, drawn.crop), drawn, config, crop=False)
+    assert batch.images is not None and torch.equal(batch.images, Normalise(config, channels=3)(images))
 
 
 def test_it_refuses_what_it_would_read_wrongly(native: Any) -> None:
