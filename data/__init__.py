@@ -6,8 +6,10 @@ from data.chosen import chosen_batches, pixels_of, spread
 from data.config import DataConfig
 from data.datasets import Dataset
 from data.errors import BadSampleError, TooManyBadError, UnreadableImageError
-from data.loader import EvalStream, StepBatches, TrainStream
+from data.held_out_stream import EvalStream
+from data.loader import StepBatches, TrainStream
 from data.mixing import order_of
+from data.portions import Circle, Cut, put_together
 from data.reading import BadSample
 from data.relay import Relay
 from data.texts import Texts, TextShape, captions_fingerprint, prompts
@@ -18,6 +20,8 @@ __all__ = [
     "BadSample",
     "BadSampleError",
     "Batch",
+    "Circle",
+    "Cut",
     "DataConfig",
     "Dataset",
     "EvalStream",
@@ -37,5 +41,6 @@ __all__ = [
     "order_of",
     "pixels_of",
     "prompts",
+    "put_together",
     "spread",
 ]

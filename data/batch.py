@@ -15,6 +15,7 @@ from torch import Tensor
 
 from data.datasets import Dataset
 from data.mending import LEFT_OUT
+from data.portions import Cut
 from data.reading import Content
 from data.resolution import Map
 
@@ -35,6 +36,7 @@ class Batch:
     other_labels: Tensor | None = None  # [B] int64: of the image that each is mixed with; None: none is
     own_shares: Tensor | None = None  # [B] float32: of the image itself in that
     maps: tuple[Map, ...] | None = None  # rows and columns of patches; images are then these, packed (data.resolution)
+    cut: Cut | None = None  # images are then this rank's portion, to be put together with those of others
 
 
 def batch_of(

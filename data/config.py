@@ -110,6 +110,10 @@ class DataConfig:
     workers: int = 0
     """Processes that decode and augment ahead of training; 0: in the training process."""
 
+    share_decoding: Literal["auto", "always", "never"] = "auto"
+    """Tensor and context ranks, which see the same images, decode a part of each micro-batch each and pass it on to the
+    others: auto, where images are files; the numbers are the same."""
+
     fold: int = 0
     """Which of the 5 stratified folds is held out (digits, and files without val_path)."""
 

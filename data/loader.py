@@ -22,6 +22,7 @@ from data.config import DataConfig
 from data.datasets import Dataset
 from data.mending import Mender
 from data.mixing import sample_order
+from data.portions import Circle, Portions
 from data.reading import BadSample, Content, Source, in_workers, timed_read
 from data.relay import Agreement, Relay
 from data.resolution import check_pairs
@@ -39,7 +40,9 @@ class TrainStream:
     and these are cut into micro-batches. An image's pixels and its text depend on (seed, draw) alone. Pipeline stages
     that need no images or no texts say so, and none are made; there are texts only if the set has a tokenizer. Step s
     begins with draw s G + `offset`: not 0 where the first steps of a run had another G. Other samples stand in for bad
-    ones (data.mending), the same on all ranks that share micro-batches if these have a `relay`.
+    ones (data.mending), the same on all ranks that share micro-batches if these have a `relay`. With `pins` workers'
+    images are in pinned memory. Ranks of a `circle`, all of which decide on bad samples, make a portion of the images
+    each (data.portions).
 
     Attributes:
         waited: seconds in all that the caller has waited for micro-batches; without workers, the time to read them.
@@ -68,6 +71,7 @@ class TrainStream:
         offset: int = 0,
         relay: Relay | None = None,
         pins: bool = False,
+        circle: Circle | None = None,
     ) -> None:
         assert 0 <= data_rank < data_size
         _check_batch_sizes(global_batch_size, micro_batch_size, data_size)
@@ -83,6 +87,7 @@ class TrainStream:
         self._rank_batch_size = global_batch_size // data_size
         self._data_rank = data_rank
         self._seed, self._offset, self._pins = seed, offset, pins
+        self._portions = None if circle is None else Portions(circle, micro_batch_size, config)
         self._order = sample_order(dataset, seed, config)
         self._agreement = Agreement(relay)
         decides = with_images if relay is None else relay.decides
@@ -112,7 +117,8 @@ class TrainStream:
 
     @property
     def _batch_bytes(self) -> int:
-        return 4 * self._config.views * self._micro_batch_size * math.prod(self._dataset.image_shape)
+        samples = self._micro_batch_size if self._portions is None else self._portions.cut.rows
+        return 4 * self._config.views * samples * math.prod(self._dataset.image_shape)
 
     def _draws(self, start: int) -> Iterator[int]:
         """The first draw of each of this rank's micro-batches."""
@@ -126,23 +132,30 @@ class TrainStream:
     def _batch(self, first_draw: int, number: int, source: Source, *, again: bool) -> Batch:
         """The micro-batch that begins with a draw. Counts its time, and what is in it unless it is read again."""
         asked = time.perf_counter()
-        read, own, others = self._draws_of(first_draw)
+        count, portions = self._micro_batch_size, self._portions
+        read, own, others = self._draws_of(first_draw, count)
         content = source.take(first_draw)
         self.work += content.work
+        if portions is not None:
+            part = portions.part(first_draw)
+            at = int(self._draws_of(part.start, len(part))[0][0] - read[0])
+            content = portions.whole(content, at, len(read), part)
         found = self._order.indices(read) if content.indices is None else content.indices
         indices = self._agreement.of(first_draw, number, found)
         if self._mender.needs_any and (content.indices is None or not np.array_equal(indices, content.indices)):
-            content = self._mixed(self._mender.training_of(indices, int(read[0])), first_draw)
+            assert portions is None, "who makes portions decides"
+            content = self._mixed(self._mender.training_of(indices, int(read[0])), first_draw, count)
         draws = read[own]
         batch = batch_of(self._dataset, content, indices[own], torch.from_numpy(draws), 0, self._config.views)
         if self._config.mixes:
             labels = torch.from_numpy(self._dataset.labels_of(indices[others]))
-            batch = replace(batch, other_labels=labels, own_shares=torch.from_numpy(self._blend(first_draw).shares))
+            shares = torch.from_numpy(self._blend(first_draw, count).shares)
+            batch = replace(batch, other_labels=labels, own_shares=shares)
         if not again:
             self.texts_cut += content.texts_cut
             self.bad += [bad for bad in content.bad if bad.place in draws]  # those of partners are counted elsewhere
         self.waited += time.perf_counter() - asked
-        return batch
+        return batch if portions is None else replace(batch, cut=portions.cut)
 
     def _begin(self, first_draw: int, source: Source) -> None:
         """What is asked for now is of the step that begins so."""
@@ -150,27 +163,33 @@ class TrainStream:
         self._agreement.begin(first_draw)
 
     def _read(self, first_draw: int) -> Content:
-        read, _, _ = self._draws_of(first_draw)
-        return self._mixed(self._mender.training(self._order.indices(read), int(read[0])), first_draw)
+        if self._portions is None:
+            return self._made(first_draw, self._micro_batch_size)
+        part = self._portions.part(first_draw)
+        return self._portions.filled(self._made(part.start, len(part)))
 
-    def _mixed(self, content: Content, first_draw: int) -> Content:
-        """What was made of the draws that are read, as what is made of the micro-batch."""
+    def _made(self, first_draw: int, count: int) -> Content:
+        read, _, _ = self._draws_of(first_draw, count)
+        return self._mixed(self._mender.training(self._order.indices(read), int(read[0])), first_draw, count)
+
+    def _mixed(self, content: Content, first_draw: int, count: int) -> Content:
+        """What was made of the draws that are read, as what is made of `count` from one on."""
         if not self._config.mixes or content.images is None:
             return content
-        _, own, others = self._draws_of(first_draw)
-        return replace(content, images=blend(content.images, own, others, self._blend(first_draw)))
+        _, own, others = self._draws_of(first_draw, count)
+        return replace(content, images=blend(content.images, own, others, self._blend(first_draw, count)))
 
-    def _draws_of(self, first_draw: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Of the micro-batch that begins with a draw: (draws that are read for it, one after the other; where in these
-        its own are; where those are that they are mixed with, if they are)."""
-        count, repeats = self._micro_batch_size, self._config.repeats
+    def _draws_of(self, first_draw: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Of `count` draws from one on: (draws that are read for them, one after the other; where in these they are;
+        where those are that they are mixed with, if they are)."""
+        repeats = self._config.repeats
         own = np.arange(first_draw, first_draw + count)
         read = with_partners(first_draw, count, repeats) if self._config.mixes else own
         return read, own - read[0], partners(own, repeats) - read[0]
 
-    def _blend(self, first_draw: int) -> Blend:
+    def _blend(self, first_draw: int, count: int) -> Blend:
         _, height, width = self._dataset.image_shape
-        return draw_blend(self._config, self._seed, first_draw, self._micro_batch_size, height, width)
+        return draw_blend(self._config, self._seed, first_draw, count, height, width)
 
 
 class StepBatches(Sequence[Batch]):
@@ -197,87 +216,6 @@ class StepBatches(Sequence[Batch]):
             self._last = draw, self._stream._batch(draw, number, self._source, again=draw in self._asked)
             self._asked.add(draw)
         return self._last[1]
-
-
-class EvalStream:
-    """Every image exactly once over all data ranks, for each pass over the stream; unaugmented, unless `vary_held_out`.
-
-    All ranks see the same number of batches of the same size; what is missing at the end is padded with black images of
-    weight 0, label 0, id -1 and an empty text. An image's text is the first of its captions, or the one that says most.
-    Of two views the first is the image itself, the second is augmented, the same way in every run. Bad samples end the
-    pass or, with `leaves_out`, are padding in their place: an image that is not there counts for nothing.
-
-    Args:
-        span: numbers of the images; None: all. relay, pins: as of TrainStream.
-
-    Attributes:
-        texts_cut: as of TrainStream. bad: samples that were left out, in each pass, on ranks that find them.
-    """
-
-    def __init__(
-        self,
-        dataset: Dataset,
-        *,
-        config: DataConfig,
-        micro_batch_size: int,
-        data_rank: int,
-        data_size: int,
-        with_images: bool = True,
-        with_texts: bool = True,
-        span: range | None = None,
-        leaves_out: bool = False,
-        relay: Relay | None = None,
-        pins: bool = False,
-    ) -> None:
-        assert 0 <= data_rank < data_size
-        self.texts_cut, self.bad = 0, list[BadSample]()
-        self._dataset = dataset
-        self._span = range(len(dataset)) if span is None else span
-        self._config = config
-        self._micro_batch_size = micro_batch_size
-        self._data_rank = data_rank
-        self._data_size = data_size
-        self._relay, self._pins = relay, pins
-        decides = with_images if relay is None else relay.decides
-        self._mender = Mender(
-            dataset, config, with_images=with_images, with_texts=with_texts, decides=decides, mends=leaves_out
-        )
-
-    def __len__(self) -> int:
-        """Batches per data rank."""
-        return -(-len(self._span) // (self._micro_batch_size * self._data_size))
-
-    def __iter__(self) -> Iterator[Batch]:
-        first = self._span.start + self._data_rank * self._micro_batch_size
-        stride = self._data_size * self._micro_batch_size
-        firsts = range(first, first + len(self) * stride, stride)
-        workers = self._config.workers if self._mender.needs_any else 0
-        loader = in_workers(self._read, firsts, workers, ready=0, pins=self._pins)
-        if self._relay is not None:
-            self._relay.begin()
-        for first in firsts:
-            yield self._batch(first, next(loader) if loader else self._read(first))
-
-    def _indices(self, first_index: int) -> NDArray[np.int64]:
-        return np.arange(first_index, min(first_index + self._micro_batch_size, self._span.stop))
-
-    def _read(self, first_index: int) -> Content:
-        if not self._mender.needs_any:
-            return Content()
-        indices = self._indices(first_index)
-        return self._mender.held_out(indices, self._micro_batch_size - len(indices))
-
-    def _batch(self, first_index: int, content: Content) -> Batch:
-        indices = self._indices(first_index)
-        missing = self._micro_batch_size - len(indices)
-        kept = indices if content.indices is None else content.indices
-        if self._relay is not None:
-            kept = self._relay.pass_on(0, kept)
-        if self._mender.needs_any and (content.indices is None or not np.array_equal(kept, content.indices)):
-            content = self._mender.held_out_of(indices, kept, missing)
-        self.texts_cut += content.texts_cut
-        self.bad += content.bad
-        return batch_of(self._dataset, content, kept, torch.from_numpy(indices), missing, self._config.views)
 
 
 def _check_batch_sizes(global_batch_size: int, micro_batch_size: int, data_size: int) -> None:

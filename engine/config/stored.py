@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _SAY_NOTHING = (
     "path", "val_path", "image_column", "caption_column", "label_column", "tokenizer", "text_cleaning", "text_padding",
     "templates", "prompts", "workers", "views", "index_dir", "max_bad_share",
+    "share_decoding",
 )  # fmt: skip
 _ORDER = ("data.repeats", "data.weights", "data.shuffle_window")  # keys of which image a draw is
 _DRAWN = ("synthetic", "textures")  # kinds whose images follow from the seed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from data import Cut
 from engine.config.config import Config
 from engine.config.objectives import blocks_of
 from engine.config.train import LogConfig, TrainConfig
@@ -23,6 +24,11 @@ def without_effect(config: Config, shape: GridShape, device_type: str, steps: in
         found.append(f"log.attention_images {config.log.attention_images}: log.attention_interval is 0")
     if config.train.stop_step is not None and config.train.stop_step >= steps:
         found.append(f"train.stop_step {config.train.stop_step}: the run has {steps} steps")
+    sharing, share, micro = shape.tensor * shape.context, config.data.share_decoding, config.train.micro_batch_size
+    if share != "auto" and sharing == 1:
+        found.append(f"data.share_decoding {share}: no other rank sees the same images")
+    elif share == "always" and micro is not None and Cut.of(micro, sharing, config.data).count == 1:
+        found.append(f"data.share_decoding always: micro-batches of {micro} image(s) cannot be cut")
     if shape.pipeline == 1:
         keys = ("layers_per_stage", "schedule", "virtual_stages", "schedule_policy")
         found += _set(p, keys, "there is one pipeline rank")

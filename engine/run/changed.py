@@ -21,7 +21,7 @@ from parallel.checkpoint.read import Reader
 # Keys that may change without a word: how a run is spread and watched, and where things are.
 _FREE = (
     "parallel.", "recompute.", "log.", "checkpoint.", "run_dir", "device", "data.path", "data.val_path", "data.workers",
-    "data.index_dir", "data.max_bad_share", "contrastive.passes", "distillation.passes",
+    "data.index_dir", "data.max_bad_share", "data.share_decoding", "contrastive.passes", "distillation.passes",
 )  # fmt: skip
 _FREE_TRAIN = ("micro_batch_size", "eval_interval", "stop_step", "time_limit", "check_interval", "max_bad_steps")
 _TRAINED_BY = ("drop_path", "layer_scale", "head_bias", "preset")  # keys of the model that say how

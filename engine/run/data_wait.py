@@ -14,7 +14,7 @@ from typing import NamedTuple
 from data import TrainStream
 from engine.run.agreement import named_ranks
 
-STARVED = 0.05
+STARVED = 0.1
 """Share of a step from which on waiting for data is told."""
 
 _OTHER = 1.5  # factor by which a number of workers is another one, which is told again

@@ -229,6 +229,6 @@ class HeldBatches(Sequence[Batch]):
         return batch
 
 
-def _own(x: Tensor | None) -> Tensor | None:
+def _own(x: Any) -> Any:
     """In this process's own memory: what a worker shares is an open file, of which few may be kept."""
-    return x.clone() if x is not None and x.is_shared() else x
+    return x.clone() if isinstance(x, Tensor) and x.is_shared() else x

@@ -20,6 +20,7 @@ from engine.optimizers.schedules import factor
 from engine.run.attention import AttentionLog
 from engine.run.bad_samples import BadSamples
 from engine.run.data_wait import Figures, Hints, Supply
+from engine.run.decode_sharing import decode_sharing
 from engine.run.finite import check_finite
 from engine.run.metrics import MetricsWriter
 from engine.run.predicted import Comparison
@@ -102,7 +103,7 @@ class Loop:
             "with_texts": a.holds_texts,
         }
         batch, done, relay = a.config.train.global_batch_size, self.progress, sample_relay(a)
-        ways: dict[str, Any] = {"relay": relay, "pins": a.device.type == "cuda"}
+        ways: dict[str, Any] = {"relay": relay, "pins": a.device.type == "cuda", "circle": decode_sharing(a, relay)}
         self.train_stream = TrainStream(
             train_set,
             global_batch_size=batch,
@@ -309,7 +310,8 @@ class Loop:
         waited = (self.train_stream.waited - interval.waited_before) / interval.steps + late
         own = [[float(peak_memory_bytes(a.device)), waited, *self._supply.figures(late)]]
         of_ranks = comm.all_gather_rows(torch.tensor(own, dtype=torch.float64, device=a.device), a.grid.world).tolist()
-        memory, waited = (max(each) for each in list(zip(*of_ranks, strict=True))[:2])
+        memory, waited = (max(of_rank[n] for of_rank in of_ranks) for n in range(2))
+        supplies = [Figures(*of_rank[2:]) for of_rank in of_ranks]
         images_per_second = batch / step_time
         tflops = self.flops_per_image * images_per_second / a.grid.shape.world_size / 1e12
         peak = peak_tflops(a.device, self.config.precision.dtype)
@@ -329,6 +331,7 @@ class Loop:
             "epoch": self.progress.samples / self.images_per_epoch,
             "data_time": waited,
             "data_wait": 1e3 * waited,
+            "data_work": 1e3 * max(of_rank.reading + of_rank.making for of_rank in supplies),
             "bubble": statistics.fmean(interval.bubbles) if interval.bubbles else None,
             "bubble_predicted": self.bubble_predicted,
         } | {**self._texts_cut(), **self._bad.counted()}
@@ -337,7 +340,7 @@ class Loop:
                 values[f"loss_{name}"] = statistics.fmean(found)
         if self.writer is not None:
             self.writer.train(step, values)
-            if (hint := self._hints.of([Figures(*of_rank[2:]) for of_rank in of_ranks])) is not None:
+            if (hint := self._hints.of(supplies)) is not None:
                 self.writer.say(hint)
 
     def _texts_cut(self) -> dict[str, int]:

@@ -11,6 +11,7 @@ import torch
 from engine.assembly import Assembly
 from engine.device import describe
 from engine.plan import states
+from engine.run.decode_sharing import shared_by
 from engine.run.recomputed import recompute_lines
 from model import ModelConfig, Tower
 from model.kernels import Kernels
@@ -111,6 +112,8 @@ def _batch_lines(a: Assembly) -> Iterator[str]:
         f"batch: {train.global_batch_size} images = {data} data rank(s) x {count} micro-batch(es) "
         f"x {train.micro_batch_size}"
     )
+    if ranks := shared_by(a.config, a.grid.shape):
+        yield f"  decoding: each of {ranks} ranks that see the same images decodes a part of each micro-batch"
     if (line := a.objective.describe()) is not None:
         yield line
 

@@ -17,6 +17,7 @@ from data import Batch
 from engine.assembly import Assembly
 from engine.objectives.base import JointObjective
 from engine.run.bubble import BubbleMeter
+from engine.run.decode_sharing import completed
 from engine.run.diagnose import Watch, first_culprit, watch
 from engine.run.joint import HeldBatches, JointStep, Pass, Told
 from engine.run.transfer import Transfer, transfer_to
@@ -86,8 +87,9 @@ class _OnDevice(Sequence[MicroBatch]):
 
     def _move(self, m: int) -> MicroBatch:
         with self._assembly.grid.meter.where.during(f"reading images of micro-batch {m}"):
-            moved = self._transfer.move(self._batches[m], partial(self._assembly.to_device, training=True))
-            moved = replace(moved, shares=self._shares)
+            batch = self._batches[m]
+            moved = self._transfer.move(batch, partial(self._assembly.to_device, training=True))
+            moved = replace(completed(moved, batch, self._assembly), shares=self._shares)
         if self._keeps:
             self._without_images[m] = replace(moved, images=None)
         return moved
@@ -215,7 +217,8 @@ class Stepper:
         evaluation = a.objective.evaluation(a.grid, a.device)
         stream, where = iter(batches), a.grid.meter.where
         while group := list(where.each(islice(stream, 4 * a.grid.pipeline.size), "reading images")):  # bounded memory
-            micro_batches = [self.transfer.move(batch, partial(a.to_device, training=False)) for batch in group]
+            to_device = partial(a.to_device, training=False)
+            micro_batches = [completed(self.transfer.move(batch, to_device), batch, a) for batch in group]
             evaluation.add(self._eval(len(group)).run(micro_batches, evaluation.look))
         figures = evaluation.figures(holds_loss=a.holds_loss)
         self.meter.met()

@@ -290,6 +290,7 @@ class Case:
                 labels_per_class=FEW[self.model],
                 **AUGMENTED[self.model],
                 variable_resolution=0.5 if self.model in PACKED else 0.0,
+                share_decoding="always" if self.micro_batches > 1 else "never",
             ),
             parallel=ParallelConfig(
                 tensor_parallel_size=self.tensor,

@@ -22,6 +22,7 @@ from engine.config import Config
 from engine.config.objectives import text_shape
 from engine.optimizers.schedules import factor
 from engine.recompute_choice import TooLittleError, check_budget, settled
+from engine.run.decode_sharing import decode_sharing
 from engine.run.load import start_from
 from engine.run.prompts import prompt_batches
 from engine.run.step import Stepper
@@ -147,7 +148,9 @@ def climb(
         "with_images": assembly.holds_images,
         "with_texts": assembly.holds_texts,
     }
-    stream = TrainStream(train_set, global_batch_size=config.train.global_batch_size, seed=config.train.seed, **place)
+    circle = decode_sharing(assembly, None)
+    size = config.train.global_batch_size
+    stream = TrainStream(train_set, global_batch_size=size, seed=config.train.seed, circle=circle, **place)
     out = Climb()
     update = assembly.optimizer.update
 
@@ -171,7 +174,7 @@ def climb(
         sends = any(of.offloads and "output" not in of.drops for of in again.sets.values())
         assert again.offload.sent or not sends  # a stage's own input stays
     out.parameters = logical(assembly, "master")
-    held_out = [*EvalStream(eval_set, **place), *prompt_batches(eval_set, **place)]
+    held_out = [*EvalStream(eval_set, circle=circle, **place), *prompt_batches(eval_set, **place)]
     out.evaluation = evaluated(stepper.evaluate(held_out))
     if assembly.average is not None:
         out.average = evaluated(stepper.evaluate_average(held_out))

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import TooManyBadError
+from data import BadSampleError, TooManyBadError
 from engine.config.cli import parse
 from engine.run.trainer import pretrain
 from parallel import process_group
+from parallel.comm import PeerLostError
 from parallel.process_group import World
 from tests.distributed import run_ranks
 from tests.engine.small import flags
@@ -28,7 +29,8 @@ GIVEN |= {"checkpoint__save_interval": "2"}
 LAYOUTS: dict[str, dict[str, str]] = {
     "pipeline": {"parallel__pipeline_parallel_size": "2"},
     "both ends": {"parallel__pipeline_parallel_size": "2", "parallel__schedule": "zb_v"},
-    "tensor": {"parallel__tensor_parallel_size": "2"},
+    "tensor": {"parallel__tensor_parallel_size": "2", "data__share_decoding": "never"},
+    "tensor, each a part": {"parallel__tensor_parallel_size": "2"},
     "data": {},
     "stopped": {"parallel__pipeline_parallel_size": "2", "train__stop_step": "2"},
     "resumed": {},
@@ -46,6 +48,16 @@ def trained(world: World, folder: str, layouts: Mapping[str, Mapping[str, str]])
             pretrain(parse(argv[:size] + argv[size + 2 :])[0], world)
 
 
+def on_two_ranks(world: World, folder: str) -> str:
+    """All layouts, and then how a run ends for a rank where no sample may be bad, and one of the two finds one."""
+    trained(world, folder, LAYOUTS)
+    try:
+        trained(world, folder, {"strict": LAYOUTS["tensor, each a part"] | {"data__max_bad_share": "0"}})
+    except (BadSampleError, PeerLostError) as error:
+        return type(error).__name__
+    return "well"
+
+
 def test_bad_samples_are_the_same_in_every_layout_and_after_a_stop(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for name, number in ((name, number) for name in "ab" for number in range(12)):
@@ -55,11 +67,14 @@ def test_bad_samples_are_the_same_in_every_layout_and_after_a_stop(tmp_path: Pat
     for file in BAD:
         (tmp_path / "photos" / file).write_bytes(b"no image")
     trained(World(), str(tmp_path), {"alone": {}})
-    run_ranks(2, trained, str(tmp_path), LAYOUTS)
+    assert sorted(run_ranks(2, on_two_ranks, str(tmp_path))) == ["BadSampleError", "PeerLostError"]
     expected = told(tmp_path / "alone")
     assert {file for file in BAD for line in expected["bad_samples"] if file in line["cause"]} == set(BAD)
     assert {line["event"] for line in expected["bad_samples"]} == {"train", "eval"}
-    for name in ("pipeline", "both ends", "tensor", "data", "stopped"):
+    parts, alone = told(tmp_path / "tensor, each a part"), told(tmp_path / "tensor")
+    for name in ("loss", "grad_norm", "accuracy", "bad_samples", "images"):
+        assert [line.get(name) for line in parts["metrics"]] == [line.get(name) for line in alone["metrics"]], name
+    for name in ("pipeline", "both ends", "tensor", "tensor, each a part", "data", "stopped"):
         found = told(tmp_path / name)
         assert found["bad_samples"] == expected["bad_samples"], name
         for one, other in zip(found["metrics"], expected["metrics"], strict=True):

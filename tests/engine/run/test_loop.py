@@ -38,7 +38,7 @@ from tests.engine.small import flags, small
 TRAIN_KEYS = [
     *("event", "step", "samples", "loss", "lr", "grad_norm", "loss_scale", "skipped_steps", "step_time"),
     *("images_per_second", "tokens_per_second", "tflops_per_device", "mfu", "peak_memory"),
-    *("epoch", "data_time", "data_wait", "bubble", "bubble_predicted", "wall_time"),
+    *("epoch", "data_time", "data_wait", "data_work", "bubble", "bubble_predicted", "wall_time"),
 ]
 
 

@@ -42,7 +42,7 @@ from tests.engine.small import small
 STEPS = 9
 TIMES = (
     "step_time", "images_per_second", "tokens_per_second", "tflops_per_device", "mfu", "peak_memory", "data_time",
-    "data_wait", "wall_time", "eval_time", "bubble",
+    "data_wait", "data_work", "wall_time", "eval_time", "bubble",
 )  # fmt: skip
 AUGMENTED: dict[str, Any] = {
     "rotate": 10.0, "shift": 0.1, "scale": 0.2, "flip": True, "crop_min_area": 0.5, "rand_augment": "rand-m7-n1",
