@@ -99,15 +99,20 @@ class Mender:
         return replace(self._maker.held_out(indices, missing, kept != LEFT_OUT), indices=kept)
 
     def _instead(self, index: int, draw: int) -> int:
-        """The sample that takes the place of a bad one, of its own source; repeats of an image have one."""
+        """The sample that takes the place of a bad one, of its own source; repeats of an image have one. Where few
+        labels are known it has one if the bad one had, and else none: an epoch tells as many labels as ever."""
         ends = self._dataset.source_ends
         first, end = 0, len(self._dataset)
         if ends is not None:
             source = int(np.searchsorted(ends, index, side="right"))
             first, end = int(ends[source - 1]) if source else 0, int(ends[source])
+        alike = None
+        if self._dataset.labelled is not None:
+            known = self._dataset.labels[first:end] >= 0
+            alike = first + np.flatnonzero(known == known[index - first])
         cause = None
         for word in keyed_words(self._seed, Purpose.SUBSTITUTE, 0, TRIES, draw // self._repeats).tolist():
-            candidate = first + word % (end - first)
+            candidate = first + word % (end - first) if alike is None else int(alike[word % len(alike)])
             if (cause := self._fault(candidate)) is None:
                 return candidate
         raise TooManyBadError(

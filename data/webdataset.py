@@ -25,6 +25,7 @@ from data.shards.classes import Classes, classes_of
 from data.shards.formats import Format
 from data.shards.parquet import ParquetFormat
 from data.shards.store import Place, Store
+from data.shards.stores import store_of
 from data.shards.tar import TarFormat
 from data.sharing import once
 from data.showing import read_file
@@ -182,7 +183,7 @@ def _format(config: DataConfig) -> Format:
 def _opened(config: DataConfig, form: Format, path: str, key: str, readers: int) -> Store:
     folder = config.index_dir
     what = f"{key}={Path(path).absolute()} {form} {folder}"
-    return form.store(once(Catalogue, partial(open_shards, path, key, form=form, folder=folder), what, readers))
+    return store_of(once(Catalogue, partial(open_shards, path, key, form=form, folder=folder), what, readers), form)
 
 
 def _captions(dataset: WebDataset, prompts: tuple[str, ...]) -> ShardCaptions | None:

@@ -1,18 +1,14 @@
-"""What a shard is made of: how its index is made and its samples are read, by its format."""
+"""What a shard is made of, and how its index is made, by its format (stores.py: how its samples are read)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, ClassVar, Protocol
+from typing import BinaryIO, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-
-if TYPE_CHECKING:
-    from data.shards.catalogue import Catalogue
-    from data.shards.store import Store
 
 RECORD = np.dtype(
     [
@@ -70,8 +66,4 @@ class Format(Protocol):
 
     def content(self, file: Path, opened: BinaryIO) -> Content:
         """Of a file. Raises ShardError for one that is no good."""
-        ...
-
-    def store(self, catalogue: Catalogue) -> Store:
-        """Reads its samples."""
         ...

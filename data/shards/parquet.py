@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from pyarrow import DataType, RecordBatch
     from pyarrow.parquet import ParquetFile
 
-    from data.shards.catalogue import Catalogue
-    from data.shards.row_groups import ParquetStore
-
 CAPTION, LABEL = "caption", "label"
 """Columns that are read if they are there, without anybody's asking."""
 
@@ -95,7 +92,7 @@ class ParquetFormat(Format):
     @property
     def taken_by(self) -> tuple[object, ...]:
         """As Format."""
-        names = (self.image, self.label)
+        names = (self.image, None if self.label == LABEL else self.label)  # named or not, it is the same column
         return () if names == ("image", None) else names
 
     def content(self, file: Path, opened: BinaryIO) -> Content:
@@ -125,12 +122,6 @@ class ParquetFormat(Format):
             groups=tuple(groups),
             left_out=left_out,
         )
-
-    def store(self, catalogue: Catalogue) -> ParquetStore:
-        """As Format."""
-        from data.shards.row_groups import ParquetStore
-
-        return ParquetStore(catalogue, self)
 
     def columns(self, parquet: ParquetFile, file: str) -> Columns:
         """What is read of a file. Raises ShardError for columns that are missing, or hold something else."""

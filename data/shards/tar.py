@@ -14,7 +14,6 @@ import numpy as np
 
 from data.errors import UnreadableImageError
 from data.listing import SUFFIXES
-from data.shards.catalogue import Catalogue
 from data.shards.formats import RECORD, Content, Format
 from data.shards.members import Sample, ShardError, samples
 from data.shards.store import Place, Store, few_open
@@ -71,10 +70,6 @@ class TarFormat(Format):
             rows.append((*(offset for offset, _ in places), *(size for _, size in places), -1, len(keys)))
         records = np.array(rows, dtype=RECORD)
         return Content(records=records, keys=bytes(keys), labels=labels, left_out=+left_out)
-
-    def store(self, catalogue: Catalogue) -> TarStore:
-        """As Format."""
-        return TarStore(catalogue, self)
 
 
 def _label(tar: Path, opened: BinaryIO, sample: Sample, field: str | None) -> str | None:

@@ -130,6 +130,20 @@ def test_a_sample_of_the_same_source_stands_in() -> None:
         assert (one.sample < 10) == (one.instead < 10)
 
 
+def test_where_few_labels_are_known_stand_ins_have_one_if_the_bad_sample_had() -> None:
+    dataset = Damaged((3, 30))
+    dataset.labels[[i for i in range(SIZE) if i not in (3, 12, 13, 20)]] = -1
+    dataset.labelled, dataset.source_ends = 4, np.array([14, SIZE - 10, SIZE])
+    dataset.texts = None
+    bad = training(10, config_of(), dataset)[1]
+    assert {one.instead for one in bad if one.sample == 3} == {12, 13}
+    assert {one.instead for one in bad if one.sample == 30} <= {*range(31, SIZE)}  # without one
+    assert {one.sample for one in bad} == {3, 30}
+    dataset.bad = (20,)  # the only one of its source
+    with pytest.raises(TooManyBadError, match=r"sample 20 is bad, and so are 16 others"):
+        training(10, config_of(), dataset)
+
+
 def test_ranks_that_decode_nothing_are_told() -> None:
     """One finds out; one has texts alone, one labels alone. All ask in orders of their own, and again."""
     wires = {name: defaultdict[int, deque[NDArray[np.int64]]](deque) for name in ("texts", "labels")}

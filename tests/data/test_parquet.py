@@ -19,6 +19,7 @@ from data import DataConfig, Dataset, TextShape, TrainStream, build_datasets
 from data.captions import Look
 from data.errors import UnreadableImageError
 from data.mixing import sample_order
+from data.shards.stores import store_of
 from data.webdataset import WebDataset
 from tests.data.tars import picture
 from tools.prepare_data.__main__ import main
@@ -68,6 +69,7 @@ def test_images_labels_and_captions_are_those_of_the_rows(tmp_path: Path) -> Non
     train, _ = build(pattern, text=TEXT)
     assert greys(train) == list(range(12)) and train.class_names == NAMES
     assert train.labels.tolist() == [i % 3 for i in range(12)]
+    assert build(pattern, label_column="label")[0].fingerprint == train.fingerprint  # named or not: the same data
     assert train.captions is not None and train.captions.every(8, 2, Look()) == ["grey 8", "so it is"]
     assert train.captions.prompts() is not None and "bee" in train.captions.prompts()[1][0]  # type: ignore[index]
     assert train.shard_ends is not None and train.shard_ends.tolist() == [3, 6, 7, 10, 12]  # row groups
@@ -169,7 +171,7 @@ def test_bad_samples_and_changed_files_are_named(tmp_path: Path) -> None:
 
 def build_open(dataset: WebDataset, index: int) -> None:
     """Read by a process that has not opened the file yet."""
-    dataset.store.form.store(dataset.store.catalogue).image(dataset.places(np.array([index]))[0])
+    store_of(dataset.store.catalogue, dataset.store.form).image(dataset.places(np.array([index]))[0])
 
 
 def test_the_tool_indexes_checks_counts_and_packs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,7 +24,7 @@ from tests.data.tars import picture, sample, shards, write_tar
 
 def opened(path: object, label: str | None = None, folder: str | None = None) -> TarStore:
     form = TarFormat(label=label)
-    return form.store(open_shards(str(path), "data.path", form=form, folder=folder, workers=1))
+    return TarStore(open_shards(str(path), "data.path", form=form, folder=folder, workers=1), form)
 
 
 def test_patterns_are_expanded_as_by_a_shell(tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_an_index_that_is_mapped_again_is_the_one_of_before(tmp_path: Path) -> N
     with pytest.raises(UnreadableImageError, match=r"01\.tar\.index is damaged|was made anew, of other bytes"):
         store.part(place, "image")
     with pytest.raises(UnreadableImageError, match=r"was made anew, of other bytes, since this run began"):
-        TarFormat().store(store.catalogue).index(1)
+        TarStore(store.catalogue, TarFormat()).index(1)
     index.write_bytes(kept[:-1])
     with pytest.raises(UnreadableImageError, match=r"01\.tar\.index is damaged"):
         store.part(place, "image")
@@ -203,7 +203,7 @@ def test_many_shards_need_few_open_files(tmp_path: Path) -> None:
     catalogue, limits = opened(shards(tmp_path, sizes=[1] * 100)).catalogue, resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 100, limits[1]))
     try:
-        store = TarFormat().store(catalogue)
+        store = TarStore(catalogue, TarFormat())
         for number, place in enumerate(store.places(np.arange(100))):
             assert store.part(place, "image") == picture(number)
     finally:

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from data.pairs import Columns
 from data.shards.catalogue import open_shards
 from data.shards.store import Store
+from data.shards.stores import store_of
 from engine.errors import EXIT_DONE, EXIT_FAULT
 from tools.commands import run_command
 from tools.prepare_data.look import check, stats
@@ -86,7 +87,7 @@ def _opened(options: argparse.Namespace) -> Store:
             again=options.command == "index" and options.again,
             told=bar.update,
         )
-    return form.store(catalogue)
+    return store_of(catalogue, form)
 
 
 def _part(text: str) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from data.shards.classes import class_map
 from data.shards.formats import Format
 from data.shards.parquet import ParquetFormat
 from data.shards.store import Store
+from data.shards.stores import store_of
 from data.shards.tar import TarFormat, captions_as_parts
 
 _NAME = 60  # characters of a file's name that are kept in a key
@@ -140,7 +141,7 @@ def source_of(path: str, columns: Columns) -> Source:
         return TableSource(read_pairs(path, "SRC", columns, None))
     form = format_of(path, columns)
     catalogue = open_shards(path, "SRC", form=form, folder=None)
-    return ShardSource(form.store(catalogue), class_map(catalogue) or ())
+    return ShardSource(store_of(catalogue, form), class_map(catalogue) or ())
 
 
 def key_of(number: int, name: str) -> str:
