@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ from data.held_out import FOLDS, Part
 from data.image_folder import whole_folder
 from data.image_text import whole_table
 from data.scaling import Finish
+from data.shards.doubles import refuse_named_twice
 from data.showing import Showing
 from data.source_names import sources_of
 from data.templates import captions_of, class_prompts, class_words
@@ -195,13 +198,28 @@ def _opened(config: DataConfig, path: str, key: str, image_shape: tuple[int, int
         "image_folder": whole_folder, "image_text": whole_table, "webdataset": whole_shards, "parquet": whole_shards
     }  # fmt: skip
     sources = sources_of(path, config.kind, key)
-    if twice := [source.path for source in sources if sources.count(source) > 1]:
-        raise ValueError(f"{key}={path} names {twice[0]} in two sources: name each once, and see data.weights")
-    found = [openers[source.kind](config.of_source(source), key, image_shape, readers) for source in sources]
+    keys = [config.of_source(source) for source in sources]
+    _refuse_twice(keys, f"{key}={path}")
+    found = [openers[of.kind](of, key, image_shape, readers) for of in keys]
     shards = [one for one in found if isinstance(one, WebDataset)]
     for one in shards:
         one.store.share(len(shards))
+    for form in dict.fromkeys(one.store.form for one in shards):
+        alike = [one.store.catalogue for one in shards if one.store.form == form]
+        files = [file for catalogue in alike for file in catalogue.files]
+        refuse_named_twice(f"{key}={path}", files, np.concatenate([catalogue.hashes for catalogue in alike]))
     return found
+
+
+def _refuse_twice(sources: Sequence[DataConfig], given: str) -> None:
+    """Raise ValueError for folders and tables that are named twice, or lie in each other. Who reads other columns has
+    other samples. What shards are the same is known once they are open."""
+    for one, other in combinations(sources, 2):
+        first, second = (Path(of.path or "").expanduser().resolve() for of in (one, other))
+        lies_in = one.kind == "image_folder" and (first in second.parents or second in first.parents)
+        columns = [(of.kind, of.image_column, of.caption_column, of.label_column) for of in (one, other)]
+        if columns[0] == columns[1] and (first == second or lies_in):
+            raise ValueError(f"{given} names {other.path} in two sources: name each once, and see data.weights")
 
 
 def _classes(sources: Sequence[Dataset], trained: JoinedClasses | None, path: str) -> JoinedClasses:

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.listing import SUFFIXES
+from data.shards.doubles import doubles, refuse_named_twice
 from data.shards.formats import Format
 from data.shards.index import Head, copies, hash_of, make_index, note_copy, place, read_head
 from data.shards.members import ShardError
@@ -74,10 +75,13 @@ class Catalogue:
         return int(self.ends[shard] - (self.ends[shard - 1] if shard else 0))
 
     def describe(self) -> str:
-        """E.g. `5000 images in 5 shards shards/{0..4}.tar; left out: 3 samples without an image; 5 indexed now`."""
+        """E.g. `5000 images in 5 shards shards/{0..4}.tar; left out: 3 samples without an image; 5 indexed now`. Copies
+        of a shard are named."""
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.left_out.items())) or "nothing"
         made = f"; {self.made} indexed now" if self.made else ""
-        return f"{len(self)} images in {len(self.files)} shards {self.given}; left out: {reasons}{made}"
+        copied = _some(f"{other} has the bytes of {one}" for one, other in doubles(self.files, self.hashes))
+        warning = f"; warning: images come twice: {copied}" if copied else ""
+        return f"{len(self)} images in {len(self.files)} shards {self.given}; left out: {reasons}{made}{warning}"
 
 
 def open_shards(
@@ -123,7 +127,9 @@ def open_shards(
     _check_content(doubtful, given, workers)
     for shard in todo:
         heads[shard] = read_head(indexes[shard])
-    return _catalogue(path, files, sources, indexes, [head for head in heads if head is not None], len(todo))
+    found = _catalogue(path, files, sources, indexes, [head for head in heads if head is not None], len(todo))
+    refuse_named_twice(given, files, found.hashes)
+    return found
 
 
 def _status(files: Sequence[str], given: str) -> list[os.stat_result]:

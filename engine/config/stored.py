@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -48,6 +48,14 @@ def images_said(config: Config, student: ModelConfig) -> dict[str, Any]:
     for name in () if by_draw else _ORDER:
         del said[name]
     return _as_json(said)
+
+
+def with_later_keys(there: Meta, here: Mapping[str, Any]) -> Meta:
+    """What a folder says, and of keys of `here` that were not yet when it was written what they have meant since: their
+    defaults, which leave all as it was."""
+    usual = _as_json({f"data.{name}": value for name, value in asdict(DataConfig()).items()})
+    later = {name: usual[name] for name in here if name in usual and name not in there.images}
+    return replace(there, images={**there.images, **later})
 
 
 def sets_said(config: Config, train: Dataset, held_out: Dataset) -> dict[str, str]:
@@ -181,10 +189,11 @@ def _check_same(path: str, meta: Meta, student: ModelConfig, here: Mapping[str, 
             f"the teacher {path} has outputs of {meta.classes} classes and the student {own}: set model.num_classes to "
             f"{meta.classes}, or take outputs of a teacher of the student's classes"
         )
+    there = with_later_keys(meta, here).images
     differ = [
-        f"{name} is {here.get(name)}, there {meta.images.get(name)}"
-        for name in dict.fromkeys([*here, *meta.images])
-        if here.get(name) != meta.images.get(name)
+        f"{name} is {here.get(name)}, there {there.get(name)}"
+        for name in dict.fromkeys([*here, *there])
+        if here.get(name) != there.get(name)
     ]
     if differ:
         raise ConfigError(

@@ -104,8 +104,27 @@ def test_shares_and_windows_are_of_sources_of_any_kind(sources: dict[str, str]) 
     folders = f"{sources['folder'].removeprefix('folder:')}::{sources['folder']}"
     with pytest.raises(ValueError, match=r"in two sources: name each once"):
         build(folders, 2, kind="image_folder")
+    with pytest.raises(ValueError, match=r"names .*photos/ant in two sources: name each once"):
+        build(f"{sources['folder']}::{sources['folder']}/ant", 2)
     with pytest.raises(ValueError, match=r"data\.weights has 3 numbers, and data\.path=.* 2 sources"):
         build(path, weights=(1.0, 1.0, 1.0))
+
+
+def test_a_shard_of_two_sources_is_refused_under_whatever_name(tmp_path: Path, sources: dict[str, str]) -> None:
+    """Unless it is for other captions or labels. Copies of one are told."""
+    tar, again = sources["tar"], tmp_path / "linked" / "y.tar"
+    again.parent.mkdir()
+    again.symlink_to(tmp_path / "x.tar")
+    for other in (f"tar:{again}", f"{tmp_path}/*.tar"):
+        with pytest.raises(ValueError, match=r"names .*x\.tar twice, the other time as .*\.tar: name each shard once"):
+            build(f"{tar}::{sources['folder']}::{other}", 3)
+    assert len(build(f"{tar}::tar(caption=other):{again}", val_path=tar)[0]) == 12
+    with pytest.raises(ValueError, match=r"names .*x\.tar twice, the other time as .*y\.tar"):
+        build(f"{tmp_path}/x.tar::{again}")
+    again.unlink()
+    again.write_bytes((tmp_path / "x.tar").read_bytes())
+    line = build(f"{tmp_path}/x.tar::{again}", val_path=tar)[0].source
+    assert line is not None and line.endswith(f"images come twice: {again} has the bytes of {tmp_path}/x.tar")
 
 
 def test_sources_share_what_files_may_be_open(

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ from parallel.grid import GridShape
 from parallel.process_group import World
 from tests.engine.small import MODEL, flags
 from tests.tools.jobs import run_jobs
-from tools.teacher_outputs.__main__ import main
+from tools.teacher_outputs.__main__ import _joined, main
 
 TOOL, TRAINING = "tools.teacher_outputs.__main__", "pretrain_vit"
 DRAWN = {"objective": "distillation", "data__rotate": "20", "train__steps": "3", "train__global_batch_size": "16"}
@@ -265,6 +266,24 @@ def test_outputs_of_something_else_are_refused(opened: Path, folder: str, keys: 
     config_of(**usual, distillation__teacher=str(opened / folder)).resolve(1)
     with pytest.raises(ConfigError, match=message):
         config_of(**usual | keys, distillation__teacher=str(opened / folder)).resolve(1)
+
+
+@pytest.mark.parametrize(("folder", "usual"), [("two", DRAWN), ("images", PLAIN)])
+def test_outputs_of_before_there_was_a_key_are_known(
+    opened: Path, tmp_path: Path, folder: str, usual: dict[str, str]
+) -> None:
+    """What it means where nobody gives it, they had; the file stays as it is, and so does its fingerprint."""
+    copied = tmp_path / "outputs"
+    copytree(opened / folder, copied)
+    said = json.loads((copied / "meta.json").read_text())
+    del said["images"]["data.erase"], said["images"]["data.mean"]
+    (copied / "meta.json").write_text(json.dumps(said))
+    before = read_meta(copied)
+    config_of(**usual, distillation__teacher=str(copied)).resolve(1)
+    with pytest.raises(ConfigError, match=r"of other images: data\.mean is \[0\.3\], there \[0\.5\]\. Train"):
+        config_of(**usual | {"data__mean": "[0.3]"}, distillation__teacher=str(copied)).resolve(1)
+    now = replace(before, images=read_meta(opened / folder).images)
+    assert _joined(now, copied) == before
 
 
 def test_other_images_under_the_same_keys_are_refused(opened: Path) -> None:

@@ -19,7 +19,7 @@ import torch
 from engine.assemble import assemble, grid_of
 from engine.assembly import Assembly
 from engine.config.classes import ClassOrder, class_order
-from engine.config.stored import meta_of
+from engine.config.stored import meta_of, with_later_keys
 from engine.config.teachers import found_of
 from engine.device import describe, memory_share, prepare_cpu, set_matmul
 from engine.errors import EXIT_DONE, ConfigError
@@ -106,7 +106,7 @@ def _joined(meta: Meta, out: Path) -> Meta:
             raise ConfigError(f"--out {out} has rows, and no {FILE} that says of what: give another, or delete them")
         return meta
     there = read_meta(out)
-    if differ := meta.differences(there):
+    if differ := meta.differences(with_later_keys(there, meta.images)):
         raise ConfigError(
             f"--out {out} has outputs of something else: {'; '.join(differ)}. Give another folder, or what these are of"
         )
