@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from model.text import TextConfig
 
 Shape = tuple[int, ...]
-Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box"]
 
 
 class Entry(NamedTuple):
@@ -34,8 +34,10 @@ class Preprocessing:
 
     Attributes:
         mean, std: subtracted from pixels in 0..1, then divided by; one number per channel.
-        interpolation: with which it is resized. crop_fraction: the central part of the resized photograph that is the
-            input. squash: both sides are resized to the input's, else the shorter side is, and the ratio kept.
+        interpolation: with which it is resized (box: means of areas). crop_fraction: the central part of the resized
+            photograph that is the input. squash: both sides are resized to the input's, else the shorter side is, and
+            the ratio kept. antialias: each pixel is of all those that it covers, not of those around its middle alone,
+            which other libraries' files cannot say.
     """
 
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
@@ -43,6 +45,7 @@ class Preprocessing:
     interpolation: Interpolation = "bicubic"
     crop_fraction: float = 1.0
     squash: bool = False
+    antialias: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 from model.config import ModelConfig, StageConfig
 from model.formats.base import ConversionError, Description, Entry, Origin, Preprocessing
 from model.formats.pairs import has_texts, is_contrastive, pairing_of, shapes_of, tower_alone
+from model.formats.shown import shown_by
 from model.formats.weights import CARRIED, StoredWeights, Which
 from model.matching import MATCH
 from model.towers import IMAGE
@@ -184,10 +185,11 @@ def description_of(manifest: Manifest, folder: Path) -> Description:
     config, about = manifest.config, manifest.about
     try:
         data = config.get("data", {})
-        images = about.get("preprocessing") or {k: data[k] for k in ("mean", "std") if k in data}
+        own = about.get("preprocessing")
+        images = Preprocessing(**_tuples(own)) if own else shown_by(data) if data else None
         return Description(
             model=model_of(config["model"]),
-            preprocessing=Preprocessing(**_tuples(images)) if images else None,
+            preprocessing=images,
             origin=Origin(**about["origin"]) if "origin" in about else None,
             labels=tuple(about.get("labels", ())),
             pairing=pairing_of(config, _tuples) if has_texts(config) else None,

@@ -5,18 +5,28 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from data import DataConfig, build_datasets
 from engine.config.cli import ConfigError
 from model import ModelConfig, VisionTransformer
 from model.formats import api
+from model.formats.api import open_weights
 from model.formats.base import ConversionError, Preprocessing
+from model.formats.checkpoint import description_of
 from tools.convert import verify
 from tools.convert.__main__ import main
+from tools.convert.images import prepared
+from tools.convert.report import unsaid
 
 CONFIG = ModelConfig(
     width=16, depth=2, num_heads=2, mlp_dim=24, image_size=(8, 16), patch_size=4, num_classes=3, pool="cls",
@@ -51,6 +61,31 @@ def test_there_and_back(model: VisionTransformer, tmp_path: Path, capsys: pytest
     assert run("--to", "hf_vit", "--from", "vitruvius", tmp_path / "back", tmp_path / "there") == 0
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "there"))
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("way", ["centre", "timm", "big_vision", "big_vision_resize"])
+def test_images_are_those_that_a_run_evaluates_and_are_said_so_to_others(
+    way: str, model: VisionTransformer, tmp_path: Path
+) -> None:
+    photo = tmp_path / "photos" / "a" / "x.png"
+    photo.parent.mkdir(parents=True)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (37, 50, 3), np.uint8)).save(photo)
+    part = {"crop_pct": 0.5} if way in ("timm", "big_vision") else {}
+    data: Any = {"eval_transform": way, "mean": (0.4, 0.5, 0.6), "std": (0.25,)} | part
+    config = DataConfig(kind="image_folder", path=str(tmp_path / "photos"), val_path=str(tmp_path / "photos"), **data)
+    pixels = build_datasets(config, image_size=(8, 16), channels=3, num_classes=1, seed=0)[1].read(np.array([0]))[0]
+    saved: Any = SimpleNamespace(config={"model": asdict(CONFIG), "data": asdict(config)}, about={})
+    how = description_of(saved, tmp_path).preprocessing
+    assert how is not None
+    assert torch.equal(prepared(photo, 3, (8, 16), how), (pixels - torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)) / 0.25)
+    for kind in ("timm", "hf_vit", "vitruvius"):
+        model.save_pretrained(tmp_path / kind, kind, preprocessing=replace(how, std=(0.25,) * 3))
+        again = VisionTransformer.from_pretrained(tmp_path / kind).preprocessing
+        assert again == replace(how, std=(0.25,) * 3, antialias=how.antialias or kind != "vitruvius"), kind
+        with open_weights(tmp_path / "vitruvius" if kind == "vitruvius" else tmp_path / "ours") as weights:
+            weights.description = replace(weights.description, preprocessing=how)
+            said = list(unsaid(weights, kind))
+        assert bool(said) == (way == "big_vision_resize" and kind != "vitruvius")
 
 
 def test_dtype(model: VisionTransformer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

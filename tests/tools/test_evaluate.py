@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,19 @@ import numpy as np
 import pytest
 import torch
 
+from data import DataConfig
+from data.showing import showing_of
 from engine.errors import ConfigError
 from model import VisionTransformer
+from model.formats.base import Preprocessing
+from model.formats.shown import is_exact, shown_by
 from parallel.process_group import World
 from tests.engine.small import flags
 from tests.tools.jobs import run_jobs
 from tools.evaluate.__main__ import main
 from tools.evaluate.options import parse_options
-from tools.evaluate.source import _stored, sources_of
+from tools.evaluate.source import sources_of
+from tools.evaluate.stored import stored_keys
 
 TRAINING, EVALUATION = "pretrain_vit", "tools.evaluate.__main__"
 TRAIN = {
@@ -220,15 +226,39 @@ def test_images_of_other_files_are_shown_as_the_run_s() -> None:
     how = {"mean": [0.4], "eval_transform": "timm", "crop_pct": 0.9}
     data = {"kind": "webdataset", "path": "x.tar", "flip": True} | how
     for kind, kept in (("image_folder", how), ("digits", {"mean": [0.4]})):
-        assert _stored({"data": data}, None, {"data.kind": kind})["data"] == kept
-    assert _stored({"data": data}, None, {"data.path": "y.tar"})["data"] == data
+        assert stored_keys({"data": data}, None, None, {"data.kind": kind})["data"] == kept
+    assert stored_keys({"data": data}, None, None, {"data.path": "y.tar"})["data"] == data
+    assert "crop_pct" not in stored_keys({"data": data}, None, None, {"data.eval_transform": "centre"})["data"]
+
+
+@pytest.mark.parametrize(
+    ("how", "way", "part"),
+    [
+        (Preprocessing(interpolation="bilinear"), "centre", None),
+        (Preprocessing(crop_fraction=0.9), "timm", 0.9),
+        (Preprocessing(interpolation="box", crop_fraction=0.8), "big_vision", 0.8),
+        (Preprocessing(interpolation="bilinear", squash=True, antialias=False), "big_vision_resize", None),
+        (Preprocessing(interpolation="lanczos", crop_fraction=0.9), "timm", 0.9),  # nearly
+        (Preprocessing(squash=True), "big_vision_resize", None),  # nearly
+    ],
+)
+def test_images_are_shown_as_the_file_of_another_library_says(how: Preprocessing, way: str, part: float | None) -> None:
+    data = stored_keys({}, None, how, {"data.kind": "image_folder"})["data"]
+    assert data == {"mean": [0.5] * 3, "std": [0.5] * 3, "eval_transform": way, "crop_pct": part}
+    config = DataConfig(kind="image_folder", path="photos", **data | {"mean": how.mean, "std": how.std})
+    assert is_exact(how) == (shown_by(asdict(config)) == how)
+    assert "eval_transform" not in stored_keys({}, None, how, {})["data"]  # digits
+    ours = stored_keys({"data": {"kind": "image_folder", "eval_transform": "centre"}}, None, how, {})["data"]
+    assert ours["eval_transform"] == "centre" and "crop_pct" not in ours
+    usual = showing_of(DataConfig(kind="image_folder", path="photos", eval_transform="timm"))
+    assert usual is not None and usual.crop_pct == shown_by({"eval_transform": "timm"}).crop_fraction
 
 
 def test_labels_that_a_student_was_not_told_are_not_told_later() -> None:
     data = {"kind": "digits", "images_per_class": None, "labels_per_class": 3}
-    kept = _stored({"objective": "distillation", "distillation": {}, "data": data}, None, {})
+    kept = stored_keys({"objective": "distillation", "distillation": {}, "data": data}, None, None, {})
     assert "objective" not in kept and kept["data"] == data | {"images_per_class": 3, "labels_per_class": None}
-    assert _stored({"data": data | {"labels_per_class": None}}, None, {})["data"]["images_per_class"] is None
+    assert stored_keys({"data": data | {"labels_per_class": None}}, None, None, {})["data"]["images_per_class"] is None
 
 
 def test_no_checkpoint_is_no_checkpoint(tmp_path: Path) -> None:

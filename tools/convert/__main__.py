@@ -89,7 +89,7 @@ def main(argv: Sequence[str]) -> int:
             time.perf_counter() - started,
             peak_memory_bytes(torch.device("cpu")) - before,
         )
-        print(done.line(), flush=True)
+        print("\n".join([*report.unsaid(weights, options.to), done.line()]), flush=True)
         found = _verified(weights, options, told=bool(given or options.source_config)) if options.verify else []
         if options.json is not None:
             facts = {"from": weights.kind, "to": done.kind, "bytes": done.bytes, "seconds": done.seconds}

@@ -10,15 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data import DataConfig
 from data.decode import channels_first, whole
+from data.showing import read_file, showing_of
 from model.formats.base import Preprocessing
+from model.formats.shown import is_exact, keys_of
 from model.text import TextConfig
 
 if TYPE_CHECKING:
     from PIL import Image
 
 NAMES = ("china.jpg", "flower.jpg", "rocket.jpg", "ihc.png")
-_SEEN = {"nearest": "NEAREST", "bilinear": "BILINEAR", "bicubic": "BICUBIC", "lanczos": "LANCZOS"}
+_SEEN = {"nearest": "NEAREST", "bilinear": "BILINEAR", "bicubic": "BICUBIC", "lanczos": "LANCZOS", "box": "BOX"}
 
 
 def photographs(channels: int, size: tuple[int, int], how: Preprocessing | None) -> Tensor:
@@ -62,13 +65,18 @@ def _installed(package: str) -> Path:
 
 
 def prepared(path: Path, channels: int, size: tuple[int, int], how: Preprocessing) -> Tensor:
-    """An image as the model is to see it [channels, rows, columns], decoded as in training.
+    """An image as the model is to see it [channels, rows, columns], as evaluation does.
 
     Raises:
         UnreadableImageError: it cannot be decoded.
     """
-    image, white = whole(str(path), "RGB" if channels == 3 else "L")
-    x = torch.from_numpy(channels_first(_resized(image, size, how), channels) / np.float32(white))
+    if is_exact(how):  # as evaluation shows it, bit by bit
+        data = DataConfig(kind="image_folder", path="photographs", **keys_of(how))
+        pixels = read_file(str(path), None, (channels, *size), showing_of(data))
+    else:
+        image, white = whole(str(path), "RGB" if channels == 3 else "L")
+        pixels = channels_first(_resized(image, size, how), channels) / np.float32(white)
+    x = torch.from_numpy(pixels)
     mean, std = statistics(how, channels)
     return (x - mean) / std
 

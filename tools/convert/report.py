@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model.formats.pairs import BIAS, SCALE, text_model
+from model.formats.shown import describe
 from model.formats.weights import Weights
 from parallel.checkpoint.manifest import DTYPES
 from tools.convert.images import NAMES
@@ -38,12 +39,18 @@ def lines_of(weights: Weights) -> Iterator[str]:
         yield f"pair      {pair.embedding} features; scale of logits {scale:.4g}{bias}"
     if (p := d.preprocessing) is not None:
         mean, std = (", ".join(f"{v:g}" for v in values) for values in (p.mean, p.std))
-        crop = "both sides resized" if p.squash else f"centre crop {p.crop_fraction:.4g}"
-        yield f"images    mean {mean}; std {std}; {p.interpolation}, {crop}"
+        yield f"images    mean {mean}; std {std}; {describe(p)}"
     for what, names in (("carried", list(weights.carried)), ("left out", getattr(weights, "left_out", []))):
         if names:
             more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
             yield f"{what:<9} {len(names)} tensor(s): {', '.join(names[:_SHOWN])}{more}"
+
+
+def unsaid(weights: Weights, kind: str) -> Iterator[str]:
+    """What of the images a format has no words for, and says otherwise."""
+    how = weights.description.preprocessing
+    if how is not None and not how.antialias and kind not in ("vitruvius", "big_vision"):
+        yield f"images    {kind} cannot say that images are resized without antialiasing: there they are with it"
 
 
 @dataclass(frozen=True)

@@ -15,18 +15,21 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from data.config import is_of
 from engine.assemble import grid_of
 from engine.device import describe, memory_share, prepare_cpu, set_matmul
 from engine.errors import EXIT_DONE, ConfigError
 from engine.run.agreement import check_agreement, facts_of
 from engine.run.device import device_of
 from engine.run.launch import run_rank
+from model.formats.shown import describe as describe_shown
+from model.formats.shown import shown_by
 from parallel import comm, process_group
 from parallel.grid import Grid, world_axis
 from parallel.process_group import World
@@ -95,11 +98,16 @@ def _introduction(source: Source, which: str, grid: Grid, device: torch.device, 
     step = "" if source.step is None else f", step {source.step}"
     counts = f"{len(images.train)} training and {len(images.test)} held-out images of {images.classes} classes"
     layout = " x ".join(f"{axis} {size}" for axis, size in asdict(grid.shape).items())
+    data = source.config.data
     lines = [
         f"checkpoint  {source.weights.path} ({source.weights.kind}{step}){', moving average' * (which == 'average')}",
         f"layout      {layout}; {source.config.precision.dtype}; {describe(device)}",
-        f"images      {source.config.data.kind}: {counts}",
+        f"images      {data.kind}: {counts}",
     ]
+    own = source.weights.description.preprocessing
+    if own is not None and is_of(data.kind, "eval_transform"):
+        here = replace(shown_by(asdict(data)), mean=own.mean, std=own.std)
+        lines.append(f"shown       {describe_shown(here)}{f' (there: {describe_shown(own)})' if here != own else ''}")
     if source.plan.changed:
         lines.append(f"other than there: {source.plan.changes}")
     if resized := source.plan.of("resized"):

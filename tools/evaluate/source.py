@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -18,26 +18,25 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from data.config import is_of
 from engine.assemble import assemble
 from engine.assembly import Assembly
 from engine.checkpoint.load import LoadPlan, contrastive_folder, load_weights, plan_load
-from engine.config import Config, plain
+from engine.config import Config
 from engine.config.cli import parse
 from engine.errors import ConfigError
 from engine.objectives import Objective, make_objective
 from engine.objectives.base import Evaluation
 from model import Build, LayerSpec, MicroBatch, build_layers
 from model.formats.api import open_weights
-from model.formats.base import ConversionError, Description
-from model.formats.checkpoint import CheckpointWeights, RunWeights
-from model.formats.pairs import OF_THE_RUN
+from model.formats.base import ConversionError, Description, Preprocessing
+from model.formats.checkpoint import CheckpointWeights, RunWeights, description_of
 from model.formats.weights import StoredWeights, Which
 from parallel.checkpoint.manifest import CheckpointError
 from parallel.checkpoint.read import Reader
 from parallel.grid import Grid
 from parallel.process_group import World
 from tools.evaluate.options import OF_FEATURES, OF_TEXTS, PROGRAM
+from tools.evaluate.stored import stored_keys, values_of
 from tools.evaluate.towers import (
     IMAGE,
     TEXT,
@@ -48,12 +47,6 @@ from tools.evaluate.towers import (
     model_of,
 )
 
-# Of a run, what says nothing of its model and images, or of the ranks that run it here.
-_DROPPED = ("parallel", "recompute", "optimizer", "schedule", "checkpoint", "log", "run_dir", "device")
-_KEPT_OF_TRAIN = ("seed", "loss", "micro_batch_size")
-_KEPT_OF_DATA = (
-    "mean", "std", "eval_transform", "crop_pct", "workers", "views", "tokenizer", "text_cleaning", "text_padding",
-)  # fmt: skip
 _MICRO_BATCH = 64  # of what no run of ours has saved
 _HEADS = ("head.fc.", "head.fc_distill.", "head.project.")
 _SHOWN = 4
@@ -128,7 +121,11 @@ def sources_of(
     folder, manifest = found
     if task == "supervised":
         raise ConfigError(f"{folder} has no classifier: take --task {' or '.join(OF_FEATURES)}, which need none")
-    config = _config_of(manifest.config, None, flags, world)
+    try:
+        shown = description_of(manifest, folder).preprocessing
+    except ConversionError as error:
+        raise ConfigError(f"--checkpoint: {error}") from error
+    config = _config_of(manifest.config, None, shown, flags, world)
     if task in OF_TEXTS and not config.contrastive.has_texts:
         raise ConfigError(
             f"--task {task} is for models of images and texts, and {folder} compares views of images: it has no text "
@@ -204,12 +201,13 @@ def _config(weights: StoredWeights, flags: Sequence[str], world: World, *, featu
     if not features and not description.model.num_classes:
         raise ConfigError(f"{weights.path} has no classifier: take --task {' or '.join(OF_FEATURES)}, which need none")
     saved = weights.manifest.config if isinstance(weights, CheckpointWeights) else {}
-    return _config_of(saved, description, flags, world, features=features)
+    return _config_of(saved, description, description.preprocessing, flags, world, features=features)
 
 
 def _config_of(
     saved: Mapping[str, Any],
     description: Description | None,
+    shown: Preprocessing | None,
     flags: Sequence[str],
     world: World,
     *,
@@ -218,9 +216,9 @@ def _config_of(
     """Resolved, with batches that any layout can have, and each image once.
 
     Args:
-        saved: of a checkpoint of this program. description: of a model of images alone.
+        saved: of a checkpoint of this program. description: of a model of images alone. shown: how images are.
     """
-    config, _ = parse(flags, PROGRAM, stored=_stored(saved, description, values_of(flags)))
+    config, _ = parse(flags, PROGRAM, stored=stored_keys(saved, description, shown, values_of(flags)))
     shape = config.grid_shape(world.size)
     micro = config.train.micro_batch_size or _MICRO_BATCH
     batch = max(2, micro) * shape.data * config.pipeline(shape).pieces  # a step's, of which there will be none
@@ -230,37 +228,6 @@ def _config_of(
     config = config.resolve(world.size)
     config = replace(config, data=replace(config.data, views=1))
     return replace(config, model=replace(config.model, num_classes=0)) if features else config
-
-
-def _stored(saved: Mapping[str, Any], description: Description | None, flags: Mapping[str, str]) -> dict[str, Any]:
-    """Keys of the configuration that flags win over."""
-    kept = {name: value for name, value in saved.items() if name not in _DROPPED}
-    if "contrastive" in kept:
-        kept["contrastive"] = {name: value for name, value in kept["contrastive"].items() if name not in OF_THE_RUN}
-    if kept.pop("distillation", None) is not None and kept.get("objective") == "distillation":
-        del kept["objective"]  # a student is a model like others
-    if description is not None and "model" not in kept:
-        kept["model"] = plain(asdict(description.model))
-    train = kept.get("train") or {}
-    kept["train"] = {name: train[name] for name in _KEPT_OF_TRAIN if name in train} | {"steps": 1}
-    if description is not None and (images := description.preprocessing) is not None:
-        kept.setdefault("data", {"mean": list(images.mean), "std": list(images.std)})
-    data = kept.get("data")
-    if data and data.get("labels_per_class") is not None:  # labels that the run was not told stay untold
-        kept["data"] = data = {**data, "images_per_class": data["labels_per_class"], "labels_per_class": None}
-    if data and (kind := flags.get("data.kind", data.get("kind"))) != data.get("kind"):  # other images, seen alike
-        kept["data"] = {name: data[name] for name in _KEPT_OF_DATA if name in data and is_of(str(kind), name)}
-    return kept
-
-
-def values_of(flags: Sequence[str]) -> dict[str, str]:
-    """By key, of flags such as `--data.kind digits` and `--data.kind=digits`."""
-    found = {}
-    for i, flag in enumerate(flags):
-        key, given, value = flag.removeprefix("--").partition("=")
-        if flag.startswith("--"):
-            found[key] = value if given else next(iter(flags[i + 1 :]), "")
-    return found
 
 
 def _frozen(objective: Objective, *, backward: bool) -> Objective:

@@ -9,7 +9,7 @@ from model.formats.base import ConversionError, Description, Interpolation, Prep
 from model.formats.timm.arguments import Constructor, pretrained_cfg_of
 from model.formats.timm.common import image_of
 
-_SEEN: tuple[Interpolation, ...] = ("nearest", "bilinear", "bicubic", "lanczos")
+_SEEN: tuple[Interpolation, ...] = ("nearest", "bilinear", "bicubic", "lanczos", "box")
 _USUAL: dict[str, Any] = {  # of timm, where config.json is silent
     "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "interpolation": "bicubic", "crop_pct": 0.875,
     "crop_mode": "center",

@@ -42,7 +42,7 @@ from tests.engine.objectives.resting import resting
 from tests.engine.small import MODEL, small
 from tests.parity.cases import Case
 from tests.parity.climb import climb, digits
-from tools.evaluate.source import _stored
+from tools.evaluate.stored import stored_keys
 
 CPU = torch.device("cpu")
 
@@ -279,7 +279,7 @@ def test_a_student_of_two_towers_goes_on_with_the_same_teacher_alone(tmp_path: P
         2,
         12,
     )
-    kept = _stored(saved, None, {})["contrastive"]  # what evaluates it needs no teacher
+    kept = stored_keys(saved, None, None, {})["contrastive"]  # what evaluates it needs no teacher
     assert "embedding" in kept and not {"teacher", "teacher_dtype", "embeddings_weight"} & kept.keys()
     for name, message in (
         ("other", r"was taught by weights .*give the teacher of then"),
