@@ -23,7 +23,7 @@ def shown_by(data: Mapping[str, Any]) -> Preprocessing:
     """What keys of `data` say, those that are missing as by default, as before there were these."""
     way = data.get("eval_transform") or "centre"
     part = (data.get("crop_pct") or USUAL_PART) if way in _CROP else 1.0
-    said = {key: tuple(data[key]) for key in ("mean", "std") if key in data}
+    said: dict[str, Any] = {key: tuple(data[key]) for key in ("mean", "std") if key in data}
     return replace(_WAYS[way], crop_fraction=part, **said)
 
 
