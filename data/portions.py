@@ -82,8 +82,7 @@ class Portions:
     """
 
     def __init__(self, circle: Circle, samples: int, config: DataConfig) -> None:
-        self._circle, self._views = circle, config.views
-        self.cut = Cut.of(samples, circle.size, config)
+        self._circle, self.cut = circle, Cut.of(samples, circle.size, config)
 
     def part(self, first: int) -> range:
         """This rank's places of those from `first` on that are a micro-batch."""
@@ -96,7 +95,7 @@ class Portions:
         missing = self.cut.rows - own
         if images is None or not missing:
             return content
-        of_views = images.unflatten(0, (self._views, -1))
+        of_views = images.unflatten(0, (-1, images.shape[0] if content.maps else own))
         more = of_views.shape[1] // own * missing
         return replace(content, images=F.pad(of_views, (0, 0) * (of_views.ndim - 2) + (0, more)).flatten(0, 1))
 
@@ -119,16 +118,19 @@ class Portions:
             content,
             indices=indices,
             bad=tuple(one for part in told for one in part.bad),
-            texts=self._joined([part.texts for part in told if part.texts is not None]),
+            texts=self._joined([part.texts for part in told]),
             texts_cut=sum(part.texts_cut for part in told),
             maps=tuple(each for part in maps for each in part) if maps else None,
         )
 
-    def _joined(self, texts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64] | None:
-        if not texts:
-            return None
-        of_views = [part.reshape(self._views, -1, part.shape[-1]) for part in texts]
-        return np.concatenate(of_views, axis=1).reshape(-1, texts[0].shape[-1])
+    def _joined(self, texts: Sequence[NDArray[np.int64] | None]) -> NDArray[np.int64] | None:
+        """Of portions, all with as many views as have texts."""
+        of_views = [
+            part.reshape(-1, len(self.cut.span(index)), part.shape[-1])
+            for index, part in enumerate(texts)
+            if part is not None
+        ]
+        return np.concatenate(of_views, axis=1).reshape(-1, of_views[0].shape[-1]) if of_views else None
 
 
 def put_together(portions: Tensor, ranks: int, cut: Cut, maps: Sequence[tuple[int, int]] | None) -> Tensor:
