@@ -216,7 +216,7 @@ def test_features_by_smooth_l1() -> None:
     torch.testing.assert_close(token_loss(own, theirs, "smooth_l1").mean(), expected)
 
 
-def test_layers_take_turns(teacher: Path) -> None:
+def test_layers_take_turns(teacher: Path, tmp_path: Path) -> None:
     """Each right behind what of the teacher has the same share of the depth, and given what its own model made."""
     layers = make_objective(taught(teacher)).layers
     names = [layer.name for layer in layers]
@@ -248,6 +248,12 @@ def test_layers_take_turns(teacher: Path) -> None:
     names = [layer.name for layer in layers]
     assert names[-5:] == ["blocks.3", "merges.0", "match.4", "teacher.head", "head"]
     assert layers[-3].parameters == 0 < layers[names.index("match.2")].parameters
+
+    # which a teacher may have, too: his last block is matched as it is
+    VisionTransformer(kept.model).save_pretrained(tmp_path / "kept")
+    layers = make_objective(taught(tmp_path / "kept", keys={"features_weight": 1.0})).layers
+    assert [layer.name for layer in layers[-5:]] == ["blocks.3", "match.3", "teacher.merges.0", "teacher.head", "head"]
+    assert layers[-4].rides == ("teacher.blocks.3",)
 
 
 def test_a_student_starts_from_chosen_parts_of_its_teacher(tmp_path: Path) -> None:
