@@ -46,7 +46,9 @@ class _Towers(JointObjective):
     @classmethod
     def of(cls, config: Config) -> Self:
         layers = build_towers(config.model, TEXT, embedding=64, bias=-10.0)
-        return cls(layers=tuple(build_taught_towers(layers, config.model, TEXT, TEACHER, 2.0) if cls.taught else layers))
+        if cls.taught:
+            layers = build_taught_towers(layers, config.model, TEXT, TEACHER, embeddings=2.0)
+        return cls(layers=tuple(layers))
 
     def reads_images(self, layers: range) -> bool:
         return any("images" in self.layers[place].reads for place in layers)
