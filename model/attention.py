@@ -61,7 +61,7 @@ class FullAttention(nn.Module):
 
     def __init__(self, build: Build, kind: str) -> None:
         super().__init__()
-        self.tokens, self.causal = build.tokens, kind == "causal"
+        self.tokens, self.causal, self.kernels = build.tokens, kind == "causal", build.kernels
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """As Mixer."""

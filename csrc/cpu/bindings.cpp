@@ -10,6 +10,7 @@
 
 #include "elementwise.h"
 #include "linear_attention.h"
+#include "mapped_attention.h"
 #include "norm.h"
 #include "parallel.h"
 #include "patch_merge.h"
@@ -110,6 +111,16 @@ void attention_backward_kv(Address k, const Strides& k_strides, Address v, const
   auto a = linear_attention_args(sizes, feature, power, 0.0f);
   a.k = heads(k, k_strides), a.v = heads(v, v_strides), a.grad_k = ptr(grad_k), a.grad_v = ptr(grad_v);
   linear_attention_backward_kv(a, DType(type), ptr<float>(ds), ptr<float>(dz), threads);
+}
+
+void attention_with_map(Address q, const Strides& q_strides, Address k, const Strides& k_strides, Address v, const Strides& v_strides,
+                        Address out, const Strides& out_strides, Address map, const std::array<int64_t, 4>& sizes, bool causal, int type,
+                        int threads) {
+  MappedAttention a{};
+  a.q = heads(q, q_strides), a.k = heads(k, k_strides), a.v = heads(v, v_strides), a.out = heads(out, out_strides);
+  a.map = ptr<float>(map), a.causal = causal;
+  a.batch = sizes[0], a.heads = sizes[1], a.tokens = sizes[2], a.dim = sizes[3];
+  mapped_attention(a, DType(type), threads);
 }
 
 Param param(Address data, int type) { return {ptr(data), DType(type)}; }
@@ -225,4 +236,5 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("linear_attention_output", &attention_output, release());
   m.def("linear_attention_backward_q", &attention_backward_q, release());
   m.def("linear_attention_backward_kv", &attention_backward_kv, release());
+  m.def("mapped_attention", &attention_with_map, release());
 }

@@ -2,6 +2,7 @@
 #pragma once
 #include "args.h"
 #include "linear_attention_args.h"
+#include "mapped_attention_args.h"
 
 namespace vit {
 
@@ -23,6 +24,10 @@ struct Table {
   struct {
     LinearAttentionFn state, output, backward_q, backward_kv;
   } linear_attention[3];  // by element type
+  struct {
+    void (*pack)(const MappedAttention&, const MappedAttentionTask&);  // begin: the head
+    void (*rows)(const MappedAttention&, const MappedAttentionTask&);
+  } mapped_attention[3];  // by element type
 };
 
 const Table* table_baseline();

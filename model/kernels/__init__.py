@@ -17,6 +17,7 @@ add_rms_norm = _auto.add_rms_norm
 qk_norm = _auto.qk_norm
 bias_gelu = _auto.bias_gelu
 linear_attention = _auto.linear_attention
+mapped_attention = _auto.mapped_attention
 patch_merge = _auto.patch_merge
 adamw = _auto.adamw
 
@@ -31,6 +32,7 @@ __all__ = [
     "give_back",
     "layer_norm",
     "linear_attention",
+    "mapped_attention",
     "most_in_pool",
     "patch_merge",
     "pool_state",

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import activations, apex, attention, checks, merge, norms, optimizers, qk, reference
+from . import activations, apex, attention, checks, mapped, merge, norms, optimizers, qk, reference
 from .optimizers import AdamWStep
 from .select import Selection
 
@@ -144,6 +144,18 @@ class Kernels(Selection):
         if conv_weight is None:
             return out
         return out + reference.depthwise_conv(v, conv_weight, conv_bias, checks.conv(v, conv_weight, conv_bias, grid))
+
+    def mapped_attention(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> tuple[Tensor, Tensor]:
+        """Softmax attention, and its map, meaned over heads, which a fused kernel makes and forgets; not
+        differentiable. q, k, v: [B, H, N, K] -> [B, H, N, K] (heads after tokens in memory) and fp32 [B, N, N] (fp64 of
+        fp64), whose rows sum to 1. causal: query i sees keys 0 to i alone.
+        """
+        checks.like("v", v, "q", checks.queries_and_keys(q, k))
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
+            raise ValueError("q, k, v: attention with its map has no gradient; use torch.no_grad()")
+        if self._native("mapped_attention", q, k, v):
+            return mapped.mapped_attention(q, k, v, causal)
+        return reference.mapped_attention(q, k, v, causal)
 
     def qk_norm(
         self,

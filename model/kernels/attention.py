@@ -37,22 +37,24 @@ def _outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
-def _channels_contiguous(t: Tensor) -> Tensor:
+def channels_contiguous(t: Tensor) -> Tensor:
+    """t, copied only if its last dimension is not dense."""
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def _place(t: Tensor) -> tuple[int, tuple[int, ...]]:
+def place(t: Tensor) -> tuple[int, tuple[int, ...]]:
+    """Where [B, H, N, K] lies: its address, and the strides of all but the channels."""
     return native.address(t), t.stride()[:3]
 
 
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, feature_map: str, power: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    q, k, v = map(_channels_contiguous, (q, k, v))
+    q, k, v = map(channels_contiguous, (q, k, v))
     out, s, z, den = outputs = _outputs(q, v)
     module, where = native.target(q)
     module.linear_attention_forward(
-        *_place(q), *_place(k), *_place(v),
+        *place(q), *place(k), *place(v),
         native.address(out), native.address(s), native.address(z), native.address(den),
         (*q.shape, v.shape[-1]), native.DTYPE_CODE[q.dtype], FEATURE_CODE[feature_map], power, eps, where,
     )  # fmt: skip
@@ -63,10 +65,10 @@ def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, s: Tensor, z: Tensor, den: Tensor, feature_map: str, power: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = _fake_backward(grad, q, k, v, s, z, den, feature_map, power)
-    grad, q, k, v = map(_channels_contiguous, (grad, q, k, v))
+    grad, q, k, v = map(channels_contiguous, (grad, q, k, v))
     module, where = native.target(q)
     module.linear_attention_backward(
-        *_place(grad), *_place(q), *_place(k), *_place(v),
+        *place(grad), *place(q), *place(k), *place(v),
         native.address(s.contiguous()), native.address(z.contiguous()), native.address(den.contiguous()),
         *(native.address(t) for t in grads),
         (*q.shape, v.shape[-1]), native.DTYPE_CODE[q.dtype], FEATURE_CODE[feature_map], power, where,
@@ -164,13 +166,11 @@ class _OverRanks(torch.autograd.Function):
         den = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
         packed, s, z = _packed_sums(q, v)
         ctx.save_for_backward(q, k, v, packed, den)
-        q, k, v = map(_channels_contiguous, (q, k, v))
+        q, k, v = map(channels_contiguous, (q, k, v))
         module, where = native.target(q)
-        module.linear_attention_state(*_place(k), *_place(v), s, z, *ctx.what, where)
+        module.linear_attention_state(*place(k), *place(v), s, z, *ctx.what, where)
         reduce(packed)
-        module.linear_attention_output(
-            *_place(q), s, z, native.address(out), native.address(den), *ctx.what, eps, where
-        )
+        module.linear_attention_output(*place(q), s, z, native.address(out), native.address(den), *ctx.what, eps, where)
         return out
 
     @staticmethod
@@ -178,16 +178,16 @@ class _OverRanks(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, packed, den = ctx.saved_tensors
         grad_q, grad_k, grad_v = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-        grad, q, k, v = map(_channels_contiguous, (native.plain(grads[0]), q, k, v))
+        grad, q, k, v = map(channels_contiguous, (native.plain(grads[0]), q, k, v))
         packed_grad, ds, dz = _packed_sums(q, v)
         module, where = native.target(q)
         module.linear_attention_backward_q(
-            *_place(grad), *_place(q), *_addresses(packed, v), native.address(den), native.address(grad_q), ds, dz,
+            *place(grad), *place(q), *_addresses(packed, v), native.address(den), native.address(grad_q), ds, dz,
             *ctx.what, where,
         )  # fmt: skip
         ctx.reduce(packed_grad)
         module.linear_attention_backward_kv(
-            *_place(k), *_place(v), ds, dz, native.address(grad_k), native.address(grad_v), *ctx.what, where
+            *place(k), *place(v), ds, dz, native.address(grad_k), native.address(grad_v), *ctx.what, where
         )
         return grad_q, grad_k, grad_v, None, None, None, None
 

@@ -111,14 +111,20 @@ def like(name: str, value: object, other_name: str, other: Tensor) -> None:
     same_dtype(name, checked, other_name, other)
 
 
-def attention_input(q: object, k: object, v: object, feature_map: str, power: int, eps: float = 0.0) -> None:
-    """q, k: [B, H, N, K], v: [B, H, N, M], one type and device."""
-    _eps(eps)
+def queries_and_keys(q: object, k: object) -> Tensor:
+    """[B, H, N, K] each, of one type and device; q."""
     query = tensor("q", q)
     floating("q", query)
     if query.dim() != 4 or query.shape[-1] == 0:
         raise ValueError(f"q: expected shape [B, H, N, K] with K > 0, got {list(query.shape)}")
     like("k", k, "q", query)
+    return query
+
+
+def attention_input(q: object, k: object, v: object, feature_map: str, power: int, eps: float = 0.0) -> None:
+    """q, k: [B, H, N, K], v: [B, H, N, M], one type and device."""
+    _eps(eps)
+    query = queries_and_keys(q, k)
     value = tensor("v", v)
     if value.dim() != 4 or value.shape[:-1] != query.shape[:-1] or value.shape[-1] == 0:
         raise ValueError(f"v: expected shape {[*query.shape[:-1], 'M']} with M > 0, got {list(value.shape)}")

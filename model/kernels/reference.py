@@ -7,6 +7,7 @@ there, and loses a third of the bias's at 12,000 rows, four fifths at 50,000. A 
 thousandths, and take 30 times as long.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -152,3 +153,32 @@ def patch_merge(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: floa
     """[B, H, W, C] -> [B, H/2, W/2, 4C]: parts (0,0), (1,0), (0,1), (1,1) of each 2x2 side by side, then LayerNorm."""
     parts = [x[:, i::2, j::2] for i, j in ((0, 0), (1, 0), (0, 1), (1, 1))]
     return layer_norm(torch.cat(parts, dim=-1), weight, bias, eps, x.dtype)
+
+
+_SCORES = 16 << 20  # bytes of all heads' scores at once, some of which stay in the caches
+
+
+def mapped_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    """Attention written out, some queries at a time, whose heads are added up while their rows are in the caches.
+
+    [B, H, N, K] each -> the same, and the mean over heads [B, N, N]; in fp32, of fp64 in fp64.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    batch, heads, tokens, dim = q.shape
+    maps = q.new_empty(batch, tokens, tokens, dtype=wide)
+    out = q.new_empty(batch, tokens, heads, dim).transpose(1, 2)
+    share = q.new_full((1, heads), 1 / heads, dtype=wide)
+    step = max(1, _SCORES // (wide.itemsize * max(1, heads * tokens)))
+    for image in range(batch):
+        queries, keys, values = (t[image].to(wide).contiguous() for t in (q, k, v))
+        queries, keys = queries / math.sqrt(dim), keys.transpose(1, 2)
+        for start in range(0, tokens, step):
+            part = slice(start, min(start + step, tokens))
+            rows = queries[:, part] @ keys
+            if causal:
+                later = torch.ones(rows.shape[1:], dtype=torch.bool, device=q.device).triu(start + 1)
+                rows.masked_fill_(later, -math.inf)
+            rows = rows.softmax(-1)
+            torch.mm(share, rows.flatten(1), out=maps[image, part].view(1, -1))
+            out[image, :, part] = (rows @ values).to(q.dtype)
+    return out, maps

@@ -20,6 +20,7 @@ NATIVE_OPS = {
     "qk_norm": "qk_norm_forward",
     "bias_gelu": "gelu_forward",
     "linear_attention": "linear_attention_forward",
+    "mapped_attention": "mapped_attention",
     "patch_merge": "patch_merge_forward",
     "adamw": "adamw",
 }

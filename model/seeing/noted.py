@@ -1,15 +1,14 @@
 """Full attention that notes the mean of its maps over heads while it makes them: what rollout needs of a forward pass.
 
 A fused kernel makes every row and forgets it, so rows made again from queries and keys cost the attention once more.
-Here some queries at a time attend with all heads, written out, and heads are added up while their rows are in the
-caches: little slower than the fused kernel, without autograd. Rollout then multiplies what is there.
+Here heads are added up while their rows are in the caches (Kernels.mapped_attention), and rollout multiplies what is
+there. No autograd.
 
-Legend: B images, S tokens, h heads, K head dim.
+Legend: B images, S tokens.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ from model.attention import Attention, FullAttention
 from model.seeing.rows import Block
 from model.taps import Tapped
 
-_BYTES = 16 * 2**20  # of all heads' rows at once, some of which stay in the caches
 _MOST = 4  # tokens over width, up to which maps take no more than twice what queries and keys would
 
 
@@ -72,39 +70,16 @@ class Noting(nn.Module):
 
     map: MeanMap
 
-    def __init__(self, causal: bool) -> None:
+    def __init__(self, usual: FullAttention) -> None:
         super().__init__()
-        self._causal = causal
+        self._causal, self._kernels = usual.causal, usual.kernels
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """As Mixer."""
-        assert not torch.is_grad_enabled()
-        wide = torch.promote_types(q.dtype, torch.float32)
-        maps = torch.empty(q.shape[0], q.shape[1], q.shape[1], dtype=wide, device=q.device)
-        out = torch.empty_like(q)
-        q, k, v = (x.to(wide).transpose(1, 2) for x in (q, k, v))
-        for image, mean in enumerate(maps):
-            found = self._attend(q[image].contiguous(), k[image].contiguous(), v[image].contiguous(), mean)
-            out[image] = found.transpose(0, 1)
+        heads_first = (x.transpose(1, 2) for x in (q, k, v))
+        out, maps = self._kernels.mapped_attention(*heads_first, causal=self._causal)
         self.map = MeanMap(maps)
-        return out
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mean: Tensor) -> Tensor:
-        """Of one image [h, S, K] each -> the same; fills the map [S, S]."""
-        h, s, _ = q.shape
-        q, keys, share = q / math.sqrt(q.shape[-1]), k.transpose(1, 2), q.new_full((1, h), 1 / h)
-        out = torch.empty_like(q)
-        step = max(1, _BYTES // (q.element_size() * h * s))
-        for start in range(0, s, step):
-            part = slice(start, min(start + step, s))
-            rows = q[:, part] @ keys
-            if self._causal:
-                later = torch.ones(rows.shape[1:], dtype=torch.bool, device=q.device).triu(start + 1)
-                rows.masked_fill_(later, -math.inf)
-            rows = rows.softmax(-1)
-            torch.mm(share, rows.flatten(1), out=mean[part].view(1, -1))
-            out[:, part] = rows @ v
-        return out
+        return out.transpose(1, 2)
 
 
 def can_note(place: Tapped) -> TypeGuard[Attention]:
@@ -120,7 +95,7 @@ def noting(place: Attention) -> Iterator[Noting]:
     """Within, the layer notes its map."""
     usual = place.mixer
     assert isinstance(usual, FullAttention)
-    place.mixer = other = Noting(usual.causal)
+    place.mixer = other = Noting(usual)
     try:
         yield other
     finally:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from model import ImageText, MicroBatch, TextConfig, VisionTransformer
 from model.config import StageConfig
-from model.seeing import noted as noting
 from model.seeing.features import POSITIONAL, clusters, components, outliers
 from model.seeing.flow import attention_flow
 from model.seeing.lens import check_lens, patch_logits
@@ -110,7 +109,6 @@ def explained(model: VisionTransformer, images: Tensor, method: str, patch: pyte
 
 @pytest.mark.parametrize("name", ["parallel", "sequential", "kinds", "pyramid", "beside"])
 def test_of_a_model_as_autograd_finds_it_on_a_plain_vit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(noting, "_BYTES", 2000)  # some queries at a time
     model = VisionTransformer(replace(MODELS[name], drop_path=0.0)).eval()
     images = images_of(model.config)
     noted, outputs = trace(model, images, lambda logits: logits.amax(1) * SCORE)

@@ -130,6 +130,26 @@ def attention_row(tokens: int, dtype: torch.dtype, repeats: int, device: torch.d
     return row
 
 
+def mapped_row(tokens: int, dtype: torch.dtype, repeats: int) -> Row:
+    """Attention with the mean of its maps over heads against torch's fused one, which gives none; forward alone."""
+    packed = torch.randn(1, tokens, 3, 16, 64).to(dtype)
+    q, k, v = (part.transpose(1, 2) for part in packed.unbind(2))
+    alternatives: dict[str, Fn] = {
+        "native": lambda: NATIVE.mapped_attention(q, k, v),
+        "torch": lambda: F.scaled_dot_product_attention(q, k, v),
+    }
+    times = interleaved(alternatives, repeats, q.device)
+    return {
+        "kernel": "mapped_attention, forward",
+        "shape": list(q.shape),
+        "dtype": _name(dtype),
+        "native_ms": milliseconds(times, "native"),
+        "torch_ms": milliseconds(times, "torch"),
+        "speedup": ratio(times, "torch", "native"),
+        "gflop_per_s": 4e-6 * tokens * q.numel() / milliseconds(times, "native"),
+    }
+
+
 def scaling_row(repeats: int, device: torch.device) -> Row:
     """The exponent of linear attention's time between 1k and 64k tokens."""
     lengths = (1024, 65536)
@@ -229,6 +249,9 @@ def run(repeats: int = 21, device: torch.device | None = None, compiled: bool = 
         add(gelu_row(dtype, repeats, device))
     for dtype in (single, half):
         add(attention_row(4096, dtype, repeats, device, compiled))
+    if device.type == "cpu":
+        for dtype in (single, half):
+            add(mapped_row(1025, dtype, repeats))
     add(scaling_row(max(3, repeats // 5), device))
     if device.type == "cpu":
         add(memory_row())

@@ -2,7 +2,7 @@ r"""`python -m tools.benchmark seeing`: what class-token rollout costs beyond a 
 
 One image, one thread, fp32; a ViT of --depth layers over --image pixels (default: ViT-L/16 at 512 x 512, 24 layers and
 1025 tokens). Rows, of which each is the forward pass and the rollout after it, less the forward pass with fused
-attention, which takes turns with it; medians:
+attention, which takes turns with it; CPU seconds, which other programs disturb less; medians:
 
 - noted: ours, maps of the mean over heads noted by the forward pass (model.seeing.trace.mean_trace); of this the
   rollout that is left after the forward pass is told apart;
@@ -106,10 +106,10 @@ class Way(NamedTuple):
 
 
 def timed(run: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds, and what it gives."""
-    began = time.perf_counter()
+    """CPU seconds, and what it gives."""
+    began = time.process_time()
     given = run()
-    return time.perf_counter() - began, given
+    return time.process_time() - began, given
 
 
 def peak(run: Callable[[], Any]) -> int:

@@ -2,6 +2,7 @@
 #pragma once
 #include "elementwise.h"
 #include "linear_attention.h"
+#include "mapped_attention.h"
 #include "norm.h"
 
 namespace {
@@ -17,6 +18,11 @@ template <class T>
 void fill_linear_attention(vit::Table& t, int type) {
   t.linear_attention[type] = {linear_attention_state<T>, linear_attention_output<T>, linear_attention_backward_q<T>,
                               linear_attention_backward_kv<T>};
+}
+
+template <class T>
+void fill_mapped_attention(vit::Table& t, int type) {
+  t.mapped_attention[type] = {mapped_attention_pack<T>, mapped_attention_rows<T>};
 }
 
 template <class T>
@@ -48,6 +54,9 @@ vit::Table make_table(const char* name) {
   fill_linear_attention<float>(t, 0);
   fill_linear_attention<bf16>(t, 1);
   fill_linear_attention<f16>(t, 2);
+  fill_mapped_attention<float>(t, 0);
+  fill_mapped_attention<bf16>(t, 1);
+  fill_mapped_attention<f16>(t, 2);
   fill_gelu<float>(t, 0);
   fill_gelu<bf16>(t, 1);
   fill_gelu<f16>(t, 2);
