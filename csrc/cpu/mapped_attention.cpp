@@ -5,23 +5,17 @@
 #include "driver.h"
 
 namespace vit {
-namespace {
-
-constexpr int64_t kScores = 49152;  // numbers of a block's scores: with its rows of the map, they fit a second-level cache of 512 KiB
-
-// Queries per block, by the number of tokens alone.
-int64_t block_rows(int64_t tokens) { return std::clamp<int64_t>(kScores / tokens / 6 * 6, 6, kMappedAttentionRows); }
-
-}  // namespace
 
 void mapped_attention(MappedAttention a, DType type, int threads) {
   if (a.batch * a.heads * a.tokens == 0) return;
   a.tokens_pad = (a.tokens + 63) / 64 * 64, a.dim_pad = (a.dim + 15) / 16 * 16;
   a.score_stride = a.tokens_pad + 16;  // rows a power of two apart would share their places in the cache
-  const int64_t rows = block_rows(a.tokens), blocks = (a.tokens + rows - 1) / rows;
   const Floats keys = floats(a.heads * a.tokens_pad * a.dim), values = floats(a.heads * a.tokens * a.dim_pad);
   a.keys = keys.get(), a.values = values.get();
   const int parts = useful_threads(threads, a.heads * a.tokens * a.dim);
+  // As many queries as panels of keys are worth streaming past, but a block for each thread; whole tiles of the product.
+  const int64_t rows = std::clamp<int64_t>((a.tokens + 6 * parts - 1) / (6 * parts) * 6, 6, kMappedAttentionRows);
+  const int64_t blocks = (a.tokens + rows - 1) / rows;
   const Scratch scratch(parts, mapped_attention_scratch(a, rows));
   const auto& fn = table().mapped_attention[int(type)];
   for (int64_t image = 0; image < a.batch; ++image) {

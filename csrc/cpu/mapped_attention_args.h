@@ -22,7 +22,7 @@ struct MappedAttentionTask {
   float* scratch;                     // mapped_attention_scratch() numbers
 };
 
-constexpr int64_t kMappedAttentionRows = 48;  // queries per task at most: a multiple of the product's six rows
+constexpr int64_t kMappedAttentionRows = 48;  // queries per task at most
 
 inline int64_t mapped_attention_scratch(const MappedAttention& a, int64_t rows) {
   return rows * (a.dim + a.score_stride + a.dim_pad);

@@ -252,6 +252,8 @@ def run(repeats: int = 21, device: torch.device | None = None, compiled: bool = 
     if device.type == "cpu":
         for dtype in (single, half):
             add(mapped_row(1025, dtype, repeats))
+        for tokens in (197, 4097):
+            add(mapped_row(tokens, single, max(3, repeats // 5)))
     add(scaling_row(max(3, repeats // 5), device))
     if device.type == "cpu":
         add(memory_row())

@@ -50,7 +50,7 @@ def test_matches_float64(
     for kernels in (NATIVE, REFERENCE):
         out, rows = kernels.mapped_attention(*inputs, causal=causal)
         assert (out.dtype, rows.dtype) == (dtype, torch.float32) and out.transpose(1, 2).is_contiguous()
-        assert_close("output", out, exact[0], 16 if dtype == torch.float32 else 1)
+        assert_close("output", out, exact[0], 32 if dtype == torch.float32 else 1)  # sums of 2,050 in fp32
         assert_close("map", rows, exact[1], 16)
         if causal:
             assert not rows.triu(1).any()
@@ -68,13 +68,13 @@ def test_strided_inputs(dtype: torch.dtype) -> None:
 
 @each_form
 def test_same_bits_with_any_number_of_threads(causal: bool) -> None:
-    """A block of 1,100 tokens is 42 queries; whole images, and these, are dealt out."""
-    inputs, results = qkv(2, 3, 1100, 16), []
-    for count in (1, 2, 3):
+    """Of so few tokens more threads have smaller blocks of queries."""
+    inputs, results = qkv(2, 24, 110, 64), []
+    for count in (1, 2, 3, 7):
         with threads(count):
             results.append(NATIVE.mapped_attention(*inputs, causal=causal))
-    assert_same(results[0], results[1])
-    assert_same(results[0], results[2])
+    for other in results[1:]:
+        assert_same(results[0], other)
 
 
 def test_empty_and_meta() -> None:
