@@ -48,9 +48,15 @@ class Augmentation:
 
 
 def draw_augmentation(
-    config: DataConfig, seed: int, first_draw: int, count: int, variant: Variant = Variant.TRAINING
-) -> Augmentation:
-    """The augmentations of the draws first_draw, ..., first_draw + count - 1."""
+    config: DataConfig, seed: int, first_draw: int, count: int, variant: int = Variant.TRAINING,
+    areas: tuple[float, float] | None = None,
+) -> Augmentation:  # fmt: skip
+    """The augmentations of the draws first_draw, ..., first_draw + count - 1.
+
+    Args:
+        areas: smallest and largest of crops, parts of the largest possible; None: from config.crop_min_area to all.
+    """
+    least, most = areas or (config.crop_min_area, 1.0)
     uniforms = keyed_uniforms(seed, Purpose.AUGMENT, first_draw, count, width=14, variant=variant)
     # Contiguous rows in float64, rounded to float32 at the end: NumPy may choose other code, with other last bits, for
     # other lengths and strides, and pixels must not depend on `count`.
@@ -64,7 +70,7 @@ def draw_augmentation(
         zoom=(1 + config.scale) ** signed[3],
         shear=np.tan(np.radians(config.shear * signed[4])),
         mirror=(u[5] < 0.5) & config.flip,
-        crop=np.stack([1 - (1 - config.crop_min_area) * u[6], _CROP_STRETCH ** signed[7], u[8], u[9]], axis=-1),
+        crop=np.stack([most - (most - least) * u[6], _CROP_STRETCH ** signed[7], u[8], u[9]], axis=-1),
         photometry=Photometry(
             brightness=(1 + config.brightness) ** signed[10],
             contrast=(1 + config.contrast) ** signed[11],

@@ -20,12 +20,13 @@ from data.reading import Content
 from data.resolution import Map
 
 SECOND_VIEW = 2**40
-"""Added to the id of a sample, which is far below, for its second view."""
+"""Added to the id of a sample, which is far below, for its second view, and as often as that for further ones."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch of B images; with `data.views` 2, B / 2 images and then another view of each."""
+    """A micro-batch of B images; with `data.views` 2, of images and then another view of each, and then one local crop
+    of each after the other."""
 
     images: Tensor | None  # [B, C, H, W] float32, normalised; None where they are not needed
     labels: Tensor  # [B] int64; -1: not known
@@ -42,7 +43,7 @@ class Batch:
 def batch_of(
     dataset: Dataset, content: Content, indices: NDArray[np.int64], ids: Tensor, missing: int, views: int
 ) -> Batch:
-    """A micro-batch of one or two views of the images at `indices`, padded where images are missing or LEFT_OUT."""
+    """A micro-batch of so many views of the images at `indices`, padded where images are missing or LEFT_OUT."""
     there = torch.from_numpy(indices != LEFT_OUT)
     labels = torch.from_numpy(dataset.labels_of(np.where(indices == LEFT_OUT, 0, indices)))
     all_ids = [F.pad(torch.where(there, ids + view * SECOND_VIEW, -1), (0, missing), value=-1) for view in range(views)]

@@ -46,7 +46,7 @@ def chosen_batches(
         parts = [mender.held_out(own[i : i + 1], 0) for i in range(len(own))]  # what is drawn goes by the first index
         parts += [mender.held_out(own[:0], missing)] if missing else []
         ids = torch.arange(first, first + len(own))
-        found.append(batch_of(dataset, _joined(parts, config.views), own, ids, missing, config.views))
+        found.append(batch_of(dataset, _joined(parts, config.all_views), own, ids, missing, config.all_views))
     return found
 
 

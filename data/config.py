@@ -213,6 +213,13 @@ class DataConfig:
     views: int = 1
     """2: each image comes twice, augmented independently, for objectives that compare views of an image."""
 
+    local_crops: int = 0
+    """Multi-crop (SwAV, DINO), beside two views: further views of each image, of small parts of it, at the same size;
+    they are compared with the two views, and not with each other. 0: none."""
+
+    local_crop_area: tuple[float, float] = (0.05, 0.4)
+    """Smallest and largest part of the largest possible crop's area that they are of; the two views: crop_min_area."""
+
     repeats: int = 1
     """How many times in a row each image comes in training, each time augmented anew and, as far as somebody has
     written several (image_text), with another caption; an epoch is as many times longer."""
@@ -223,6 +230,16 @@ class DataConfig:
     def __post_init__(self) -> None:
         self._check_kind()
         check_values(self)
+
+    @property
+    def all_views(self) -> int:
+        """Rows of each sample in a micro-batch: its views, then its local crops."""
+        return self.views + self.local_crops
+
+    @property
+    def one_view(self) -> DataConfig:
+        """The same, each image once."""
+        return replace(self, views=1, local_crops=0, local_crop_area=DataConfig.local_crop_area)
 
     @property
     def reads_files(self) -> bool:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 _MOST_WORKERS, _MOST_IMAGES = 1024, 10_000_000
 _LARGEST_PIXEL = 1e6  # means and deviations are meant for pixels in 0..1
 _LARGEST_BLUR = 20  # a filter three times as far to either side
+_MOST_CROPS = 1000  # far fewer than ids of views have room for (data.batch)
 _COLOURS = ("saturation", "hue", "grey")
 
 
@@ -52,6 +53,11 @@ def check_values(config: DataConfig) -> None:
         "cutmix_switch": (0 < c.cutmix_switch < 1, "a share of images, between 0 and 1"),
         "crop_pct": (c.crop_pct is None or 0.1 <= c.crop_pct <= 1, "a part of a side, from 0.1 to 1"),
         "views": (c.views in (1, 2), "1, or 2 for objectives that compare views of an image"),
+        "local_crops": (0 <= c.local_crops <= _MOST_CROPS, f"a number of views from 0 to {_MOST_CROPS}"),
+        "local_crop_area": (
+            len(c.local_crop_area) == 2 and 1e-4 <= c.local_crop_area[0] <= c.local_crop_area[1] <= 1,
+            "the smallest and the largest part of an area, from 0.0001 to 1, such as [0.05, 0.4]",
+        ),
     }
     for name, (ok, wanted) in ranges.items():
         if not ok:
@@ -98,6 +104,10 @@ def _check_effects(c: DataConfig) -> None:
         raise ValueError(
             f"data.labels_per_class is {c.labels_per_class} and data.mixup {c.mixup}, data.cutmix {c.cutmix}: most "
             "images would be mixed with one that has no label, so leave out one or the other"
+        )
+    if not c.local_crops and c.local_crop_area != type(c).local_crop_area:
+        raise ValueError(
+            f"data.local_crop_area is {list(c.local_crop_area)}, but data.local_crops is 0: set it, or leave both out"
         )
     if c.views == 2 and c.mixes:
         raise ValueError(

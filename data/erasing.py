@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.keyed import Purpose, Variant, keyed_generator
+from data.keyed import Purpose, keyed_generator
 
 _AREA = 0.02, 1 / 3  # of the image
 _LONGEST = math.log(1 / 0.3)  # logarithm of the largest height / width, or width / height
 _TRIES = 10
 
 Fill = Literal["pixel", "rand", "const"]
-Key = tuple[int, Variant, int]
+Key = tuple[int, int, int]
 """Seed, variant and first draw of some images that are drawn one after the other."""
 
 

@@ -107,5 +107,5 @@ class EvalStream:
             content = self._mender.held_out_of(indices, kept, missing)
         self.texts_cut += content.texts_cut
         self.bad += content.bad
-        batch = batch_of(self._dataset, content, kept, torch.from_numpy(indices), missing, self._config.views)
+        batch = batch_of(self._dataset, content, kept, torch.from_numpy(indices), missing, self._config.all_views)
         return batch if self._portions is None else replace(batch, cut=self._portions.cut)

@@ -47,8 +47,13 @@ class Variant(IntEnum):
     HELD_OUT_OTHER_VIEW = 3
 
 
+def of_local_crop(number: int) -> int:
+    """The variant of a training image's local crops, each by its number."""
+    return len(Variant) + number
+
+
 def keyed_uniforms(
-    seed: int, purpose: Purpose, first: int, count: int, width: int, variant: Variant = Variant.TRAINING
+    seed: int, purpose: Purpose, first: int, count: int, width: int, variant: int = Variant.TRAINING
 ) -> NDArray[np.float32]:
     """Uniform numbers in [0, 1) of shape [count, width].
 
@@ -69,7 +74,7 @@ def keyed_words(seed: int, purpose: Purpose, epoch: int, count: int, window: int
     return _philox(seed, purpose, counter=epoch << 128 | window << 64).random_raw(count)
 
 
-def keyed_generator(seed: int, purpose: Purpose, row: int, variant: Variant = Variant.TRAINING) -> np.random.Generator:
+def keyed_generator(seed: int, purpose: Purpose, row: int, variant: int = Variant.TRAINING) -> np.random.Generator:
     """Where as many numbers are drawn as it takes: a generator that depends on (seed, purpose, variant, row) alone."""
     return _generator(seed, purpose + _VARIANT * variant, counter=row << 64)
 

@@ -118,7 +118,7 @@ class TrainStream:
     @property
     def _batch_bytes(self) -> int:
         samples = self._micro_batch_size if self._portions is None else self._portions.cut.rows
-        return 4 * self._config.views * samples * math.prod(self._dataset.image_shape)
+        return 4 * self._config.all_views * samples * math.prod(self._dataset.image_shape)
 
     def _draws(self, start: int) -> Iterator[int]:
         """The first draw of each of this rank's micro-batches."""
@@ -146,7 +146,7 @@ class TrainStream:
             assert portions is None, "who makes portions decides"
             content = self._mixed(self._mender.training_of(indices, int(read[0])), first_draw, count)
         draws = read[own]
-        batch = batch_of(self._dataset, content, indices[own], torch.from_numpy(draws), 0, self._config.views)
+        batch = batch_of(self._dataset, content, indices[own], torch.from_numpy(draws), 0, self._config.all_views)
         if self._config.mixes:
             labels = torch.from_numpy(self._dataset.labels_of(indices[others]))
             shares = torch.from_numpy(self._blend(first_draw, count).shares)

@@ -1,6 +1,7 @@
 """A micro-batch's images and texts, made of a data set by its configuration; what is drawn at random goes by a key.
 
-Shapes: B samples, V views of each (1 or 2), C channels, H x W pixels, S tokens of a text. Rows are view by view.
+Shapes: B samples, V views of each (1, 2, or 2 and local crops), C channels, H x W pixels, S tokens of a text. Rows are
+view by view.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from data.captions import CHOICES, Look
 from data.config import DataConfig
 from data.datasets import Dataset
 from data.erasing import erase
-from data.keyed import Purpose, Variant, keyed_uniforms
+from data.keyed import Purpose, Variant, keyed_uniforms, of_local_crop
 from data.normalise import Normalise
 from data.packed import HELD_OUT_SEED, PackedMaker
 from data.reading import Content
@@ -54,13 +55,18 @@ class Maker:
                 said += self._said(
                     indices, augmentation.looks(), *self._choices(seed, first_draw, len(indices), variant)
                 )
+        for number in range(self._config.local_crops):
+            drawn = seed, first_draw, len(indices), of_local_crop(number)
+            augmentation = draw_augmentation(self._config, *drawn, self._config.local_crop_area)
+            images.append(self._images(indices, augmentation, crops=True))
         return self._content(images, said)
 
     def held_out(self, indices: NDArray[np.int64], missing: int, are_there: NDArray[np.bool_] | None = None) -> Content:
         """Of the images at `indices`, which follow each other, and `missing` black ones, of which nothing is said; the
         same in place of those that are not there (None: all are).
 
-        The first view is the image itself, unless held-out images are to be varied.
+        The first view is the image itself, unless held-out images are to be varied; local crops, at which nobody looks
+        then, are blank.
         """
         if self._packed is not None:
             return self._packed.held_out(indices, missing, are_there)
@@ -77,6 +83,7 @@ class Maker:
                 own = list(itertools.compress(looks, are_there))
                 texts = iter(self._said(indices[are_there], own, None))
                 said += [next(texts) if is_there else "" for is_there in are_there] + [""] * missing
+        images += [None if images[0] is None else torch.zeros_like(images[0])] * self._config.local_crops
         return self._content(images, said)
 
     def _images(
@@ -85,12 +92,15 @@ class Maker:
         augmentation: Augmentation | None,
         missing: int = 0,
         are_there: NDArray[np.bool_] | None = None,
+        *,
+        crops: bool = False,
     ) -> Tensor | None:
-        """[B, C, H, W], normalised."""
+        """[B, C, H, W], normalised. crops: whether they are cropped, whatever the configuration says."""
         if not self._with_images:
             return None
         dataset, config = self._dataset, self._config
-        crop_when_read = augmentation is not None and config.crops and dataset.crops_when_read
+        crops |= config.crops
+        crop_when_read = augmentation is not None and crops and dataset.crops_when_read
         crop = augmentation.crop if augmentation is not None and crop_when_read else None
         finish, all_are_there = None, are_there is None or bool(are_there.all())
         # Where nothing comes between, mirroring and normalising take no passes over memory of their own.
@@ -107,7 +117,7 @@ class Maker:
                 indices[are_there], None if crop is None else crop[are_there]
             )
         if augmentation is not None and finish is None:
-            images = augment(images, augmentation, config, crop=config.crops and not crop_when_read)
+            images = augment(images, augmentation, config, crop=crops and not crop_when_read)
         if finish is None:
             images = self._normalise(F.pad(images, (0, 0, 0, 0, 0, 0, 0, missing)) if missing else images)
         if augmentation is not None and config.erase:

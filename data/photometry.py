@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data.config import DataConfig
-from data.keyed import Purpose, Variant, keyed_uniforms
+from data.keyed import Purpose, keyed_uniforms
 
 _LUMA = 0.299, 0.587, 0.114  # of red, green and blue: how bright they are (ITU-R BT.601)
 _REACH = 3  # standard deviations that a blur reaches to either side
@@ -41,7 +41,7 @@ class Photometry:
     grey: NDArray[np.bool_]
     blur: NDArray[np.float64]
     noise: NDArray[np.float64]
-    key: tuple[int, Variant, int]
+    key: tuple[int, int, int]
 
 
 def apply_photometry(images: Tensor, p: Photometry, config: DataConfig) -> Tensor:
@@ -104,7 +104,7 @@ def _filtered(images: Tensor, weights: NDArray[np.float64], dim: int) -> Tensor:
     return result
 
 
-def _normal(key: tuple[int, Variant, int], images: Tensor) -> Tensor:
+def _normal(key: tuple[int, int, int], images: Tensor) -> Tensor:
     """Normally distributed numbers, one for each pixel (Box and Muller, 1958)."""
     seed, variant, first_draw = key
     half = math.ceil(images[0].numel() / 2)

@@ -38,7 +38,8 @@ class MicroBatch:
         shares: where parts of the loss that arise within the layers are noted; None: nowhere.
         packing: whose the rows of tokens are, where images have several sizes; None: all have the model's.
 
-    Of two views of each sample, B is twice the number of samples: first views, then second ones.
+    Of two views of each sample, B is twice the number of samples: first views, then second ones; with local crops more:
+    then one of each sample after the other.
     """
 
     images: Tensor | None

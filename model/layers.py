@@ -49,7 +49,7 @@ class LayerSpec:
             rank's share of its features (`shares`).
         beside: what it gives beside that, in one tensor with it (model.beside): `q`, `k`, `v` of a block, `pooled` of a
             head. columns: of its input that are its rows, where the layer before it gives others beside them.
-        reads: of the micro-batch. per_sample: images per sample, 2 where each has two views.
+        reads: of the micro-batch. per_sample: images per sample, 2 or more where each has several views.
         rides: the layers whose outputs ride beside its input, by name, in order.
         begins: whether it begins a later tower: the output of the layer before it is a ride, too, and it is given no
             rows. takes: which of what it is given are its rows. sees: which of its rides it reads, too, which rides on;

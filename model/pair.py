@@ -47,12 +47,13 @@ class Pair(nn.Module):
     """(image [B, E], text [B, E], scale [], bias []): embeddings divided by their length, fp32 at least, and what a
     logit is, scale * image . text + bias. Alike on tensor and context ranks.
 
-    Of one tower, whose rows are first views, then second ones of the same samples, the two views.
+    Of one tower, whose rows are first views, then second ones of the same samples, the two views; where K local crops
+    of each sample follow, one after the other, their embeddings come last [K B, E].
 
     Args:
         embedding: E. shares: of image and text, or of both views, whether tensor ranks hold shares of their features.
             temperature: 1 / scale at the start. learns: whether it is trained. most: of the scale. bias: at the start;
-            None: 0, for good.
+            None: 0, for good. local_crops: K.
     """
 
     def __init__(
@@ -65,20 +66,23 @@ class Pair(nn.Module):
         learns: bool,
         most: float,
         bias: float | None,
+        local_crops: int = 0,
     ) -> None:
         super().__init__()
         self.tp, self.embedding, self.shares, self.most = build.tp, embedding, tuple(shares), math.log(most)
+        self.local_crops = local_crops
         self.logit_scale = _scalar(-math.log(temperature), trains=learns)
         self.logit_bias = None if bias is None else _scalar(bias)
 
     def forward(self, x: Tensor, batch: MicroBatch, rides: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The text's embedding [B, E] or [B, E/T] with the image's as a ride, or those of both views -> as above."""
         sides = [self._whole(side, own) for side, own in zip((*rides, x), self.shares, strict=True)]
-        left, right = sides if rides else sides[0].chunk(2)
+        left, right, *crops = sides if rides else sides[0].chunk(2 + self.local_crops)
         scale = _AtMost.apply(self.logit_scale.to(left.dtype), self.most).squeeze(0).exp()
         # a copy: nobody may hold on to the memory of a parameter
         bias = left.new_zeros(()) if self.logit_bias is None else self.logit_bias.squeeze(0).to(left.dtype, copy=True)
-        return F.normalize(left, dim=1), F.normalize(right, dim=1), scale, bias
+        more = [F.normalize(torch.cat(crops), dim=1)] if crops else []
+        return F.normalize(left, dim=1), F.normalize(right, dim=1), scale, bias, *more
 
     def _whole(self, x: Tensor, is_share: bool) -> Tensor:
         x = gather_features(x, self.tp, self.embedding) if is_share else x

@@ -43,6 +43,7 @@ def build_towers(
     max_logit_scale: float = 100.0,
     bias: float | None = None,
     predictor: int = 0,
+    local_crops: int = 0,
 ) -> list[LayerSpec]:
     """The layers of contrastive training, in order, measured as `model.build_layers` does.
 
@@ -53,7 +54,7 @@ def build_towers(
             the image's, if it is linear; the text tower has a key of its own. temperature: at the start.
             learn_temperature: whether it is trained. max_logit_scale: bound of its inverse. bias: of logits, at the
             start; None: none. predictor: of two views, hidden features of what turns queries into guesses of keys; 0:
-            nothing does.
+            nothing does. local_crops: views of each image beside these two, behind them in a micro-batch.
 
     Raises:
         ValueError: a tower without a projection whose features are not the embedding's.
@@ -61,7 +62,7 @@ def build_towers(
     return list(
         _towers(
             image, text, embedding, projection, projection_bias=projection_bias, temperature=temperature,
-            learns=learn_temperature, most=max_logit_scale, bias=bias, predictor=predictor,
+            learns=learn_temperature, most=max_logit_scale, bias=bias, predictor=predictor, local_crops=local_crops,
         )
     )  # fmt: skip
 
@@ -79,9 +80,10 @@ def _towers(
     most: float,
     bias: float | None,
     predictor: int,
+    local_crops: int,
 ) -> tuple[LayerSpec, ...]:
     """Measured once in a process."""
-    views = 2 if text is None else 1
+    views = 2 + local_crops if text is None else 1
     layers = image_tower(image, embedding, projection, projection_bias=projection_bias, views=views)
     if predictor:
         before = layers[-1]
@@ -93,7 +95,7 @@ def _towers(
         ends = [*ends, layers[-1]]
     pair = partial(
         Pair, embedding=embedding, shares=tuple(end.gives == "shares" for end in ends), temperature=temperature,
-        learns=learns, most=most, bias=bias,
+        learns=learns, most=most, bias=bias, local_crops=local_crops,
     )  # fmt: skip
     rides = tuple(end.name for end in ends[:-1])
     layers.append(LayerSpec(name=PAIR, factory=pair, gives="vectors", rides=rides, joins=True, per_sample=views))

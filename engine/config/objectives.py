@@ -46,7 +46,7 @@ _FIRST_BACKWARDS = (ActionKind.BACKWARD, ActionKind.BACKWARD_INPUT)
 def check_objective(config: Config) -> None:
     """Raise ConfigError where a key of another objective is set, or the batch is none for this one."""
     texts = {**set_keys("text", config.text), **set_keys("data", config.data, _OF_TEXTS)}
-    views = set_keys("data", config.data, ("views",))
+    views = set_keys("data", config.data, ("views", "local_crops", "local_crop_area"))
     _check_few(config)
     if config.objective != "distillation":
         keys = set_keys("distillation", config.distillation)
@@ -72,6 +72,11 @@ def check_objective(config: Config) -> None:
         _refuse(views, "contrastive.pairs views", "contrastive.pairs is image_text")
     else:
         _refuse(texts, "contrastive.pairs image_text", "contrastive.pairs is views")
+    if config.data.local_crops and config.contrastive.loss != "infonce":
+        raise ConfigError(
+            f"data.local_crops is {config.data.local_crops}, but contrastive.loss {config.contrastive.loss} compares "
+            "all views alike: set it to 0, or use loss infonce"
+        )
     if config.train.global_batch_size < 2:
         raise ConfigError(
             f"train.global_batch_size is {config.train.global_batch_size}: a pair is told from the others of its "
@@ -233,7 +238,7 @@ def _towers(config: Config, shape: GridShape) -> Built:
     text = config.text.resolve() if keys.has_texts else config.text
     config = with_step(replace(config, contrastive=keys))
     keys, teacher = config.contrastive, tower_teacher_of(config, model, text)
-    layers = towers(model, text, keys, teacher)
+    layers = towers(model, text, keys, teacher, local_crops=config.data.local_crops)
     check_towers(layers, shape.tensor, shape.context)
     if 0 < keys.queue < shape.data:
         raise ValueError(
@@ -256,10 +261,11 @@ def _inner(first: str, blocks: int, merges: int, last: str) -> str:
 
 
 def towers(
-    model: ModelConfig, text: TextConfig, keys: ContrastiveConfig, teacher: TowersTeacher | None = None
-) -> list[LayerSpec]:
+    model: ModelConfig, text: TextConfig, keys: ContrastiveConfig, teacher: TowersTeacher | None = None, *,
+    local_crops: int = 0,
+) -> list[LayerSpec]:  # fmt: skip
     """The layers of objective contrastive, of resolved groups: of both towers, or of one, and the pair; before them
-    those of a teacher.
+    those of a teacher. local_crops: of each image, beside two views.
 
     Raises:
         ValueError: towers that cannot be projected to one embedding.
@@ -276,6 +282,7 @@ def towers(
         max_logit_scale=keys.max_logit_scale or math.inf,
         bias=keys.bias,
         predictor=keys.predictor,
+        local_crops=local_crops,
     )
     return layers if teacher is None else build_taught_towers(layers, model, text, teacher, keys.embeddings_weight)
 

@@ -18,6 +18,7 @@ from engine.config.objectives import towers
 from engine.config.tower_teachers import tower_teacher_of
 from engine.objectives.alike import Alike
 from engine.objectives.base import Evaluation, JointLoss, JointObjective, Keys, Outputs
+from engine.objectives.local_crops import by_micro_batch, by_view, with_local_crops
 from model import EMBEDDINGS, LayerSpec, MicroBatch
 from parallel import comm
 from parallel.comm import Axis
@@ -43,10 +44,11 @@ class Contrastive(JointObjective):
 
     Attributes:
         config: the keys of the objective. layers: of both towers, and of a teacher. passes, targets, at_depth: as of
-            JointObjective.
+            JointObjective. local_crops: of each sample, beside its two views.
     """
 
     config: ContrastiveConfig
+    local_crops: int = 0
     layers: tuple[LayerSpec, ...]
     passes: int
     momentum: float | None
@@ -59,7 +61,8 @@ class Contrastive(JointObjective):
         keys = config.contrastive
         teacher = tower_teacher_of(config)
         return cls(
-            config=keys, layers=tuple(towers(config.model, config.text, keys, teacher)), momentum=keys.momentum,
+            config=keys, momentum=keys.momentum, local_crops=(crops := config.data.local_crops),
+            layers=tuple(towers(config.model, config.text, keys, teacher, local_crops=crops)),
             passes=1 if keys.passes == 1 else 2, targets=() if teacher is None else _targets(keys),
         )  # fmt: skip
 
@@ -71,8 +74,9 @@ class Contrastive(JointObjective):
         self, outputs: Sequence[Outputs], batches: Sequence[MicroBatch], grid: Grid, keys: Keys | None = None
     ) -> JointLoss:
         """As JointObjective."""
-        lefts, rights, (scale, *_), (bias, *_), *taught = zip(*outputs, strict=True)
-        left, right = torch.cat(lefts), torch.cat(rights)
+        lefts, rights, (scale, *_), (bias, *_), *more = zip(*outputs, strict=True)
+        left, right, counts = torch.cat(lefts), torch.cat(rights), [len(left) for left in lefts]
+        others: Sequence[Outputs] = [tuple(torch.zeros_like(x) for x in given[4:]) for given in outputs]
         if keys is None:
             labels = torch.cat([self._kin(batch)[: len(side)] for batch, side in zip(batches, lefts, strict=True)])
             found = self.pair_loss(left, right, scale, bias, labels, grid.data)
@@ -81,21 +85,27 @@ class Contrastive(JointObjective):
             ways = [self._of_keys(*pair, keys.queue, scale, grid.data) for pair in ((left, second), (right, first))]
             found = both(*ways)
         parts = dict[str, Tensor]()
-        if taught:
+        if self.local_crops:
+            sides = (left, right) if keys is None else (first, second)
+            found, crops = with_local_crops(
+                found, by_view(more[0], self.local_crops),
+                lambda crop, side: self._search(crop, sides[side], keys, scale, grid.data),
+            )  # fmt: skip
+            others = [(grads,) for grads in by_micro_batch(crops, counts)]
+        elif more:
             parts = {"pairs": found.loss}
         if "affinity" in self.targets:
-            asked = self._affinity(left, right, scale, torch.cat(taught[0]), grid.data)
+            asked = self._affinity(left, right, scale, torch.cat(more[0]), grid.data)
             parts, found = parts | {"affinity": asked.loss}, together(found, asked)
-        counts = [len(left) for left in lefts]
         assert found.left is not None and found.right is not None
         # Of the scale the same on all data ranks, not each its own share: at its bound the sign decides (model.pair).
         of_scale = comm.all_reduce(found.scale.clone(), grid.data) / grid.data.size
         nothing = torch.zeros_like(scale)
         of_bias = nothing if found.bias is None else found.bias
-        sides = zip(found.left.split(counts), found.right.split(counts), outputs, strict=True)
+        each = zip(found.left.split(counts), found.right.split(counts), others, strict=True)
         gradients = [
-            (left, right, *((of_scale, of_bias) if m == 0 else (nothing, nothing)), *map(torch.zeros_like, given[4:]))
-            for m, (left, right, given) in enumerate(sides)
+            (left, right, *((of_scale, of_bias) if m == 0 else (nothing, nothing)), *own)
+            for m, (left, right, own) in enumerate(each)
         ]
         return JointLoss(found.loss, gradients, parts)
 
@@ -120,6 +130,12 @@ class Contrastive(JointObjective):
         if queue is None:
             return against_keys(queries, own, scale, axis)
         return queued(queries, own, queue.keys, scale, axis)
+
+    def _search(self, crops: Tensor, side: Tensor, keys: Keys | None, scale: Tensor, axis: Axis) -> Gradients:
+        """Local crops that look for their images' global views, or the keys of these."""
+        if keys is None:
+            return info_nce(crops, side, scale, axis, symmetric=False)
+        return self._of_keys(crops, side, keys.queue, scale, axis)
 
     def key_queue(self, grid: Grid, seed: int, device: torch.device) -> KeyQueue | None:
         """As Objective."""
@@ -149,6 +165,7 @@ class Contrastive(JointObjective):
         """As Objective."""
         keys = self.config
         what = "images and texts" if keys.has_texts else "two views of each image"
+        what += f" and {self.local_crops} local crops against these" if self.local_crops else ""
         learned = "trained" if keys.learn_temperature else "fixed"
         bound = f", of an inverse of at most {keys.max_logit_scale:g}" if keys.max_logit_scale else ""
         bias = "" if keys.bias is None else f", bias from {keys.bias:g}"
@@ -166,7 +183,7 @@ class Contrastive(JointObjective):
         more, all in one), their gradients, and what the loss works in, as on several data ranks."""
         width, views = self.config.embedding, not self.config.has_texts
         tiles = 3 * 4 * ROWS**2 if self.config.loss == "supcon" else 0
-        held = (8 if views else 6) * samples * 4 * width
+        held = ((8 if views else 6) + 6 * self.local_crops + 4 * bool(self.local_crops)) * samples * 4 * width
         if self.targets:  # the teacher's rows and zeros in the place of their gradients, the two models' side by side
             theirs = next(of.output[1] for of in self.layers if of.kind == "pair" and of.is_frozen)
             held += 4 * samples * (3 * theirs + 2 * width + 36) + 7 * 4 * ROWS**2

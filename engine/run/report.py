@@ -74,7 +74,8 @@ def _model_lines(a: Assembly) -> Iterator[str]:
         else:
             yield from _tower_lines(a.config.model if tower is None else tower.config, tower)
     parameters, of = sum(layer.parameters for layer in a.layers), "pair" if a.layers[-1].joins else "image"
-    of = "sample, in two views" if a.layers[-1].per_sample == 2 else of
+    if (views := a.layers[-1].per_sample) > 1:
+        of = "sample, in two views" + (f" and {views - 2} local crops" if views > 2 else "")
     yield f"size: {parameters:,} parameters, {a.training_flops / 1e9:.3f} GFLOP per {of}, forward and backward"
     if taught := [layer for layer in a.layers if layer.is_frozen and "outputs" not in layer.reads]:
         flops, count = sum(layer.flops for layer in taught), sum(layer.parameters for layer in taught)

@@ -181,8 +181,9 @@ REPEATS = defaultdict(lambda: 1, pairs_images=4)  # rows of an image, which lie 
 FEW = defaultdict[str, int | None](lambda: None, taught=70)  # labels, of half of the images
 # images that are mixed with each other, of targets that are soft, under either loss
 _SOFT = {"mixup": 0.8, "cutmix": 1.0, "mix_probability": 0.9}
+_CROPS = {"crop_min_area": 0.4, "local_crop_area": (0.1, 0.4)}  # multi-crop, of either loss
 AUGMENTED: dict[str, dict[str, Any]] = defaultdict(
-    dict, mixed=_SOFT, taught_by_two=_SOFT,
+    dict, mixed=_SOFT, taught_by_two=_SOFT, views=_CROPS | {"local_crops": 3}, moco=_CROPS | {"local_crops": 2},
     beside=_SOFT | {"erase": 0.4, "rand_augment": "rand-m7-n1-p0.7-mstd0.5-inc1"},
 )  # fmt: skip
 SMOOTHING = defaultdict(float, mixed=0.05, beside=0.1, taught=0.1)

@@ -226,7 +226,7 @@ def _config_of(
     if features and description is not None:  # a run must have classes, over all tensor ranks
         config = replace(config, model=replace(config.model, num_classes=shape.tensor))
     config = config.resolve(world.size)
-    config = replace(config, data=replace(config.data, views=1))
+    config = replace(config, data=config.data.one_view)
     return replace(config, model=replace(config.model, num_classes=0)) if features else config
 
 
