@@ -48,8 +48,8 @@ def stored_keys(
 def _keys_of(shown: Preprocessing, data: Mapping[str, Any], flags: Mapping[str, str]) -> dict[str, Any]:
     """Of what another library's file says, where the images here are shown in one of several ways."""
     kind = flags.get("data.kind", data.get("kind", DataConfig.kind))
-    of_one_size = not float(flags.get("data.variable_resolution", 0))
-    return keys_of(shown) if "eval_transform" not in data and of_one_size and is_of(kind, "eval_transform") else {}
+    said = "eval_transform" in data or "data.variable_resolution" in flags  # which has a way of its own
+    return keys_of(shown) if not said and is_of(kind, "eval_transform") else {}
 
 
 def values_of(flags: Sequence[str]) -> dict[str, str]:
