@@ -92,6 +92,7 @@ CASES: dict[str, tuple[int, int, dict[str, Any]]] = {  # ranks, micro-batch, key
     "mixed, pairs parted": (2, 3, MIXED),
     "mixed, repeats": (2, 6, MIXED | {"repeats": 2}),
     "several sizes": (2, 6, {"variable_resolution": 0.5, "flip": True}),
+    "local crops": (2, 5, {"views": 2, "local_crops": 2, "crop_min_area": 0.5}),
 }
 
 
@@ -103,7 +104,7 @@ def test_portions_are_the_rows_of_the_whole(case: str) -> None:
 
     def images() -> Images:
         dataset = Images(bad)
-        if config.mixes or config.variable_resolution:
+        if config.mixes or config.variable_resolution or config.local_crops:
             dataset.texts = None
         dataset.resolution = Resolution.of(config, 4, 4, patch=1)
         return dataset
