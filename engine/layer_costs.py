@@ -14,7 +14,7 @@ from data import Batch
 from engine.assemble import assemble
 from engine.assembly import Assembly
 from engine.config import Config, TrainConfig
-from engine.config.objectives import few_images
+from engine.config.objective_keys import few_images
 from engine.recompute.ahead import Ahead
 from engine.recompute.bench import Place, measure
 from engine.recompute.costs import LayerCost

@@ -15,7 +15,8 @@ from engine.checkpoint.config import CheckpointConfig
 from engine.config.contrastive import ContrastiveConfig
 from engine.config.distillation import DistillationConfig
 from engine.config.limits import check_values
-from engine.config.objectives import check_objective, passes_of, resolve_model
+from engine.config.objective_keys import check_objective
+from engine.config.objectives import passes_of, resolve_model
 from engine.config.pipeline import Pipeline
 from engine.config.resolution import check_resolution
 from engine.config.train import LogConfig, TrainConfig

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from data.resolution import check_pairs
-from engine.config.objectives import set_keys
+from engine.config.objective_keys import set_keys
 from engine.errors import ConfigError
 from model.checks import check_packed
 from parallel.grid import GridShape

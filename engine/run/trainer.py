@@ -20,7 +20,8 @@ from engine.assembly import Assembly
 from engine.config import MAX_COUNT, Config
 from engine.config.classes import class_orders
 from engine.config.keys import key_types, value_of
-from engine.config.objectives import check_labels, check_repeats, text_shape
+from engine.config.objective_keys import check_labels, check_repeats
+from engine.config.objectives import text_shape
 from engine.config.stored import check_rows
 from engine.config.teachers import found_at
 from engine.config.tower_teachers import towers_at

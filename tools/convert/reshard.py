@@ -25,7 +25,7 @@ from engine.checkpoint import folder as folders
 from engine.checkpoint.states import held_pieces, state_pieces
 from engine.config import Config
 from engine.config.cli import parse
-from engine.config.objectives import ENOUGH_IMAGES
+from engine.config.objective_keys import ENOUGH_IMAGES
 from engine.config.pipeline import Pipeline
 from engine.errors import ConfigError
 from engine.objectives import Objective, make_objective

@@ -13,7 +13,7 @@ from functools import cache, cached_property
 
 from engine.clusters import Cluster
 from engine.config import Config
-from engine.config.objectives import few_images
+from engine.config.objective_keys import few_images
 from engine.step_time import StepModel, StepTime
 from parallel.grid import GridShape
 from parallel.pipeline import Placement, Schedule

@@ -10,7 +10,7 @@ from pathlib import Path
 from engine.config import Config
 from engine.config.cli import parse
 from engine.config.distillation import TeacherConfig
-from engine.config.objectives import check_objective
+from engine.config.objective_keys import check_objective
 from engine.config.teachers import teachers_of
 from engine.errors import ConfigError
 from engine.recompute.config import RecomputeConfig

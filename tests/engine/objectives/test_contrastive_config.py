@@ -12,7 +12,8 @@ import pytest
 from data import DataConfig, TextShape
 from engine.config import Config, TrainConfig
 from engine.config.contrastive import ContrastiveConfig
-from engine.config.objectives import check_repeats, text_shape
+from engine.config.objective_keys import check_repeats
+from engine.config.objectives import text_shape
 from engine.errors import ConfigError
 from model import TextConfig
 from parallel.config import ParallelConfig
