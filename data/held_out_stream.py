@@ -58,11 +58,12 @@ class EvalStream:
         self._data_rank = data_rank
         self._data_size = data_size
         self._relay, self._pins = relay, pins
-        self._portions = None if circle is None else Portions(circle, micro_batch_size, config)
         decides = with_images if relay is None else relay.decides
         self._mender = Mender(
             dataset, config, with_images=with_images, with_texts=with_texts, decides=decides, mends=leaves_out
         )
+        says = self._mender.says
+        self._portions = None if circle is None else Portions(circle, micro_batch_size, config, says=says)
 
     def __len__(self) -> int:
         """Batches per data rank."""
@@ -99,7 +100,7 @@ class EvalStream:
         missing = self._micro_batch_size - len(indices)
         if self._portions is not None:
             part = self._portions.part(first_index)
-            content = self._portions.whole(content, part.start - first_index, len(indices), part)
+            content = self._portions.whole(content, indices, part.start - first_index, part)
         kept = indices if content.indices is None else content.indices
         if self._relay is not None:
             kept = self._relay.pass_on(0, kept)

@@ -87,7 +87,6 @@ class TrainStream:
         self._rank_batch_size = global_batch_size // data_size
         self._data_rank = data_rank
         self._seed, self._offset, self._pins = seed, offset, pins
-        self._portions = None if circle is None else Portions(circle, micro_batch_size, config)
         self._order = sample_order(dataset, seed, config)
         self._agreement = Agreement(relay)
         decides = with_images if relay is None else relay.decides
@@ -95,6 +94,8 @@ class TrainStream:
             dataset, config, with_images=with_images, with_texts=with_texts, decides=decides, seed=seed
         )
         assert not (config.mixes and self._mender.makes_texts), "texts of mixed images are refused before"
+        says = self._mender.says
+        self._portions = None if circle is None else Portions(circle, micro_batch_size, config, says=says)
 
     def steps(self, start: int) -> Iterator[StepBatches]:
         """This rank's micro-batches of step `start`, of the step after it, and so on without end.
@@ -139,7 +140,7 @@ class TrainStream:
         if portions is not None:
             part = portions.part(first_draw)
             at = int(self._draws_of(part.start, len(part))[0][0] - read[0])
-            content = portions.whole(content, at, len(read), part)
+            content = portions.whole(content, self._order.indices(read), at, part)
         found = self._order.indices(read) if content.indices is None else content.indices
         indices = self._agreement.of(first_draw, number, found)
         if self._mender.needs_any and (content.indices is None or not np.array_equal(indices, content.indices)):

@@ -35,6 +35,9 @@ class Mender:
         decides: this rank finds out which samples are bad, all that is wanted of them by anybody; others are told, and
             of a micro-batch with a bad sample they make nothing before.
         seed: of the run. mends: False: a bad sample is an error, as it is where the configuration allows none.
+
+    Attributes:
+        says: whether more is known of what was made than which samples were drawn.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class Mender:
         self._is_of_files = config.reads_files
         self._maker = Maker(dataset, config, with_images=with_images, with_texts=with_texts)
         self.needs_any, self.makes_texts = self._maker.needs_any, self._maker.makes_texts
+        self.says = self._mends or self.makes_texts or dataset.resolution is not None
 
     def training(self, indices: NDArray[np.int64], first_draw: int) -> Content:
         """Of the samples at `indices`, drawn one after the other from `first_draw` on, or of those in their place.

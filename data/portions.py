@@ -77,12 +77,15 @@ class _Told(NamedTuple):
 class Portions:
     """How one rank makes its part of micro-batches.
 
+    Args:
+        says: whether there is something to say: samples may be bad, there are texts, or images have several sizes.
+
     Attributes:
         cut: of each.
     """
 
-    def __init__(self, circle: Circle, samples: int, config: DataConfig) -> None:
-        self._circle, self.cut = circle, Cut.of(samples, circle.size, config)
+    def __init__(self, circle: Circle, samples: int, config: DataConfig, *, says: bool) -> None:
+        self._circle, self._says, self.cut = circle, says, Cut.of(samples, circle.size, config)
 
     def part(self, first: int) -> range:
         """This rank's places of those from `first` on that are a micro-batch."""
@@ -99,18 +102,20 @@ class Portions:
         more = of_views.shape[1] // own * missing
         return replace(content, images=F.pad(of_views, (0, 0) * (of_views.ndim - 2) + (0, more)).flatten(0, 1))
 
-    def whole(self, content: Content, first: int, count: int, places: range) -> Content:
+    def whole(self, content: Content, drawn: NDArray[np.int64], first: int, places: range) -> Content:
         """What the micro-batch is of, but for images, which stay this rank's.
 
         Args:
-            content: of this rank's portion. first: place of its first index among the `count` of the micro-batch.
-            places: where samples are that are the portion's own, as of BadSample.
+            content: of this rank's portion. drawn: indices of the micro-batch, were none bad. first: place of the
+            portion's first index among these. places: where samples are that are the portion's own, as of BadSample.
         """
+        if not self._says:
+            return replace(content, indices=drawn)
         assert content.indices is not None
         bad = tuple(one for one in content.bad if one.place in places)
         own = _Told(first, content.indices, bad, content.texts, content.texts_cut, content.maps)
         told: list[_Told] = self._circle.tell(own)[: self.cut.count]
-        indices = np.empty(count, dtype=np.int64)
+        indices = np.empty_like(drawn)
         for part in told:
             indices[part.first : part.first + len(part.indices)] = part.indices
         maps = [part.maps for part in told if part.maps is not None]

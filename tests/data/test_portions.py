@@ -92,6 +92,7 @@ CASES: dict[str, tuple[int, int, dict[str, Any]]] = {  # ranks, micro-batch, key
     "mixed, pairs parted": (2, 3, MIXED),
     "mixed, repeats": (2, 6, MIXED | {"repeats": 2}),
     "several sizes": (2, 6, {"variable_resolution": 0.5, "flip": True}),
+    "nothing to say": (2, 5, {"max_bad_share": 0.0, "flip": True}),
     "local crops": (2, 5, {"views": 2, "local_crops": 2, "crop_min_area": 0.5}),
 }
 
@@ -99,12 +100,12 @@ CASES: dict[str, tuple[int, int, dict[str, Any]]] = {  # ranks, micro-batch, key
 @pytest.mark.parametrize("case", CASES)
 def test_portions_are_the_rows_of_the_whole(case: str) -> None:
     ranks, micro, keys = CASES[case]
-    config = DataConfig(kind="image_folder", path="photos", max_bad_share=0.5, **keys)
-    bad = () if config.variable_resolution else (3, 4, 17)
+    config = DataConfig(kind="image_folder", path="photos", **{"max_bad_share": 0.5} | keys)
+    bad = () if config.variable_resolution or not config.mends else (3, 4, 17)
 
     def images() -> Images:
         dataset = Images(bad)
-        if config.mixes or config.variable_resolution or config.local_crops:
+        if config.mixes or config.variable_resolution or config.local_crops or not config.mends:
             dataset.texts = None
         dataset.resolution = Resolution.of(config, 4, 4, patch=1)
         return dataset
