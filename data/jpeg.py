@@ -48,7 +48,8 @@ def decoder_name() -> str:
 def decoded_part(image: Image, content: bytes, edges: Edges) -> NDArray[np.uint8] | None:
     """What edges cut out of what `decoded` gives, for less work than all of it takes.
 
-    None: all of the image is to be decoded. So are files that may have been cut short, which only then is seen.
+    None: all of the image is to be decoded. So are files that may have been cut short or have segments behind their
+    pixels: only then it is seen whether they are bad, which is no matter of where they are cut.
     """
     suits = image.format == "JPEG" and image.mode in _SPACES and max(image.size) >= _LEAST and content.endswith(_END)
     addresses = _library() if suits else None
@@ -79,7 +80,16 @@ def _library() -> Addresses | None:
         found = tuple(ctypes.cast(getattr(library, f"jpeg_{name}"), ctypes.c_void_p).value or 0 for name in _FUNCTIONS)
     except (OSError, AttributeError):
         return None
-    return found if all(_part_agrees(found, mode, scale) for mode in _SPACES for scale in (1, 2, 4, 8)) else None
+    agrees = all(_part_agrees(found, mode, scale) for mode in _SPACES for scale in (1, 2, 4, 8))
+    return found if agrees and _sees_damage(found) else None
+
+
+def _sees_damage(addresses: Addresses) -> bool:
+    """Whether it leaves a file alone that Pillow refuses for what lies below a part: what is bad must not depend on
+    where it is cut. The module may be older than this file."""
+    with _sample("RGB", 1) as (image, content):
+        damaged = content.removesuffix(_END) + b"\xff\xc4\x00\x00" + _END  # a segment of less than its own length
+        return _part_by(addresses, image, damaged, (0, 8, 0, 8)) is None
 
 
 def _part_agrees(addresses: Addresses, mode: str, scale: int) -> bool:

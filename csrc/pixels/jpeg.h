@@ -7,6 +7,7 @@
 #include <csetjmp>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 namespace jpeg {
 
@@ -16,11 +17,16 @@ constexpr uint32_t kMargin = 2;  // columns at the edges of what is decoded have
 
 struct Errors;
 
+struct Source {  // how jpeg_source_mgr begins
+  const uint8_t* next;
+  size_t left;
+};
+
 struct Decompress {
   Errors* err;
   void *mem, *progress, *client_data;
   int is_decompressor, global_state;
-  void* src;
+  Source* src;
   uint32_t image_width, image_height;
   int num_components, jpeg_color_space, out_color_space;
   uint32_t scale_num, scale_denom;
@@ -29,9 +35,11 @@ struct Decompress {
   int out_color_components, output_components, rec_outbuf_height, actual_number_of_colors;
   void* colormap;
   uint32_t output_scanline;
-  char rest[460];
+  char counters[20];
+  int (*coef_bits)[64];  // of progressive files, by component: how many bits are missing of each coefficient; -1: all
+  char rest[432];
 };
-static_assert(offsetof(Decompress, output_scanline) == 168 && sizeof(Decompress) == 632);
+static_assert(offsetof(Decompress, output_scanline) == 168 && offsetof(Decompress, coef_bits) == 192 && sizeof(Decompress) == 632);
 
 struct Errors {
   void (*error_exit)(Decompress*);
@@ -65,6 +73,26 @@ struct Part {
   uint32_t room;
 };
 
+// Whether nothing but one scan and the end of the image is left to be read: damage there is warned of and gives other pixels, and only
+// further segments can be such that all of the image is refused. Of images of several scans all was read before the first row.
+inline bool is_one_scan(const Source& source) {
+  const uint8_t *at = source.next, *end = at + source.left;
+  while (at != end && (at = static_cast<const uint8_t*>(std::memchr(at, 0xFF, size_t(end - at))))) {
+    if (++at == end) return false;
+    if (*at == 0xD9) return at + 1 == end;
+    if (*at == 0xFF) continue;                                // fills
+    if (*at != 0 && (*at < 0xD0 || *at > 0xD7)) return false;  // neither a byte 0xFF nor a restart
+  }
+  return source.left == 0;
+}
+
+// Whether no scan of a progressive file is missing. Else blocks are smoothed, and those at the edges of a part lack neighbours.
+inline bool is_complete(const Decompress& d) {
+  if (!d.coef_bits) return true;
+  const int* bits = d.coef_bits[0];
+  return std::all_of(bits, bits + 64 * d.num_components, [](int missing) { return missing == 0; });
+}
+
 // The first column of what was decoded; -1: it is for others to say what is wrong with the file. The library leaves by longjmp, so
 // nothing here has a destructor.
 inline int64_t decode(const Library& library, const Part& part) {
@@ -91,6 +119,7 @@ inline int64_t decode(const Library& library, const Part& part) {
   library.start(&d);
   uint32_t first = part.left - std::min(part.left, kMargin), width = std::min(part.right + kMargin, part.width) - first;
   bool good = d.output_width == part.width && d.output_height == part.height && d.output_components == part.channels;
+  good = good && is_one_scan(*d.src) && is_complete(d);
   if (good && width < part.width) library.crop(&d, &first, &width);  // which begins at a block's first column
   good = good && width <= part.room && (!part.top || library.skip(&d, part.top) == part.top);
   while (good && d.output_scanline < part.bottom) {

@@ -63,28 +63,34 @@ def test_parts_are_pillows() -> None:
 
 
 def test_damaged_files_are_the_same_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is wrong below a crop is no matter of it, and above it gives Pillow's pixels; a file cut short is bad."""
-    file = BytesIO()
+    """Wherever a file is damaged its pixels are Pillow's; cut short, or with a wrong segment, it is bad for any crop.
+
+    Of progressive ones blocks are smoothed where scans are missing, by their neighbours.
+    """
+    file, scans = BytesIO(), BytesIO()
     with Image.open(photographs()[0]) as photograph:
-        photograph.convert("RGB").resize((320, 240)).save(file, "JPEG", quality=90)
+        small = photograph.convert("RGB").resize((320, 240))
+    small.save(file, "JPEG", quality=90)
+    small.save(scans, "JPEG", progressive=True)
     good = file.getvalue()
     middle = len(good) // 2
     damaged = [good[:middle] + b"\xff\xd9" * 3 + good[middle + 6 :], good[:middle] + bytes(40) + good[middle + 40 :]]
+    damaged += [b"\xff\xda".join(scans.getvalue().split(b"\xff\xda")[:count]) + b"\xff\xd9" for count in (2, 5)]
     crops = [np.array([0.1, 1.0, 0.2, down]) for down in (0.0, 1.0)]
 
     def pixels() -> list[NDArray[np.float32]]:
         return [decode(BytesIO(content), crop, (3, 40, 40)) for content in (good, *damaged) for crop in crops]
 
-    def cut_short() -> None:
-        for crop, end in product(crops, (b"", b"\xff")):
-            with pytest.raises(BadSampleError, match=r"(?i)truncated"):
+    def are_bad() -> None:
+        for crop, end in product(crops, (b"", b"\xff", b"\xff\xc4\0\0" + good[middle:])):
+            with pytest.raises(BadSampleError, match=r"(?i)truncated|broken data"):
                 decode(BytesIO(good[:middle] + end), crop, (3, 40, 40))
 
     in_parts = pixels()
-    cut_short()
+    are_bad()
     monkeypatch.setattr(jpeg, "_library", lambda: None)
     assert all(np.array_equal(*pair) for pair in zip(in_parts, pixels(), strict=True))
-    cut_short()
+    are_bad()
 
 
 def test_what_it_does_not_take_is_pillows(monkeypatch: pytest.MonkeyPatch) -> None:
