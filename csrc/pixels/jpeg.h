@@ -1,6 +1,6 @@
 // A part of a JPEG, by the libjpeg-turbo that Pillow has brought into the process. Rows and columns that a crop does not need are not
-// transformed, upsampled or converted, and rows below it are not even read; what is decoded is what all of it would have there, bit for
-// bit. libjpeg's header may be missing where this is built, so what is used of its structs stands here.
+// transformed, upsampled or converted, and rows below it are only looked through for further segments; what is decoded is what all of
+// it would have there, bit for bit. libjpeg's header may be missing where this is built, so what is used of its structs stands here.
 #pragma once
 
 #include <algorithm>
