@@ -67,8 +67,8 @@ def inheritance_of(config: Config, student: ModelConfig | None = None) -> Inheri
     try:
         model = found.of_classes(student.sizes.classes)
         model = replace(model, image_size=student.image_size, patch_size=student.patch_size).resolve()
-        chosen = tuple(chosen_blocks(model, student, blocks))
-        return Inheritance(found, model, student, chosen, inherit(model, student, blocks))
+        parts = inherit(model, student, blocks)  # which compares the models, before blocks are chosen
+        return Inheritance(found, model, student, tuple(chosen_blocks(model, student, blocks)), parts)
     except ValueError as error:
         raise ConfigError(
             f"distillation.start_from {_shown(keys.start_from)}, from {found.path}: {error}; or leave start_from out"

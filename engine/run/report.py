@@ -98,6 +98,9 @@ def _tower_lines(model: ModelConfig, tower: Tower | None) -> Iterator[str]:
         )
     for stage in sizes.stages:
         name = f"  stage {stage.index} of the pyramid" if model.stages else "  blocks"
+        if not stage.depth:
+            yield f"{name}: no blocks; tokens are projected to width {stage.width} for the head"
+            continue
         kinds = ", ".join(f"{kind} x {len(list(run))}" for kind, run in groupby(stage.kinds))
         patches = "" if of_text else f"{stage.rows} x {stage.cols} patches; "
         yield (

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from model.attention import Attention, FullAttention
+from model.kernels import Kernels
 from model.seeing.rows import Block
 from model.taps import Tapped
 
 _MOST = 4  # tokens over width, up to which maps take no more than twice what queries and keys would
+_WRITTEN_OUT = Kernels("reference")
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,9 @@ class Noting(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """As Mixer."""
         heads_first = (x.transpose(1, 2) for x in (q, k, v))
-        out, maps = self._kernels.mapped_attention(*heads_first, causal=self._causal)
+        # on a GPU there is no such kernel, also for a model whose own are to be `native`
+        kernels = self._kernels if self._kernels.is_native("mapped_attention", q.device) else _WRITTEN_OUT
+        out, maps = kernels.mapped_attention(*heads_first, causal=self._causal)
         self.map = MeanMap(maps)
         return out.transpose(1, 2)
 

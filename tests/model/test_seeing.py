@@ -12,6 +12,7 @@ from torch import Tensor
 
 from model import ImageText, MicroBatch, TextConfig, VisionTransformer
 from model.config import StageConfig
+from model.kernels import native
 from model.seeing.features import POSITIONAL, clusters, components, outliers
 from model.seeing.flow import attention_flow
 from model.seeing.lens import check_lens, patch_logits
@@ -22,6 +23,7 @@ from model.seeing.rollout import METHODS, Maps, Merging, Trace, back_through
 from model.seeing.similarity import likeness
 from model.seeing.trace import map_of, mean_trace, pooled_tokens, trace, traces
 from model.towers import projected
+from tests.model.kernels.kernel_cases import needs_cpu_module
 from tests.model.small import TINY
 from tests.parity import plain_vit
 from tests.parity.cases import MODELS
@@ -128,6 +130,16 @@ def test_of_a_model_as_autograd_finds_it_on_a_plain_vit(name: str, monkeypatch: 
         model.sizes.stages[0].rows, model.sizes.stages[0].cols,
     )  # fmt: skip
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@needs_cpu_module
+def test_maps_are_noted_where_there_is_no_kernel_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, of a model whose kernels are to be native ones."""
+    model = VisionTransformer(MODELS["parallel"], kernels="native").eval()
+    images = images_of(model.config)
+    expected = back_through(mean_trace(model, images)[0], "rollout")
+    monkeypatch.delattr(native.cpu, "mapped_attention")
+    assert torch.allclose(back_through(mean_trace(model, images)[0], "rollout"), expected, rtol=1e-4)
 
 
 def test_a_stage_that_merges_nothing_keeps_its_tokens() -> None:

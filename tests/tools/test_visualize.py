@@ -14,7 +14,7 @@ from PIL import Image
 
 from data.decode import decode
 from engine.errors import ConfigError
-from model import ImageText, TextConfig, VisionTransformer
+from model import ImageText, StageConfig, TextConfig, VisionTransformer
 from model.formats.base import Preprocessing
 from model.seeing.trace import map_of, trace
 from parallel.process_group import World
@@ -24,7 +24,7 @@ from tools.convert.images import prepared
 from tools.visualize import __main__ as command
 from tools.visualize import methods, models
 from tools.visualize.methods import EXPLAIN, METHODS, READS
-from tools.visualize.of_rows import of_heads
+from tools.visualize.of_rows import check, of_heads
 from tools.visualize.options import parse_options
 from tools.visualize.pictures import Scene, enlarged, names_of
 from tools.visualize.shown import Asked
@@ -88,6 +88,19 @@ def test_every_method(method: str, places: Path, tmp_path: Path, capsys: pytest.
         assert arrays["blocks.1/head 3"].shape == (3, 4, 4) and arrays["blocks.0.entropy"].shape == (3, 4)
     if method == "rollout":  # patches, and the register
         assert np.allclose(arrays["tokens"].sum(1), 1, atol=1e-5)
+
+
+def test_flow_is_of_a_pyramid_that_keeps_its_tokens() -> None:
+    """As that of a student with a projection of its own."""
+    first = StageConfig(depth=1, width=16, num_heads=4)
+    base = replace(TINY, pool="gap", width=None, depth=None, num_heads=None, mlp_dim=None)
+    kept, merged = (
+        replace(base, stages=(first, StageConfig(depth=int(merge), width=24, num_heads=4, merge=merge))).resolve()
+        for merge in (False, True)
+    )
+    check("flow", kept, Asked(), images=1)
+    with pytest.raises(ConfigError, match="tokens are the same in all layers"):
+        check("flow", merged, Asked(), images=1)
 
 
 def test_of_one_patch_and_some_layers(places: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from model.seeing.lens import check_lens
 from model.seeing.measures import distances, entropy
 from model.seeing.rollout import Maps, Merging, Mixing, Trace
 from model.seeing.rows import Seen
-from model.seeing.trace import map_of, pooled_tokens
+from model.seeing.trace import map_of, mergings, pooled_tokens
 from model.sizes import StageSizes
 from tools.visualize.shown import Asked, Shown
 
@@ -77,7 +77,7 @@ def check(method: str, config: ModelConfig, asked: Asked, images: int) -> None:
             raise ConfigError(f"--heads {wrong[0]}: {name} has heads 0 to {known[name].heads - 1}")
     if asked.query is not None and not (0 <= asked.query[0] < first.rows and 0 <= asked.query[1] < first.cols):
         raise ConfigError(f"--query {asked.query}: there are {first.rows} rows and {first.cols} columns of patches")
-    if method == "flow" and len(sizes.stages) > 1:
+    if method == "flow" and mergings(config):
         raise ConfigError("--method flow is for models whose tokens are the same in all layers: take rollout")
     if method == "clusters" and asked.clusters > (patches := images * last.rows * last.cols):
         raise ConfigError(f"--clusters {asked.clusters}: there are {patches} patches")

@@ -31,6 +31,7 @@ from engine.optimizers.config import OptimizerConfig
 from engine.plan import META, plan_memory, planned, states
 from engine.run.agreement import facts_of
 from engine.run.load import start_from
+from engine.run.report import _tower_lines
 from engine.run.step import Stepper
 from engine.run.teachers import load_teachers
 from engine.run.trainer import pretrain
@@ -244,6 +245,7 @@ def test_layers_take_turns(teacher: Path, tmp_path: Path) -> None:
         StageConfig(depth=0, width=48, num_heads=4, mlp_dim=192, window_size=7, grid_size=7, merge=False),
     )
     assert kept.resolve(1) == kept
+    assert "no blocks; tokens are projected to width 48 for" in "\n".join(_tower_lines(kept.model, None))
     layers = make_objective(kept).layers
     names = [layer.name for layer in layers]
     assert names[-5:] == ["blocks.3", "merges.0", "match.4", "teacher.head", "head"]
@@ -561,6 +563,12 @@ def test_a_teacher_of_other_classes_or_none_teaches_what_needs_none(tmp_path: Pa
         ({}, {"parallel": ParallelConfig(tensor_parallel_size=8)}, r"of the teacher num_heads 4 cannot be split"),
         ({"start_from": "last"}, {}, r"start_from is last: give first, even, or a list"),
         ({"start_from": (0, 1)}, {}, r"start_from \[0, 1\], from .*: 2 blocks of the teacher are given for the .* 4"),
+        (
+            {"start_from": "even"},
+            {"stages": (StageConfig(depth=4, width=16, num_heads=4),) * 2}
+            | dict.fromkeys(("width", "depth", "num_heads", "mlp_dim")),
+            r"start_from even, from .*: the student has 2 stages, the teacher 1: give it as many",
+        ),
         ({"start_from": "even"}, {"block": "parallel"}, r"model\.block is parallel, .*or leave start_from out"),
         ({"start_from": "even"}, {"checkpoint": CheckpointConfig(load="x")}, r"is even and checkpoint\.load x: a stud"),
         (
