@@ -433,7 +433,7 @@ def test_images_are_prepared_as_they_were(tmp_path: Path) -> None:
         with open_weights(folder) as weights:
             how = weights.description.preprocessing
             assert how is not None and (how.squash, how.crop_fraction, how.interpolation) == (squash, 0.875, "bicubic")
-    for wrong in ({"resample": 4}, {"do_resize": False}, {"rescale_factor": 1.0}, {"do_pad": True}):
+    for wrong in ({"resample": 5}, {"do_resize": False}, {"rescale_factor": 1.0}, {"do_pad": True}):
         file.write_text(json.dumps({"image_processor_type": "ViTImageProcessor"} | wrong))
         with pytest.raises(ConversionError, match=next(iter(wrong))), open_weights(folder):
             pass
