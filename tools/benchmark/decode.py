@@ -29,7 +29,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from data import DataConfig, TrainStream, build_datasets
+from data import DataConfig, TrainStream, build_datasets, jpeg, scaling
 from data.decode import CENTRE, decode
 from data.textures import photographs
 from model.kernels import tune_allocator
@@ -85,21 +85,29 @@ def decoders(
         for content in contents:
             decode_peers.pillow(content, box, _SIDE)
 
-    return {
-        "Pillow": theirs,
-        "vitruvius, by Pillow": partial(_without, ours, "jpeg._decoder", "jpeg._library", "scaling.native"),
-        "vitruvius, by simplejpeg": partial(_without, ours, "jpeg._library", "scaling.native"),
-        "vitruvius, by simplejpeg, scaled by the module": partial(_without, ours, "jpeg._library"),
-        "vitruvius, in parts, scaled by the module": ours,
-    }
+    return {"Pillow": theirs, **_ways(ours)}
 
 
-def _without(run: Fn, *finders: str) -> None:
-    """Run without what these functions of `data` find: a decoder, the native module."""
+def _ways(ours: Fn) -> dict[str, Fn | None]:
+    """By more and more of what makes it quick, each named by what is at work then: what is not there makes no row."""
+    finders = ("jpeg._library", "scaling.native", "jpeg._decoder")
+    ways = [partial(_without, finders[:count]) for count in (3, 2, 1, 0)]
+    return {str(way(_at_work)): partial(way, ours) for way in ways}
+
+
+def _at_work() -> str:
+    decoder = "Pillow" if jpeg._decoder() is None else "simplejpeg"
+    parts = "" if jpeg._library() is None else ", crops in parts"
+    scaler = "" if scaling.native() is None else ", scaled by the module"
+    return f"vitruvius, by {decoder}{parts}{scaler}"
+
+
+def _without(finders: Sequence[str], run: Fn) -> object:
+    """What it gives where these functions of `data` find nothing: a decoder, the native module."""
     with ExitStack() as stack:
         for name in finders:
             stack.enter_context(patch(f"data.{name}", lambda: None))
-        run()
+        return run()
 
 
 def loaders(tar: Path, contents: Sequence[bytes]) -> dict[str, Fn | None]:
@@ -119,9 +127,7 @@ def loaders(tar: Path, contents: Sequence[bytes]) -> dict[str, Fn | None]:
     return {
         "webdataset + DataLoader + Pillow": decode_peers.webdataset(str(tar), _SIDE, _LEAST_AREA, _BATCH),
         "grain + Pillow": decode_peers.grain(contents, _SIDE, _LEAST_AREA, _BATCH),
-        "vitruvius, by simplejpeg": partial(_without, ours, "jpeg._library", "scaling.native"),
-        "vitruvius, by simplejpeg, scaled by the module": partial(_without, ours, "jpeg._library"),
-        "vitruvius": ours,
+        **_ways(ours),
     }
 
 
