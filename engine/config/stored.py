@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 # Keys of data that say nothing of pixels or of which image a draw is: files are compared themselves.
 _SAY_NOTHING = (
     "path", "val_path", "image_column", "caption_column", "label_column", "tokenizer", "text_cleaning", "text_padding",
-    "templates", "prompts", "workers", "views", "index_dir", "max_bad_share",
-    "share_decoding",
+    "templates", "prompts", "workers", "views", "index_dir", "max_bad_share", "share_decoding",
 )  # fmt: skip
 _ORDER = ("data.repeats", "data.weights", "data.shuffle_window")  # keys of which image a draw is
 _DRAWN = ("synthetic", "textures")  # kinds whose images follow from the seed

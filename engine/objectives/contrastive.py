@@ -59,11 +59,11 @@ class Contrastive(JointObjective):
     def of(cls, config: Config) -> Self:
         """As Objective."""
         keys = config.contrastive
-        teacher = tower_teacher_of(config)
+        teacher, asked = tower_teacher_of(config), _asked(keys)
         return cls(
             config=keys, momentum=keys.momentum, local_crops=(crops := config.data.local_crops),
             layers=tuple(towers(config.model, config.text, keys, teacher, local_crops=crops)),
-            passes=1 if keys.passes == 1 else 2, targets=() if teacher is None else _targets(keys),
+            passes=1 if keys.passes == 1 else 2, targets=("pairs", *asked) if asked else (),
         )  # fmt: skip
 
     def reads_texts(self, layers: range) -> bool:
@@ -170,9 +170,8 @@ class Contrastive(JointObjective):
         bound = f", of an inverse of at most {keys.max_logit_scale:g}" if keys.max_logit_scale else ""
         bias = "" if keys.bias is None else f", bias from {keys.bias:g}"
         how = "two passes, forwards twice" if self.passes == 2 else "one pass, all forwards first"
-        asked = {"affinity": keys.affinity_weight, EMBEDDINGS: keys.embeddings_weight}
-        each = ", ".join(f"{name} x {weight:g}" for name, weight in asked.items() if weight)
-        taught = f"; {each}, taught by {keys.teacher}" if keys.teacher else ""
+        each = ", ".join(f"{name} x {weight:g}" for name, weight in _asked(keys).items())
+        taught = f"; {each}, taught by {keys.teacher}" if each else ""
         return (
             f"contrastive: {keys.loss} of {what} in {keys.embedding} features, over the whole batch, true partners by "
             f"{keys.positives}; temperature {keys.temperature:g} {learned}{bound}{bias}{taught}; {how}"
@@ -195,10 +194,10 @@ class Contrastive(JointObjective):
         return Alike(self.pair_loss, grid, device, by_label=self.config.positives == "label", sides=sides)
 
 
-def _targets(keys: ContrastiveConfig) -> tuple[str, ...]:
-    """With a teacher."""
-    asked = {"affinity": keys.affinity_weight, EMBEDDINGS: keys.embeddings_weight}
-    return ("pairs", *(name for name, weight in asked.items() if weight))
+def _asked(keys: ContrastiveConfig) -> dict[str, float]:
+    """Of what is to be as a teacher has it, if there is one, the weights, by target."""
+    weights = {"affinity": keys.affinity_weight, EMBEDDINGS: keys.embeddings_weight}
+    return {name: weight for name, weight in weights.items() if weight and keys.teacher is not None}
 
 
 def together(one: Gradients, other: Gradients) -> Gradients:
