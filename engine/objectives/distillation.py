@@ -38,7 +38,7 @@ class Distillation(AdditiveObjective):
     Attributes:
         config: the keys of the objective. labels: the ordinary loss. layers: of student and teachers.
         outputs: of each teacher, those that are read from the disk; None: his layers are among ours; empty: nothing is
-            asked of any. classified: whether any is asked, and all tell the student's classes.
+            asked of any. classified: whether any is asked in evaluation, too, since all tell the student's classes.
         targets: as of Objective.
     """
 
@@ -61,7 +61,7 @@ class Distillation(AdditiveObjective):
         return cls(
             config=keys, labels=Supervised.of(config), layers=layers, targets=tuple(keys.weights),
             outputs=stored_of(config) if keys.asks_teachers else (),
-            classified=keys.asks_teachers and all(of.model.num_classes for of in teachers),
+            classified=keys.asks_teachers and not any(of.tower is not None and of.tower.rests for of in layers),
         )  # fmt: skip
 
     def stored(self, batch: Batch, *, training: bool) -> tuple[Mapping[str, Tensor], ...]:
@@ -157,7 +157,7 @@ class Distillation(AdditiveObjective):
             if of is None:
                 answers.append(next(computed))
                 continue
-            if self.config.pools or self.config.compares_rows:
+            if len(theirs) == len(self.outputs):
                 next(computed)  # of a head that has features alone
             answers.append(stored_answer(next(read, of.blank(batch.labels)), of.meta, grid.tensor))
         return answers
