@@ -32,12 +32,7 @@ from parallel import comm
 from parallel.fp8 import Fp8Recipe, Fp8Registry, enable_fp8, enable_row_products
 from parallel.grid import Grid, make_grid
 from parallel.layout import ParameterInfo
-from parallel.pipeline import (
-    Placement,
-    Schedule,
-    balance,
-    partition,
-)
+from parallel.pipeline import Placement, Schedule, balance, partition
 from parallel.process_group import World
 from parallel.sharding import Group, ParameterStore, ShardingPolicy
 from parallel.tensor import TensorParallel

@@ -15,14 +15,13 @@ _WAYS: dict[str, Preprocessing] = {  # data.eval_transform
     "big_vision_resize": Preprocessing(interpolation="bilinear", antialias=False, squash=True),
 }
 _CROP, _LEAST_PART = ("timm", "big_vision"), 0.1
-USUAL_PART = 0.875
-"""Of the shorter side, that is seen where nobody says `data.crop_pct`."""
+_USUAL_PART = 0.875  # of the shorter side, that is seen where nobody says data.crop_pct
 
 
 def shown_by(data: Mapping[str, Any]) -> Preprocessing:
     """What keys of `data` say, those that are missing as by default, as before there were these."""
     way = data.get("eval_transform") or "centre"
-    part = (data.get("crop_pct") or USUAL_PART) if way in _CROP else 1.0
+    part = (data.get("crop_pct") or _USUAL_PART) if way in _CROP else 1.0
     said: dict[str, Any] = {key: tuple(data[key]) for key in ("mean", "std") if key in data}
     return replace(_WAYS[way], crop_fraction=part, **said)
 

@@ -10,8 +10,8 @@ from .attention import channels_contiguous, place
 def mapped_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
     """As Kernels.mapped_attention."""
     q, k, v = (channels_contiguous(native.plain(t)) for t in (q, k, v))
-    batch, _, tokens, _ = q.shape
-    out = empty_output(q)
+    batch, heads, tokens, dim = q.shape
+    out = q.new_empty(batch, tokens, heads, dim).transpose(1, 2)  # as what comes next reads it
     maps = torch.empty(batch, tokens, tokens, dtype=torch.float32, device=q.device)
     if not q.is_meta:
         module, where = native.target(q)
@@ -20,8 +20,3 @@ def mapped_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Ten
             native.DTYPE_CODE[q.dtype], where,
         )  # fmt: skip
     return out, maps
-
-
-def empty_output(q: Tensor) -> Tensor:
-    """[B, H, N, K], heads after tokens in memory, as what comes next reads them."""
-    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)

@@ -22,6 +22,7 @@ from engine.run.sample_relay import sample_relay
 from engine.teacher_outputs.meta import Meta, Part
 from engine.teacher_outputs.shards import Rows
 from model import LayerSpec, MicroBatch
+from model.turns import number_of
 from parallel import comm
 from parallel.distillation import likeliest, tokens_of_all
 from parallel.tensor import gather_features, gather_rows
@@ -95,10 +96,10 @@ class Teaching:
         and context ranks."""
         given, meta, axis = outputs[0].float(), self._meta, self._assembly.grid.tensor
         patches = {
-            spec.name.rpartition(".")[2]: self._patches(spec, rows, batch.size)
+            f"blocks.{number_of(spec)}": self._patches(spec, rows, batch.size)
             for spec, rows in zip(self._rides, outputs[1:], strict=True)
         }
-        behind = [patches[name.rpartition(".")[2]] for name in meta.blocks]
+        behind = [patches[name] for name in meta.blocks]
         logits, features = given.split([given.shape[1] - meta.features, meta.features], 1)
         if meta.keeps_all:
             whole = gather_features(logits.contiguous(), self._assembly.build.tp, meta.classes)
