@@ -157,6 +157,7 @@ def test_until_a_signal_comes(
         ("gives 2 here: name one of --layers", ("--method", "mean")),
         ("gives 4 here: .* and one of --heads", ("--method", "heads", "--layers", "1")),
         ("takes frames one by one, and --method pca", ("--method", "pca")),
+        ("takes frames one by one, and --method clusters", ("--method", "clusters")),
         ("takes no --batch", ("--method", "rollout", "--batch", "2")),
     ],
 )

@@ -63,6 +63,10 @@ def parse_options(argv: Sequence[str], world: World) -> tuple[argparse.Namespace
 
 
 def _check_watch(options: argparse.Namespace, world: World) -> None:
+    if "batch" not in READS[options.method]:
+        raise ConfigError(
+            f"--watch takes frames one by one, and --method {options.method} does not: take another method"
+        )
     if not options.watch.is_dir():
         raise ConfigError(f"--watch {options.watch} is no folder")
     if world.size > 1:

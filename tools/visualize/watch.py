@@ -26,7 +26,6 @@ from engine.errors import ConfigError
 from model import ModelConfig
 from model.seeing.capture import choose
 from tools.places import written_whole
-from tools.visualize.methods import READS
 from tools.visualize.models import Looked
 from tools.visualize.pictures import overlay, scenes
 from tools.visualize.shown import Asked
@@ -105,8 +104,6 @@ class Frames:
 
 
 def _check(method: str, config: ModelConfig, asked: Asked, texts: int) -> None:
-    if "batch" not in READS[method]:
-        raise ConfigError(f"--watch takes frames one by one, and --method {method} does not: take another method")
     if texts > 1:
         raise ConfigError(f"--watch shows one map of a frame, and there are {texts} texts: give one --text")
     wanted = choose(config, asked.layers, asked.heads) if method in ("heads", "mean") else {}
@@ -124,7 +121,7 @@ def watch(options: argparse.Namespace, looked: Looked, asked: Asked, read: Calla
     Each frame's overlay is METHOD-FRAME.png, whole or not there.
 
     Raises:
-        ConfigError: the method gives no map of one image, or several; the folder is gone, or `out` full.
+        ConfigError: the method gives several maps of an image; the folder is gone, or `out` full.
     """
     _check(options.method, looked.config, asked, len(options.text or ()))
     frames, times, patch = Frames(options.watch, read), list[float](), looked.config.sizes.patch
