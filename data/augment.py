@@ -109,6 +109,11 @@ def augment(images: Tensor, augmentation: Augmentation, config: DataConfig, *, c
     return apply_photometry(images, augmentation.photometry, config) if config.recolours else images
 
 
+def only_mirrors(config: DataConfig) -> bool:
+    """Whether mirroring is all that `augment` does to images that were cropped when they were read."""
+    return not (config.warps or config.rand_augment or config.recolours)
+
+
 def _rand_augmented(images: Tensor, a: Augmentation, config: DataConfig) -> Tensor:
     spec, (seed, variant, first_draw) = RandAugment.of(config.rand_augment or ""), a.photometry.key
     made = np.empty(images.shape, dtype=np.float32)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data.augment import Augmentation, augment, draw_augmentation
+from data.augment import Augmentation, augment, draw_augmentation, only_mirrors
 from data.captions import CHOICES, Look
 from data.config import DataConfig
 from data.datasets import Dataset
@@ -100,28 +100,31 @@ class Maker:
             return None
         dataset, config = self._dataset, self._config
         crops |= config.crops
-        crop_when_read = augmentation is not None and crops and dataset.crops_when_read
-        crop = augmentation.crop if augmentation is not None and crop_when_read else None
-        finish, all_are_there = None, are_there is None or bool(are_there.all())
+        crop = augmentation.crop if augmentation is not None and crops and dataset.crops_when_read else None
+        all_are_there = not missing and (are_there is None or bool(are_there.all()))
         # Where nothing comes between, mirroring and normalising take no passes over memory of their own.
-        changes = missing or config.warps or config.rand_augment or config.recolours
-        if augmentation is not None and crop_when_read and all_are_there and not changes:
-            finish = self._normalise.when_read(augmentation.mirror)
-        if finish is not None:
-            images = dataset.read(indices, crop, finish)
-        elif are_there is None or all_are_there:
-            images = dataset.read(indices, crop)
+        if augmentation is not None and crop is not None and all_are_there and only_mirrors(config):
+            images = dataset.read(indices, crop, self._normalise.when_read(augmentation.mirror))
         else:
-            images = torch.zeros(len(indices), *dataset.image_shape)
-            images[torch.from_numpy(are_there)] = dataset.read(
-                indices[are_there], None if crop is None else crop[are_there]
-            )
-        if augmentation is not None and finish is None:
-            images = augment(images, augmentation, config, crop=crops and not crop_when_read)
-        if finish is None:
+            images = self._pixels(indices, crop, are_there)
+            if augmentation is not None:
+                images = augment(images, augmentation, config, crop=crops and crop is None)
             images = self._normalise(F.pad(images, (0, 0, 0, 0, 0, 0, 0, missing)) if missing else images)
         if augmentation is not None and config.erase:
             erase(images[: len(indices)], config.erase, config.erase_fill, augmentation.photometry.key)
+        return images
+
+    def _pixels(
+        self, indices: NDArray[np.int64], crop: NDArray[np.float64] | None, are_there: NDArray[np.bool_] | None
+    ) -> Tensor:
+        """[B, C, H, W] in 0..1, black where they are not there."""
+        dataset = self._dataset
+        if are_there is None or are_there.all():
+            return dataset.read(indices, crop)
+        images = torch.zeros(len(indices), *dataset.image_shape)
+        images[torch.from_numpy(are_there)] = dataset.read(
+            indices[are_there], None if crop is None else crop[are_there]
+        )
         return images
 
     def _choices(
