@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _SPACES = {"L": "GRAY", "RGB": "RGB"}  # simplejpeg's names of Pillow's modes; CMYK is left to Pillow
 _LEAST = 8  # pixels; of fewer, several scales have the same size, and that is how decoders are told the scale
+_DRAFTS = [(mode, scale) for mode in _SPACES for scale in (1, 2, 4, 8)]  # modes and scales that `draft` may ask for
 _ROOM = 64  # columns beside a part that are decoded with it, at most: a block and margins
 _END = b"\xff\xd9"
 # Of csrc/pixels/jpeg.h, in its order.
@@ -51,8 +52,7 @@ def decoded_part(image: Image, content: bytes, edges: Edges) -> NDArray[np.uint8
     None: all of the image is to be decoded. So are files that may have been cut short or have segments behind their
     pixels: only then it is seen whether they are bad, which is no matter of where they are cut.
     """
-    suits = image.format == "JPEG" and image.mode in _SPACES and max(image.size) >= _LEAST and content.endswith(_END)
-    addresses = _library() if suits else None
+    addresses = _library() if _suits(image) and content.endswith(_END) else None
     return None if addresses is None else _part_by(addresses, image, content, edges)
 
 
@@ -80,7 +80,7 @@ def _library() -> Addresses | None:
         found = tuple(ctypes.cast(getattr(library, f"jpeg_{name}"), ctypes.c_void_p).value or 0 for name in _FUNCTIONS)
     except (OSError, AttributeError):
         return None
-    agrees = all(_part_agrees(found, mode, scale) for mode in _SPACES for scale in (1, 2, 4, 8))
+    agrees = all(_part_agrees(found, *drafted) for drafted in _DRAFTS)
     return found if agrees and _sees_damage(found) else None
 
 
@@ -106,9 +106,13 @@ def decoded(image: Image, content: bytes) -> NDArray[np.uint8] | None:
 
     None: it is for Pillow, which knows more kinds of files, and what is wrong with one.
     """
-    suits = image.format == "JPEG" and image.mode in _SPACES and max(image.size) >= _LEAST
-    decoder = _decoder() if suits else None
+    decoder = _decoder() if _suits(image) else None
     return None if decoder is None else _by(decoder, image, content)
+
+
+def _suits(image: Image) -> bool:
+    """Whether it is one for others than Pillow."""
+    return image.format == "JPEG" and image.mode in _SPACES and max(image.size) >= _LEAST
 
 
 def _by(decoder: Decoder, image: Image, content: bytes) -> NDArray[np.uint8] | None:
@@ -126,7 +130,7 @@ def _decoder() -> Decoder | None:
     """None: there is none, or one of other pixels than Pillow's."""
     try:
         found: Decoder = _installed().decode_jpeg
-        return found if all(_agrees(found, mode, scale) for mode in _SPACES for scale in (1, 2, 4, 8)) else None
+        return found if all(_agrees(found, *drafted) for drafted in _DRAFTS) else None
     except (ImportError, OSError):
         return None
 
