@@ -33,11 +33,6 @@ class Work:
     def __sub__(self, other: Work) -> Work:
         return Work(self.reading - other.reading, self.making - other.making)
 
-    @property
-    def seconds(self) -> float:
-        """In all."""
-        return self.reading + self.making
-
 
 NO_WORK = Work()
 

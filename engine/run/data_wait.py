@@ -41,9 +41,14 @@ class Figures(NamedTuple):
         return self.waited + self.transferred
 
     @property
+    def work(self) -> float:
+        """Seconds that making a step's micro-batches takes."""
+        return self.reading + self.making
+
+    @property
     def starves(self) -> bool:
         """Whether that is worth a word: of a rank that makes micro-batches, and does not wait for one that does."""
-        return self.lost > STARVED * self.step and self.reading + self.making > 0
+        return self.lost > STARVED * self.step and self.work > 0
 
 
 class Supply:
@@ -122,12 +127,12 @@ def bottleneck(of: Figures) -> str:
 
 def workers_for(of: Figures) -> int:
     """How many would make a step's micro-batches in the time that it takes without waiting, had they cores enough."""
-    return math.ceil((of.reading + of.making) / max(of.step - of.lost, 1e-3 * of.step))
+    return math.ceil(of.work / max(of.step - of.lost, 1e-3 * of.step))
 
 
 def _most(of: Figures, wanted: int) -> int:
     """As many of these as the cores feed: who waits for a disk needs none."""
-    return max(1, min(wanted, int(of.cores * (of.reading + of.making) / max(of.making, 1e-9))))
+    return max(1, min(wanted, int(of.cores * of.work / max(of.making, 1e-9))))
 
 
 def _described(of: Figures, cause: str, workers: int) -> str:

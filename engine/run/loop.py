@@ -331,7 +331,7 @@ class Loop:
             "epoch": self.progress.samples / self.images_per_epoch,
             "data_time": waited,
             "data_wait": 1e3 * waited,
-            "data_work": 1e3 * max(of_rank.reading + of_rank.making for of_rank in supplies),
+            "data_work": 1e3 * max(of_rank.work for of_rank in supplies),
             "bubble": statistics.fmean(interval.bubbles) if interval.bubbles else None,
             "bubble_predicted": self.bubble_predicted,
         } | {**self._texts_cut(), **self._bad.counted()}
