@@ -21,7 +21,7 @@ from parallel.messages import is_on_host, open_on_host
 
 
 def decode_sharing(a: Assembly, relay: Relay | None) -> Circle | None:
-    """The ranks that share with this one; None: it decodes all for itself. Collective over the world.
+    """The ranks that share with this one; None: it decodes all for itself. Collective over them.
 
     Images that later pipeline stages read are theirs alone where they are told of bad samples: by then others know.
     """
