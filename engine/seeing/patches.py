@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from engine.assemble import Assembly
+from engine.assembly import Assembly
 from engine.seeing.capture import dealt
 from model import MicroBatch
 from model.heads import Head
